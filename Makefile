@@ -1,0 +1,45 @@
+# Each target does its own set-up. The virtual environment is .venv; `make VENV=/elsewhere test` puts it elsewhere.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := src tests examples benchmarks
+
+.PHONY: help quickstart test lint format clean
+
+help:
+	@echo "make quickstart   train a small model on the bundled phantoms, generate, write outputs/quickstart/report.html"
+	@echo "make test         install what the tests need and run them"
+	@echo "make lint         check style; make format mends what can be mended"
+
+quickstart: $(VENV)/.installed-train
+	@echo "== Training on the bundled phantoms; about five minutes on two cores =="
+	$(BIN)/python examples/quickstart.py --output_dir outputs/quickstart
+
+test: $(VENV)/.installed-dev
+	@echo "== Running the tests =="
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+clean:
+	rm -rf $(VENV) outputs build dist .pytest_cache .ruff_cache
+
+$(BIN)/python:
+	@echo "== Creating the virtual environment $(VENV) =="
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "diffusers-dino needs Python >= 3.10; name one with 'make PYTHON=python3.11 $(MAKECMDGOALS)'."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp is written only after its installation went through, so a broken one is done again.
+$(VENV)/.installed-train: EXTRAS = train
+$(VENV)/.installed-dev: EXTRAS = train,eval,dicom,dev
+$(VENV)/.installed-%: $(BIN)/python pyproject.toml
+	@echo "== Installing diffusers-dino[$(EXTRAS)] into $(VENV); PyTorch is large, this takes minutes the first time =="
+	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
+	@touch $@

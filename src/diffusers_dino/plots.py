@@ -1,0 +1,41 @@
+"""Results as figures. Nothing is computed here beyond what a line needs to be drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["plot_loss"]
+
+
+def plot_loss(steps: Sequence[int], losses: Sequence[float], window: int = 50) -> Figure:
+    """Training loss against the step, with its moving average.
+
+    Args:
+        steps: Optimizer steps, ascending.
+        losses: Loss at each of them.
+        window: Number of steps that the moving average takes in.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: There is nothing to draw, or the lengths differ.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Figures need matplotlib: pip install diffusers-dino[train]") from error
+    if not steps or len(steps) != len(losses):
+        raise ValueError(f"Expected as many losses as steps and at least one, got {len(losses)} and {len(steps)}.")
+    figure = Figure(figsize=(8, 3))
+    axes = figure.subplots()
+    axes.plot(steps, losses, alpha=0.3, linewidth=0.8, label="each step")
+    window = min(window, len(losses))
+    averages = [sum(losses[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(losses))]
+    axes.plot(steps, averages, label=f"mean of {window} steps")
+    axes.set(xlabel="optimizer step", ylabel="training loss", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
