@@ -1,0 +1,179 @@
+"""The only owner of pixel ranges: whatever a user has, the unit range, and the ranges that other models expect.
+
+| input | range that is read |
+| --- | --- |
+| PIL, 8-bit modes (`1`, `L`, `LA`, `P`, `RGB`, `RGBA`, `CMYK`, ...) | 0..255; transparency is composited on black |
+| PIL `I;16`, `I`; uint16, int16, uint32 and int32 arrays and tensors | the image's own minimum..maximum |
+| uint8 arrays and tensors | 0..255 |
+| bool arrays and tensors | False..True |
+| PIL `F`; floating arrays and tensors | must be in [0, 1] already |
+
+Layouts follow diffusers: `(H, W)`, `(H, W, C)` or `(N, H, W, C)` for NumPy, `(H, W)`, `(C, H, W)` or `(N, C, H, W)`
+for torch; `C` is 1 (gray), 3 (RGB) or 4 (RGBA).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypeAlias
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+
+__all__ = ["ImageInput", "to_unit", "unit_to_uint8", "unit_to_vae", "unit_to_xrv", "vae_to_unit"]
+
+Image: TypeAlias = PIL.Image.Image | np.ndarray | Tensor
+ImageInput: TypeAlias = Image | list[Image] | tuple[Image, ...]
+
+_FULL_SCALE = {torch.uint8: 255.0, torch.bool: 1.0}
+_OWN_SCALE = (torch.uint16, torch.int16, torch.uint32, torch.int32)
+_ROUNDING = 1e-4  # how far a floating image may leave [0, 1] by rounding before it is refused
+
+
+def to_unit(images: ImageInput) -> list[Tensor]:
+    """Bring images of any accepted type to RGB in [0, 1].
+
+    Args:
+        images: A PIL image, an array, a tensor, a batch of either, or a list of them, sizes may differ; the module's
+            table gives the range and the layout of each type. Integers of 16 and 32 bits have no range of their own
+            (a radiograph uses 10 to 16 of its bits), so each image is stretched from its minimum to its maximum; a
+            constant one becomes black.
+
+    Returns:
+        One float32 tensor `(3, H, W)` in [0, 1] an image. Tensors keep their device and their autograd graph.
+
+    Raises:
+        TypeError: If an image is of another type, or of an integer type without a documented range.
+        ValueError: If there are no images, or one has another layout, no pixels, NaN, or floats outside [0, 1].
+    """
+    listed = list(images) if isinstance(images, (list, tuple)) else [images]
+    units = [_unit(single) for image in listed for single in _split(image)]
+    if not units:
+        raise ValueError("There is no image: the list or the batch is empty.")
+    return units
+
+
+def unit_to_vae(x: Tensor, channels: int) -> Tensor:
+    """Bring `(..., 1 or 3, H, W)` in [0, 1] to `(..., channels, H, W)` in [-1, 1], an autoencoder's range.
+
+    Args:
+        x: Gray or RGB images.
+        channels: 3, or 1 for an autoencoder of gray images, which gets the mean of the three colours.
+
+    Raises:
+        ValueError: If `channels` or the channels of `x` are neither 1 nor 3.
+    """
+    return _with_channels(x, channels) * 2 - 1
+
+
+def vae_to_unit(x: Tensor) -> Tensor:
+    """Bring an autoencoder's output of nominal range [-1, 1] to [0, 1], clipping what lies outside."""
+    return (x / 2 + 0.5).clamp(0, 1)
+
+
+def unit_to_uint8(x: Tensor) -> Tensor:
+    """Round [0, 1] to uint8 in 0..255, clipping what lies outside."""
+    return (x * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def unit_to_xrv(x: Tensor) -> Tensor:
+    """Bring `(..., 1 or 3, H, W)` in [0, 1] to TorchXRayVision's one channel `(..., 1, H, W)` in [-1024, 1024]."""
+    return (_with_channels(x, 1) * 2 - 1) * 1024
+
+
+def _with_channels(x: Tensor, channels: int) -> Tensor:
+    if x.ndim < 3 or x.shape[-3] not in (1, 3):
+        raise ValueError(f"Expected images (..., 1 or 3, H, W), got shape {tuple(x.shape)}.")
+    if channels not in (1, 3):
+        raise ValueError(f"`channels` must be 1 or 3, got {channels}.")
+    if x.shape[-3] == channels:
+        return x
+    return x.mean(-3, keepdim=True) if channels == 1 else x.expand(*x.shape[:-3], 3, *x.shape[-2:])
+
+
+def _split(image: Image) -> Iterator[Tensor]:
+    """Yield each image of a PIL image, array or tensor as `(C, H, W)` in its own type and range."""
+    if isinstance(image, PIL.Image.Image):
+        array = _array(image)
+        yield torch.from_numpy(array).reshape(*array.shape[:2], -1).movedim(-1, 0)
+    elif isinstance(image, np.ndarray):
+        channels_first = np.moveaxis(image, -1, -3) if image.ndim > 2 else image
+        yield from _images(_from_numpy(channels_first), image.shape, "(H, W), (H, W, C) or (N, H, W, C)")
+    elif isinstance(image, Tensor):
+        yield from _images(image, image.shape, "(H, W), (C, H, W) or (N, C, H, W)")
+    else:
+        raise TypeError(
+            f"An image must be a PIL image, a NumPy array or a torch tensor, got {type(image).__name__}. "
+            "Open a path or an address with `diffusers.utils.load_image`."
+        )
+
+
+def _images(x: Tensor, given_shape: tuple[int, ...], layout: str) -> Iterator[Tensor]:
+    if x.ndim not in (2, 3, 4):
+        raise ValueError(f"Expected an image of layout {layout}, got shape {tuple(given_shape)}.")
+    batch = x.reshape(-1, *x.shape[-3:]) if x.ndim > 2 else x[None, None]
+    if batch.shape[1] not in (1, 3, 4):
+        raise ValueError(
+            f"Expected 1, 3 or 4 channels in the layout {layout}, got {batch.shape[1]} (shape {tuple(given_shape)})."
+        )
+    yield from batch
+
+
+def _array(image: PIL.Image.Image) -> np.ndarray:
+    """A PIL image as an array `(H, W)` or `(H, W, C)`: 8-bit modes as L, RGB or RGBA, the others with their depth."""
+    if image.mode.startswith("I;16"):
+        return np.array(image).astype(np.uint16)  # in the machine's byte order
+    if image.mode in ("I", "F"):
+        return np.array(image)
+    if image.has_transparency_data:
+        return np.array((image.convert("LA") if image.mode == "La" else image).convert("RGBA"))
+    return np.array(image.convert("L" if image.mode in ("1", "L") else "RGB"))
+
+
+def _from_numpy(array: np.ndarray) -> Tensor:
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"An image array must hold numbers, got dtype {array.dtype}.")
+    # torch knows neither negative strides nor foreign byte orders; the copy also protects the caller's array
+    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
+
+
+def _unit(x: Tensor) -> Tensor:
+    """One image `(1, 3 or 4, H, W)` of any range to `(3, H, W)` float32 in [0, 1]."""
+    if not x.numel():
+        raise ValueError(f"An image has no pixels: its shape is {tuple(x.shape)} (channels, height, width).")
+    if x.is_floating_point():
+        unit = _checked(x.float())
+    elif x.dtype in _FULL_SCALE:
+        unit = x.float() / _FULL_SCALE[x.dtype]
+    elif x.dtype in _OWN_SCALE:
+        unit = _stretched(x)
+    else:
+        raise TypeError(
+            f"Images of {x.dtype} have no documented range: convert to uint8 (0..255), to uint16 or int32 (stretched "
+            "from minimum to maximum), or to floats in [0, 1]."
+        )
+    if unit.shape[0] == 4:
+        return unit[:3] * unit[3:]
+    return unit.expand(3, -1, -1)
+
+
+def _checked(x: Tensor) -> Tensor:
+    low, high = (float(v) for v in torch.aminmax(x.detach()))
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise ValueError("An image contains NaN or infinity: clean it, or leave it out.")
+    if low < -_ROUNDING or high > 1 + _ROUNDING:
+        raise ValueError(
+            f"Floating images must be in [0, 1], got values in [{low:.4g}, {high:.4g}]: divide by the top of their range, "
+            "or map [-1, 1] with (x + 1) / 2."
+        )
+    return x.clamp(0, 1)
+
+
+def _stretched(x: Tensor) -> Tensor:
+    if x.shape[0] == 4:
+        raise TypeError(f"Alpha has no documented range in {x.dtype}: give RGBA as uint8 or as floats in [0, 1].")
+    wide = x.to(torch.int64)  # exact differences, where float32 would round beyond 24 bits
+    above = wide - wide.min()
+    return above.float() / above.max().clamp(min=1)
