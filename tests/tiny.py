@@ -1,0 +1,136 @@
+"""Real components of diffusers and transformers at the smallest size that still exercises every kind of layer.
+
+Each factory seeds its own weights, so that two calls build the same model and no test depends on another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+import diffusers_dino
+
+diffusers.utils.logging.disable_progress_bar()
+
+IMAGE_SIZE = 32
+TOKEN_DIM = 32
+LATENT_CHANNELS = 4
+VAE_SCALE_FACTOR = 4
+LATENT_SIZE = IMAGE_SIZE // VAE_SCALE_FACTOR
+
+# Stable Diffusion's noise schedule; diffusers' own defaults are another one
+STABLE_DIFFUSION_SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Fix the weights that are drawn inside, and leave the global random state as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def tiny_unet(**overrides: Any) -> UNet2DConditionModel:
+    """A UNet with self- and cross-attention on both levels, 8 x 8 latents of 4 channels."""
+    config = {
+        "sample_size": LATENT_SIZE,
+        "in_channels": LATENT_CHANNELS,
+        "out_channels": LATENT_CHANNELS,
+        "layers_per_block": 1,
+        "block_out_channels": (16, 32),
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "norm_num_groups": 4,
+        "attention_head_dim": 2,
+        "cross_attention_dim": TOKEN_DIM,
+    }
+    with seeded(0):
+        return UNet2DConditionModel(**{**config, **overrides}).eval()
+
+
+def tiny_vae(channels: int = 1, **overrides: Any) -> AutoencoderKL:
+    """An autoencoder of 32 px images with 1 or 3 channels, 4 latent channels, 4 pixels a latent."""
+    config = {
+        "in_channels": channels,
+        "out_channels": channels,
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "block_out_channels": (8, 8, 16),
+        "layers_per_block": 1,
+        "latent_channels": LATENT_CHANNELS,
+        "norm_num_groups": 4,
+        "sample_size": IMAGE_SIZE,
+        "scaling_factor": 0.5,
+    }
+    with seeded(1):
+        return AutoencoderKL(**{**config, **overrides}).eval()
+
+
+def tiny_taesd(channels: int = 3, **overrides: Any) -> AutoencoderTiny:
+    """An `AutoencoderTiny` of the same shapes as `tiny_vae`."""
+    config = {
+        "in_channels": channels,
+        "out_channels": channels,
+        "encoder_block_out_channels": (8, 8, 8),
+        "decoder_block_out_channels": (8, 8, 8),
+        "num_encoder_blocks": (1, 1, 1),
+        "num_decoder_blocks": (1, 1, 1),
+        "latent_channels": LATENT_CHANNELS,
+    }
+    with seeded(2):
+        return AutoencoderTiny(**{**config, **overrides}).eval()
+
+
+def tiny_scheduler(**overrides: Any) -> DDIMScheduler:
+    """DDIM on Stable Diffusion's schedule; `OtherScheduler.from_config(tiny_scheduler().config)` makes the others."""
+    return DDIMScheduler(**{**STABLE_DIFFUSION_SCHEDULE, **overrides})
+
+
+def tiny_encoder(**overrides: Any) -> Dinov2WithRegistersModel:
+    """A DINOv2 with 4 registers: 32 px, patches of 8, width 32."""
+    config = {
+        "hidden_size": TOKEN_DIM,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "mlp_ratio": 2,
+        "image_size": IMAGE_SIZE,
+        "patch_size": 8,
+        "num_register_tokens": 4,
+    }
+    with seeded(3):
+        return Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**{**config, **overrides})).eval()
+
+
+def tiny_conditioner(**options: Any) -> diffusers_dino.DinoImageConditioner:
+    """A conditioner on `tiny_encoder`: by default 5 global tokens of width 32."""
+    with seeded(4):
+        return diffusers_dino.DinoImageConditioner.from_model(tiny_encoder(), size=IMAGE_SIZE, **options).eval()
+
+
+def tiny_pipeline(**components: Any) -> diffusers_dino.DinoDiffusionPipeline:
+    """A whole pipeline; components given by name replace the tiny ones."""
+    defaults = {"vae": tiny_vae, "conditioner": tiny_conditioner, "unet": tiny_unet, "scheduler": tiny_scheduler}
+    built = {name: components[name] if name in components else make() for name, make in defaults.items()}
+    pipe = diffusers_dino.DinoDiffusionPipeline(**built)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def random_images(count: int, channels: int = 3, size: int = IMAGE_SIZE, seed: int = 0) -> torch.Tensor:
+    """Smooth random images `(count, channels, size, size)` in [0, 1]."""
+    coarse = torch.rand(count, channels, 4, 4, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.interpolate(coarse, size=size, mode="bilinear", align_corners=False)
