@@ -1,0 +1,20 @@
+"""Images in: reading, preparation, augmentation and the order in which training sees them."""
+
+from .augmentation import Augmentation
+from .datasets import ImageDataset, TrainingViews, collate, open_images
+from .preprocessing import Preprocessing
+from .reading import UnreadableImageError, read_image
+from .sampling import GlobalBatchSampler, Slot
+
+__all__ = [
+    "Augmentation",
+    "GlobalBatchSampler",
+    "ImageDataset",
+    "Preprocessing",
+    "Slot",
+    "TrainingViews",
+    "UnreadableImageError",
+    "collate",
+    "open_images",
+    "read_image",
+]

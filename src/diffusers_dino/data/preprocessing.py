@@ -1,0 +1,138 @@
+"""The paper's preparation of a radiograph: dynamic range to uint8, padded borders off, centre crop 1:1, resize.
+
+Source: DiNO-Diffusion (arXiv 2407.11594), section 2.1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from PIL import Image
+
+__all__ = ["Preprocessing"]
+
+_RESAMPLING = {
+    "box": Image.Resampling.BOX,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+# Raised when the same configuration starts to give other pixels, so that old caches stop matching.
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Turns the array of any radiograph into a square of uint8.
+
+    The order is: remove borders, map the dynamic range, crop, resize. Borders go first so that padding does not
+    count as the darkest value of the image.
+
+    Args:
+        size: Side of the result in pixels.
+        remove_borders: Whether to cut uniform bands (padding, collimation) off the four sides.
+        border_tolerance: Largest deviation inside a band, as a fraction of the image's dynamic range.
+        clip_percent: Percentage of pixels clipped at each end of the dynamic range, in [0, 50). 0 maps exactly
+            minimum..maximum to 0..255.
+        resampling: `"box"`, `"bilinear"`, `"bicubic"` or `"lanczos"`; all are antialiased.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    size: int = 512
+    remove_borders: bool = True
+    border_tolerance: float = 0.01
+    clip_percent: float = 0.0
+    resampling: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"size must be at least 1 pixel, got {self.size}")
+        if not 0 <= self.border_tolerance < 1:
+            raise ValueError(f"border_tolerance must be in [0, 1), got {self.border_tolerance}")
+        if not 0 <= self.clip_percent < 50:
+            raise ValueError(f"clip_percent must be in [0, 50), got {self.clip_percent}")
+        if self.resampling not in _RESAMPLING:
+            raise ValueError(f"resampling must be one of {', '.join(_RESAMPLING)}, got {self.resampling!r}")
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """Prepare one image.
+
+        Args:
+            image: `(H, W)` or `(H, W, 3)`, any integer or floating type without NaN.
+
+        Returns:
+            uint8 `(size, size)` or `(size, size, 3)`.
+        """
+        if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3) or 0 in image.shape:
+            raise ValueError(f"Expected an image of shape (H, W) or (H, W, 3), got {image.shape}")
+        if self.remove_borders:
+            image = remove_borders(image, self.border_tolerance)
+        return self._resize(center_crop(stretch_to_uint8(image, self.clip_percent)))
+
+    def _resize(self, image: np.ndarray) -> np.ndarray:
+        if image.shape[0] == self.size:
+            return np.ascontiguousarray(image)
+        resized = Image.fromarray(image).resize((self.size, self.size), _RESAMPLING[self.resampling])
+        return np.array(resized)
+
+    def fingerprint(self) -> str:
+        """A short hash that is equal for equal configurations only."""
+        text = json.dumps({"version": _VERSION, **asdict(self)}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def remove_borders(image: np.ndarray, tolerance: float) -> np.ndarray:
+    """Cut uniform bands off the four sides of an image `(H, W)` or `(H, W, 3)`.
+
+    A band goes while all its values are within `tolerance` (a fraction of the dynamic range) of the image's outermost
+    value there. A uniform image comes back whole.
+    """
+    allowed = tolerance * (float(image.max()) - float(image.min()))
+    for _ in range(2):  # a frame inside a frame shows only after the outer one is gone
+        for axis, reverse in ((0, False), (0, True), (1, False), (1, True)):
+            lines = image if axis == 0 else image.swapaxes(0, 1)
+            band = _leading_band(lines[::-1] if reverse else lines, allowed)
+            if band == len(lines):
+                return image
+            keep = slice(0, len(lines) - band) if reverse else slice(band, None)
+            image = image[keep] if axis == 0 else image[:, keep]
+    return image
+
+
+def _leading_band(lines: np.ndarray, allowed: float) -> int:
+    """How many of the first lines differ nowhere by more than `allowed` from the first value."""
+    reference = lines[0, 0].astype(np.float32)
+    if np.abs(lines[0] - reference).max() > allowed:  # nearly every image ends here, at the cost of one line
+        return 0
+    other = (np.abs(lines - reference) > allowed).reshape(len(lines), -1).any(axis=1)
+    return int(other.argmax()) if other.any() else len(lines)
+
+
+def stretch_to_uint8(image: np.ndarray, clip_percent: float = 0.0) -> np.ndarray:
+    """Map minimum..maximum of an image (or its percentiles) linearly to 0..255; a uniform image becomes 0."""
+    if clip_percent:
+        low, high = np.percentile(image, (clip_percent, 100 - clip_percent))
+    else:
+        low, high = image.min(), image.max()
+    low, high = float(low), float(high)
+    if image.dtype == np.uint8 and (low, high) == (0.0, 255.0):
+        return image
+    if not np.isfinite((low, high)).all():
+        raise ValueError("The image holds values that are not finite")
+    if high <= low:
+        return np.zeros(image.shape, np.uint8)
+    scaled = (image.astype(np.float32) - low) * (255 / (high - low))
+    return np.round(scaled.clip(0, 255)).astype(np.uint8)
+
+
+def center_crop(image: np.ndarray) -> np.ndarray:
+    """The largest centred square of an image `(H, W)` or `(H, W, 3)`."""
+    height, width = image.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return image[top : top + side, left : left + side]
