@@ -1,0 +1,213 @@
+"""Checkpoints that are whole or not there at all.
+
+A checkpoint is written under another name, forced to disk, described by a manifest (size and SHA-256 of each file) and
+only then renamed to `checkpoint-STEP`; older ones are deleted afterwards. Whoever resumes looks for manifests, so a
+run that was killed at any moment, also while it saved, continues from the last complete state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "delete_old_checkpoints",
+    "find_checkpoint",
+    "read_checkpoint",
+    "save_atomically",
+    "saving_checkpoint",
+]
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A folder is no complete checkpoint. The message names it and what is wrong."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk.
+
+    Attributes:
+        path: Its folder.
+        step: Number of updates of the weights that led to it.
+        info: What the writer noted beside the files, such as the data position.
+    """
+
+    path: Path
+    step: int
+    info: dict[str, Any]
+
+
+@contextmanager
+def saving_checkpoint(
+    output_dir: str | Path,
+    step: int,
+    info: dict[str, Any] | None = None,
+    *,
+    is_main_process: bool = True,
+    wait_for_everyone: Callable[[], None] = lambda: None,
+) -> Iterator[Path]:
+    """Save a checkpoint: `with saving_checkpoint(out, 500) as folder: accelerator.save_state(folder)`.
+
+    Args:
+        output_dir: Where `checkpoint-STEP` shall be; all processes must see the same folder.
+        step: Number of updates of the weights so far.
+        info: JSON-serialisable facts to store in the manifest.
+        is_main_process: Whether this process writes the manifest. Every process must enter.
+        wait_for_everyone: Barrier between the processes.
+
+    Yields:
+        The folder to write into. If the body raises, no checkpoint appears.
+    """
+    final = Path(output_dir) / f"checkpoint-{step}"
+    partial = _beside(final, "partial")
+    if is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    wait_for_everyone()
+    yield partial
+    wait_for_everyone()
+    if is_main_process:
+        files = {name: _describe(partial / name) for name in _list_files(partial)}
+        manifest = {"format": _FORMAT, "step": step, "info": info or {}, "files": files}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        _move_into_place(partial, final)
+    wait_for_everyone()
+
+
+@contextmanager
+def save_atomically(final: str | Path) -> Iterator[Path]:
+    """Write a folder under another name and rename it when it is complete, replacing one that was there.
+
+    Yields:
+        The folder to write into. If the body raises, what was there stays.
+    """
+    final = Path(final)
+    partial = _beside(final, "partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    _move_into_place(partial, final)
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Check a checkpoint against its manifest.
+
+    Raises:
+        CheckpointError: If it has no manifest, or a file is missing, cut short or changed.
+    """
+    path = Path(path)
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        step, files, info = manifest["step"], manifest["files"], manifest["info"]
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is no complete checkpoint: it has no {MANIFEST}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"The {MANIFEST} of {path} is damaged: {error!r}") from error
+    for name, expected in files.items():
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path} lacks {name}, which its manifest lists")
+        if _describe(path / name) != expected:
+            raise CheckpointError(f"{path / name} is not the file that the manifest describes")
+    return Checkpoint(path, step, info)
+
+
+def find_checkpoint(output_dir: str | Path, name: str = "latest") -> Checkpoint | None:
+    """The checkpoint to resume from.
+
+    Args:
+        output_dir: Folder of the run.
+        name: `"latest"`, the name of a checkpoint in `output_dir`, or a path to one.
+
+    Returns:
+        The newest complete checkpoint for `"latest"` (incomplete ones are named in a warning), None if there is none.
+
+    Raises:
+        CheckpointError: If a checkpoint asked for by name is not complete.
+    """
+    if name != "latest":
+        inside = Path(output_dir) / name
+        return read_checkpoint(inside if inside.is_dir() else name)
+    for path in reversed(_checkpoint_folders(output_dir)):
+        try:
+            return read_checkpoint(path)
+        except CheckpointError as error:
+            logger.warning("Skipped a checkpoint: %s", error)
+    return None
+
+
+def delete_old_checkpoints(output_dir: str | Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints, and what killed runs left half-written.
+
+    Raises:
+        ValueError: If `keep` is less than 1.
+    """
+    if keep < 1:
+        raise ValueError(f"At least one checkpoint must be kept, got {keep}.")
+    for path in _checkpoint_folders(output_dir)[:-keep]:
+        # Renamed first: a folder that is half deleted must not look like a checkpoint.
+        doomed = _beside(path, "old")
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+    for leftover in Path(output_dir).glob(".checkpoint-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _checkpoint_folders(output_dir: str | Path) -> list[Path]:
+    folders = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(f".{path.name}.{suffix}")
+
+
+def _list_files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _move_into_place(partial: Path, final: Path) -> None:
+    """Force a folder and all in it to disk, then give it its name."""
+    for path in (*partial.rglob("*"), partial):
+        _sync(path)
+    old = _beside(final, "old")
+    if final.exists():  # no system call replaces a folder with content; at each moment one of the two is there
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+    partial.rename(final)
+    _sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)

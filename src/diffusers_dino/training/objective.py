@@ -1,0 +1,162 @@
+"""The training objective of a latent diffusion model: pure arithmetic, and the random draws it is fed with.
+
+With `a = alphas_cumprod[t]` a noisy latent is `z_t = sqrt(a) z + sqrt(1 - a) e` (Ho et al. 2020, eq. 4), and its
+signal-to-noise ratio is `a / (1 - a)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from ..seeds import generator_for
+
+__all__ = [
+    "PREDICTION_TYPES",
+    "TrainingDraws",
+    "add_noise",
+    "draw_for_training",
+    "drop_condition",
+    "min_snr_weights",
+    "prediction_target",
+    "weighted_mse",
+]
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+@dataclass(frozen=True)
+class TrainingDraws:
+    """All that is random in one batch of training.
+
+    Attributes:
+        noise: `(B, L, h, w)`, what is added to the latents.
+        latent_noise: `(B, L, h, w)`, what samples the autoencoder's posterior: `mean + std * latent_noise`.
+        timesteps: `(B,)` int64 in [0, num_train_timesteps).
+        drop: `(B,)` uniform on [0, 1): the condition is dropped where it is below the probability.
+    """
+
+    noise: Tensor
+    latent_noise: Tensor
+    timesteps: Tensor
+    drop: Tensor
+
+    def to(self, device: torch.device | str) -> TrainingDraws:
+        """The same draws on a device."""
+        return TrainingDraws(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+
+
+def draw_for_training(
+    positions: Sequence[int],
+    latent_shape: tuple[int, int, int],
+    num_train_timesteps: int,
+    seed: int = 0,
+    noise_offset: float = 0.0,
+) -> TrainingDraws:
+    """Draw for a batch; each sample's draws depend on (seed, its global position) and on nothing else.
+
+    Args:
+        positions: The B places in the global order of the run (see `GlobalBatchSampler`).
+        latent_shape: `(L, h, w)`.
+        num_train_timesteps: Number of timesteps of the schedule.
+        seed: Seed of the run.
+        noise_offset: Strength of an extra noise that is constant over each channel, so that a model learns to move
+            an image's mean brightness (Guttenberg 2023).
+
+    Returns:
+        The draws, on the CPU and therefore the same on every device.
+    """
+    draws = []
+    for position in positions:
+        generator = generator_for(seed, "objective", position)
+        timestep = torch.randint(num_train_timesteps, (), generator=generator)
+        drop = torch.rand((), generator=generator)
+        noise, latent_noise = torch.randn(2, *latent_shape, generator=generator)
+        offset = torch.randn(latent_shape[0], 1, 1, generator=generator)
+        draws.append((noise + noise_offset * offset if noise_offset else noise, latent_noise, timestep, drop))
+    return TrainingDraws(*(torch.stack(column) for column in zip(*draws, strict=True)))
+
+
+def add_noise(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """Noisy latents `z_t`.
+
+    Args:
+        latents: `(B, L, h, w)` clean.
+        noise: `(B, L, h, w)`, standard normal.
+        alphas_cumprod: `(B,)`, the schedule's value at each sample's timestep.
+    """
+    a = alphas_cumprod.to(latents.dtype).view(-1, 1, 1, 1)
+    return a.sqrt() * latents + (1 - a).sqrt() * noise
+
+
+def prediction_target(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor, prediction_type: str) -> Tensor:
+    """What the UNet is to predict, for arguments as in `add_noise`.
+
+    For `epsilon` the noise, for `sample` the clean latents, for `v_prediction` (Salimans & Ho 2022)
+    `sqrt(a) e - sqrt(1 - a) z`.
+
+    Raises:
+        ValueError: If the prediction type is unknown.
+    """
+    _check_prediction_type(prediction_type)
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "sample":
+        return latents
+    a = alphas_cumprod.to(latents.dtype).view(-1, 1, 1, 1)
+    return a.sqrt() * noise - (1 - a).sqrt() * latents
+
+
+def min_snr_weights(alphas_cumprod: Tensor, gamma: float, prediction_type: str) -> Tensor:
+    """Min-SNR-gamma weights of the loss (Hang et al. 2023), `min(SNR, gamma)` in the units of the clean latent.
+
+    The weight is divided by SNR for `epsilon` and by SNR + 1 for `v_prediction`. It is written in `a` rather than in
+    the ratio `a / (1 - a)`, so that zero and infinite ratios have their limits: for `v_prediction` it is
+    `min(a, gamma (1 - a))`.
+
+    Args:
+        alphas_cumprod: `(B,)` in [0, 1].
+        gamma: Where the weight is cut; 5 in the paper.
+        prediction_type: One of `PREDICTION_TYPES`.
+
+    Returns:
+        `(B,)`, finite.
+
+    Raises:
+        ValueError: If gamma is not positive or the prediction type is unknown.
+    """
+    _check_prediction_type(prediction_type)
+    if gamma <= 0:
+        raise ValueError(f"The min-SNR gamma must be positive, got {gamma}.")
+    a = alphas_cumprod
+    if prediction_type == "epsilon":
+        return (gamma * (1 - a) / a).clamp(max=1)
+    if prediction_type == "v_prediction":
+        return torch.minimum(a, gamma * (1 - a))
+    return (a / (1 - a)).clamp(max=gamma)
+
+
+def drop_condition(tokens: Tensor, null_tokens: Tensor, drop: Tensor, probability: float) -> Tensor:
+    """Replace the condition of some samples by the null condition, for guidance (Ho & Salimans 2022).
+
+    Args:
+        tokens: `(B, S, D)` condition.
+        null_tokens: `(B, S, D)` or `(1, S, D)`, what the conditioner gives for no image.
+        drop: `(B,)` uniform on [0, 1).
+        probability: Fraction of samples to replace.
+    """
+    return torch.where((drop < probability).view(-1, 1, 1), null_tokens.to(tokens), tokens)
+
+
+def weighted_mse(prediction: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean squared error of each sample `(B, L, h, w)` in float32, weighted by `(B,)`: a scalar."""
+    errors = (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))  # (B,)
+    return (errors if weights is None else errors * weights).mean()
+
+
+def _check_prediction_type(prediction_type: str) -> None:
+    if prediction_type not in PREDICTION_TYPES:
+        raise ValueError(f"The prediction type must be one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}.")

@@ -1,0 +1,103 @@
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
+
+from diffusers_dino.training.objective import (
+    PREDICTION_TYPES,
+    add_noise,
+    draw_for_training,
+    drop_condition,
+    min_snr_weights,
+    prediction_target,
+    weighted_mse,
+)
+
+SHAPE = (4, 8, 8)
+
+
+@pytest.fixture
+def latents() -> torch.Tensor:
+    return torch.randn(5, *SHAPE, generator=torch.Generator().manual_seed(0))
+
+
+def test_draws_depend_on_seed_and_position_alone():
+    together = draw_for_training([3, 7, 100], SHAPE, 1000, seed=1)
+    alone = draw_for_training([7], SHAPE, 1000, seed=1)
+    for name in ("noise", "latent_noise", "timesteps", "drop"):
+        assert torch.equal(getattr(together, name)[1:2], getattr(alone, name))
+    other = draw_for_training([7], SHAPE, 1000, seed=2)
+    assert not torch.equal(alone.noise, other.noise)
+    assert not torch.equal(alone.noise, alone.latent_noise)
+
+
+def test_draws_have_their_distributions():
+    draws = draw_for_training(range(4000), (1, 4, 4), 10)
+    assert draws.noise.mean().abs() < 0.02
+    assert abs(draws.noise.std() - 1) < 0.02
+    counts = torch.bincount(draws.timesteps, minlength=10)
+    assert len(counts) == 10
+    assert counts.min() > 300
+    assert 0 <= draws.drop.min() < draws.drop.max() < 1
+
+
+def test_noise_offset_moves_whole_channels():
+    plain = draw_for_training([0, 1], SHAPE, 1000)
+    offset = draw_for_training([0, 1], SHAPE, 1000, noise_offset=0.1)
+    difference = offset.noise - plain.noise
+    assert difference.std(dim=(2, 3)).max() < 1e-6
+    assert difference.mean(dim=(2, 3)).abs().min() > 1e-4
+    assert torch.equal(plain.latent_noise, offset.latent_noise)
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_arithmetic_agrees_with_diffusers(latents, zero_snr):
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", rescale_betas_zero_snr=zero_snr)
+    noise = torch.randn_like(latents)
+    timesteps = torch.tensor([0, 1, 500, 998, 999])
+    a = scheduler.alphas_cumprod[timesteps]
+    torch.testing.assert_close(add_noise(latents, noise, a), scheduler.add_noise(latents, noise, timesteps))
+    velocity = scheduler.get_velocity(latents, noise, timesteps)
+    torch.testing.assert_close(prediction_target(latents, noise, a, "v_prediction"), velocity)
+    assert prediction_target(latents, noise, a, "epsilon") is noise
+    assert prediction_target(latents, noise, a, "sample") is latents
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_min_snr_agrees_with_its_definition_and_is_finite_at_its_limits(prediction_type):
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear")
+    timesteps = torch.arange(1000)
+    snr = compute_snr(scheduler, timesteps).double()
+    divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[prediction_type]
+    weights = min_snr_weights(scheduler.alphas_cumprod, 5.0, prediction_type)
+    torch.testing.assert_close(weights.double(), snr.clamp(max=5) / divisor, rtol=1e-3, atol=1e-6)
+    limits = min_snr_weights(torch.tensor([0.0, 1.0]), 5.0, prediction_type)
+    expected = {"epsilon": [1.0, 0.0], "v_prediction": [0.0, 0.0], "sample": [0.0, 5.0]}[prediction_type]
+    assert limits.tolist() == expected
+
+
+def test_dropped_conditions_become_the_null_condition():
+    tokens, null = torch.ones(4, 3, 2), torch.full((1, 3, 2), 7.0)
+    dropped = drop_condition(tokens, null, torch.tensor([0.05, 0.1, 0.5, 0.0]), 0.1)
+    assert dropped[:, 0, 0].tolist() == [7.0, 1.0, 1.0, 7.0]
+    assert torch.equal(drop_condition(tokens, null, torch.zeros(4), 0.0), tokens)
+    assert (drop_condition(tokens, null, torch.full((4,), 0.999), 1.0) == 7).all()
+
+
+def test_weighted_loss_is_the_mean_over_samples_in_float32(latents):
+    target = torch.zeros_like(latents)
+    torch.testing.assert_close(weighted_mse(latents, target), latents.square().mean())
+    weights = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0])
+    torch.testing.assert_close(weighted_mse(latents, target, weights), latents[0].square().mean() / 5)
+    assert weighted_mse(latents.half(), target.half()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("gamma", [0, -1])
+def test_gamma_must_be_positive(gamma):
+    with pytest.raises(ValueError, match="gamma must be positive"):
+        min_snr_weights(torch.ones(1), gamma, "epsilon")
+
+
+def test_unknown_prediction_type(latents):
+    with pytest.raises(ValueError, match="one of epsilon, v_prediction, sample, got 'noise'"):
+        prediction_target(latents, latents, torch.ones(5), "noise")
