@@ -5,7 +5,9 @@ The fixtures import `tiny` where they use it, so that tests that need no model s
 
 import os
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported; a test must not wait for a network
+os.environ.setdefault(
+    "HF_HUB_OFFLINE", "1"
+)  # read when huggingface_hub is imported; a test must not wait for a network
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import pytest

@@ -117,8 +117,8 @@ def tiny_encoder(**overrides: Any) -> Dinov2WithRegistersModel:
 
 def tiny_conditioner(**options: Any) -> diffusers_dino.DinoImageConditioner:
     """A conditioner on `tiny_encoder`: by default 5 global tokens of width 32."""
-    with seeded(4):
-        return diffusers_dino.DinoImageConditioner.from_model(tiny_encoder(), size=IMAGE_SIZE, **options).eval()
+    preprocessing = {"size": IMAGE_SIZE, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+    return diffusers_dino.DinoImageConditioner.from_model(tiny_encoder(), **{**preprocessing, **options})
 
 
 def tiny_pipeline(**components: Any) -> diffusers_dino.DinoDiffusionPipeline:

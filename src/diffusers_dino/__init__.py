@@ -1,6 +1,44 @@
 """Latent diffusion models of medical images, trained without annotations: a plugin for Hugging Face diffusers.
 
-Importing this package registers it with diffusers' pipeline loader, so that a saved pipeline loads from the Hub.
+Public names are imported when they are first used, so that `import diffusers_dino` costs no more than
+`import diffusers`; using any of them registers this package with diffusers' pipeline loader (`registration`).
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+_ORIGIN = {
+    "DinoDiffusionPipeline": ".pipelines",
+    "DinoDiffusionPipelineOutput": ".pipelines",
+    "DinoImageConditioner": ".conditioner",
+    # diffusers' loader looks for the base class of a component in the library that the component is from
+    "ModelMixin": ".registration",
+}
+
+__all__ = [
+    "DinoDiffusionPipeline",
+    "DinoDiffusionPipelineOutput",
+    "DinoImageConditioner",
+    "ModelMixin",
+    "__version__",
+]
+
+if TYPE_CHECKING:
+    from .conditioner import DinoImageConditioner
+    from .pipelines import DinoDiffusionPipeline, DinoDiffusionPipelineOutput
+    from .registration import ModelMixin
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ORIGIN:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import_module(".registration", __name__)
+    value = getattr(import_module(_ORIGIN[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ORIGIN})

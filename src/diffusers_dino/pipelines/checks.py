@@ -1,0 +1,143 @@
+"""What is asked of components and arguments before a pipeline works on them, and how a refusal is worded."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from ..latents import VAE
+
+if TYPE_CHECKING:
+    from ..conditioner import DinoImageConditioner
+
+__all__ = [
+    "OUTPUT_TYPES",
+    "check_components",
+    "check_embeds",
+    "check_generator",
+    "check_numbers",
+    "check_schedule",
+    "condition_width",
+]
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+_EXTRA_CONDITIONS = ("addition_embed_type", "class_embed_type", "num_class_embeds", "time_cond_proj_dim")
+
+
+def condition_width(unet: UNet2DConditionModel) -> int:
+    """Width of the condition tokens that a UNet takes: its cross-attention's, or that of its input projection.
+
+    Raises:
+        ValueError: If the UNet's blocks differ in it, or if it needs other conditions than tokens.
+    """
+    config = unet.config
+    if config.get("encoder_hid_dim_type") not in (None, "text_proj"):
+        raise ValueError(
+            f"The UNet projects its condition with encoder_hid_dim_type={config['encoder_hid_dim_type']!r}, which "
+            "needs more inputs than image tokens. Use a UNet with 'text_proj', or without a projection."
+        )
+    extra = [name for name in _EXTRA_CONDITIONS if config.get(name) is not None]
+    if extra:
+        raise ValueError(
+            f"The UNet was built for conditions beside tokens ({', '.join(extra)}), which this pipeline does not give "
+            "it. Use a UNet without them, such as Stable Diffusion 1.5's or 2.1's."
+        )
+    if config.get("encoder_hid_dim") is not None:
+        return config["encoder_hid_dim"]
+    widths = config["cross_attention_dim"]
+    widths = {widths} if isinstance(widths, int) else set(widths)
+    if len(widths) != 1:
+        raise ValueError(f"The UNet's blocks take tokens of different widths, {sorted(widths)}; one width is needed.")
+    return widths.pop()
+
+
+def check_components(
+    vae: VAE | None, conditioner: DinoImageConditioner | None, unet: UNet2DConditionModel | None
+) -> None:
+    """Compare the widths at which the components meet; a component that is None is not compared.
+
+    Raises:
+        ValueError: If the UNet takes other tokens than the conditioner makes, or other latents than the VAE makes.
+    """
+    if unet is None:
+        return
+    width = condition_width(unet)
+    if conditioner is not None and conditioner.token_dim != width:
+        raise ValueError(
+            f"The UNet takes condition tokens of width {width} (its cross_attention_dim), but the conditioner makes "
+            f"tokens of width {conditioner.token_dim}. Build the UNet with "
+            f"cross_attention_dim={conditioner.token_dim}, or the conditioner with projection_dim={width}, and train."
+        )
+    channels = {"in_channels": unet.config["in_channels"], "out_channels": unet.config["out_channels"]}
+    if vae is not None and set(channels.values()) != {vae.config["latent_channels"]}:
+        raise ValueError(
+            f"The VAE's latents have {vae.config['latent_channels']} channels, but the UNet has "
+            f"in_channels={channels['in_channels']} and out_channels={channels['out_channels']}. All three must agree."
+        )
+
+
+def check_schedule(config: Any) -> None:
+    """Warn of scheduler settings that are known to spoil latent diffusion; each is legal, none is an error.
+
+    Args:
+        config: A scheduler's config.
+    """
+    if config.get("clip_sample"):
+        warnings.warn(
+            "The scheduler clips its predictions to [-1, 1] (clip_sample=True, the default of some of diffusers' "
+            "schedulers), which distorts latents: they reach further. Build it with clip_sample=False.",
+            stacklevel=3,
+        )
+    if config.get("rescale_betas_zero_snr"):
+        if config.get("timestep_spacing") != "trailing":
+            warnings.warn(
+                "The schedule ends at zero SNR (rescale_betas_zero_snr=True), but with "
+                f"timestep_spacing={config.get('timestep_spacing')!r} sampling does not start there. "
+                "Use timestep_spacing='trailing' (Lin et al., arXiv 2305.08891, section 3.3).",
+                stacklevel=3,
+            )
+        if config.get("prediction_type") == "epsilon":
+            warnings.warn(
+                "At zero SNR the noise is all that the model sees, so predicting it (prediction_type='epsilon') says "
+                "nothing about the image. Train with prediction_type='v_prediction' (arXiv 2305.08891, section 3.2).",
+                stacklevel=3,
+            )
+
+
+def check_embeds(image_embeds: Tensor, num_tokens: int | None, width: int) -> None:
+    """Refuse condition tokens that are not a finite `(B, num_tokens, width)`; None allows any number of tokens.
+
+    Raises:
+        TypeError: If it is not a tensor.
+        ValueError: If it has another shape, NaN or infinity.
+    """
+    if not isinstance(image_embeds, Tensor):
+        raise TypeError(f"`image_embeds` must be a tensor (B, S, D), got {type(image_embeds).__name__}.")
+    shape = tuple(image_embeds.shape)
+    fits = len(shape) == 3 and 0 not in shape and shape[2] == width and num_tokens in (None, shape[1])
+    if not fits:
+        raise ValueError(
+            f"`image_embeds` must have shape (B, {num_tokens or 'S'}, {width}), as `encode_image` gives, got {shape}."
+        )
+    if not torch.isfinite(image_embeds).all():
+        raise ValueError("`image_embeds` contains NaN or infinity.")
+
+
+def check_generator(generator: Any) -> None:
+    """Refuse what is neither None, a generator, nor a list of generators with a TypeError."""
+    listed = generator if isinstance(generator, list) else [generator] if generator is not None else []
+    if not all(isinstance(item, torch.Generator) for item in listed):
+        raise TypeError(f"`generator` must be a torch.Generator or a list of them, got {generator!r}.")
+
+
+def check_numbers(multiple_of: int = 1, **numbers: int) -> None:
+    """Refuse with a ValueError, by its name, a number that is not a positive integer multiple."""
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1 or value % multiple_of:
+            kind = f"multiple of {multiple_of}" if multiple_of > 1 else "integer"
+            raise ValueError(f"`{name}` must be a positive {kind}, got {value!r}.")

@@ -1,0 +1,138 @@
+"""Low-rank adapters of the UNet, in the file format that diffusers' Stable Diffusion pipelines read and write."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.loaders.lora_base import LoraBaseMixin
+from diffusers.utils import USE_PEFT_BACKEND
+from torch import Tensor, nn
+
+__all__ = ["UNetLoraLoaderMixin"]
+
+
+class UNetLoraLoaderMixin(LoraBaseMixin):
+    """Load, save, fuse, weigh and combine LoRA of the UNet.
+
+    diffusers' own mixin for this UNet also expects a text encoder; this one has what remains without it.
+    `set_adapters`, `delete_adapters`, `disable_lora`, `unload_lora_weights` and their like are the base class's.
+    """
+
+    _lora_loadable_modules = ["unet"]  # noqa: RUF012 - the base class reads it as a plain class attribute
+    unet_name = "unet"
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, Tensor],
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Add an adapter to the UNet.
+
+        Args:
+            pretrained_model_name_or_path_or_dict: A Hub id, a folder or file of safetensors, or a state dict.
+            adapter_name: Name for `set_adapters` and `fuse_lora`; by default `default_{i}`.
+            hotswap: Replace the loaded adapter of that name in place.
+            kwargs: As in diffusers' `lora_state_dict`: `weight_name`, `revision`, `subfolder`, `cache_dir`, ...;
+                also `low_cpu_mem_usage`.
+
+        Raises:
+            ImportError: If peft is missing.
+            ValueError: If the file holds no LoRA weights of a UNet.
+        """
+        _require_peft()
+        low_cpu_mem_usage = kwargs.pop("low_cpu_mem_usage", True)
+        state_dict, network_alphas, metadata = self.lora_state_dict(
+            pretrained_model_name_or_path_or_dict, return_lora_metadata=True, **kwargs
+        )
+        weights = {name: weight for name, weight in state_dict.items() if name.startswith(f"{self.unet_name}.")}
+        if not weights or not all("lora" in name for name in weights):
+            raise ValueError(
+                "There are no LoRA weights of a UNet in this file: their names start with 'unet.' and contain 'lora', "
+                f"but the first names found are {sorted(state_dict)[:3]}."
+            )
+        self.unet.load_lora_adapter(
+            weights,
+            prefix=self.unet_name,
+            network_alphas=network_alphas,
+            adapter_name=adapter_name,
+            metadata=metadata,
+            _pipeline=self,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            hotswap=hotswap,
+        )
+
+    @classmethod
+    def lora_state_dict(
+        cls, pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, Tensor], **kwargs: Any
+    ) -> tuple:
+        """Read a LoRA file as diffusers does, from safetensors unless `use_safetensors=False` is said.
+
+        Returns:
+            State dict and network alphas, and with `return_lora_metadata=True` the metadata too.
+        """
+        kwargs.setdefault("use_safetensors", True)
+        return StableDiffusionLoraLoaderMixin.lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
+
+    @classmethod
+    def save_lora_weights(
+        cls,
+        save_directory: str | os.PathLike,
+        unet_lora_layers: dict[str, nn.Module | Tensor],
+        is_main_process: bool = True,
+        weight_name: str | None = None,
+        save_function: Callable | None = None,
+        safe_serialization: bool = True,
+        unet_lora_adapter_metadata: dict[str, Any] | None = None,
+    ) -> None:
+        """Write an adapter as `pytorch_lora_weights.safetensors`.
+
+        Args:
+            save_directory: Made if it does not exist.
+            unet_lora_layers: From `convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))`.
+            is_main_process: False on all but one process of a distributed run.
+            weight_name: Another file name.
+            save_function: Another way to write a state dict.
+            safe_serialization: False writes a pickle, which `load_lora_weights` will not read by itself.
+            unet_lora_adapter_metadata: The adapter's `LoraConfig`, by which it is rebuilt exactly.
+        """
+        StableDiffusionLoraLoaderMixin.save_lora_weights(
+            save_directory,
+            unet_lora_layers=unet_lora_layers,
+            is_main_process=is_main_process,
+            weight_name=weight_name,
+            save_function=save_function,
+            safe_serialization=safe_serialization,
+            unet_lora_adapter_metadata=unet_lora_adapter_metadata,
+        )
+
+    def fuse_lora(
+        self,
+        components: list[str] | None = None,
+        lora_scale: float = 1.0,
+        safe_fusing: bool = False,
+        adapter_names: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Merge adapters into the UNet's weights, so that they cost nothing at sampling; `unfuse_lora` reverts it.
+
+        Args:
+            components: Only `["unet"]`, which is the default.
+            lora_scale: Strength of the adapters.
+            safe_fusing: Refuse to merge weights that become NaN.
+            adapter_names: By default all active ones.
+        """
+        super().fuse_lora(components or [self.unet_name], lora_scale, safe_fusing, adapter_names, **kwargs)
+
+    def unfuse_lora(self, components: list[str] | None = None, **kwargs: Any) -> None:
+        """Take merged adapters out of the UNet's weights again."""
+        super().unfuse_lora(components or [self.unet_name], **kwargs)
+
+
+def _require_peft() -> None:
+    if not USE_PEFT_BACKEND:
+        raise ImportError("LoRA needs peft: pip install diffusers-dino[train]")
