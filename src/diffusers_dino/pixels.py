@@ -165,8 +165,8 @@ def _checked(x: Tensor) -> Tensor:
         raise ValueError("An image contains NaN or infinity: clean it, or leave it out.")
     if low < -_ROUNDING or high > 1 + _ROUNDING:
         raise ValueError(
-            f"Floating images must be in [0, 1], got values in [{low:.4g}, {high:.4g}]: divide by the top of their range, "
-            "or map [-1, 1] with (x + 1) / 2."
+            f"Floating images must be in [0, 1], got values in [{low:.4g}, {high:.4g}]: divide by the top of their "
+            "range, or map [-1, 1] with (x + 1) / 2."
         )
     return x.clamp(0, 1)
 

@@ -1,0 +1,363 @@
+"""Images to condition tokens: frozen DINO encoders with their preprocessing, as one component of a pipeline."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import init_empty_weights
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from .encoder_loading import load_encoder
+from .encoders import Encoder, EncoderSpec, ExactBuffers, describe_model
+from .pixels import ImageInput, to_unit
+from .token_head import TOKENS, Moments, TokenHead, semi_orthogonal
+
+__all__ = ["DinoImageConditioner"]
+
+PixelValues = Tensor | tuple[Tensor, ...]
+_MIN_IMAGES = 16  # the standard error of a standard deviation is then about a sixth of it
+
+
+class DinoImageConditioner(ExactBuffers, ModelMixin, ConfigMixin):
+    """The condition of a latent diffusion model: tokens of frozen DINO encoders (DiNO-Diffusion, section 2.3).
+
+    Make one with `from_encoder` (a checkpoint) or `from_model` (a module in memory), and read a saved one with
+    `from_pretrained`. The saved form holds the encoders' weights and preprocessing, the projection, the statistics and
+    the null condition; it needs neither the encoders' own repositories nor the network.
+
+    Encoders stay frozen and in evaluation mode whatever `train()` says. `to(dtype)` casts the encoders; the pixel and
+    token statistics, the projection and the null condition stay float32, and tokens come out in the encoders' type.
+
+    Args:
+        encoders: A dictionary of `EncoderSpec` for each encoder.
+        tokens: `"global"` (class token, trained pooler where there is one, registers), `"cls"`, `"patch"` or `"all"`
+            (global, then patches).
+        projection_dim: Width that the tokens are projected to, or None to keep the encoder's.
+        projection_seed: Seed of the projections.
+
+    Raises:
+        ValueError: If an encoder cannot be built, `tokens` is unknown or not what an encoder has, or several encoders
+            differ in width and no `projection_dim` is given.
+    """
+
+    _keep_in_fp32_modules = ["heads", "null_tokens"]  # noqa: RUF012
+    exact_buffers = ("null_tokens",)
+    _no_split_modules = ["Encoder"]  # noqa: RUF012
+
+    @register_to_config
+    def __init__(
+        self, *, encoders: Sequence[Mapping[str, Any]], tokens: str, projection_dim: int | None, projection_seed: int
+    ) -> None:
+        super().__init__()
+        if tokens not in TOKENS:
+            raise ValueError(f"`tokens` must be one of {', '.join(TOKENS)}, got {tokens!r}.")
+        self.image_encoders = nn.ModuleList(Encoder(EncoderSpec.from_dict(spec)) for spec in encoders)
+        _check_encoders(self.image_encoders, tokens, projection_dim)
+        generator = torch.Generator("cpu").manual_seed(projection_seed)
+        self.heads = nn.ModuleList(
+            TokenHead(e, tokens, projection_dim and semi_orthogonal(projection_dim, e.width, generator))
+            for e in self.image_encoders
+        )
+        self.register_buffer("null_tokens", torch.zeros(self.num_tokens, self.token_dim, dtype=torch.float32))
+        self.requires_grad_(False)
+        self.eval()
+
+    @classmethod
+    def from_encoder(
+        cls,
+        name_or_path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        *,
+        tokens: str = "global",
+        projection_dim: int | None = None,
+        projection_seed: int = 0,
+        size: int | Sequence[int] | None = None,
+        revision: str | Sequence[str | None] | None = None,
+        torch_dtype: torch.dtype = torch.float32,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+    ) -> DinoImageConditioner:
+        """Wrap the checkpoint of an encoder, or of several side by side.
+
+        Args:
+            name_or_path: Hub id or folder of a DINOv1, DINOv2 (also with registers, also RAD-DINO) or DINOv3 ViT in
+                transformers' format, or of a ViT in timm's (`timm/vit_base_patch14_reg4_dinov2.lvd142m`); or a list.
+            tokens: Which tokens to give, see the class.
+            projection_dim: Project the tokens to this width, the UNet's `cross_attention_dim`, by a fixed matrix with
+                orthonormal rows or columns. Needed for encoders of different widths.
+            projection_seed: Seed of the projections, which are saved.
+            size: Side in pixels of the images that the encoder sees, instead of its image processor's; position
+                embeddings are interpolated the model's own way. A list gives one each.
+            revision: Branch, tag or commit on the Hub. A list gives one each.
+            torch_dtype: Type of the encoders' weights.
+            token: Credential for gated repositories, as in huggingface_hub.
+            cache_dir: Folder for downloads.
+            local_files_only: Use downloaded files alone.
+
+        Raises:
+            ValueError: If the architecture is not supported, or an option does not fit it.
+            FileNotFoundError: If a checkpoint lacks its config, its preprocessing, or weights in safetensors.
+        """
+        single = isinstance(name_or_path, (str, os.PathLike))
+        names = [name_or_path] if single else list(name_or_path)
+        hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        loaded = [
+            load_encoder(name, size=side, revision=commit, **hub)
+            for name, side, commit in zip(
+                names, _for_each(size, names, "size"), _for_each(revision, names, "revision"), strict=True
+            )
+        ]
+        conditioner = cls._assemble(loaded, tokens, projection_dim, projection_seed)
+        conditioner.image_encoders.to(torch_dtype)
+        return conditioner
+
+    @classmethod
+    def from_model(
+        cls,
+        model: nn.Module,
+        *,
+        size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        resample: str = "bicubic",
+        tokens: str = "global",
+        projection_dim: int | None = None,
+        projection_seed: int = 0,
+        source: str = "in memory",
+        model_args: Mapping[str, Any] | None = None,
+    ) -> DinoImageConditioner:
+        """Wrap a copy of an encoder in memory, for example one that was just trained.
+
+        Args:
+            model: A `ViTModel`, `Dinov2Model`, `Dinov2WithRegistersModel` or `DINOv3ViTModel` of transformers, or a
+                ViT of timm. The pooler of a `ViTModel` counts as trained: where it is not, make the model with
+                `add_pooling_layer=False`.
+            size: Side in pixels of the images that it sees; a multiple of its patch.
+            mean: Red, green and blue that are subtracted from pixels in [0, 1].
+            std: By which the difference is divided.
+            resample: `"nearest"`, `"bilinear"` or `"bicubic"`.
+            tokens: Which tokens to give, see the class.
+            projection_dim: Width to project the tokens to.
+            projection_seed: Seed of the projection.
+            source: What to record as the encoder's name.
+            model_args: Arguments that a timm model was created with, where timm does not remember them.
+
+        Raises:
+            ValueError: If the model is not supported, or cannot be built again from its config.
+        """
+        spec = EncoderSpec(
+            **describe_model(model, model_args),
+            size=size,
+            resample=resample,
+            mean=[float(v) for v in mean],
+            std=[float(v) for v in std],
+            source=source,
+            revision=None,
+        )
+        return cls._assemble([(spec, deepcopy(model))], tokens, projection_dim, projection_seed)
+
+    @classmethod
+    def _assemble(
+        cls,
+        loaded: list[tuple[EncoderSpec, nn.Module]],
+        tokens: str,
+        projection_dim: int | None,
+        projection_seed: int,
+    ) -> DinoImageConditioner:
+        """Build from the config alone, as `from_pretrained` will, then take the weights over without a copy."""
+        with init_empty_weights():
+            conditioner = cls(
+                encoders=[spec.to_dict() for spec, _ in loaded],
+                tokens=tokens,
+                projection_dim=projection_dim,
+                projection_seed=projection_seed,
+            )
+        for encoder, (spec, model) in zip(conditioner.image_encoders, loaded, strict=True):
+            try:
+                encoder.model.load_state_dict(model.state_dict(), strict=True, assign=True)
+            except RuntimeError as error:
+                hint = " Give the arguments of timm.create_model as `model_args`." if spec.backend == "timm" else ""
+                raise ValueError(f"The encoder {spec.source} is not what its config says.{hint} {error}") from error
+        return conditioner.requires_grad_(False)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of condition tokens of an image, over all encoders."""
+        return sum(head.num_tokens for head in self.heads)
+
+    @property
+    def token_dim(self) -> int:
+        """Width of the tokens: the `cross_attention_dim` that a UNet needs."""
+        return self.heads[0].dim
+
+    @property
+    def image_size(self) -> int | tuple[int, ...]:
+        """Side in pixels of the images that `forward` takes; one for each of several encoders."""
+        sizes = tuple(encoder.spec.size for encoder in self.image_encoders)
+        return sizes[0] if len(sizes) == 1 else sizes
+
+    def preprocess(self, images: ImageInput) -> PixelValues:
+        """Crop images to their central square and resize it, antialiased, to what the encoder sees.
+
+        The whole square is kept, so that encoder and autoencoder see the same crop: image processors that cut a border
+        off after resizing (256 to 224 pixels, say) are followed in size, not in the cut.
+
+        Args:
+            images: Images of any size and of the types that `diffusers_dino.pixels` lists.
+
+        Returns:
+            `(B, 3, size, size)` float32 in [0, 1], differentiable; a tuple of them for several encoders.
+
+        Raises:
+            TypeError: If an image is of another type.
+            ValueError: If there is no image, or one has a wrong layout, values outside its range, NaN, or is smaller
+                than a patch.
+        """
+        squares = [_center_square(unit) for unit in to_unit(images)]
+        patch = max(encoder.patch for encoder in self.image_encoders)
+        for square in squares:
+            if square.shape[-1] < patch:
+                raise ValueError(
+                    f"An image is smaller than a patch of the encoder: its shorter side has {square.shape[-1]} "
+                    f"pixels, a patch {patch}."
+                )
+        resized = tuple(
+            torch.stack([_resize(square, e.spec.size, e.spec.resample) for square in squares])
+            for e in self.image_encoders
+        )
+        return resized[0] if len(resized) == 1 else resized
+
+    def forward(self, pixel_values: PixelValues) -> Tensor:
+        """Encode what `preprocess` gives.
+
+        Args:
+            pixel_values: `(B, 3, size, size)` in [0, 1]; a tuple of them for several encoders.
+
+        Returns:
+            Tokens `(B, num_tokens, token_dim)` in the encoders' type: of each encoder in turn, its class token, its
+            trained pooler, its registers, its patches in raster order, as far as `tokens` asks for them.
+
+        Raises:
+            ValueError: If there is not one batch for each encoder, or one has another shape.
+        """
+        batches = (pixel_values,) if isinstance(pixel_values, Tensor) else tuple(pixel_values)
+        if len(batches) != len(self.image_encoders):
+            raise ValueError(f"Expected pixel values for {len(self.image_encoders)} encoders, got {len(batches)}.")
+        tokens = [
+            head(*encoder(batch))
+            for encoder, head, batch in zip(self.image_encoders, self.heads, batches, strict=True)
+        ]
+        return torch.cat(tokens, dim=1).to(self.dtype)  # (B, S, D)
+
+    def encode(self, images: ImageInput) -> Tensor:
+        """Tokens `(B, num_tokens, token_dim)` of images of any type and size, on this module's device.
+
+        Gradients flow if an image requires them; otherwise none are recorded.
+
+        Raises:
+            TypeError: If an image is of a type that is not supported.
+            ValueError: If an image cannot be used, see `preprocess`.
+        """
+        return self._without_graph(self, self.preprocess(images))
+
+    def null_condition(self, batch_size: int) -> Tensor:
+        """The condition of guidance's unconditional half, `(batch_size, num_tokens, token_dim)`.
+
+        It lives in the output space, is zero unless `null_tokens` is set, and is saved with the weights, so that
+        training and sampling share it.
+        """
+        return self.null_tokens.to(self.dtype).expand(batch_size, -1, -1)
+
+    def fit_normalization(self, batches: Iterable[ImageInput]) -> None:
+        """Standardise tokens by the mean and standard deviation of these images' tokens, channel by channel.
+
+        Each global token has its own statistics; patch tokens share theirs. They come before the projection, replace
+        earlier ones, and are saved. Channels that hardly vary (under a hundredth of the token's root mean square
+        deviation) are divided by that bound, so that their noise is not blown up.
+
+        Args:
+            batches: Images, batch by batch, at least 16 in all.
+
+        Raises:
+            ValueError: If there are fewer images, or a token is not finite.
+        """
+        moments = [Moments(head) for head in self.heads]
+        count = 0
+        for batch in batches:
+            pixel_values = self.preprocess(batch)
+            outputs = self._without_graph(self._encoder_outputs, pixel_values)
+            for head, moment, output in zip(self.heads, moments, outputs, strict=True):
+                moment.update(*head.select(*output))
+            count += len(outputs[0][0])
+        if count < _MIN_IMAGES:
+            raise ValueError(f"Statistics of tokens need at least {_MIN_IMAGES} images, got {count}.")
+        for head, moment in zip(self.heads, moments, strict=True):
+            mean, std = moment.mean_and_std()
+            head.mean.copy_(mean)
+            head.std.copy_(std)
+
+    def train(self, mode: bool = True) -> DinoImageConditioner:
+        """Nothing: a frozen encoder stays in evaluation mode."""
+        return super().train(False)
+
+    def _encoder_outputs(self, pixel_values: PixelValues) -> list[tuple[Tensor, Tensor]]:
+        batches = (pixel_values,) if isinstance(pixel_values, Tensor) else pixel_values
+        return [encoder(batch) for encoder, batch in zip(self.image_encoders, batches, strict=True)]
+
+    def _without_graph(self, function: Callable[[PixelValues], Any], pixel_values: PixelValues) -> Any:
+        """Call with pixel values on this module's device, recording a graph only if they require it."""
+        # Not `self.device`: under sequential offloading that is where the parameters wait, the buffers say more.
+        device = self.null_tokens.device
+        single = isinstance(pixel_values, Tensor)
+        batches = tuple(batch.to(device) for batch in ((pixel_values,) if single else pixel_values))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and any(batch.requires_grad for batch in batches)):
+            return function(batches[0] if single else batches)
+
+
+def _check_encoders(encoders: nn.ModuleList, tokens: str, projection_dim: int | None) -> None:
+    if not len(encoders):
+        raise ValueError("A conditioner needs at least one encoder.")
+    if projection_dim is not None and projection_dim < 1:
+        raise ValueError(f"`projection_dim` must be positive, got {projection_dim}.")
+    widths = [encoder.width for encoder in encoders]
+    if projection_dim is None and len(set(widths)) > 1:
+        raise ValueError(f"The encoders' tokens have widths {widths}: give a common `projection_dim`.")
+    for encoder in encoders:
+        if tokens == "cls" and not encoder.has_class_token:
+            raise ValueError(f"The encoder {encoder.spec.source} has no class token: use tokens='patch'.")
+        if tokens == "global" and not encoder.num_global:
+            raise ValueError(f"The encoder {encoder.spec.source} has no global tokens: use tokens='patch'.")
+
+
+def _center_square(image: Tensor) -> Tensor:
+    """The central square of `(3, H, W)`."""
+    height, width = image.shape[-2:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return image[..., top : top + side, left : left + side]
+
+
+def _resize(square: Tensor, size: int, resample: str) -> Tensor:
+    """`(3, H, H)` to `(3, size, size)` in [0, 1]; bicubic's overshoot is clipped."""
+    if square.shape[-1] == size:
+        return square
+    smooth = resample != "nearest"
+    options = {"align_corners": False, "antialias": True} if smooth else {}
+    mode = resample if smooth else "nearest-exact"
+    return F.interpolate(square[None], size=(size, size), mode=mode, **options)[0].clamp(0, 1)
+
+
+def _for_each(value: Any, names: list[Any], what: str) -> list[Any]:
+    """One value for each encoder: the same for all, or a list of them."""
+    if value is None or isinstance(value, (str, int)):
+        return [value] * len(names)
+    if len(value) != len(names):
+        raise ValueError(f"`{what}` has {len(value)} values for {len(names)} encoders.")
+    return list(value)
