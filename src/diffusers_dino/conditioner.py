@@ -14,10 +14,18 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from .encoder_loading import load_encoder
-from .encoders import Encoder, EncoderSpec, ExactBuffers, describe_model
+from .encoders import (
+    TOKENS,
+    Encoder,
+    EncoderSpec,
+    ExactBuffers,
+    Moments,
+    TokenHead,
+    describe_model,
+    load_encoder,
+    semi_orthogonal,
+)
 from .pixels import ImageInput, to_unit
-from .token_head import TOKENS, Moments, TokenHead, semi_orthogonal
 
 __all__ = ["DinoImageConditioner"]
 
@@ -62,8 +70,12 @@ class DinoImageConditioner(ExactBuffers, ModelMixin, ConfigMixin):
         _check_encoders(self.image_encoders, tokens, projection_dim)
         generator = torch.Generator("cpu").manual_seed(projection_seed)
         self.heads = nn.ModuleList(
-            TokenHead(e, tokens, projection_dim and semi_orthogonal(projection_dim, e.width, generator))
-            for e in self.image_encoders
+            TokenHead(
+                encoder,
+                tokens,
+                None if projection_dim is None else semi_orthogonal(projection_dim, encoder.width, generator),
+            )
+            for encoder in self.image_encoders
         )
         self.register_buffer("null_tokens", torch.zeros(self.num_tokens, self.token_dim, dtype=torch.float32))
         self.requires_grad_(False)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .encoders import Encoder, ExactBuffers
+from .model import Encoder, ExactBuffers
 
 __all__ = ["TOKENS", "Moments", "TokenHead", "semi_orthogonal"]
 

@@ -31,6 +31,11 @@ SUPPORTED = (
     + ", ".join(TIMM_FAMILIES)
     + ")"
 )
+# Arguments that would make the builders read files or code that a config has no business to name.
+_FORBIDDEN = {
+    *("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "auto_map"),
+    *("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"),
+}
 # Of a transformers config, what describes a training head or a run and not the network.
 _NOT_ARCHITECTURE = {
     *("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "return_dict"),
@@ -151,6 +156,7 @@ class Encoder(ExactBuffers):
         self.num_prefix = shape.num_prefix
         self.num_global = shape.num_prefix + int(spec.pooler)
         check_size(spec.size, self.patch, spec.source)
+        _check_timm_size(self.model, spec)
         self.num_patches = (spec.size // self.patch) ** 2
         # Not persistent: the config holds them, and one truth is enough.
         for name, values in (("pixel_mean", spec.mean), ("pixel_std", spec.std)):
@@ -215,8 +221,10 @@ def build_model(spec: EncoderSpec) -> nn.Module:
     """The network of a spec, with random weights.
 
     Raises:
-        ValueError: If its backend or architecture is not supported.
+        ValueError: If its backend or architecture is not supported, or an argument has nothing to do with it.
     """
+    if forbidden := _FORBIDDEN & set(spec.arguments):
+        raise ValueError(f"An encoder's arguments cannot hold {', '.join(sorted(forbidden))}.")
     if spec.backend == "transformers" and spec.architecture in TRANSFORMERS_FAMILIES:
         config_class, model_class = TRANSFORMERS_FAMILIES[spec.architecture]
         options = {"add_pooling_layer": spec.pooler} if spec.architecture == "vit" else {}
@@ -243,6 +251,16 @@ def check_size(size: int, patch: int, name: str) -> None:
         choice = f"{below} or {below + patch}" if below else f"{patch}"
         raise ValueError(
             f"The image size {size} is not a multiple of the patch of {name}, {patch} pixels: give size={choice}."
+        )
+
+
+def _check_timm_size(model: nn.Module, spec: EncoderSpec) -> None:
+    """timm fixes the image size when it builds a model, unless `dynamic_img_size` was asked for."""
+    embed = getattr(model, "patch_embed", None)
+    if getattr(embed, "strict_img_size", False) and tuple(embed.img_size) != (spec.size, spec.size):
+        raise ValueError(
+            f"{spec.source} was built by timm for images of {tuple(embed.img_size)} pixels and gets size={spec.size}: "
+            "build it with that `img_size`, or with `dynamic_img_size=True`."
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from torch import nn
 
-from .encoders import (
+from .model import (
     RESAMPLINGS,
     SUPPORTED,
     TRANSFORMERS_FAMILIES,
@@ -32,7 +33,7 @@ _CONFIGS = ["config.json", "preprocessor_config.json", "processor_config.json"]
 _WEIGHTS = ["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
 _TIMM_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 _PIL_RESAMPLINGS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
-logger = transformers.utils.logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def load_encoder(
@@ -100,13 +101,13 @@ def _loader(name: str, config: Mapping[str, Any]) -> Callable[..., tuple[Encoder
 
 
 def _check_weights(name: str, folder: Path) -> None:
-    if any(folder.glob("*.safetensors")):
+    if any((folder / file).is_file() for file in _WEIGHTS[:2]):
         return
     pickles = sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt") for path in folder.glob(pattern))
     held = f"it holds {', '.join(pickles)}, a pickle that could run any code" if pickles else "it holds none"
     raise FileNotFoundError(
-        f"The encoder {name!r} needs its weights as model.safetensors; {held}. If you trust them, load them once "
-        "with the library that wrote them and save them again as safetensors."
+        f"The encoder {name!r} needs its weights as model.safetensors; {held}. If you trust them, load them once with "
+        "the library that wrote them and save them again as safetensors."
     )
 
 
@@ -120,7 +121,7 @@ def _load_transformers(
     )
     with _without_report():
         model, report = model_class.from_pretrained(
-            folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            folder, use_safetensors=True, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
         )
     missing = set(report["missing_keys"])
     pooler = {key for key in missing if key.startswith("pooler.")}
@@ -199,7 +200,7 @@ def _resampling(name: str | None) -> str:
     """torch antialiases bilinear and bicubic alone; bicubic is the nearest to the longer filters."""
     if name in RESAMPLINGS:
         return name
-    logger.warning(f"The checkpoint's resampling ({name}) has no differentiable counterpart: bicubic is used.")
+    logger.warning("The checkpoint's resampling (%s) has no differentiable counterpart: bicubic is used.", name)
     return "bicubic"
 
 
