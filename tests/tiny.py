@@ -134,3 +134,14 @@ def random_images(count: int, channels: int = 3, size: int = IMAGE_SIZE, seed: i
     """Smooth random images `(count, channels, size, size)` in [0, 1]."""
     coarse = torch.rand(count, channels, 4, 4, generator=torch.Generator().manual_seed(seed))
     return torch.nn.functional.interpolate(coarse, size=size, mode="bilinear", align_corners=False)
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    """One CPU generator for each seed."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def generate(pipe: diffusers_dino.DinoDiffusionPipeline, image: Any = None, **options: Any) -> Any:
+    """`pipe(...).images` in three steps, from a fixed seed, as an array unless something else is asked for."""
+    defaults = {"num_inference_steps": 3, "output_type": "np", "generator": torch.Generator().manual_seed(0)}
+    return pipe(image, **{**defaults, **options}).images

@@ -268,7 +268,7 @@ class DinoDiffusionPipeline(DiffusionPipeline, StableDiffusionMixin, UNetLoraLoa
             width: As `height`.
             num_inference_steps: Denoising steps.
             timesteps: Timesteps of one's own in place of `num_inference_steps`, for schedulers that take them.
-            sigmas: Noise levels of one's own, likewise.
+            sigmas: Noise levels of one's own, descending to 0, likewise.
             guidance_scale: Classifier-free guidance away from the null condition; 1 is none, and costs half. A model
                 that was trained without dropping its condition does not know the null condition: use 1.
             guidance_rescale: In [0, 1], against over-exposure by guidance; 0.7 with zero terminal SNR (Lin et al.,

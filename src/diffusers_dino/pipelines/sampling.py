@@ -28,7 +28,7 @@ def set_timesteps(
         num_inference_steps: Number of steps, spaced as the scheduler does; ignored with `timesteps` or `sigmas`.
         device: Where the timesteps will be.
         timesteps: Timesteps of one's own, descending.
-        sigmas: Noise levels of one's own, descending.
+        sigmas: Noise levels of one's own, descending to 0.
 
     Returns:
         The timesteps of the model's calls, in order: `(T,)`, more than the steps for solvers of higher order.

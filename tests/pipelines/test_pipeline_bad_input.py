@@ -1,0 +1,147 @@
+"""What the pipeline refuses, and whether the message says what to do."""
+
+import numpy as np
+import pytest
+import torch
+
+import tiny
+from diffusers_dino import DinoDiffusionPipeline
+from tiny import generate, generators
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny.tiny_pipeline()
+
+
+@pytest.fixture(scope="module")
+def embeds(pipe):
+    return pipe.encode_image(tiny.random_images(2))
+
+
+def test_neither_or_both_conditions(pipe, embeds):
+    with pytest.raises(ValueError, match="either `image` or `image_embeds`"):
+        generate(pipe)
+    with pytest.raises(ValueError, match="either `image` or `image_embeds`"):
+        generate(pipe, tiny.random_images(2), image_embeds=embeds)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_in_pixels_and_embeddings(pipe, embeds, value):
+    image = tiny.random_images(1)
+    image[0, 0, 3, 3] = value
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        generate(pipe, image)
+    broken = embeds.clone()
+    broken[1, 2, 3] = value
+    with pytest.raises(ValueError, match="`image_embeds` contains NaN"):
+        generate(pipe, image_embeds=broken)
+
+
+def test_images_of_the_wrong_type_or_layout(pipe):
+    with pytest.raises(TypeError, match="PIL image"):
+        generate(pipe, "radiograph.png")
+    with pytest.raises(ValueError, match="must be in \\[0, 1\\]"):
+        generate(pipe, tiny.random_images(1) * 255)
+    with pytest.raises(ValueError, match="layout"):
+        generate(pipe, np.zeros((2, 2, 2, 2, 2), np.uint8))
+    with pytest.raises(ValueError, match="no image"):
+        generate(pipe, [])
+
+
+@pytest.mark.parametrize("shape", [(5, 32), (2, 4, 32), (2, 5, 16), (0, 5, 32), (2, 1, 5, 32)])
+def test_embeddings_of_another_shape(pipe, shape):
+    with pytest.raises(ValueError, match=r"\(B, 5, 32\).*got \("):
+        generate(pipe, image_embeds=torch.zeros(shape))
+
+
+def test_embeddings_that_are_no_tensor(pipe, embeds):
+    with pytest.raises(TypeError, match="`image_embeds` must be a tensor"):
+        generate(pipe, image_embeds=embeds.numpy())
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("height", 30, "`height` must be a positive multiple of 4, got 30"),
+        ("width", -8, "`width` must be a positive multiple of 4"),
+        ("width", 32.0, "`width` must be a positive multiple of 4, got 32.0"),
+        ("num_inference_steps", 0, "`num_inference_steps` must be a positive integer"),
+        ("num_images_per_prompt", 1.5, "`num_images_per_prompt` must be a positive integer"),
+        ("num_images_per_prompt", True, "`num_images_per_prompt` must be a positive integer"),
+        ("guidance_rescale", 1.2, r"`guidance_rescale` must be in \[0, 1\]"),
+        ("output_type", "jpeg", "`output_type` must be one of"),
+        ("callback_on_step_end_tensor_inputs", ["prompt_embeds"], "must be among"),
+        ("latents", torch.zeros(2, 4, 8, 4), "`latents` must have shape"),
+        ("latents", torch.zeros(1, 4, 8, 8), "`latents` must have shape"),
+        ("latents", torch.zeros(2, 3, 8, 8), "`latents` must have shape"),
+    ],
+)
+def test_arguments_out_of_range(pipe, embeds, argument, value, message):
+    options = {"height": 32, "width": 32} if argument == "latents" else {}
+    with pytest.raises(ValueError, match=message):
+        generate(pipe, image_embeds=embeds, **{**options, argument: value})
+
+
+def test_generators_that_do_not_fit(pipe, embeds):
+    with pytest.raises(ValueError, match="4 are asked for, 2 generators"):
+        generate(pipe, image_embeds=embeds, num_images_per_prompt=2, generator=generators(0, 1))
+    with pytest.raises(TypeError, match=r"torch\.Generator"):
+        generate(pipe, image_embeds=embeds, generator=[0, 1])
+    with pytest.raises(TypeError, match=r"torch\.Generator"):
+        generate(pipe, image_embeds=embeds, generator=42)
+
+
+def test_a_unet_for_tokens_of_another_width(pipe):
+    unet = tiny.tiny_unet(cross_attention_dim=48)
+    with pytest.raises(ValueError, match=r"width 48 .*cross_attention_dim=32.*projection_dim=48"):
+        DinoDiffusionPipeline(**{**pipe.components, "unet": unet})
+
+
+def test_an_autoencoder_of_another_latent_width(pipe):
+    with pytest.raises(ValueError, match="latents have 3 channels, but the UNet has in_channels=4"):
+        DinoDiffusionPipeline(**{**pipe.components, "vae": tiny.tiny_vae(latent_channels=3)})
+
+
+def test_a_unet_with_other_output_channels(pipe):
+    with pytest.raises(ValueError, match="out_channels=8"):
+        DinoDiffusionPipeline(**{**pipe.components, "unet": tiny.tiny_unet(out_channels=8)})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"num_class_embeds": 3}, "num_class_embeds"),
+        ({"encoder_hid_dim": 32, "encoder_hid_dim_type": "image_proj"}, "image_proj"),
+        ({"cross_attention_dim": (32, 16)}, r"different widths, \[16, 32\]"),
+    ],
+)
+def test_a_unet_with_conditions_that_no_image_gives(pipe, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        DinoDiffusionPipeline(**{**pipe.components, "unet": tiny.tiny_unet(**overrides)})
+
+
+def test_a_component_that_was_replaced_by_a_wrong_one(embeds):
+    pipe = tiny.tiny_pipeline()
+    pipe.vae = tiny.tiny_vae(latent_channels=3)
+    with pytest.raises(ValueError, match="latents have 3 channels"):
+        generate(pipe, image_embeds=embeds)
+
+
+def test_components_that_are_missing(embeds):
+    without_vae = tiny.tiny_pipeline(vae=None)
+    with pytest.raises(ValueError, match="needs a VAE"):
+        generate(without_vae, image_embeds=embeds, height=64, width=64)
+    latents = generate(without_vae, image_embeds=embeds, height=64, width=64, output_type="latent")
+    assert latents.shape == (2, 4, 8, 8)
+
+    without_conditioner = tiny.tiny_pipeline(conditioner=None)
+    with pytest.raises(ValueError, match="no conditioner to encode"):
+        generate(without_conditioner, tiny.random_images(1), guidance_scale=1.0)
+    with pytest.raises(ValueError, match="null condition"):
+        generate(without_conditioner, image_embeds=embeds)
+    assert generate(without_conditioner, image_embeds=embeds, guidance_scale=1.0).shape == (2, 32, 32, 1)
+
+    for name in ("unet", "scheduler"):
+        with pytest.raises(ValueError, match="no unet or no scheduler"):
+            generate(tiny.tiny_pipeline(**{name: None}), image_embeds=embeds, height=32, width=32)
