@@ -113,7 +113,7 @@ def _split(image: Image) -> Iterator[Tensor]:
 def _images(x: Tensor, given_shape: tuple[int, ...], layout: str) -> Iterator[Tensor]:
     if x.ndim not in (2, 3, 4):
         raise ValueError(f"Expected an image of layout {layout}, got shape {tuple(given_shape)}.")
-    batch = x.reshape(-1, *x.shape[-3:]) if x.ndim > 2 else x[None, None]
+    batch = x[(None,) * (4 - x.ndim)]  # (N, C, H, W)
     if batch.shape[1] not in (1, 3, 4):
         raise ValueError(
             f"Expected 1, 3 or 4 channels in the layout {layout}, got {batch.shape[1]} (shape {tuple(given_shape)})."

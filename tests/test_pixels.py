@@ -1,0 +1,193 @@
+"""Every accepted type of image reaches the same unit range; everything else is refused with a reason."""
+
+import io
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffusers_dino.pixels import to_unit, unit_to_uint8, unit_to_vae, unit_to_xrv, vae_to_unit
+
+RGB = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3) * 2
+EXPECTED = torch.from_numpy(RGB).permute(2, 0, 1) / 255
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        PIL.Image.fromarray(RGB),
+        PIL.Image.fromarray(RGB).convert("RGBA"),
+        RGB,
+        RGB.astype(np.float32) / 255,
+        RGB.astype(np.float64) / 255,
+        np.ascontiguousarray(RGB[::-1, ::-1])[::-1, ::-1],
+        np.dstack([RGB, np.full((5, 7, 1), 255, np.uint8)]),
+        EXPECTED,
+        EXPECTED.double(),
+        torch.from_numpy(RGB).permute(2, 0, 1),
+    ],
+    ids=lambda image: f"{type(image).__name__}-{getattr(image, 'mode', None) or image.dtype}-{image.size}",
+)
+def test_all_types_agree(image):
+    (unit,) = to_unit(image)
+    assert unit.dtype == torch.float32
+    assert unit.shape == (3, 5, 7)
+    assert torch.allclose(unit, EXPECTED, atol=1e-7)
+
+
+MODES = ["L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_pil_modes_show_the_same_gray(mode):
+    gray = PIL.Image.new("L", (6, 4), 100)
+    via = {"La": "LA", "PA": "P", "RGBa": "RGBA", "RGBX": "RGB", "HSV": "RGB"}.get(mode)
+    image = (gray.convert(via) if via else gray).convert(mode)
+    assert image.mode == mode
+    (unit,) = to_unit(image)
+    assert unit.shape == (3, 4, 6)
+    assert torch.equal(unit * 255, torch.full((3, 4, 6), 100.0))
+
+
+def test_one_bit_image():
+    assert to_unit(PIL.Image.new("1", (2, 2), 1))[0].unique().tolist() == [1.0]
+
+
+def test_palette_image_shows_its_colours():
+    image = PIL.Image.fromarray(RGB[:2, :2]).quantize(4)
+    assert image.mode == "P"
+    assert (to_unit(image)[0] - EXPECTED[:, :2, :2]).abs().max() <= 2 / 255
+
+
+def test_palette_image_with_a_transparent_colour():
+    image = PIL.Image.new("P", (3, 3), 0)
+    image.putpalette([200, 100, 50])
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", transparency=0)
+    assert to_unit(PIL.Image.open(buffer))[0].max() == 0
+
+
+def test_alpha_is_composited_on_black():
+    rgba = np.full((4, 4, 4), 200, np.uint8)
+    rgba[..., 3] = 51
+    for image in (rgba, PIL.Image.fromarray(rgba), rgba.astype(np.float32) / 255):
+        assert torch.allclose(to_unit(image)[0], torch.tensor(200 / 255 * 0.2), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int16, np.int32, np.uint32, ">u2", ">i4"])
+def test_wide_integers_span_their_own_range(dtype):
+    image = np.array([[100, 3000], [1550, 100]]).astype(dtype)
+    assert torch.allclose(to_unit(image)[0][1], torch.tensor([[0, 1], [0.5, 0]]))
+
+
+def test_a_batch_of_wide_integers_is_stretched_image_by_image():
+    units = to_unit(np.stack([np.eye(3, dtype=np.uint16) * 10, np.eye(3, dtype=np.uint16) * 1000])[..., None])
+    assert torch.equal(units[0], units[1])
+
+
+def test_signed_extremes_and_constant_images():
+    assert to_unit(np.array([[-(2**31), 2**31 - 1]], np.int32))[0][0].tolist() == [[0, 1]]
+    assert to_unit(np.full((2, 2), 700, np.uint16))[0].max() == 0
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
+def test_pil_images_of_16_and_32_bits(mode):
+    levels = np.array([[0, 30000], [60000, 15000]])
+    raw = levels.astype({"I;16": "<u2", "I;16B": ">u2", "I": "=i4"}[mode])
+    image = PIL.Image.frombytes(mode, (2, 2), raw.tobytes())
+    assert torch.allclose(to_unit(image)[0][0], torch.tensor([[0, 0.5], [1, 0.25]]))
+
+
+def test_16_bit_png_round_trip():
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(np.array([[0, 4095]], np.uint16)).save(buffer, "PNG")
+    assert to_unit(PIL.Image.open(buffer))[0][0].tolist() == [[0, 1]]
+
+
+def test_pil_float_mode():
+    assert to_unit(PIL.Image.new("F", (2, 2), 0.25))[0].unique().tolist() == [0.25]
+
+
+def test_batches_and_lists():
+    assert len(to_unit(torch.rand(4, 1, 5, 6))) == 4
+    assert len(to_unit(np.random.default_rng(0).random((4, 5, 6, 3)))) == 4
+    mixed = to_unit([PIL.Image.new("L", (3, 2)), np.zeros((5, 4), np.uint8), torch.rand(2, 3, 7, 7)])
+    assert [tuple(u.shape) for u in mixed] == [(3, 2, 3), (3, 5, 4), (3, 7, 7), (3, 7, 7)]
+
+
+def test_masks_are_images_too():
+    assert to_unit(np.eye(3, dtype=bool))[0].sum() == 9
+
+
+def test_tensors_keep_their_graph():
+    x = torch.rand(1, 4, 4, dtype=torch.float64, requires_grad=True)
+    to_unit(x)[0].sum().backward()
+    assert x.grad.unique().tolist() == [3.0]
+
+
+def test_the_callers_array_is_not_shared():
+    image = np.zeros((3, 3), np.float32)
+    (unit,) = to_unit(image)
+    image += 1
+    assert unit.max() == 0
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "message"),
+    [
+        ([], ValueError, "no image"),
+        (np.zeros((0, 4, 4, 3)), ValueError, "no image"),
+        (np.zeros((4, 0, 3)), ValueError, "no pixels"),
+        (np.full((4, 4), np.nan), ValueError, "NaN"),
+        (torch.full((3, 4, 4), torch.inf), ValueError, "infinity"),
+        (torch.full((3, 4, 4), -1.0), ValueError, r"\[-1, -1\].*\(x \+ 1\) / 2"),
+        (np.full((4, 4, 3), 255.0), ValueError, r"in \[0, 1\]"),
+        (np.zeros((4, 4, 2), np.uint8), ValueError, r"got 2 \(shape \(4, 4, 2\)\)"),
+        (np.zeros((3, 5, 5), np.uint8), ValueError, r"layout.*\(3, 5, 5\)"),
+        (torch.rand(5, 5, 3), ValueError, "channels"),
+        (np.zeros(4), ValueError, r"shape \(4,\)"),
+        (torch.rand(1, 1, 3, 4, 4), ValueError, "layout"),
+        ("chest.png", TypeError, "load_image"),
+        (None, TypeError, "NoneType"),
+        ([[PIL.Image.new("L", (2, 2))]], TypeError, "list"),
+        (np.zeros((4, 4), np.int64), TypeError, "int64"),
+        (np.zeros((4, 4), np.int8), TypeError, "int8"),
+        (np.zeros((4, 4), complex), TypeError, "complex"),
+        (np.array([["a"]]), TypeError, "numbers"),
+        (np.zeros((4, 4, 4), np.uint16), TypeError, "Alpha"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_what_is_refused(image, error, message):
+    with pytest.raises(error, match=message):
+        to_unit(image)
+
+
+def test_vae_range_round_trip():
+    x = torch.rand(2, 3, 4, 4)
+    assert torch.allclose(vae_to_unit(unit_to_vae(x, 3)), x, atol=1e-6)
+    gray = unit_to_vae(x, 1)
+    assert gray.shape == (2, 1, 4, 4)
+    assert torch.allclose(gray, x.mean(1, keepdim=True) * 2 - 1)
+    assert unit_to_vae(gray.clamp(0, 1), 3).shape == (2, 3, 4, 4)
+    assert vae_to_unit(torch.tensor([-3.0, 0.0, 3.0])).tolist() == [0, 0.5, 1]
+
+
+@pytest.mark.parametrize(("shape", "channels"), [((2, 4, 4), 3), ((4, 4), 3), ((1, 4, 4), 2)])
+def test_vae_range_refuses_other_channels(shape, channels):
+    with pytest.raises(ValueError):
+        unit_to_vae(torch.zeros(shape), channels)
+
+
+def test_xrv_range():
+    assert unit_to_xrv(torch.tensor([0, 0.5, 1]).view(3, 1, 1, 1)).flatten().tolist() == [-1024, 0, 1024]
+    assert unit_to_xrv(torch.ones(2, 3, 4, 4)).shape == (2, 1, 4, 4)
+
+
+@given(st.integers(0, 255))
+def test_eight_bits_survive(value):
+    image = np.full((2, 2), value, np.uint8)
+    assert unit_to_uint8(to_unit(image)[0]).unique().tolist() == [value]
