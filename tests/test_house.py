@@ -10,7 +10,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 # Each layer may import from the layers above it in this list, and within its own package.
 LAYERS = [
-    {"pixels", "embeddings", "segmentation"},
+    {"pixels", "seeds", "registration", "embeddings", "segmentation"},
     {
         "latents",
         "encoders",

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..metrics import frechet_distance, pixel_features, retrieval_accuracy
 from ..metrics.retrieval import nearest_neighbors
+from ..seeds import generator_for
 
 if TYPE_CHECKING:
     from ..pipelines import DinoDiffusionPipeline
@@ -145,9 +145,7 @@ def generate_variations(
     images = []
     for start in range(0, len(tokens), batch_size):
         chunk = tokens[start : start + batch_size]
-        # CPU generators keep 32 bits of a seed: index and seed are mixed into them by numpy's SeedSequence
-        states = [np.random.SeedSequence([seed, start + i]).generate_state(1)[0] for i in range(len(chunk))]
-        generators = [torch.Generator().manual_seed(int(state)) for state in states]
+        generators = [generator_for(seed, "variation", start + i) for i in range(len(chunk))]
         output = pipe(
             image_embeds=chunk,
             generator=generators,
