@@ -15,6 +15,7 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
 from torch import nn
 
 from .model import (
@@ -63,7 +64,10 @@ def load_encoder(
     folder, _ = _fetch(name, _CONFIGS + _WEIGHTS, commit or revision, hub)
     _check_weights(name, folder)
     origin = {"source": name if commit else folder.resolve().name, "revision": commit}
-    spec, model = load(folder, config, size, origin)
+    try:
+        spec, model = load(folder, config, size, origin)
+    except SafetensorError as error:
+        raise ValueError(f"The weights of the encoder {name!r} are corrupt, fetch them again: {error}.") from error
     return spec, model.eval()
 
 
