@@ -6,16 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import PIL.Image
 import pytest
 import timm
 import torch
 import transformers
-from tiny import seeded
 from torch import Tensor, nn
 
 from diffusers_dino.conditioner import DinoImageConditioner
+from diffusers_dino.pixels import unit_to_uint8
+from tiny import random_images, seeded
 
 MEAN, STD = [0.5307, 0.5, 0.45], [0.2583, 0.25, 0.2]  # as little like ImageNet's as RAD-DINO's
 CROPPING = {
@@ -308,7 +308,7 @@ def test_pixels_match_the_image_processor(side, resample, tmp_path):
     processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}}
     processor |= {"resample": resample, "image_mean": MEAN, "image_std": STD}
     folder = save_transformers(build("dinov1"), tmp_path / "dino", processor)
-    image = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))
+    image = PIL.Image.fromarray(unit_to_uint8(random_images(1, size=side)[0]).permute(1, 2, 0).numpy())
     expected = transformers.AutoImageProcessor.from_pretrained(folder)(image, return_tensors="pt").pixel_values
     pixels = normalized(DinoImageConditioner.from_encoder(folder).preprocess(image))
     assert (pixels - expected).abs().max() <= 2 / 255 / min(STD)
@@ -384,7 +384,7 @@ def test_unknown_family_names_the_supported_ones(config, found, tmp_path):
 
 
 def test_network_with_a_head_is_refused():
-    with pytest.raises(ValueError, match="Dinov2ForImageClassification.*base model"):
+    with pytest.raises(ValueError, match=r"Dinov2ForImageClassification.*base model"):
         wrap(transformers.Dinov2ForImageClassification(transformers.Dinov2Config(**TINY)))
 
 
@@ -451,14 +451,19 @@ def test_size_must_hold_whole_patches(family, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"size": 0}, {"size": 32.0}, {"mean": [0.5]}, {"std": [0, 1, 1]}, {"std": [1, 1, float("nan")]}]
-    + [{"resample": "lanczos"}],
-    ids=str,
+    ("option", "value"),
+    [
+        ("size", 0),
+        ("size", 32.0),
+        ("mean", [0.5]),
+        ("std", [0, 1, 1]),
+        ("std", [1, 1, torch.nan]),
+        ("resample", "box"),
+    ],
 )
-def test_preprocessing_that_makes_no_sense(options):
-    with pytest.raises(ValueError):
-        wrap(build("dinov2"), **options)
+def test_preprocessing_that_makes_no_sense(option, value):
+    with pytest.raises(ValueError, match=f"`{option}` must"):
+        wrap(build("dinov2"), **{option: value})
 
 
 def test_timm_model_of_another_size_or_unknown_arguments():

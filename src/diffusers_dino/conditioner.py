@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from .encoders import (
     ExactBuffers,
     Moments,
     TokenHead,
+    copy_of_backbone,
     describe_model,
     load_encoder,
     semi_orthogonal,
@@ -91,7 +91,7 @@ class DinoImageConditioner(ExactBuffers, ModelMixin, ConfigMixin):
         projection_seed: int = 0,
         size: int | Sequence[int] | None = None,
         revision: str | Sequence[str | None] | None = None,
-        torch_dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype = torch.float32,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
@@ -108,7 +108,7 @@ class DinoImageConditioner(ExactBuffers, ModelMixin, ConfigMixin):
             size: Side in pixels of the images that the encoder sees, instead of its image processor's; position
                 embeddings are interpolated the model's own way. A list gives one each.
             revision: Branch, tag or commit on the Hub. A list gives one each.
-            torch_dtype: Type of the encoders' weights.
+            dtype: Type of the encoders' weights.
             token: Credential for gated repositories, as in huggingface_hub.
             cache_dir: Folder for downloads.
             local_files_only: Use downloaded files alone.
@@ -127,7 +127,7 @@ class DinoImageConditioner(ExactBuffers, ModelMixin, ConfigMixin):
             )
         ]
         conditioner = cls._assemble(loaded, tokens, projection_dim, projection_seed)
-        conditioner.image_encoders.to(torch_dtype)
+        conditioner.image_encoders.to(dtype)
         return conditioner
 
     @classmethod
@@ -173,7 +173,7 @@ class DinoImageConditioner(ExactBuffers, ModelMixin, ConfigMixin):
             source=source,
             revision=None,
         )
-        return cls._assemble([(spec, deepcopy(model))], tokens, projection_dim, projection_seed)
+        return cls._assemble([(spec, copy_of_backbone(model))], tokens, projection_dim, projection_seed)
 
     @classmethod
     def _assemble(

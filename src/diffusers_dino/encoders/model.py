@@ -7,6 +7,7 @@ checkpoint it came from.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-__all__ = ["Encoder", "EncoderSpec", "ExactBuffers", "describe_model"]
+__all__ = ["Encoder", "EncoderSpec", "ExactBuffers", "copy_of_backbone", "describe_model"]
 
 TRANSFORMERS_FAMILIES: dict[str, tuple[type, type]] = {
     "vit": (transformers.ViTConfig, transformers.ViTModel),
@@ -294,6 +295,14 @@ def describe_model(model: nn.Module, model_args: Mapping[str, Any] | None = None
     arguments = dict(getattr(model, "_model_args", {}) if model_args is None else model_args)
     arguments = {key: value for key, value in arguments.items() if key != "num_classes"}
     return {"backend": "timm", "architecture": architecture, "arguments": arguments, "pooler": False}
+
+
+def copy_of_backbone(model: nn.Module) -> nn.Module:
+    """A copy of a model that `describe_model` knows, without the classifier that timm's models may carry."""
+    backbone = deepcopy(model)
+    if hasattr(backbone, "reset_classifier"):
+        backbone.reset_classifier(0)
+    return backbone
 
 
 def _check_channels(channels: int) -> None:
