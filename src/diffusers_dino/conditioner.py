@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import init_empty_weights
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ConfigMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
@@ -26,6 +26,7 @@ from .encoders import (
     semi_orthogonal,
 )
 from .pixels import ImageInput, to_unit
+from .registration import ModelMixin  # diffusers', which knows this library from then on
 
 __all__ = ["DinoImageConditioner"]
 

@@ -15,7 +15,6 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .. import registration  # noqa: F401 - before a pipeline is built, its library must be known to diffusers
 from ..conditioner import DinoImageConditioner
 from ..latents import decode_latents, vae_scale_factor
 from ..pixels import ImageInput, vae_to_unit
