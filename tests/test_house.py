@@ -24,6 +24,7 @@ LAYERS = [
         "training.self_distillation",
     },
     {"pipelines"},
+    {"training.components", "training.progress", "training.state"},
     {"training.validation", "synthesis", "protocols", "hub"},
     {"plots", "report"},
 ]

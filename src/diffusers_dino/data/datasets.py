@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from ..seeds import derive_seed
 from .augmentation import Augmentation
 from .preprocessing import Preprocessing
 from .reading import UnreadableImageError
-from .sampling import Slot
+from .sampling import GlobalBatchSampler, Slot
 from .sources import ImageSource, open_source
 
 __all__ = ["ImageDataset", "TrainingViews", "collate", "open_images", "to_float"]
@@ -169,6 +169,25 @@ class TrainingViews(Dataset[dict[str, Any]]):
         batch["position"] = [slot.position for slot in slots]
         batch["unreadable"] = list(self.images.unreadable.values())
         return batch
+
+    def batches(
+        self, sampler: GlobalBatchSampler, num_workers: int = 0, pin_memory: bool = False
+    ) -> Iterator[dict[str, Any]]:
+        """The batches of a sampler, without end, loaded by `num_workers` processes (0: by this one)."""
+        loader = DataLoader(
+            self,
+            batch_sampler=sampler,
+            collate_fn=_as_it_is,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),  # without it the global one is drawn from, and a resumed run would differ
+        )
+        return iter(loader)
+
+
+def _as_it_is(batch: dict[str, Any]) -> dict[str, Any]:
+    """`__getitems__` gives whole batches already. A lambda would not travel to spawned workers."""
+    return batch
 
 
 def open_images(

@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ __all__ = [
     "CheckpointError",
     "delete_old_checkpoints",
     "find_checkpoint",
+    "make_writable_folder",
     "read_checkpoint",
     "save_atomically",
     "saving_checkpoint",
@@ -59,7 +61,6 @@ def saving_checkpoint(
     output_dir: str | Path,
     step: int,
     info: dict[str, Any] | None = None,
-    *,
     is_main_process: bool = True,
     wait_for_everyone: Callable[[], None] = lambda: None,
 ) -> Iterator[Path]:
@@ -104,6 +105,24 @@ def save_atomically(final: str | Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     yield partial
     _move_into_place(partial, final)
+
+
+def make_writable_folder(path: str | Path) -> Path:
+    """Make a folder and try it, so that a run that could not save anything ends before it starts.
+
+    Raises:
+        PermissionError: If nothing can be written there.
+        NotADirectoryError: If a file is in the way.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(f"The output folder {path} cannot be made: there is a file of that name.") from error
+    except OSError as error:
+        raise PermissionError(f"The output folder {path} is not writable: {error.strerror}.") from error
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:

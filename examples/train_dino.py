@@ -1,0 +1,404 @@
+"""Train the UNet of a DinoDiffusionPipeline from unlabelled images (DiNO-Diffusion, arXiv 2407.11594).
+
+    accelerate launch examples/train_dino.py examples/configs/paper_dinov1.yaml --train_data_dir /data/cxr
+
+Autoencoder and DINO encoder stay frozen. `--output_dir` becomes a pipeline, or with `--rank` a LoRA for one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import signal
+import threading
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers.optimization import get_scheduler
+from torch import Tensor
+
+from command_line import flag, parse_arguments
+from diffusers_dino import DinoDiffusionPipeline, DinoImageConditioner
+from diffusers_dino.data import (
+    Augmentation,
+    GlobalBatchSampler,
+    ImageDataset,
+    Preprocessing,
+    TrainingViews,
+    open_images,
+)
+from diffusers_dino.latents import encode_to_moments
+from diffusers_dino.pixels import unit_to_vae
+from diffusers_dino.training import checkpoints, components, objective, validation
+from diffusers_dino.training.progress import Progress
+from diffusers_dino.training.state import TrainingState
+
+logger = logging.getLogger("train_dino")
+
+
+@dataclass
+class Arguments:
+    # Data
+    train_data_dir: str | None = flag(
+        None, "Image folder, webdataset tars or `datasets` folder.", aliases=["--train_data"]
+    )
+    dataset_name: str | None = flag(None, "Data set of the Hugging Face Hub, in place of a local one.")
+    dataset_config_name: str | None = flag(None, "Its configuration.")
+    dataset_split: str = flag("train", "Split of a `datasets` set.")
+    image_column: str = flag("image", "Column of images of a `datasets` set.")
+    keys_file: str | None = flag(None, "Text file of sample keys, one a line: train on these alone.")
+    max_train_samples: int | None = flag(None, "Train on the first samples alone.")
+    in_memory: bool = flag(False, "Prepare all images once and keep them in memory: for small sets.")
+    max_unreadable: float = flag(0.05, "Largest tolerated fraction of images that cannot be read.")
+    dataloader_num_workers: int = flag(0, "Processes that load data; 0 loads in the main process.")
+    resolution: int = flag(512, "Side of the images in pixels.")
+    remove_borders: bool = flag(True, "Cut uniform borders off.")
+    augment: bool = flag(True, "Show a random view of an image in each epoch.")
+    sharpness: float = flag(1.0, "Largest weight of the random unsharp mask.")
+    shear: float = flag(0.05, "Largest shear, as a fraction of the side.")
+    translation: float = flag(0.05, "Largest shift, as a fraction of the side.")
+    min_scale: float = flag(0.9, "Smallest magnification.")
+    max_scale: float = flag(1.4, "Largest magnification.")
+    random_flip: bool = flag(False, "Mirror half of the images. It exchanges the patient's sides.")
+    # Models
+    pretrained_model_name_or_path: str | None = flag(None, "Stable Diffusion to take VAE, UNet and scheduler from.")
+    revision: str | None = flag(None, "Its revision on the Hub.")
+    variant: str | None = flag(None, "Its variant, such as fp16.")
+    pretrained_pipeline: str | None = flag(None, "DinoDiffusionPipeline to continue from; needed for LoRA.")
+    vae: str | None = flag(None, "VAE, in place of the pretrained model's.")
+    unet: str | None = flag(None, "UNet, in place of the pretrained model's.")
+    unet_config: str | None = flag(None, "Train a new UNet of this config (JSON file, folder or Hub id).")
+    qk_init_scale: float = flag(1.0, "Factor of a new UNet's query and key weights.")
+    conditioner: str | None = flag(None, "Saved DinoImageConditioner.")
+    encoder: list[str] | None = flag(None, "DINO encoder(s) to make a conditioner of.")  # noqa: RUF009
+    tokens: Literal["global", "cls", "patch", "all"] = flag("global", "Which tokens of --encoder are the condition.")
+    projection_dim: int | None = flag(None, "Project the tokens of --encoder to this width.")
+    normalize_tokens: int = flag(0, "Standardise tokens with statistics of this many training images; 0 does not.")
+    scheduler: str | None = flag(None, "Config of the noise schedule, in place of Stable Diffusion's.")
+    prediction_type: str | None = flag(None, "epsilon, v_prediction or sample, in place of the schedule's.")
+    rescale_betas_zero_snr: bool = flag(False, "End the schedule at pure noise; needs v_prediction.")
+    rank: int | None = flag(None, "Train a LoRA of this rank on --pretrained_pipeline.")
+    lora_alpha: float | None = flag(None, "Scale of the LoRA; the rank by default.")
+    # Objective
+    condition_dropout: float = flag(0.1, "Fraction of samples with the null condition, for guidance.")
+    snr_gamma: float | None = flag(None, "Min-SNR weighting of the loss; 5.0 is its authors' choice.")
+    noise_offset: float = flag(0.0, "Strength of noise that is constant over a channel.")
+    # Optimisation
+    seed: int = flag(0, "Seed of everything random.")
+    train_batch_size: int = flag(16, "Images per device and forward pass.")
+    gradient_accumulation_steps: int = flag(1, "Forward passes per update.")
+    num_train_epochs: float = flag(100, "Length of training.")
+    max_train_steps: int | None = flag(None, "Length of training in updates, in place of epochs.")
+    learning_rate: float = flag(1e-4, "After warm-up.")
+    scale_lr: bool = flag(False, "Multiply the learning rate by the number of images per update.")
+    lr_scheduler: str = flag("constant_with_warmup", "One of diffusers', such as constant, cosine, linear.")
+    lr_warmup_steps: int = flag(500, "Updates of warm-up.")
+    use_8bit_adam: bool = flag(False, "bitsandbytes' AdamW.")
+    adam_beta1: float = flag(0.9, "First moment's decay.")
+    adam_beta2: float = flag(0.999, "Second moment's decay.")
+    adam_weight_decay: float = flag(1e-2, "Weight decay.")
+    adam_epsilon: float = flag(1e-8, "Epsilon of Adam.")
+    max_grad_norm: float = flag(1.0, "Gradients are clipped to this norm.")
+    use_ema: bool = flag(False, "Average the weights; samples and the final pipeline use the average.")
+    ema_decay: float = flag(0.9999, "Decay of the average.")
+    # Speed and memory
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(None, "In place of accelerate's configuration.")
+    allow_tf32: bool = flag(False, "TF32 matrix products on Ampere and later.")
+    gradient_checkpointing: bool = flag(False, "Save memory, compute activations twice.")
+    enable_xformers_memory_efficient_attention: bool = flag(False, "xformers in place of PyTorch's attention.")
+    torch_compile: bool = flag(False, "Compile the UNet.")
+    channels_last: bool = flag(False, "Channels-last memory format of UNet and VAE.")
+    # Validation
+    validation_data_dir: str | None = flag(None, "Unseen images, in the forms of --train_data_dir.")
+    validation_steps: int = flag(500, "Updates between pictures of variations; 0 draws none.")
+    num_validation_images: int = flag(4, "Sources in a picture.")
+    num_validation_variations: int = flag(3, "Variations of each source.")
+    validation_inference_steps: int = flag(25, "Sampling steps.")
+    validation_guidance_scale: float = flag(2.0, "Guidance in the pictures.")
+    metric: str = flag("pixel_frechet", f"What chooses the best weights: {', '.join(validation.METRICS)}.")
+    metric_steps: int = flag(0, "Updates between measurements on unseen images; 0 measures nothing.")
+    metric_num_images: int = flag(256, "Images to generate for a measurement.")
+    # Output
+    output_dir: str = flag("dino-diffusion", "Where pipeline, checkpoints, pictures and train_log.jsonl go.")
+    checkpointing_steps: int = flag(500, "Updates between checkpoints; 0 writes none.")
+    checkpoints_total_limit: int | None = flag(None, "Keep the newest checkpoints alone.")
+    resume_from_checkpoint: str | None = flag(None, "A checkpoint, or `latest`: the newest complete one.")
+    logging_steps: int = flag(50, "Updates between lines of progress where there is no terminal.")
+    report_to: str | None = flag(None, "Tracker: tensorboard, wandb, or all that are installed.")
+    tracker_project_name: str = flag("diffusers-dino", "Project name for the tracker.")
+    push_to_hub: bool = flag(False, "Upload the result with a model card.")
+    hub_model_id: str | None = flag(None, "Repository to upload to; the name of --output_dir by default.")
+    hub_token: str | None = flag(None, "Token for the upload.")
+
+
+def main() -> None:
+    args = parse_arguments(Arguments, description=__doc__)
+    check_arguments(args)
+    output_dir = checkpoints.make_writable_folder(args.output_dir)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=args.report_to,
+        project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(output_dir / "logs")),
+    )
+    level = logging.INFO if accelerator.is_main_process else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s", force=True)
+    logging.getLogger("accelerate").setLevel(logging.WARNING)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    set_seed(args.seed)
+
+    images = open_training_images(args)
+    with accelerator.main_process_first():  # one process downloads
+        pipe = build_pipeline(args, images, accelerator.device)
+    components.latent_shape(pipe.vae, pipe.unet, args.resolution)  # checks the resolution
+    if accelerator.is_main_process:
+        save_setup(args, pipe, output_dir)
+    frozen_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    trainable = components.adapt_for_training(
+        pipe,
+        accelerator.device,
+        frozen_dtype,
+        channels_last=args.channels_last,
+        gradient_checkpointing=args.gradient_checkpointing,
+        xformers=args.enable_xformers_memory_efficient_attention,
+    )
+    global_batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    total_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(images) / global_batch)
+    optimizer = components.make_adamw(
+        trainable,
+        eight_bit=args.use_8bit_adam,
+        lr=args.learning_rate * (global_batch if args.scale_lr else 1),
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=total_steps
+    )
+    model, optimizer = accelerator.prepare(pipe.unet, optimizer)
+    if args.torch_compile:
+        pipe.unet.compile()
+    ema_decay = args.ema_decay if args.use_ema else None
+    state = TrainingState(accelerator, pipe.unet, lr_scheduler, ema_decay, lora=args.rank is not None)
+    accelerator.init_trackers(args.tracker_project_name, {name: str(value) for name, value in public(args).items()})
+    weights = sum(parameter.numel() for parameter in trainable) / 1e6
+    logger.info(
+        f"Training {weights:.2f} M weights on {len(images)} images: {total_steps} updates of {global_batch} images "
+        f"({accelerator.num_processes} x {args.train_batch_size} x {args.gradient_accumulation_steps})"
+    )
+    step = train(args, accelerator, pipe, images, model, optimizer, state, total_steps, global_batch)
+    if step < total_steps:
+        logger.info(f"Stopped after {step} updates. Go on with --resume_from_checkpoint=latest.")
+    elif accelerator.is_main_process:
+        save_result(args, pipe, state, output_dir)
+    accelerator.end_training()
+
+
+def train(
+    args: Arguments,
+    accelerator: Accelerator,
+    pipe: DinoDiffusionPipeline,
+    images: ImageDataset,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: TrainingState,
+    total_steps: int,
+    global_batch: int,
+) -> int:
+    """The loop. Returns the number of updates done, less than `total_steps` if SIGTERM asked to stop."""
+    sigterm = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: sigterm.set())
+    step, position = 0, 0  # updates of the weights, and images that they were made from
+    if args.resume_from_checkpoint:
+        found = state.resume(args.output_dir, args.resume_from_checkpoint, seed=args.seed)
+        step, position = (found.step, found.info["position"]) if found else (0, 0)
+        logger.info(f"Continuing from {found.path}" if found else "There is no checkpoint: starting anew")
+    # The loader stays out of `accelerator.prepare`: its sampler already gives each process its own share.
+    processes = accelerator.num_processes, accelerator.process_index
+    sampler = GlobalBatchSampler(len(images), args.train_batch_size, args.seed, *processes, position)
+    scale = (args.min_scale, args.max_scale)
+    augmentation = Augmentation(args.sharpness, args.shear, args.translation, scale, 0.5 * args.random_flip)
+    views = TrainingViews(images, augmentation if args.augment else None, args.seed)
+    batches = views.batches(sampler, args.dataloader_num_workers, accelerator.device.type == "cuda")
+    validator = make_validator(args, accelerator, pipe, state, images)
+    progress = Progress(
+        Path(args.output_dir, "train_log.jsonl") if accelerator.is_main_process else None,
+        total_steps,
+        step,
+        images_per_step=global_batch,
+        every=args.logging_steps,
+        device=accelerator.device,
+        quiet=not accelerator.is_main_process,
+    )
+    trainable, stop = list(state.trainable.values()), False
+    while step < total_steps and not stop:
+        loss = torch.zeros((), device=accelerator.device)
+        for _ in range(args.gradient_accumulation_steps):
+            batch = next(batches)
+            with accelerator.accumulate(model):
+                part = compute_loss(args, pipe, model, batch)
+                accelerator.backward(part)
+                loss += part.detach() / args.gradient_accumulation_steps
+        # One exchange tells all processes the loss, and whether one of them was asked to stop.
+        facts = torch.stack([loss, loss.new_tensor(sigterm.is_set())])
+        loss, stop = accelerator.reduce(facts, "mean").tolist()
+        norm = accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
+        # Under fp16 gradients may overflow: then the scaler leaves the update out and lowers its scale.
+        if not math.isfinite(loss) or (accelerator.mixed_precision != "fp16" and not torch.isfinite(norm)):
+            raise FloatingPointError(
+                f"Update {step + 1}: the loss is {loss}, the gradient's norm {norm:.3g}. No weight was changed. "
+                f"Images at hand: {', '.join(batch['key'][:4])}. Lower --learning_rate or use bf16 rather than fp16, "
+                "and go on from the last checkpoint with --resume_from_checkpoint=latest."
+            )
+        lr = state.lr_scheduler.get_last_lr()[0]
+        optimizer.step()
+        state.lr_scheduler.step()
+        optimizer.zero_grad()
+        state.update_average()
+        step, position = step + 1, position + global_batch
+        progress.update(loss, lr)
+        accelerator.log({"loss": loss, "lr": lr}, step=step)
+        if stop or (args.checkpointing_steps and step % args.checkpointing_steps == 0):
+            state.save(args.output_dir, step, args.checkpoints_total_limit, position=position, seed=args.seed)
+        validator.run(step, progress.say)
+    progress.close()
+    return step
+
+
+def compute_loss(
+    args: Arguments, pipe: DinoDiffusionPipeline, model: torch.nn.Module, batch: dict[str, Any]
+) -> Tensor:
+    vae, conditioner, schedule = pipe.vae, pipe.conditioner, pipe.scheduler
+    latent_shape = components.latent_shape(vae, pipe.unet, args.resolution)
+    num_timesteps = schedule.config["num_train_timesteps"]
+    draws = objective.draw_for_training(batch["position"], latent_shape, num_timesteps, args.seed, args.noise_offset)
+    a = schedule.alphas_cumprod[draws.timesteps].to(vae.device)
+    draws = draws.to(vae.device)
+    pixels = batch["image"].to(vae.device, non_blocking=True)  # (B, 1 or 3, H, W) in [0, 1]
+    with torch.no_grad():
+        mean, std = encode_to_moments(vae, unit_to_vae(pixels, vae.config["in_channels"]).to(vae.dtype))
+        latents = mean.float() + std.float() * draws.latent_noise
+        tokens, null_tokens = conditioner.encode(pixels), conditioner.null_condition(1)
+        tokens = objective.drop_condition(tokens, null_tokens, draws.drop, args.condition_dropout)
+    noisy = objective.add_noise(latents, draws.noise, a)
+    prediction = model(noisy, draws.timesteps, encoder_hidden_states=tokens, return_dict=False)[0]
+    prediction_type = schedule.config["prediction_type"]
+    target = objective.prediction_target(latents, draws.noise, a, prediction_type)
+    weights = None if args.snr_gamma is None else objective.min_snr_weights(a, args.snr_gamma, prediction_type)
+    return objective.weighted_mse(prediction, target, weights)
+
+
+def check_arguments(args: Arguments) -> None:
+    if (args.train_data_dir is None) == (args.dataset_name is None):
+        raise ValueError("Give the images as --train_data_dir or as --dataset_name.")
+    if args.pretrained_pipeline is None:
+        if (args.conditioner is None) == (not args.encoder):
+            raise ValueError("Give --conditioner (a saved one), --encoder (to make one) or --pretrained_pipeline.")
+        if not (args.vae or args.pretrained_model_name_or_path):
+            raise ValueError("Give a VAE: --vae, or --pretrained_model_name_or_path.")
+        if not (args.unet or args.unet_config or args.pretrained_model_name_or_path):
+            raise ValueError("Give a UNet: --unet, --unet_config (a new one), or --pretrained_model_name_or_path.")
+    if args.rank and not args.pretrained_pipeline:
+        raise ValueError("A LoRA (--rank) is trained on a whole pipeline: give --pretrained_pipeline.")
+    if args.metric_steps and not args.validation_data_dir:
+        raise ValueError("Measuring (--metric_steps) needs unseen images: give --validation_data_dir.")
+    if args.metric not in validation.METRICS:
+        raise ValueError(f"--metric must be one of {', '.join(validation.METRICS)}, got {args.metric!r}.")
+
+
+def open_training_images(args: Arguments) -> ImageDataset:
+    images = open_images(
+        args.train_data_dir or args.dataset_name,
+        Preprocessing(args.resolution, args.remove_borders),
+        split=args.dataset_split,
+        image_column=args.image_column,
+        config_name=args.dataset_config_name,
+        in_memory=args.in_memory,
+        max_unreadable=args.max_unreadable,
+    )
+    if args.keys_file:
+        images = images.select(Path(args.keys_file).read_text().split())
+    return images.select(images.keys[: args.max_train_samples]) if args.max_train_samples else images
+
+
+def build_pipeline(args: Arguments, images: ImageDataset, device: torch.device) -> DinoDiffusionPipeline:
+    """The components in float32; their constructor checks that they fit together."""
+    if args.pretrained_pipeline:
+        pipe = DinoDiffusionPipeline.from_pretrained(
+            args.pretrained_pipeline, revision=args.revision, variant=args.variant
+        )
+        if args.rank:
+            components.add_lora(pipe.unet, args.rank, args.lora_alpha or args.rank)
+        return pipe
+    if args.conditioner:
+        conditioner = DinoImageConditioner.from_pretrained(args.conditioner)
+    else:
+        encoder = args.encoder if len(args.encoder) > 1 else args.encoder[0]
+        conditioner = DinoImageConditioner.from_encoder(
+            encoder, tokens=args.tokens, projection_dim=args.projection_dim
+        )
+    if args.normalize_tokens:
+        chosen = range(0, len(images), max(1, len(images) // args.normalize_tokens))
+        conditioner.to(device).fit_normalization(images[i]["image"] for i in chosen)
+    base, hub = args.pretrained_model_name_or_path, {"revision": args.revision, "variant": args.variant}
+    vae = components.load_vae(args.vae) if args.vae else components.load_vae(base, **hub)
+    if args.unet_config:
+        unet = components.new_unet(args.unet_config, vae, conditioner.token_dim, args.resolution, args.qk_init_scale)
+    else:
+        unet = components.load_unet(args.unet) if args.unet else components.load_unet(base, **hub)
+    scheduler = components.make_scheduler(args.scheduler or base, args.prediction_type, args.rescale_betas_zero_snr)
+    return DinoDiffusionPipeline(vae=vae, conditioner=conditioner, unet=unet, scheduler=scheduler)
+
+
+def make_validator(
+    args: Arguments, accelerator: Accelerator, pipe: DinoDiffusionPipeline, state: TrainingState, images: ImageDataset
+) -> validation.Validator:
+    if args.validation_data_dir:
+        images = open_images(args.validation_data_dir, images.preprocessing, max_unreadable=args.max_unreadable)
+    return validation.Validator(
+        pipe,
+        state,
+        accelerator,
+        args.output_dir,
+        images,
+        grid_steps=args.validation_steps,
+        num_sources=args.num_validation_images,
+        num_variations=args.num_validation_variations,
+        guidance_scale=args.validation_guidance_scale,
+        num_inference_steps=args.validation_inference_steps,
+        metric=validation.METRICS[args.metric],
+        metric_steps=args.metric_steps,
+        num_measured=args.metric_num_images,
+        batch_size=args.train_batch_size,
+        seed=args.seed,
+    )
+
+
+def save_setup(args: Arguments, pipe: DinoDiffusionPipeline, output_dir: Path) -> None:
+    """Write what training does not change, before it is cast to lower precision."""
+    (output_dir / "training_arguments.json").write_text(json.dumps(public(args), indent=1))
+    if not args.rank:
+        for name in ("vae", "conditioner", "scheduler"):
+            getattr(pipe, name).save_pretrained(output_dir / name)
+
+
+def save_result(args: Arguments, pipe: DinoDiffusionPipeline, state: TrainingState, output_dir: Path) -> None:
+    state.save_for_use(output_dir)
+    if not args.rank:
+        pipe.save_config(output_dir)  # model_index.json makes the folder a pipeline
+    logger.info("The result is in %s", output_dir)
+    if args.push_to_hub:
+        ...
+
+
+def public(args: Arguments) -> dict[str, Any]:
+    return {name: value for name, value in asdict(args).items() if name != "hub_token"}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""Find or build the four parts of a pipeline that is to be trained."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, AutoModel, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from ..latents import VAE, vae_scale_factor
+
+if TYPE_CHECKING:
+    from ..pipelines import DinoDiffusionPipeline
+
+__all__ = [
+    "STABLE_DIFFUSION_SCHEDULE",
+    "adapt_for_training",
+    "add_lora",
+    "latent_shape",
+    "load_unet",
+    "load_vae",
+    "make_adamw",
+    "make_scheduler",
+    "new_unet",
+    "require",
+]
+
+# diffusers' bare schedulers are not Stable Diffusion's: theirs is linear and clips samples.
+STABLE_DIFFUSION_SCHEDULE: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+
+def load_vae(name_or_path: str, **hub: Any) -> VAE:
+    """Load an autoencoder from its own folder or repository, or from the `vae` of a pipeline.
+
+    Raises:
+        ValueError: If it is no autoencoder that this package can use.
+    """
+    vae = _load(name_or_path, "vae", **hub)
+    if not isinstance(vae, AutoencoderKL | AutoencoderTiny):
+        raise ValueError(
+            f"{name_or_path!r} is a {type(vae).__name__}, but the VAE must be an AutoencoderKL or AutoencoderTiny."
+        )
+    return vae
+
+
+def load_unet(name_or_path: str, **hub: Any) -> UNet2DConditionModel:
+    """Load a UNet from its own folder or repository, or from the `unet` of a pipeline.
+
+    Raises:
+        ValueError: If it is no `UNet2DConditionModel`.
+    """
+    unet = _load(name_or_path, "unet", **hub)
+    if not isinstance(unet, UNet2DConditionModel):
+        raise ValueError(f"{name_or_path!r} is a {type(unet).__name__}, but the UNet must be a UNet2DConditionModel.")
+    return unet
+
+
+def _load(name_or_path: str, subfolder: str, **hub: Any) -> torch.nn.Module:
+    """Load a model from where its config is: the place itself, or the subfolder that a pipeline keeps it in."""
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        inside = not (folder / "config.json").is_file()
+        if inside and not (folder / subfolder / "config.json").is_file():
+            raise FileNotFoundError(f"There is no config.json in {folder} nor in {folder / subfolder}.")
+        return AutoModel.from_pretrained(name_or_path, subfolder=subfolder if inside else None, **hub)
+    try:
+        return AutoModel.from_pretrained(name_or_path, subfolder=subfolder, **hub)
+    except (OSError, ValueError) as in_subfolder:
+        try:
+            return AutoModel.from_pretrained(name_or_path, **hub)
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"{name_or_path!r} is no folder, and the Hub gave no {subfolder} for it: {error}"
+            ) from in_subfolder
+
+
+def new_unet(
+    config: str, vae: VAE, cross_attention_dim: int, resolution: int, qk_init_scale: float = 1.0
+) -> UNet2DConditionModel:
+    """Make an untrained UNet that fits a VAE and a conditioner.
+
+    Args:
+        config: Config of a UNet: a JSON file, or a folder or repository that has one. Its latent channels, latent
+            size and token width are replaced by the fitting ones.
+        vae: The autoencoder.
+        cross_attention_dim: Width of the conditioner's tokens.
+        resolution: Side of the training images in pixels.
+        qk_init_scale: Factor of the initial query and key weights. At small width and short training attention stays
+            uniform with diffusers' initialisation; 2 lets it start to choose.
+    """
+    settings = dict(UNet2DConditionModel.load_config(config))
+    settings.update(
+        in_channels=vae.config["latent_channels"],
+        out_channels=vae.config["latent_channels"],
+        sample_size=resolution // vae_scale_factor(vae),
+        cross_attention_dim=cross_attention_dim,
+    )
+    unet = UNet2DConditionModel.from_config(settings)
+    with torch.no_grad():
+        for module in unet.modules():
+            if isinstance(module, Attention) and qk_init_scale != 1:
+                module.to_q.weight.mul_(qk_init_scale)
+                module.to_k.weight.mul_(qk_init_scale)
+    return unet
+
+
+def make_scheduler(
+    config: str | None = None, prediction_type: str | None = None, zero_snr: bool = False
+) -> DDIMScheduler:
+    """The noise schedule of training, as the sampler that is saved with the pipeline.
+
+    Args:
+        config: A scheduler's config (JSON file or folder), or a folder or repository of a pipeline that has one;
+            Stable Diffusion's by default.
+        prediction_type: `"epsilon"`, `"v_prediction"` or `"sample"`, in place of the config's.
+        zero_snr: Rescale the schedule to end at pure noise and sample from there (Lin et al. 2023).
+
+    Raises:
+        ValueError: If zero terminal SNR is combined with predicting the noise, which is then all there is to see.
+    """
+    settings = dict(STABLE_DIFFUSION_SCHEDULE)
+    if config is not None:
+        try:
+            settings = dict(
+                DDIMScheduler.load_config(config, subfolder=None if Path(config).is_file() else "scheduler")
+            )
+        except OSError:
+            settings = dict(DDIMScheduler.load_config(config))
+    if prediction_type is not None:
+        settings["prediction_type"] = prediction_type
+    if zero_snr:
+        settings |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    scheduler = DDIMScheduler.from_config(settings)
+    if scheduler.config["rescale_betas_zero_snr"] and scheduler.config["prediction_type"] == "epsilon":
+        raise ValueError(
+            "A schedule that ends at zero SNR cannot be trained by predicting the noise. Use v_prediction."
+        )
+    return scheduler
+
+
+def latent_shape(vae: VAE, unet: UNet2DConditionModel, resolution: int) -> tuple[int, int, int]:
+    """Shape `(L, h, w)` of the latents of square images.
+
+    Raises:
+        ValueError: If the VAE and the UNet cannot halve the image as often as they do.
+    """
+    factor = vae_scale_factor(vae)
+    multiple = factor * 2 ** (len(unet.config["block_out_channels"]) - 1)
+    if resolution % multiple:
+        raise ValueError(f"The resolution must be a multiple of {multiple} for this VAE and UNet, got {resolution}.")
+    return vae.config["latent_channels"], resolution // factor, resolution // factor
+
+
+def add_lora(unet: UNet2DConditionModel, rank: int, alpha: float | None = None) -> None:
+    """Freeze a UNet and add a trainable low-rank adapter to its attention (Hu et al. 2021).
+
+    Args:
+        unet: Changed in place.
+        rank: Rank of the adapter.
+        alpha: Its scale is alpha / rank; the rank by default.
+
+    Raises:
+        ImportError: If peft is not installed.
+    """
+    require("peft", "train")
+    from peft import LoraConfig
+
+    unet.requires_grad_(False)
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    unet.add_adapter(LoraConfig(rank, lora_alpha=alpha or rank, init_lora_weights="gaussian", target_modules=targets))
+
+
+def adapt_for_training(
+    pipe: DinoDiffusionPipeline,
+    device: torch.device,
+    frozen_dtype: torch.dtype = torch.float32,
+    *,
+    channels_last: bool = False,
+    gradient_checkpointing: bool = False,
+    xformers: bool = False,
+) -> list[nn.Parameter]:
+    """Move a pipeline to where it is trained: frozen weights in `frozen_dtype`, trained ones in float32.
+
+    Args:
+        pipe: Its VAE is frozen here; the UNet's weights that require gradients are the trained ones.
+        device: Where to train.
+        frozen_dtype: Type of the VAE, the conditioner and the UNet's frozen weights.
+        channels_last: Memory format of convolutions that some accelerators prefer.
+        gradient_checkpointing: Compute activations again in the backward pass rather than keep them.
+        xformers: Use xformers' attention.
+
+    Returns:
+        The trained parameters.
+
+    Raises:
+        ImportError: If xformers is asked for and not installed.
+    """
+    unet = pipe.unet
+    for model in (pipe.vae.requires_grad_(False), pipe.conditioner):
+        nn.Module.to(model, device, frozen_dtype)  # diffusers' own `to` warns of layers that this one handles too
+    for parameter in unet.parameters():
+        parameter.data = parameter.data.to(device, torch.float32 if parameter.requires_grad else frozen_dtype)
+    unet.to(device)
+    if channels_last:
+        for model in (unet, pipe.vae):
+            model.to(memory_format=torch.channels_last)
+    if gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if xformers:
+        require("xformers", "xformers")
+        unet.enable_xformers_memory_efficient_attention()
+    pipe.set_progress_bar_config(disable=True)
+    unet.train()
+    return [parameter for parameter in unet.parameters() if parameter.requires_grad]
+
+
+def make_adamw(parameters: list[nn.Parameter], *, eight_bit: bool = False, **options: Any) -> torch.optim.Optimizer:
+    """AdamW, fused where PyTorch has it, or the 8-bit one of bitsandbytes.
+
+    Args:
+        parameters: What to optimise.
+        eight_bit: Keep the moments in 8 bits.
+        options: `lr`, `betas`, `weight_decay`, `eps`.
+
+    Raises:
+        ImportError: If bitsandbytes is asked for and not installed.
+    """
+    if not eight_bit:
+        return torch.optim.AdamW(parameters, **options, fused=parameters[0].device.type in ("cpu", "cuda"))
+    require("bitsandbytes", "train")
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW8bit(parameters, **options)
+
+
+def require(module: str, extra: str) -> None:
+    """Name the extra to install where an optional module is missing, with an ImportError."""
+    if importlib.util.find_spec(module) is None:
+        raise ImportError(f"{module} is not installed: pip install diffusers-dino[{extra}]")

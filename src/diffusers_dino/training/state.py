@@ -1,0 +1,182 @@
+"""What a run must remember to continue: weights, their average, optimizer, schedule, scaler and random states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from diffusers import UNet2DConditionModel
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.training_utils import EMAModel
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, convert_state_dict_to_diffusers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .checkpoints import Checkpoint, CheckpointError, delete_old_checkpoints, find_checkpoint, saving_checkpoint
+
+__all__ = ["TrainingState"]
+
+
+class TrainingState:
+    """Saves and restores a run through accelerate.
+
+    A saved state holds `unet/` (or `pytorch_lora_weights.safetensors`), which is what a user samples from: the
+    averaged weights where there is an average. What only resuming needs lies beside it.
+
+    Args:
+        accelerator: Has prepared the UNet and the optimizer.
+        unet: The UNet, unwrapped. The parameters that require gradients are the ones that are saved.
+        lr_scheduler: Has `state_dict` and `load_state_dict`.
+        ema_decay: Decay of the moving average of the weights, or None for no average.
+        lora: Whether the trained parameters are a LoRA adapter.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        unet: UNet2DConditionModel,
+        lr_scheduler: Any,
+        ema_decay: float | None = None,
+        lora: bool = False,
+    ) -> None:
+        self.accelerator = accelerator
+        self.unet = unet
+        self.lora = lora
+        self.trainable: dict[str, Tensor] = {n: p for n, p in unet.named_parameters() if p.requires_grad}
+        self.ema: EMAModel | None = None
+        if ema_decay is not None:
+            self.ema = EMAModel(self.trainable.values(), decay=ema_decay, foreach=True)
+        self.lr_scheduler = lr_scheduler
+        accelerator.register_for_checkpointing(self)
+        accelerator.register_save_state_pre_hook(self._save_weights)
+        accelerator.register_load_state_pre_hook(self._load_weights)
+
+    def save(self, output_dir: str | Path, step: int, keep: int | None = None, **info: Any) -> None:
+        """Write `checkpoint-STEP`; every process must call this.
+
+        Args:
+            output_dir: Folder of the run.
+            step: Number of updates so far.
+            keep: How many checkpoints to keep; None keeps all.
+            info: What to note in the manifest, such as `position` and `seed`.
+        """
+        is_main = self.accelerator.is_main_process
+        with saving_checkpoint(output_dir, step, info, is_main, self.accelerator.wait_for_everyone) as folder:
+            self.accelerator.save_state(str(folder))
+        if is_main and keep is not None:
+            delete_old_checkpoints(output_dir, keep)
+
+    def resume(self, output_dir: str | Path, name: str, **expected: Any) -> Checkpoint | None:
+        """Load a checkpoint; every process must call this.
+
+        Args:
+            output_dir: Folder of the run.
+            name: As in `find_checkpoint`.
+            expected: Entries that the manifest must have, such as `seed=0`.
+
+        Returns:
+            The checkpoint that was loaded; None if there is none.
+
+        Raises:
+            CheckpointError: If the one asked for is incomplete, or belongs to another kind of run.
+        """
+        found: list[Checkpoint | None] = [None]
+        if self.accelerator.is_main_process:  # the hashes need not be checked by every process
+            found = [find_checkpoint(output_dir, name)]
+        checkpoint = broadcast_object_list(found)[0]
+        if checkpoint is not None:
+            for key, value in expected.items():
+                if checkpoint.info.get(key) != value:
+                    raise CheckpointError(f"{checkpoint.path} has {key}={checkpoint.info.get(key)}, this run {value}.")
+            self.accelerator.load_state(str(checkpoint.path))
+        return checkpoint
+
+    def update_average(self) -> None:
+        """Count the current weights into the average; call it after each update."""
+        if self.ema is not None:
+            self.ema.step(self.trainable.values())
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Inside, the UNet holds the averaged weights, if there is an average, and is in evaluation mode."""
+        training = self.unet.training
+        parameters = list(self.trainable.values())
+        kept = [p.detach().to("cpu", copy=True) for p in parameters] if self.ema is not None else []
+        if self.ema is not None:
+            self.ema.copy_to(parameters)
+        self.unet.eval()
+        try:
+            yield
+        finally:
+            for parameter, value in zip(parameters, kept, strict=False):
+                parameter.data.copy_(value)
+            self.unet.train(training)
+
+    def save_for_use(self, folder: str | Path) -> None:
+        """Write what a user samples from: `unet/`, or LoRA weights that `load_lora_weights` reads."""
+        with self.averaged_weights():
+            if self.lora:
+                from peft import get_peft_model_state_dict
+
+                layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.unet))
+                StableDiffusionLoraLoaderMixin.save_lora_weights(folder, unet_lora_layers=layers)
+            else:
+                self.unet.save_pretrained(Path(folder) / "unet", max_shard_size="1TB")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The part that is not weights, for accelerate."""
+        return {
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "ema_step": self.ema.optimization_step if self.ema is not None else 0,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave."""
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        if self.ema is not None:
+            self.ema.optimization_step = state["ema_step"]
+
+    def _save_weights(self, models: list[Any], weights: list[Any], folder: str) -> None:
+        weights.clear()  # accelerate would save them once more
+        if not self.accelerator.is_main_process:
+            return
+        self.save_for_use(folder)
+        raw, average = self._weight_files(folder)
+        if not raw.exists():
+            save_file({name: p.detach().contiguous() for name, p in self.trainable.items()}, raw)
+        if self.ema is not None and not average.exists():
+            save_file({name: p.contiguous() for name, p in self._average().items()}, average)
+
+    @torch.no_grad()
+    def _load_weights(self, models: list[Any], folder: str) -> None:
+        models.clear()  # accelerate would look for files of its own
+        raw, average = self._weight_files(folder)
+        _copy_by_name(raw, self.trainable)
+        if self.ema is not None:
+            _copy_by_name(average, self._average())
+
+    def _average(self) -> dict[str, Tensor]:
+        return dict(zip(self.trainable, self.ema.shadow_params, strict=True))
+
+    def _weight_files(self, folder: str) -> tuple[Path, Path]:
+        """Where a checkpoint keeps the trained weights and their average: `unet/` serves as one of them if it can."""
+        usable = Path(folder) / "unet" / SAFETENSORS_WEIGHTS_NAME
+        raw, average = Path(folder) / "trainable.safetensors", Path(folder) / "average.safetensors"
+        if self.lora:
+            return raw, average
+        return (raw, usable) if self.ema is not None else (usable, average)
+
+
+def _copy_by_name(file: Path, targets: dict[str, Tensor]) -> None:
+    if not file.is_file():
+        raise CheckpointError(f"The checkpoint lacks {file.name}: was it written with the same --use_ema and --rank?")
+    tensors = load_file(file)
+    if not targets.keys() <= tensors.keys() or any(tensors[n].shape != t.shape for n, t in targets.items()):
+        raise CheckpointError(f"{file} holds the weights of another model: the UNet or the rank has changed.")
+    for name, target in targets.items():
+        target.copy_(tensors[name])

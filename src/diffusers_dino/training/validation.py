@@ -1,0 +1,267 @@
+"""Looks at a model while it trains: a grid of variations with fixed seeds, and a distance to real images."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers.utils import make_image_grid
+from PIL import Image
+from torch import Tensor
+
+from ..data import collate
+from ..metrics.distances import frechet_distance
+from ..metrics.features import pixel_features
+from ..pipelines import DinoDiffusionPipeline
+from ..pixels import unit_to_uint8
+from ..seeds import generator_for
+from .checkpoints import save_atomically
+from .state import TrainingState
+
+__all__ = ["METRICS", "FeatureMetric", "Validator", "generate_variations", "log_images", "measure", "variation_grid"]
+
+
+@dataclass(frozen=True)
+class FeatureMetric:
+    """A distance between generated and real images, split where processes can share the work.
+
+    Attributes:
+        name: Under which it is logged.
+        features: Images `(N, C, H, W)` in [0, 1] -> `(N, D)`.
+        distance: Features of the generated and of the real images -> a number; lower is better.
+    """
+
+    name: str
+    features: Callable[[Tensor], Tensor]
+    distance: Callable[[Tensor, Tensor], float]
+
+
+METRICS = {"pixel_frechet": FeatureMetric("pixel_frechet", pixel_features, frechet_distance)}
+
+
+def generate_variations(
+    pipe: DinoDiffusionPipeline,
+    sources: Tensor,
+    indices: Sequence[int],
+    num_variations: int = 1,
+    batch_size: int = 16,
+    seed: int = 0,
+    **call: Any,
+) -> Tensor:
+    """Generate from images, each with noise that depends on (seed, its index, the variation) alone.
+
+    Args:
+        pipe: The pipeline.
+        sources: `(N, C, H, W)` in [0, 1].
+        indices: Number of each of the N sources in its data set.
+        num_variations: Images from each source, V.
+        batch_size: Images generated at once.
+        seed: Seed of the noise.
+        call: Further arguments of the pipeline, such as `num_inference_steps` and `guidance_scale`.
+
+    Returns:
+        `(N, V, C, H, W)` in [0, 1] on the CPU.
+    """
+    height, width = sources.shape[-2:]
+    per_batch = max(1, batch_size // num_variations)
+    batches = []
+    for first in range(0, len(sources), per_batch):
+        numbers = indices[first : first + per_batch]
+        generators = [generator_for(seed, "validation", n, v) for n in numbers for v in range(num_variations)]
+        images = pipe(
+            sources[first : first + per_batch],
+            num_images_per_prompt=num_variations,
+            generator=generators,
+            height=height,
+            width=width,
+            output_type="pt",
+            **call,
+        ).images
+        batches.append(images.float().cpu().unflatten(0, (-1, num_variations)))
+    return torch.cat(batches)
+
+
+def variation_grid(sources: Tensor, variations: Tensor) -> Image.Image:
+    """A picture with a row for each source: the source, then its variations.
+
+    Args:
+        sources: `(N, C, H, W)` in [0, 1].
+        variations: `(N, V, C', H, W)` in [0, 1].
+    """
+    rgb = torch.cat([sources[:, None].cpu().expand(-1, -1, 3, -1, -1), variations.expand(-1, -1, 3, -1, -1)], dim=1)
+    cells = unit_to_uint8(rgb).flatten(0, 1).movedim(1, -1).numpy()  # (N * (1 + V), H, W, 3)
+    return make_image_grid([Image.fromarray(cell) for cell in cells], rows=len(rgb), cols=rgb.shape[1])
+
+
+def log_images(accelerator: Accelerator, name: str, image: Image.Image, step: int) -> None:
+    """Send a picture to the trackers that take pictures: TensorBoard and Weights & Biases."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_image(name, np.asarray(image), step, dataformats="HWC")
+        elif tracker.name == "wandb":
+            import wandb
+
+            tracker.log({name: wandb.Image(image)}, step=step)
+
+
+def measure(
+    metric: FeatureMetric,
+    pipe: DinoDiffusionPipeline,
+    real: Sequence[Tensor],
+    accelerator: Accelerator,
+    batch_size: int = 16,
+    seed: int = 0,
+    **call: Any,
+) -> float:
+    """Generate one image from each real one and measure how far the two sets are apart.
+
+    The processes share the images; each must call this, and each gets the result.
+
+    Args:
+        metric: What to measure.
+        pipe: The pipeline.
+        real: N images `(C, H, W)` in [0, 1].
+        accelerator: Tells the processes apart.
+        batch_size: Images generated at once.
+        seed: Seed of the noise.
+        call: Further arguments of the pipeline.
+
+    Returns:
+        The distance; not finite if generation broke down.
+    """
+    mine = list(range(accelerator.process_index, len(real), accelerator.num_processes))
+    generated, reference = torch.empty(0), torch.empty(0)
+    if mine:
+        sources = collate([{"key": "", "image": real[i]} for i in mine])["image"]
+        images = generate_variations(pipe, sources, mine, batch_size=batch_size, seed=seed, **call)
+        generated, reference = metric.features(images[:, 0]), metric.features(sources)
+    both = [_gather(accelerator, features) for features in (generated, reference)]
+    if not all(torch.isfinite(features).all() for features in both):
+        return math.nan
+    return metric.distance(*both)
+
+
+def _gather(accelerator: Accelerator, features: Tensor) -> Tensor:
+    """Rows of all processes, whose numbers may differ."""
+    if accelerator.num_processes == 1:
+        return features
+    from accelerate.utils import gather_object
+
+    return torch.cat([part.cpu() for part in gather_object([features]) if len(part)])
+
+
+class Validator:
+    """Looks at the averaged weights every so many updates, and keeps the best ones.
+
+    Pictures go to `output_dir/validation/STEP.png`; the best weights, as
+    `TrainingState.save_for_use` writes them, to `output_dir/best` with `metric.json`. Every process must call `run`.
+
+    Args:
+        pipe: The pipeline in training.
+        state: Its state.
+        accelerator: Tells the processes apart and logs.
+        output_dir: Folder of the run.
+        images: Data set of `{"key", "image"}`; its first images are used.
+        grid_steps: Updates between pictures; 0 draws none.
+        num_sources: Rows of a picture.
+        num_variations: Variations in a row.
+        metric: What to measure, or None.
+        metric_steps: Updates between measurements; 0 measures nothing.
+        num_measured: Images to generate for a measurement.
+        batch_size: Images generated at once.
+        seed: Seed of the noise, the same at every look.
+        guidance_scale: Guidance of the pictures; a measurement uses none.
+        num_inference_steps: Sampling steps.
+    """
+
+    def __init__(
+        self,
+        pipe: DinoDiffusionPipeline,
+        state: TrainingState,
+        accelerator: Accelerator,
+        output_dir: str | Path,
+        images: Any,
+        *,
+        grid_steps: int = 500,
+        num_sources: int = 4,
+        num_variations: int = 3,
+        metric: FeatureMetric | None = None,
+        metric_steps: int = 0,
+        num_measured: int = 256,
+        batch_size: int = 16,
+        seed: int = 0,
+        guidance_scale: float = 2.0,
+        num_inference_steps: int = 25,
+    ) -> None:
+        self.pipe, self.state, self.accelerator, self.images = pipe, state, accelerator, images
+        self.output_dir = Path(output_dir)
+        self.grid_steps, self.num_variations = grid_steps, num_variations
+        self.num_sources = min(num_sources, len(images))
+        self.metric, self.metric_steps = metric, metric_steps if metric else 0
+        self.num_measured = min(num_measured, len(images))
+        self.guidance_scale = guidance_scale
+        self.call = {"batch_size": batch_size, "seed": seed, "num_inference_steps": num_inference_steps}
+
+    def run(self, step: int, say: Callable[[str], None] = print) -> None:
+        """Do what is due after this update."""
+        draw = bool(self.grid_steps) and step % self.grid_steps == 0 and self.accelerator.is_main_process
+        judge = bool(self.metric_steps) and step % self.metric_steps == 0
+        if draw or judge:
+            with self.state.averaged_weights():
+                if draw:
+                    self._draw(step)
+                if judge:
+                    self._judge(step, say)
+
+    def _draw(self, step: int) -> None:
+        sources = self._batch(self.num_sources)
+        variations = generate_variations(
+            self.pipe,
+            sources,
+            range(len(sources)),
+            self.num_variations,
+            guidance_scale=self.guidance_scale,
+            **self.call,
+        )
+        picture = variation_grid(sources, variations)
+        folder = self.output_dir / "validation"
+        folder.mkdir(exist_ok=True)
+        picture.save(folder / f"{step:07d}.png")
+        log_images(self.accelerator, "source | variations", picture, step)
+
+    def _judge(self, step: int, say: Callable[[str], None]) -> None:
+        real = [self.images[i]["image"] for i in range(self.num_measured)]
+        value = measure(self.metric, self.pipe, real, self.accelerator, guidance_scale=1.0, **self.call)
+        self.accelerator.log({self.metric.name: value}, step=step)
+        if not self.accelerator.is_main_process:
+            return
+        best = self.output_dir / "best"
+        known = _best_value(best, self.metric.name)
+        note = f"{self.metric.name} after {step} updates: {value:.4g} ({len(real)} images"
+        if not value < known:  # also where it is not a number
+            say(f"{note}; best so far {known:.4g})")
+            return
+        facts = {"metric": self.metric.name, "value": value, "step": step, "num_images": len(real)}
+        with save_atomically(best) as folder:
+            self.state.save_for_use(folder)
+            (folder / "metric.json").write_text(json.dumps(facts, indent=1))
+        say(f"{note}; the best so far)")
+
+    def _batch(self, count: int) -> Tensor:
+        return collate([self.images[i] for i in range(count)])["image"]
+
+
+def _best_value(folder: Path, metric: str) -> float:
+    """The lowest value so far, infinite before the first one of this metric."""
+    try:
+        facts = json.loads((folder / "metric.json").read_text())
+    except FileNotFoundError:
+        return math.inf
+    return facts["value"] if facts["metric"] == metric else math.inf
