@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,8 +39,13 @@ def attempt(action):
 """
 
 ONLINE = """
+from diffusers_dino.hub import push_folder, write_model_card
+
 DinoDiffusionPipeline.from_pretrained(folder / "first").push_to_hub("org/pushed")
 generate("pushed", "org/pushed")
+write_model_card(folder / "trained", "org/trained", {"steps": 3})
+(folder / "repo_id").write_text(push_folder(folder / "trained", "org/trained", also=["samples/*.png"]))
+generate("trained", "org/trained")
 generate("latest", "org/name")
 generate("by_tag", "org/name", revision="v1")
 generate("by_commit", "org/name", revision=sys.argv[2])
@@ -81,6 +87,10 @@ def hub(folder):
             server.repositories["org/name"].references.setdefault("v1", commit)
             with torch.no_grad():
                 pipe.unet.conv_out.weight.mul_(2)
+        shutil.copytree(folder / "first", folder / "trained")  # as a training leaves it
+        for name in ("validation/step_3.png", "samples/0.png", "checkpoints/3/state.pt", "training_arguments.json"):
+            (folder / "trained" / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / "trained" / name).write_bytes(b"content")
         pipe.save_pretrained(folder / "pickles", safe_serialization=False)
         server.add_folder("org/pickles", folder / "pickles")
         server.add_folder("org/half", folder / "second")
@@ -165,6 +175,14 @@ def test_a_pushed_pipeline_is_whole(hub, online):
     }
     assert not any(path.endswith((".bin", ".pkl", ".pt")) for path in files)
     assert np.array_equal(load(online, "pushed"), load(online, "expected_first"))
+
+
+def test_a_pushed_training_folder_is_the_model_its_card_and_nothing_else(hub, online):
+    files = hub.repositories["org/trained"].files()
+    assert set(files) == set(hub.repositories["org/pushed"].files()) | {"samples/0.png"}
+    assert b"| steps | 3 |" in files["README.md"]
+    assert (online / "repo_id").read_text() == "org/trained"
+    assert np.array_equal(load(online, "trained"), load(online, "expected_first"))
 
 
 def test_pickles_are_not_even_downloaded_unasked(hub, failures):
