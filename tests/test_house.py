@@ -25,13 +25,21 @@ LAYERS = [
     },
     {"pipelines"},
     {"training.components", "training.progress", "training.state"},
-    {"training.validation", "synthesis", "protocols", "hub"},
+    {
+        "training.components",
+        "training.progress",
+        "training.state",
+        "training.validation",
+        "synthesis",
+        "protocols",
+        "hub",
+    },
     {"plots", "report"},
 ]
 SAME_LAYER = {
     ("latents", "pixels"),
     ("conditioner", "encoders"),
-    ("training.validation", "hub"),
+    ("training.validation", "training.state"),
 }
 
 
