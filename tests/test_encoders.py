@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffusers_dino.conditioner import DinoImageConditioner
@@ -171,6 +172,61 @@ def test_saved_needs_nothing_else(family, tmp_path):
     assert torch.equal(again(pixels), conditioner(pixels))
     assert dict(again.config)["encoders"] == dict(conditioner.config)["encoders"]
     assert not any(parameter.requires_grad for parameter in again.parameters())
+
+
+@pytest.mark.parametrize("family", [*TRANSFORMERS, "dinov2-swiglu"])
+def test_saved_weights_have_the_names_they_have_on_the_hub(family, tmp_path):
+    """Which is what `save_pretrained` of transformers writes, whatever the installed release calls its layers."""
+    swiglu = transformers.Dinov2Config(**TINY, use_swiglu_ffn=True)
+    model = transformers.Dinov2Model(swiglu).eval() if family == "dinov2-swiglu" else build(family)
+    model.save_pretrained(tmp_path / "hub")
+    conditioner = wrap(model)
+    conditioner.save_pretrained(tmp_path / "saved")
+    on_hub = load_file(tmp_path / "hub" / "model.safetensors")
+    saved = load_file(tmp_path / "saved" / "diffusion_pytorch_model.safetensors")
+    prefix = "image_encoders.0.model."
+    assert {name.removeprefix(prefix) for name in saved if name.startswith(prefix)} == set(on_hub)
+    assert all(torch.equal(saved[prefix + name], tensor) for name, tensor in on_hub.items())
+    pixels = pixels_for(conditioner)
+    assert torch.equal(DinoImageConditioner.from_pretrained(tmp_path / "saved")(pixels), conditioner(pixels))
+
+
+@pytest.mark.parametrize("family", ["dinov2", "timm-dinov2"])
+def test_saved_in_several_files(family, tmp_path):
+    conditioner = wrap(build(family))
+    conditioner.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    pixels = pixels_for(conditioner)
+    assert torch.equal(DinoImageConditioner.from_pretrained(tmp_path)(pixels), conditioner(pixels))
+
+
+@pytest.mark.parametrize("lost", ["heads.0.mean", "null_tokens", "image_encoders.0.model.layernorm.weight"])
+def test_incomplete_conditioner_is_refused(lost, tmp_path):
+    wrap(build("dinov2")).save_pretrained(tmp_path)
+    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_file({name: t for name, t in load_file(weights).items() if name != lost}, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"incomplete: 1 tensors.*{lost}"):
+        DinoImageConditioner.from_pretrained(tmp_path)
+
+
+def test_checkpoint_in_several_files(tmp_path):
+    model = build("dinov2")
+    folder = save_transformers(model, tmp_path / "x")
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="50KB")
+    assert (folder / "model.safetensors.index.json").is_file()
+    conditioner = DinoImageConditioner.from_encoder(folder, tokens="all")
+    pixels = pixels_for(conditioner)
+    assert (conditioner(pixels) - own_forward(model, pixels)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loading_in_half_precision_is_loading_then_casting(family, tmp_path):
+    folder = checkpoint(family, tmp_path)
+    loaded = DinoImageConditioner.from_encoder(folder, dtype=torch.bfloat16)
+    pixels = pixels_for(loaded)
+    assert loaded.dtype == torch.bfloat16
+    assert torch.equal(loaded(pixels), DinoImageConditioner.from_encoder(folder).to(torch.bfloat16)(pixels))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -408,8 +464,6 @@ def test_corrupt_weights(family, tmp_path):
 
 
 def test_missing_weights_are_not_made_up(tmp_path):
-    from safetensors.torch import load_file, save_file
-
     weights = checkpoint("dinov2", tmp_path) / "model.safetensors"
     state = load_file(weights)
     del state["layernorm.weight"]

@@ -18,6 +18,7 @@ from .encoders import (
     Encoder,
     EncoderSpec,
     ExactBuffers,
+    LastingModelMixin,
     Moments,
     TokenHead,
     copy_of_backbone,
@@ -26,7 +27,6 @@ from .encoders import (
     semi_orthogonal,
 )
 from .pixels import ImageInput, to_unit
-from .registration import ModelMixin  # diffusers', which knows this library from then on
 
 __all__ = ["DinoImageConditioner"]
 
@@ -34,7 +34,7 @@ PixelValues = Tensor | tuple[Tensor, ...]
 _MIN_IMAGES = 16  # the standard error of a standard deviation is then about a sixth of it
 
 
-class DinoImageConditioner(ExactBuffers, ModelMixin, ConfigMixin):
+class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
     """The condition of a latent diffusion model: tokens of frozen DINO encoders (DiNO-Diffusion, section 2.3).
 
     Make one with `from_encoder` (a checkpoint) or `from_model` (a module in memory), and read a saved one with

@@ -2,6 +2,7 @@
 
 from .loading import load_encoder
 from .model import Encoder, EncoderSpec, ExactBuffers, copy_of_backbone, describe_model
+from .storage import LastingModelMixin
 from .tokens import TOKENS, Moments, TokenHead, semi_orthogonal
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "Encoder",
     "EncoderSpec",
     "ExactBuffers",
+    "LastingModelMixin",
     "Moments",
     "TokenHead",
     "copy_of_backbone",

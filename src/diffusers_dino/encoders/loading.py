@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from .model import (
     describe_model,
     is_timm_family,
 )
+from .storage import quiet_transformers
 
 __all__ = ["load_encoder"]
 
@@ -123,7 +123,7 @@ def _load_transformers(
     check_size(
         preprocessing["size"], config.get("patch_size", model_class.config_class().patch_size), origin["source"]
     )
-    with _without_report():
+    with quiet_transformers():
         model, report = model_class.from_pretrained(
             folder, use_safetensors=True, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
         )
@@ -220,14 +220,3 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path.parent} is not an encoder's checkpoint: it has no {path.name}.") from error
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}.") from error
-
-
-@contextmanager
-def _without_report() -> Iterator[None]:
-    """Silence transformers' table of missing weights, which the caller judges itself."""
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(before)
