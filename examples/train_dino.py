@@ -23,15 +23,7 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor
 
 from command_line import flag, parse_arguments
-from diffusers_dino import DinoDiffusionPipeline, DinoImageConditioner
-from diffusers_dino.data import (
-    Augmentation,
-    GlobalBatchSampler,
-    ImageDataset,
-    Preprocessing,
-    TrainingViews,
-    open_images,
-)
+from diffusers_dino import DinoDiffusionPipeline, DinoImageConditioner, data, hub
 from diffusers_dino.latents import encode_to_moments
 from diffusers_dino.pixels import unit_to_vae
 from diffusers_dino.training import checkpoints, components, objective, validation
@@ -44,9 +36,7 @@ logger = logging.getLogger("train_dino")
 @dataclass
 class Arguments:
     # Data
-    train_data_dir: str | None = flag(
-        None, "Image folder, webdataset tars or `datasets` folder.", aliases=["--train_data"]
-    )
+    train_data_dir: str | None = flag(None, "Folder of images, tars, or `datasets` folder.", aliases=["--train_data"])
     dataset_name: str | None = flag(None, "Data set of the Hugging Face Hub, in place of a local one.")
     dataset_config_name: str | None = flag(None, "Its configuration.")
     dataset_split: str = flag("train", "Split of a `datasets` set.")
@@ -120,7 +110,7 @@ class Arguments:
     num_validation_variations: int = flag(3, "Variations of each source.")
     validation_inference_steps: int = flag(25, "Sampling steps.")
     validation_guidance_scale: float = flag(2.0, "Guidance in the pictures.")
-    metric: str = flag("pixel_frechet", f"What chooses the best weights: {', '.join(validation.METRICS)}.")
+    metric: Literal["pixel_frechet"] = flag("pixel_frechet", "What chooses the best weights.")
     metric_steps: int = flag(0, "Updates between measurements on unseen images; 0 measures nothing.")
     metric_num_images: int = flag(256, "Images to generate for a measurement.")
     # Output
@@ -131,9 +121,10 @@ class Arguments:
     logging_steps: int = flag(50, "Updates between lines of progress where there is no terminal.")
     report_to: str | None = flag(None, "Tracker: tensorboard, wandb, or all that are installed.")
     tracker_project_name: str = flag("diffusers-dino", "Project name for the tracker.")
-    push_to_hub: bool = flag(False, "Upload the result with a model card.")
+    push_to_hub: bool = flag(
+        False, "Upload the result with its card; the token is that of `hf auth login` or HF_TOKEN."
+    )
     hub_model_id: str | None = flag(None, "Repository to upload to; the name of --output_dir by default.")
-    hub_token: str | None = flag(None, "Token for the upload.")
 
 
 def main() -> None:
@@ -146,9 +137,8 @@ def main() -> None:
         log_with=args.report_to,
         project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(output_dir / "logs")),
     )
-    level = logging.INFO if accelerator.is_main_process else logging.ERROR
-    logging.basicConfig(level=level, format="%(message)s", force=True)
-    logging.getLogger("accelerate").setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
+    logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     set_seed(args.seed)
 
@@ -159,89 +149,66 @@ def main() -> None:
     if accelerator.is_main_process:
         save_setup(args, pipe, output_dir)
     frozen_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    trainable = components.adapt_for_training(
-        pipe,
-        accelerator.device,
-        frozen_dtype,
-        channels_last=args.channels_last,
-        gradient_checkpointing=args.gradient_checkpointing,
-        xformers=args.enable_xformers_memory_efficient_attention,
-    )
-    global_batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    total_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(images) / global_batch)
-    optimizer = components.make_adamw(
-        trainable,
-        eight_bit=args.use_8bit_adam,
-        lr=args.learning_rate * (global_batch if args.scale_lr else 1),
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=total_steps
-    )
-    model, optimizer = accelerator.prepare(pipe.unet, optimizer)
+    trainable = components.adapt_for_training(pipe, accelerator.device, frozen_dtype)
+    if args.channels_last:
+        pipe.unet.to(memory_format=torch.channels_last)
+        pipe.vae.to(memory_format=torch.channels_last)
+    if args.gradient_checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
+    if args.enable_xformers_memory_efficient_attention:
+        components.enable_xformers(pipe.unet)
+    batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    total_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(images) / batch_size)
+    learning_rate = args.learning_rate * (batch_size if args.scale_lr else 1)
+    betas = (args.adam_beta1, args.adam_beta2)
+    adam = {"lr": learning_rate, "betas": betas, "weight_decay": args.adam_weight_decay, "eps": args.adam_epsilon}
+    optimizer = components.make_adamw(trainable, args.use_8bit_adam, **adam)
+    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, None, args.lr_warmup_steps, total_steps)
+    ema_decay = args.ema_decay if args.use_ema else None
+    state = TrainingState(accelerator, pipe.unet, optimizer, lr_scheduler, ema_decay, lora=args.rank is not None)
     if args.torch_compile:
         pipe.unet.compile()
-    ema_decay = args.ema_decay if args.use_ema else None
-    state = TrainingState(accelerator, pipe.unet, lr_scheduler, ema_decay, lora=args.rank is not None)
-    accelerator.init_trackers(args.tracker_project_name, {name: str(value) for name, value in public(args).items()})
-    weights = sum(parameter.numel() for parameter in trainable) / 1e6
+    accelerator.init_trackers(args.tracker_project_name, {name: str(value) for name, value in asdict(args).items()})
     logger.info(
-        f"Training {weights:.2f} M weights on {len(images)} images: {total_steps} updates of {global_batch} images "
-        f"({accelerator.num_processes} x {args.train_batch_size} x {args.gradient_accumulation_steps})"
+        f"Training {sum(p.numel() for p in trainable) / 1e6:.2f} M weights on {len(images)} images, {total_steps} steps "
+        f"of {accelerator.num_processes} x {args.train_batch_size} x {args.gradient_accumulation_steps}"
     )
-    step = train(args, accelerator, pipe, images, model, optimizer, state, total_steps, global_batch)
-    if step < total_steps:
+    if (step := train(args, pipe, images, state, total_steps)) < total_steps:
         logger.info(f"Stopped after {step} updates. Go on with --resume_from_checkpoint=latest.")
     elif accelerator.is_main_process:
-        save_result(args, pipe, state, output_dir)
+        save_result(args, pipe, state, step)
     accelerator.end_training()
 
 
 def train(
-    args: Arguments,
-    accelerator: Accelerator,
-    pipe: DinoDiffusionPipeline,
-    images: ImageDataset,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: TrainingState,
-    total_steps: int,
-    global_batch: int,
+    args: Arguments, pipe: DinoDiffusionPipeline, images: data.ImageDataset, state: TrainingState, total_steps: int
 ) -> int:
     """The loop. Returns the number of updates done, less than `total_steps` if SIGTERM asked to stop."""
+    accelerator, trainable = state.accelerator, list(state.trainable.values())
     sigterm = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: sigterm.set())
-    step, position = 0, 0  # updates of the weights, and images that they were made from
+    step, position, stop = 0, 0, False  # updates of the weights, and images that they were made from
     if args.resume_from_checkpoint:
         found = state.resume(args.output_dir, args.resume_from_checkpoint, seed=args.seed)
         step, position = (found.step, found.info["position"]) if found else (0, 0)
         logger.info(f"Continuing from {found.path}" if found else "There is no checkpoint: starting anew")
     # The loader stays out of `accelerator.prepare`: its sampler already gives each process its own share.
     processes = accelerator.num_processes, accelerator.process_index
-    sampler = GlobalBatchSampler(len(images), args.train_batch_size, args.seed, *processes, position)
+    sampler = data.GlobalBatchSampler(len(images), args.train_batch_size, args.seed, *processes, position)
     scale = (args.min_scale, args.max_scale)
-    augmentation = Augmentation(args.sharpness, args.shear, args.translation, scale, 0.5 * args.random_flip)
-    views = TrainingViews(images, augmentation if args.augment else None, args.seed)
+    augmentation = data.Augmentation(args.sharpness, args.shear, args.translation, scale, 0.5 * args.random_flip)
+    views = data.TrainingViews(images, augmentation if args.augment else None, args.seed)
     batches = views.batches(sampler, args.dataloader_num_workers, accelerator.device.type == "cuda")
-    validator = make_validator(args, accelerator, pipe, state, images)
-    progress = Progress(
-        Path(args.output_dir, "train_log.jsonl") if accelerator.is_main_process else None,
-        total_steps,
-        step,
-        images_per_step=global_batch,
-        every=args.logging_steps,
-        device=accelerator.device,
-        quiet=not accelerator.is_main_process,
-    )
-    trainable, stop = list(state.trainable.values()), False
+    validator = make_validator(args, pipe, state, images)
+    log_file = Path(args.output_dir, "train_log.jsonl")
+    batch_size = sampler.global_batch_size * args.gradient_accumulation_steps
+    progress = Progress(accelerator, log_file, total_steps, step, batch_size, args.logging_steps)
     while step < total_steps and not stop:
         loss = torch.zeros((), device=accelerator.device)
         for _ in range(args.gradient_accumulation_steps):
             batch = next(batches)
-            with accelerator.accumulate(model):
-                part = compute_loss(args, pipe, model, batch)
+            with accelerator.accumulate(state.model):
+                part = compute_loss(args, pipe, state.model, batch)
                 accelerator.backward(part)
                 loss += part.detach() / args.gradient_accumulation_steps
         # One exchange tells all processes the loss, and whether one of them was asked to stop.
@@ -256,11 +223,11 @@ def train(
                 "and go on from the last checkpoint with --resume_from_checkpoint=latest."
             )
         lr = state.lr_scheduler.get_last_lr()[0]
-        optimizer.step()
+        state.optimizer.step()
         state.lr_scheduler.step()
-        optimizer.zero_grad()
+        state.optimizer.zero_grad()
         state.update_average()
-        step, position = step + 1, position + global_batch
+        step, position = step + 1, position + batch_size
         progress.update(loss, lr)
         accelerator.log({"loss": loss, "lr": lr}, step=step)
         if stop or (args.checkpointing_steps and step % args.checkpointing_steps == 0):
@@ -296,25 +263,18 @@ def compute_loss(
 def check_arguments(args: Arguments) -> None:
     if (args.train_data_dir is None) == (args.dataset_name is None):
         raise ValueError("Give the images as --train_data_dir or as --dataset_name.")
-    if args.pretrained_pipeline is None:
-        if (args.conditioner is None) == (not args.encoder):
-            raise ValueError("Give --conditioner (a saved one), --encoder (to make one) or --pretrained_pipeline.")
-        if not (args.vae or args.pretrained_model_name_or_path):
-            raise ValueError("Give a VAE: --vae, or --pretrained_model_name_or_path.")
-        if not (args.unet or args.unet_config or args.pretrained_model_name_or_path):
-            raise ValueError("Give a UNet: --unet, --unet_config (a new one), or --pretrained_model_name_or_path.")
+    if [args.pretrained_pipeline, args.conditioner, args.encoder].count(None) != 2:
+        raise ValueError("Give one of --conditioner (a saved one), --encoder (to make one) and --pretrained_pipeline.")
     if args.rank and not args.pretrained_pipeline:
         raise ValueError("A LoRA (--rank) is trained on a whole pipeline: give --pretrained_pipeline.")
     if args.metric_steps and not args.validation_data_dir:
         raise ValueError("Measuring (--metric_steps) needs unseen images: give --validation_data_dir.")
-    if args.metric not in validation.METRICS:
-        raise ValueError(f"--metric must be one of {', '.join(validation.METRICS)}, got {args.metric!r}.")
 
 
-def open_training_images(args: Arguments) -> ImageDataset:
-    images = open_images(
+def open_training_images(args: Arguments) -> data.ImageDataset:
+    images = data.open_images(
         args.train_data_dir or args.dataset_name,
-        Preprocessing(args.resolution, args.remove_borders),
+        data.Preprocessing(args.resolution, args.remove_borders),
         split=args.dataset_split,
         image_column=args.image_column,
         config_name=args.dataset_config_name,
@@ -322,82 +282,65 @@ def open_training_images(args: Arguments) -> ImageDataset:
         max_unreadable=args.max_unreadable,
     )
     if args.keys_file:
-        images = images.select(Path(args.keys_file).read_text().split())
+        images = images.select(Path(args.keys_file).read_text().splitlines())
     return images.select(images.keys[: args.max_train_samples]) if args.max_train_samples else images
 
 
-def build_pipeline(args: Arguments, images: ImageDataset, device: torch.device) -> DinoDiffusionPipeline:
-    """The components in float32; their constructor checks that they fit together."""
+def build_pipeline(args: Arguments, images: data.ImageDataset, device: torch.device) -> DinoDiffusionPipeline:
+    source = {"revision": args.revision, "variant": args.variant}
     if args.pretrained_pipeline:
-        pipe = DinoDiffusionPipeline.from_pretrained(
-            args.pretrained_pipeline, revision=args.revision, variant=args.variant
-        )
+        pipe = DinoDiffusionPipeline.from_pretrained(args.pretrained_pipeline, **source)
         if args.rank:
-            components.add_lora(pipe.unet, args.rank, args.lora_alpha or args.rank)
+            components.add_lora(pipe.unet, args.rank, args.lora_alpha)
         return pipe
     if args.conditioner:
         conditioner = DinoImageConditioner.from_pretrained(args.conditioner)
     else:
-        encoder = args.encoder if len(args.encoder) > 1 else args.encoder[0]
-        conditioner = DinoImageConditioner.from_encoder(
-            encoder, tokens=args.tokens, projection_dim=args.projection_dim
-        )
+        options = {"tokens": args.tokens, "projection_dim": args.projection_dim}
+        conditioner = DinoImageConditioner.from_encoder(args.encoder, **options)
     if args.normalize_tokens:
         chosen = range(0, len(images), max(1, len(images) // args.normalize_tokens))
         conditioner.to(device).fit_normalization(images[i]["image"] for i in chosen)
-    base, hub = args.pretrained_model_name_or_path, {"revision": args.revision, "variant": args.variant}
-    vae = components.load_vae(args.vae) if args.vae else components.load_vae(base, **hub)
-    if args.unet_config:
-        unet = components.new_unet(args.unet_config, vae, conditioner.token_dim, args.resolution, args.qk_init_scale)
-    else:
-        unet = components.load_unet(args.unet) if args.unet else components.load_unet(base, **hub)
-    scheduler = components.make_scheduler(args.scheduler or base, args.prediction_type, args.rescale_betas_zero_snr)
-    return DinoDiffusionPipeline(vae=vae, conditioner=conditioner, unet=unet, scheduler=scheduler)
+    base = {"base": args.pretrained_model_name_or_path, "vae": args.vae, **source}
+    unet = {"unet": args.unet, "unet_config": args.unet_config, "qk_init_scale": args.qk_init_scale}
+    noise = {"prediction_type": args.prediction_type, "zero_snr": args.rescale_betas_zero_snr}
+    return components.build_pipeline(
+        conditioner.to("cpu"), resolution=args.resolution, scheduler=args.scheduler, **base, **unet, **noise
+    )
 
 
 def make_validator(
-    args: Arguments, accelerator: Accelerator, pipe: DinoDiffusionPipeline, state: TrainingState, images: ImageDataset
+    args: Arguments, pipe: DinoDiffusionPipeline, state: TrainingState, images: data.ImageDataset
 ) -> validation.Validator:
     if args.validation_data_dir:
-        images = open_images(args.validation_data_dir, images.preprocessing, max_unreadable=args.max_unreadable)
-    return validation.Validator(
-        pipe,
-        state,
-        accelerator,
-        args.output_dir,
-        images,
-        grid_steps=args.validation_steps,
-        num_sources=args.num_validation_images,
-        num_variations=args.num_validation_variations,
-        guidance_scale=args.validation_guidance_scale,
-        num_inference_steps=args.validation_inference_steps,
-        metric=validation.METRICS[args.metric],
-        metric_steps=args.metric_steps,
-        num_measured=args.metric_num_images,
-        batch_size=args.train_batch_size,
-        seed=args.seed,
-    )
+        images = data.open_images(args.validation_data_dir, images.preprocessing, max_unreadable=args.max_unreadable)
+    grid = validation.GridPlan(args.validation_steps, args.num_validation_images, args.num_validation_variations)
+    metric = validation.MetricPlan(args.metric_steps, args.metric_num_images, validation.METRICS[args.metric])
+    sampling = (args.train_batch_size, args.seed, args.validation_guidance_scale, args.validation_inference_steps)
+    return validation.Validator(pipe, state, args.output_dir, images, grid, metric, *sampling)
 
 
 def save_setup(args: Arguments, pipe: DinoDiffusionPipeline, output_dir: Path) -> None:
     """Write what training does not change, before it is cast to lower precision."""
-    (output_dir / "training_arguments.json").write_text(json.dumps(public(args), indent=1))
+    (output_dir / "training_arguments.json").write_text(json.dumps(asdict(args), indent=1))
     if not args.rank:
         for name in ("vae", "conditioner", "scheduler"):
             getattr(pipe, name).save_pretrained(output_dir / name)
 
 
-def save_result(args: Arguments, pipe: DinoDiffusionPipeline, state: TrainingState, output_dir: Path) -> None:
-    state.save_for_use(output_dir)
+def save_result(args: Arguments, pipe: DinoDiffusionPipeline, state: TrainingState, updates: int) -> None:
+    state.save_for_use(args.output_dir)
     if not args.rank:
-        pipe.save_config(output_dir)  # model_index.json makes the folder a pipeline
-    logger.info("The result is in %s", output_dir)
+        pipe.save_config(args.output_dir)  # model_index.json makes the folder a pipeline
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    bases = [args.pretrained_pipeline, args.pretrained_model_name_or_path, args.unet, args.vae, *(args.encoder or [])]
+    facts = {"updates": updates, **{name: value for name, value in asdict(args).items() if value not in (None, False)}}
+    hub.write_model_card(
+        args.output_dir, name, facts, base_model=filter(None, bases), datasets=args.dataset_name, lora=bool(args.rank)
+    )
     if args.push_to_hub:
-        ...
-
-
-def public(args: Arguments) -> dict[str, Any]:
-    return {name: value for name, value in asdict(args).items() if name != "hub_token"}
+        hub.push_folder(args.output_dir, name)
+    logger.info(f"The result is in {args.output_dir}")
 
 
 if __name__ == "__main__":

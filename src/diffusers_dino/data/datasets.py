@@ -159,15 +159,13 @@ class TrainingViews(Dataset[dict[str, Any]]):
         """A whole batch at once.
 
         Returns:
-            `image` float32 `(B, C, size, size)` in [0, 1], `key` and `position` (lists of B), and `unreadable`, the
-            messages of images met so far by this worker that could not be read.
+            `image` float32 `(B, C, size, size)` in [0, 1], `key` and `position` (lists of B).
         """
         samples = [self.images[slot.index] for slot in slots]
         batch = collate(samples)
         if self.augmentation:
             batch["image"] = self.augmentation(batch["image"], batch["key"], self.seed, [slot.epoch for slot in slots])
         batch["position"] = [slot.position for slot in slots]
-        batch["unreadable"] = list(self.images.unreadable.values())
         return batch
 
     def batches(

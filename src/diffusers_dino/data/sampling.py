@@ -75,11 +75,16 @@ class GlobalBatchSampler(Sampler[list[Slot]]):
         self.start = start
         self.shuffle = shuffle
 
+    @property
+    def global_batch_size(self) -> int:
+        """Samples of one batch over all processes."""
+        return self.batch_size * self.num_processes
+
     def __iter__(self) -> Iterator[list[Slot]]:
         first = self.start + self.process_index * self.batch_size
         while True:
             yield [self.slot(position) for position in range(first, first + self.batch_size)]
-            first += self.batch_size * self.num_processes
+            first += self.global_batch_size
 
     def slot(self, position: int) -> Slot:
         """What stands at a position of the global order."""

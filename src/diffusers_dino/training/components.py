@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, AutoModel, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
+from ..conditioner import DinoImageConditioner
 from ..latents import VAE, vae_scale_factor
-
-if TYPE_CHECKING:
-    from ..pipelines import DinoDiffusionPipeline
+from ..pipelines import DinoDiffusionPipeline
 
 __all__ = [
     "STABLE_DIFFUSION_SCHEDULE",
     "adapt_for_training",
     "add_lora",
+    "build_pipeline",
+    "enable_xformers",
     "latent_shape",
     "load_unet",
     "load_vae",
@@ -39,6 +40,51 @@ STABLE_DIFFUSION_SCHEDULE: dict[str, Any] = {
     "set_alpha_to_one": False,
     "steps_offset": 1,
 }
+
+
+def build_pipeline(
+    conditioner: DinoImageConditioner,
+    *,
+    resolution: int,
+    base: str | None = None,
+    vae: str | None = None,
+    unet: str | None = None,
+    unet_config: str | None = None,
+    qk_init_scale: float = 1.0,
+    scheduler: str | None = None,
+    prediction_type: str | None = None,
+    zero_snr: bool = False,
+    **hub: Any,
+) -> DinoDiffusionPipeline:
+    """Put a pipeline together from parts that are loaded or new.
+
+    Args:
+        conditioner: The conditioner.
+        resolution: Side of the training images in pixels.
+        base: A pipeline such as Stable Diffusion, for the parts that are not given.
+        vae: Folder or repository of the autoencoder.
+        unet: Folder or repository of a UNet.
+        unet_config: Make a new UNet of this config, see `new_unet`.
+        qk_init_scale: See `new_unet`.
+        scheduler: See `make_scheduler`.
+        prediction_type: See `make_scheduler`.
+        zero_snr: See `make_scheduler`.
+        hub: `revision`, `variant` and the like for `base`.
+
+    Raises:
+        ValueError: If a part is missing, or the parts do not fit together.
+    """
+    if not (vae or base):
+        raise ValueError("There is no VAE: give its folder or repository, or that of a pretrained model.")
+    if not (unet or unet_config or base):
+        raise ValueError("There is no UNet: give one, the config of a new one, or a pretrained model.")
+    loaded_vae = load_vae(vae) if vae else load_vae(base, **hub)
+    if unet_config:
+        denoiser = new_unet(unet_config, loaded_vae, conditioner.token_dim, resolution, qk_init_scale)
+    else:
+        denoiser = load_unet(unet) if unet else load_unet(base, **hub)
+    schedule = make_scheduler(scheduler or base, prediction_type, zero_snr)
+    return DinoDiffusionPipeline(vae=loaded_vae, conditioner=conditioner, unet=denoiser, scheduler=schedule)
 
 
 def load_vae(name_or_path: str, **hub: Any) -> VAE:
@@ -183,13 +229,7 @@ def add_lora(unet: UNet2DConditionModel, rank: int, alpha: float | None = None) 
 
 
 def adapt_for_training(
-    pipe: DinoDiffusionPipeline,
-    device: torch.device,
-    frozen_dtype: torch.dtype = torch.float32,
-    *,
-    channels_last: bool = False,
-    gradient_checkpointing: bool = False,
-    xformers: bool = False,
+    pipe: DinoDiffusionPipeline, device: torch.device, frozen_dtype: torch.dtype = torch.float32
 ) -> list[nn.Parameter]:
     """Move a pipeline to where it is trained: frozen weights in `frozen_dtype`, trained ones in float32.
 
@@ -197,36 +237,26 @@ def adapt_for_training(
         pipe: Its VAE is frozen here; the UNet's weights that require gradients are the trained ones.
         device: Where to train.
         frozen_dtype: Type of the VAE, the conditioner and the UNet's frozen weights.
-        channels_last: Memory format of convolutions that some accelerators prefer.
-        gradient_checkpointing: Compute activations again in the backward pass rather than keep them.
-        xformers: Use xformers' attention.
 
     Returns:
         The trained parameters.
-
-    Raises:
-        ImportError: If xformers is asked for and not installed.
     """
-    unet = pipe.unet
     for model in (pipe.vae.requires_grad_(False), pipe.conditioner):
         nn.Module.to(model, device, frozen_dtype)  # diffusers' own `to` warns of layers that this one handles too
-    for parameter in unet.parameters():
+    for parameter in pipe.unet.parameters():
         parameter.data = parameter.data.to(device, torch.float32 if parameter.requires_grad else frozen_dtype)
-    unet.to(device)
-    if channels_last:
-        for model in (unet, pipe.vae):
-            model.to(memory_format=torch.channels_last)
-    if gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    if xformers:
-        require("xformers", "xformers")
-        unet.enable_xformers_memory_efficient_attention()
+    pipe.unet.to(device).train()
     pipe.set_progress_bar_config(disable=True)
-    unet.train()
-    return [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    return [parameter for parameter in pipe.unet.parameters() if parameter.requires_grad]
 
 
-def make_adamw(parameters: list[nn.Parameter], *, eight_bit: bool = False, **options: Any) -> torch.optim.Optimizer:
+def enable_xformers(unet: UNet2DConditionModel) -> None:
+    """Use xformers' attention in place of PyTorch's; ImportError names the extra if it is not installed."""
+    require("xformers", "xformers")
+    unet.enable_xformers_memory_efficient_attention()
+
+
+def make_adamw(parameters: list[nn.Parameter], eight_bit: bool = False, **options: Any) -> torch.optim.Optimizer:
     """AdamW, fused where PyTorch has it, or the 8-bit one of bitsandbytes.
 
     Args:

@@ -10,49 +10,47 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
+from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 __all__ = ["Progress", "peak_memory"]
 
 
 class Progress:
-    """Shows and records the progress of training. Processes other than the main one have no log file and are
-    quiet.
+    """Shows and records the progress of training. Only the main process shows and records.
 
     On a terminal there is a bar; otherwise (a batch system's log) a line now and then. `train_log.jsonl` gets
     `{"step", "loss", "lr"}` for every update, whole also when the process is killed; on resuming, lines of updates
     that will be done again are taken out.
 
     Args:
-        log_file: The JSON lines file, or None.
+        accelerator: Tells which process is the main one, and on what device it works.
+        log_file: The JSON lines file.
         total: Number of updates of the whole run.
         start: Updates already done.
         images_per_step: Images that one update is made from.
         every: Updates from one plain line to the next.
-        device: Whose memory to show.
-        quiet: Show nothing.
         stream: Where to write; standard error by default.
     """
 
     def __init__(
         self,
-        log_file: str | Path | None,
+        accelerator: Accelerator,
+        log_file: str | Path,
         total: int,
         start: int = 0,
         images_per_step: int = 1,
         every: int = 50,
-        device: torch.device | str = "cpu",
-        quiet: bool = False,
         stream: TextIO | None = None,
     ) -> None:
         self.total, self.step, self.every = total, start, every
         self.images_per_step = images_per_step
-        self.device = torch.device(device)
+        self.device = accelerator.device
         self.stream = stream or sys.stderr
-        self._log = None if log_file is None else _open_log(Path(log_file), start)
+        self.quiet = not accelerator.is_main_process
+        self._log = None if self.quiet else _open_log(Path(log_file), start)
         self._first, self._start_time = start, time.perf_counter()
-        self.quiet = quiet
-        on_terminal = self.stream.isatty() and not quiet
+        on_terminal = self.stream.isatty() and not self.quiet
         self._bar = tqdm(total=total, initial=start, unit="step", file=self.stream) if on_terminal else None
 
     def update(self, loss: float, lr: float) -> None:

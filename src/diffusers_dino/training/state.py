@@ -29,23 +29,31 @@ class TrainingState:
     averaged weights where there is an average. What only resuming needs lies beside it.
 
     Args:
-        accelerator: Has prepared the UNet and the optimizer.
-        unet: The UNet, unwrapped. The parameters that require gradients are the ones that are saved.
-        lr_scheduler: Has `state_dict` and `load_state_dict`.
+        accelerator: Prepares the UNet and the optimizer.
+        unet: The UNet. The parameters that require gradients are the ones that are saved.
+        optimizer: Of these parameters.
+        lr_scheduler: Of this optimizer. It is stepped once an update, whatever the number of processes.
         ema_decay: Decay of the moving average of the weights, or None for no average.
         lora: Whether the trained parameters are a LoRA adapter.
+
+    Attributes:
+        model: What to train: the UNet, wrapped for several processes and mixed precision.
+        optimizer: The prepared optimizer.
+        trainable: The trained parameters by name.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
         unet: UNet2DConditionModel,
-        lr_scheduler: Any,
+        optimizer: torch.optim.Optimizer,
+        lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
         ema_decay: float | None = None,
         lora: bool = False,
     ) -> None:
         self.accelerator = accelerator
         self.unet = unet
+        self.model, self.optimizer = accelerator.prepare(unet, optimizer)
         self.lora = lora
         self.trainable: dict[str, Tensor] = {n: p for n, p in unet.named_parameters() if p.requires_grad}
         self.ema: EMAModel | None = None

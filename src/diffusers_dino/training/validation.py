@@ -25,7 +25,17 @@ from ..seeds import generator_for
 from .checkpoints import save_atomically
 from .state import TrainingState
 
-__all__ = ["METRICS", "FeatureMetric", "Validator", "generate_variations", "log_images", "measure", "variation_grid"]
+__all__ = [
+    "METRICS",
+    "FeatureMetric",
+    "GridPlan",
+    "MetricPlan",
+    "Validator",
+    "generate_variations",
+    "log_images",
+    "measure",
+    "variation_grid",
+]
 
 
 @dataclass(frozen=True)
@@ -157,27 +167,40 @@ def _gather(accelerator: Accelerator, features: Tensor) -> Tensor:
     return torch.cat([part.cpu() for part in gather_object([features]) if len(part)])
 
 
+@dataclass(frozen=True)
+class GridPlan:
+    """When to draw a picture of variations, and how large. `every` 0 draws none."""
+
+    every: int = 500
+    num_sources: int = 4
+    num_variations: int = 3
+
+
+@dataclass(frozen=True)
+class MetricPlan:
+    """When to measure, on how many images, and what. `every` 0 measures nothing."""
+
+    every: int = 0
+    num_images: int = 256
+    metric: FeatureMetric = METRICS["pixel_frechet"]
+
+
 class Validator:
     """Looks at the averaged weights every so many updates, and keeps the best ones.
 
-    Pictures go to `output_dir/validation/STEP.png`; the best weights, as
-    `TrainingState.save_for_use` writes them, to `output_dir/best` with `metric.json`. Every process must call `run`.
+    Pictures go to `output_dir/validation/STEP.png`; the best weights, as `TrainingState.save_for_use` writes them, to
+    `output_dir/best` with `metric.json`. Every process must call `run`.
 
     Args:
         pipe: The pipeline in training.
         state: Its state.
-        accelerator: Tells the processes apart and logs.
         output_dir: Folder of the run.
         images: Data set of `{"key", "image"}`; its first images are used.
-        grid_steps: Updates between pictures; 0 draws none.
-        num_sources: Rows of a picture.
-        num_variations: Variations in a row.
-        metric: What to measure, or None.
-        metric_steps: Updates between measurements; 0 measures nothing.
-        num_measured: Images to generate for a measurement.
+        grid: When and what to draw.
+        metric: When and what to measure, without guidance.
         batch_size: Images generated at once.
         seed: Seed of the noise, the same at every look.
-        guidance_scale: Guidance of the pictures; a measurement uses none.
+        guidance_scale: Guidance of the pictures.
         num_inference_steps: Sampling steps.
     """
 
@@ -185,34 +208,25 @@ class Validator:
         self,
         pipe: DinoDiffusionPipeline,
         state: TrainingState,
-        accelerator: Accelerator,
         output_dir: str | Path,
         images: Any,
-        *,
-        grid_steps: int = 500,
-        num_sources: int = 4,
-        num_variations: int = 3,
-        metric: FeatureMetric | None = None,
-        metric_steps: int = 0,
-        num_measured: int = 256,
+        grid: GridPlan,
+        metric: MetricPlan,
         batch_size: int = 16,
         seed: int = 0,
         guidance_scale: float = 2.0,
         num_inference_steps: int = 25,
     ) -> None:
-        self.pipe, self.state, self.accelerator, self.images = pipe, state, accelerator, images
+        self.pipe, self.state, self.accelerator, self.images = pipe, state, state.accelerator, images
         self.output_dir = Path(output_dir)
-        self.grid_steps, self.num_variations = grid_steps, num_variations
-        self.num_sources = min(num_sources, len(images))
-        self.metric, self.metric_steps = metric, metric_steps if metric else 0
-        self.num_measured = min(num_measured, len(images))
+        self.grid, self.metric = grid, metric
         self.guidance_scale = guidance_scale
         self.call = {"batch_size": batch_size, "seed": seed, "num_inference_steps": num_inference_steps}
 
     def run(self, step: int, say: Callable[[str], None] = print) -> None:
         """Do what is due after this update."""
-        draw = bool(self.grid_steps) and step % self.grid_steps == 0 and self.accelerator.is_main_process
-        judge = bool(self.metric_steps) and step % self.metric_steps == 0
+        draw = bool(self.grid.every) and step % self.grid.every == 0 and self.accelerator.is_main_process
+        judge = bool(self.metric.every) and step % self.metric.every == 0
         if draw or judge:
             with self.state.averaged_weights():
                 if draw:
@@ -221,15 +235,9 @@ class Validator:
                     self._judge(step, say)
 
     def _draw(self, step: int) -> None:
-        sources = self._batch(self.num_sources)
-        variations = generate_variations(
-            self.pipe,
-            sources,
-            range(len(sources)),
-            self.num_variations,
-            guidance_scale=self.guidance_scale,
-            **self.call,
-        )
+        sources = collate(self._first(self.grid.num_sources))["image"]
+        options = {"guidance_scale": self.guidance_scale, **self.call}
+        variations = generate_variations(self.pipe, sources, range(len(sources)), self.grid.num_variations, **options)
         picture = variation_grid(sources, variations)
         folder = self.output_dir / "validation"
         folder.mkdir(exist_ok=True)
@@ -237,25 +245,26 @@ class Validator:
         log_images(self.accelerator, "source | variations", picture, step)
 
     def _judge(self, step: int, say: Callable[[str], None]) -> None:
-        real = [self.images[i]["image"] for i in range(self.num_measured)]
-        value = measure(self.metric, self.pipe, real, self.accelerator, guidance_scale=1.0, **self.call)
-        self.accelerator.log({self.metric.name: value}, step=step)
+        metric = self.metric.metric
+        real = [sample["image"] for sample in self._first(self.metric.num_images)]
+        value = measure(metric, self.pipe, real, self.accelerator, guidance_scale=1.0, **self.call)
+        self.accelerator.log({metric.name: value}, step=step)
         if not self.accelerator.is_main_process:
             return
         best = self.output_dir / "best"
-        known = _best_value(best, self.metric.name)
-        note = f"{self.metric.name} after {step} updates: {value:.4g} ({len(real)} images"
+        known = _best_value(best, metric.name)
+        note = f"{metric.name} after {step} updates: {value:.4g} ({len(real)} images"
         if not value < known:  # also where it is not a number
             say(f"{note}; best so far {known:.4g})")
             return
-        facts = {"metric": self.metric.name, "value": value, "step": step, "num_images": len(real)}
+        facts = {"metric": metric.name, "value": value, "step": step, "num_images": len(real)}
         with save_atomically(best) as folder:
             self.state.save_for_use(folder)
             (folder / "metric.json").write_text(json.dumps(facts, indent=1))
         say(f"{note}; the best so far)")
 
-    def _batch(self, count: int) -> Tensor:
-        return collate([self.images[i] for i in range(count)])["image"]
+    def _first(self, count: int) -> list[dict[str, Any]]:
+        return [self.images[i] for i in range(min(count, len(self.images)))]
 
 
 def _best_value(folder: Path, metric: str) -> float:
