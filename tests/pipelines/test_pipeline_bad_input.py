@@ -145,3 +145,25 @@ def test_components_that_are_missing(embeds):
     for name in ("unet", "scheduler"):
         with pytest.raises(ValueError, match="no unet or no scheduler"):
             generate(tiny.tiny_pipeline(**{name: None}), image_embeds=embeds, height=32, width=32)
+
+
+def test_latents_that_are_no_tensor(pipe, embeds):
+    with pytest.raises(TypeError, match="`latents` must be a tensor"):
+        generate(pipe, image_embeds=embeds, latents=[0.0])
+
+
+def test_numpy_integers_are_integers(pipe, embeds):
+    assert generate(pipe, image_embeds=embeds, height=np.int64(32), num_images_per_prompt=np.int32(1)).shape[0] == 2
+
+
+def test_images_that_come_out_as_nan(embeds):
+    pipe = tiny.tiny_pipeline()
+    pipe.vae.decoder.conv_out.weight.data.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match=r"NaN or infinity.*float16"):
+        generate(pipe, image_embeds=embeds)
+
+
+def test_a_folder_that_cannot_be_written(pipe, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(OSError, match="file"):
+        pipe.save_pretrained(tmp_path / "file" / "pipeline")

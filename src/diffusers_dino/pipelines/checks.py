@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ __all__ = [
     "OUTPUT_TYPES",
     "check_components",
     "check_embeds",
+    "check_finite",
     "check_generator",
     "check_numbers",
     "check_schedule",
@@ -128,6 +130,15 @@ def check_embeds(image_embeds: Tensor, num_tokens: int | None, width: int) -> No
         raise ValueError("`image_embeds` contains NaN or infinity.")
 
 
+def check_finite(images: Tensor) -> None:
+    """Refuse decoded images with NaN, which would silently turn black, with a RuntimeError that names likely causes."""
+    if not torch.isfinite(images).all():
+        raise RuntimeError(
+            "The generated images contain NaN or infinity. Autoencoders can overflow in float16: use bfloat16, or "
+            "call pipe.vae.to(torch.float32). In float32, suspect the weights or the noise schedule."
+        )
+
+
 def check_generator(generator: Any) -> None:
     """Refuse what is neither None, a generator, nor a list of generators with a TypeError."""
     listed = generator if isinstance(generator, list) else [generator] if generator is not None else []
@@ -138,6 +149,6 @@ def check_generator(generator: Any) -> None:
 def check_numbers(multiple_of: int = 1, **numbers: int) -> None:
     """Refuse with a ValueError, by its name, a number that is not a positive integer multiple."""
     for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1 or value % multiple_of:
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1 or value % multiple_of:
             kind = f"multiple of {multiple_of}" if multiple_of > 1 else "integer"
             raise ValueError(f"`{name}` must be a positive {kind}, got {value!r}.")

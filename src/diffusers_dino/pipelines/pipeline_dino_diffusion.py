@@ -22,6 +22,7 @@ from .checks import (
     OUTPUT_TYPES,
     check_components,
     check_embeds,
+    check_finite,
     check_generator,
     check_numbers,
     check_schedule,
@@ -268,8 +269,8 @@ class DinoDiffusionPipeline(DiffusionPipeline, StableDiffusionMixin, UNetLoraLoa
             num_inference_steps: Denoising steps.
             timesteps: Timesteps of one's own in place of `num_inference_steps`, for schedulers that take them.
             sigmas: Noise levels of one's own, descending to 0, likewise.
-            guidance_scale: Classifier-free guidance away from the null condition; 1 is none, and costs half. A model
-                that was trained without dropping its condition does not know the null condition: use 1.
+            guidance_scale: Classifier-free guidance away from the null condition; 1 or less is none, at half the cost.
+                A model that was trained without dropping its condition does not know the null condition: use 1.
             guidance_rescale: In [0, 1], against over-exposure by guidance; 0.7 with zero terminal SNR (Lin et al.,
                 arXiv 2305.08891, section 3.4).
             num_images_per_prompt: Variations of each image, n.
@@ -291,6 +292,7 @@ class DinoDiffusionPipeline(DiffusionPipeline, StableDiffusionMixin, UNetLoraLoa
         Raises:
             TypeError: If an argument has the wrong type.
             ValueError: If an argument has the wrong value, or the components do not fit together or are missing.
+            RuntimeError: If the images come out with NaN or infinity.
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
@@ -352,6 +354,8 @@ class DinoDiffusionPipeline(DiffusionPipeline, StableDiffusionMixin, UNetLoraLoa
             return height, width
         size = self.unet.config.get("sample_size") if self.unet is not None else None
         if latents is not None:
+            if not isinstance(latents, Tensor):
+                raise TypeError(f"`latents` must be a tensor (B * n, L, h, w), got {type(latents).__name__}.")
             size = tuple(latents.shape[-2:])
         if size is None:
             raise ValueError("The UNet's config has no sample_size: give `height` and `width` in pixels.")
@@ -387,5 +391,7 @@ class DinoDiffusionPipeline(DiffusionPipeline, StableDiffusionMixin, UNetLoraLoa
     def _decode(self, latents: Tensor, output_type: str) -> Any:
         if output_type == "latent":
             return latents
-        unit = vae_to_unit(decode_latents(self.vae, latents.to(self.vae.dtype)).float())  # (B, C, H, W) in [0, 1]
+        decoded = decode_latents(self.vae, latents.to(self.vae.dtype)).float()  # (B, C, H, W), nominally in [-1, 1]
+        check_finite(decoded)
+        unit = vae_to_unit(decoded)
         return self.image_processor.postprocess(unit, output_type, do_denormalize=[False] * len(unit))
