@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import transformers
-from diffusers import ModelMixin
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
+
+from ..registration import ModelMixin  # diffusers', which knows this library from then on
 
 __all__ = ["LastingModelMixin", "quiet_transformers"]
 
