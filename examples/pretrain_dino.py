@@ -1,0 +1,238 @@
+"""Pretrain a small DINO encoder from unlabelled images by self-distillation, for sites that start from nothing else.
+
+    accelerate launch examples/pretrain_dino.py examples/configs/tiny_dino.yaml --train_data_dir /data/cxr
+
+A student sees several crops of an image, a teacher (the student's moving average) the large ones; the student learns
+to give each crop the teacher's answer to another one (DINO, arXiv 2104.14294). As in DINOv2 (arXiv 2304.07193) the
+answers are spread by Sinkhorn's iterations, the features by KoLeo. `--output_dir` becomes a `DinoImageConditioner`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+from command_line import flag, parse_arguments
+from diffusers_dino import DinoImageConditioner
+from diffusers_dino.data import ImageDataset
+from diffusers_dino.seeds import generator_for
+from diffusers_dino.training.self_distillation import (
+    Crops,
+    DistillationNetwork,
+    cross_view_loss,
+    effective_rank,
+    update_teacher,
+)
+from stage import Stage, StageArguments, make_accelerator, open_training_images
+
+try:
+    from lightly.loss import KoLeoLoss
+    from lightly.loss.swav_loss import sinkhorn
+    from lightly.models.modules import DINOProjectionHead
+    from lightly.utils.scheduler import cosine_schedule
+except ImportError as error:
+    raise ImportError("Pretraining an encoder needs lightly: pip install diffusers-dino[train]") from error
+
+logger = logging.getLogger("pretrain_dino")
+
+
+@dataclass
+class Arguments(StageArguments):
+    # Encoder
+    pretrained_model_name_or_path: str | None = flag(None, "DINOv2 with registers to continue from; else a new one.")
+    patch_size: int = flag(16, "Side of a patch in pixels.")
+    hidden_size: int = flag(384, "Width of the tokens.")
+    num_hidden_layers: int = flag(12, "Transformer layers.")
+    num_attention_heads: int = flag(6, "Heads per layer.")
+    mlp_ratio: int = flag(4, "Hidden width of the MLPs over the width of the tokens.")
+    num_register_tokens: int = flag(4, "Registers: with the class token they are the condition.")
+    pixel_mean: float = flag(0.5, "Subtracted from pixels in [0, 1].")
+    pixel_std: float = flag(0.25, "By which the difference is divided.")
+    # Views. Small crops teach what an organ looks like, large ones where it is: a condition needs both.
+    image_size: int | None = flag(None, "Side of the images the encoder sees; --resolution by default.")
+    min_global_crop: float = flag(0.5, "Smallest area of a large crop.")
+    max_global_crop: float = flag(1.0, "Largest area of a large crop.")
+    local_crops: int = flag(4, "Small crops of each image; 0 for none.")
+    local_crop_size: int = flag(96, "Their side.")
+    min_local_crop: float = flag(0.15, "Smallest area of a small crop.")
+    max_local_crop: float = flag(0.5, "Largest area of a small crop.")
+    exposure: float = flag(0.3, "Strength of random contrast and brightness.")
+    # Objective
+    num_prototypes: int = flag(4096, "Answers that the head chooses from, K.")
+    head_hidden_size: int = flag(2048, "Hidden width of the head.")
+    head_bottleneck_size: int = flag(256, "Width before the answers.")
+    teacher_temperature: float = flag(0.04, "Of Sinkhorn's iterations.")
+    student_temperature: float = flag(0.1, "Of the student's softmax.")
+    koleo_weight: float = flag(0.1, "Weight of the spread of features within the batch of a device.")
+    teacher_momentum: float = flag(0.99, "Of the moving average; rises to 1 along a cosine.")
+    # Diagnosis
+    diagnosis_steps: int = flag(200, "Updates between diagnoses of collapse; 0 diagnoses at the end alone.")
+    min_effective_rank: float = flag(2.0, "Stop with an error if the features of the teacher have a lower rank.")
+    # Result
+    num_statistics_images: int = flag(1024, "Images that statistics of the tokens are taken from.")
+    slot_offset: float = flag(1.0, "Strength of the fixed vector that tells a token's place; 0 for none.")
+
+
+def main() -> None:
+    args = parse_arguments(Arguments, description=__doc__)
+    accelerator = make_accelerator(args, logger)
+    images = open_training_images(args)
+    large, small = make_crops(args)
+    student, teacher = make_networks(args, large.size)
+    teacher.to(accelerator.device)
+    koleo = KoLeoLoss()
+    stage = Stage(args, accelerator, student, images, augmentation=None, companions=(teacher,))
+    logger.info(
+        f"Training {sum(p.numel() for p in teacher.encoder.parameters()) / 1e6:.2f} M weights on {len(images)} "
+        f"images: {stage.total} updates of {stage.batch_size} images"
+    )
+
+    def compute_loss(pixels: Tensor, generator: torch.Generator) -> Tensor:
+        num_images = len(pixels)
+        views = [torch.cat([large(pixels, generator) for _ in range(2)])]
+        if args.local_crops:
+            views.append(torch.cat([small(pixels, generator) for _ in range(args.local_crops)]))
+        with torch.no_grad(), accelerator.autocast():
+            answers = teacher(views[:1])[1].float()
+        targets = sinkhorn(answers, epsilon=args.teacher_temperature, gather_distributed=True)
+        features, logits = stage.model(views)
+        spread = sum(koleo(view.float()) for view in features.split(num_images)) / 2
+        distillation = cross_view_loss(logits, targets, num_images, args.student_temperature)
+        return distillation + args.koleo_weight * spread
+
+    for batches in stage.updates():
+        losses = []
+        for batch in batches:
+            pixels = batch["image"].to(accelerator.device, non_blocking=True)
+            # Draws depend on (seed, place in the run) alone, so that a resumed run repeats them.
+            generator = generator_for(args.seed, "crops", batch["position"][0])
+            with accelerator.accumulate(stage.model):
+                loss = compute_loss(pixels, generator)
+                accelerator.backward(loss)
+            losses.append(loss.detach())
+        stage.update(losses, batches[-1]["key"])
+        momentum = cosine_schedule(stage.step, stage.total, args.teacher_momentum, 1.0)
+        update_teacher(teacher, accelerator.unwrap_model(stage.model), momentum)
+        if args.diagnosis_steps and stage.step % args.diagnosis_steps == 0:
+            diagnose(args, teacher, images, stage.step)
+    if stage.step < stage.total:
+        logger.info(f"Stopped after {stage.step} updates. Go on with --resume_from_checkpoint=latest.")
+    else:
+        diagnosis = diagnose(args, teacher, images, stage.step)
+        if accelerator.is_main_process:
+            save_result(args, teacher, images, large.size, diagnosis)
+    accelerator.end_training()
+
+
+def make_crops(args: Arguments) -> tuple[Crops, Crops]:
+    image_size = args.image_size or args.resolution
+    for name, size in (("--image_size", image_size), ("--local_crop_size", args.local_crop_size)):
+        if size % args.patch_size:
+            raise ValueError(f"{name} {size} is no multiple of --patch_size {args.patch_size}.")
+    large = Crops(image_size, (args.min_global_crop, args.max_global_crop), exposure=args.exposure)
+    small = Crops(args.local_crop_size, (args.min_local_crop, args.max_local_crop), exposure=args.exposure)
+    return large, small
+
+
+def make_networks(args: Arguments, image_size: int) -> tuple[DistillationNetwork, DistillationNetwork]:
+    """The student, and a teacher with the same weights."""
+    if args.pretrained_model_name_or_path:
+        config = Dinov2WithRegistersConfig.from_pretrained(args.pretrained_model_name_or_path)
+    else:
+        config = Dinov2WithRegistersConfig(
+            image_size=image_size,
+            patch_size=args.patch_size,
+            hidden_size=args.hidden_size,
+            num_hidden_layers=args.num_hidden_layers,
+            num_attention_heads=args.num_attention_heads,
+            mlp_ratio=args.mlp_ratio,
+            num_register_tokens=args.num_register_tokens,
+        )
+
+    def make() -> DistillationNetwork:
+        encoder = Dinov2WithRegistersModel(config)
+        width = DistillationNetwork.global_width(encoder)
+        head = DINOProjectionHead(width, args.head_hidden_size, args.head_bottleneck_size, args.num_prototypes)
+        return DistillationNetwork(encoder, head, args.pixel_mean, args.pixel_std)
+
+    student, teacher = make(), make()
+    if args.pretrained_model_name_or_path:
+        student.encoder = Dinov2WithRegistersModel.from_pretrained(args.pretrained_model_name_or_path)
+    student.encoder.embeddings.mask_token.requires_grad_(False)  # no patch is masked; it would wait for a gradient
+    teacher.load_state_dict(student.state_dict())  # lightly's head cannot be deep-copied
+    return student, teacher.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def diagnose(args: Arguments, teacher: DistillationNetwork, images: ImageDataset, step: int) -> dict[str, Any]:
+    """Tell how far the teacher's features of whole images are apart.
+
+    Raises:
+        RuntimeError: They have collapsed: all images get the same answer, and no condition can be made of it.
+    """
+    device = next(teacher.parameters()).device
+    size = args.image_size or args.resolution
+    chosen = [images[i]["image"] for i in range(0, len(images), max(1, len(images) // 256))]
+    whole = Crops(size, (1.0, 1.0), ratio=1.0, exposure=0.0)
+    views = [whole(image[None].to(device), torch.Generator()) for image in chosen]
+    features = torch.cat([teacher.embed(view).float().cpu() for view in views])
+    finding = {
+        "step": step,
+        "token_std": features.std(dim=0).mean().item(),
+        "effective_rank": effective_rank(features),
+        "num_images": len(features),
+        "ln_k": math.log(args.num_prototypes),
+    }
+    logger.info(
+        f"step {step}: std of the tokens over images {finding['token_std']:.3f}, effective rank "
+        f"{finding['effective_rank']:.1f} of {features.shape[1]} features (a loss of ln K = {finding['ln_k']:.2f} "
+        "means that the student knows nothing yet)"
+    )
+    if not finding["token_std"] > 1e-3 or finding["effective_rank"] < args.min_effective_rank:
+        raise RuntimeError(
+            f"The encoder has collapsed at update {step}: the tokens of {len(features)} images have a standard "
+            f"deviation of {finding['token_std']:.2g} and an effective rank of {finding['effective_rank']:.1f}. Lower "
+            "--learning_rate or --teacher_temperature, raise --koleo_weight or --train_batch_size."
+        )
+    return finding
+
+
+def save_result(
+    args: Arguments, teacher: DistillationNetwork, images: ImageDataset, size: int, diagnosis: dict[str, Any]
+) -> None:
+    """Save the teacher's encoder as a conditioner whose tokens are standardised on the training images."""
+    conditioner = DinoImageConditioner.from_model(
+        teacher.encoder.cpu(),
+        size=size,
+        mean=[args.pixel_mean] * 3,
+        std=[args.pixel_std] * 3,
+        source=Path(args.output_dir).resolve().name,
+    )
+    chosen = range(0, len(images), max(1, len(images) // args.num_statistics_images))
+    conditioner.fit_normalization(images[i]["image"] for i in chosen)
+    mark_slots(conditioner, args.slot_offset, args.seed)
+    conditioner.save_pretrained(args.output_dir)
+    Path(args.output_dir, "diagnosis.json").write_text(json.dumps(diagnosis, indent=1))
+    logger.info(f"The conditioner is in {args.output_dir}: {conditioner.num_tokens} tokens of {conditioner.token_dim}")
+
+
+def mark_slots(conditioner: DinoImageConditioner, strength: float, seed: int) -> None:
+    """Add a fixed random vector to the standardised tokens of each slot, through the statistics that are saved.
+
+    Cross-attention sees a set: once every slot has mean 0 and spread 1, nothing tells the class token from a register.
+    """
+    generator = generator_for(seed, "slots")
+    for head in conditioner.heads:
+        head.mean -= strength * torch.randn(head.mean.shape, generator=generator) * head.std
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""What `train_vae.py` and `pretrain_dino.py` share: flags for data and optimiser, checkpoints, one update."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers.optimization import get_scheduler
+from torch import Tensor, nn
+
+from command_line import flag
+from diffusers_dino import data
+from diffusers_dino.training import checkpoints
+from diffusers_dino.training.progress import Progress
+
+logger = logging.getLogger("stage")
+
+
+@dataclass
+class StageArguments:
+    # Data
+    train_data_dir: str | None = flag(None, "Folder of images, tars, or `datasets` folder.", aliases=["--train_data"])
+    dataset_split: str = flag("train", "Split of a `datasets` set.")
+    image_column: str = flag("image", "Column of images of a `datasets` set.")
+    keys_file: str | None = flag(None, "Text file of sample keys, one a line: train on these alone.")
+    max_train_samples: int | None = flag(None, "Train on the first samples alone.")
+    in_memory: bool = flag(False, "Prepare all images once and keep them in memory: for small sets.")
+    max_unreadable: float = flag(0.05, "Largest tolerated fraction of images that cannot be read.")
+    dataloader_num_workers: int = flag(0, "Processes that load data; 0 loads in the main process.")
+    resolution: int = flag(256, "Side of the images in pixels.")
+    remove_borders: bool = flag(True, "Cut uniform borders off.")
+    # Optimisation
+    seed: int = flag(0, "Seed of everything random.")
+    train_batch_size: int = flag(16, "Images per device and forward pass.")
+    gradient_accumulation_steps: int = flag(1, "Forward passes per update.")
+    num_train_epochs: float = flag(100, "Length of training.")
+    max_train_steps: int | None = flag(None, "Length of training in updates, in place of epochs.")
+    learning_rate: float = flag(1e-3, "After warm-up.")
+    lr_scheduler: str = flag("cosine", "One of diffusers', such as constant, cosine, linear.")
+    lr_warmup_steps: int = flag(100, "Updates of warm-up.")
+    adam_beta1: float = flag(0.9, "First moment's decay.")
+    adam_beta2: float = flag(0.99, "Second moment's decay.")
+    adam_weight_decay: float = flag(1e-2, "Weight decay, of matrices and kernels alone.")
+    max_grad_norm: float = flag(1.0, "Gradients are clipped to this norm.")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(None, "In place of accelerate's configuration.")
+    # Output
+    output_dir: str = flag("stage", "Where the model, checkpoints and train_log.jsonl go.")
+    checkpointing_steps: int = flag(500, "Updates between checkpoints; 0 writes none.")
+    checkpoints_total_limit: int | None = flag(None, "Keep the newest checkpoints alone.")
+    resume_from_checkpoint: str | None = flag(None, "A checkpoint, or `latest`: the newest complete one.")
+    logging_steps: int = flag(50, "Updates between lines of progress where there is no terminal.")
+
+
+def make_accelerator(args: StageArguments, log: logging.Logger) -> Accelerator:
+    """Set up processes, precision, seed and logging, and note the arguments beside the result."""
+    checkpoints.make_writable_folder(args.output_dir)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.gradient_accumulation_steps
+    )
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
+    for chatty in (logger, log):
+        chatty.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    set_seed(args.seed)
+    if accelerator.is_main_process:
+        Path(args.output_dir, "training_arguments.json").write_text(json.dumps(asdict(args), indent=1))
+    return accelerator
+
+
+def open_training_images(args: StageArguments) -> data.ImageDataset:
+    """Open what `--train_data_dir` names."""
+    if args.train_data_dir is None:
+        raise ValueError("Give the images as --train_data_dir.")
+    images = data.open_images(
+        args.train_data_dir,
+        data.Preprocessing(args.resolution, args.remove_borders),
+        split=args.dataset_split,
+        image_column=args.image_column,
+        in_memory=args.in_memory,
+        max_unreadable=args.max_unreadable,
+    )
+    if args.keys_file:
+        images = images.select(Path(args.keys_file).read_text().split())
+    return images.select(images.keys[: args.max_train_samples]) if args.max_train_samples else images
+
+
+class Stage:
+    """Data order, optimizer and checkpoints of one run; the loss stays in the script.
+
+    Args:
+        args: The flags.
+        accelerator: From `make_accelerator`.
+        model: What is trained; may be a tuple of modules in one.
+        images: What it is trained on.
+        augmentation: Random views of the images, or None.
+        companions: Further parts of the run's state (`state_dict`, `load_state_dict`), such as a teacher.
+
+    Raises:
+        ValueError: An update would need more images than there are.
+    """
+
+    def __init__(
+        self,
+        args: StageArguments,
+        accelerator: Accelerator,
+        model: nn.Module,
+        images: data.ImageDataset,
+        augmentation: data.Augmentation | None,
+        companions: tuple[Any, ...] = (),
+    ) -> None:
+        self.args, self.accelerator, self.images, self.augmentation = args, accelerator, images, augmentation
+        self.batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+        if self.batch_size > len(images):
+            raise ValueError(
+                f"One update needs {self.batch_size} images ({accelerator.num_processes} processes x "
+                f"{args.train_batch_size} x {args.gradient_accumulation_steps}), but there are {len(images)}. "
+                "Lower --train_batch_size or --gradient_accumulation_steps."
+            )
+        self.total = args.max_train_steps or math.ceil(args.num_train_epochs * len(images) / self.batch_size)
+        self.step = 0
+        self._position = 0  # images shown so far
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": args.adam_weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        betas = (args.adam_beta1, args.adam_beta2)
+        optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas)
+        self.lr_scheduler = get_scheduler(
+            args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=self.total
+        )
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        accelerator.register_for_checkpointing(self.lr_scheduler, *companions)
+        self._sigterm = threading.Event()
+        if args.resume_from_checkpoint:
+            self._resume(args.resume_from_checkpoint)
+
+    def updates(self) -> Iterator[list[dict[str, Any]]]:
+        """The batches of each update that is left; ends early, with a checkpoint, after SIGTERM.
+
+        Yields:
+            `gradient_accumulation_steps` batches; of each, `position` says where in the run its samples stand.
+        """
+        args, accelerator = self.args, self.accelerator
+        signal.signal(signal.SIGTERM, lambda *_: self._sigterm.set())
+        shares = accelerator.num_processes, accelerator.process_index
+        sampler = data.GlobalBatchSampler(len(self.images), args.train_batch_size, args.seed, *shares, self._position)
+        views = data.TrainingViews(self.images, self.augmentation, args.seed)
+        batches = views.batches(sampler, args.dataloader_num_workers, accelerator.device.type == "cuda")
+        log_file = Path(args.output_dir, "train_log.jsonl")
+        self.progress = Progress(accelerator, log_file, self.total, self.step, self.batch_size, args.logging_steps)
+        while self.step < self.total:
+            yield [next(batches) for _ in range(args.gradient_accumulation_steps)]
+            if self._stopping():
+                self.save()
+                break
+            if args.checkpointing_steps and self.step % args.checkpointing_steps == 0:
+                self.save()
+        self.progress.close()
+
+    def update(self, losses: list[Tensor], keys: list[str]) -> float:
+        """Take one step of the optimizer with the gradients that are there.
+
+        Args:
+            losses: The loss of each forward pass.
+            keys: Samples to name if the loss is not finite.
+
+        Returns:
+            The mean loss over passes and processes.
+
+        Raises:
+            FloatingPointError: The loss or the gradient is not finite; the weights are untouched.
+        """
+        loss = self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+        overflow_is_normal = self.accelerator.mixed_precision == "fp16"  # its scaler leaves the update out
+        if not math.isfinite(loss) or (not overflow_is_normal and not torch.isfinite(norm)):
+            raise FloatingPointError(
+                f"Update {self.step + 1}: the loss is {loss}, the gradient's norm {norm:.3g}. No weight was changed. "
+                f"Images at hand: {', '.join(keys[:4])}. Lower --learning_rate or use bf16 rather than fp16, and go "
+                "on from the last checkpoint with --resume_from_checkpoint=latest."
+            )
+        lr = self.lr_scheduler.get_last_lr()[0]
+        self.optimizer.step()
+        self.lr_scheduler.step()
+        self.optimizer.zero_grad()
+        self.step, self._position = self.step + 1, self._position + self.batch_size
+        self.progress.update(loss, lr)
+        return loss
+
+    def save(self) -> None:
+        """Write a checkpoint; every process must call this."""
+        accelerator, output_dir = self.accelerator, self.args.output_dir
+        info = {"position": self._position, "seed": self.args.seed}
+        processes = accelerator.is_main_process, accelerator.wait_for_everyone
+        with checkpoints.saving_checkpoint(output_dir, self.step, info, *processes) as folder:
+            accelerator.save_state(str(folder))
+        if accelerator.is_main_process and self.args.checkpoints_total_limit:
+            checkpoints.delete_old_checkpoints(output_dir, self.args.checkpoints_total_limit)
+
+    def _resume(self, name: str) -> None:
+        found = checkpoints.find_checkpoint(self.args.output_dir, name)
+        if found is None:
+            logger.info("There is no checkpoint: starting anew")
+            return
+        if found.info["seed"] != self.args.seed:
+            raise checkpoints.CheckpointError(
+                f"{found.path} is of a run with --seed {found.info['seed']}, this one has {self.args.seed}."
+            )
+        self.accelerator.load_state(str(found.path))
+        self.step, self._position = found.step, found.info["position"]
+        logger.info(f"Continuing from {found.path}")
+
+    def _stopping(self) -> bool:
+        """Whether some process was asked to stop: all of them leave at the same step."""
+        asked = torch.tensor(float(self._sigterm.is_set()), device=self.accelerator.device)
+        return self.accelerator.reduce(asked, "sum").item() > 0

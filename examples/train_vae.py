@@ -1,0 +1,205 @@
+"""Train the autoencoder of a latent diffusion model from unlabelled images, for sites that start from nothing else.
+
+    accelerate launch examples/train_vae.py examples/configs/tiny_vae.yaml --train_data_dir /data/cxr
+
+`--output_dir` becomes an `AutoencoderKL` with the statistics of its latents in its config; `reconstructions.png` shows
+images that were held out | their reconstructions.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from command_line import flag, parse_arguments
+from diffusers_dino.data import Augmentation, ImageDataset, open_images
+from diffusers_dino.data.datasets import collate
+from diffusers_dino.latents import vae_scale_factor
+from diffusers_dino.pixels import unit_to_vae, vae_to_unit
+from diffusers_dino.seeds import generator_for
+from diffusers_dino.training.reconstruction import ReconstructionLoss, latent_statistics, psnr
+from diffusers_dino.training.validation import variation_grid
+from stage import Stage, StageArguments, make_accelerator, open_training_images
+
+logger = logging.getLogger("train_vae")
+
+
+@dataclass
+class Arguments(StageArguments):
+    # Model
+    vae: str | None = flag(None, "AutoencoderKL to continue from, in place of a new one.")
+    in_channels: Literal[1, 3] = flag(1, "Channels of the images: 1 for radiographs.")
+    block_out_channels: list[int] = flag(  # noqa: RUF009
+        [64, 128, 128], "Channels per level; each level but the last halves the side."
+    )
+    layers_per_block: int = flag(1, "Residual blocks per level.")
+    latent_channels: int = flag(4, "Channels of the latents.")
+    norm_num_groups: int = flag(32, "Groups of the normalisation; divides all channels.")
+    mid_block_add_attention: bool = flag(False, "Attention at the lowest level.")
+    channels_last: bool = flag(True, "Channels-last memory format: faster on most devices.")
+    # Objective
+    l1_weight: float = flag(1.0, "Weight of the absolute error.")
+    mse_weight: float = flag(2.0, "Weight of the squared error.")
+    gradient_weight: float = flag(0.5, "Weight of the absolute error of the image's gradients.")
+    kl_weight: float = flag(1e-4, "Weight of the divergence of the latents from the unit Gaussian, per element.")
+    # Augmentation
+    augment: bool = flag(True, "Show a random view of an image in each epoch.")
+    sharpness: float = flag(0.0, "Largest weight of the random unsharp mask.")
+    shear: float = flag(0.05, "Largest shear, as a fraction of the side.")
+    translation: float = flag(0.05, "Largest shift, as a fraction of the side.")
+    min_scale: float = flag(0.9, "Smallest magnification.")
+    max_scale: float = flag(1.4, "Largest magnification.")
+    # Validation
+    validation_data_dir: str | None = flag(None, "Unseen images; else the last of --train_data_dir are held out.")
+    num_validation_images: int = flag(16, "Images to reconstruct; keys in order keep a patient's images together.")
+    validation_steps: int = flag(500, "Updates between validations; 0 validates at the end alone.")
+    num_statistics_images: int = flag(1024, "Training images that the statistics of the latents are taken from.")
+
+
+def main() -> None:
+    args = parse_arguments(Arguments, description=__doc__)
+    accelerator = make_accelerator(args, logger)
+    images, held_out = split_images(args, open_training_images(args))
+    vae = make_vae(args)
+    loss_function = ReconstructionLoss(args.l1_weight, args.mse_weight, args.gradient_weight, args.kl_weight)
+    scale = (args.min_scale, args.max_scale)
+    augmentation = Augmentation(args.sharpness, args.shear, args.translation, scale) if args.augment else None
+    stage = Stage(args, accelerator, AutoencodingNetwork(vae), images, augmentation)
+    logger.info(
+        f"Training {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M weights on {len(images)} images, "
+        f"{len(held_out)} held out: {stage.total} updates of {stage.batch_size} images"
+    )
+    for batches in stage.updates():
+        losses = []
+        for batch in batches:
+            pixels = unit_to_vae(batch["image"].to(accelerator.device, non_blocking=True), args.in_channels)
+            noise = posterior_noise(vae, args, batch["position"]).to(accelerator.device)
+            with accelerator.accumulate(stage.model):
+                loss = loss_function(*stage.model(pixels, noise))
+                accelerator.backward(loss)
+            losses.append(loss.detach())
+        stage.update(losses, batches[-1]["key"])
+        if args.validation_steps and stage.step % args.validation_steps == 0 and accelerator.is_main_process:
+            validate(args, vae, held_out, stage.step)
+    if stage.step < stage.total:
+        logger.info(f"Stopped after {stage.step} updates. Go on with --resume_from_checkpoint=latest.")
+    elif accelerator.is_main_process:
+        save_result(args, vae, images)
+        validate(args, vae, held_out, stage.step)
+    accelerator.end_training()
+
+
+class AutoencodingNetwork(nn.Module):
+    """One forward pass from pixels to pixels, so that several processes average its gradients."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Pixels `(B, C, H, W)` in [-1, 1], noise `(B, L, h, w)` -> reconstruction, pixels, mean, logvar."""
+        posterior = self.vae.encode(pixels).latent_dist
+        latents = posterior.mean + posterior.std * noise
+        return self.vae.decode(latents).sample, pixels, posterior.mean, posterior.logvar
+
+
+def split_images(args: Arguments, images: ImageDataset) -> tuple[ImageDataset, ImageDataset]:
+    """Images to train on, and images to look at."""
+    if args.validation_data_dir:
+        unseen = open_images(args.validation_data_dir, images.preprocessing, max_unreadable=args.max_unreadable)
+        return images, unseen.select(unseen.keys[: args.num_validation_images])
+    if not 0 < args.num_validation_images < len(images):
+        raise ValueError(
+            f"--num_validation_images {args.num_validation_images} of {len(images)} images cannot be held out. Lower "
+            "it, or give --validation_data_dir."
+        )
+    keys = sorted(images.keys)
+    return images.select(keys[: -args.num_validation_images]), images.select(keys[-args.num_validation_images :])
+
+
+def make_vae(args: Arguments) -> AutoencoderKL:
+    if args.vae:
+        vae = AutoencoderKL.from_pretrained(args.vae)
+        if vae.config["in_channels"] != args.in_channels:
+            raise ValueError(
+                f"{args.vae} has {vae.config['in_channels']} channels, --in_channels is {args.in_channels}."
+            )
+    else:
+        unfit = [channels for channels in args.block_out_channels if channels % args.norm_num_groups]
+        if unfit:
+            raise ValueError(f"--norm_num_groups {args.norm_num_groups} does not divide --block_out_channels {unfit}.")
+        levels = len(args.block_out_channels)
+        vae = AutoencoderKL(
+            in_channels=args.in_channels,
+            out_channels=args.in_channels,
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=tuple(args.block_out_channels),
+            layers_per_block=args.layers_per_block,
+            latent_channels=args.latent_channels,
+            norm_num_groups=args.norm_num_groups,
+            mid_block_add_attention=args.mid_block_add_attention,
+            sample_size=args.resolution,
+            scaling_factor=1.0,
+        )
+    if args.resolution % vae_scale_factor(vae):
+        raise ValueError(f"--resolution {args.resolution} is no multiple of the VAE's {vae_scale_factor(vae)} pixels.")
+    return vae.to(memory_format=torch.channels_last) if args.channels_last else vae
+
+
+def posterior_noise(vae: AutoencoderKL, args: Arguments, positions: list[int]) -> Tensor:
+    """Noise `(B, L, h, w)` that depends on (seed, place in the run) alone, so that a resumed run repeats it."""
+    side = args.resolution // vae_scale_factor(vae)
+    shape = (vae.config["latent_channels"], side, side)
+    return torch.stack([torch.randn(shape, generator=generator_for(args.seed, "posterior", p)) for p in positions])
+
+
+@torch.no_grad()
+def validate(args: Arguments, vae: AutoencoderKL, held_out: ImageDataset, step: int) -> None:
+    """Draw held-out images beside their reconstructions, and say how near they are."""
+    sources, reconstructions = [], []
+    for images in batches_of(held_out, args.train_batch_size):
+        pixels = unit_to_vae(images.to(vae.device), args.in_channels)
+        decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample
+        sources.append(vae_to_unit(pixels).cpu())
+        reconstructions.append(vae_to_unit(decoded).clamp(0, 1).cpu())
+    sources, reconstructions = torch.cat(sources), torch.cat(reconstructions)
+    quality = psnr(reconstructions, sources).mean().item()
+    variation_grid(sources, reconstructions[:, None]).save(Path(args.output_dir, "reconstructions.png"))
+    logger.info(f"step {step}: PSNR {quality:.2f} dB on {len(sources)} held-out images")
+    if not math.isfinite(quality):
+        raise FloatingPointError(f"Update {step}: the reconstructions are not finite. Lower --learning_rate.")
+
+
+@torch.no_grad()
+def save_result(args: Arguments, vae: AutoencoderKL, images: ImageDataset) -> None:
+    """Save the autoencoder with the mean and standard deviation of its latents."""
+    vae.eval()
+    stride = max(1, len(images) // args.num_statistics_images)
+    chosen = images.select(images.keys[::stride])
+
+    def moments() -> Any:
+        for batch in batches_of(chosen, args.train_batch_size):
+            posterior = vae.encode(unit_to_vae(batch.to(vae.device), args.in_channels)).latent_dist
+            yield posterior.mean, posterior.std
+
+    mean, std = latent_statistics(moments())
+    vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0)
+    vae.to(memory_format=torch.contiguous_format).save_pretrained(args.output_dir)
+    logger.info(f"The autoencoder is in {args.output_dir}")
+
+
+def batches_of(images: ImageDataset, size: int) -> Any:
+    for first in range(0, len(images), size):
+        yield collate([images[i] for i in range(first, min(first + size, len(images)))])["image"]
+
+
+if __name__ == "__main__":
+    main()
