@@ -276,6 +276,7 @@ def test_resizing_stays_in_range_and_ignores_the_rest_of_the_batch(resample, sid
     assert alone.min() >= 0
     assert alone.max() <= 1
     assert torch.equal(conditioner.preprocess([IMAGES[0], noise, PIL.Image.new("L", (90, 50))])[1], alone[0])
+    assert torch.equal(conditioner.preprocess(torch.stack([noise.flip(0), noise, 1 - noise]))[1], alone[0])
 
 
 def test_downsizing_is_antialiased():

@@ -141,6 +141,8 @@ def test_the_callers_array_is_not_shared():
         ([], ValueError, "no image"),
         (np.zeros((0, 4, 4, 3)), ValueError, "no image"),
         (np.zeros((4, 0, 3)), ValueError, "no pixels"),
+        (PIL.Image.new("L", (0, 5)), ValueError, "no pixels"),
+        (torch.zeros(0, 3, 4, 4, dtype=torch.int32), ValueError, "no image"),
         (np.full((4, 4), np.nan), ValueError, "NaN"),
         (torch.full((3, 4, 4), torch.inf), ValueError, "infinity"),
         (torch.full((3, 4, 4), -1.0), ValueError, r"\[-1, -1\].*\(x \+ 1\) / 2"),

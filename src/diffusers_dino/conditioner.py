@@ -241,10 +241,14 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
                     f"An image is smaller than a patch of the encoder: its shorter side has {square.shape[-1]} "
                     f"pixels, a patch {patch}."
                 )
-        resized = tuple(
-            torch.stack([_resize(square, e.spec.size, e.spec.resample) for square in squares])
-            for e in self.image_encoders
-        )
+        specs = [encoder.spec for encoder in self.image_encoders]
+        if len({square.shape for square in squares}) == 1:
+            batch = torch.stack(squares)
+            resized = tuple(_resize(batch, spec.size, spec.resample) for spec in specs)
+        else:
+            resized = tuple(
+                torch.cat([_resize(square[None], spec.size, spec.resample) for square in squares]) for spec in specs
+            )
         return resized[0] if len(resized) == 1 else resized
 
     def forward(self, pixel_values: PixelValues) -> Tensor:
@@ -357,14 +361,14 @@ def _center_square(image: Tensor) -> Tensor:
     return image[..., top : top + side, left : left + side]
 
 
-def _resize(square: Tensor, size: int, resample: str) -> Tensor:
-    """`(3, H, H)` to `(3, size, size)` in [0, 1]; bicubic's overshoot is clipped."""
-    if square.shape[-1] == size:
-        return square
+def _resize(squares: Tensor, size: int, resample: str) -> Tensor:
+    """`(B, 3, H, H)` to `(B, 3, size, size)` in [0, 1]; bicubic's overshoot is clipped."""
+    if squares.shape[-1] == size:
+        return squares
     smooth = resample != "nearest"
     options = {"align_corners": False, "antialias": True} if smooth else {}
     mode = resample if smooth else "nearest-exact"
-    return F.interpolate(square[None], size=(size, size), mode=mode, **options)[0].clamp(0, 1)
+    return F.interpolate(squares, size=(size, size), mode=mode, **options).clamp(0, 1)
 
 
 def _for_each(value: Any, names: list[Any], what: str) -> list[Any]:

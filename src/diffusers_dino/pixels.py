@@ -14,7 +14,6 @@ for torch; `C` is 1 (gray), 3 (RGB) or 4 (RGBA).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TypeAlias
 
 import numpy as np
@@ -49,7 +48,7 @@ def to_unit(images: ImageInput) -> list[Tensor]:
         ValueError: If there are no images, or one has another layout, no pixels, NaN, or floats outside [0, 1].
     """
     listed = list(images) if isinstance(images, (list, tuple)) else [images]
-    units = [_unit(single) for image in listed for single in _split(image)]
+    units = [unit for image in listed for unit in _unit(_batch(image))]
     if not units:
         raise ValueError("There is no image: the list or the batch is empty.")
     return units
@@ -93,32 +92,31 @@ def _with_channels(x: Tensor, channels: int) -> Tensor:
     return x.mean(-3, keepdim=True) if channels == 1 else x.expand(*x.shape[:-3], 3, *x.shape[-2:])
 
 
-def _split(image: Image) -> Iterator[Tensor]:
-    """Yield each image of a PIL image, array or tensor as `(C, H, W)` in its own type and range."""
+def _batch(image: Image) -> Tensor:
+    """A PIL image, array or tensor as `(N, C, H, W)` in its own type and range."""
     if isinstance(image, PIL.Image.Image):
-        array = _array(image)
-        yield torch.from_numpy(array).reshape(*array.shape[:2], -1).movedim(-1, 0)
-    elif isinstance(image, np.ndarray):
-        channels_first = np.moveaxis(image, -1, -3) if image.ndim > 2 else image
-        yield from _images(_from_numpy(channels_first), image.shape, "(H, W), (H, W, C) or (N, H, W, C)")
+        image = _array(image)
+    if isinstance(image, np.ndarray):
+        layout = "(H, W), (H, W, C) or (N, H, W, C)"
+        x = _from_numpy(np.moveaxis(image, -1, -3) if image.ndim > 2 else image)
     elif isinstance(image, Tensor):
-        yield from _images(image, image.shape, "(H, W), (C, H, W) or (N, C, H, W)")
+        layout = "(H, W), (C, H, W) or (N, C, H, W)"
+        x = image
     else:
         raise TypeError(
             f"An image must be a PIL image, a NumPy array or a torch tensor, got {type(image).__name__}. "
             "Open a path or an address with `diffusers.utils.load_image`."
         )
-
-
-def _images(x: Tensor, given_shape: tuple[int, ...], layout: str) -> Iterator[Tensor]:
     if x.ndim not in (2, 3, 4):
-        raise ValueError(f"Expected an image of layout {layout}, got shape {tuple(given_shape)}.")
-    batch = x[(None,) * (4 - x.ndim)]  # (N, C, H, W)
-    if batch.shape[1] not in (1, 3, 4):
+        raise ValueError(f"Expected an image of layout {layout}, got shape {tuple(image.shape)}.")
+    x = x[(None,) * (4 - x.ndim)]  # (N, C, H, W)
+    if x.shape[1] not in (1, 3, 4):
         raise ValueError(
-            f"Expected 1, 3 or 4 channels in the layout {layout}, got {batch.shape[1]} (shape {tuple(given_shape)})."
+            f"Expected 1, 3 or 4 channels in the layout {layout}, got {x.shape[1]} (shape {tuple(image.shape)})."
         )
-    yield from batch
+    if 0 in x.shape[2:]:
+        raise ValueError(f"An image has no pixels: its shape is {tuple(image.shape)}.")
+    return x
 
 
 def _array(image: PIL.Image.Image) -> np.ndarray:
@@ -140,9 +138,7 @@ def _from_numpy(array: np.ndarray) -> Tensor:
 
 
 def _unit(x: Tensor) -> Tensor:
-    """One image `(1, 3 or 4, H, W)` of any range to `(3, H, W)` float32 in [0, 1]."""
-    if not x.numel():
-        raise ValueError(f"An image has no pixels: its shape is {tuple(x.shape)} (channels, height, width).")
+    """Images `(N, 1 or 3 or 4, H, W)` of any range to `(N, 3, H, W)` float32 in [0, 1]."""
     if x.is_floating_point():
         unit = _checked(x.float())
     elif x.dtype in _FULL_SCALE:
@@ -154,12 +150,14 @@ def _unit(x: Tensor) -> Tensor:
             f"Images of {x.dtype} have no documented range: convert to uint8 (0..255), to uint16 or int32 (stretched "
             "from minimum to maximum), or to floats in [0, 1]."
         )
-    if unit.shape[0] == 4:
-        return unit[:3] * unit[3:]
-    return unit.expand(3, -1, -1)
+    if unit.shape[1] == 4:
+        return unit[:, :3] * unit[:, 3:]
+    return unit.expand(-1, 3, -1, -1)
 
 
 def _checked(x: Tensor) -> Tensor:
+    if not x.numel():
+        return x
     low, high = (float(v) for v in torch.aminmax(x.detach()))
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError("An image contains NaN or infinity: clean it, or leave it out.")
@@ -172,8 +170,9 @@ def _checked(x: Tensor) -> Tensor:
 
 
 def _stretched(x: Tensor) -> Tensor:
-    if x.shape[0] == 4:
+    """Each image from its own minimum to its own maximum."""
+    if x.shape[1] == 4:
         raise TypeError(f"Alpha has no documented range in {x.dtype}: give RGBA as uint8 or as floats in [0, 1].")
     wide = x.to(torch.int64)  # exact differences, where float32 would round beyond 24 bits
-    above = wide - wide.min()
-    return above.float() / above.max().clamp(min=1)
+    above = wide - wide.amin((1, 2, 3), keepdim=True)
+    return above.float() / above.amax((1, 2, 3), keepdim=True).clamp(min=1)

@@ -112,7 +112,8 @@ def _to_lasting_names(model: transformers.PreTrainedModel, state: dict[str, Tens
 
 def _to_installed_names(model: transformers.PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights that the state lacks stay lacking, for the caller to judge."""
-    if not state or set(state) == set(model.state_dict()):
+    quantized = not all(tensor.is_floating_point() for tensor in state.values())
+    if quantized or not state or set(state) == set(model.state_dict()):
         return state
     options = {"add_pooling_layer": model.pooler is not None} if isinstance(model, transformers.ViTModel) else {}
     with quiet_transformers():
