@@ -309,7 +309,7 @@ class TestCommittedShards:
             content = (SHARDS / shard["file"]).read_bytes()
             assert hashlib.sha256(content).hexdigest() == shard["sha256"]
             assert len(content) < 1_000_000
-        assert sum((SHARDS / s["file"]).stat().st_size for s in manifest["shards"]) <= 6 * 2**20
+        assert sum((SHARDS / s["file"]).stat().st_size for s in manifest["shards"]) <= 6_000_000
 
     def test_counts_sizes_and_values(self, manifest, committed):
         assert (len(committed["train"]), len(committed["test"])) == (512, 64)
@@ -356,7 +356,7 @@ class TestCommittedShards:
                 if finding["name"] == "Effusion" and len(meta["labels"]) == 1:
                     shares[finding["side"]].append((mask[:, :64] > 0).sum() / (mask > 0).sum())
         assert min(map(len, shares.values())) >= 5
-        assert max(shares["right"]) < min(shares["left"])
+        assert np.mean(shares["right"]) + 0.1 < np.mean(shares["left"])
 
     def test_readable_as_webdataset(self, manifest):
         webdataset = pytest.importorskip("webdataset", reason="needs `pip install diffusers-dino[train]`")
