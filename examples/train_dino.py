@@ -170,8 +170,8 @@ def main() -> None:
         pipe.unet.compile()
     accelerator.init_trackers(args.tracker_project_name, {name: str(value) for name, value in asdict(args).items()})
     logger.info(
-        f"Training {sum(p.numel() for p in trainable) / 1e6:.2f} M weights on {len(images)} images, {total_steps} steps "
-        f"of {accelerator.num_processes} x {args.train_batch_size} x {args.gradient_accumulation_steps}"
+        f"Training {sum(p.numel() for p in trainable) / 1e6:.2f} M weights on {len(images)} images: {total_steps} "
+        f"steps of {accelerator.num_processes} x {args.train_batch_size} x {args.gradient_accumulation_steps}"
     )
     if (step := train(args, pipe, images, state, total_steps)) < total_steps:
         logger.info(f"Stopped after {step} updates. Go on with --resume_from_checkpoint=latest.")
