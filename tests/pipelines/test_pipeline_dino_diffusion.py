@@ -6,9 +6,10 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.callbacks import PipelineCallback
+from transformers import BitImageProcessor
 
 import tiny
-from diffusers_dino import DinoDiffusionPipelineOutput
+from diffusers_dino import DinoDiffusionPipelineOutput, DinoImageConditioner
 from diffusers_dino.latents import decode_latents
 from diffusers_dino.pixels import vae_to_unit
 from tiny import generate, generators
@@ -183,6 +184,17 @@ def test_a_unet_that_projects_its_condition(images):
 def test_every_choice_of_tokens(images, tokens):
     pipe = tiny.tiny_pipeline(conditioner=tiny.tiny_conditioner(tokens=tokens))
     assert pipe.encode_image(images).shape == (4, pipe.conditioner.num_tokens, tiny.TOKEN_DIM)
+    assert generate(pipe, images).shape == (4, 32, 32, 1)
+
+
+def test_several_encoders_side_by_side(images, tmp_path):
+    for i, size in enumerate((32, 48)):
+        tiny.tiny_encoder(image_size=size).save_pretrained(tmp_path / str(i))
+        processor = BitImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+        processor.save_pretrained(tmp_path / str(i))
+    conditioner = DinoImageConditioner.from_encoder([str(tmp_path / "0"), str(tmp_path / "1")])
+    pipe = tiny.tiny_pipeline(conditioner=conditioner)
+    assert pipe.encode_image(images).shape == (4, 10, tiny.TOKEN_DIM)
     assert generate(pipe, images).shape == (4, 32, 32, 1)
 
 

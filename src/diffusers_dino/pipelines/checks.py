@@ -131,7 +131,7 @@ def check_embeds(image_embeds: Tensor, num_tokens: int | None, width: int) -> No
 
 
 def check_finite(images: Tensor) -> None:
-    """Refuse decoded images with NaN, which would silently turn black, with a RuntimeError that names likely causes."""
+    """Refuse decoded images with NaN, which would silently turn black, with a RuntimeError that names causes."""
     if not torch.isfinite(images).all():
         raise RuntimeError(
             "The generated images contain NaN or infinity. Autoencoders can overflow in float16: use bfloat16, or "
