@@ -366,10 +366,10 @@ class TestCommittedShards:
         assert {"png", "mask.png", "json"} <= set(samples[0])
 
 
-def radiograph(chest: Chest) -> tuple[torch.Tensor, ...]:
-    """Attenuation, lung path and heart path of a chest in a fixed view, each (64, 64)."""
+def radiograph(chest: Chest, healthy: Chest) -> tuple[torch.Tensor, ...]:
+    """Attenuation, lung path and heart path of a chest, each (64, 64), in a view centred on the healthy lungs."""
     volumes = torch.stack([attenuation(chest.hu), chest.lungs.sum(0), chest.heart])
-    return tuple(project(volumes, chest, **VIEW))
+    return tuple(project(volumes, healthy, **VIEW))
 
 
 @pytest.mark.slow
@@ -401,17 +401,17 @@ class TestRendering:
             assert (phantom.mask != (mask > 0)).mean() < 0.001
 
     def test_the_heart_lies_on_the_pictures_right_and_grows(self, scan):
-        heart = radiograph(scan)[2] > 5
+        heart = radiograph(scan, scan)[2] > 5
         columns = torch.arange(64.0).expand(64, 64)
         assert float(columns[heart].mean()) > 34
-        big = radiograph(enlarge_heart(scan, (1.5, 1.3, 1.25)))[2] > 5
+        big = radiograph(enlarge_heart(scan, (1.5, 1.3, 1.25)), scan)[2] > 5
         assert big.sum() > 1.15 * heart.sum()
         assert (big | ~heart).all()
 
     def test_effusion_whitens_the_lower_lung_of_its_side(self, scan):
-        dry, wet = radiograph(scan)[0], radiograph(add_effusion(scan, RIGHT, 0.4, 30.0))[0]
+        dry, wet = radiograph(scan, scan)[0], radiograph(add_effusion(scan, RIGHT, 0.4, 30.0), scan)[0]
         gained = wet - dry
-        lung = radiograph(scan)[1] > 40
+        lung = radiograph(scan, scan)[1] > 40
         rows, columns = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
         middle = rows[lung].float().mean()
         right = lung & (columns < 30)
@@ -420,8 +420,8 @@ class TestRendering:
         assert gained[lung & (columns > 36)].abs().mean() < 0.02
 
     def test_pneumothorax_darkens_its_apex(self, scan):
-        gained = radiograph(add_pneumothorax(scan, LEFT, 0.4))[0] - radiograph(scan)[0]
-        lung = radiograph(scan)[1] > 40
+        gained = radiograph(add_pneumothorax(scan, LEFT, 0.4), scan)[0] - radiograph(scan, scan)[0]
+        lung = radiograph(scan, scan)[1] > 40
         rows, columns = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
         apex = lung & (columns > 36) & (rows < rows[lung].min() + 8)
         assert gained[apex].mean() < -0.05
@@ -430,9 +430,9 @@ class TestRendering:
         x, y, z = (lung_centre(scan) / scan.spacing).round().int().tolist()
         voxel = next((x - d, y, z + 12) for d in range(20, 60) if scan.lobes[x - d, y, z + 12] == 1)
         centre = tuple(c * scan.spacing for c in voxel)
-        clear = radiograph(scan)[0]
-        cloud = radiograph(consolidate(scan, centre, 30.0, 0.8, torch.zeros(4, 4, 4)))[0] - clear
-        ball = radiograph(add_nodule(scan, centre, 14.0, 150.0))[0] - clear
+        clear = radiograph(scan, scan)[0]
+        cloud = radiograph(consolidate(scan, centre, 30.0, 0.8, torch.zeros(4, 4, 4)), scan)[0] - clear
+        ball = radiograph(add_nodule(scan, centre, 14.0, 150.0), scan)[0] - clear
         for gained in (cloud, ball):
             row, column = divmod(int(gained.argmax()), 64)
             assert float(gained.max()) > 0.1

@@ -62,7 +62,8 @@ def project(
 
     Args:
         volumes: `(C, X, Y, Z)` densities.
-        chest: Gives the voxels' size and the lungs' centre, about which the patient turns.
+        chest: Gives the voxels' size and the lungs' centre, about which the patient turns. Pass the healthy chest, so
+            that a finding does not move the view.
         size: Side of the picture in pixels.
         field: Side of the square that the picture shows in the plane of the lungs' centre, in mm.
         rotation: Degrees about the body's long axis, its left-right axis and the line of sight.
