@@ -7,7 +7,7 @@ from os import PathLike
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 __all__ = ["IMAGE_EXTENSIONS", "UnreadableImageError", "read_image"]
 
@@ -44,6 +44,8 @@ def read_image(source: str | PathLike[str] | bytes, name: str | None = None) -> 
             raise UnreadableImageError("the file is empty")
         with Image.open(io.BytesIO(data)) as image:
             array = _to_array(image)
+    except UnidentifiedImageError as error:
+        raise UnreadableImageError(f"Cannot read {name}: it is no image of a known format") from error
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise UnreadableImageError(f"Cannot read {name}: {reason}") from error

@@ -225,7 +225,9 @@ def add_lora(unet: UNet2DConditionModel, rank: int, alpha: float | None = None) 
 
     unet.requires_grad_(False)
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
-    unet.add_adapter(LoraConfig(rank, lora_alpha=alpha or rank, init_lora_weights="gaussian", target_modules=targets))
+    unet.add_adapter(
+        LoraConfig(r=rank, lora_alpha=alpha or rank, init_lora_weights="gaussian", target_modules=targets)
+    )
 
 
 def adapt_for_training(

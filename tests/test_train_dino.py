@@ -1,0 +1,440 @@
+"""`examples/train_dino.py` as a user runs it, with tiny components: most runs in this process, some as processes."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file
+
+import tiny
+from diffusers_dino import DinoDiffusionPipeline
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SCRIPT = EXAMPLES / "train_dino.py"
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> Path:
+    """A folder with a VAE, a conditioner, a UNet's config, a whole pipeline and 24 images."""
+    folder = tmp_path_factory.mktemp("parts")
+    tiny.tiny_vae().save_pretrained(folder / "vae")
+    tiny.tiny_conditioner().save_pretrained(folder / "conditioner")
+    tiny.tiny_unet().save_config(folder / "unet_config")
+    tiny.tiny_unet().save_pretrained(folder / "unet")
+    tiny.tiny_pipeline().save_pretrained(folder / "pipeline")
+    write_images(folder / "images", 24)
+    return folder
+
+
+def write_images(folder: Path, count: int) -> None:
+    folder.mkdir()
+    pixels = (tiny.random_images(count, channels=1, size=40)[:, 0] * 255).byte().numpy()
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{number:03d}.png")
+
+
+@pytest.fixture
+def flags(parts, tmp_path) -> dict:
+    return {
+        "train_data_dir": parts / "images",
+        "vae": parts / "vae",
+        "conditioner": parts / "conditioner",
+        "unet_config": parts / "unet_config",
+        "resolution": 32,
+        "train_batch_size": 4,
+        "max_train_steps": 4,
+        "learning_rate": 1e-3,
+        "lr_warmup_steps": 0,
+        "validation_steps": 0,
+        "checkpointing_steps": 0,
+        "output_dir": tmp_path / "out",
+    }
+
+
+def command(flags: dict) -> list[str]:
+    return [part for name, value in flags.items() if value is not None for part in (f"--{name}", str(value))]
+
+
+@pytest.fixture
+def train(monkeypatch, flags):
+    """Run the script in this process with the flags and some changes; gives the folder of the run."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+    def run(*first: str, **changes) -> Path:
+        import train_dino
+
+        merged = {**flags, **changes}
+        monkeypatch.setattr(sys, "argv", ["train_dino.py", *first, *command(merged)])
+        AcceleratorState._reset_state(reset_partial_state=True)
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            train_dino.main()
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+            AcceleratorState._reset_state(reset_partial_state=True)
+        return Path(merged["output_dir"])
+
+    return run
+
+
+def start(flags: dict, processes: int = 1, **environment: str) -> subprocess.Popen:
+    """Start the script as a process of its own, or as several."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **environment}
+    return subprocess.Popen(
+        [sys.executable, *(launcher if processes > 1 else []), str(SCRIPT), *command(flags)],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "train_log.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert losses(one) == losses(other)
+    theirs = weights(other)
+    for name, value in weights(one).items():
+        assert torch.equal(value, theirs[name]), name
+
+
+def test_result_is_a_pipeline_that_generates(train, parts):
+    folder = train(max_train_steps=3, use_ema=True)
+    pipe = DinoDiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    source = Image.open(parts / "images" / "000.png")
+    image = pipe(source, num_inference_steps=2, guidance_scale=2.0).images[0]
+    assert image.size == (32, 32)
+    assert pipe.scheduler.config["beta_schedule"] == "scaled_linear"
+    assert not pipe.scheduler.config["clip_sample"]
+    assert len(losses(folder)) == 3
+    assert "pipe = DinoDiffusionPipeline.from_pretrained" in (folder / "README.md").read_text()
+    assert not any(path.name.startswith("checkpoint") for path in folder.iterdir())
+
+
+def test_training_learns(train):
+    curve = losses(train(max_train_steps=60, learning_rate=3e-3, condition_dropout=0.0))
+    assert sum(curve[-10:]) < 0.8 * sum(curve[:10])
+
+
+def test_same_seed_same_run_and_other_seed_other_run(train, tmp_path):
+    first = train()
+    assert_same_run(first, train(output_dir=tmp_path / "again"))
+    assert losses(first) != losses(train(output_dir=tmp_path / "other", seed=1))
+
+
+def test_accumulation_and_batch_size_give_the_same_run(train, tmp_path):
+    whole = losses(train(train_batch_size=8))
+    parts = losses(train(train_batch_size=2, gradient_accumulation_steps=4, output_dir=tmp_path / "parts"))
+    assert max(abs(a - b) for a, b in zip(whole, parts, strict=True)) < 1e-5
+
+
+def test_loader_workers_and_memory_change_nothing(train, tmp_path):
+    plain = train(max_train_steps=2)
+    assert_same_run(plain, train(max_train_steps=2, in_memory=True, output_dir=tmp_path / "memory"))
+    assert_same_run(plain, train(max_train_steps=2, dataloader_num_workers=2, output_dir=tmp_path / "workers"))
+
+
+def test_resumed_run_equals_an_uninterrupted_one(train, tmp_path):
+    options = {"use_ema": True, "checkpointing_steps": 2, "lr_scheduler": "cosine", "max_train_steps": 6}
+    whole = train(**options)
+    cut = tmp_path / "cut"
+    train(**{**options, "max_train_steps": 6}, output_dir=cut)
+    for name in ("checkpoint-4", "checkpoint-6", "unet"):
+        (cut / name).rename(tmp_path / name)
+    # what a killed process leaves behind: a log that is ahead of the checkpoint, and half a line
+    with open(cut / "train_log.jsonl", "a") as file:
+        file.write('{"step": 7, "lo')
+    train(**options, output_dir=cut, resume_from_checkpoint="latest")
+    assert_same_run(whole, cut)
+    raw = "trainable.safetensors"
+    one, other = (load_file(folder / "checkpoint-6" / raw) for folder in (whole, cut))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_resume_of_nothing_starts_anew_and_of_another_seed_is_refused(train):
+    folder = train(resume_from_checkpoint="latest", checkpointing_steps=2)
+    assert len(losses(folder)) == 4
+    with pytest.raises(ValueError, match="seed=0"):
+        train(resume_from_checkpoint="latest", seed=1)
+    with pytest.raises(ValueError, match="checkpoint-99 is no complete checkpoint"):
+        train(resume_from_checkpoint="checkpoint-99")
+    with pytest.raises(ValueError, match="--use_ema"):
+        train(resume_from_checkpoint="checkpoint-2", use_ema=True, max_train_steps=6)
+
+
+def test_only_the_newest_checkpoints_are_kept(train):
+    folder = train(checkpointing_steps=1, checkpoints_total_limit=2)
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+    UNet2DConditionModel.from_pretrained(folder / "checkpoint-3" / "unet")
+
+
+def test_checkpoint_holds_the_averaged_weights_for_use(train):
+    folder = train(checkpointing_steps=4, use_ema=True, ema_decay=0.5)
+    average, raw = weights(folder / "checkpoint-4"), load_file(folder / "checkpoint-4" / "trainable.safetensors")
+    name = "conv_in.weight"
+    assert not torch.equal(average[name], raw[name])
+    assert torch.equal(average[name], weights(folder)[name])
+
+
+def test_pictures_and_the_best_weights(train, parts, tmp_path):
+    write_images(tmp_path / "unseen", 3)
+    options = {"validation_steps": 2, "metric_steps": 2, "validation_data_dir": tmp_path / "unseen"}
+    folder = train(**options, num_validation_variations=2, validation_inference_steps=2, report_to="tensorboard")
+    pictures = sorted((folder / "validation").iterdir())
+    assert [path.name for path in pictures] == ["0000002.png", "0000004.png"]
+    assert Image.open(pictures[0]).size == (3 * 32, 3 * 32)
+    best = json.loads((folder / "best" / "metric.json").read_text())
+    assert (best["metric"], best["num_images"]) == ("pixel_frechet", 3)
+    assert best["step"] in (2, 4)
+    UNet2DConditionModel.from_pretrained(folder / "best" / "unet")
+    assert list((folder / "logs").rglob("events*"))
+
+
+def test_looking_does_not_change_the_run(train, tmp_path):
+    quiet = train(use_ema=True)
+    options = {"validation_steps": 1, "checkpointing_steps": 1, "validation_inference_steps": 1}
+    assert_same_run(quiet, train(**options, use_ema=True, output_dir=tmp_path / "looked"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "snr_gamma": 5},
+        {"prediction_type": "sample", "snr_gamma": 5, "noise_offset": 0.1},
+        {"snr_gamma": 5, "condition_dropout": 1.0, "random_flip": True},
+        {"mixed_precision": "bf16", "gradient_checkpointing": True, "channels_last": True, "use_ema": True},
+        {"unet_config": None, "unet": "unet", "lr_scheduler": "linear", "scale_lr": True, "augment": False},
+        {"unet_config": None, "unet": "pipeline", "vae": "pipeline", "scheduler": "pipeline", "max_train_samples": 5},
+        {"qk_init_scale": 2, "normalize_tokens": 16, "num_train_epochs": 0.5, "max_train_steps": None},
+    ],
+    ids=["v zero-SNR", "sample", "dropped", "bf16", "unet", "subfolders", "normalised"],
+)
+def test_options_train(train, parts, changes):
+    in_parts = {name: parts / value for name, value in changes.items() if value in ("unet", "pipeline")}
+    folder = train(**{"max_train_steps": 2, **changes, **in_parts})
+    assert all(math.isfinite(value) for value in losses(folder))
+    pipe = DinoDiffusionPipeline.from_pretrained(folder)
+    expected = changes.get("prediction_type", "epsilon")
+    assert pipe.scheduler.config["prediction_type"] == expected
+    assert all(parameter.dtype == torch.float32 for parameter in pipe.vae.parameters())
+
+
+def test_keys_file_chooses_images(train, tmp_path):
+    (tmp_path / "keys.txt").write_text("003\n005\n")
+    train(keys_file=tmp_path / "keys.txt", max_train_steps=1)
+    (tmp_path / "keys.txt").write_text("003\nmissing\n")
+    with pytest.raises(KeyError, match="missing"):
+        train(keys_file=tmp_path / "keys.txt")
+
+
+def test_lora_of_a_pipeline(train, parts, tmp_path):
+    pytest.importorskip("peft")
+    options = {"pretrained_pipeline": parts / "pipeline", "vae": None, "conditioner": None, "unet_config": None}
+    folder = train(**options, rank=2, learning_rate=1e-2, checkpointing_steps=2, use_ema=True, ema_decay=0.5)
+    pipe = DinoDiffusionPipeline.from_pretrained(parts / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    tokens = torch.randn(1, 5, tiny.TOKEN_DIM)
+
+    def generate() -> torch.Tensor:
+        call = {"num_inference_steps": 2, "output_type": "pt", "generator": torch.Generator().manual_seed(0)}
+        return pipe(image_embeds=tokens, guidance_scale=1.0, **call).images
+
+    before = generate()
+    pipe.load_lora_weights(folder)
+    assert not torch.equal(before, generate())
+    assert not (folder / "unet").exists()
+    assert not (folder / "model_index.json").exists()
+    whole = load_file(folder / "pytorch_lora_weights.safetensors")
+    (folder / "checkpoint-4").rename(tmp_path / "gone")
+    train(**options, rank=2, learning_rate=1e-2, use_ema=True, ema_decay=0.5, resume_from_checkpoint="latest")
+    resumed = load_file(folder / "pytorch_lora_weights.safetensors")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_continuing_a_pipeline(train, parts):
+    options = {"pretrained_pipeline": parts / "pipeline", "vae": None, "conditioner": None, "unet_config": None}
+    DinoDiffusionPipeline.from_pretrained(train(**options))
+
+
+def test_yaml_sets_flags_and_the_command_line_wins(train, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("max_train_steps: 3\nlearning_rate: 1e-3\nuse_ema: true\naugment: false\nrevision: null\n")
+    folder = train(str(config), max_train_steps=2)
+    saved = json.loads((folder / "training_arguments.json").read_text())
+    assert (saved["max_train_steps"], saved["learning_rate"], saved["use_ema"], saved["augment"]) == (
+        2,
+        1e-3,
+        True,
+        False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learnin_rate: 1.0e-4", "there is no flag 'learnin_rate'. Did you mean learning_rate?"),
+        ("train_batch_size: many", "invalid int value: 'many'"),
+        ("tokens: globl", "invalid choice"),
+        ("- a\n- b", "must be a mapping"),
+        ("a: [", "cannot read the config"),
+    ],
+)
+def test_faulty_config_ends_with_a_clear_message(train, tmp_path, capsys, text, message):
+    config = tmp_path / "config.yaml"
+    config.write_text(text)
+    with pytest.raises(SystemExit):
+        train("--config", str(config))
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"train_data_dir": "empty"}, FileNotFoundError, "No image in"),
+        ({"train_data_dir": "nowhere/at/all"}, FileNotFoundError, "no folder"),
+        ({"train_data_dir": None}, ValueError, "--train_data_dir or as --dataset_name"),
+        ({"conditioner": None}, ValueError, "--conditioner"),
+        ({"vae": None}, ValueError, "no VAE"),
+        ({"unet_config": None}, ValueError, "no UNet"),
+        ({"rank": 4}, ValueError, "--pretrained_pipeline"),
+        ({"metric_steps": 5}, ValueError, "--validation_data_dir"),
+        ({"resolution": 36}, ValueError, "must be a multiple of 8"),
+        ({"output_dir": "file/out"}, NotADirectoryError, "there is a file of that name"),
+        ({"rescale_betas_zero_snr": True}, ValueError, "v_prediction"),
+        ({"max_scale": 0.5}, ValueError, "scale must be"),
+        ({"vae": "unet"}, ValueError, "must be an AutoencoderKL"),
+        ({"unet_config": None, "unet": "wide_unet"}, ValueError, "projection_dim=48"),
+        ({"vae": "deep_vae", "unet_config": None, "unet": "unet"}, ValueError, "latents have 8 channels"),
+    ],
+)
+def test_bad_input_is_refused_with_advice(train, parts, tmp_path, changes, error, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    if "wide_unet" in changes.values():
+        tiny.tiny_unet(cross_attention_dim=48).save_pretrained(tmp_path / "wide_unet")
+    if "deep_vae" in changes.values():
+        tiny.tiny_vae(latent_channels=8).save_pretrained(tmp_path / "deep_vae")
+    places = {name: parts / value for name, value in changes.items() if value == "unet"}
+    places |= {n: tmp_path / v for n, v in changes.items() if v in ("empty", "file/out", "wide_unet", "deep_vae")}
+    with pytest.raises(error, match=message):
+        train(**{**changes, **places})
+
+
+def test_output_folder_that_is_not_writable(train, tmp_path):
+    (tmp_path / "out").mkdir(mode=0o500)
+    # root may write into any folder but those of the kernel
+    folder = Path("/proc/diffusers-dino") if os.geteuid() == 0 else tmp_path / "out"
+    with pytest.raises(PermissionError, match="not writable"):
+        train(output_dir=folder)
+
+
+@pytest.mark.parametrize(
+    ("module", "changes"),
+    [("bitsandbytes", {"use_8bit_adam": True}), ("xformers", {"enable_xformers_memory_efficient_attention": True})],
+)
+def test_missing_extra_is_named(train, monkeypatch, module, changes):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == module else find(name, *rest))
+    with pytest.raises(ImportError, match=rf"{module}.*pip install diffusers-dino\["):
+        train(**changes)
+
+
+def test_unreadable_image_among_good_ones(train, tmp_path, caplog):
+    write_images(tmp_path / "mixed", 24)
+    (tmp_path / "mixed" / "007.png").write_bytes(b"damaged")
+    train(train_data_dir=tmp_path / "mixed", max_train_steps=6)
+    assert "007.png" in caplog.text
+    with pytest.raises(ValueError, match="1 of 24 images cannot be read"):
+        train(train_data_dir=tmp_path / "mixed", max_unreadable=0.01, max_train_steps=6)
+
+
+def test_loss_that_is_not_finite_stops_before_the_update(train, tmp_path):
+    unet = tiny.tiny_unet()
+    with torch.no_grad():
+        unet.conv_out.bias[0] = math.nan
+    unet.save_pretrained(tmp_path / "broken")
+    with pytest.raises(FloatingPointError, match=r"Update 1: the loss is nan.*learning_rate"):
+        train(unet_config=None, unet=tmp_path / "broken", checkpointing_steps=1)
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_the_same_global_batch(flags, parts, tmp_path):
+    flags |= {"max_train_steps": 20, "metric_steps": 10, "validation_data_dir": parts / "images"}
+    flags |= {"validation_inference_steps": 2, "checkpointing_steps": 10, "use_ema": True}
+    curves = []
+    for processes, batch in ((1, 8), (2, 4)):
+        folder = tmp_path / f"{processes}"
+        run = start({**flags, "train_batch_size": batch, "output_dir": folder}, processes)
+        output, _ = run.communicate(timeout=300)
+        assert run.returncode == 0, output
+        curves.append(losses(folder))
+    assert len(curves[0]) == 20
+    assert max(abs(a - b) for a, b in zip(*curves, strict=True)) < 1e-4
+    assert sorted(p.name for p in (folder / "checkpoint-20").glob("random_states*")) == [
+        "random_states_0.pkl",
+        "random_states_1.pkl",
+    ]
+
+
+def wait_for_step(run: subprocess.Popen, folder: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and run.poll() is None:
+        if (folder / "train_log.jsonl").is_file() and len(
+            (folder / "train_log.jsonl").read_text().splitlines()
+        ) >= step:
+            return
+        time.sleep(0.02)
+    run.kill()
+    pytest.fail(f"step {step} was not reached:\n{run.communicate()[0]}")
+
+
+@pytest.mark.slow
+def test_killed_run_continues_to_the_same_weights(train, flags, tmp_path):
+    options = {"max_train_steps": 40, "checkpointing_steps": 3, "use_ema": True, "checkpoints_total_limit": 2}
+    whole = train(**options)
+    cut = tmp_path / "cut"
+    for step in (7, 22):
+        changed = {**flags, **options, "output_dir": cut, "resume_from_checkpoint": "latest"}
+        run = start(changed)
+        wait_for_step(run, cut, step)
+        run.send_signal(signal.SIGKILL)
+        run.communicate()
+    assert not (cut / "model_index.json").exists()
+    train(**options, output_dir=cut, resume_from_checkpoint="latest")
+    assert_same_run(whole, cut)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_a_checkpoint_and_stops(train, flags, tmp_path):
+    options = {"max_train_steps": 60}
+    cut = tmp_path / "cut"
+    run = start({**flags, **options, "output_dir": cut})
+    wait_for_step(run, cut, 5)
+    run.send_signal(signal.SIGTERM)
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == 0, output
+    assert "--resume_from_checkpoint=latest" in output
+    assert len(list(cut.glob("checkpoint-*"))) == 1
+    assert not (cut / "model_index.json").exists()
+    assert_same_run(train(**options), train(**options, output_dir=cut, resume_from_checkpoint="latest"))
