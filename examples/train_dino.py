@@ -1,6 +1,7 @@
-"""Train the UNet of a DinoDiffusionPipeline from unlabelled images (DiNO-Diffusion, arXiv 2407.11594).
+r"""Train the UNet of a DinoDiffusionPipeline from unlabelled images (DiNO-Diffusion, arXiv 2407.11594).
 
-    accelerate launch examples/train_dino.py examples/configs/paper_dinov1.yaml --train_data_dir /data/cxr
+    accelerate launch examples/train_dino.py examples/configs/paper_dinov1.yaml \
+        --train_data_dir /data/cxr --validation_data_dir /data/cxr-unseen
 
 Autoencoder and DINO encoder stay frozen. `--output_dir` becomes a pipeline, or with `--rank` a LoRA for one.
 """

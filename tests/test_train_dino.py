@@ -287,6 +287,22 @@ def test_yaml_sets_flags_and_the_command_line_wins(train, tmp_path):
     )
 
 
+@pytest.mark.parametrize("name", ["paper_dinov1", "paper_dinov2"])
+def test_the_papers_recipe_is_in_its_configs(monkeypatch, name):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from command_line import parse_arguments
+    from train_dino import Arguments
+
+    args = parse_arguments(Arguments, [str(EXAMPLES / "configs" / f"{name}.yaml"), "--train_data", "x"])
+    assert args.train_batch_size * args.gradient_accumulation_steps * 2 == 512
+    assert (args.resolution, args.num_train_epochs, args.metric_steps) == (512, 100, 2500)
+    assert (args.learning_rate, args.lr_scheduler, args.lr_warmup_steps) == (1e-4, "constant_with_warmup", 1000)
+    assert args.use_8bit_adam
+    assert args.augment
+    assert not args.random_flip
+    assert args.encoder == ["facebook/dino-vitb16" if name == "paper_dinov1" else "facebook/dinov2-base"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
