@@ -12,7 +12,7 @@ import tiny
 from diffusers_dino.pipelines.sampling import random_numbers_of
 from tiny import generate, generators
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # diffusers' call of NumPy
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of NumPy, in diffusers' schedulers
 
 SCHEDULERS = [entry.name for entry in KarrasDiffusionSchedulers]
 STOCHASTIC = [
@@ -70,6 +70,14 @@ def test_deterministic_schedulers_equal_a_plain_loop(images, name, prediction_ty
     options = {"num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "latent"}
     actual = generate(pipe, images, generator=generators(0, 1, 2, 3), **options)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_keeps_half_precision(images, name):
+    pipe = pipeline_with(name).to(torch.bfloat16)
+    latents = generate(pipe, images[:1], num_inference_steps=4, output_type="latent")
+    assert latents.dtype == torch.bfloat16
+    assert torch.isfinite(latents).all()
 
 
 @pytest.mark.parametrize(("name", "overrides"), STOCHASTIC)
