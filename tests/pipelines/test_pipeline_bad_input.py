@@ -64,6 +64,7 @@ def test_embeddings_that_are_no_tensor(pipe, embeds):
     ("argument", "value", "message"),
     [
         ("height", 30, "`height` must be a positive multiple of 4, got 30"),
+        ("height", 0, "`height` must be a positive multiple of 4, got 0"),
         ("width", -8, "`width` must be a positive multiple of 4"),
         ("width", 32.0, "`width` must be a positive multiple of 4, got 32.0"),
         ("num_inference_steps", 0, "`num_inference_steps` must be a positive integer"),
@@ -142,6 +143,8 @@ def test_components_that_are_missing(embeds):
         generate(without_conditioner, image_embeds=embeds)
     assert generate(without_conditioner, image_embeds=embeds, guidance_scale=1.0).shape == (2, 32, 32, 1)
 
+    with pytest.raises(ValueError, match="no unet"):
+        generate(tiny.tiny_pipeline(unet=None), image_embeds=embeds)
     for name in ("unet", "scheduler"):
         with pytest.raises(ValueError, match="no unet or no scheduler"):
             generate(tiny.tiny_pipeline(**{name: None}), image_embeds=embeds, height=32, width=32)

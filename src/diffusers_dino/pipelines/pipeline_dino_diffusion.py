@@ -352,7 +352,9 @@ class DinoDiffusionPipeline(DiffusionPipeline, StableDiffusionMixin, UNetLoraLoa
         """Fill in the size that was not given: of `latents`, else of the UNet's config."""
         if height is not None and width is not None:
             return height, width
-        size = self.unet.config.get("sample_size") if self.unet is not None else None
+        if self.unet is None:
+            raise ValueError("This pipeline has no unet, which is needed to generate.")
+        size = self.unet.config.get("sample_size")
         if latents is not None:
             if not isinstance(latents, Tensor):
                 raise TypeError(f"`latents` must be a tensor (B * n, L, h, w), got {type(latents).__name__}.")
@@ -360,7 +362,8 @@ class DinoDiffusionPipeline(DiffusionPipeline, StableDiffusionMixin, UNetLoraLoa
         if size is None:
             raise ValueError("The UNet's config has no sample_size: give `height` and `width` in pixels.")
         rows, columns = (size, size) if isinstance(size, int) else size
-        return height or rows * self.vae_scale_factor, width or columns * self.vae_scale_factor
+        default_height, default_width = rows * self.vae_scale_factor, columns * self.vae_scale_factor
+        return default_height if height is None else height, default_width if width is None else width
 
     def _null_embeds(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> Tensor | None:
         """The null condition `(batch_size, S, D)`, also without guidance, as a callback may start it later."""
