@@ -1,0 +1,156 @@
+"""`examples/train_vae.py` as a user runs it: as a process where that matters, else in this one, which is faster."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+import scripts
+import tiny
+from diffusers_dino.data import Preprocessing, open_images
+from diffusers_dino.latents import encode_to_moments
+from diffusers_dino.pixels import unit_to_vae
+
+NUM_IMAGES, STEPS = 24, 6
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return scripts.image_folder(tmp_path_factory.mktemp("images"), NUM_IMAGES, size=40)
+
+
+@pytest.fixture
+def flags(images, tmp_path) -> dict:
+    return {
+        "train_data_dir": images,
+        "output_dir": tmp_path / "vae",
+        "resolution": 32,
+        "block_out_channels": [8, 8, 16],
+        "norm_num_groups": 4,
+        "num_validation_images": 4,
+        "train_batch_size": 4,
+        "max_train_steps": STEPS,
+        "lr_warmup_steps": 1,
+        "checkpointing_steps": 3,
+    }
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "train_log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(images, tmp_path_factory) -> Path:
+    """A finished run, made by the command in the script's help."""
+    folder = tmp_path_factory.mktemp("run")
+    config = folder / "config.yaml"
+    config.write_text(
+        "resolution: 32\nblock_out_channels: [8, 8, 16]\nnorm_num_groups: 4\nnum_validation_images: 4\n"
+        "train_batch_size: 4\nlr_warmup_steps: 1\ncheckpointing_steps: 3\n"
+    )
+    scripts.run_script("train_vae.py", config, train_data_dir=images, output_dir=folder / "vae", max_train_steps=STEPS)
+    return folder / "vae"
+
+
+@pytest.mark.slow
+def test_result_is_an_autoencoder_with_unit_latents(trained, images):
+    vae = AutoencoderKL.from_pretrained(trained)
+    assert vae.config["in_channels"] == 1
+    assert vae.config["scaling_factor"] == 1
+    dataset = open_images(images, Preprocessing(32))
+    keys = sorted(dataset.keys)[:-4]
+    pixels = torch.stack([dataset.select(keys)[i]["image"] for i in range(len(keys))])
+    with torch.no_grad():
+        mean, std = encode_to_moments(vae, unit_to_vae(pixels, 1))
+    assert torch.allclose(mean.mean((0, 2, 3)), torch.zeros(4), atol=1e-3)
+    spread = (mean.square() + std.square()).mean((0, 2, 3)).sqrt()
+    assert torch.allclose(spread, torch.ones(4), atol=1e-3)
+
+
+@pytest.mark.slow
+def test_run_leaves_picture_log_and_checkpoints(trained):
+    picture = Image.open(trained / "reconstructions.png")
+    assert picture.size == (2 * 32, 4 * 32)  # source | reconstruction of each held-out image
+    assert len(losses(trained)) == STEPS
+    assert losses(trained)[-1] < losses(trained)[0]
+    assert sorted(path.name for path in trained.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+    assert json.loads((trained / "training_arguments.json").read_text())["max_train_steps"] == STEPS
+
+
+@pytest.mark.slow
+def test_resumed_run_ends_with_the_same_weights(trained, flags):
+    shutil.copytree(trained / "checkpoint-3", flags["output_dir"] / "checkpoint-3")
+    scripts.call_script("train_vae.py", **flags, resume_from_checkpoint="latest")
+    ours, theirs = (AutoencoderKL.from_pretrained(folder) for folder in (flags["output_dir"], trained))
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert ours.config["latents_std"] == theirs.config["latents_std"]
+    assert losses(flags["output_dir"]) == losses(trained)[3:]
+
+
+@pytest.mark.slow
+def test_two_processes_follow_the_curve_of_one(trained, flags):
+    flags |= {"train_batch_size": 2, "checkpointing_steps": 0}
+    scripts.run_script("train_vae.py", processes=2, **flags)
+    assert torch.allclose(torch.tensor(losses(flags["output_dir"])), torch.tensor(losses(trained)), atol=1e-4)
+
+
+def test_accumulated_passes_are_one_batch(trained, flags):
+    flags |= {"train_batch_size": 2, "gradient_accumulation_steps": 2, "checkpointing_steps": 0}
+    scripts.call_script("train_vae.py", **flags)
+    assert torch.allclose(torch.tensor(losses(flags["output_dir"])), torch.tensor(losses(trained)), atol=1e-4)
+
+
+def test_goes_on_from_an_autoencoder_in_bf16(trained, flags):
+    flags |= {"vae": trained, "mixed_precision": "bf16", "max_train_steps": 2, "validation_steps": 1}
+    scripts.call_script("train_vae.py", **flags)
+    assert losses(flags["output_dir"])[0] < losses(trained)[0]
+    vae = AutoencoderKL.from_pretrained(flags["output_dir"])
+    assert next(vae.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"train_data_dir": None}, ValueError, "--train_data_dir"),
+        ({"train_data_dir": "nowhere"}, FileNotFoundError, "nowhere"),
+        ({"train_batch_size": 21}, ValueError, "needs 21 images .* there are 20"),
+        ({"num_validation_images": 24}, ValueError, "cannot be held out"),
+        ({"resolution": 30}, ValueError, "no multiple of the VAE's 4"),
+        ({"norm_num_groups": 3}, ValueError, "does not divide"),
+        ({"l1_weight": -1.0}, ValueError, "negative"),
+        ({"learning_rate": 1e30, "max_train_steps": 4}, FloatingPointError, "No weight was changed"),
+    ],
+)
+def test_bad_input_is_explained(flags, changes, error, message):
+    with pytest.raises(error, match=message):
+        scripts.call_script("train_vae.py", **{**flags, **changes})
+
+
+def test_another_number_of_channels_is_refused(flags, tmp_path):
+    tiny.tiny_vae(channels=3).save_pretrained(tmp_path / "rgb")
+    with pytest.raises(ValueError, match="has 3 channels, --in_channels is 1"):
+        scripts.call_script("train_vae.py", **flags, vae=tmp_path / "rgb")
+
+
+def test_empty_folder_is_refused(flags, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="empty"):
+        scripts.call_script("train_vae.py", **{**flags, "train_data_dir": tmp_path / "empty"})
+
+
+def test_misspelt_key_of_a_config_names_the_right_one(flags, tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    config.write_text("learning_rat: 1e-3\n")
+    with pytest.raises(SystemExit):
+        scripts.call_script("train_vae.py", config, **flags)
+    assert "Did you mean learning_rate" in capsys.readouterr().err
+
+
+def test_another_seed_does_not_continue_a_run(trained, flags):
+    shutil.copytree(trained / "checkpoint-3", flags["output_dir"] / "checkpoint-3")
+    with pytest.raises(ValueError, match="--seed 0, this one has 1"):
+        scripts.call_script("train_vae.py", **flags, resume_from_checkpoint="latest", seed=1)
