@@ -196,7 +196,7 @@ def diagnose(args: Arguments, teacher: DistillationNetwork, images: ImageDataset
         f"{finding['effective_rank']:.1f} of {features.shape[1]} features (a loss of ln K = {finding['ln_k']:.2f} "
         "means that the student knows nothing yet)"
     )
-    if not finding["token_std"] > 1e-3 or finding["effective_rank"] < args.min_effective_rank:
+    if not finding["token_std"] > 1e-2 or finding["effective_rank"] < args.min_effective_rank:
         raise RuntimeError(
             f"The encoder has collapsed at update {step}: the tokens of {len(features)} images have a standard "
             f"deviation of {finding['token_std']:.2g} and an effective rank of {finding['effective_rank']:.1f}. Lower "
