@@ -25,9 +25,8 @@ from torch import Tensor
 
 from command_line import flag, parse_arguments
 from diffusers_dino import DinoDiffusionPipeline, DinoImageConditioner, data, hub
-from diffusers_dino.latents import encode_to_moments
-from diffusers_dino.pixels import unit_to_vae
 from diffusers_dino.training import checkpoints, components, objective, validation
+from diffusers_dino.training.features import CachedViews, FeatureEncoder
 from diffusers_dino.training.progress import Progress
 from diffusers_dino.training.state import TrainingState
 
@@ -55,6 +54,7 @@ class Arguments:
     translation: float = flag(0.05, "Largest shift, as a fraction of the side.")
     min_scale: float = flag(0.9, "Smallest magnification.")
     max_scale: float = flag(1.4, "Largest magnification.")
+    cache_views: int = flag(0, "Encode this many views of each image once, in memory; 0 makes new ones each epoch.")
     random_flip: bool = flag(False, "Mirror half of the images. It exchanges the patient's sides.")
     # Models
     pretrained_model_name_or_path: str | None = flag(None, "Stable Diffusion to take VAE, UNet and scheduler from.")
@@ -199,7 +199,10 @@ def train(
     scale = (args.min_scale, args.max_scale)
     augmentation = data.Augmentation(args.sharpness, args.shear, args.translation, scale, 0.5 * args.random_flip)
     views = data.TrainingViews(images, augmentation if args.augment else None, args.seed)
-    batches = views.batches(sampler, args.dataloader_num_workers, accelerator.device.type == "cuda")
+    encoder = FeatureEncoder(pipe.vae, pipe.conditioner)
+    if args.cache_views:
+        views = CachedViews(views, encoder, args.cache_views)
+    batches = data.load_batches(views, sampler, args.dataloader_num_workers, accelerator.device.type == "cuda")
     validator = make_validator(args, pipe, state, images)
     log_file = Path(args.output_dir, "train_log.jsonl")
     batch_size = sampler.global_batch_size * args.gradient_accumulation_steps
@@ -209,7 +212,7 @@ def train(
         for _ in range(args.gradient_accumulation_steps):
             batch = next(batches)
             with accelerator.accumulate(state.model):
-                part = compute_loss(args, pipe, state.model, batch)
+                part = compute_loss(args, pipe, state.model, encoder, batch)
                 accelerator.backward(part)
                 loss += part.detach() / args.gradient_accumulation_steps
         # One exchange tells all processes the loss, and whether one of them was asked to stop.
@@ -239,23 +242,22 @@ def train(
 
 
 def compute_loss(
-    args: Arguments, pipe: DinoDiffusionPipeline, model: torch.nn.Module, batch: dict[str, Any]
+    args: Arguments,
+    pipe: DinoDiffusionPipeline,
+    model: torch.nn.Module,
+    encoder: FeatureEncoder,
+    batch: dict[str, Any],
 ) -> Tensor:
-    vae, conditioner, schedule = pipe.vae, pipe.conditioner, pipe.scheduler
-    latent_shape = components.latent_shape(vae, pipe.unet, args.resolution)
-    num_timesteps = schedule.config["num_train_timesteps"]
-    draws = objective.draw_for_training(batch["position"], latent_shape, num_timesteps, args.seed, args.noise_offset)
-    a = schedule.alphas_cumprod[draws.timesteps].to(vae.device)
-    draws = draws.to(vae.device)
-    pixels = batch["image"].to(vae.device, non_blocking=True)  # (B, 1 or 3, H, W) in [0, 1]
-    with torch.no_grad():
-        mean, std = encode_to_moments(vae, unit_to_vae(pixels, vae.config["in_channels"]).to(vae.dtype))
-        latents = mean.float() + std.float() * draws.latent_noise
-        tokens, null_tokens = conditioner.encode(pixels), conditioner.null_condition(1)
-        tokens = objective.drop_condition(tokens, null_tokens, draws.drop, args.condition_dropout)
+    mean, std, tokens = encoder(batch)
+    num_timesteps, prediction_type = (pipe.scheduler.config[k] for k in ("num_train_timesteps", "prediction_type"))
+    draws = objective.draw_for_training(batch["position"], mean.shape[1:], num_timesteps, args.seed, args.noise_offset)
+    a = pipe.scheduler.alphas_cumprod[draws.timesteps].to(mean.device)
+    draws = draws.to(mean.device)
+    latents = mean + std * draws.latent_noise
+    null_tokens = pipe.conditioner.null_condition(1)
+    tokens = objective.drop_condition(tokens, null_tokens, draws.drop, args.condition_dropout)
     noisy = objective.add_noise(latents, draws.noise, a)
     prediction = model(noisy, draws.timesteps, encoder_hidden_states=tokens, return_dict=False)[0]
-    prediction_type = schedule.config["prediction_type"]
     target = objective.prediction_target(latents, draws.noise, a, prediction_type)
     weights = None if args.snr_gamma is None else objective.min_snr_weights(a, args.snr_gamma, prediction_type)
     return objective.weighted_mse(prediction, target, weights)

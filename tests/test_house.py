@@ -24,7 +24,7 @@ LAYERS = [
         "training.self_distillation",
     },
     {"pipelines"},
-    {"training.components", "training.progress", "training.state"},
+    {"training.components", "training.features", "training.progress", "training.state"},
     {
         "training.components",
         "training.progress",

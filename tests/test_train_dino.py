@@ -152,6 +152,16 @@ def test_loader_workers_and_memory_change_nothing(train, tmp_path):
     assert_same_run(plain, train(max_train_steps=2, dataloader_num_workers=2, output_dir=tmp_path / "workers"))
 
 
+def test_cached_views_are_those_that_training_would_make(train, tmp_path):
+    options = {"max_train_steps": 9, "learning_rate": 1e-4}  # a view and a half of 24 images
+    online = losses(train(**options, output_dir=tmp_path / "online"))
+    cached = losses(train(**options, cache_views=2))
+    assert max(abs(a - b) for a, b in zip(online, cached, strict=True)) < 1e-5
+    one_view = losses(train(**options, cache_views=1, output_dir=tmp_path / "one"))
+    assert max(abs(a - b) for a, b in zip(online[:6], one_view[:6], strict=True)) < 1e-5
+    assert max(abs(a - b) for a, b in zip(online[6:], one_view[6:], strict=True)) > 1e-5
+
+
 def test_resumed_run_equals_an_uninterrupted_one(train, tmp_path):
     options = {"use_ema": True, "checkpointing_steps": 2, "lr_scheduler": "cosine", "max_train_steps": 6}
     whole = train(**options)

@@ -1,7 +1,7 @@
 """Images in: reading, preparation, augmentation and the order in which training sees them."""
 
 from .augmentation import Augmentation
-from .datasets import ImageDataset, TrainingViews, collate, open_images
+from .datasets import ImageDataset, TrainingViews, collate, load_batches, open_images
 from .preprocessing import Preprocessing
 from .reading import UnreadableImageError, read_image
 from .sampling import GlobalBatchSampler, Slot
@@ -15,6 +15,7 @@ __all__ = [
     "TrainingViews",
     "UnreadableImageError",
     "collate",
+    "load_batches",
     "open_images",
     "read_image",
 ]

@@ -20,7 +20,7 @@ from .reading import UnreadableImageError
 from .sampling import GlobalBatchSampler, Slot
 from .sources import ImageSource, open_source
 
-__all__ = ["ImageDataset", "TrainingViews", "collate", "open_images", "to_float"]
+__all__ = ["ImageDataset", "TrainingViews", "collate", "load_batches", "open_images", "to_float"]
 
 logger = logging.getLogger(__name__)
 
@@ -168,19 +168,27 @@ class TrainingViews(Dataset[dict[str, Any]]):
         batch["position"] = [slot.position for slot in slots]
         return batch
 
-    def batches(
-        self, sampler: GlobalBatchSampler, num_workers: int = 0, pin_memory: bool = False
-    ) -> Iterator[dict[str, Any]]:
-        """The batches of a sampler, without end, loaded by `num_workers` processes (0: by this one)."""
-        loader = DataLoader(
-            self,
-            batch_sampler=sampler,
-            collate_fn=_as_it_is,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-            generator=torch.Generator(),  # without it the global one is drawn from, and a resumed run would differ
-        )
-        return iter(loader)
+
+def load_batches(
+    views: Dataset[dict[str, Any]], sampler: GlobalBatchSampler, num_workers: int = 0, pin_memory: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Batches of a sampler, without end.
+
+    Args:
+        views: `TrainingViews`, or another data set whose `__getitems__` gives whole batches.
+        sampler: Which slots make a batch.
+        num_workers: Processes that load; 0 loads in this one.
+        pin_memory: Whether to put batches where an accelerator copies them from faster.
+    """
+    loader = DataLoader(
+        views,
+        batch_sampler=sampler,
+        collate_fn=_as_it_is,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # without it the global one is drawn from, and a resumed run would differ
+    )
+    return iter(loader)
 
 
 def _as_it_is(batch: dict[str, Any]) -> dict[str, Any]:
