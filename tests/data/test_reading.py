@@ -26,8 +26,8 @@ def test_lossless_8_bit(kind):
 
 def test_jpeg_and_webp():
     smooth = np.linspace(0, 255, 64 * 64).reshape(64, 64).astype(np.uint8)
-    for kind in ("jpeg", "webp"):
-        array = read_image(encoded(Image.fromarray(smooth), kind, quality=95))
+    for kind, options in (("jpeg", {"quality": 95}), ("webp", {"lossless": True})):
+        array = read_image(encoded(Image.fromarray(smooth), kind, **options))
         assert array.shape == (64, 64)
         assert np.abs(array.astype(int) - smooth).mean() < 3
 
@@ -110,6 +110,7 @@ def test_nan_in_a_float_tiff():
         read_image(encoded(Image.fromarray(values), "tiff"))
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow's remarks on damaged TIFF tags
 @pytest.mark.parametrize("kind", ["png", "jpeg", "tiff", "webp", "bmp"])
 def test_damaged_files_are_read_or_refused_but_never_break_the_reader(kind):
     whole = encoded(Image.fromarray(COLOR), kind)
