@@ -85,8 +85,9 @@ def main() -> None:
     args = parse_arguments(Arguments, description=__doc__)
     accelerator = make_accelerator(args, logger)
     images = open_training_images(args)
-    large, small = make_crops(args)
-    student, teacher = make_networks(args, large.size)
+    config = make_config(args)
+    large, small = make_crops(args, config.patch_size)
+    student, teacher = make_networks(args, config)
     teacher.to(accelerator.device)
     koleo = KoLeoLoss()
     stage = Stage(args, accelerator, student, images, augmentation=None, companions=(teacher,))
@@ -132,30 +133,34 @@ def main() -> None:
     accelerator.end_training()
 
 
-def make_crops(args: Arguments) -> tuple[Crops, Crops]:
+def make_config(args: Arguments) -> Dinov2WithRegistersConfig:
+    if args.pretrained_model_name_or_path:
+        return Dinov2WithRegistersConfig.from_pretrained(args.pretrained_model_name_or_path)
+    return Dinov2WithRegistersConfig(
+        image_size=args.image_size or args.resolution,
+        patch_size=args.patch_size,
+        hidden_size=args.hidden_size,
+        num_hidden_layers=args.num_hidden_layers,
+        num_attention_heads=args.num_attention_heads,
+        mlp_ratio=args.mlp_ratio,
+        num_register_tokens=args.num_register_tokens,
+    )
+
+
+def make_crops(args: Arguments, patch_size: int) -> tuple[Crops, Crops]:
     image_size = args.image_size or args.resolution
     for name, size in (("--image_size", image_size), ("--local_crop_size", args.local_crop_size)):
-        if size % args.patch_size:
-            raise ValueError(f"{name} {size} is no multiple of --patch_size {args.patch_size}.")
+        if size % patch_size:
+            raise ValueError(f"{name} {size} is no multiple of --patch_size {patch_size}.")
     large = Crops(image_size, (args.min_global_crop, args.max_global_crop), exposure=args.exposure)
     small = Crops(args.local_crop_size, (args.min_local_crop, args.max_local_crop), exposure=args.exposure)
     return large, small
 
 
-def make_networks(args: Arguments, image_size: int) -> tuple[DistillationNetwork, DistillationNetwork]:
+def make_networks(
+    args: Arguments, config: Dinov2WithRegistersConfig
+) -> tuple[DistillationNetwork, DistillationNetwork]:
     """The student, and a teacher with the same weights."""
-    if args.pretrained_model_name_or_path:
-        config = Dinov2WithRegistersConfig.from_pretrained(args.pretrained_model_name_or_path)
-    else:
-        config = Dinov2WithRegistersConfig(
-            image_size=image_size,
-            patch_size=args.patch_size,
-            hidden_size=args.hidden_size,
-            num_hidden_layers=args.num_hidden_layers,
-            num_attention_heads=args.num_attention_heads,
-            mlp_ratio=args.mlp_ratio,
-            num_register_tokens=args.num_register_tokens,
-        )
 
     def make() -> DistillationNetwork:
         encoder = Dinov2WithRegistersModel(config)

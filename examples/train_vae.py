@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from diffusers import AutoencoderKL
@@ -169,7 +170,7 @@ def validate(args: Arguments, vae: AutoencoderKL, held_out: ImageDataset, step: 
         pixels = unit_to_vae(images.to(vae.device), args.in_channels)
         decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample
         sources.append(vae_to_unit(pixels).cpu())
-        reconstructions.append(vae_to_unit(decoded).clamp(0, 1).cpu())
+        reconstructions.append(vae_to_unit(decoded).cpu())
     sources, reconstructions = torch.cat(sources), torch.cat(reconstructions)
     quality = psnr(reconstructions, sources).mean().item()
     variation_grid(sources, reconstructions[:, None]).save(Path(args.output_dir, "reconstructions.png"))
@@ -185,7 +186,7 @@ def save_result(args: Arguments, vae: AutoencoderKL, images: ImageDataset) -> No
     stride = max(1, len(images) // args.num_statistics_images)
     chosen = images.select(images.keys[::stride])
 
-    def moments() -> Any:
+    def moments() -> Iterator[tuple[Tensor, Tensor]]:
         for batch in batches_of(chosen, args.train_batch_size):
             posterior = vae.encode(unit_to_vae(batch.to(vae.device), args.in_channels)).latent_dist
             yield posterior.mean, posterior.std
@@ -196,7 +197,8 @@ def save_result(args: Arguments, vae: AutoencoderKL, images: ImageDataset) -> No
     logger.info(f"The autoencoder is in {args.output_dir}")
 
 
-def batches_of(images: ImageDataset, size: int) -> Any:
+def batches_of(images: ImageDataset, size: int) -> Iterator[Tensor]:
+    """All images in order, `(B, C, H, W)` in [0, 1]."""
     for first in range(0, len(images), size):
         yield collate([images[i] for i in range(first, min(first + size, len(images)))])["image"]
 
