@@ -1,0 +1,105 @@
+import json
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+import tiny
+from diffusers_dino.training.components import adapt_for_training, make_adamw
+from diffusers_dino.training.state import TrainingState
+from diffusers_dino.training.validation import (
+    METRICS,
+    FeatureMetric,
+    GridPlan,
+    MetricPlan,
+    Validator,
+    generate_variations,
+    measure,
+    variation_grid,
+)
+
+
+@pytest.fixture
+def state(pipe) -> TrainingState:
+    accelerator = Accelerator(cpu=True)
+    optimizer = make_adamw(adapt_for_training(pipe, accelerator.device), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    return TrainingState(accelerator, pipe.unet, optimizer, schedule, ema_decay=0.5)
+
+
+@pytest.fixture
+def dataset() -> list[dict]:
+    return [{"key": str(i), "image": image} for i, image in enumerate(tiny.random_images(5, channels=1))]
+
+
+def test_variations_depend_on_seed_and_index_alone(pipe):
+    sources = tiny.random_images(3, channels=1)
+    options = {"num_variations": 2, "num_inference_steps": 2, "guidance_scale": 2.0}
+    together = generate_variations(pipe, sources, [4, 5, 6], batch_size=16, **options)
+    assert together.shape == (3, 2, 1, 32, 32)
+    one_by_one = generate_variations(pipe, sources[1:], [5, 6], batch_size=1, **options)
+    torch.testing.assert_close(together[1:], one_by_one, atol=1e-4, rtol=0)
+    assert not torch.allclose(together[0, 0], together[0, 1])
+    assert not torch.allclose(together, generate_variations(pipe, sources, [4, 5, 6], seed=1, **options))
+
+
+def test_grid_has_source_and_variations_in_rows():
+    sources, variations = torch.zeros(2, 1, 8, 8), torch.ones(2, 3, 3, 8, 8)
+    grid = variation_grid(sources, variations)
+    assert grid.size == (4 * 8, 2 * 8)
+    assert grid.getpixel((3, 12)) == (0, 0, 0)
+    assert grid.getpixel((20, 3)) == (255, 255, 255)
+
+
+def test_distance_of_the_generated_to_the_real(pipe, dataset):
+    accelerator = Accelerator(cpu=True)
+    real = [sample["image"] for sample in dataset]
+    value = measure(METRICS["pixel_frechet"], pipe, real, accelerator, num_inference_steps=1, guidance_scale=1.0)
+    assert 0 < value < math.inf
+    broken = FeatureMetric("broken", lambda images: images.flatten(1) * math.nan, lambda a, b: 0.0)
+    assert math.isnan(measure(broken, pipe, real, accelerator, num_inference_steps=1, guidance_scale=1.0))
+
+
+def test_lowest_value_is_kept(pipe, state, dataset, tmp_path):
+    values = iter([3.0, 5.0, math.nan, 2.0])
+    metric = FeatureMetric("given", lambda images: images.flatten(1), lambda generated, real: next(values))
+    plans = GridPlan(every=0), MetricPlan(every=10, num_images=4, metric=metric)
+    validator = Validator(pipe, state, tmp_path, dataset, *plans, num_inference_steps=1)
+    said = []
+    kept = []
+    for step in (5, 10, 20, 30, 40):
+        validator.run(step, said.append)
+        file = tmp_path / "best" / "metric.json"
+        kept.append(json.loads(file.read_text())["step"] if file.exists() else None)
+    assert kept == [None, 10, 10, 10, 40]
+    assert len(said) == 4
+    assert "3 (4 images; the best so far" in said[0]
+    assert "best so far 3" in said[1]
+
+
+def test_looking_leaves_weights_and_mode_as_they_were(pipe, state, dataset, tmp_path):
+    with torch.no_grad():
+        for parameter in state.trainable.values():
+            parameter.add_(0.1)
+    before = {name: p.detach().clone() for name, p in state.trainable.items()}
+    validator = Validator(pipe, state, tmp_path, dataset, GridPlan(1, 2, 1), MetricPlan(1, 3), num_inference_steps=1)
+    pipe.unet.train()
+    validator.run(1, lambda message: None)
+    assert all(torch.equal(before[name], p) for name, p in state.trainable.items())
+    assert pipe.unet.training
+    assert (tmp_path / "validation" / "0000001.png").is_file()
+
+
+def test_averaged_weights_are_in_place_inside_also_when_nested(state):
+    with torch.no_grad():
+        for parameter in state.trainable.values():
+            parameter.add_(1.0)
+    name = "conv_in.bias"
+    raw = state.trainable[name].detach().clone()
+    with state.averaged_weights():
+        with state.averaged_weights():
+            inner = state.trainable[name].detach().clone()
+        assert torch.equal(inner, state.trainable[name])
+        torch.testing.assert_close(inner, raw - 1)
+    assert torch.equal(state.trainable[name], raw)
