@@ -135,7 +135,7 @@ def main() -> None:
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
-        log_with=args.report_to,
+        log_with=components.check_tracker(args.report_to),
         project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(output_dir / "logs")),
     )
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

@@ -374,7 +374,11 @@ def test_output_folder_that_is_not_writable(train, tmp_path):
 
 @pytest.mark.parametrize(
     ("module", "changes"),
-    [("bitsandbytes", {"use_8bit_adam": True}), ("xformers", {"enable_xformers_memory_efficient_attention": True})],
+    [
+        ("bitsandbytes", {"use_8bit_adam": True}),
+        ("xformers", {"enable_xformers_memory_efficient_attention": True}),
+        ("tensorboard", {"report_to": "tensorboard"}),
+    ],
 )
 def test_missing_extra_is_named(train, monkeypatch, module, changes):
     import importlib.util

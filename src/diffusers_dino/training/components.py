@@ -20,6 +20,7 @@ __all__ = [
     "adapt_for_training",
     "add_lora",
     "build_pipeline",
+    "check_tracker",
     "enable_xformers",
     "latent_shape",
     "load_unet",
@@ -275,6 +276,19 @@ def make_adamw(parameters: list[nn.Parameter], eight_bit: bool = False, **option
     import bitsandbytes
 
     return bitsandbytes.optim.AdamW8bit(parameters, **options)
+
+
+def check_tracker(name: str | None) -> str | None:
+    """Give a tracker's name back if it is installed; accelerate would leave it out without a word.
+
+    Raises:
+        ImportError: If it is missing.
+    """
+    if name == "tensorboard":
+        require("tensorboard", "train")
+    elif name == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise ImportError("wandb is not installed: pip install wandb")
+    return name
 
 
 def require(module: str, extra: str) -> None:
