@@ -275,12 +275,12 @@ def check_arguments(args: Arguments) -> None:
 
 
 def open_training_images(args: Arguments) -> data.ImageDataset:
+    hub = {"split": args.dataset_split, "image_column": args.image_column, "config_name": args.dataset_config_name}
     images = data.open_images(
         args.train_data_dir or args.dataset_name,
         data.Preprocessing(args.resolution, args.remove_borders),
-        split=args.dataset_split,
-        image_column=args.image_column,
-        config_name=args.dataset_config_name,
+        **hub,
+        local_files_only=args.dataset_name is None,
         in_memory=args.in_memory,
         max_unreadable=args.max_unreadable,
     )

@@ -25,21 +25,12 @@ LAYERS = [
     },
     {"pipelines"},
     {"training.components", "training.features", "training.progress", "training.state"},
-    {
-        "training.components",
-        "training.progress",
-        "training.state",
-        "training.validation",
-        "synthesis",
-        "protocols",
-        "hub",
-    },
+    {"training.validation", "synthesis", "protocols", "hub"},
     {"plots", "report"},
 ]
 SAME_LAYER = {
     ("latents", "pixels"),
     ("conditioner", "encoders"),
-    ("training.validation", "training.state"),
 }
 
 

@@ -336,6 +336,7 @@ def test_faulty_config_ends_with_a_clear_message(train, tmp_path, capsys, text, 
     [
         ({"train_data_dir": "empty"}, FileNotFoundError, "No image in"),
         ({"train_data_dir": "nowhere/at/all"}, FileNotFoundError, "no folder"),
+        ({"train_data_dir": "nowhere"}, FileNotFoundError, "no folder"),
         ({"train_data_dir": None}, ValueError, "--train_data_dir or as --dataset_name"),
         ({"conditioner": None}, ValueError, "--conditioner"),
         ({"vae": None}, ValueError, "no VAE"),

@@ -205,6 +205,7 @@ def open_images(
     config_name: str | None = None,
     in_memory: bool = False,
     max_unreadable: float = 0.05,
+    local_files_only: bool = False,
 ) -> ImageDataset:
     """Open a collection of images for random access.
 
@@ -217,6 +218,7 @@ def open_images(
         config_name: Configuration of a `datasets` set.
         in_memory: Whether to prepare all images now and keep them in memory: for small sets.
         max_unreadable: Largest tolerated fraction of unreadable images.
+        local_files_only: Do not look for a name that is not here on the Hub.
 
     Returns:
         A data set of `{"key": str, "image": float32 (C, size, size) in [0, 1]}`.
@@ -225,9 +227,8 @@ def open_images(
         FileNotFoundError: If there is no such source, or no image in it.
         ValueError: If the source is of another kind, or too many images cannot be read.
     """
-    return ImageDataset(
-        open_source(source, split, image_column, config_name), preprocessing, in_memory, max_unreadable
-    )
+    opened = open_source(source, split, image_column, config_name, local_files_only)
+    return ImageDataset(opened, preprocessing, in_memory, max_unreadable)
 
 
 def to_float(array: np.ndarray) -> Tensor:

@@ -173,7 +173,11 @@ def _load_hugging_face(name: str, split: str, config_name: str | None) -> Any:
 
 
 def open_source(
-    source: str | Path, split: str = "train", image_column: str = "image", config_name: str | None = None
+    source: str | Path,
+    split: str = "train",
+    image_column: str = "image",
+    config_name: str | None = None,
+    local_files_only: bool = False,
 ) -> ImageSource:
     """Find out what a source is and open it: see `open_images`."""
     text = str(source)
@@ -187,7 +191,7 @@ def open_source(
     if text.endswith(".tar"):
         return ShardSource(text)
     if not folder.is_dir():
-        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith("."):
+        if local_files_only or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", text):
             raise FileNotFoundError(f"There is no folder {text!r}.")
         return HuggingFaceSource(text, split, image_column, config_name)
     if any((folder / file).is_file() for file in ("dataset_info.json", "dataset_dict.json")):
