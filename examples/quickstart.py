@@ -46,6 +46,7 @@ class Arguments:
 
 def main() -> None:
     args = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]
+    args.output_dir = args.output_dir.resolve()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     model_dir = args.output_dir / "model"
     stopwatch = Stopwatch()
@@ -78,11 +79,11 @@ def main() -> None:
 def train(args: Arguments, model_dir: Path) -> None:
     """Run the training script in a process of its own, as a user does."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
-    command += ["--mixed_precision=no", "--dynamo_backend=no", str(EXAMPLES / "train_dino.py"), str(args.config)]
-    command += ["--train_data", str(args.data_dir / "phantom-cxr-train-*.tar"), "--output_dir", str(model_dir)]
+    command += ["--mixed_precision=no", "--dynamo_backend=no", str(EXAMPLES / "train_dino.py"), str(args.config.resolve())]
+    command += [f"--train_data_dir={args.data_dir.resolve()}/phantom-cxr-train-*.tar", f"--output_dir={model_dir}"]
     if args.max_train_steps is not None:
         command += ["--max_train_steps", str(args.max_train_steps)]
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True, cwd=EXAMPLES.parent)  # the config's paths start there
 
 
 def load_images(data_dir: Path, split: str, size: int) -> Tensor:

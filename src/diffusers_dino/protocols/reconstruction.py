@@ -165,7 +165,10 @@ def _with_fresh_unet(pipe: DinoDiffusionPipeline, seed: int = 0) -> DinoDiffusio
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet = type(pipe.unet).from_config(pipe.unet.config)
-    fresh = type(pipe)(**{**pipe.components, "unet": unet.to(pipe.unet.device, pipe.unet.dtype).eval()})
+    unet.requires_grad_(False).eval().to(pipe.unet.device)
+    if unet.dtype != pipe.unet.dtype:
+        unet.to(pipe.unet.dtype)
+    fresh = type(pipe)(**{**pipe.components, "unet": unet})
     fresh.set_progress_bar_config(disable=True)
     return fresh
 
