@@ -122,10 +122,8 @@ class Arguments:
     logging_steps: int = flag(50, "Updates between lines of progress where there is no terminal.")
     report_to: str | None = flag(None, "Tracker: tensorboard, wandb, or all that are installed.")
     tracker_project_name: str = flag("diffusers-dino", "Project name for the tracker.")
-    push_to_hub: bool = flag(
-        False, "Upload the result with its card; the token is that of `hf auth login` or HF_TOKEN."
-    )
-    hub_model_id: str | None = flag(None, "Repository to upload to; the name of --output_dir by default.")
+    push_to_hub: bool = flag(False, "Upload the result and its card, with the token of `hf auth login` or HF_TOKEN.")
+    hub_model_id: str | None = flag(None, "Repository (private if new); by default named as --output_dir.")
 
 
 def main() -> None:
@@ -342,7 +340,7 @@ def save_result(args: Arguments, pipe: DinoDiffusionPipeline, state: TrainingSta
         args.output_dir, name, facts, base_model=filter(None, bases), datasets=args.dataset_name, lora=bool(args.rank)
     )
     if args.push_to_hub:
-        hub.push_folder(args.output_dir, name)
+        hub.push_folder(args.output_dir, name, private=True)
     logger.info(f"The result is in {args.output_dir}")
 
 

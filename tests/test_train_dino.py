@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import tiny
 from diffusers_dino import DinoDiffusionPipeline
+from hub_server import HubServer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPT = EXAMPLES / "train_dino.py"
@@ -426,6 +427,26 @@ def test_two_processes_equal_one_with_the_same_global_batch(flags, parts, tmp_pa
         "random_states_0.pkl",
         "random_states_1.pkl",
     ]
+
+
+@pytest.mark.slow
+def test_result_is_pushed_with_its_card_and_nothing_else(flags, tmp_path):
+    with HubServer() as hub:
+        flags |= {"push_to_hub": True, "hub_model_id": "org/trained", "checkpointing_steps": 2, "validation_steps": 4}
+        run = start(flags, **hub.client_environment(tmp_path / "home"), HF_HUB_OFFLINE="0")
+        output, _ = run.communicate(timeout=120)
+        assert run.returncode == 0, output
+        pushed = hub.repositories["org/trained"].files()
+    assert {Path(name).parts[0] for name in pushed} - {".gitattributes"} == {
+        "README.md",
+        "conditioner",
+        "model_index.json",
+        "scheduler",
+        "unet",
+        "vae",
+    }
+    assert b"org/trained" in pushed["README.md"]
+    assert str(tmp_path).encode() not in pushed["README.md"]
 
 
 def wait_for_step(run: subprocess.Popen, folder: Path, step: int) -> None:
