@@ -1,7 +1,11 @@
 """`examples/train_vae.py` as a user runs it: as a process where that matters, else in this one, which is faster."""
 
 import json
+import os
 import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,7 @@ import tiny
 from diffusers_dino.data import Preprocessing, open_images
 from diffusers_dino.latents import encode_to_moments
 from diffusers_dino.pixels import unit_to_vae
+from diffusers_dino.training.checkpoints import find_checkpoint
 
 NUM_IMAGES, STEPS = 24, 6
 
@@ -154,3 +159,32 @@ def test_another_seed_does_not_continue_a_run(trained, flags):
     shutil.copytree(trained / "checkpoint-3", flags["output_dir"] / "checkpoint-3")
     with pytest.raises(ValueError, match="--seed 0, this one has 1"):
         scripts.call_script("train_vae.py", **flags, resume_from_checkpoint="latest", seed=1)
+
+
+def test_sigterm_leaves_a_checkpoint_to_go_on_from(flags):
+    folder = flags["output_dir"]
+    flags |= {"max_train_steps": 10_000, "checkpointing_steps": 0}
+
+    def stop_after_two_updates() -> None:
+        log = folder / "train_log.jsonl"
+        while not log.exists() or len(log.read_text().splitlines()) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    watcher = threading.Thread(target=stop_after_two_updates, daemon=True)
+    watcher.start()
+    scripts.call_script("train_vae.py", **flags)
+    watcher.join()
+    assert not (folder / "config.json").exists()
+    checkpoint = find_checkpoint(folder)
+    assert checkpoint.step == len(losses(folder)) >= 2
+    scripts.call_script(
+        "train_vae.py", **{**flags, "max_train_steps": checkpoint.step + 1}, resume_from_checkpoint="latest"
+    )
+    assert len(losses(folder)) == checkpoint.step + 1
+
+
+def test_output_folder_that_is_a_file_is_refused(flags):
+    flags["output_dir"].write_text("in the way")
+    with pytest.raises(NotADirectoryError, match="there is a file of that name"):
+        scripts.call_script("train_vae.py", **flags)
