@@ -222,21 +222,10 @@ def save_result(
         source=Path(args.output_dir).resolve().name,
     )
     chosen = range(0, len(images), max(1, len(images) // args.num_statistics_images))
-    conditioner.fit_normalization(images[i]["image"] for i in chosen)
-    mark_slots(conditioner, args.slot_offset, args.seed)
+    conditioner.fit_normalization((images[i]["image"] for i in chosen), args.slot_offset)
     conditioner.save_pretrained(args.output_dir)
     Path(args.output_dir, "diagnosis.json").write_text(json.dumps(diagnosis, indent=1))
     logger.info(f"The conditioner is in {args.output_dir}: {conditioner.num_tokens} tokens of {conditioner.token_dim}")
-
-
-def mark_slots(conditioner: DinoImageConditioner, strength: float, seed: int) -> None:
-    """Add a fixed random vector to the standardised tokens of each slot, through the statistics that are saved.
-
-    Cross-attention sees a set: once every slot has mean 0 and spread 1, nothing tells the class token from a register.
-    """
-    generator = generator_for(seed, "slots")
-    for head in conditioner.heads:
-        head.mean -= strength * torch.randn(head.mean.shape, generator=generator) * head.std
 
 
 if __name__ == "__main__":

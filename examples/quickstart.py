@@ -79,7 +79,8 @@ def main() -> None:
 def train(args: Arguments, model_dir: Path) -> None:
     """Run the training script in a process of its own, as a user does."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
-    command += ["--mixed_precision=no", "--dynamo_backend=no", str(EXAMPLES / "train_dino.py"), str(args.config.resolve())]
+    command += ["--mixed_precision=no", "--dynamo_backend=no"]
+    command += [str(EXAMPLES / "train_dino.py"), str(args.config.resolve())]
     command += [f"--train_data_dir={args.data_dir.resolve()}/phantom-cxr-train-*.tar", f"--output_dir={model_dir}"]
     if args.max_train_steps is not None:
         command += ["--max_train_steps", str(args.max_train_steps)]

@@ -145,7 +145,7 @@ def test_projection_is_seeded_and_saved(tmp_path):
 def test_fitted_tokens_are_standard(tmp_path):
     conditioner = tiny.tiny_conditioner(tokens="all")
     raw = conditioner.encode(IMAGES)
-    conditioner.fit_normalization(IMAGES.split(10))
+    conditioner.fit_normalization(IMAGES.split(10), slot_offset=0)
     tokens = conditioner.encode(IMAGES)
     slots = [*tokens[:, :5].unbind(1), tokens[:, 5:].flatten(0, 1)]
     for slot in slots:
@@ -156,6 +156,17 @@ def test_fitted_tokens_are_standard(tmp_path):
     assert torch.allclose(conditioner.heads[0].mean[5], patches.mean(0), atol=1e-5)
     conditioner.save_pretrained(tmp_path)
     assert torch.equal(DinoImageConditioner.from_pretrained(tmp_path).encode(IMAGES), tokens)
+
+
+def test_slots_keep_apart_by_a_fixed_mean_of_their_own():
+    plain, marked = tiny.tiny_conditioner(), tiny.tiny_conditioner()
+    plain.fit_normalization([IMAGES], slot_offset=0)
+    marked.fit_normalization([IMAGES], slot_offset=0.5)
+    offsets = marked.encode(IMAGES) - plain.encode(IMAGES)  # (B, S, D)
+    assert torch.allclose(offsets, offsets[:1].expand_as(offsets), atol=1e-4)  # the same for every image
+    assert offsets[0].std(-1).tolist() == pytest.approx([0.5] * 5, rel=0.4)
+    similarity = torch.corrcoef(offsets[0]) - torch.eye(5)
+    assert similarity.abs().max() < 0.6  # another one for every slot
 
 
 def test_fit_does_not_depend_on_batches_nor_on_an_earlier_fit():
@@ -179,7 +190,7 @@ def test_constant_channels_are_not_blown_up():
     model.layernorm.weight.data[:4] = 0  # these channels are their bias, exactly
     model.layernorm.weight.data[4:8] = 1e-4  # and these nearly
     conditioner = DinoImageConditioner.from_model(model, size=32, **HALF)
-    conditioner.fit_normalization(IMAGES.split(8))
+    conditioner.fit_normalization(IMAGES.split(8), slot_offset=0)
     tokens = conditioner.encode(IMAGES)
     assert tokens[..., :4].abs().max() <= 1e-3
     assert tokens[..., 4:8].std(0).max() <= 0.1

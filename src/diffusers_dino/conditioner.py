@@ -27,6 +27,7 @@ from .encoders import (
     semi_orthogonal,
 )
 from .pixels import ImageInput, to_unit
+from .seeds import generator_for
 
 __all__ = ["DinoImageConditioner"]
 
@@ -292,15 +293,19 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
         """
         return self.null_tokens.to(self.dtype).expand(batch_size, -1, -1)
 
-    def fit_normalization(self, batches: Iterable[ImageInput]) -> None:
+    def fit_normalization(self, batches: Iterable[ImageInput], slot_offset: float = 1.0) -> None:
         """Standardise tokens by the mean and standard deviation of these images' tokens, channel by channel.
 
         Each global token has its own statistics; patch tokens share theirs. They come before the projection, replace
         earlier ones, and are saved. Channels that hardly vary (under a hundredth of the token's root mean square
         deviation) are divided by that bound, so that their noise is not blown up.
 
+        Cross-attention sees a set: once every slot has mean 0, nothing would tell the class token from a register. So
+        each slot gets a fixed random vector as its new mean, the same for every conditioner of this shape.
+
         Args:
             batches: Images, batch by batch, at least 16 in all.
+            slot_offset: Root mean square of that vector, in standard deviations of the tokens; 0 for none.
 
         Raises:
             ValueError: If there are fewer images, or a token is not finite.
@@ -315,9 +320,12 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
             count += len(outputs[0][0])
         if count < _MIN_IMAGES:
             raise ValueError(f"Statistics of tokens need at least {_MIN_IMAGES} images, got {count}.")
-        for head, moment in zip(self.heads, moments, strict=True):
+        if sum(len(head.mean) for head in self.heads) == 1:
+            slot_offset = 0.0  # there is nothing to tell apart
+        for number, (head, moment) in enumerate(zip(self.heads, moments, strict=True)):
             mean, std = moment.mean_and_std()
-            head.mean.copy_(mean)
+            offset = slot_offset * torch.randn(mean.shape, generator=generator_for("slots", number))
+            head.mean.copy_(mean - offset * std)
             head.std.copy_(std)
 
     def train(self, mode: bool = True) -> DinoImageConditioner:

@@ -23,7 +23,8 @@ class TokenHead(ExactBuffers):
         projection: Matrix `(projection_dim, width)`, or None.
 
     Attributes:
-        mean, std: `(G' + P', width)`, one row for each global token that is kept, then one that all patches share.
+        mean, std: `(G' + P', width)`, what is subtracted and divided by: one row for each global token that is kept,
+            then one that all patches share.
     """
 
     exact_buffers = ("mean", "std", "projection")
