@@ -31,7 +31,8 @@ from diffusers_dino.training.self_distillation import (
     effective_rank,
     update_teacher,
 )
-from stage import Stage, StageArguments, make_accelerator, open_training_images
+from image_arguments import open_training_images
+from stage import Stage, StageArguments, make_accelerator
 
 try:
     from lightly.loss import KoLeoLoss

@@ -79,6 +79,7 @@ def main() -> None:
 def train(args: Arguments, model_dir: Path) -> None:
     """Run the training script in a process of its own, as a user does."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
+    command += [f"--num_cpu_threads_per_process={torch.get_num_threads()}"]  # accelerate's default on a CPU is one
     command += ["--mixed_precision=no", "--dynamo_backend=no"]
     command += [str(EXAMPLES / "train_dino.py"), str(args.config.resolve())]
     command += [f"--train_data_dir={args.data_dir.resolve()}/phantom-cxr-train-*.tar", f"--output_dir={model_dir}"]

@@ -1,4 +1,4 @@
-"""What `train_vae.py` and `pretrain_dino.py` share: flags for data and optimiser, checkpoints, one update."""
+"""What `train_vae.py` and `pretrain_dino.py` share: flags of the optimiser, checkpoints, one update."""
 
 from __future__ import annotations
 
@@ -22,23 +22,13 @@ from command_line import flag
 from diffusers_dino import data
 from diffusers_dino.training import checkpoints
 from diffusers_dino.training.progress import Progress
+from image_arguments import ImageArguments
 
 logger = logging.getLogger("stage")
 
 
 @dataclass
-class StageArguments:
-    # Data
-    train_data_dir: str | None = flag(None, "Folder of images, tars, or `datasets` folder.", aliases=["--train_data"])
-    dataset_split: str = flag("train", "Split of a `datasets` set.")
-    image_column: str = flag("image", "Column of images of a `datasets` set.")
-    keys_file: str | None = flag(None, "Text file of sample keys, one a line: train on these alone.")
-    max_train_samples: int | None = flag(None, "Train on the first samples alone.")
-    in_memory: bool = flag(False, "Prepare all images once and keep them in memory: for small sets.")
-    max_unreadable: float = flag(0.05, "Largest tolerated fraction of images that cannot be read.")
-    dataloader_num_workers: int = flag(0, "Processes that load data; 0 loads in the main process.")
-    resolution: int = flag(256, "Side of the images in pixels.")
-    remove_borders: bool = flag(True, "Cut uniform borders off.")
+class StageArguments(ImageArguments):
     # Optimisation
     seed: int = flag(0, "Seed of everything random.")
     train_batch_size: int = flag(16, "Images per device and forward pass.")
@@ -74,23 +64,6 @@ def make_accelerator(args: StageArguments, log: logging.Logger) -> Accelerator:
     if accelerator.is_main_process:
         Path(args.output_dir, "training_arguments.json").write_text(json.dumps(asdict(args), indent=1))
     return accelerator
-
-
-def open_training_images(args: StageArguments) -> data.ImageDataset:
-    """Open what `--train_data_dir` names."""
-    if args.train_data_dir is None:
-        raise ValueError("Give the images as --train_data_dir.")
-    images = data.open_images(
-        args.train_data_dir,
-        data.Preprocessing(args.resolution, args.remove_borders),
-        split=args.dataset_split,
-        image_column=args.image_column,
-        in_memory=args.in_memory,
-        max_unreadable=args.max_unreadable,
-    )
-    if args.keys_file:
-        images = images.select(Path(args.keys_file).read_text().split())
-    return images.select(images.keys[: args.max_train_samples]) if args.max_train_samples else images
 
 
 class Stage:
@@ -199,26 +172,15 @@ class Stage:
 
     def save(self) -> None:
         """Write a checkpoint; every process must call this."""
-        accelerator, output_dir = self.accelerator, self.args.output_dir
         info = {"position": self._position, "seed": self.args.seed}
-        processes = accelerator.is_main_process, accelerator.wait_for_everyone
-        with checkpoints.saving_checkpoint(output_dir, self.step, info, *processes) as folder:
-            accelerator.save_state(str(folder))
-        if accelerator.is_main_process and self.args.checkpoints_total_limit:
-            checkpoints.delete_old_checkpoints(output_dir, self.args.checkpoints_total_limit)
+        keep = self.args.checkpoints_total_limit
+        checkpoints.save_run(self.accelerator, self.args.output_dir, self.step, keep, **info)
 
     def _resume(self, name: str) -> None:
-        found = checkpoints.find_checkpoint(self.args.output_dir, name)
-        if found is None:
-            logger.info("There is no checkpoint: starting anew")
-            return
-        if found.info["seed"] != self.args.seed:
-            raise checkpoints.CheckpointError(
-                f"{found.path} is of a run with --seed {found.info['seed']}, this one has {self.args.seed}."
-            )
-        self.accelerator.load_state(str(found.path))
-        self.step, self._position = found.step, found.info["position"]
-        logger.info(f"Continuing from {found.path}")
+        found = checkpoints.resume_run(self.accelerator, self.args.output_dir, name, seed=self.args.seed)
+        if found is not None:
+            self.step, self._position = found.step, found.info["position"]
+        logger.info(f"Continuing from {found.path}" if found else "There is no checkpoint: starting anew")
 
     def _stopping(self) -> bool:
         """Whether some process was asked to stop: all of them leave at the same step."""

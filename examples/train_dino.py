@@ -29,25 +29,14 @@ from diffusers_dino.training import checkpoints, components, objective, validati
 from diffusers_dino.training.features import CachedViews, FeatureEncoder
 from diffusers_dino.training.progress import Progress
 from diffusers_dino.training.state import TrainingState
+from image_arguments import ImageArguments, open_training_images
 
 logger = logging.getLogger("train_dino")
 
 
 @dataclass
-class Arguments:
-    # Data
-    train_data_dir: str | None = flag(None, "Folder of images, tars, or `datasets` folder.", aliases=["--train_data"])
-    dataset_name: str | None = flag(None, "Data set of the Hugging Face Hub, in place of a local one.")
-    dataset_config_name: str | None = flag(None, "Its configuration.")
-    dataset_split: str = flag("train", "Split of a `datasets` set.")
-    image_column: str = flag("image", "Column of images of a `datasets` set.")
-    keys_file: str | None = flag(None, "Text file of sample keys, one a line: train on these alone.")
-    max_train_samples: int | None = flag(None, "Train on the first samples alone.")
-    in_memory: bool = flag(False, "Prepare all images once and keep them in memory: for small sets.")
-    max_unreadable: float = flag(0.05, "Largest tolerated fraction of images that cannot be read.")
-    dataloader_num_workers: int = flag(0, "Processes that load data; 0 loads in the main process.")
+class Arguments(ImageArguments):
     resolution: int = flag(512, "Side of the images in pixels.")
-    remove_borders: bool = flag(True, "Cut uniform borders off.")
     augment: bool = flag(True, "Show a random view of an image in each epoch.")
     sharpness: float = flag(1.0, "Largest weight of the random unsharp mask.")
     shear: float = flag(0.05, "Largest shear, as a fraction of the side.")
@@ -188,7 +177,7 @@ def train(
     signal.signal(signal.SIGTERM, lambda *_: sigterm.set())
     step, position, stop = 0, 0, False  # updates of the weights, and images that they were made from
     if args.resume_from_checkpoint:
-        found = state.resume(args.output_dir, args.resume_from_checkpoint, seed=args.seed)
+        found = checkpoints.resume_run(accelerator, args.output_dir, args.resume_from_checkpoint, seed=args.seed)
         step, position = (found.step, found.info["position"]) if found else (0, 0)
         logger.info(f"Continuing from {found.path}" if found else "There is no checkpoint: starting anew")
     # The loader stays out of `accelerator.prepare`: its sampler already gives each process its own share.
@@ -233,7 +222,8 @@ def train(
         progress.update(loss, lr)
         accelerator.log({"loss": loss, "lr": lr}, step=step)
         if stop or (args.checkpointing_steps and step % args.checkpointing_steps == 0):
-            state.save(args.output_dir, step, args.checkpoints_total_limit, position=position, seed=args.seed)
+            info = {"position": position, "seed": args.seed}
+            checkpoints.save_run(accelerator, args.output_dir, step, args.checkpoints_total_limit, **info)
         validator.run(step, progress.say)
     progress.close()
     return step
@@ -262,29 +252,12 @@ def compute_loss(
 
 
 def check_arguments(args: Arguments) -> None:
-    if (args.train_data_dir is None) == (args.dataset_name is None):
-        raise ValueError("Give the images as --train_data_dir or as --dataset_name.")
     if [args.pretrained_pipeline, args.conditioner, args.encoder].count(None) != 2:
         raise ValueError("Give one of --conditioner (a saved one), --encoder (to make one) and --pretrained_pipeline.")
     if args.rank and not args.pretrained_pipeline:
         raise ValueError("A LoRA (--rank) is trained on a whole pipeline: give --pretrained_pipeline.")
     if args.metric_steps and not args.validation_data_dir:
         raise ValueError("Measuring (--metric_steps) needs unseen images: give --validation_data_dir.")
-
-
-def open_training_images(args: Arguments) -> data.ImageDataset:
-    hub = {"split": args.dataset_split, "image_column": args.image_column, "config_name": args.dataset_config_name}
-    images = data.open_images(
-        args.train_data_dir or args.dataset_name,
-        data.Preprocessing(args.resolution, args.remove_borders),
-        **hub,
-        local_files_only=args.dataset_name is None,
-        in_memory=args.in_memory,
-        max_unreadable=args.max_unreadable,
-    )
-    if args.keys_file:
-        images = images.select(Path(args.keys_file).read_text().splitlines())
-    return images.select(images.keys[: args.max_train_samples]) if args.max_train_samples else images
 
 
 def build_pipeline(args: Arguments, images: data.ImageDataset, device: torch.device) -> DinoDiffusionPipeline:

@@ -27,7 +27,8 @@ from diffusers_dino.pixels import unit_to_vae, vae_to_unit
 from diffusers_dino.seeds import generator_for
 from diffusers_dino.training.reconstruction import ReconstructionLoss, latent_statistics, psnr
 from diffusers_dino.training.validation import variation_grid
-from stage import Stage, StageArguments, make_accelerator, open_training_images
+from image_arguments import open_training_images
+from stage import Stage, StageArguments, make_accelerator
 
 logger = logging.getLogger("train_vae")
 

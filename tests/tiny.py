@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DCondi
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 import diffusers_dino
+from diffusers_dino.training.components import STABLE_DIFFUSION_SCHEDULE
 
 diffusers.utils.logging.disable_progress_bar()
 
@@ -23,17 +24,6 @@ TOKEN_DIM = 32
 LATENT_CHANNELS = 4
 VAE_SCALE_FACTOR = 4
 LATENT_SIZE = IMAGE_SIZE // VAE_SCALE_FACTOR
-
-# Stable Diffusion's noise schedule; diffusers' own defaults are another one
-STABLE_DIFFUSION_SCHEDULE = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
 
 
 @contextmanager

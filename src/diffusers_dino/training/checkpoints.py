@@ -20,6 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
 __all__ = [
     "Checkpoint",
     "CheckpointError",
@@ -27,7 +30,9 @@ __all__ = [
     "find_checkpoint",
     "make_writable_folder",
     "read_checkpoint",
+    "resume_run",
     "save_atomically",
+    "save_run",
     "saving_checkpoint",
 ]
 
@@ -54,6 +59,53 @@ class Checkpoint:
     path: Path
     step: int
     info: dict[str, Any]
+
+
+def save_run(
+    accelerator: Accelerator, output_dir: str | Path, step: int, keep: int | None = None, **info: Any
+) -> None:
+    """Write `checkpoint-STEP` with all that accelerate knows of a run; every process must call this.
+
+    Args:
+        accelerator: Has prepared the model and the optimizer, and registered what else belongs to the run.
+        output_dir: Folder of the run.
+        step: Number of updates so far.
+        keep: How many checkpoints to keep; None keeps all.
+        info: What to note in the manifest, such as `position` and `seed`.
+    """
+    is_main = accelerator.is_main_process
+    with saving_checkpoint(output_dir, step, info, is_main, accelerator.wait_for_everyone) as folder:
+        accelerator.save_state(str(folder))
+    if is_main and keep is not None:
+        delete_old_checkpoints(output_dir, keep)
+
+
+def resume_run(accelerator: Accelerator, output_dir: str | Path, name: str, **expected: Any) -> Checkpoint | None:
+    """Load a checkpoint that `save_run` wrote; every process must call this.
+
+    Args:
+        accelerator: Prepared as for `save_run`.
+        output_dir: Folder of the run.
+        name: As in `find_checkpoint`.
+        expected: Entries that the manifest must have, such as `seed=0`.
+
+    Returns:
+        The checkpoint that was loaded; None if there is none.
+
+    Raises:
+        CheckpointError: If the one asked for is incomplete, or belongs to another kind of run.
+    """
+    found: list[Checkpoint | None] = [None]
+    if accelerator.is_main_process:  # the hashes need not be checked by every process
+        found = [find_checkpoint(output_dir, name)]
+    checkpoint = broadcast_object_list(found)[0]
+    if checkpoint is not None:
+        for key, value in expected.items():
+            if checkpoint.info.get(key) != value:
+                theirs = checkpoint.info.get(key)
+                raise CheckpointError(f"{checkpoint.path} is of a run with --{key} {theirs}, this one has {value}.")
+        accelerator.load_state(str(checkpoint.path))
+    return checkpoint
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from diffusers import UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.training_utils import EMAModel
@@ -17,15 +16,15 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, convert_state_dict_to_diff
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .checkpoints import Checkpoint, CheckpointError, delete_old_checkpoints, find_checkpoint, saving_checkpoint
+from .checkpoints import CheckpointError
 
 __all__ = ["TrainingState"]
 
 
 class TrainingState:
-    """Saves and restores a run through accelerate.
+    """What is trained, and how `checkpoints.save_run` and `checkpoints.resume_run` write and read it.
 
-    A saved state holds `unet/` (or `pytorch_lora_weights.safetensors`), which is what a user samples from: the
+    A checkpoint holds `unet/` (or `pytorch_lora_weights.safetensors`), which is what a user samples from: the
     averaged weights where there is an average. What only resuming needs lies beside it.
 
     Args:
@@ -63,46 +62,6 @@ class TrainingState:
         accelerator.register_for_checkpointing(self)
         accelerator.register_save_state_pre_hook(self._save_weights)
         accelerator.register_load_state_pre_hook(self._load_weights)
-
-    def save(self, output_dir: str | Path, step: int, keep: int | None = None, **info: Any) -> None:
-        """Write `checkpoint-STEP`; every process must call this.
-
-        Args:
-            output_dir: Folder of the run.
-            step: Number of updates so far.
-            keep: How many checkpoints to keep; None keeps all.
-            info: What to note in the manifest, such as `position` and `seed`.
-        """
-        is_main = self.accelerator.is_main_process
-        with saving_checkpoint(output_dir, step, info, is_main, self.accelerator.wait_for_everyone) as folder:
-            self.accelerator.save_state(str(folder))
-        if is_main and keep is not None:
-            delete_old_checkpoints(output_dir, keep)
-
-    def resume(self, output_dir: str | Path, name: str, **expected: Any) -> Checkpoint | None:
-        """Load a checkpoint; every process must call this.
-
-        Args:
-            output_dir: Folder of the run.
-            name: As in `find_checkpoint`.
-            expected: Entries that the manifest must have, such as `seed=0`.
-
-        Returns:
-            The checkpoint that was loaded; None if there is none.
-
-        Raises:
-            CheckpointError: If the one asked for is incomplete, or belongs to another kind of run.
-        """
-        found: list[Checkpoint | None] = [None]
-        if self.accelerator.is_main_process:  # the hashes need not be checked by every process
-            found = [find_checkpoint(output_dir, name)]
-        checkpoint = broadcast_object_list(found)[0]
-        if checkpoint is not None:
-            for key, value in expected.items():
-                if checkpoint.info.get(key) != value:
-                    raise CheckpointError(f"{checkpoint.path} has {key}={checkpoint.info.get(key)}, this run {value}.")
-            self.accelerator.load_state(str(checkpoint.path))
-        return checkpoint
 
     def update_average(self) -> None:
         """Count the current weights into the average; call it after each update."""
