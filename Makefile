@@ -4,12 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := src tests examples benchmarks
 
-.PHONY: help quickstart test lint format clean
+.PHONY: help quickstart test lint format docs clean
 
 help:
 	@echo "make quickstart   train a small model on the bundled phantoms, generate, write outputs/quickstart/report.html"
 	@echo "make test         install what the tests need and run them"
 	@echo "make lint         check style; make format mends what can be mended"
+	@echo "make docs         build the documentation into site/"
 
 quickstart: $(VENV)/.installed-train
 	@echo "== Training on the bundled phantoms; about five minutes on two cores =="
@@ -27,8 +28,12 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "Documentation: site/index.html"
+
 clean:
-	rm -rf $(VENV) outputs build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) outputs site build dist .pytest_cache .ruff_cache
 
 $(BIN)/python:
 	@echo "== Creating the virtual environment $(VENV) =="
@@ -39,6 +44,7 @@ $(BIN)/python:
 # A stamp is written only after its installation went through, so a broken one is done again.
 $(VENV)/.installed-train: EXTRAS = train
 $(VENV)/.installed-dev: EXTRAS = train,eval,dicom,dev
+$(VENV)/.installed-docs: EXTRAS = docs
 $(VENV)/.installed-%: $(BIN)/python pyproject.toml
 	@echo "== Installing diffusers-dino[$(EXTRAS)] into $(VENV); PyTorch is large, this takes minutes the first time =="
 	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
