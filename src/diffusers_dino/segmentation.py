@@ -1,0 +1,184 @@
+"""DiffSeg's arithmetic: self-attention maps of a diffusion model -> segments, without training or labels.
+
+Tian et al., "Diffuse, Attend, and Segment" (CVPR 2024), section 3. Everything is float32; distances between maps are
+matrix products. An attention map is a probability distribution over the positions of a square.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["aggregate_attention", "anchor_positions", "merge_attention", "pairwise_kl", "refine_segments", "suppress"]
+
+
+def aggregate_attention(
+    attention: Mapping[int, Tensor], size: int | None = None, weights: Mapping[int, float] | None = None
+) -> Tensor:
+    """Combine the self-attention of all resolutions into one map for each position (section 3.2).
+
+    Maps are averaged over heads and layers of one resolution; the axis of keys is upsampled bilinearly and
+    renormalised to sum 1, the axis of queries is repeated.
+
+    Args:
+        attention: Maps `(heads * layers, s * s, s * s)`, queries by keys, for each side length s.
+        size: Side of the result; by default the largest s.
+        weights: Weight of each resolution, scaled to sum 1; by default proportional to s.
+
+    Returns:
+        `(size * size, size, size)` float32, each map of sum 1.
+
+    Raises:
+        ValueError: If there are no maps, shapes do not fit their side, one is larger than `size`, or a weight is
+            missing or negative.
+    """
+    if not attention:
+        raise ValueError("There are no attention maps to aggregate.")
+    size = max(attention) if size is None else size
+    weights = {side: float(side) for side in attention} if weights is None else weights
+    _check_attention(attention, size, weights)
+    total = sum(weights[side] for side in attention)
+    result = None
+    for side, maps in attention.items():
+        mean = maps.float().mean(dim=0)  # (s * s, s * s)
+        keys = F.interpolate(
+            mean.view(-1, 1, side, side), size=(size, size), mode="bilinear"
+        )  # (s * s, 1, size, size)
+        keys = keys.mul_(weights[side] / total / keys.sum(dim=(-2, -1), keepdim=True)).view(side, side, size, size)
+        nearest = torch.arange(size, device=keys.device) * side // size
+        if result is None:
+            result = keys.new_zeros(size, size, size, size)
+        for row in range(size):  # by rows of queries, so that no repeated copy of all maps is held
+            result[row] += keys[nearest[row], nearest]
+    return result.view(size * size, size, size)
+
+
+def merge_attention(maps: Tensor, thresholds: Sequence[float], anchors_per_side: int = 16) -> Tensor:
+    """Merge similar maps into candidate segments (section 3.3).
+
+    First pass: each anchor of a regular grid averages all maps within the threshold. Each later pass goes through the
+    candidates in order; one that no earlier one has taken averages all candidates within the threshold. Similarity is
+    the symmetric Kullback-Leibler divergence, `(KL(x, y) + KL(y, x)) / 2`, in nats.
+
+    Args:
+        maps: `(size * size, size, size)`, each of sum 1, as `aggregate_attention` gives them.
+        thresholds: One a pass, each positive; an infinite one merges all.
+        anchors_per_side: Anchors along each side, from 1 to size.
+
+    Returns:
+        `(K, size, size)` float32, K >= 1.
+
+    Raises:
+        ValueError: If a threshold is not positive, there is none, or the anchors do not fit.
+    """
+    size = maps.shape[-1]
+    if maps.shape != (size * size, size, size):
+        raise ValueError(f"Expected maps (size * size, size, size), got {tuple(maps.shape)}.")
+    if not len(thresholds) or not all(threshold > 0 for threshold in thresholds):
+        raise ValueError(f"Each pass needs a threshold above 0, got {list(thresholds)}.")
+    flat = maps.reshape(size * size, size * size).float()
+    anchors = anchor_positions(size, anchors_per_side, flat.device)
+    within = pairwise_kl(flat[anchors], flat) < thresholds[0]  # (A, N)
+    within[torch.arange(len(anchors)), anchors] = True  # a map is like itself, whatever rounding says
+    merged = _average(flat, within)
+    for threshold in thresholds[1:]:
+        within = pairwise_kl(merged, merged) < threshold
+        within.fill_diagonal_(True)
+        merged = _average(merged, within[_greedy_order(within)])
+    return merged.view(-1, size, size)
+
+
+def refine_segments(maps: Tensor, merged: Tensor) -> Tensor:
+    """Refine candidates by k-means over all maps, started from them (DiffSeg's optional step).
+
+    Args:
+        maps: `(size * size, size, size)`.
+        merged: `(K, size, size)`.
+
+    Returns:
+        `(K', size, size)`, K' <= K: the mean map of each cluster that is not empty.
+
+    Raises:
+        ImportError: If scikit-learn is missing.
+    """
+    try:
+        from sklearn.cluster import KMeans
+    except ImportError as error:
+        raise ImportError("Refinement needs scikit-learn: pip install diffusers-dino[eval]") from error
+    flat = maps.flatten(1).float().cpu()
+    start = merged.flatten(1).float().cpu()
+    labels = torch.from_numpy(KMeans(len(start), init=start.numpy(), n_init=1).fit(flat.numpy()).labels_).long()
+    members = F.one_hot(labels, len(start)).T.bool()  # (K, N)
+    return _average(flat, members[members.any(dim=1)]).view(-1, *maps.shape[1:]).to(maps.device)
+
+
+def suppress(merged: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """Give each pixel to the candidate with the largest value there (non-maximum suppression, section 3.4).
+
+    Args:
+        merged: `(K, h, w)`.
+        size: Height and width of the result, or the side of a square one.
+
+    Returns:
+        `(H, W)` int64 in [0, K).
+    """
+    height_width = (size, size) if isinstance(size, int) else tuple(size)
+    return F.interpolate(merged[None].float(), size=height_width, mode="bilinear")[0].argmax(dim=0)
+
+
+def pairwise_kl(x: Tensor, y: Tensor) -> Tensor:
+    r"""Symmetric Kullback-Leibler divergence of distributions `(A, D)` and `(B, D)` of sum 1: `(A, B)`, in nats.
+
+    With :math:`H(p) = \sum p \log p` it is :math:`\tfrac12 [H(x) + H(y) - x \cdot \log y - y \cdot \log x]`: two
+    matrix products instead of `A * B * D` terms at once.
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    log_x, log_y = x.clamp(min=tiny).log(), y.clamp(min=tiny).log()
+    own = (x * log_x).sum(dim=1)[:, None] + (y * log_y).sum(dim=1)
+    return (own - x @ log_y.T - log_x @ y.T) / 2
+
+
+def anchor_positions(size: int, per_side: int, device: torch.device | str = "cpu") -> Tensor:
+    """Indices into `size * size` positions of a regular, centred grid: 1, 5, ..., 61 along a side of 64 for 16."""
+    if not 1 <= per_side <= size:
+        raise ValueError(f"There must be 1 to {size} anchors a side, got {per_side}.")
+    step = (size - 1) // (per_side - 1) if per_side > 1 else 0
+    start = (size - 1 - step * (per_side - 1)) // 2
+    line = start + step * torch.arange(per_side, device=device)
+    return (line[:, None] * size + line).flatten()
+
+
+def _average(maps: Tensor, members: Tensor) -> Tensor:
+    """Mean of the maps `(N, D)` in each group `(G, N)` bool: `(G, D)`."""
+    members = members.to(maps.dtype)
+    return members @ maps / members.sum(dim=1, keepdim=True)
+
+
+def _greedy_order(within: Tensor) -> list[int]:
+    """Candidates that no earlier candidate has taken, in order."""
+    neighbors = within.cpu()
+    taken = torch.zeros(len(neighbors), dtype=torch.bool)
+    order = []
+    for candidate in range(len(neighbors)):
+        if not taken[candidate]:
+            order.append(candidate)
+            taken |= neighbors[candidate]
+    return order
+
+
+def _check_attention(attention: Mapping[int, Tensor], size: int, weights: Mapping[int, float]) -> None:
+    for side, maps in attention.items():
+        if maps.ndim != 3 or maps.shape[1:] != (side * side, side * side):
+            raise ValueError(
+                f"Maps of side {side} must be (n, {side * side}, {side * side}), got {tuple(maps.shape)}."
+            )
+        if side > size:
+            raise ValueError(f"Maps of side {side} do not fit the size {size}: leave them out or raise the size.")
+        if side not in weights or not (math.isfinite(weights[side]) and weights[side] >= 0):
+            raise ValueError(f"Side {side} needs a weight of 0 or more, got {weights.get(side)}.")
+    if sum(weights[side] for side in attention) <= 0:
+        raise ValueError("At least one weight must be above 0.")
