@@ -1,0 +1,38 @@
+"""The quickstart, shortened, as a user runs it."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from diffusers_dino import DinoDiffusionPipeline
+from diffusers_dino.protocols import ReconstructionResult
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.slow
+def test_quickstart_writes_a_report_and_a_pipeline_that_loads(tmp_path):
+    config = yaml.safe_load((ROOT / "examples" / "configs" / "quickstart.yaml").read_text())
+    config.update(max_train_samples=32, cache_views=1, lr_warmup_steps=1)
+    (tmp_path / "short.yaml").write_text(yaml.safe_dump(config))
+    options = [f"--output_dir={tmp_path / 'out'}", f"--config={tmp_path / 'short.yaml'}"]
+    options += ["--max_train_steps=3", "--num_seeds=1", "--num_sources=1", "--num_variations=2"]
+    # from another folder: nothing may depend on where it is started
+    subprocess.run([sys.executable, str(ROOT / "examples" / "quickstart.py"), *options], check=True, cwd=tmp_path)
+
+    result = ReconstructionResult.load(tmp_path / "out" / "reconstruction.json")
+    assert (result.num_images, result.num_training_images) == (64, 512)
+    assert result.by_pixels.nearest_training_image > 0.2  # the control needs no training
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert f"{result.by_encoder.nearest_training_image:.3g}" in report
+    assert all(source.startswith("data:image/") for source in re.findall(r'src="([^"]*)"', report))
+    assert len(re.findall("<img", report)) == 2  # the loss and the variations
+
+    pipe = DinoDiffusionPipeline.from_pretrained(tmp_path / "out" / "model")
+    images = pipe(Image.new("L", (128, 128), 90), num_inference_steps=2).images
+    assert images[0].size == (128, 128)
