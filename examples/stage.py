@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from command_line import flag
 from diffusers_dino import data
-from diffusers_dino.training import checkpoints
+from diffusers_dino.training import checkpoints, objective
 from diffusers_dino.training.progress import Progress
 from image_arguments import ImageArguments
 
@@ -155,13 +155,7 @@ class Stage:
         """
         loss = self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
-        overflow_is_normal = self.accelerator.mixed_precision == "fp16"  # its scaler leaves the update out
-        if not math.isfinite(loss) or (not overflow_is_normal and not torch.isfinite(norm)):
-            raise FloatingPointError(
-                f"Update {self.step + 1}: the loss is {loss}, the gradient's norm {norm:.3g}. No weight was changed. "
-                f"Images at hand: {', '.join(keys[:4])}. Lower --learning_rate or use bf16 rather than fp16, and go "
-                "on from the last checkpoint with --resume_from_checkpoint=latest."
-            )
+        objective.check_finite(self.step + 1, loss, norm, keys, self.accelerator.mixed_precision)
         lr = self.lr_scheduler.get_last_lr()[0]
         self.optimizer.step()
         self.lr_scheduler.step()

@@ -206,13 +206,7 @@ def train(
         facts = torch.stack([loss, loss.new_tensor(sigterm.is_set())])
         loss, stop = accelerator.reduce(facts, "mean").tolist()
         norm = accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
-        # Under fp16 gradients may overflow: then the scaler leaves the update out and lowers its scale.
-        if not math.isfinite(loss) or (accelerator.mixed_precision != "fp16" and not torch.isfinite(norm)):
-            raise FloatingPointError(
-                f"Update {step + 1}: the loss is {loss}, the gradient's norm {norm:.3g}. No weight was changed. "
-                f"Images at hand: {', '.join(batch['key'][:4])}. Lower --learning_rate or use bf16 rather than fp16, "
-                "and go on from the last checkpoint with --resume_from_checkpoint=latest."
-            )
+        objective.check_finite(step + 1, loss, norm, batch["key"], accelerator.mixed_precision)
         lr = state.lr_scheduler.get_last_lr()[0]
         state.optimizer.step()
         state.lr_scheduler.step()

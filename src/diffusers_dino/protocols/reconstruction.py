@@ -92,6 +92,7 @@ def evaluate_reconstruction(
     tokens = _embed(pipe, images, batch_size)  # (N, S, D)
     training_tokens = _embed(pipe, training_images, batch_size)  # (M, S, D)
     lookup = nearest_neighbors(tokens.flatten(1), training_tokens.flatten(1))  # (N,)
+    thumbnails = pixel_features(images)
 
     encoder_figures, pixel_figures, frechet = [], [], []
     for seed in seeds:
@@ -105,19 +106,17 @@ def evaluate_reconstruction(
             "untrained": untrained,
             "nearest_training_image": training_images[lookup],
         }
-        for figures, embed in (
-            (encoder_figures, lambda x: _embed(pipe, x, batch_size).flatten(1)),
-            (pixel_figures, pixel_features),
+        for figures, embed, gallery in (
+            (encoder_figures, lambda x: _embed(pipe, x, batch_size).flatten(1), tokens.flatten(1)),
+            (pixel_figures, pixel_features, thumbnails),
         ):
-            gallery = embed(images)
             figures.append({name: retrieval_accuracy(embed(query), gallery) for name, query in queries.items()})
         subset = torch.randperm(len(training_images), generator=torch.Generator().manual_seed(seed))[: len(images)]
-        gallery = pixel_features(images)
         frechet.append(
             {
-                "frechet_generated": frechet_distance(pixel_features(unguided), gallery),
-                "frechet_untrained": frechet_distance(pixel_features(untrained), gallery),
-                "frechet_training_images": frechet_distance(pixel_features(training_images[subset]), gallery),
+                "frechet_generated": frechet_distance(pixel_features(unguided), thumbnails),
+                "frechet_untrained": frechet_distance(pixel_features(untrained), thumbnails),
+                "frechet_training_images": frechet_distance(pixel_features(training_images[subset]), thumbnails),
             }
         )
     return ReconstructionResult(

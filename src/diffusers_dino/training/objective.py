@@ -6,6 +6,7 @@ signal-to-noise ratio is `a / (1 - a)`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -18,6 +19,7 @@ __all__ = [
     "PREDICTION_TYPES",
     "TrainingDraws",
     "add_noise",
+    "check_finite",
     "draw_for_training",
     "drop_condition",
     "min_snr_weights",
@@ -155,6 +157,29 @@ def weighted_mse(prediction: Tensor, target: Tensor, weights: Tensor | None = No
     """Mean squared error of each sample `(B, L, h, w)` in float32, weighted by `(B,)`: a scalar."""
     errors = (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))  # (B,)
     return (errors if weights is None else errors * weights).mean()
+
+
+def check_finite(step: int, loss: float, norm: Tensor | float, keys: Sequence[str], mixed_precision: str) -> None:
+    """Refuse an update before it touches the weights.
+
+    Under fp16 gradients may overflow: then the scaler leaves the update out and lowers its scale.
+
+    Args:
+        step: Number of the update, from 1.
+        loss: Its loss.
+        norm: Norm of its gradient.
+        keys: Samples to name.
+        mixed_precision: accelerate's, such as `"fp16"`.
+
+    Raises:
+        FloatingPointError: The loss, or without fp16 the gradient, is not finite.
+    """
+    if not math.isfinite(loss) or (mixed_precision != "fp16" and not math.isfinite(norm)):
+        raise FloatingPointError(
+            f"Update {step}: the loss is {loss}, the gradient's norm {norm:.3g}. No weight was changed. "
+            f"Images at hand: {', '.join(keys[:4])}. Lower --learning_rate or use bf16 rather than fp16, and go on "
+            "from the last checkpoint with --resume_from_checkpoint=latest."
+        )
 
 
 def _check_prediction_type(prediction_type: str) -> None:
