@@ -89,9 +89,10 @@ def train(monkeypatch, flags):
 
 
 def start(flags: dict, processes: int = 1, **environment: str) -> subprocess.Popen:
-    """Start the script as a process of its own, or as several."""
+    """Start the script as a process of its own, or as several; one alone computes with as many threads as this one."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **environment}
+    threads = str(torch.get_num_threads()) if processes == 1 else "1"  # sums depend on how they are shared out
+    env = {**os.environ, "OMP_NUM_THREADS": threads, "ACCELERATE_USE_CPU": "true", **environment}
     return subprocess.Popen(
         [sys.executable, *(launcher if processes > 1 else []), str(SCRIPT), *command(flags)],
         env=env,
