@@ -18,7 +18,7 @@ from .augmentation import Augmentation
 from .preprocessing import Preprocessing
 from .reading import UnreadableImageError
 from .sampling import GlobalBatchSampler, Slot
-from .sources import ImageSource, open_source
+from .stores import ImageStore, open_store
 
 __all__ = ["ImageDataset", "TrainingViews", "collate", "load_batches", "open_images", "to_float"]
 
@@ -32,7 +32,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
     sample, chosen by the number alone: length and order stay the same in every process and every run.
 
     Args:
-        source: Where the images come from.
+        store: Where the images come from.
         preprocessing: How they are prepared.
         in_memory: Whether to prepare all images now and keep them as uint8 (`size * size` bytes each for grayscale).
         max_unreadable: Largest tolerated fraction of unreadable images.
@@ -47,7 +47,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     def __init__(
         self,
-        source: ImageSource,
+        store: ImageStore,
         preprocessing: Preprocessing,
         in_memory: bool = False,
         max_unreadable: float = 0.05,
@@ -55,11 +55,11 @@ class ImageDataset(Dataset[dict[str, Any]]):
     ) -> None:
         if not 0 <= max_unreadable <= 1:
             raise ValueError(f"max_unreadable is a fraction in [0, 1], got {max_unreadable}")
-        self.source = source
+        self.store = store
         self.preprocessing = preprocessing
         self.max_unreadable = max_unreadable
         self.unreadable: dict[int, str] = {}
-        self._indices = range(len(source.keys)) if indices is None else list(indices)
+        self._indices = range(len(store.keys)) if indices is None else list(indices)
         self._prepared: list[np.ndarray | None] | None = None
         if in_memory:
             with ThreadPoolExecutor() as pool:  # decoders let go of the interpreter's lock
@@ -69,7 +69,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
     @property
     def keys(self) -> list[str]:
         """The keys of the samples, in order."""
-        return [self.source.keys[index] for index in self._indices]
+        return [self.store.keys[index] for index in self._indices]
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -77,7 +77,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One sample: `key`, and `image` as float32 `(C, size, size)` in [0, 1], C being 1 or, for colour, 3."""
         used, array = self.read(index)
-        return {"key": self.source.keys[self._indices[used]], "image": to_float(array)}
+        return {"key": self.store.keys[self._indices[used]], "image": to_float(array)}
 
     def read(self, index: int) -> tuple[int, np.ndarray]:
         """The number of the sample that holds this place, and its prepared image (see `Preprocessing`)."""
@@ -100,12 +100,12 @@ class ImageDataset(Dataset[dict[str, Any]]):
             KeyError: If a key is not in the data set.
         """
         wanted = set(keys)
-        chosen = [place for place, index in enumerate(self._indices) if self.source.keys[index] in wanted]
-        missing = sorted(wanted - {self.source.keys[self._indices[place]] for place in chosen})
+        chosen = [place for place, index in enumerate(self._indices) if self.store.keys[index] in wanted]
+        missing = sorted(wanted - {self.store.keys[self._indices[place]] for place in chosen})
         if missing:
             raise KeyError(f"{len(missing)} keys are not in the data set, such as {', '.join(missing[:3])}")
         indices = [self._indices[place] for place in chosen]
-        selection = ImageDataset(self.source, self.preprocessing, False, self.max_unreadable, indices)
+        selection = ImageDataset(self.store, self.preprocessing, False, self.max_unreadable, indices)
         if self._prepared is not None:
             selection._prepared = [self._prepared[place] for place in chosen]
         selection.unreadable = {new: self.unreadable[old] for new, old in enumerate(chosen) if old in self.unreadable}
@@ -113,14 +113,14 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     def companion(self, index: int, extension: str) -> bytes:
         """The file beside an image with the same key, such as `"json"` or `"mask.png"`; raises `KeyError`."""
-        return self.source.companion(self._indices[index], extension)
+        return self.store.companion(self._indices[index], extension)
 
     def _prepare(self, index: int) -> np.ndarray | None:
         """The prepared image, or None (and a note of the reason) if it cannot be read."""
         if index in self.unreadable:
             return None
         try:
-            return self.preprocessing(self.source.read(self._indices[index]))
+            return self.preprocessing(self.store.read(self._indices[index]))
         except UnreadableImageError as error:
             self.unreadable[index] = str(error)
             logger.warning("%s. Skipped: another sample takes its place.", error)
@@ -227,7 +227,7 @@ def open_images(
         FileNotFoundError: If there is no such source, or no image in it.
         ValueError: If the source is of another kind, or too many images cannot be read.
     """
-    opened = open_source(source, split, image_column, config_name, local_files_only)
+    opened = open_store(source, split, image_column, config_name, local_files_only)
     return ImageDataset(opened, preprocessing, in_memory, max_unreadable)
 
 

@@ -1,4 +1,4 @@
-"""Where images come from: a folder, local webdataset tars, or a Hugging Face data set, behind one small interface."""
+"""Where the bytes of images are: a folder, local webdataset tars, or a Hugging Face data set, behind one small interface."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import numpy as np
 from .archives import expand_shards, image_member, index_shard, split_name
 from .reading import IMAGE_EXTENSIONS, UnreadableImageError, read_image
 
-__all__ = ["FolderSource", "HuggingFaceSource", "ImageSource", "ShardSource", "open_source"]
+__all__ = ["FolderStore", "HuggingFaceStore", "ImageStore", "ShardStore", "open_store"]
 
 
-class ImageSource(Protocol):
+class ImageStore(Protocol):
     """A numbered collection of images.
 
     Attributes:
@@ -34,7 +34,7 @@ class ImageSource(Protocol):
         """The file beside the image with the same key, such as `"json"` or `"mask.png"`; raises `KeyError`."""
 
 
-class FolderSource:
+class FolderStore:
     """All images below a folder, sorted by path. Masks (`KEY.mask.png`) are companions, not images.
 
     Args:
@@ -70,7 +70,7 @@ class FolderSource:
         return path.read_bytes()
 
 
-class ShardSource:
+class ShardStore:
     """The images in local webdataset tars, in the order of the shards and of their members.
 
     Args:
@@ -103,7 +103,7 @@ class ShardSource:
         return self._files[index][extension].read()
 
 
-class HuggingFaceSource:
+class HuggingFaceStore:
     """A data set of the `datasets` library: an id on the Hub, a `save_to_disk` folder or a folder of Parquet files.
 
     Args:
@@ -172,13 +172,13 @@ def _load_hugging_face(name: str, split: str, config_name: str | None) -> Any:
     return data
 
 
-def open_source(
+def open_store(
     source: str | Path,
     split: str = "train",
     image_column: str = "image",
     config_name: str | None = None,
     local_files_only: bool = False,
-) -> ImageSource:
+) -> ImageStore:
     """Find out what a source is and open it: see `open_images`."""
     text = str(source)
     if text.startswith("pipe:"):
@@ -189,15 +189,15 @@ def open_source(
     if folder.is_file() and folder.suffix != ".tar":
         raise ValueError(f"{text!r} is a file. Give a folder of images, .tar shards or a data set of the Hub.")
     if text.endswith(".tar"):
-        return ShardSource(text)
+        return ShardStore(text)
     if not folder.is_dir():
         if local_files_only or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", text):
             raise FileNotFoundError(f"There is no folder {text!r}.")
-        return HuggingFaceSource(text, split, image_column, config_name)
+        return HuggingFaceStore(text, split, image_column, config_name)
     if any((folder / file).is_file() for file in ("dataset_info.json", "dataset_dict.json")):
-        return HuggingFaceSource(text, split, image_column, config_name)
+        return HuggingFaceStore(text, split, image_column, config_name)
     if any(folder.glob("*.tar")):
-        return ShardSource(text)
+        return ShardStore(text)
     if any(folder.rglob("*.parquet")):
-        return HuggingFaceSource(text, split, image_column, config_name)
-    return FolderSource(folder)
+        return HuggingFaceStore(text, split, image_column, config_name)
+    return FolderStore(folder)
