@@ -1,4 +1,4 @@
-"""Where the bytes of images are: a folder, local webdataset tars, or a Hugging Face data set, behind one small interface."""
+"""Where images are kept: a folder, local webdataset tars, or a Hugging Face data set, behind one small interface."""
 
 from __future__ import annotations
 
