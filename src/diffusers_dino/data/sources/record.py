@@ -20,8 +20,8 @@ class Record:
         source: Name of the data set in the catalogue, such as `"padchest"`.
         image: The file.
         image_id: The provider's name of the image, unique within the source; may hold dots and slashes.
-        patient: The provider's patient id, **as it is**: whoever writes it anywhere hashes it first. Where the provider
-            gives none, the image's own id.
+        patient: The provider's patient id, **as it is**: whoever writes it anywhere hashes it first. Where there is
+            none, the image's own id.
         labels: Findings that are stated as present. An empty tuple: looked at, and none present. None: unlabelled.
         uncertain: Findings that the provider marks as uncertain; they are not in `labels`.
         view: `"PA"`, `"AP"`, `"LATERAL"`, or the provider's own word where it is none of them; None if unknown.
