@@ -1,11 +1,12 @@
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_dino.data import UnreadableImageError, read_image
+from diffusers_dino.data import RawLayout, UnreadableImageError, read_image
 
 CXR = Path(__file__).parents[2].parent / "shared" / "cxr"
 GRAY = np.arange(0, 240, dtype=np.uint8).reshape(12, 20)
@@ -84,6 +85,30 @@ def test_orientation_of_a_photograph_is_applied():
 
 def test_cmyk_becomes_rgb():
     assert read_image(encoded(Image.fromarray(COLOR).convert("CMYK"), "jpeg")).shape == COLOR.shape
+
+
+def test_file_without_a_header_as_jsrt_has_them():
+    film = np.arange(0, 4096, 17, dtype=np.uint16)[:240].reshape(12, 20)
+    layout = RawLayout(20, 12, byte_order="big", bits=12)
+    data = film.astype(">u2").tobytes()
+    array = read_image(data, raw=layout)
+    assert array.dtype == np.uint16
+    assert array.dtype.isnative
+    assert np.array_equal(array, film)
+    assert np.array_equal(read_image(data, raw=replace(layout, inverted=True)), 4095 - film)
+    assert np.array_equal(read_image(GRAY.tobytes(), raw=RawLayout(20, 12, "uint8")), GRAY)
+    with pytest.raises(UnreadableImageError, match=r"film: 20 x 12 pixels of uint16 are 480 bytes, not 478"):
+        read_image(data[:-2], "film", raw=layout)
+    with pytest.raises(UnreadableImageError, match="more than 12 bits. Is the byte order right"):
+        read_image(data, raw=replace(layout, byte_order="little"))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"width": 0}, {"dtype": "float32"}, {"byte_order": ">"}, {"bits": 17}, {"dtype": "uint8", "bits": 12}]
+)
+def test_impossible_layout(wrong):
+    with pytest.raises(ValueError, match="must be"):
+        RawLayout(**{"width": 4, "height": 4, **wrong})
 
 
 @pytest.mark.parametrize("data", [b"", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"not an image" * 100])

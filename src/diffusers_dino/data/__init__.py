@@ -3,7 +3,7 @@
 from .augmentation import Augmentation
 from .datasets import ImageDataset, TrainingViews, collate, load_batches, open_images
 from .preprocessing import Preprocessing
-from .reading import UnreadableImageError, read_image
+from .reading import RawLayout, UnreadableImageError, read_image
 from .sampling import GlobalBatchSampler, Slot
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "GlobalBatchSampler",
     "ImageDataset",
     "Preprocessing",
+    "RawLayout",
     "Slot",
     "TrainingViews",
     "UnreadableImageError",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-__all__ = ["IMAGE_EXTENSIONS", "UnreadableImageError", "read_image"]
+__all__ = ["IMAGE_EXTENSIONS", "RawLayout", "UnreadableImageError", "read_image"]
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "tif", "tiff", "webp", "bmp")
 _ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
@@ -19,7 +20,64 @@ class UnreadableImageError(ValueError):
     """A file that is damaged, or is no image of a kind that is read here. The message names it and the reason."""
 
 
-def read_image(source: str | PathLike[str] | bytes, name: str | None = None) -> np.ndarray:
+@dataclass(frozen=True)
+class RawLayout:
+    """How the pixels lie in a file that has no header, row by row from the top left.
+
+    JSRT's `.IMG` files are `RawLayout(2048, 2048, byte_order="big", bits=12, inverted=True)`.
+
+    Args:
+        width: Pixels in a row.
+        height: Rows.
+        dtype: `"uint8"` or `"uint16"`, how a pixel is stored.
+        byte_order: `"little"` or `"big"`, which byte of a pixel of two is first.
+        bits: How many of its bits a pixel uses, the lower ones; all of them by default.
+        inverted: Whether large values are dark.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    width: int
+    height: int
+    dtype: str = "uint16"
+    byte_order: str = "little"
+    bits: int | None = None
+    inverted: bool = False
+
+    def __post_init__(self) -> None:
+        if self.width < 1 or self.height < 1:
+            raise ValueError(f"width and height must be at least 1 pixel, got {self.width} x {self.height}")
+        if self.dtype not in ("uint8", "uint16"):
+            raise ValueError(f"dtype must be uint8 or uint16, got {self.dtype!r}")
+        if self.byte_order not in ("little", "big"):
+            raise ValueError(f"byte_order must be little or big, got {self.byte_order!r}")
+        width = 8 * np.dtype(self.dtype).itemsize
+        if self.bits is not None and not 1 <= self.bits <= width:
+            raise ValueError(f"bits must be in [1, {width}] for {self.dtype}, got {self.bits}")
+
+    def decode(self, data: bytes) -> np.ndarray:
+        """The pixels `(height, width)` in `data`, of type `dtype` and with large values bright.
+
+        Raises:
+            ValueError: If the data is of another size, or uses more bits.
+        """
+        stored = np.dtype(self.dtype).newbyteorder(">" if self.byte_order == "big" else "<")
+        expected = self.width * self.height * stored.itemsize
+        if len(data) != expected:
+            raise ValueError(
+                f"{self.width} x {self.height} pixels of {self.dtype} are {expected} bytes, not {len(data)}"
+            )
+        array = np.frombuffer(data, stored).reshape(self.height, self.width).astype(self.dtype)
+        top = 2 ** (self.bits or 8 * stored.itemsize) - 1
+        if array.max() > top:
+            raise ValueError(f"it holds the value {array.max()}, more than {self.bits} bits. Is the byte order right?")
+        return top - array if self.inverted else array
+
+
+def read_image(
+    source: str | PathLike[str] | bytes, name: str | None = None, raw: RawLayout | None = None
+) -> np.ndarray:
     """Read an image file.
 
     Alpha is composited on black. A file that stores grayscale in three equal channels comes back as grayscale. The
@@ -29,6 +87,7 @@ def read_image(source: str | PathLike[str] | bytes, name: str | None = None) -> 
     Args:
         source: A path, or the bytes of a file.
         name: What to call it in an error message; by default the path.
+        raw: How the pixels lie, for a file without a header.
 
     Returns:
         `(H, W)` or, for colour, `(H, W, 3)`; uint8, or uint16 for deeper grayscale.
@@ -42,6 +101,8 @@ def read_image(source: str | PathLike[str] | bytes, name: str | None = None) -> 
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
         if not data:
             raise UnreadableImageError("the file is empty")
+        if raw:
+            return raw.decode(data)
         with Image.open(io.BytesIO(data)) as image:
             array = _to_array(image)
     except UnidentifiedImageError as error:
