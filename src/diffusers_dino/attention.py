@@ -1,0 +1,158 @@
+"""Self-attention maps of a UNet, read while it runs and reduced at once.
+
+Attention kernels return no maps. Every attention processor of diffusers, however, calls its layer's own query and key
+projections, so the maps are computed anew from what these return: processors stay where they are and the UNet's output
+does not change by a bit, whether attention is SDPA, xformers, sliced or fused, and with LoRA inside.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+__all__ = ["capture_self_attention", "self_attention_layers"]
+
+_CHUNK_NUMEL = 2**22  # 16 MiB of probabilities at a time: of queries x keys x heads of one layer, never all of it
+
+
+@contextmanager
+def capture_self_attention(unet: nn.Module, sides: Collection[int] | None = None) -> Iterator[dict[int, Tensor]]:
+    """Collect the self-attention maps of the forward passes that run inside.
+
+    Args:
+        unet: A `UNet2DConditionModel`, a `UNet2DModel` or another of diffusers' image models built of its `Attention`
+            layers; compiled ones run eagerly inside. Its input must be square.
+        sides: Side lengths s of the layers to collect, those with s * s positions; by default all.
+
+    Yields:
+        A dictionary, filled as the model runs: s to maps `(B, s * s, s * s)` float32, queries by keys, each row of sum
+        1, the mean over all heads, layers and forward passes with s * s positions. For one image it is what
+        `segmentation.aggregate_attention` takes.
+
+    Raises:
+        ValueError: If the model has no self-attention, if its input is not square, or, on leaving, if no layer of a
+            side that was asked for has run.
+    """
+    layers = self_attention_layers(unet)
+    if not layers:
+        raise ValueError(f"{type(unet).__name__} has no self-attention layers: it cannot be segmented by DiffSeg.")
+    recorder = _Recorder(sides)
+    with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code would not call the hooks
+        for handle in recorder.attach(unet, layers):
+            stack.callback(handle.remove)
+        yield recorder.maps
+    recorder.check_complete()
+
+
+def self_attention_layers(unet: nn.Module) -> list[Attention]:
+    """The attention layers whose keys come from their own input, in the order of the model's modules."""
+    return [
+        module
+        for module in unet.modules()
+        if isinstance(module, Attention) and not module.is_cross_attention and module.to_k is not None
+    ]
+
+
+class _Recorder:
+    """The state behind `capture_self_attention`: projections of the layer that runs, and running means by side."""
+
+    def __init__(self, sides: Collection[int] | None) -> None:
+        self.sides = sides
+        self.maps: dict[int, Tensor] = {}
+        self._heads: dict[int, int] = {}  # how many heads each mean is of
+        self._seen: set[int] = set()
+        self._projected: dict[str, Tensor] = {}
+
+    def attach(self, unet: nn.Module, layers: list[Attention]) -> Iterator[torch.utils.hooks.RemovableHandle]:
+        yield unet.register_forward_pre_hook(_check_square, with_kwargs=True)
+        for layer in layers:
+            yield layer.register_forward_pre_hook(self._forget)
+            yield layer.register_forward_hook(self._reduce)
+            for name in ("to_q", "to_k", "to_qkv"):
+                if hasattr(layer, name):  # fused layers keep their separate projections and do not call them
+                    yield getattr(layer, name).register_forward_hook(self._keep(name))
+
+    def check_complete(self) -> None:
+        missing = sorted(set(self.sides or ()) - set(self.maps))
+        if missing:
+            raise ValueError(
+                f"The UNet has no self-attention of side {', '.join(map(str, missing))} for this input; it has "
+                f"{sorted(self._seen) or 'run none'}. Ask for these, or give an image of another size."
+            )
+
+    def _keep(self, name: str):
+        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+            self._projected[name] = output.detach()
+
+        return hook
+
+    def _forget(self, layer: Attention, inputs: tuple) -> None:
+        self._projected = {}
+
+    @torch.no_grad()
+    def _reduce(self, layer: Attention, inputs: tuple, output: Tensor) -> None:
+        query, key = _query_and_key(layer, self._projected)  # (B, h, N, d)
+        self._projected = {}
+        side = math.isqrt(query.shape[2])
+        self._seen.add(side)
+        if self.sides is not None and side not in self.sides:
+            return
+        if side not in self.maps:
+            batch, _, positions, _ = query.shape
+            self.maps[side] = torch.zeros(batch, positions, positions, device=query.device)
+        heads = query.shape[1]
+        self._heads[side] = self._heads.get(side, 0) + heads
+        _update_mean(self.maps[side], query, key, layer.scale, heads / self._heads[side])
+
+
+def _query_and_key(layer: Attention, projected: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Queries and keys of one call of a layer, each `(B, h, N, d)` float32."""
+    if "to_qkv" in projected:
+        query, key, _ = projected["to_qkv"].chunk(3, dim=-1)
+    elif "to_q" in projected and "to_k" in projected:
+        query, key = projected["to_q"], projected["to_k"]
+    else:
+        raise ValueError(
+            f"The attention processor {type(layer.processor).__name__} does not call the layer's projections, so its "
+            "maps cannot be read. Set one of diffusers' processors: unet.set_default_attn_processor()."
+        )
+    width = query.shape[-1] // layer.heads
+    query, key = (x.unflatten(-1, (-1, width)).transpose(1, 2).float() for x in (query, key))
+    if layer.norm_q is not None:
+        query = layer.norm_q(query)
+    if layer.norm_k is not None:
+        key = layer.norm_k(key)
+    return query, key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)  # grouped-query attention shares keys
+
+
+def _update_mean(mean: Tensor, query: Tensor, key: Tensor, scale: float, weight: float) -> None:
+    """Move a running mean of maps `(B, N, N)` in place towards those of one layer: `mean += weight * (new - mean)`.
+
+    Args:
+        mean: `(B, N, N)`.
+        query: `(B, h, N, d)` float32.
+        key: `(B, h, N, d)` float32.
+        scale: Factor of the scores before the softmax.
+        weight: This layer's share in the new mean.
+    """
+    batch, heads, positions, _ = query.shape
+    rows = max(1, _CHUNK_NUMEL // (batch * heads * positions))
+    for start in range(0, positions, rows):
+        chunk = slice(start, start + rows)
+        scores = (query[:, :, chunk] * scale) @ key.transpose(-1, -2)  # (B, h, rows, N)
+        mean[:, chunk].lerp_(scores.softmax(dim=-1).mean(dim=1), weight)
+
+
+def _check_square(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    sample = args[0] if args else kwargs.get("sample")
+    if isinstance(sample, Tensor) and sample.shape[-1] != sample.shape[-2]:
+        raise ValueError(
+            f"Self-attention maps are read as squares, but the UNet was given latents of shape {tuple(sample.shape)}. "
+            "Resize the image to a square and the masks back to its size, as DiffSegPipeline does."
+        )
