@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from pathlib import Path
@@ -9,10 +10,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .archives import expand_shards, image_member, index_shard, split_name
+from .archives import Member, expand_shards, index_tar, split_name
 from .reading import IMAGE_EXTENSIONS, UnreadableImageError, read_image
 
 __all__ = ["FolderStore", "HuggingFaceStore", "ImageStore", "ShardStore", "open_store"]
+
+
+logger = logging.getLogger(__name__)
 
 
 class ImageStore(Protocol):
@@ -83,24 +87,45 @@ class ShardStore:
 
     def __init__(self, pattern: str | Path) -> None:
         self.shards = expand_shards(str(pattern))
-        samples = [sample for shard in self.shards for sample in index_shard(shard).items()]
+        samples = [sample for shard in self.shards for sample in _index_shard(shard)]
         if not samples:
             raise FileNotFoundError(f"No image in the {len(self.shards)} shard(s) of {str(pattern)!r}.")
-        self.keys = [key for key, _ in samples]
-        self._files = [files for _, files in samples]
+        self.keys = [key for key, _, _ in samples]
+        self._files = [(shard, files) for _, shard, files in samples]
 
     def describe(self, index: int) -> str:
-        member = image_member(self._files[index])
-        return f"{member.shard}:{member.name}"
+        shard, files = self._files[index]
+        return f"{shard}:{_image_member(files).name}"
 
     def read(self, index: int) -> np.ndarray:
-        return read_image(image_member(self._files[index]).read(), self.describe(index))
+        shard, files = self._files[index]
+        return read_image(_read_member(shard, _image_member(files)), self.describe(index))
 
     def companion(self, index: int, extension: str) -> bytes:
-        if extension not in self._files[index]:
-            found = ", ".join(self._files[index])
-            raise KeyError(f"{self.describe(index)} has no companion {extension!r}, but {found}")
-        return self._files[index][extension].read()
+        shard, files = self._files[index]
+        if extension not in files:
+            raise KeyError(f"{self.describe(index)} has no companion {extension!r}, but {', '.join(files)}")
+        return _read_member(shard, files[extension])
+
+
+def _index_shard(path: str) -> list[tuple[str, str, dict[str, Member]]]:
+    with open(path, "rb") as file:
+        index = index_tar(file, path, Path(path).stat().st_size)
+    samples = [(key, path, index.files(number)) for number, key in enumerate(index.keys)]
+    samples = [sample for sample in samples if _image_member(sample[2])]
+    if index.damage:
+        logger.warning("Shard %s %s: %d samples of it are used, others are lost", path, index.damage, len(samples))
+    return samples
+
+
+def _image_member(files: dict[str, Member]) -> Member | None:
+    return next((files[extension] for extension in IMAGE_EXTENSIONS if extension in files), None)
+
+
+def _read_member(shard: str, member: Member) -> bytes:
+    with open(shard, "rb") as file:
+        file.seek(member.offset)
+        return file.read(member.size)
 
 
 class HuggingFaceStore:
