@@ -111,23 +111,23 @@ def check_schedule(config: Any) -> None:
             )
 
 
-def check_embeds(image_embeds: Tensor, num_tokens: int | None, width: int) -> None:
+def check_embeds(embeds: Tensor, num_tokens: int | None, width: int, name: str = "image_embeds") -> None:
     """Refuse condition tokens that are not a finite `(B, num_tokens, width)`; None allows any number of tokens.
 
     Raises:
         TypeError: If it is not a tensor.
         ValueError: If it has another shape, NaN or infinity.
     """
-    if not isinstance(image_embeds, Tensor):
-        raise TypeError(f"`image_embeds` must be a tensor (B, S, D), got {type(image_embeds).__name__}.")
-    shape = tuple(image_embeds.shape)
+    if not isinstance(embeds, Tensor):
+        raise TypeError(f"`{name}` must be a tensor (B, S, D), got {type(embeds).__name__}.")
+    shape = tuple(embeds.shape)
     fits = len(shape) == 3 and 0 not in shape and shape[2] == width and num_tokens in (None, shape[1])
     if not fits:
         raise ValueError(
-            f"`image_embeds` must have shape (B, {num_tokens or 'S'}, {width}), as `encode_image` gives, got {shape}."
+            f"`{name}` must have shape (B, {num_tokens or 'S'}, {width}), as `encode_image` gives, got {shape}."
         )
-    if not torch.isfinite(image_embeds).all():
-        raise ValueError("`image_embeds` contains NaN or infinity.")
+    if not torch.isfinite(embeds).all():
+        raise ValueError(f"`{name}` contains NaN or infinity.")
 
 
 def check_finite(images: Tensor) -> None:
@@ -141,7 +141,7 @@ def check_finite(images: Tensor) -> None:
 
 def check_generator(generator: Any) -> None:
     """Refuse what is neither None, a generator, nor a list of generators with a TypeError."""
-    listed = generator if isinstance(generator, list) else [generator] if generator is not None else []
+    listed = generator if isinstance(generator, list) else [] if generator is None else [generator]
     if not all(isinstance(item, torch.Generator) for item in listed):
         raise TypeError(f"`generator` must be a torch.Generator or a list of them, got {generator!r}.")
 

@@ -2,41 +2,20 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, UNet2DConditionModel
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.image_processor import VaeImageProcessor
-from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
-from diffusers.schedulers import KarrasDiffusionSchedulers
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..conditioner import DinoImageConditioner
-from ..latents import decode_latents, vae_scale_factor
-from ..pixels import ImageInput, vae_to_unit
-from .checks import (
-    OUTPUT_TYPES,
-    check_components,
-    check_embeds,
-    check_finite,
-    check_generator,
-    check_numbers,
-    check_schedule,
-    condition_width,
-)
-from .guidance import guide, rescale_guidance
-from .lora import UNetLoraLoaderMixin
+from ..pixels import ImageInput
+from .base import DinoPipeline, StepCallback, callback_inputs
 from .pipeline_output import DinoDiffusionPipelineOutput
-from .sampling import Generators, set_timesteps, step_arguments
+from .sampling import Generators
 
 __all__ = ["DinoDiffusionPipeline"]
 
 
-class DinoDiffusionPipeline(DiffusionPipeline, StableDiffusionMixin, UNetLoraLoaderMixin):
+class DinoDiffusionPipeline(DinoPipeline):
     """Generate semantic variations of images, as in DiNO-Diffusion (arXiv 2407.11594, section 2.3, reconstruction).
 
     The image takes the place that the prompt has in Stable Diffusion: its DINO tokens are the UNet's condition.
@@ -64,91 +43,6 @@ class DinoDiffusionPipeline(DiffusionPipeline, StableDiffusionMixin, UNetLoraLoa
         ```
     """
 
-    model_cpu_offload_seq = "conditioner->unet->vae"
-    _callback_tensor_inputs = ["latents", "image_embeds"]  # noqa: RUF012 - the base class's form
-
-    def __init__(
-        self,
-        vae: AutoencoderKL | AutoencoderTiny,
-        conditioner: DinoImageConditioner,
-        unet: UNet2DConditionModel,
-        scheduler: KarrasDiffusionSchedulers,
-    ) -> None:
-        super().__init__()
-        check_components(vae, conditioner, unet)
-        self.register_modules(vae=vae, conditioner=conditioner, unet=unet, scheduler=scheduler)
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        self._guidance_scale = 1.0
-        self._guidance_rescale = 0.0
-        self._cross_attention_kwargs = None
-        self._num_timesteps = 0
-        self._interrupt = False
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> DinoDiffusionPipeline:
-        """Load a pipeline from a folder or the Hub, from safetensors unless `use_safetensors=False` is said.
-
-        Args:
-            pretrained_model_name_or_path: A folder that `save_pretrained` wrote, or a repository `"org/name"`.
-            kwargs: As in `DiffusionPipeline.from_pretrained`: `dtype`, `revision`, `variant`, `cache_dir`,
-                `local_files_only`, components by name, ...
-        """
-        kwargs.setdefault("use_safetensors", True)
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-
-    @property
-    def vae_scale_factor(self) -> int:
-        """Pixels per latent along each side; 8, Stable Diffusion's, without a VAE."""
-        return vae_scale_factor(self.vae) if self.vae is not None else 8
-
-    @property
-    def guidance_scale(self) -> float:
-        """The scale of the current call. A callback may set `_guidance_scale` to change it between steps."""
-        return self._guidance_scale
-
-    @property
-    def guidance_rescale(self) -> float:
-        """The rescale of the current call."""
-        return self._guidance_rescale
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        """Whether the null condition is evaluated beside the condition."""
-        return self._guidance_scale > 1
-
-    @property
-    def cross_attention_kwargs(self) -> dict[str, Any] | None:
-        """Those of the current call."""
-        return self._cross_attention_kwargs
-
-    @property
-    def num_timesteps(self) -> int:
-        """Model calls of the current sampling, for callbacks that work with a share of them."""
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        """A callback may set `_interrupt = True`: the remaining steps are skipped."""
-        return self._interrupt
-
-    def encode_image(self, image: ImageInput) -> Tensor:
-        """Encode images to condition tokens, for `image_embeds`.
-
-        Args:
-            image: B images of any type that `diffusers_dino.pixels.to_unit` reads, sizes may differ.
-
-        Returns:
-            Tokens `(B, S, D)`, class token first, on the device that the pipeline computes on.
-        """
-        if self.conditioner is None:
-            raise ValueError("This pipeline has no conditioner to encode `image` with. Give `image_embeds`.")
-        # called like this, not through `conditioner.encode`, because a module that is offloaded does not know where
-        # it will run: accelerate's hooks move weights and inputs when the module itself is called
-        pixels = self.conditioner.preprocess(image)
-        device = self._execution_device
-        pixels = tuple(p.to(device) for p in pixels) if isinstance(pixels, tuple) else pixels.to(device)
-        return self.conditioner(pixels)
-
     def check_inputs(
         self,
         image: ImageInput | None,
@@ -171,71 +65,16 @@ class DinoDiffusionPipeline(DiffusionPipeline, StableDiffusionMixin, UNetLoraLoa
             ValueError: If an argument has the wrong value, or the components do not fit together or are missing.
         """
         self._check_components(guidance_scale, output_type)
-        if (image is None) == (image_embeds is None):
-            raise ValueError("Give either `image` or `image_embeds`, and not both.")
-        if image_embeds is not None:
-            num_tokens = None if self.conditioner is None else self.conditioner.num_tokens
-            check_embeds(image_embeds, num_tokens, condition_width(self.unet))
-        check_numbers(self.vae_scale_factor, height=height, width=width)
-        check_numbers(num_inference_steps=num_inference_steps, num_images_per_prompt=num_images_per_prompt)
-        check_generator(generator)
-        if not 0 <= guidance_rescale <= 1:
-            raise ValueError(f"`guidance_rescale` must be in [0, 1], got {guidance_rescale}.")
-        unknown = set(callback_on_step_end_tensor_inputs or ()) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, got "
-                f"{sorted(unknown)}."
-            )
-
-    def _check_components(self, guidance_scale: float, output_type: str) -> None:
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, got {output_type!r}.")
-        if self.unet is None or self.scheduler is None:
-            raise ValueError("This pipeline has no unet or no scheduler; both are needed to generate.")
-        if self.vae is None and output_type != "latent":
-            raise ValueError(f"output_type={output_type!r} needs a VAE and this pipeline has none: ask for 'latent'.")
-        if self.conditioner is None and guidance_scale > 1:
-            raise ValueError(
-                f"guidance_scale={guidance_scale} needs the conditioner's null condition, and this pipeline has no "
-                "conditioner. Give guidance_scale=1, or load the conditioner."
-            )
-        check_components(self.vae, self.conditioner, self.unet)
-        check_schedule(self.scheduler.config)
-
-    def prepare_latents(
-        self,
-        batch_size: int,
-        num_channels_latents: int,
-        height: int,
-        width: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        generator: Generators = None,
-        latents: Tensor | None = None,
-    ) -> Tensor:
-        """Draw the initial noise, or take it from `latents`, and scale it to what the scheduler starts from.
-
-        Noise is drawn in float32 whatever `dtype` is, so that a seed means the same noise in every precision.
-
-        Returns:
-            `(batch_size, num_channels_latents, height / f, width / f)` with f pixels per latent.
-
-        Raises:
-            ValueError: If the number of generators is not `batch_size`, or `latents` has another shape.
-        """
-        f = self.vae_scale_factor
-        shape = (batch_size, num_channels_latents, height // f, width // f)
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(
-                f"A list of generators needs one for each generated image: {batch_size} are asked for, "
-                f"{len(generator)} generators were given."
-            )
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        elif tuple(latents.shape) != shape:
-            raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}.")
-        return latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
+        self._check_condition("image", image, image_embeds)
+        self._check_sampling(
+            height,
+            width,
+            num_inference_steps=num_inference_steps,
+            guidance_rescale=guidance_rescale,
+            num_images_per_prompt=num_images_per_prompt,
+            generator=generator,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
 
     @torch.no_grad()
     def __call__(
@@ -256,7 +95,7 @@ class DinoDiffusionPipeline(DiffusionPipeline, StableDiffusionMixin, UNetLoraLoa
         output_type: str = "pil",
         return_dict: bool = True,
         cross_attention_kwargs: dict[str, Any] | None = None,
-        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
     ) -> DinoDiffusionPipelineOutput | tuple:
         """Generate variations of B images.
@@ -294,10 +133,7 @@ class DinoDiffusionPipeline(DiffusionPipeline, StableDiffusionMixin, UNetLoraLoa
             ValueError: If an argument has the wrong value, or the components do not fit together or are missing.
             RuntimeError: If the images come out with NaN or infinity.
         """
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        elif callback_on_step_end_tensor_inputs is None:
-            callback_on_step_end_tensor_inputs = ["latents"]
+        callback_on_step_end_tensor_inputs = callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         height, width = self._default_size(height, width, latents)
         self.check_inputs(
             image,
@@ -312,89 +148,25 @@ class DinoDiffusionPipeline(DiffusionPipeline, StableDiffusionMixin, UNetLoraLoa
             output_type=output_type,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
-        self._guidance_scale = guidance_scale
-        self._guidance_rescale = guidance_rescale
-        self._cross_attention_kwargs = cross_attention_kwargs
-        self._interrupt = False
-        device, dtype = self._execution_device, self.unet.dtype
-
         if image_embeds is None:
             image_embeds = self.encode_image(image)
-        image_embeds = image_embeds.to(device, dtype).repeat_interleave(num_images_per_prompt, dim=0)  # (B * n, S, D)
-        batch_size = len(image_embeds)
-        null_embeds = self._null_embeds(batch_size, device, dtype)
-
-        timesteps = set_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
-        self._num_timesteps = len(timesteps)
-        latents = self.prepare_latents(
-            batch_size, self.unet.config.in_channels, height, width, dtype, device, generator, latents
+        conditions = [image_embeds.repeat_interleave(num_images_per_prompt, dim=0)]  # (B * n, S, D)
+        latents = self._sample(
+            conditions,
+            height,
+            width,
+            num_inference_steps=num_inference_steps,
+            timesteps=timesteps,
+            sigmas=sigmas,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            eta=eta,
+            generator=generator,
+            latents=latents,
+            cross_attention_kwargs=cross_attention_kwargs,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
-        step_kwargs = step_arguments(self.scheduler, generator, eta, batch_size)
-
-        with self.progress_bar(total=len(timesteps)) as progress_bar:
-            for i, t in enumerate(timesteps):
-                if self.interrupt:
-                    continue
-                prediction = self._predict(latents, t, image_embeds, null_embeds)
-                latents = self.scheduler.step(prediction, t, latents, **step_kwargs, return_dict=False)[0]
-                if callback_on_step_end is not None:
-                    tensors = {"latents": latents, "image_embeds": image_embeds}
-                    given = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    tensors.update(callback_on_step_end(self, i, t, given) or {})
-                    latents, image_embeds = tensors["latents"], tensors["image_embeds"]
-                progress_bar.update()
-
-        images = self._decode(latents, output_type)
+        images = self._to_images(latents, output_type)
         self.maybe_free_model_hooks()
         return DinoDiffusionPipelineOutput(images=images) if return_dict else (images,)
-
-    def _default_size(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int]:
-        """Fill in the size that was not given: of `latents`, else of the UNet's config."""
-        if height is not None and width is not None:
-            return height, width
-        if self.unet is None:
-            raise ValueError("This pipeline has no unet, which is needed to generate.")
-        size = self.unet.config.get("sample_size")
-        if latents is not None:
-            if not isinstance(latents, Tensor):
-                raise TypeError(f"`latents` must be a tensor (B * n, L, h, w), got {type(latents).__name__}.")
-            size = tuple(latents.shape[-2:])
-        if size is None:
-            raise ValueError("The UNet's config has no sample_size: give `height` and `width` in pixels.")
-        rows, columns = (size, size) if isinstance(size, int) else size
-        default_height, default_width = rows * self.vae_scale_factor, columns * self.vae_scale_factor
-        return default_height if height is None else height, default_width if width is None else width
-
-    def _null_embeds(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> Tensor | None:
-        """The null condition `(batch_size, S, D)`, also without guidance, as a callback may start it later."""
-        if self.conditioner is None:
-            return None
-        return self.conditioner.null_condition(batch_size).to(device, dtype)
-
-    def _predict(self, latents: Tensor, t: Tensor, image_embeds: Tensor, null_embeds: Tensor | None) -> Tensor:
-        """What the scheduler's `prediction_type` says, after guidance: of the shape of `latents`."""
-        guided = self.do_classifier_free_guidance
-        embeds = torch.cat([null_embeds, image_embeds]) if guided else image_embeds
-        inputs = self.scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
-        prediction = self.unet(
-            inputs,
-            t,
-            encoder_hidden_states=embeds,
-            cross_attention_kwargs=self.cross_attention_kwargs,
-            return_dict=False,
-        )[0]
-        if not guided:
-            return prediction
-        null, conditional = prediction.chunk(2)
-        prediction = guide(null, conditional, self.guidance_scale)
-        if self.guidance_rescale > 0:
-            prediction = rescale_guidance(prediction, conditional, self.guidance_rescale)
-        return prediction
-
-    def _decode(self, latents: Tensor, output_type: str) -> Any:
-        if output_type == "latent":
-            return latents
-        decoded = decode_latents(self.vae, latents.to(self.vae.dtype)).float()  # (B, C, H, W), nominally in [-1, 1]
-        check_finite(decoded)
-        unit = vae_to_unit(decoded)
-        return self.image_processor.postprocess(unit, output_type, do_denormalize=[False] * len(unit))

@@ -9,7 +9,7 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-__all__ = ["Generators", "random_numbers_of", "set_timesteps", "step_arguments"]
+__all__ = ["Generators", "random_numbers_of", "rewind", "set_timesteps", "states_of", "step_arguments"]
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -65,3 +65,18 @@ def random_numbers_of(generator: torch.Generator | list[torch.Generator], count:
     """Draw one seed for each sample: from its own generator, or one after the other from the common one."""
     sources = generator if isinstance(generator, list) else [generator] * count
     return [int(torch.randint(2**31, (), generator=source, device=source.device)) for source in sources]
+
+
+def states_of(generator: Generators) -> list[Tensor]:
+    """Where each generator stands, for `rewind`; none for None."""
+    return [source.get_state() for source in _listed(generator)]
+
+
+def rewind(generator: Generators, states: list[Tensor]) -> None:
+    """Put each generator back to where it stood."""
+    for source, state in zip(_listed(generator), states, strict=True):
+        source.set_state(state)
+
+
+def _listed(generator: Generators) -> list[torch.Generator]:
+    return generator if isinstance(generator, list) else [] if generator is None else [generator]
