@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _ORIGIN = {
+    "DiffSegPipeline": ".pipelines",
+    "DiffSegPipelineOutput": ".pipelines",
     "DinoDiffusionPipeline": ".pipelines",
     "DinoDiffusionPipelineOutput": ".pipelines",
     "DinoImageConditioner": ".conditioner",
@@ -18,6 +20,8 @@ _ORIGIN = {
 }
 
 __all__ = [
+    "DiffSegPipeline",
+    "DiffSegPipelineOutput",
     "DinoDiffusionPipeline",
     "DinoDiffusionPipelineOutput",
     "DinoImageConditioner",
@@ -27,7 +31,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .conditioner import DinoImageConditioner
-    from .pipelines import DinoDiffusionPipeline, DinoDiffusionPipelineOutput
+    from .pipelines import DiffSegPipeline, DiffSegPipelineOutput, DinoDiffusionPipeline, DinoDiffusionPipelineOutput
     from .registration import ModelMixin
 
 

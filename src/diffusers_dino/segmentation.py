@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["aggregate_attention", "anchor_positions", "merge_attention", "pairwise_kl", "refine_segments", "suppress"]
+__all__ = [
+    "aggregate_attention",
+    "anchor_positions",
+    "merge_attention",
+    "pairwise_kl",
+    "refine_segments",
+    "relative_thresholds",
+    "suppress",
+]
+
+_LEAST_THRESHOLD = 1e-9  # nats: far above what rounding makes of equal maps, far below any model's differences
 
 
 def aggregate_attention(
@@ -90,6 +100,24 @@ def merge_attention(maps: Tensor, thresholds: Sequence[float], anchors_per_side:
         within.fill_diagonal_(True)
         merged = _average(merged, within[_greedy_order(within)])
     return merged.view(-1, size, size)
+
+
+def relative_thresholds(maps: Tensor, fractions: Sequence[float]) -> list[float]:
+    r"""Thresholds for `merge_attention` in units of the mean divergence between all pairs of an image's maps.
+
+    That mean is :math:`\sum_d \mathrm{cov}(p_d, \log p_d)` over the maps p, one pass instead of all pairs.
+
+    Args:
+        maps: `(size * size, size, size)`, each of sum 1.
+        fractions: One a pass, each positive.
+
+    Returns:
+        One threshold a pass, in nats; never quite 0, so that equal maps are merged.
+    """
+    flat = maps.flatten(1).float()
+    log = flat.clamp(min=torch.finfo(torch.float32).tiny).log()
+    mean = float(((flat - flat.mean(dim=0)) * log).mean(dim=0).sum())
+    return [fraction * max(mean, _LEAST_THRESHOLD) for fraction in fractions]
 
 
 def refine_segments(maps: Tensor, merged: Tensor) -> Tensor:

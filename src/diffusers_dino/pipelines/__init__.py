@@ -1,6 +1,7 @@
-"""Pipelines: siblings on the same four components, each with the public life-cycle steps of a diffusers pipeline."""
+"""Pipelines: siblings on the same components, each with the public life-cycle steps of a diffusers pipeline."""
 
+from .pipeline_diffseg import DiffSegPipeline
 from .pipeline_dino_diffusion import DinoDiffusionPipeline
-from .pipeline_output import DinoDiffusionPipelineOutput
+from .pipeline_output import DiffSegPipelineOutput, DinoDiffusionPipelineOutput
 
-__all__ = ["DinoDiffusionPipeline", "DinoDiffusionPipelineOutput"]
+__all__ = ["DiffSegPipeline", "DiffSegPipelineOutput", "DinoDiffusionPipeline", "DinoDiffusionPipelineOutput"]

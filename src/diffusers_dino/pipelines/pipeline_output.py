@@ -9,7 +9,7 @@ import PIL.Image
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-__all__ = ["DinoDiffusionPipelineOutput"]
+__all__ = ["DiffSegPipelineOutput", "DinoDiffusionPipelineOutput"]
 
 
 @dataclass
@@ -19,6 +19,34 @@ class DinoDiffusionPipelineOutput(BaseOutput):
     Attributes:
         images: By `output_type`: a list of PIL images (mode L or RGB); an array `(B, H, W, C)` or a tensor
             `(B, C, H, W)`, both float32 in [0, 1]; or standardised latents `(B, L, h, w)`.
+    """
+
+    images: list[PIL.Image.Image] | np.ndarray | Tensor
+
+
+@dataclass
+class DiffSegPipelineOutput(BaseOutput):
+    """Segments of B images.
+
+    Attributes:
+        masks: `(B, H, W)` int64, by `output_type` a tensor or an array: the segment that each pixel belongs to, an
+            index into the image's `maps`.
+        maps: One tensor an image, `(K, s, s)` float32: the merged attention maps, each of sum 1.
+        num_segments: Of each image, how many segments have a pixel: K at most, as a map that is largest nowhere has
+            none.
+    """
+
+    masks: np.ndarray | Tensor
+    maps: list[Tensor]
+    num_segments: list[int]
+
+
+@dataclass
+class DinoInterpolationPipelineOutput(BaseOutput):
+    """Generated images, path after path: F images from the first fraction to the last belong together.
+
+    Attributes:
+        images: As those of `DinoDiffusionPipelineOutput`.
     """
 
     images: list[PIL.Image.Image] | np.ndarray | Tensor

@@ -1,0 +1,423 @@
+"""Segments of an image from the self-attention of a diffusion model, without training or labels."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..attention import capture_self_attention
+from ..conditioner import DinoImageConditioner
+from ..latents import encode_to_moments, vae_scale_factor
+from ..pixels import ImageInput, to_unit, unit_to_vae
+from ..segmentation import aggregate_attention, merge_attention, refine_segments, relative_thresholds, suppress
+from .checks import check_generator, check_numbers
+from .empty_prompt import empty_prompt, empty_prompt_xl
+from .pipeline_output import DiffSegPipelineOutput
+from .sampling import Generators
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["DiffSegPipeline"]
+
+_ANCHORS_PER_SIDE = 16  # the published grid
+
+
+class DiffSegPipeline(DiffusionPipeline):
+    """Segment images by DiffSeg (Tian et al., CVPR 2024): merge the self-attention maps of one denoising step.
+
+    Made with `from_pipe`: of a `DinoDiffusionPipeline`, the condition is the image's own tokens; of a Stable Diffusion
+    (1, 2, XL), the empty prompt. An unconditional `UNet2DModel` needs no condition.
+
+    Images are stretched to a square for the model, and masks back to the image's size, so every pixel gets a segment.
+
+    Args:
+        unet: Denoiser with spatial self-attention.
+        scheduler: Its noise schedule; the range of timesteps, and how noise is added where it is asked for.
+        vae: Autoencoder of images with 1 or 3 channels; None for a UNet on pixels.
+        conditioner: Images to condition tokens.
+        text_encoder: Encoder of the empty prompt, where there is no conditioner.
+        tokenizer: Of `text_encoder`.
+        text_encoder_2: Second one, of Stable Diffusion XL.
+        tokenizer_2: Of `text_encoder_2`.
+
+    Raises:
+        ValueError: If the UNet takes other latents than the VAE makes.
+
+    Example:
+        ```python
+        from diffusers.utils import load_image
+        from diffusers_dino import DiffSegPipeline, DinoDiffusionPipeline
+
+        pipe = DiffSegPipeline.from_pipe(DinoDiffusionPipeline.from_pretrained("path/or/hub-id"))
+        masks = pipe(load_image("radiograph.png"), timestep=300, merge_threshold=0.05).masks  # (1, H, W)
+        ```
+    """
+
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->conditioner->vae->unet"
+    _optional_components = [  # noqa: RUF012 - the base class's form
+        "vae",
+        "conditioner",
+        "text_encoder",
+        "tokenizer",
+        "text_encoder_2",
+        "tokenizer_2",
+    ]
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel | UNet2DModel,
+        scheduler: KarrasDiffusionSchedulers,
+        vae: AutoencoderKL | AutoencoderTiny | None = None,
+        conditioner: DinoImageConditioner | None = None,
+        text_encoder: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        text_encoder_2: PreTrainedModel | None = None,
+        tokenizer_2: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            unet=unet,
+            scheduler=scheduler,
+            vae=vae,
+            conditioner=conditioner,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+        )
+        self._check_channels()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
+        """Load a saved `DiffSegPipeline`, from safetensors unless `use_safetensors=False` is said.
+
+        Args:
+            pretrained_model_name_or_path: A folder that `save_pretrained` wrote, or a repository `"org/name"`.
+            kwargs: As in `DiffusionPipeline.from_pretrained`.
+        """
+        kwargs.setdefault("use_safetensors", True)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent along each side; 1 without a VAE."""
+        return vae_scale_factor(self.vae) if self.vae is not None else 1
+
+    def check_inputs(
+        self,
+        timestep: int | Sequence[int],
+        size: int | None = None,
+        generator: Generators = None,
+        image_embeds: Tensor | None = None,
+        unet_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Refuse what cannot work before any work is done; arguments as in `attention_maps`.
+
+        Raises:
+            TypeError: If an argument has the wrong type.
+            ValueError: If an argument has the wrong value, or a component is missing.
+        """
+        self._check_channels()
+        steps = self.scheduler.config["num_train_timesteps"]
+        listed = _listed(timestep)
+        if not listed or not all(_is_integer(t) and 0 <= t < steps for t in listed):
+            raise ValueError(
+                f"`timestep` must be an integer from 0 to {steps - 1}, or several of them, got {timestep!r}."
+            )
+        check_numbers(self.vae_scale_factor, size=self._size(size))
+        check_generator(generator)
+        if image_embeds is not None and not isinstance(image_embeds, Tensor):
+            raise TypeError(f"`image_embeds` must be a tensor (B, S, D), got {type(image_embeds).__name__}.")
+        given = image_embeds is not None or "encoder_hidden_states" in (unet_kwargs or {})
+        makeable = self.conditioner is not None or (self.text_encoder is not None and self.tokenizer is not None)
+        if isinstance(self.unet, UNet2DConditionModel) and not given and not makeable:
+            raise ValueError(
+                "The UNet needs a condition, and this pipeline has neither a conditioner nor a text encoder with its "
+                "tokenizer. Load them, or give `image_embeds`."
+            )
+
+    def encode_condition(self, images: list[Tensor], size: int | None = None) -> dict[str, Any]:
+        """The condition of the UNet: the images' own tokens, the empty prompt, or none for an unconditional UNet.
+
+        Args:
+            images: B square images `(3, S, S)` in [0, 1], sizes may differ.
+            size: Side in pixels that the model sees them at.
+
+        Returns:
+            Keyword arguments of the UNet, for B images or for one that stands for all.
+        """
+        device = self._execution_device
+        if not isinstance(self.unet, UNet2DConditionModel):
+            return {}
+        if self.conditioner is not None:
+            pixels = self.conditioner.preprocess(images)
+            pixels = tuple(p.to(device) for p in pixels) if isinstance(pixels, tuple) else pixels.to(device)
+            return {"encoder_hidden_states": self.conditioner(pixels)}
+        encoders = [(self.text_encoder, self.tokenizer), (self.text_encoder_2, self.tokenizer_2)]
+        if self.unet.config.get("addition_embed_type") == "text_time":
+            return empty_prompt_xl([pair for pair in encoders if pair[0] is not None], self._size(size), device)
+        return {"encoder_hidden_states": empty_prompt(*encoders[0], device)}
+
+    def prepare_latents(self, images: list[Tensor], size: int | None = None) -> Tensor:
+        """Encode square images to the clean latents that the UNet was trained on, the mean of the VAE's distribution.
+
+        Args:
+            images: B square images `(3, S, S)` in [0, 1].
+            size: Side in pixels that they are resized to; by default the UNet's.
+
+        Returns:
+            `(B, L, size / f, size / f)` with f pixels per latent; pixels in [-1, 1] where there is no VAE.
+
+        Raises:
+            RuntimeError: If the latents come out with NaN or infinity.
+        """
+        size, model = self._size(size), self.vae if self.vae is not None else self.unet
+        pixels = unit_to_vae(torch.cat([_resize(image, size) for image in images]), model.config["in_channels"])
+        pixels = pixels.to(self._execution_device, model.dtype)
+        latents = pixels if self.vae is None else encode_to_moments(self.vae, pixels)[0]
+        if not torch.isfinite(latents).all():
+            raise RuntimeError(
+                "The VAE's latents contain NaN or infinity. Autoencoders can overflow in float16: use bfloat16, or "
+                "call pipe.vae.to(torch.float32)."
+            )
+        return latents.to(self.unet.dtype)
+
+    @torch.no_grad()
+    def attention_maps(
+        self,
+        image: ImageInput,
+        timestep: int | Sequence[int] = 300,
+        *,
+        size: int | None = None,
+        sides: Collection[int] | None = None,
+        weights: Mapping[int, float] | None = None,
+        add_noise: bool = False,
+        generator: Generators = None,
+        image_embeds: Tensor | None = None,
+        unet_kwargs: Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        """The aggregated self-attention maps of images: the part that needs the model, apart from what follows.
+
+        A sweep over thresholds computes them once and gives them to `segment` each time. Arguments are as in
+        `__call__`.
+
+        Returns:
+            `(B, s * s, s, s)` float32, each map of sum 1, on the UNet's device; s is the largest side.
+        """
+        self.check_inputs(timestep, size, generator, image_embeds, unet_kwargs)
+        images = [_stretched(unit) for unit in to_unit(image)]
+        condition = {} if image_embeds is not None else self.encode_condition(images, size)
+        if image_embeds is not None:
+            condition["encoder_hidden_states"] = image_embeds
+        latents = self.prepare_latents(images, size)
+        condition = _for_batch({**condition, **(unet_kwargs or {})}, len(images), latents.dtype, latents.device)
+        noise = _noise(latents, generator) if add_noise else None
+        with capture_self_attention(self.unet, sides) as attention:
+            for t in _listed(timestep):
+                steps = torch.full((len(latents),), int(t), device=latents.device)
+                inputs = latents if noise is None else self.scheduler.add_noise(latents, noise, steps)
+                self.unet(inputs, steps, **condition, return_dict=False)
+        maps = [
+            aggregate_attention({side: means[i : i + 1] for side, means in attention.items()}, weights=weights)
+            for i in range(len(images))
+        ]
+        return torch.stack(maps)
+
+    def segment(
+        self,
+        maps: Tensor,
+        merge_threshold: float | Sequence[float] = 0.5,
+        *,
+        num_merges: int = 3,
+        anchors_per_side: int | None = None,
+        relative_threshold: bool = False,
+        refine: bool = False,
+        output_size: int | tuple[int, int] | None = None,
+        output_type: str = "pt",
+    ) -> DiffSegPipelineOutput:
+        """Merge aggregated maps to segments; arguments are as in `__call__`.
+
+        Args:
+            maps: `(B, s * s, s, s)`, as `attention_maps` gives them.
+            merge_threshold: See `__call__`.
+            num_merges: See `__call__`.
+            anchors_per_side: See `__call__`.
+            relative_threshold: See `__call__`.
+            refine: See `__call__`.
+            output_size: Height and width of the masks, or the side of square ones; by default s.
+            output_type: See `__call__`.
+
+        Returns:
+            Masks, merged maps and numbers of segments of B images.
+        """
+        check_numbers(num_merges=num_merges)
+        if output_type not in ("pt", "np"):
+            raise ValueError(f"`output_type` must be 'pt' or 'np', got {output_type!r}.")
+        side = maps.shape[-1]
+        thresholds = [merge_threshold] * num_merges if not isinstance(merge_threshold, Sequence) else merge_threshold
+        merged = []
+        for image_maps in maps:
+            own = relative_thresholds(image_maps, thresholds) if relative_threshold else thresholds
+            candidates = merge_attention(image_maps, own, anchors_per_side or min(_ANCHORS_PER_SIDE, side))
+            merged.append(refine_segments(image_maps, candidates) if refine else candidates)
+        masks = torch.stack([suppress(candidates, output_size or side) for candidates in merged])
+        return DiffSegPipelineOutput(
+            masks=masks.cpu().numpy() if output_type == "np" else masks,
+            maps=merged,
+            num_segments=[len(mask.unique()) for mask in masks],
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: ImageInput,
+        timestep: int | Sequence[int] = 300,
+        merge_threshold: float | Sequence[float] = 0.5,
+        num_merges: int = 3,
+        anchors_per_side: int | None = None,
+        relative_threshold: bool = False,
+        refine: bool = False,
+        size: int | None = None,
+        sides: Collection[int] | None = None,
+        weights: Mapping[int, float] | None = None,
+        add_noise: bool = False,
+        generator: Generators = None,
+        image_embeds: Tensor | None = None,
+        unet_kwargs: Mapping[str, Any] | None = None,
+        output_size: int | tuple[int, int] | None = None,
+        output_type: str = "pt",
+        return_dict: bool = True,
+    ) -> DiffSegPipelineOutput | tuple:
+        """Segment B images.
+
+        Args:
+            image: B images of any type that `diffusers_dino.pixels.to_unit` reads.
+            timestep: Of the denoising step whose attention is read, or several, over which maps are averaged.
+            merge_threshold: Maps less than this apart, in nats of symmetric Kullback-Leibler divergence, are one
+                segment; one for all passes, or a sequence with one for each. Infinity gives one segment.
+            num_merges: Passes of merging, where `merge_threshold` is one number.
+            anchors_per_side: Of the grid of maps that merging starts from; by default 16, or s where that is less.
+            relative_threshold: Whether `merge_threshold` is in units of the mean divergence between the image's maps,
+                which makes it comparable between models, timesteps and images; 0.3 to 0.4 is a start.
+            refine: Refine by k-means over all maps. Needs scikit-learn (`pip install diffusers-dino[eval]`).
+            size: Side in pixels that images are stretched to for the model; by default what the UNet's config says.
+            sides: Side lengths of the self-attention layers to use; by default all that the model has.
+            weights: Weight of each side; by default in proportion to it.
+            add_noise: Whether to add noise of the timestep to the latents. DiffSeg gives the model the clean latents.
+            generator: Of that noise: one, or a list of B.
+            image_embeds: Condition tokens `(B or 1, S, D)` in place of the image's own or the empty prompt's.
+            unet_kwargs: Further inputs that the UNet needs, such as `class_labels`, for B images or for one.
+            output_size: Height and width of the masks, or the side of square ones; by default the images' size.
+            output_type: `"pt"` or `"np"`.
+            return_dict: False returns a tuple.
+
+        Returns:
+            Masks `(B, H, W)`, merged maps and numbers of segments.
+
+        Raises:
+            TypeError: If an argument has the wrong type.
+            ValueError: If an argument has the wrong value, a component is missing, the UNet has no self-attention at
+                a side that was asked for, or images of different sizes come without an `output_size`.
+            RuntimeError: If the latents come out with NaN or infinity.
+        """
+        images = to_unit(image)
+        output_size = _common_size(images) if output_size is None else output_size
+        maps = self.attention_maps(
+            images,
+            timestep,
+            size=size,
+            sides=sides,
+            weights=weights,
+            add_noise=add_noise,
+            generator=generator,
+            image_embeds=image_embeds,
+            unet_kwargs=unet_kwargs,
+        )
+        self.maybe_free_model_hooks()
+        output = self.segment(
+            maps,
+            merge_threshold,
+            num_merges=num_merges,
+            anchors_per_side=anchors_per_side,
+            relative_threshold=relative_threshold,
+            refine=refine,
+            output_size=output_size,
+            output_type=output_type,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def _size(self, size: int | None) -> int:
+        """The side in pixels that was given, or that the UNet's config says."""
+        if size is not None:
+            return size
+        own = self.unet.config.get("sample_size")
+        if own is None:
+            raise ValueError("The UNet's config has no sample_size: give `size` in pixels.")
+        return (own if isinstance(own, int) else max(own)) * self.vae_scale_factor
+
+    def _check_channels(self) -> None:
+        if self.unet is None or self.vae is None:
+            return
+        takes, makes = self.unet.config["in_channels"], self.vae.config["latent_channels"]
+        if takes != makes:
+            raise ValueError(
+                f"The VAE's latents have {makes} channels, but the UNet takes {takes}: they are of different models, "
+                "or the UNet (of inpainting, say) needs more than latents."
+            )
+
+
+def _listed(timestep: int | Sequence[int]) -> list[int]:
+    return list(timestep) if isinstance(timestep, (Sequence, range)) else [timestep]
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _common_size(images: list[Tensor]) -> tuple[int, int]:
+    sizes = sorted({tuple(image.shape[-2:]) for image in images})
+    if len(sizes) > 1:
+        raise ValueError(
+            f"The images have different sizes, {sizes}, and masks of one batch have one: give `output_size`, or call "
+            "once for each size."
+        )
+    return sizes[0]
+
+
+def _stretched(image: Tensor) -> Tensor:
+    """`(3, H, W)` to a square of its longer side."""
+    return image if image.shape[-1] == image.shape[-2] else _resize(image, max(image.shape[-2:]))[0]
+
+
+def _resize(image: Tensor, size: int) -> Tensor:
+    """`(3, H, W)` to `(1, 3, size, size)` in [0, 1]; bicubic's overshoot is clipped."""
+    if image.shape[-2:] == (size, size):
+        return image[None]
+    return F.interpolate(image[None], size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
+
+
+def _noise(latents: Tensor, generator: Generators) -> Tensor:
+    """Noise of the shape of latents, drawn in float32 so that a seed means the same noise in every precision."""
+    noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=torch.float32)
+    return noise.to(latents.dtype)
+
+
+def _for_batch(value: Any, batch_size: int, dtype: torch.dtype, device: torch.device) -> Any:
+    """Tensors, also in dictionaries, of one image repeated for the batch, on the model's device and in its type."""
+    if isinstance(value, Mapping):
+        return {name: _for_batch(item, batch_size, dtype, device) for name, item in value.items()}
+    if not isinstance(value, Tensor):
+        return value
+    value = value.to(device, dtype) if value.is_floating_point() else value.to(device)
+    return value.expand(batch_size, *value.shape[1:]) if len(value) == 1 else value
