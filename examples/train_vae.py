@@ -25,8 +25,8 @@ from diffusers_dino.data.datasets import collate
 from diffusers_dino.latents import vae_scale_factor
 from diffusers_dino.pixels import unit_to_vae, vae_to_unit
 from diffusers_dino.seeds import generator_for
+from diffusers_dino.sheets import contact_sheet
 from diffusers_dino.training.reconstruction import ReconstructionLoss, latent_statistics, psnr
-from diffusers_dino.training.validation import variation_grid
 from image_arguments import open_training_images
 from stage import Stage, StageArguments, make_accelerator
 
@@ -174,7 +174,7 @@ def validate(args: Arguments, vae: AutoencoderKL, held_out: ImageDataset, step: 
         reconstructions.append(vae_to_unit(decoded).cpu())
     sources, reconstructions = torch.cat(sources), torch.cat(reconstructions)
     quality = psnr(reconstructions, sources).mean().item()
-    variation_grid(sources, reconstructions[:, None]).save(Path(args.output_dir, "reconstructions.png"))
+    contact_sheet(sources, reconstructions).save(Path(args.output_dir, "reconstructions.png"))
     logger.info(f"step {step}: PSNR {quality:.2f} dB on {len(sources)} held-out images")
     if not math.isfinite(quality):
         raise FloatingPointError(f"Update {step}: the reconstructions are not finite. Lower --learning_rate.")

@@ -16,6 +16,7 @@ LAYERS = [
         "encoders",
         "conditioner",
         "attention",
+        "sheets",
         "data",
         "metrics",
         "training.objective",

@@ -16,7 +16,6 @@ from diffusers_dino.training.validation import (
     Validator,
     generate_variations,
     measure,
-    variation_grid,
 )
 
 
@@ -42,14 +41,6 @@ def test_variations_depend_on_seed_and_index_alone(pipe):
     torch.testing.assert_close(together[1:], one_by_one, atol=1e-4, rtol=0)
     assert not torch.allclose(together[0, 0], together[0, 1])
     assert not torch.allclose(together, generate_variations(pipe, sources, [4, 5, 6], seed=1, **options))
-
-
-def test_grid_has_source_and_variations_in_rows():
-    sources, variations = torch.zeros(2, 1, 8, 8), torch.ones(2, 3, 3, 8, 8)
-    grid = variation_grid(sources, variations)
-    assert grid.size == (4 * 8, 2 * 8)
-    assert grid.getpixel((3, 12)) == (0, 0, 0)
-    assert grid.getpixel((20, 3)) == (255, 255, 255)
 
 
 def test_distance_of_the_generated_to_the_real(pipe, dataset):

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers.utils import make_image_grid
 from PIL import Image
 from torch import Tensor
 
@@ -20,9 +19,10 @@ from ..data import collate
 from ..metrics.distances import frechet_distance
 from ..metrics.features import pixel_features
 from ..pipelines import DinoDiffusionPipeline
-from ..pixels import unit_to_uint8
 from ..seeds import generator_for
+from ..sheets import contact_sheet
 from .checkpoints import save_atomically
+from .components import on_device
 from .state import TrainingState
 
 __all__ = [
@@ -34,7 +34,6 @@ __all__ = [
     "generate_variations",
     "log_images",
     "measure",
-    "variation_grid",
 ]
 
 
@@ -96,18 +95,6 @@ def generate_variations(
         ).images
         batches.append(images.float().cpu().unflatten(0, (-1, num_variations)))
     return torch.cat(batches)
-
-
-def variation_grid(sources: Tensor, variations: Tensor) -> Image.Image:
-    """A picture with a row for each source: the source, then its variations.
-
-    Args:
-        sources: `(N, C, H, W)` in [0, 1].
-        variations: `(N, V, C', H, W)` in [0, 1].
-    """
-    rgb = torch.cat([sources[:, None].cpu().expand(-1, -1, 3, -1, -1), variations.expand(-1, -1, 3, -1, -1)], dim=1)
-    cells = unit_to_uint8(rgb).flatten(0, 1).movedim(1, -1).numpy()  # (N * (1 + V), H, W, 3)
-    return make_image_grid([Image.fromarray(cell) for cell in cells], rows=len(rgb), cols=rgb.shape[1])
 
 
 def log_images(accelerator: Accelerator, name: str, image: Image.Image, step: int) -> None:
@@ -228,7 +215,8 @@ class Validator:
         draw = bool(self.grid.every) and step % self.grid.every == 0 and self.accelerator.is_main_process
         judge = bool(self.metric.every) and step % self.metric.every == 0
         if draw or judge:
-            with self.state.averaged_weights():
+            frozen = (self.pipe.vae, self.pipe.conditioner)
+            with on_device(frozen, self.accelerator.device), self.state.averaged_weights():
                 if draw:
                     self._draw(step)
                 if judge:
@@ -238,7 +226,7 @@ class Validator:
         sources = collate(self._first(self.grid.num_sources))["image"]
         options = {"guidance_scale": self.guidance_scale, **self.call}
         variations = generate_variations(self.pipe, sources, range(len(sources)), self.grid.num_variations, **options)
-        picture = variation_grid(sources, variations)
+        picture = contact_sheet(sources, variations.flatten(0, 1))
         folder = self.output_dir / "validation"
         folder.mkdir(exist_ok=True)
         picture.save(folder / f"{step:07d}.png")
