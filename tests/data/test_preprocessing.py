@@ -57,6 +57,19 @@ def test_images_without_borders_stay_as_they_are(scan):
     assert not Preprocessing(8)(uniform).any()
 
 
+def test_a_mask_is_cut_as_its_image_is(scan):
+    mask = scan > 128
+    padded, padded_mask = (np.pad(array, ((3, 5), (8, 30))) for array in (scan, mask))
+    prepare = Preprocessing(24, resampling="box")
+    kept = prepare.prepare_mask(padded_mask, prepare.window(padded))
+    assert kept.dtype == bool
+    assert kept.shape == (24, 24)
+    assert np.array_equal(kept, prepare.prepare_mask(mask, (slice(0, 60), slice(0, 60))))
+    assert (kept == (prepare(padded) > 128)).mean() > 0.9  # they lie on each other
+    rows, columns = Preprocessing(24, remove_borders=False).window(padded)
+    assert (rows, columns) == (slice(0, 68), slice(15, 83))
+
+
 def test_a_gradient_is_not_eaten_up():
     gradient = np.repeat(np.arange(200, dtype=np.uint8)[:, None], 50, axis=1)
     assert len(remove_borders(gradient, 0.01)) > 180

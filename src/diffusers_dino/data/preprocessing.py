@@ -74,6 +74,28 @@ class Preprocessing:
             image = remove_borders(image, self.border_tolerance)
         return self._resize(center_crop(stretch_to_uint8(image, self.clip_percent)))
 
+    def window(self, image: np.ndarray) -> tuple[slice, slice]:
+        """Rows and columns of the square that is kept of an image."""
+        rows, columns = slice(0, image.shape[0]), slice(0, image.shape[1])
+        if self.remove_borders:
+            rows, columns = border_window(image, self.border_tolerance)
+        top, left, side = _centered_square(rows.stop - rows.start, columns.stop - columns.start)
+        top, left = rows.start + top, columns.start + left
+        return slice(top, top + side), slice(left, left + side)
+
+    def prepare_mask(self, mask: np.ndarray, window: tuple[slice, slice]) -> np.ndarray:
+        """Cut a mask as its image is cut, and resize it without inventing values.
+
+        Args:
+            mask: `(H, W)` bool, of the image's size.
+            window: `window(image)`.
+
+        Returns:
+            bool `(size, size)`.
+        """
+        square = Image.fromarray(mask[window].astype(np.uint8))
+        return np.array(square.resize((self.size, self.size), Image.Resampling.NEAREST)).astype(bool)
+
     def _resize(self, image: np.ndarray) -> np.ndarray:
         if image.shape[0] == self.size:
             return np.ascontiguousarray(image)
@@ -87,21 +109,28 @@ class Preprocessing:
 
 
 def remove_borders(image: np.ndarray, tolerance: float) -> np.ndarray:
-    """Cut uniform bands off the four sides of an image `(H, W)` or `(H, W, 3)`.
+    """Cut uniform bands off the four sides of an image `(H, W)` or `(H, W, 3)`: see `border_window`."""
+    return image[border_window(image, tolerance)]
+
+
+def border_window(image: np.ndarray, tolerance: float) -> tuple[slice, slice]:
+    """Rows and columns that are left of an image `(H, W)` or `(H, W, 3)` without the uniform bands at its four sides.
 
     A band goes while all its values are within `tolerance` (a fraction of the dynamic range) of the image's outermost
-    value there. A uniform image comes back whole.
+    value there. A uniform image stays whole.
     """
     allowed = tolerance * (float(image.max()) - float(image.min()))
+    window = [slice(0, image.shape[0]), slice(0, image.shape[1])]
     for _ in range(2):  # a frame inside a frame shows only after the outer one is gone
         for axis, reverse in ((0, False), (0, True), (1, False), (1, True)):
-            lines = image if axis == 0 else image.swapaxes(0, 1)
+            inside = image[tuple(window)]
+            lines = inside if axis == 0 else inside.swapaxes(0, 1)
             band = _leading_band(lines[::-1] if reverse else lines, allowed)
             if band == len(lines):
-                return image
-            keep = slice(0, len(lines) - band) if reverse else slice(band, None)
-            image = image[keep] if axis == 0 else image[:, keep]
-    return image
+                return window[0], window[1]
+            start, stop = window[axis].start, window[axis].stop
+            window[axis] = slice(start, stop - band) if reverse else slice(start + band, stop)
+    return window[0], window[1]
 
 
 def _leading_band(lines: np.ndarray, allowed: float) -> int:
@@ -132,7 +161,11 @@ def stretch_to_uint8(image: np.ndarray, clip_percent: float = 0.0) -> np.ndarray
 
 def center_crop(image: np.ndarray) -> np.ndarray:
     """The largest centred square of an image `(H, W)` or `(H, W, 3)`."""
-    height, width = image.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
+    top, left, side = _centered_square(*image.shape[:2])
     return image[top : top + side, left : left + side]
+
+
+def _centered_square(height: int, width: int) -> tuple[int, int, int]:
+    """Top, left and side of the largest centred square."""
+    side = min(height, width)
+    return (height - side) // 2, (width - side) // 2, side

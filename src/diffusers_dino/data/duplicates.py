@@ -1,0 +1,151 @@
+"""Images that occur twice: the same pixels, or the same picture after other scaling, compression or contrast."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+__all__ = ["MAX_DISTANCE", "Duplicates", "find_duplicates", "near_pairs", "perceptual_hash", "pixel_digest"]
+
+# 256 bits are 16 bands of 16: two hashes that differ in at most 15 bits share a band, by the pigeonhole principle.
+_BANDS = 16
+MAX_DISTANCE = _BANDS - 1
+_ONES = np.array([value.bit_count() for value in range(1 << 16)], np.uint8)
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Pairs of images that are the same; of many equal ones each is paired with the first.
+
+    Attributes:
+        pairs: `(P, 2)` int64, numbers of images, the earlier one first; sorted.
+        distance: `(P,)` int64, differing bits of the perceptual hashes; -1 if all pixels are equal.
+    """
+
+    pairs: np.ndarray
+    distance: np.ndarray
+
+    @property
+    def exact(self) -> np.ndarray:
+        """`(P,)` bool, whether all pixels are equal."""
+        return self.distance < 0
+
+
+def pixel_digest(image: np.ndarray) -> str:
+    """SHA-256 of a prepared image: its shape, type and pixels."""
+    digest = hashlib.sha256(f"{image.shape} {image.dtype} ".encode())
+    digest.update(np.ascontiguousarray(image))
+    return digest.hexdigest()
+
+
+def perceptual_hash(image: np.ndarray) -> bytes:
+    """The signs of an image's 16 x 16 lowest DCT coefficients about their median: imagehash's `phash`.
+
+    The usual 8 x 8 are too few for radiographs, which all resemble each other: see docs/shards.md.
+
+    Args:
+        image: uint8 `(H, W)` or `(H, W, 3)`.
+
+    Returns:
+        32 bytes.
+
+    Raises:
+        ImportError: If imagehash is not installed.
+    """
+    try:
+        import imagehash
+    except ImportError as error:
+        raise ImportError(
+            "Perceptual hashes need imagehash. Install it with `pip install diffusers-dino[shards]`."
+        ) from error
+    return np.packbits(imagehash.phash(Image.fromarray(image), hash_size=16).hash).tobytes()
+
+
+def find_duplicates(digests: list[str], hashes: np.ndarray, max_distance: int = MAX_DISTANCE) -> Duplicates:
+    """Find equal and nearly equal images.
+
+    Args:
+        digests: `pixel_digest` of each of N images.
+        hashes: `(N, 32)` uint8, the `perceptual_hash` of each.
+        max_distance: Largest number of differing bits of near duplicates, at most `MAX_DISTANCE`.
+    """
+    _, first, group = np.unique(np.asarray(digests), return_index=True, return_inverse=True)
+    numbers = np.arange(len(digests))
+    copies = numbers[first[group] != numbers]
+    exact = np.stack([first[group[copies]], copies], axis=1)
+    alone = np.sort(first)  # one of each group
+    near, distance = near_pairs(hashes[alone], max_distance)
+    pairs = np.concatenate([exact, alone[near]])
+    distance = np.concatenate([np.full(len(exact), -1), distance])
+    order = np.lexsort((pairs[:, 1], pairs[:, 0]))
+    return Duplicates(pairs[order], distance[order])
+
+
+def near_pairs(hashes: np.ndarray, max_distance: int) -> tuple[np.ndarray, np.ndarray]:
+    """All pairs of hashes that differ in few bits, by multi-index hashing (Norouzi et al., CVPR 2012).
+
+    Only hashes that share one of 16 bands are compared, and equal hashes are compared once, so a million take minutes
+    where all pairs would take days. Among equal hashes each is paired with the first.
+
+    Args:
+        hashes: `(N, 32)` uint8.
+        max_distance: Largest number of differing bits, in [0, `MAX_DISTANCE`].
+
+    Returns:
+        `(P, 2)` int64, pairs of numbers with the smaller first, and `(P,)` int64, their differing bits.
+
+    Raises:
+        ValueError: If the distance is out of range: beyond it pairs would be missed silently.
+    """
+    if not 0 <= max_distance <= MAX_DISTANCE:
+        raise ValueError(f"The distance of near duplicates must be in [0, {MAX_DISTANCE}] bits, got {max_distance}")
+    if len(hashes) == 0:
+        return np.empty((0, 2), np.int64), np.empty(0, np.int64)
+    unique, first, group = np.unique(hashes, axis=0, return_index=True, return_inverse=True)
+    group = group.reshape(-1)
+    numbers = np.arange(len(hashes))
+    copies = numbers[first[group] != numbers]
+    found = [np.stack([first[group[copies]], copies], axis=1)]
+    distances = [np.zeros(len(copies), np.int64)]
+    words = np.ascontiguousarray(unique).view(np.uint16)  # (U, 16)
+    for band in _bands(unique).T:
+        pairs, distance = _pairs_in_band(words, band, max_distance)
+        found.append(np.sort(first[pairs], axis=1))
+        distances.append(distance)
+    pairs, distance = np.concatenate(found), np.concatenate(distances)
+    pairs, once = np.unique(pairs, axis=0, return_index=True)  # similar hashes meet in many bands
+    return pairs, distance[once]
+
+
+def _bands(hashes: np.ndarray) -> np.ndarray:
+    """`(U, 32)` uint8 -> `(U, 16)` uint16: one bit of each row and of each column of the DCT in each band.
+
+    Low frequencies look alike in all radiographs: a band of them alone would put most images into a few buckets.
+    """
+    bits = np.unpackbits(hashes, axis=1).reshape(-1, 16, 16)
+    diagonals = np.stack([np.roll(bits[:, row], row, axis=1) for row in range(16)], axis=2)  # (U, band, 16)
+    return np.packbits(diagonals, axis=2).view(np.uint16)[..., 0]
+
+
+def _pairs_in_band(words: np.ndarray, band: np.ndarray, max_distance: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs that share a band's value and differ little elsewhere: `(P, 2)` and `(P,)`.
+
+    With hashes sorted by the value, those of one bucket are neighbours: first each is compared with the next, then
+    with the one after, and so on, while any bucket is that large. Memory is linear in the number of hashes.
+    """
+    order = np.argsort(band, kind="stable")
+    value = band[order]
+    found, distances = [np.empty((0, 2), np.int64)], [np.empty(0, np.int64)]
+    left = np.arange(len(order))
+    step = 1
+    while len(left := left[left + step < len(order)]) and len(left := left[value[left] == value[left + step]]):
+        pairs = np.stack([order[left], order[left + step]], axis=1)
+        distance = _ONES[words[pairs[:, 0]] ^ words[pairs[:, 1]]].sum(axis=1, dtype=np.int64)
+        near = distance <= max_distance
+        found.append(pairs[near])
+        distances.append(distance[near])
+        step += 1
+    return np.concatenate(found), np.concatenate(distances)
