@@ -21,7 +21,9 @@ _CHUNK_NUMEL = 2**22  # 16 MiB of probabilities at a time: of queries x keys x h
 
 
 @contextmanager
-def capture_self_attention(unet: nn.Module, sides: Collection[int] | None = None) -> Iterator[dict[int, Tensor]]:
+def capture_self_attention(
+    unet: nn.Module, sides: Collection[int] | None = None, layers: Collection[str] | None = None
+) -> Iterator[dict[int, Tensor]]:
     """Collect the self-attention maps of the forward passes that run inside.
 
     Args:
@@ -35,28 +37,42 @@ def capture_self_attention(unet: nn.Module, sides: Collection[int] | None = None
         `segmentation.aggregate_attention` takes.
 
     Raises:
-        ValueError: If the model has no self-attention, if its input is not square, or, on leaving, if no layer of a
+        ValueError: If the model has no self-attention (in `layers`), if its input is not square, or, on leaving, if no layer of a
             side that was asked for has run.
     """
-    layers = self_attention_layers(unet)
-    if not layers:
-        raise ValueError(f"{type(unet).__name__} has no self-attention layers: it cannot be segmented by DiffSeg.")
+    chosen = _choose(self_attention_layers(unet), layers, type(unet).__name__)
     recorder = _Recorder(sides)
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code would not call the hooks
-        for handle in recorder.attach(unet, layers):
+        for handle in recorder.attach(unet, list(chosen.values())):
             stack.callback(handle.remove)
         yield recorder.maps
     recorder.check_complete()
 
 
-def self_attention_layers(unet: nn.Module) -> list[Attention]:
-    """The attention layers whose keys come from their own input, in the order of the model's modules."""
-    return [
-        module
-        for module in unet.modules()
+def self_attention_layers(unet: nn.Module) -> dict[str, Attention]:
+    """The attention layers whose keys come from their own input, by name, in the order of the model's modules."""
+    return {
+        name: module
+        for name, module in unet.named_modules()
         if isinstance(module, Attention) and not module.is_cross_attention and module.to_k is not None
-    ]
+    }
+
+
+def _choose(found: dict[str, Attention], wanted: Collection[str] | None, model: str) -> dict[str, Attention]:
+    """The layers of the wanted names, or inside the blocks of these names."""
+    if not found:
+        raise ValueError(f"{model} has no self-attention layers: it cannot be segmented by DiffSeg.")
+    if wanted is None:
+        return found
+    if isinstance(wanted, str):
+        raise TypeError(f"`layers` is a collection of names: give [{wanted!r}].")
+    unknown = [name for name in wanted if not any(f"{layer}.".startswith(f"{name}.") for layer in found)]
+    if unknown or not wanted:
+        raise ValueError(f"{model} has no self-attention in {unknown or list(wanted)}; its layers are {list(found)}.")
+    return {
+        name: layer for name, layer in found.items() if any(f"{name}.".startswith(f"{block}.") for block in wanted)
+    }
 
 
 class _Recorder:

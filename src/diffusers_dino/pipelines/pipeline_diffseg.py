@@ -201,6 +201,7 @@ class DiffSegPipeline(DiffusionPipeline):
         *,
         size: int | None = None,
         sides: Collection[int] | None = None,
+        layers: Collection[str] | None = None,
         weights: Mapping[int, float] | None = None,
         add_noise: bool = False,
         generator: Generators = None,
@@ -223,7 +224,7 @@ class DiffSegPipeline(DiffusionPipeline):
         latents = self.prepare_latents(images, size)
         condition = _for_batch({**condition, **(unet_kwargs or {})}, len(images), latents.dtype, latents.device)
         noise = _noise(latents, generator) if add_noise else None
-        with capture_self_attention(self.unet, sides) as attention:
+        with capture_self_attention(self.unet, sides, layers) as attention:
             for t in _listed(timestep):
                 steps = torch.full((len(latents),), int(t), device=latents.device)
                 inputs = latents if noise is None else self.scheduler.add_noise(latents, noise, steps)
@@ -290,6 +291,7 @@ class DiffSegPipeline(DiffusionPipeline):
         refine: bool = False,
         size: int | None = None,
         sides: Collection[int] | None = None,
+        layers: Collection[str] | None = None,
         weights: Mapping[int, float] | None = None,
         add_noise: bool = False,
         generator: Generators = None,
@@ -313,6 +315,8 @@ class DiffSegPipeline(DiffusionPipeline):
             refine: Refine by k-means over all maps. Needs scikit-learn (`pip install diffusers-dino[eval]`).
             size: Side in pixels that images are stretched to for the model; by default what the UNet's config says.
             sides: Side lengths of the self-attention layers to use; by default all that the model has.
+            layers: Names of the self-attention layers to use, or of their blocks, such as `["up_blocks"]`: the first
+                layer of the decoder's largest resolution alone may segment better than all; by default all.
             weights: Weight of each side; by default in proportion to it.
             add_noise: Whether to add noise of the timestep to the latents. DiffSeg gives the model the clean latents.
             generator: Of that noise: one, or a list of B.
@@ -338,6 +342,7 @@ class DiffSegPipeline(DiffusionPipeline):
             timestep,
             size=size,
             sides=sides,
+            layers=layers,
             weights=weights,
             add_noise=add_noise,
             generator=generator,
