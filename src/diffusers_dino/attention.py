@@ -37,8 +37,8 @@ def capture_self_attention(
         `segmentation.aggregate_attention` takes.
 
     Raises:
-        ValueError: If the model has no self-attention (in `layers`), if its input is not square, or, on leaving, if no layer of a
-            side that was asked for has run.
+        ValueError: If the model has no self-attention (in `layers`), if its input is not square, or, on leaving, if no
+            layer of a side that was asked for has run.
     """
     chosen = _choose(self_attention_layers(unet), layers, type(unet).__name__)
     recorder = _Recorder(sides)
