@@ -15,6 +15,8 @@ _ORIGIN = {
     "DinoDiffusionPipeline": ".pipelines",
     "DinoDiffusionPipelineOutput": ".pipelines",
     "DinoImageConditioner": ".conditioner",
+    "DinoInterpolationPipeline": ".pipelines",
+    "DinoInterpolationPipelineOutput": ".pipelines",
     # diffusers' loader looks for the base class of a component in the library that the component is from
     "ModelMixin": ".registration",
 }
@@ -25,13 +27,22 @@ __all__ = [
     "DinoDiffusionPipeline",
     "DinoDiffusionPipelineOutput",
     "DinoImageConditioner",
+    "DinoInterpolationPipeline",
+    "DinoInterpolationPipelineOutput",
     "ModelMixin",
     "__version__",
 ]
 
 if TYPE_CHECKING:
     from .conditioner import DinoImageConditioner
-    from .pipelines import DiffSegPipeline, DiffSegPipelineOutput, DinoDiffusionPipeline, DinoDiffusionPipelineOutput
+    from .pipelines import (
+        DiffSegPipeline,
+        DiffSegPipelineOutput,
+        DinoDiffusionPipeline,
+        DinoDiffusionPipelineOutput,
+        DinoInterpolationPipeline,
+        DinoInterpolationPipelineOutput,
+    )
     from .registration import ModelMixin
 
 

@@ -2,6 +2,14 @@
 
 from .pipeline_diffseg import DiffSegPipeline
 from .pipeline_dino_diffusion import DinoDiffusionPipeline
-from .pipeline_output import DiffSegPipelineOutput, DinoDiffusionPipelineOutput
+from .pipeline_dino_interpolation import DinoInterpolationPipeline
+from .pipeline_output import DiffSegPipelineOutput, DinoDiffusionPipelineOutput, DinoInterpolationPipelineOutput
 
-__all__ = ["DiffSegPipeline", "DiffSegPipelineOutput", "DinoDiffusionPipeline", "DinoDiffusionPipelineOutput"]
+__all__ = [
+    "DiffSegPipeline",
+    "DiffSegPipelineOutput",
+    "DinoDiffusionPipeline",
+    "DinoDiffusionPipelineOutput",
+    "DinoInterpolationPipeline",
+    "DinoInterpolationPipelineOutput",
+]
