@@ -2,6 +2,7 @@
 
 from .augmentation import Augmentation
 from .datasets import ImageDataset, TrainingViews, collate, load_batches, open_images
+from .dicom_header import dicom_facts, salted_hash
 from .preprocessing import Preprocessing
 from .reading import RawLayout, UnreadableImageError, read_image
 from .sampling import GlobalBatchSampler, Slot
@@ -16,7 +17,9 @@ __all__ = [
     "TrainingViews",
     "UnreadableImageError",
     "collate",
+    "dicom_facts",
     "load_batches",
     "open_images",
     "read_image",
+    "salted_hash",
 ]

@@ -1,19 +1,49 @@
-"""From the bytes of a file to an array of its pixels, with nothing lost and nothing guessed."""
+"""From the bytes of a file to an array of its pixels, with nothing lost.
+
+What a file is, is told by its first bytes, not by its name. Nothing is decoded before its size is known and allowed,
+and whatever is wrong with a file ends in an `UnreadableImageError`.
+"""
 
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+import math
+import zipfile
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import BmpImagePlugin, Image, ImageOps, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
-__all__ = ["IMAGE_EXTENSIONS", "RawLayout", "UnreadableImageError", "read_image"]
+__all__ = [
+    "IMAGE_EXTENSIONS",
+    "MAX_PIXELS",
+    "RawLayout",
+    "UnreadableImageError",
+    "as_image",
+    "check_size",
+    "is_image_file",
+    "read_image",
+]
 
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "tif", "tiff", "webp", "bmp")
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "tif", "tiff", "webp", "bmp", "dcm", "dicom", "npy", "npz")
+# A digitised film of 35 x 43 cm at 50 lines a mm has 60 million pixels, more than any detector.
+MAX_PIXELS = 100_000_000
+
+# Opened by their own classes: `Image.open` would try every format that is installed, some of which run programs.
+_PILLOW = (
+    (b"\xff\xd8\xff", JpegImagePlugin.JpegImageFile),
+    (b"\x89PNG\r\n\x1a\n", PngImagePlugin.PngImageFile),
+    (b"II", TiffImagePlugin.TiffImageFile),
+    (b"MM", TiffImagePlugin.TiffImageFile),
+    (b"RIFF", WebPImagePlugin.WebPImageFile),
+    (b"BM", BmpImagePlugin.BmpImageFile),
+)
 _ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
+_ORIENTATION, _BITS_PER_SAMPLE = 0x0112, 258
+_DEEP_PNG_COLOR_TYPES = (2, 4, 6)  # RGB, gray and alpha, RGBA
 
 
 class UnreadableImageError(ValueError):
@@ -76,45 +106,118 @@ class RawLayout:
 
 
 def read_image(
-    source: str | PathLike[str] | bytes, name: str | None = None, raw: RawLayout | None = None
+    source: str | PathLike[str] | bytes,
+    name: str | None = None,
+    raw: RawLayout | None = None,
+    inverted: bool | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
-    """Read an image file.
+    """Read an image file: JPEG, PNG, TIFF, WebP, BMP, NumPy (`.npy`, `.npz`) or DICOM.
 
     Alpha is composited on black. A file that stores grayscale in three equal channels comes back as grayscale. The
-    orientation noted in EXIF is applied. Of a file with several pages the first is read. Sixteen-bit and wider
-    grayscale keeps its precision: values beyond 0..65535 and floating ones are mapped linearly to that range.
+    orientation noted in EXIF is applied. Of a file with several pages the first is read; a DICOM file with several
+    images is refused. Sixteen-bit and wider grayscale keeps its precision: values beyond 0..65535 and floating ones
+    are mapped linearly to that range, colour of more than 8 bits to 0..255. See `dicom.read_dicom` for DICOM.
 
     Args:
         source: A path, or the bytes of a file.
         name: What to call it in an error message; by default the path.
         raw: How the pixels lie, for a file without a header.
+        inverted: Whether large values are dark. By default what a DICOM file or `raw` says; other files do not say it.
+        max_pixels: Width times height of the largest image that is decoded.
 
     Returns:
-        `(H, W)` or, for colour, `(H, W, 3)`; uint8, or uint16 for deeper grayscale.
+        `(H, W)` or, for colour, `(H, W, 3)`; uint8, or uint16 for deeper grayscale. Large values are bright.
 
     Raises:
-        UnreadableImageError: If the file is missing, empty, truncated, damaged or no image.
+        UnreadableImageError: If the file is missing, empty, truncated, damaged, too large or no image.
+        ImportError: If it is a DICOM file and the `dicom` extra is not installed.
     """
     name = name or ("an image in memory" if isinstance(source, bytes) else str(source))
     # Decoders raise almost any exception on damaged bytes (OSError, SyntaxError, struct.error, ZeroDivisionError ...).
     try:
-        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        data = source if isinstance(source, bytes) else _read_file(Path(source), max_pixels)
         if not data:
             raise UnreadableImageError("the file is empty")
-        if raw:
-            return raw.decode(data)
-        with Image.open(io.BytesIO(data)) as image:
-            array = _to_array(image)
-    except UnidentifiedImageError as error:
-        raise UnreadableImageError(f"Cannot read {name}: it is no image of a known format") from error
+        return _decode(data, name, raw, inverted, max_pixels)
+    except ImportError:
+        raise
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise UnreadableImageError(f"Cannot read {name}: {reason}") from error
-    return array
+
+
+def is_image_file(path: str | PathLike[str]) -> bool:
+    """Whether a file is taken for an image: by its extension or, as DICOM files often have none, by its content.
+
+    A file without an extension, or with one of digits alone (a UID), is looked into; no other is opened.
+    """
+    path = Path(path)
+    extension = path.suffix[1:].lower()
+    if extension and not extension.isdigit():
+        return extension in IMAGE_EXTENSIONS
+    if path.name == "DICOMDIR":  # the index of a medium
+        return False
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
+    """Refuse an image without pixels, or with more than are allowed; raises `UnreadableImageError`."""
+    if width < 1 or height < 1:
+        raise UnreadableImageError(f"it has no pixels: {width} x {height}")
+    if width * height > max_pixels:
+        raise UnreadableImageError(
+            f"its header says {width} x {height} pixels, more than {max_pixels}: it may be a decompression bomb. "
+            "Raise max_pixels to read it"
+        )
+
+
+def _read_file(path: Path, max_pixels: int) -> bytes:
+    size = path.stat().st_size
+    if size > 8 * max_pixels + 2**26:  # more than the largest image takes uncompressed
+        raise UnreadableImageError(f"it has {size} bytes, too many for one image")
+    return path.read_bytes()
+
+
+def _decode(data: bytes, name: str, raw: RawLayout | None, inverted: bool | None, max_pixels: int) -> np.ndarray:
+    if raw:
+        check_size(raw.width, raw.height, max_pixels)
+        return (raw if inverted is None else replace(raw, inverted=inverted)).decode(data)
+    if data[128:132] == b"DICM":
+        from .dicom import read_dicom
+
+        array = read_dicom(data, name, inverted=inverted, max_pixels=max_pixels)
+        return _without_equal_channels(array)
+    if data.startswith(b"\x93NUMPY"):
+        array = _read_npy(io.BytesIO(data), max_pixels)
+    elif data.startswith(b"PK\x03\x04"):
+        array = _read_npz(data, max_pixels)
+    else:
+        array = _read_pillow(data, max_pixels)
+    array = _without_equal_channels(array)
+    return _turned_over(array) if inverted else array
+
+
+def _read_pillow(data: bytes, max_pixels: int) -> np.ndarray:
+    opener = next((opener for start, opener in _PILLOW if data.startswith(start)), None)
+    if opener is None:
+        raise UnreadableImageError("it is no image of a known format")
+    with opener(io.BytesIO(data)) as image:
+        check_size(*image.size, max_pixels)
+        if isinstance(image, PngImagePlugin.PngImageFile) and data[24] == 16 and data[25] in _DEEP_PNG_COLOR_TYPES:
+            return _read_deep_png(data)
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
+            _check_tiff_depth(image)
+        return _to_array(image)
 
 
 def _to_array(image: Image.Image) -> np.ndarray:
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
         return _deep_to_uint16(np.asarray(image))
     if image.mode in _ALPHA_MODES or "transparency" in image.info:
@@ -122,18 +225,121 @@ def _to_array(image: Image.Image) -> np.ndarray:
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba).convert("RGB")
     elif image.mode not in ("L", "RGB"):
         image = image.convert("L" if image.mode == "1" else "RGB")
-    array = np.asarray(image)
-    if array.ndim == 3 and (array[..., :1] == array[..., 1:]).all():
-        array = array[..., 0]
-    return np.ascontiguousarray(array)
+    return np.asarray(image)
+
+
+def _check_tiff_depth(image: TiffImagePlugin.TiffImageFile) -> None:
+    bits = image.tag_v2.get(_BITS_PER_SAMPLE, (1,))
+    if not image.mode.startswith(("I", "F")) and max(bits) > 8:  # Pillow would keep the upper byte of each
+        raise UnreadableImageError(
+            f"{max(bits)} bits a colour channel are not read from TIFF. Save it as grayscale or PNG"
+        )
+
+
+def _read_deep_png(data: bytes) -> np.ndarray:
+    """A PNG with 16 bits for each of several channels, of which Pillow would keep the upper byte."""
+    import torch
+    from torchvision.io import ImageReadMode, decode_png
+
+    pixels = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    array = decode_png(pixels, ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()  # (H, W, 2 to 4)
+    if array.shape[2] in (2, 4):
+        color, alpha = array[..., :-1].astype(np.float32), array[..., -1:]
+        array = np.round(color * (alpha / np.float32(65535))).astype(np.uint16)
+    return as_image(array)
+
+
+def _read_npz(data: bytes, max_pixels: int) -> np.ndarray:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        arrays = [member for member in archive.infolist() if member.filename.endswith(".npy")]
+        if len(arrays) != 1:
+            arrays = [member for member in arrays if member.filename == "image.npy"]
+        if len(arrays) != 1:
+            raise UnreadableImageError("it must hold one array, or one named image")
+        if arrays[0].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise UnreadableImageError("it is compressed in another way than NumPy's")
+        with archive.open(arrays[0]) as file:
+            return _read_npy(file, max_pixels)
+
+
+def _read_npy(file: BinaryIO, max_pixels: int) -> np.ndarray:
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise UnreadableImageError("it is of a version of NumPy's format that images do not need")
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran_order, dtype = read_header(file)
+    if dtype.kind not in "buif":
+        raise UnreadableImageError("it holds no numbers (pickled objects are never loaded)")
+    check_size(*_image_shape(shape)[1::-1], max_pixels)
+    size = math.prod(shape) * dtype.itemsize
+    values = file.read(size)
+    if len(values) != size:
+        raise UnreadableImageError(f"it is cut short: {len(values)} of {size} bytes")
+    return as_image(np.frombuffer(values, dtype).reshape(shape, order="F" if fortran_order else "C"))
+
+
+def _image_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """`(H, W)` or `(H, W, 3)` for the shape of an array, which may have axes of 1 besides."""
+    while len(shape) > 2 and 1 in (shape[0], shape[-1]):
+        shape = shape[1:] if shape[0] == 1 else shape[:-1]
+    if len(shape) != 2 and (len(shape) != 3 or shape[2] != 3):
+        raise UnreadableImageError(f"its shape {shape} is neither (H, W) nor (H, W, 3)")
+    return shape
+
+
+def as_image(array: np.ndarray) -> np.ndarray:
+    """Bring numbers of any type to what `read_image` returns.
+
+    Args:
+        array: `(H, W)` or `(H, W, 3)`, besides axes of 1. Booleans are black and white; uint8 and uint16 grayscale
+            stay as they are; others are mapped as `read_image` says.
+
+    Returns:
+        `(H, W)` uint8 or uint16, or `(H, W, 3)` uint8.
+
+    Raises:
+        UnreadableImageError: If the array has another shape or type, or values that are not finite.
+    """
+    array = array.reshape(_image_shape(array.shape))
+    if array.dtype == np.bool_:
+        array = array.astype(np.uint8) * 255
+    array = _without_equal_channels(array)
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype.kind not in "uif":
+        raise UnreadableImageError(f"its values are of type {array.dtype}, which is no number")
+    return _deep_to_uint16(array) if array.ndim == 2 else np.round(_stretched(array) * 255).astype(np.uint8)
 
 
 def _deep_to_uint16(array: np.ndarray) -> np.ndarray:
     """`(H, W)` of 16-bit, 32-bit or floating grayscale -> uint16."""
     if array.dtype.kind in "iu" and array.min() >= 0 and array.max() <= 65535:
         return array.astype(np.uint16)
+    return np.round(_stretched(array) * 65535).astype(np.uint16)
+
+
+def _stretched(array: np.ndarray) -> np.ndarray:
+    """Minimum..maximum of an array to 0..1, in float64."""
     values = array.astype(np.float64)
-    if not np.isfinite(values).all():
-        raise UnreadableImageError("it holds values that are not finite")
     low, high = values.min(), values.max()
-    return np.round((values - low) * (65535 / max(high - low, np.finfo(np.float64).tiny))).astype(np.uint16)
+    with np.errstate(over="ignore", invalid="ignore"):
+        extent = high - low
+    if not np.isfinite(extent):
+        raise UnreadableImageError("it holds values that are not finite")
+    return (values - low) / max(extent, np.finfo(np.float64).tiny)
+
+
+def _without_equal_channels(array: np.ndarray) -> np.ndarray:
+    """`(H, W, 3)` with three equal channels -> `(H, W)`; any other array as it is."""
+    if array.ndim == 3:
+        first, *others = np.moveaxis(array, 2, 0)
+        # A few pixels tell most colour images, before all of them are compared.
+        if all((first[::31, ::31] == other[::31, ::31]).all() and (first == other).all() for other in others):
+            array = first
+    return np.ascontiguousarray(array)
+
+
+def _turned_over(array: np.ndarray) -> np.ndarray:
+    """Dark for bright, within the bits that the values use."""
+    top = 255 if array.dtype == np.uint8 else 2 ** int(array.max()).bit_length() - 1
+    return top - array

@@ -1,0 +1,295 @@
+"""Radiographs in DICOM files: the pixels, as a display shows them.
+
+Rows and columns stay as they are stored: viewers show them so, and masks and boxes of data sets refer to them. What is
+read of the header, and what becomes of it, is in `dicom_header`.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .codestreams import frame_header
+from .dicom_header import decimals, dicom_facts, integers, items, parse_dicom, text
+from .grayscale import Grayscale, LookupTable, Window, brightness_table, stored_values
+from .reading import MAX_PIXELS, UnreadableImageError, check_size
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+__all__ = ["read_dicom"]
+
+logger = logging.getLogger(__name__)
+
+_SAMPLES, _PHOTOMETRIC, _PLANAR, _FRAMES, _ROWS, _COLUMNS = (0x00280000 + i for i in (2, 4, 6, 8, 0x10, 0x11))
+_ALLOCATED, _STORED, _HIGH_BIT, _SIGNED, _PADDING, _PADDING_LIMIT = (0x00280100 + i for i in (0, 1, 2, 3, 0x20, 0x21))
+_CENTER, _WIDTH, _INTERCEPT, _SLOPE, _FUNCTION = (0x00281050 + i for i in (0, 1, 2, 3, 6))
+_MODALITY_LUTS, _VOI_LUTS, _LUT_DESCRIPTOR, _LUT_DATA = 0x00283000, 0x00283010, 0x00283002, 0x00283006
+_PALETTES = [(0x00281101 + i, 0x00281201 + i) for i in range(3)]
+_PIXELS = 0x7FE00010
+_TAGS = [
+    *(_SAMPLES, _PHOTOMETRIC, _PLANAR, _FRAMES, _ROWS, _COLUMNS),
+    *(_ALLOCATED, _STORED, _HIGH_BIT, _SIGNED, _PADDING, _PADDING_LIMIT),
+    *(_CENTER, _WIDTH, _INTERCEPT, _SLOPE, _FUNCTION, _MODALITY_LUTS, _VOI_LUTS),
+    *(tag for pair in _PALETTES for tag in pair),
+    _PIXELS,
+]
+_GRAYS = ("MONOCHROME1", "MONOCHROME2")
+_COLORS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
+_KINDS = (*_GRAYS, "PALETTE COLOR", *_COLORS)
+_RADIOGRAPHS = ("CR", "DR", "DX", "RG")
+_WHITE = 0.8
+
+# Pillow's libjpeg decodes baseline frames fastest; each of the others has one decoder that keeps all bits.
+_IMPLICIT, _JPEG_BASELINE, _RLE = "1.2.840.10008.1.2", "1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.5"
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How the pixels lie in the file."""
+
+    syntax: str
+    rows: int
+    columns: int
+    samples: int
+    planar: int
+    photometric: str
+    allocated: int
+    stored: int
+    high_bit: int
+    signed: int
+
+
+def read_dicom(
+    data: bytes,
+    name: str = "a DICOM file",
+    *,
+    view: bool = True,
+    inverted: bool | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> np.ndarray:
+    """Read the single image of a DICOM file.
+
+    Grayscale goes through the modality LUT or rescale slope and intercept, then through the first VOI LUT or window,
+    and MONOCHROME1 is turned over within its own bits, so that air is dark: see `grayscale.brightness_table`. Colour
+    comes back as RGB.
+
+    A radiograph that says MONOCHROME1 while its picture is the right way up already (all four corners would turn white
+    around a dark center) is left as it is, with a warning: tools that turn pixels over often leave the tag.
+
+    Args:
+        data: The bytes of the file.
+        name: What to call it in a warning.
+        view: Whether to apply the header's VOI LUT or window.
+        inverted: Whether large values are dark; by default what the file says.
+        max_pixels: Largest image that is decoded.
+
+    Returns:
+        `(H, W)` uint8 or, above 8 bits, uint16; for colour `(H, W, 3)` uint8.
+
+    Raises:
+        UnreadableImageError: If the file is damaged, too large, holds several images or none, or is of a kind that is
+            not read here. Nothing in the message is text of the header.
+        ImportError: If pydicom or a decoder is not installed.
+    """
+    syntax, dataset = parse_dicom(data, _TAGS, most_bytes=6 * max_pixels + 2**26)
+    layout = _layout(dataset, syntax)
+    check_size(layout.columns, layout.rows, max_pixels)
+    cells = _decode(dataset, layout)
+    if layout.photometric == "PALETTE COLOR":
+        return _palette_color(dataset, layout, cells)
+    if layout.samples == 3:
+        return (cells >> max(layout.stored - 8, 0)).astype(np.uint8)
+    counts = np.bincount(cells.ravel(), minlength=2**layout.allocated)
+    gray = _grayscale(dataset, layout, view, inverted)
+    image = brightness_table(gray, counts)[cells]
+    if gray.inverted and inverted is None and _is_radiograph(dataset) and _surrounds_dark_with_white(image):
+        logger.warning("%s says MONOCHROME1, but air is dark in it as it is stored: it is not turned over", name)
+        image = brightness_table(replace(gray, inverted=False), counts)[cells]
+    return image
+
+
+def _layout(dataset: Dataset, syntax: str) -> _Layout:
+    frames = decimals(dataset, _FRAMES) if text(dataset, _FRAMES) else [1.0]
+    if frames != [1.0]:
+        raise UnreadableImageError("it holds several images or says no number of them. Export the one to read")
+    photometric = next((known for known in _KINDS if known == text(dataset, _PHOTOMETRIC)), None)
+    if photometric is None:
+        raise UnreadableImageError(f"its photometric interpretation is none of {', '.join(_KINDS)}")
+    allocated = _integer(dataset, _ALLOCATED, "bits allocated")
+    stored = _integer(dataset, _STORED, "bits stored", allocated)
+    layout = _Layout(
+        syntax=syntax,
+        rows=_integer(dataset, _ROWS, "rows"),
+        columns=_integer(dataset, _COLUMNS, "columns"),
+        samples=_integer(dataset, _SAMPLES, "samples per pixel", 1),
+        planar=_integer(dataset, _PLANAR, "planar configuration", 0),
+        photometric=photometric,
+        allocated=allocated,
+        stored=stored,
+        high_bit=_integer(dataset, _HIGH_BIT, "high bit", stored - 1),
+        signed=_integer(dataset, _SIGNED, "pixel representation", 0),
+    )
+    if layout.allocated not in (8, 16) or not 1 <= layout.stored <= layout.high_bit + 1 <= layout.allocated:
+        raise UnreadableImageError(
+            f"it stores {layout.stored} bits up to bit {layout.high_bit} in {layout.allocated}; 8 and 16 are read"
+        )
+    if layout.samples != (3 if photometric in _COLORS else 1) or layout.signed not in (0, 1):
+        raise UnreadableImageError(f"{layout.samples} samples a pixel do not make {photometric}")
+    return layout
+
+
+def _integer(dataset: Dataset, tag: int, what: str, default: int | None = None) -> int:
+    values = integers(dataset, tag)
+    if values:
+        return values[0]
+    if default is None:
+        raise UnreadableImageError(f"it does not say its {what}")
+    return default
+
+
+def _decode(dataset: Dataset, layout: _Layout) -> np.ndarray:
+    """The contents of the cells, unsigned, `(H, W)` or `(H, W, 3)` as RGB."""
+    from pydicom.pixels import get_decoder
+    from pydicom.uid import AllTransferSyntaxes
+
+    known = next((uid for uid in AllTransferSyntaxes if uid == (layout.syntax or _IMPLICIT)), None)
+    kind = known.name if known else "in an unknown way"
+    try:
+        decoder = get_decoder(known) if known else None
+    except NotImplementedError:
+        decoder = None
+    if decoder is None:
+        raise UnreadableImageError(f"its pixels are stored {kind}, which is not read")
+    pixels = dataset.get_item(_PIXELS) if _PIXELS in dataset else None
+    if pixels is None or not pixels.value:
+        raise UnreadableImageError("it holds no pixels, or ends before them")
+    plugin = ""
+    if decoder.is_encapsulated:
+        plugin = "pillow" if known == _JPEG_BASELINE else "pylibjpeg"
+        if plugin not in decoder.available_plugins:
+            raise ImportError(f"Decoding {kind} needs pylibjpeg. Install it with `pip install diffusers-dino[dicom]`.")
+    array = None
+    try:
+        agrees = not decoder.is_encapsulated or known == _RLE or _frame_agrees(pixels.value, layout)
+        if agrees:
+            array, _ = decoder.as_array(pixels.value, decoding_plugin=plugin, **_options(layout, pixels.VR))
+    except Exception:
+        agrees = True
+    if not agrees:
+        raise UnreadableImageError(f"its frame is not of the size in its header, {layout.columns} x {layout.rows}")
+    if array is None:  # raised out here, so that no other exception is attached
+        raise UnreadableImageError(f"its pixels ({kind}) are damaged or cut short")
+    return array.view(f"u{array.itemsize}")
+
+
+def _options(layout: _Layout, vr: str | None) -> dict[str, Any]:
+    """What pydicom's decoders need to know: numbers and defined terms alone."""
+    return {
+        "rows": layout.rows,
+        "columns": layout.columns,
+        "number_of_frames": 1,
+        "samples_per_pixel": layout.samples,
+        "planar_configuration": layout.planar,
+        "photometric_interpretation": layout.photometric,
+        "bits_allocated": layout.allocated,
+        "bits_stored": layout.stored,
+        "pixel_representation": layout.signed,
+        "pixel_keyword": "PixelData",
+        "pixel_vr": vr if vr in ("OB", "OW") else "OW",
+    }
+
+
+def _frame_agrees(pixels: bytes, layout: _Layout) -> bool:
+    """Whether a compressed frame is as large as the header says, so that decoding it takes what was checked."""
+    from pydicom.encaps import get_frame
+
+    header = frame_header(get_frame(pixels, 0, number_of_frames=1))
+    return header is not None and header[:3] == (layout.rows, layout.columns, layout.samples)
+
+
+def _grayscale(dataset: Dataset, layout: _Layout, view: bool, inverted: bool | None) -> Grayscale:
+    slope, intercept = decimals(dataset, _SLOPE), decimals(dataset, _INTERCEPT)
+    modality = _lookup_table(items(dataset, _MODALITY_LUTS), bool(layout.signed))
+    padding = integers(dataset, _PADDING, bool(layout.signed))[:1]
+    limit = integers(dataset, _PADDING_LIMIT, bool(layout.signed))[:1]
+    gray = Grayscale(
+        layout.allocated,
+        layout.stored,
+        layout.high_bit,
+        bool(layout.signed),
+        inverted=layout.photometric == "MONOCHROME1" if inverted is None else inverted,
+        slope=slope[0] if slope and slope[0] else 1.0,
+        intercept=intercept[0] if intercept else 0.0,
+        modality=modality,
+        padding=(padding[0], limit[0] if limit else padding[0]) if padding else None,
+    )
+    if not view:
+        return gray
+    negative = not modality and (layout.signed or gray.intercept < 0)
+    return replace(gray, view=_lookup_table(items(dataset, _VOI_LUTS), bool(negative)) or _window(dataset))
+
+
+def _lookup_table(sequence: list[Dataset], signed: bool) -> LookupTable | None:
+    """The first table of a LUT sequence, if it is a whole one."""
+    if not sequence:
+        return None
+    descriptor = integers(sequence[0], _LUT_DESCRIPTOR)
+    if len(descriptor) != 3 or not 1 <= descriptor[2] <= 16:
+        return None
+    length, first, bits = descriptor[0] or 65536, descriptor[1], descriptor[2]
+    entries = _entries(sequence[0], _LUT_DATA, length)
+    if entries is None:
+        return None
+    return LookupTable(first - 65536 if signed and first > 32767 else first, bits, entries)
+
+
+def _entries(dataset: Dataset, tag: int, length: int) -> np.ndarray | None:
+    """The entries of a table, one or two bytes each."""
+    value = dataset.get_item(tag).value if tag in dataset else None
+    if isinstance(value, bytes) and len(value) in (length, length + 1) and len(value) < 2 * length:
+        return np.frombuffer(value[:length], np.uint8)
+    entries = integers(dataset, tag)
+    return np.array(entries[:length]) if len(entries) >= length else None
+
+
+def _window(dataset: Dataset) -> Window | None:
+    """The first window, if it is a possible one."""
+    center, width = decimals(dataset, _CENTER), decimals(dataset, _WIDTH)
+    function = text(dataset, _FUNCTION)
+    function = function if function in ("LINEAR_EXACT", "SIGMOID") else "LINEAR"
+    if not center or not width or width[0] <= 0 or (function == "LINEAR" and width[0] < 1):
+        return None
+    return Window(center[0], width[0], function)
+
+
+def _palette_color(dataset: Dataset, layout: _Layout, cells: np.ndarray) -> np.ndarray:
+    """Indices `(H, W)` -> RGB `(H, W, 3)` uint8."""
+    channels = []
+    for descriptor_tag, data_tag in _PALETTES:
+        descriptor = integers(dataset, descriptor_tag)
+        entries = _entries(dataset, data_tag, descriptor[0] or 65536) if len(descriptor) == 3 else None
+        if entries is None:
+            raise UnreadableImageError("its palette is missing, cut short or segmented")
+        table = LookupTable(descriptor[1], descriptor[2], entries)
+        channels.append(table(stored_values(layout.allocated, layout.stored, layout.high_bit, False))[cells])
+    deep = max(channel.max() for channel in channels) > 255
+    return (np.stack(channels, axis=2) / (257 if deep else 1)).round().astype(np.uint8)
+
+
+def _is_radiograph(dataset: Dataset) -> bool:
+    return dicom_facts(dataset).get("modality") in _RADIOGRAPHS
+
+
+def _surrounds_dark_with_white(image: np.ndarray) -> bool:
+    """Whether all four corners of an image `(H, W)` are near its white, and its center is in its dark half."""
+    low, high = float(image.min()), float(image.max())
+    height, width = (max(side // 16, 1) for side in image.shape)
+    corners = [image[y, x] for y in (slice(height), slice(-height, None)) for x in (slice(width), slice(-width, None))]
+    top, left = (side // 4 for side in image.shape)
+    center = image[top : image.shape[0] - top, left : image.shape[1] - left]
+    near_white = min(float(corner.mean()) for corner in corners) > low + _WHITE * (high - low)
+    return near_white and float(center.mean()) < low + 0.5 * (high - low)

@@ -1,0 +1,245 @@
+"""The header of a DICOM file, of which next to nothing is handed on.
+
+A header is full of names, dates and free text, and any of its fields may hold what belongs in another. So only the
+fields that are needed are looked at, as bytes; what `dicom_facts` gives is checked against what its field may hold;
+errors say what is wrong in words of this package; and pydicom, whose warnings quote values, is kept silent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import io
+import logging
+import math
+import threading
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .reading import UnreadableImageError
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+__all__ = ["decimals", "dicom_facts", "integers", "is_dicom", "items", "parse_dicom", "salted_hash", "text"]
+
+_MODALITY, _VIEW, _IMAGE_LATERALITY, _LATERALITY = 0x00080060, 0x00185101, 0x00200062, 0x00200060
+_PATIENT, _STUDY = 0x00100020, 0x0020000D
+_SPACINGS = (0x00280030, 0x00181164)  # in the patient; else at the detector
+_TRANSFER_SYNTAX, _PIXELS = 0x00020010, 0x7FE00010
+_DEFLATED = "1.2.840.10008.1.2.1.99"
+
+# Defined terms of PS3.3 (C.7.3.1.1.1, C.8.1.1, C.8.11.5) and what is written in their place.
+_MODALITIES = (
+    *("CR", "CT", "DG", "DR", "DX", "ES", "GM", "IO", "MG", "MR", "NM", "OP", "OT", "PT", "PX", "RF", "RG", "RTIMAGE"),
+    *("SC", "SM", "TG", "US", "XA", "XC"),
+)
+_LATERAL_VIEWS = ("LL", "RL", "LAT", "LATERAL")
+_OTHER_VIEWS = ("AP", "PA", "LLD", "RLD", "LLO", "RLO")
+_LATERALITIES = ("L", "R", "B", "U")
+_LARGEST_SPACING = 10.0  # mm
+
+_quiet_lock = threading.Lock()
+
+
+def is_dicom(start: bytes) -> bool:
+    """Whether a file that begins with these 132 bytes (or more) is a DICOM file."""
+    return start[128:132] == b"DICM"
+
+
+def dicom_facts(source: str | PathLike[str] | bytes | Dataset, salt: str | bytes | None = None) -> dict[str, Any]:
+    """What may be known of a DICOM file outside of it. A field that is missing, or holds anything else, is left out.
+
+    Args:
+        source: A path, the bytes of a file, or a pydicom `Dataset`.
+        salt: Secret of `salted_hash`; without it, no ids.
+
+    Returns:
+        `modality` (a defined term such as `"DX"`), `view` (`"PA"`, `"AP"`, `"LATERAL"`, decubitus or oblique ones),
+        `laterality` (`"L"`, `"R"`, `"B"`, `"U"`), `spacing` (mm between rows, between columns; rounded to 0.0001) and,
+        with a salt, `patient` and `study` (hashes).
+
+    Raises:
+        UnreadableImageError: If the file is damaged or no DICOM.
+        ImportError: If pydicom is not installed.
+    """
+    if isinstance(source, str | PathLike):
+        source = Path(source).read_bytes()
+    dataset = parse_dicom(source, [])[1] if isinstance(source, bytes) else source
+    laterality = text(dataset, _IMAGE_LATERALITY) or text(dataset, _LATERALITY)
+    facts: dict[str, Any] = {
+        "modality": modality if (modality := text(dataset, _MODALITY)) in _MODALITIES else None,
+        "view": "LATERAL"
+        if (view := text(dataset, _VIEW)) in _LATERAL_VIEWS
+        else view
+        if view in _OTHER_VIEWS
+        else None,
+        "laterality": laterality if laterality in _LATERALITIES else None,
+        "spacing": next(filter(None, (_spacing(dataset, tag) for tag in _SPACINGS)), None),
+    }
+    if salt is not None:
+        for name, tag in (("patient", _PATIENT), ("study", _STUDY)):
+            identifier = text(dataset, tag)
+            facts[name] = salted_hash(identifier, salt) if identifier else None
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def salted_hash(identifier: str, salt: str | bytes) -> str:
+    """A name for a patient or a study that cannot be led back to it without the salt.
+
+    HMAC-SHA256 with the salt as key, cut to 64 bits: two of a million ids fall together with probability 3e-8. The
+    same id and salt give the same name, so files of one patient stay together. Whoever has the salt can try all ids:
+    keep it secret, and out of what is published.
+
+    Args:
+        identifier: The id; space around it does not count.
+        salt: A secret of at least 16 bytes, such as `secrets.token_hex(16)`.
+
+    Returns:
+        16 hexadecimal digits.
+
+    Raises:
+        ValueError: If the salt is too short, or the identifier is empty.
+    """
+    key = salt.encode() if isinstance(salt, str) else salt
+    if len(key) < 16:
+        raise ValueError(f"The salt must have at least 16 bytes, got {len(key)}. `secrets.token_hex(16)` makes one.")
+    if not identifier.strip():
+        raise ValueError("There is no identifier to hash: it is empty.")
+    return hmac.new(key, identifier.strip().encode("utf-8", "surrogateescape"), hashlib.sha256).hexdigest()[:16]
+
+
+def parse_dicom(data: bytes, tags: list[int], most_bytes: int = 2**30) -> tuple[str, Dataset]:
+    """The transfer syntax, and a data set of the given fields and those of `dicom_facts`.
+
+    Args:
+        data: The bytes of a file.
+        tags: Which fields to read, besides.
+        most_bytes: What a deflated file may unpack to.
+
+    Raises:
+        UnreadableImageError: If the file is damaged or no DICOM. Nothing in it is from the header.
+        ImportError: If pydicom is not installed.
+    """
+    try:
+        import pydicom  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "Reading DICOM needs pydicom. Install it with `pip install diffusers-dino[dicom]`."
+        ) from error
+    if not is_dicom(data):
+        raise UnreadableImageError("it is no DICOM file: DICM is missing at byte 128")
+    facts = [_MODALITY, _VIEW, _IMAGE_LATERALITY, _LATERALITY, _PATIENT, _STUDY, *_SPACINGS]
+    try:
+        with _quiet():
+            parsed = _parse(data, [*facts, *tags], most_bytes)
+    except Exception:
+        parsed = None
+    if parsed is None:  # raised out here, so that no exception that quotes the header is attached
+        raise UnreadableImageError("its DICOM header is damaged")
+    return parsed
+
+
+def _parse(data: bytes, tags: list[int], most_bytes: int) -> tuple[str, Dataset] | None:
+    from pydicom.filereader import read_dataset, read_preamble
+
+    file = io.BytesIO(data)
+    read_preamble(file, force=False)
+    meta = read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2)
+    syntax = text(meta, _TRANSFER_SYNTAX)
+    if syntax == _DEFLATED:
+        inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+        file = io.BytesIO(inflater.decompress(file.read(), most_bytes))
+        if not inflater.eof:
+            return None
+    big_endian = syntax == "1.2.840.10008.1.2.2"
+    implicit = syntax in ("", "1.2.840.10008.1.2")  # if that is wrong, pydicom sees it
+    dataset = read_dataset(
+        file, implicit, not big_endian, stop_when=lambda tag, vr, length: tag > _PIXELS, specific_tags=tags
+    )
+    for element in list(dataset.elements()):  # sequences are read now, as long as pydicom is silent
+        if element.VR == "SQ" or (element.VR is None and element.tag in _SEQUENCES):
+            dataset[element.tag]
+    return syntax, dataset
+
+
+# Modality LUT and VOI LUT sequences, for files that do not name the type of a field.
+_SEQUENCES = (0x00283000, 0x00283010)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep pydicom silent: its warnings, which it also logs, quote values of the header.
+
+    The filters of warnings belong to the whole process, hence the lock between threads.
+    """
+    log = logging.getLogger("pydicom")
+    with _quiet_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        log.addFilter(_drop)
+        try:
+            yield
+        finally:
+            log.removeFilter(_drop)
+
+
+def _drop(record: logging.LogRecord) -> bool:
+    return False
+
+
+def _value(dataset: Dataset, tag: int) -> Any:
+    """A field as it is in the file (bytes), or as who made the data set put it there; None if it is missing."""
+    return dataset.get_item(tag).value if tag in dataset else None
+
+
+def text(dataset: Dataset, tag: int) -> str:
+    """A field of text without the space around it; empty if there is none."""
+    value = _value(dataset, tag)
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "surrogateescape")
+    return "" if value is None else str(value).strip(" \0")
+
+
+def decimals(dataset: Dataset, tag: int) -> list[float]:
+    """The numbers in a field of decimal text; none if one of them is not a finite number."""
+    value = _value(dataset, tag)
+    if isinstance(value, bytes):
+        value = value.decode("ascii", "replace").strip(" \0").split("\\")
+    elif value is None or isinstance(value, str | int | float):
+        value = [] if value is None else [value]
+    try:
+        numbers = [float(number) for number in value]
+    except (TypeError, ValueError):
+        return []
+    return numbers if all(map(math.isfinite, numbers)) else []
+
+
+def integers(dataset: Dataset, tag: int, signed: bool = False) -> list[int]:
+    """The 16-bit numbers in a binary field."""
+    value = _value(dataset, tag)
+    if isinstance(value, bytes):
+        element = dataset.get_item(tag)
+        order = "<" if getattr(element, "is_little_endian", True) else ">"
+        return np.frombuffer(value[: len(value) // 2 * 2], f"{order}{'i' if signed else 'u'}2").tolist()
+    if value is None:
+        return []
+    return [int(number) for number in ([value] if isinstance(value, int) else value)]
+
+
+def items(dataset: Dataset, tag: int) -> list[Dataset]:
+    """The items of a sequence."""
+    return list(_value(dataset, tag) or [])
+
+
+def _spacing(dataset: Dataset, tag: int) -> list[float] | None:
+    """Two plausible distances in mm, or None: a date or an id would not pass for one."""
+    spacing = decimals(dataset, tag)
+    plausible = len(spacing) == 2 and all(0 < distance <= _LARGEST_SPACING for distance in spacing)
+    return [round(distance, 4) for distance in spacing] if plausible else None

@@ -1,0 +1,156 @@
+"""From the stored values of a DICOM grayscale to brightness, as one lookup table.
+
+Source: DICOM PS3.3 C.11.1 (modality LUT, rescale), C.11.2 (windows, VOI LUT), C.7.6.3 (stored values, polarity) and
+C.7.5.1.1.2 (padding). A radiograph stores at most 2^16 values, so the whole chain is worked out once for each of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["Grayscale", "LookupTable", "Window", "brightness_table", "stored_values"]
+
+
+@dataclass(frozen=True)
+class LookupTable:
+    """A modality LUT or VOI LUT.
+
+    Args:
+        first: The value that the first entry is for; smaller ones take the first entry, larger ones the last.
+        bits: Bits of an entry.
+        entries: The table, `(N,)` in 0..2^bits - 1.
+    """
+
+    first: int
+    bits: int
+    entries: np.ndarray
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """The values that the table tells apart."""
+        return self.first, self.first + len(self.entries) - 1
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        """The entries of `values`."""
+        index = np.clip(np.round(values).astype(np.int64) - self.first, 0, len(self.entries) - 1)
+        return self.entries[index].astype(np.float64)
+
+
+@dataclass(frozen=True)
+class Window:
+    """A window of brightness (C.11.2.1.2 and C.11.2.1.3).
+
+    Args:
+        center: Its center, in values after the modality transformation.
+        width: Its width, at least 1 for `"LINEAR"`, else above 0.
+        function: `"LINEAR"`, `"LINEAR_EXACT"` or `"SIGMOID"`.
+    """
+
+    center: float
+    width: float
+    function: str = "LINEAR"
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """The values that the window tells apart; outside, a sigmoid is within 2 % of its ends."""
+        if self.function == "LINEAR":
+            return self.center - self.width / 2, self.center + self.width / 2 - 1
+        half = self.width if self.function == "SIGMOID" else self.width / 2
+        return self.center - half, self.center + half
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        """Brightness in [0, 1]."""
+        if self.function == "SIGMOID":
+            return 1 / (1 + np.exp(np.clip(-4 * (values - self.center) / self.width, -500, 500)))
+        low, high = self.span
+        if high <= low:  # a linear window of width 1 is a threshold
+            return (values > low).astype(np.float64)
+        return ((values - low) / (high - low)).clip(0, 1)
+
+
+@dataclass(frozen=True)
+class Grayscale:
+    """How the stored values of an image become brightness.
+
+    Args:
+        bits_allocated: 8 or 16, the size of a stored cell.
+        bits_stored: How many of its bits hold the value.
+        high_bit: The highest of them.
+        signed: Whether values are in two's complement.
+        inverted: Whether large values are dark (MONOCHROME1).
+        slope: Rescale slope.
+        intercept: Rescale intercept.
+        modality: A modality LUT, which takes the place of slope and intercept.
+        view: The window or VOI LUT to show it with, if any.
+        padding: First and last stored value that stand for "no image here", if any.
+    """
+
+    bits_allocated: int
+    bits_stored: int
+    high_bit: int
+    signed: bool = False
+    inverted: bool = False
+    slope: float = 1.0
+    intercept: float = 0.0
+    modality: LookupTable | None = None
+    view: Window | LookupTable | None = None
+    padding: tuple[int, int] | None = None
+
+
+def stored_values(bits_allocated: int, bits_stored: int, high_bit: int, signed: bool) -> np.ndarray:
+    """The value `(2^bits_allocated,)` that each content of a cell stands for; bits beside the value are ignored."""
+    cells = np.arange(2**bits_allocated)
+    values = (cells >> (high_bit + 1 - bits_stored)) & (2**bits_stored - 1)
+    return np.where(values >= 2 ** (bits_stored - 1), values - 2**bits_stored, values) if signed else values
+
+
+def brightness_table(gray: Grayscale, counts: np.ndarray) -> np.ndarray:
+    """Brightness of each content of a cell, dark being 0.
+
+    Without a view nothing is rounded: an image of 12 bits has values in 0..4095. A view fills uint16, or uint8 for an
+    image of at most 8 bits. A view that would clip more than half of the image is of another image, and is ignored.
+    Padding becomes as dark as the darkest pixel beside it.
+
+    Args:
+        gray: How values are stored and shown.
+        counts: `(2^bits_allocated,)`, how many pixels have each content.
+
+    Returns:
+        `(2^bits_allocated,)` uint8 or, above 8 bits, uint16.
+    """
+    stored = stored_values(gray.bits_allocated, gray.bits_stored, gray.high_bit, gray.signed)
+    padding = _padding(gray.padding, stored, counts)
+    used = (counts > 0) & ~padding
+    if gray.modality:
+        values, bits = gray.modality(stored), gray.modality.bits
+        unit = values / (2**bits - 1)
+    else:
+        values, bits = gray.slope * stored + gray.intercept, gray.bits_stored
+        unit = (stored - stored.min()) / (2**bits - 1)
+        unit = 1 - unit if gray.slope < 0 else unit
+    top = 255 if bits <= 8 else 2**bits - 1
+    if gray.view and _shows_most(gray.view, values[used], counts[used]):
+        unit, top = gray.view(values), 255 if bits <= 8 else 65535
+        unit = unit / (2**gray.view.bits - 1) if isinstance(gray.view, LookupTable) else unit
+    unit = 1 - unit if gray.inverted else unit
+    table = np.round(unit.clip(0, 1) * top).astype(np.uint8 if top == 255 else np.uint16)
+    if padding.any():
+        table[padding] = table[used].min()
+    return table
+
+
+def _padding(limits: tuple[int, int] | None, stored: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Which contents are padding: none, if nothing else is in the image."""
+    none = np.zeros(len(stored), bool)
+    if limits is None:
+        return none
+    padding = (stored >= min(limits)) & (stored <= max(limits))
+    return padding if counts[~padding].any() else none
+
+
+def _shows_most(view: Window | LookupTable, values: np.ndarray, counts: np.ndarray) -> bool:
+    """Whether at least half of the pixels lie where the view tells values apart."""
+    low, high = view.span
+    return bool(counts[(values >= low) & (values <= high)].sum() * 2 >= counts.sum())
