@@ -12,15 +12,20 @@ from diffusers_dino import data
 @dataclass
 class ImageArguments:
     # Data
-    train_data_dir: str | None = flag(None, "Folder of images, tars, or `datasets` folder.", aliases=["--train_data"])
+    train_data_dir: str | None = flag(
+        None, "Folder or URL of images, tars, or `datasets` folder.", aliases=["--train_data"]
+    )
     dataset_name: str | None = flag(None, "Data set of the Hugging Face Hub, in place of a local one.")
     dataset_config_name: str | None = flag(None, "Its configuration.")
-    dataset_split: str = flag("train", "Split of a `datasets` set.")
+    dataset_split: str = flag("train", "Split of a `datasets` set, or of a folder of shards with a manifest.")
     image_column: str = flag("image", "Column of images of a `datasets` set.")
     keys_file: str | None = flag(None, "Text file of sample keys, one a line: train on these alone.")
     max_train_samples: int | None = flag(None, "Train on the first samples alone.")
     in_memory: bool = flag(False, "Prepare all images once and keep them in memory: for small sets.")
     max_unreadable: float = flag(0.05, "Largest tolerated fraction of images that cannot be read.")
+    shuffle_window_shards: int = flag(
+        0, "Shuffle within windows of this many shards: for remote or huge sets; 0 is full."
+    )
     dataloader_num_workers: int = flag(0, "Processes that load data; 0 loads in the main process.")
     resolution: int = flag(256, "Side of the images in pixels.")
     remove_borders: bool = flag(True, "Cut uniform borders off.")

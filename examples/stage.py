@@ -126,9 +126,12 @@ class Stage:
         args, accelerator = self.args, self.accelerator
         signal.signal(signal.SIGTERM, lambda *_: self._sigterm.set())
         shares = accelerator.num_processes, accelerator.process_index
-        sampler = data.GlobalBatchSampler(len(self.images), args.train_batch_size, args.seed, *shares, self._position)
+        order = self.images.order(args.shuffle_window_shards)
+        sampler = data.GlobalBatchSampler(
+            len(self.images), args.train_batch_size, args.seed, *shares, self._position, order=order
+        )
         views = data.TrainingViews(self.images, self.augmentation, args.seed)
-        batches = data.load_batches(views, sampler, args.dataloader_num_workers, accelerator.device.type == "cuda")
+        batches = data.load_batches(views, sampler, args.dataloader_num_workers, accelerator.device)
         log_file = Path(args.output_dir, "train_log.jsonl")
         self.progress = Progress(accelerator, log_file, self.total, self.step, self.batch_size, args.logging_steps)
         while self.step < self.total:

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusers_dino.data import GlobalBatchSampler, ImageDataset, Preprocessing, Slot, TrainingViews, load_batches
+from diffusers_dino.data.stores import ImageStore
 from diffusers_dino.seeds import derive_seed, generator_for
 
 
@@ -57,7 +58,7 @@ def test_bad_numbers(options):
         GlobalBatchSampler(**options)
 
 
-class Memory:
+class Memory(ImageStore):
     """A source of random images."""
 
     def __init__(self, count: int) -> None:

@@ -6,9 +6,7 @@ kept beside its tar (`train-000000.tar.index.npz`), so that a remote shard is op
 
 from __future__ import annotations
 
-import glob
 import io
-import itertools
 import logging
 import os
 import re
@@ -27,7 +25,6 @@ __all__ = [
     "Member",
     "PackedKeys",
     "TarIndex",
-    "expand_shards",
     "index_tar",
     "parse_index",
     "split_name",
@@ -319,39 +316,3 @@ class _Walk:
                 self.damage.append(f"has a damaged header at byte {end}")
             elif end == 0:
                 self.sound = True
-
-
-def expand_shards(pattern: str) -> list[str]:
-    """Paths of the tars that a path, a folder, a glob or a brace range (`x-{000..009}.tar`) stands for, sorted.
-
-    Raises:
-        FileNotFoundError: If nothing matches.
-    """
-    if Path(pattern).is_dir():
-        candidates = [str(path) for path in Path(pattern).glob("*.tar")]
-    else:
-        candidates = []
-        for path in _expand_braces(pattern):
-            found = [path] if Path(path).is_file() else glob.glob(path, recursive=True)
-            if not found:
-                hint = "Give tar files, a glob or a brace range such as {000..009}."
-                raise FileNotFoundError(f"No shard {path!r} (from {pattern!r}). {hint}")
-            candidates += found
-    if not candidates:
-        raise FileNotFoundError(f"No .tar file in {pattern!r}.")
-    return sorted(set(candidates))
-
-
-def _expand_braces(pattern: str) -> Iterator[str]:
-    """Expand `{000..012}` and `{a,b}` as a shell does; leading zeros are kept."""
-    parts: list[list[str]] = []
-    for text in re.split(r"(\{[^{}]*\})", pattern):
-        numbers = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", text)
-        if numbers:
-            first, last = numbers.groups()
-            parts.append([f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)])
-        elif text.startswith("{") and "," in text:
-            parts.append(text[1:-1].split(","))
-        else:
-            parts.append([text])
-    return ("".join(choice) for choice in itertools.product(*parts))

@@ -62,11 +62,16 @@ class Augmentation:
         Returns:
             `(B, C, H, W)` in [0, 1].
         """
-        draws = [
-            torch.rand(7, generator=generator_for(seed, "augmentation", epoch, key))
-            for key, epoch in zip(keys, epochs, strict=True)
-        ]
-        return self.apply(images, torch.stack(draws))
+        return self.apply(images, self.draw(keys, seed, epochs))
+
+    def draw(self, keys: Sequence[str], seed: int, epochs: Sequence[int]) -> Tensor:
+        """The draws `(B, 7)` that `apply` needs for these samples in these epochs."""
+        return torch.stack(
+            [
+                torch.rand(7, generator=generator_for(seed, "augmentation", epoch, key))
+                for key, epoch in zip(keys, epochs, strict=True)
+            ]
+        )
 
     def apply(self, images: Tensor, uniform: Tensor) -> Tensor:
         """Augment images `(B, C, H, W)` with given draws `(B, 7)` from the uniform distribution on [0, 1)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,15 @@ from ..seeds import derive_seed
 from .augmentation import Augmentation
 from .preprocessing import Preprocessing
 from .reading import UnreadableImageError
-from .sampling import GlobalBatchSampler, Slot
+from .sampling import Slot, WindowedOrder
 from .stores import ImageStore, open_store
 
 __all__ = ["ImageDataset", "TrainingViews", "collate", "load_batches", "open_images", "to_float"]
 
 logger = logging.getLogger(__name__)
+
+# How many images are read at once to fill the memory: enough to hide the way to a remote store.
+_READ_TOGETHER = 16
 
 
 class ImageDataset(Dataset[dict[str, Any]]):
@@ -59,39 +62,55 @@ class ImageDataset(Dataset[dict[str, Any]]):
         self.preprocessing = preprocessing
         self.max_unreadable = max_unreadable
         self.unreadable: dict[int, str] = {}
-        self._indices = range(len(store.keys)) if indices is None else list(indices)
+        self._indices = np.arange(len(store.keys)) if indices is None else np.asarray(indices, np.int64)
+        if store.lost:
+            places = enumerate(self._indices.tolist())
+            self.unreadable = {place: store.lost[index] for place, index in places if index in store.lost}
+            self._check_unreadable()
         self._prepared: list[np.ndarray | None] | None = None
         if in_memory:
+            chunks = [range(i, min(i + _READ_TOGETHER, len(self))) for i in range(0, len(self), _READ_TOGETHER)]
             with ThreadPoolExecutor() as pool:  # decoders let go of the interpreter's lock
-                self._prepared = list(pool.map(self._prepare, range(len(self))))
+                self._prepared = [array for chunk in pool.map(self._prepare, chunks) for array in chunk]
             self._check_unreadable()
 
     @property
     def keys(self) -> list[str]:
         """The keys of the samples, in order."""
-        return [self.store.keys[index] for index in self._indices]
+        return [self.store.keys[index] for index in self._indices.tolist()]
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One sample: `key`, and `image` as float32 `(C, size, size)` in [0, 1], C being 1 or, for colour, 3."""
-        used, array = self.read(index)
-        return {"key": self.store.keys[self._indices[used]], "image": to_float(array)}
+        ((key, array),) = self.read_many([index])
+        return {"key": key, "image": to_float(array)}
 
-    def read(self, index: int) -> tuple[int, np.ndarray]:
-        """The number of the sample that holds this place, and its prepared image (see `Preprocessing`)."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"index {index} is out of range for {len(self)} images")
-        wanted = index = index % len(self)
-        attempt = 0
-        while True:
-            array = self._prepare(index) if self._prepared is None else self._prepared[index]
-            if array is not None:
-                return index, array
-            self._check_unreadable()
-            attempt += 1
-            index = derive_seed("substitute", wanted, attempt) % len(self)
+    def read_many(self, indices: Sequence[int]) -> list[tuple[str, np.ndarray]]:
+        """Several samples at once, which a remote store reads together.
+
+        Returns:
+            For each place the key of the sample that holds it, and its prepared image (see `Preprocessing`).
+        """
+        for index in indices:
+            if not -len(self) <= index < len(self):
+                raise IndexError(f"index {index} is out of range for {len(self)} images")
+        places = [index % len(self) for index in indices]
+        arrays = self._prepare(places)
+        samples = [
+            (place, array) if array is not None else self._substitute(place)
+            for place, array in zip(places, arrays, strict=True)
+        ]
+        return [(self.store.keys[int(self._indices[place])], array) for place, array in samples]
+
+    def order(self, window_shards: int) -> WindowedOrder | None:
+        """The windowed shuffle over this data set's shards for `GlobalBatchSampler`; None, a full one, for 0."""
+        if not window_shards:
+            return None
+        ends = np.cumsum(self.store.shard_sizes)
+        shards = np.searchsorted(ends, self._indices, side="right")  # a selection keeps the order of the store
+        return WindowedOrder(np.bincount(shards, minlength=len(ends)).tolist(), window_shards)
 
     def select(self, keys: Sequence[str]) -> ImageDataset:
         """The samples of the given keys, in this data set's order.
@@ -100,11 +119,12 @@ class ImageDataset(Dataset[dict[str, Any]]):
             KeyError: If a key is not in the data set.
         """
         wanted = set(keys)
-        chosen = [place for place, index in enumerate(self._indices) if self.store.keys[index] in wanted]
-        missing = sorted(wanted - {self.store.keys[self._indices[place]] for place in chosen})
+        keys = self.keys
+        chosen = [place for place, key in enumerate(keys) if key in wanted]
+        missing = sorted(wanted - {keys[place] for place in chosen})
         if missing:
             raise KeyError(f"{len(missing)} keys are not in the data set, such as {', '.join(missing[:3])}")
-        indices = [self._indices[place] for place in chosen]
+        indices = self._indices[chosen]
         selection = ImageDataset(self.store, self.preprocessing, False, self.max_unreadable, indices)
         if self._prepared is not None:
             selection._prepared = [self._prepared[place] for place in chosen]
@@ -113,18 +133,34 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     def companion(self, index: int, extension: str) -> bytes:
         """The file beside an image with the same key, such as `"json"` or `"mask.png"`; raises `KeyError`."""
-        return self.store.companion(self._indices[index], extension)
+        return self.store.companion(int(self._indices[index]), extension)
 
-    def _prepare(self, index: int) -> np.ndarray | None:
-        """The prepared image, or None (and a note of the reason) if it cannot be read."""
-        if index in self.unreadable:
-            return None
-        try:
-            return self.preprocessing(self.store.read(self._indices[index]))
-        except UnreadableImageError as error:
-            self.unreadable[index] = str(error)
-            logger.warning("%s. Skipped: another sample takes its place.", error)
-            return None
+    def _prepare(self, places: Sequence[int]) -> list[np.ndarray | None]:
+        """The prepared images, None (and a note of the reason) for those that cannot be read."""
+        if self._prepared is not None:
+            return [self._prepared[place] for place in places]
+        wanted = [place for place in dict.fromkeys(places) if place not in self.unreadable]
+        images = self.store.read_many([int(self._indices[place]) for place in wanted])
+        prepared = dict(zip(wanted, map(self._prepare_one, wanted, images), strict=True))
+        return [prepared.get(place) for place in places]
+
+    def _prepare_one(self, place: int, image: np.ndarray | UnreadableImageError) -> np.ndarray | None:
+        if not isinstance(image, UnreadableImageError):
+            return self.preprocessing(image)
+        self.unreadable[place] = str(image)
+        logger.warning("%s. Skipped: another sample takes its place.", image)
+        return None
+
+    def _substitute(self, wanted: int) -> tuple[int, np.ndarray]:
+        """Another sample for a place whose own cannot be read, chosen by the number alone."""
+        attempt = 0
+        while True:
+            self._check_unreadable()
+            attempt += 1
+            place = derive_seed("substitute", wanted, attempt) % len(self)
+            (array,) = self._prepare([place])
+            if array is not None:
+                return place, array
 
     def _check_unreadable(self) -> None:
         if len(self.unreadable) > self.max_unreadable * len(self) or len(self.unreadable) == len(self):
@@ -137,6 +173,9 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
 class TrainingViews(Dataset[dict[str, Any]]):
     """What training shows at each slot of the global order: an image, augmented for its epoch.
+
+    The work is in two parts: `load`, for the processes that load data, and `finish`, for the device of training, where
+    random views cost little. What comes out depends on (seed, epoch, key) alone.
 
     Args:
         images: The data set.
@@ -161,34 +200,58 @@ class TrainingViews(Dataset[dict[str, Any]]):
         Returns:
             `image` float32 `(B, C, size, size)` in [0, 1], `key` and `position` (lists of B).
         """
-        samples = [self.images[slot.index] for slot in slots]
-        batch = collate(samples)
+        return self.finish(self.load(slots))
+
+    def load(self, slots: Sequence[Slot]) -> dict[str, Any]:
+        """Read a batch: `image` uint8 `(B, C, size, size)`, `key`, `position` and what `finish` needs to know."""
+        keys, arrays = zip(*self.images.read_many([slot.index for slot in slots]), strict=True)
+        batch = {"key": list(keys), "position": [slot.position for slot in slots], "image": stack(arrays)}
         if self.augmentation:
-            batch["image"] = self.augmentation(batch["image"], batch["key"], self.seed, [slot.epoch for slot in slots])
-        batch["position"] = [slot.position for slot in slots]
+            batch["draws"] = self.augmentation.draw(keys, self.seed, [slot.epoch for slot in slots])
         return batch
+
+    def finish(self, batch: dict[str, Any], device: torch.device | str = "cpu") -> dict[str, Any]:
+        """Move a loaded batch to a device and make the views there."""
+        images = batch["image"].to(device, non_blocking=True).float().div_(255)
+        if self.augmentation:
+            images = self.augmentation.apply(images, batch["draws"])
+        return {"key": batch["key"], "position": batch["position"], "image": images}
+
+
+class _Loading(Dataset[dict[str, Any]]):
+    """The part of `TrainingViews` that is for loading processes."""
+
+    def __init__(self, views: TrainingViews) -> None:
+        self.views = views
+
+    def __getitems__(self, slots: Sequence[Slot]) -> dict[str, Any]:
+        return self.views.load(slots)
 
 
 def load_batches(
-    views: Dataset[dict[str, Any]], sampler: GlobalBatchSampler, num_workers: int = 0, pin_memory: bool = False
+    views: Dataset[dict[str, Any]],
+    batches: Iterable[list[Slot]],
+    num_workers: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Iterator[dict[str, Any]]:
-    """Batches of a sampler, without end.
+    """Load batches, in the same order and with the same content for any number of workers.
 
     Args:
         views: `TrainingViews`, or another data set whose `__getitems__` gives whole batches.
-        sampler: Which slots make a batch.
+        batches: Which slots make each batch: a `GlobalBatchSampler` (without end) or a list.
         num_workers: Processes that load; 0 loads in this one.
-        pin_memory: Whether to put batches where an accelerator copies them from faster.
+        device: Where the views are finished. Batches of other data sets stay where they were made.
     """
     loader = DataLoader(
-        views,
-        batch_sampler=sampler,
+        _Loading(views) if isinstance(views, TrainingViews) else views,
+        batch_sampler=batches,
         collate_fn=_as_it_is,
         num_workers=num_workers,
-        pin_memory=pin_memory,
+        pin_memory=torch.device(device).type == "cuda",
         generator=torch.Generator(),  # without it the global one is drawn from, and a resumed run would differ
     )
-    return iter(loader)
+    loaded = iter(loader)
+    return (views.finish(batch, device) for batch in loaded) if isinstance(views, TrainingViews) else loaded
 
 
 def _as_it_is(batch: dict[str, Any]) -> dict[str, Any]:
@@ -211,9 +274,10 @@ def open_images(
 
     Args:
         source: A folder of images (with subfolders); webdataset tars as a path, a folder of them, a glob or a brace
-            range; a `datasets` folder (`save_to_disk` or Parquet) or a data set of the Hub.
+            range, here or behind `http(s)://`, `s3://`, `gs://` or `hf://`; a `datasets` folder (`save_to_disk` or
+            Parquet) or a data set of the Hub.
         preprocessing: How each image is prepared.
-        split: Split of a `datasets` set.
+        split: Split of a `datasets` set, or of a folder of shards whose manifest names splits.
         image_column: Column of images of a `datasets` set.
         config_name: Configuration of a `datasets` set.
         in_memory: Whether to prepare all images now and keep them in memory: for small sets.
@@ -236,6 +300,15 @@ def to_float(array: np.ndarray) -> Tensor:
     tensor = torch.from_numpy(array)
     tensor = tensor[None] if tensor.ndim == 2 else tensor.permute(2, 0, 1)
     return tensor.float().div_(255)
+
+
+def stack(arrays: Sequence[np.ndarray]) -> Tensor:
+    """uint8 images `(H, W)` or `(H, W, 3)` -> uint8 `(B, C, H, W)`; C is 3 if any of them is colour."""
+    channels = max(3 if array.ndim == 3 else 1 for array in arrays)
+    batch = torch.empty((len(arrays), channels, *arrays[0].shape[:2]), dtype=torch.uint8)
+    for row, array in zip(batch.numpy(), arrays, strict=True):
+        row[:] = array if array.ndim == 2 else array.transpose(2, 0, 1)
+    return batch
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -1,18 +1,23 @@
-"""Which sample is shown when: one global order, whatever the number of processes, and resumable anywhere."""
+"""Which sample is shown when: one global order, whatever the number of processes, and resumable anywhere.
+
+Nothing here remembers what was shown: the sample at a position is computed from the seed and the position.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
 from ..seeds import generator_for
 
-__all__ = ["GlobalBatchSampler", "Slot"]
+__all__ = ["GlobalBatchSampler", "Slot", "WindowedOrder"]
 
 
 class Slot(NamedTuple):
@@ -29,13 +34,55 @@ class Slot(NamedTuple):
     index: int
 
 
+class WindowedOrder:
+    """A shuffle that reads few shards at a time: for sets that are remote, or larger than the memory's page cache.
+
+    In each epoch the shards are permuted and cut into windows of `window_shards`; the samples of a window are shuffled
+    among themselves. Every epoch shows every sample once, and any position is found without those before it, in memory
+    of the order of a window. A wider window mixes better; one over all shards is a full shuffle.
+
+    Args:
+        shard_sizes: Samples in each shard; shards follow each other in the data set.
+        window_shards: Shards in a window.
+
+    Raises:
+        ValueError: If a number is out of its range.
+    """
+
+    def __init__(self, shard_sizes: Sequence[int], window_shards: int) -> None:
+        if window_shards < 1 or min(shard_sizes, default=0) < 0 or sum(shard_sizes) < 1:
+            raise ValueError(
+                f"A windowed shuffle needs samples and windows of at least 1 shard, got {window_shards} shards of "
+                f"{sum(shard_sizes)} samples in all"
+            )
+        self.sizes = tuple(shard_sizes)
+        self.window_shards = window_shards
+        self._starts = tuple(accumulate(self.sizes, initial=0))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def index(self, seed: int, epoch: int, rank: int) -> int:
+        """Which sample is the `rank`-th of an epoch."""
+        shards, ends = _shard_order(self.sizes, self.window_shards, seed, epoch)
+        window = int(np.searchsorted(ends, rank, side="right"))
+        chosen = shards[window * self.window_shards : (window + 1) * self.window_shards]
+        place = rank - (int(ends[window - 1]) if window else 0)
+        place = int(_permutation(sum(self.sizes[shard] for shard in chosen), seed, epoch, window)[place])
+        for shard in chosen:
+            if place < self.sizes[shard]:
+                return self._starts[shard] + place
+            place -= self.sizes[shard]
+        raise IndexError(f"rank {rank} is out of range for {len(self)} samples")
+
+
 class GlobalBatchSampler(Sampler[list[Slot]]):
     """An endless batch sampler over shuffled epochs.
 
-    Position `p` of the global order holds sample `permutation(seed, p // n)[p % n]`. Batches follow each other without
-    regard to the ends of epochs, so every sample is shown equally often. Of each run of `batch_size * num_processes`
-    positions a process takes its own consecutive share: the union over processes is the same for every way to split
-    the same global batch.
+    Position `p` of the global order holds sample `permutation(seed, p // n)[p % n]`, or what `order` puts there.
+    Batches follow each other without regard to the ends of epochs, so every sample is shown equally often. Of each run
+    of `batch_size * num_processes` positions a process takes its own consecutive share: the union over processes is
+    the same for every way to split the same global batch.
 
     Args:
         num_samples: Size of the data set.
@@ -45,6 +92,7 @@ class GlobalBatchSampler(Sampler[list[Slot]]):
         process_index: Which process this is.
         start: Global position to start from, for resuming.
         shuffle: Whether to permute each epoch.
+        order: How to permute it, in place of a full shuffle: see `ImageDataset.order`.
 
     Raises:
         ValueError: If a number is out of its range.
@@ -59,6 +107,7 @@ class GlobalBatchSampler(Sampler[list[Slot]]):
         process_index: int = 0,
         start: int = 0,
         shuffle: bool = True,
+        order: WindowedOrder | None = None,
     ) -> None:
         if num_samples < 1 or batch_size < 1 or start < 0:
             raise ValueError(
@@ -67,6 +116,8 @@ class GlobalBatchSampler(Sampler[list[Slot]]):
             )
         if not 0 <= process_index < num_processes:
             raise ValueError(f"process_index must be in [0, {num_processes}), got {process_index}")
+        if order is not None and len(order) != num_samples:
+            raise ValueError(f"order is of {len(order)} samples, but num_samples is {num_samples}")
         self.num_samples = num_samples
         self.batch_size = batch_size
         self.seed = seed
@@ -74,6 +125,7 @@ class GlobalBatchSampler(Sampler[list[Slot]]):
         self.process_index = process_index
         self.start = start
         self.shuffle = shuffle
+        self.order = order
 
     @property
     def global_batch_size(self) -> int:
@@ -89,10 +141,24 @@ class GlobalBatchSampler(Sampler[list[Slot]]):
     def slot(self, position: int) -> Slot:
         """What stands at a position of the global order."""
         epoch, rank = divmod(position, self.num_samples)
-        index = int(_permutation(self.num_samples, self.seed, epoch)[rank]) if self.shuffle else rank
+        if not self.shuffle:
+            index = rank
+        elif self.order is not None:
+            index = self.order.index(self.seed, epoch, rank)
+        else:
+            index = int(_permutation(self.num_samples, self.seed, epoch)[rank])
         return Slot(position, epoch, index)
 
 
-@lru_cache(maxsize=2)  # batches cross the border of two epochs
-def _permutation(num_samples: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(num_samples, generator=generator_for(seed, "order", epoch))
+@lru_cache(maxsize=2)  # batches cross the border of two epochs, or of two windows
+def _permutation(num_samples: int, seed: int, epoch: int, *window: int) -> Tensor:
+    return torch.randperm(num_samples, generator=generator_for(seed, "order", epoch, *window))
+
+
+@lru_cache(maxsize=2)
+def _shard_order(sizes: tuple[int, ...], window_shards: int, seed: int, epoch: int) -> tuple[list[int], np.ndarray]:
+    """The shards of an epoch in their order, and at which rank each window of them ends."""
+    shards = torch.randperm(len(sizes), generator=generator_for(seed, "shards", epoch)).tolist()
+    windows = range(0, len(shards), window_shards)
+    counts = [sum(sizes[shard] for shard in shards[first : first + window_shards]) for first in windows]
+    return shards, np.cumsum(counts)

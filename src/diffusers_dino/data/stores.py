@@ -1,22 +1,22 @@
-"""Where images are kept: a folder, local webdataset tars, or a Hugging Face data set, behind one small interface."""
+"""Where images are kept: a folder, webdataset tars, or a Hugging Face data set, behind one small interface."""
 
 from __future__ import annotations
 
-import logging
 import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
 
-from .archives import Member, expand_shards, index_tar, split_name
+from .archives import split_name
 from .reading import IMAGE_EXTENSIONS, UnreadableImageError, read_image
+from .remote import is_remote
+from .shard_store import MANIFEST, ShardStore
 
-__all__ = ["FolderStore", "HuggingFaceStore", "ImageStore", "ShardStore", "open_store"]
-
-
-logger = logging.getLogger(__name__)
+__all__ = ["FolderStore", "HuggingFaceStore", "ImageStore", "open_store"]
 
 
 class ImageStore(Protocol):
@@ -24,9 +24,16 @@ class ImageStore(Protocol):
 
     Attributes:
         keys: One name for each sample, in order; the key of its random draws and of its companions.
+        shard_sizes: Samples in each part that is best read together; they follow each other.
+        lost: By number, why a sample is known to be gone without trying to read it.
     """
 
-    keys: list[str]
+    keys: Sequence[str]
+    lost: Mapping[int, str] = MappingProxyType({})
+
+    @property
+    def shard_sizes(self) -> Sequence[int]:
+        return [len(self.keys)]
 
     def describe(self, index: int) -> str:
         """What to call a sample in a message."""
@@ -34,11 +41,21 @@ class ImageStore(Protocol):
     def read(self, index: int) -> np.ndarray:
         """The pixels as `read_image` gives them; raises `UnreadableImageError`."""
 
+    def read_many(self, indices: Sequence[int]) -> list[np.ndarray | UnreadableImageError]:
+        """The pixels of several samples, or the reason of each that cannot be read."""
+        return [self._try_to_read(index) for index in indices]
+
     def companion(self, index: int, extension: str) -> bytes:
         """The file beside the image with the same key, such as `"json"` or `"mask.png"`; raises `KeyError`."""
 
+    def _try_to_read(self, index: int) -> np.ndarray | UnreadableImageError:
+        try:
+            return self.read(index)
+        except UnreadableImageError as error:
+            return error
 
-class FolderStore:
+
+class FolderStore(ImageStore):
     """All images below a folder, sorted by path. Masks (`KEY.mask.png`) are companions, not images.
 
     Args:
@@ -74,61 +91,7 @@ class FolderStore:
         return path.read_bytes()
 
 
-class ShardStore:
-    """The images in local webdataset tars, in the order of the shards and of their members.
-
-    Args:
-        pattern: A tar, a folder of tars, a glob or a brace range (`cxr-{000000..000009}.tar`).
-
-    Raises:
-        FileNotFoundError: If nothing matches, or no shard holds an image.
-        ValueError: If a file is no tar.
-    """
-
-    def __init__(self, pattern: str | Path) -> None:
-        self.shards = expand_shards(str(pattern))
-        samples = [sample for shard in self.shards for sample in _index_shard(shard)]
-        if not samples:
-            raise FileNotFoundError(f"No image in the {len(self.shards)} shard(s) of {str(pattern)!r}.")
-        self.keys = [key for key, _, _ in samples]
-        self._files = [(shard, files) for _, shard, files in samples]
-
-    def describe(self, index: int) -> str:
-        shard, files = self._files[index]
-        return f"{shard}:{_image_member(files).name}"
-
-    def read(self, index: int) -> np.ndarray:
-        shard, files = self._files[index]
-        return read_image(_read_member(shard, _image_member(files)), self.describe(index))
-
-    def companion(self, index: int, extension: str) -> bytes:
-        shard, files = self._files[index]
-        if extension not in files:
-            raise KeyError(f"{self.describe(index)} has no companion {extension!r}, but {', '.join(files)}")
-        return _read_member(shard, files[extension])
-
-
-def _index_shard(path: str) -> list[tuple[str, str, dict[str, Member]]]:
-    with open(path, "rb") as file:
-        index = index_tar(file, path, Path(path).stat().st_size)
-    samples = [(key, path, index.files(number)) for number, key in enumerate(index.keys)]
-    samples = [sample for sample in samples if _image_member(sample[2])]
-    if index.damage:
-        logger.warning("Shard %s %s: %d samples of it are used, others are lost", path, index.damage, len(samples))
-    return samples
-
-
-def _image_member(files: dict[str, Member]) -> Member | None:
-    return next((files[extension] for extension in IMAGE_EXTENSIONS if extension in files), None)
-
-
-def _read_member(shard: str, member: Member) -> bytes:
-    with open(shard, "rb") as file:
-        file.seek(member.offset)
-        return file.read(member.size)
-
-
-class HuggingFaceStore:
+class HuggingFaceStore(ImageStore):
     """A data set of the `datasets` library: an id on the Hub, a `save_to_disk` folder or a folder of Parquet files.
 
     Args:
@@ -207,9 +170,9 @@ def open_store(
     """Find out what a source is and open it: see `open_images`."""
     text = str(source)
     if text.startswith("pipe:"):
-        raise ValueError(f"{text!r} would run a command. Give a path instead.")
-    if "://" in text:
-        raise ValueError(f"{text!r} is remote. Only local files and data sets of the Hub are read; download it first.")
+        raise ValueError(f"{text!r} would run a command. Give a path or a URL instead.")
+    if is_remote(text):
+        return ShardStore(text, split)
     folder = Path(text)
     if folder.is_file() and folder.suffix != ".tar":
         raise ValueError(f"{text!r} is a file. Give a folder of images, .tar shards or a data set of the Hub.")
@@ -221,8 +184,8 @@ def open_store(
         return HuggingFaceStore(text, split, image_column, config_name)
     if any((folder / file).is_file() for file in ("dataset_info.json", "dataset_dict.json")):
         return HuggingFaceStore(text, split, image_column, config_name)
-    if any(folder.glob("*.tar")):
-        return ShardStore(text)
+    if any(folder.glob("*.tar")) or (folder / MANIFEST).is_file():
+        return ShardStore(text, split)
     if any(folder.rglob("*.parquet")):
         return HuggingFaceStore(text, split, image_column, config_name)
     return FolderStore(folder)
