@@ -1,7 +1,8 @@
 """DiffSeg's arithmetic: self-attention maps of a diffusion model -> segments, without training or labels.
 
-Tian et al., "Diffuse, Attend, and Segment" (CVPR 2024), section 3. Everything is float32; distances between maps are
-matrix products. An attention map is a probability distribution over the positions of a square.
+Tian et al., "Diffuse, Attend, and Segment" (CVPR 2024), section 3. An attention map is a probability distribution over
+the positions of a square; distances between maps are matrix products. Sums over all maps are float32, later passes over
+the few that are left float64.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 __all__ = [
     "aggregate_attention",
+    "anchor_divergence",
     "anchor_positions",
     "merge_attention",
     "pairwise_kl",
@@ -23,6 +25,9 @@ __all__ = [
     "suppress",
 ]
 
+_SUM_ERROR = 1e-3  # what half precision and averaging may leave
+_ROWS_AT_ONCE = 512
+_SUPPRESSED_AT_ONCE = 16
 _LEAST_THRESHOLD = 1e-9  # nats: far above what rounding makes of equal maps, far below any model's differences
 
 
@@ -52,22 +57,24 @@ def aggregate_attention(
     weights = {side: float(side) for side in attention} if weights is None else weights
     _check_attention(attention, size, weights)
     total = sum(weights[side] for side in attention)
-    result = None
+    device = next(iter(attention.values())).device
+    result = torch.zeros(size, size, size, size, device=device)  # (rows, columns) of queries, then of keys
     for side, maps in attention.items():
-        mean = maps.float().mean(dim=0)  # (s * s, s * s)
-        keys = F.interpolate(
-            mean.view(-1, 1, side, side), size=(size, size), mode="bilinear"
-        )  # (s * s, 1, size, size)
-        keys = keys.mul_(weights[side] / total / keys.sum(dim=(-2, -1), keepdim=True)).view(side, side, size, size)
-        nearest = torch.arange(size, device=keys.device) * side // size
-        if result is None:
-            result = keys.new_zeros(size, size, size, size)
+        keys = maps.float().mean(dim=0).view(-1, 1, side, side)
+        if side != size:
+            keys = F.interpolate(keys, size=(size, size), mode="bilinear")
+        keys = keys.squeeze(1)  # (s * s, size, size)
+        scale = weights[side] / total / keys.sum(dim=(-2, -1), keepdim=True)
+        nearest = torch.arange(size, device=device) * side // size
         for row in range(size):  # by rows of queries, so that no repeated copy of all maps is held
-            result[row] += keys[nearest[row], nearest]
+            queries = nearest[row] * side + nearest
+            result[row].addcmul_(keys[queries], scale[queries])
     return result.view(size * size, size, size)
 
 
-def merge_attention(maps: Tensor, thresholds: Sequence[float], anchors_per_side: int = 16) -> Tensor:
+def merge_attention(
+    maps: Tensor, thresholds: Sequence[float], anchors_per_side: int = 16, divergence: Tensor | None = None
+) -> Tensor:
     """Merge similar maps into candidate segments (section 3.3).
 
     First pass: each anchor of a regular grid averages all maps within the threshold. Each later pass goes through the
@@ -78,28 +85,47 @@ def merge_attention(maps: Tensor, thresholds: Sequence[float], anchors_per_side:
         maps: `(size * size, size, size)`, each of sum 1, as `aggregate_attention` gives them.
         thresholds: One a pass, each positive; an infinite one merges all.
         anchors_per_side: Anchors along each side, from 1 to size.
+        divergence: What `anchor_divergence` gives for these maps and anchors, so that merging them again with other
+            thresholds does not compute it again.
 
     Returns:
         `(K, size, size)` float32, K >= 1.
 
     Raises:
-        ValueError: If a threshold is not positive, there is none, or the anchors do not fit.
+        ValueError: If a threshold is not positive, there is none, the anchors do not fit, or the maps are no such
+            distributions.
     """
-    size = maps.shape[-1]
-    if maps.shape != (size * size, size, size):
-        raise ValueError(f"Expected maps (size * size, size, size), got {tuple(maps.shape)}.")
+    flat = _flat(maps)
     if not len(thresholds) or not all(threshold > 0 for threshold in thresholds):
         raise ValueError(f"Each pass needs a threshold above 0, got {list(thresholds)}.")
-    flat = maps.reshape(size * size, size * size).float()
-    anchors = anchor_positions(size, anchors_per_side, flat.device)
-    within = pairwise_kl(flat[anchors], flat) < thresholds[0]  # (A, N)
+    anchors = anchor_positions(maps.shape[-1], anchors_per_side, flat.device)
+    divergence = pairwise_kl(flat[anchors], flat) if divergence is None else divergence
+    if divergence.shape != (len(anchors), len(flat)):
+        raise ValueError(
+            f"`divergence` must be {(len(anchors), len(flat))}, anchors by maps, got {tuple(divergence.shape)}."
+        )
+    within = divergence < thresholds[0]  # (A, N)
     within[torch.arange(len(anchors)), anchors] = True  # a map is like itself, whatever rounding says
-    merged = _average(flat, within)
+    merged = _average(flat, within).to(_precise(flat.device))  # few from here on: precision costs nothing
     for threshold in thresholds[1:]:
         within = pairwise_kl(merged, merged) < threshold
         within.fill_diagonal_(True)
         merged = _average(merged, within[_greedy_order(within)])
-    return merged.view(-1, size, size)
+    return merged.float().view(-1, *maps.shape[1:])
+
+
+def anchor_divergence(maps: Tensor, anchors_per_side: int = 16) -> Tensor:
+    """Divergence between the maps of a grid of anchors and all maps, for several calls of `merge_attention`.
+
+    Args:
+        maps: `(size * size, size, size)`, each of sum 1.
+        anchors_per_side: Anchors along each side, from 1 to size; A is its square.
+
+    Returns:
+        `(A, size * size)` float32, in nats.
+    """
+    flat = _flat(maps)
+    return pairwise_kl(flat[anchor_positions(maps.shape[-1], anchors_per_side, flat.device)], flat)
 
 
 def relative_thresholds(maps: Tensor, fractions: Sequence[float]) -> list[float]:
@@ -114,7 +140,7 @@ def relative_thresholds(maps: Tensor, fractions: Sequence[float]) -> list[float]
     Returns:
         One threshold a pass, in nats; never quite 0, so that equal maps are merged.
     """
-    flat = maps.flatten(1).float()
+    flat = _flat(maps)
     log = flat.clamp(min=torch.finfo(torch.float32).tiny).log()
     mean = float(((flat - flat.mean(dim=0)) * log).mean(dim=0).sum())
     return [fraction * max(mean, _LEAST_THRESHOLD) for fraction in fractions]
@@ -155,19 +181,38 @@ def suppress(merged: Tensor, size: int | tuple[int, int]) -> Tensor:
         `(H, W)` int64 in [0, K).
     """
     height_width = (size, size) if isinstance(size, int) else tuple(size)
-    return F.interpolate(merged[None].float(), size=height_width, mode="bilinear")[0].argmax(dim=0)
+    best = labels = None
+    for start in range(0, len(merged), _SUPPRESSED_AT_ONCE):
+        chunk = merged[None, start : start + _SUPPRESSED_AT_ONCE].float()
+        value, index = F.interpolate(chunk, size=height_width, mode="bilinear")[0].max(dim=0)  # (H, W)
+        index += start
+        if best is None:
+            best, labels = value, index
+        else:
+            larger = value > best
+            best, labels = torch.where(larger, value, best), torch.where(larger, index, labels)
+    return labels
 
 
 def pairwise_kl(x: Tensor, y: Tensor) -> Tensor:
     r"""Symmetric Kullback-Leibler divergence of distributions `(A, D)` and `(B, D)` of sum 1: `(A, B)`, in nats.
 
     With :math:`H(p) = \sum p \log p` it is :math:`\tfrac12 [H(x) + H(y) - x \cdot \log y - y \cdot \log x]`: two
-    matrix products instead of `A * B * D` terms at once.
+    matrix products instead of `A * B * D` terms at once. Any vector may be subtracted from all logarithms; the mean of
+    x's makes them as small as the distributions are alike, and rounding with them.
     """
     tiny = torch.finfo(torch.float32).tiny
-    log_x, log_y = x.clamp(min=tiny).log(), y.clamp(min=tiny).log()
-    own = (x * log_x).sum(dim=1)[:, None] + (y * log_y).sum(dim=1)
-    return (own - x @ log_y.T - log_x @ y.T) / 2
+    log_x = x.clamp(min=tiny).log_()
+    center = log_x.mean(dim=0)
+    log_x -= center
+    own_x = (x * log_x).sum(dim=1)[:, None]
+    result = x.new_empty(len(x), len(y))
+    for start in range(0, len(y), _ROWS_AT_ONCE):  # in pieces that stay in the processor's cache
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        log_y = y[rows].clamp(min=tiny).log_().sub_(center)
+        own_y = (y[rows] * log_y).sum(dim=1)
+        result[:, rows] = own_x + own_y - x @ log_y.T - log_x @ y[rows].T
+    return result.div_(2)
 
 
 def anchor_positions(size: int, per_side: int, device: torch.device | str = "cpu") -> Tensor:
@@ -178,6 +223,21 @@ def anchor_positions(size: int, per_side: int, device: torch.device | str = "cpu
     start = (size - 1 - step * (per_side - 1)) // 2
     line = start + step * torch.arange(per_side, device=device)
     return (line[:, None] * size + line).flatten()
+
+
+def _flat(maps: Tensor) -> Tensor:
+    """Maps `(size * size, size, size)` as rows `(size * size, size * size)` float32."""
+    size = maps.shape[-1]
+    if maps.shape != (size * size, size, size):
+        raise ValueError(f"Expected maps (size * size, size, size), got {tuple(maps.shape)}.")
+    flat = maps.reshape(size * size, size * size).float()
+    if not bool((flat.sum(dim=1) - 1).abs().max() < _SUM_ERROR):  # also refuses NaN
+        raise ValueError("Each map must be a distribution of sum 1, as `aggregate_attention` gives them.")
+    return flat
+
+
+def _precise(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # which has no float64
 
 
 def _average(maps: Tensor, members: Tensor) -> Tensor:
