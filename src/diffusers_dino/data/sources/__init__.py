@@ -1,5 +1,24 @@
-"""Where the images, labels, patients, views and splits of a provider's data set are."""
+"""Where the images, labels, patients, views and splits of a provider's data set are. No image is read here."""
 
+from .account import SourceReport
+from .catalogue import find_source, open_source, source_names
+from .description import Source
+from .lineage import Overlap, lineage, overlaps
+from .opening import OpenSource
 from .record import Record
+from .selection import label_prevalence, select_labels
 
-__all__ = ["Record"]
+__all__ = [
+    "OpenSource",
+    "Overlap",
+    "Record",
+    "Source",
+    "SourceReport",
+    "find_source",
+    "label_prevalence",
+    "lineage",
+    "open_source",
+    "overlaps",
+    "select_labels",
+    "source_names",
+]

@@ -1,0 +1,54 @@
+"""Which data sets hold images of which others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import combinations
+
+from .catalogue import find_source, source_names
+from .description import Source
+
+__all__ = ["Overlap", "lineage", "overlaps"]
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Two chosen sources that may hold the same images.
+
+    Attributes:
+        first, second: Their names.
+        through: Sets that both hold images of; one of the two itself, if it is held by the other.
+    """
+
+    first: str
+    second: str
+    through: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.first} and {self.second} may hold the same images (of {', '.join(self.through)})"
+
+
+def lineage(source: Source | str) -> set[str]:
+    """The names of a source and of all whose images it holds, also by way of others."""
+    source = source if isinstance(source, Source) else find_source(source)
+    known = set(source_names())
+    found: set[str] = {source.name}
+    waiting = list(source.contains)
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += find_source(name).contains if name in known else []
+    return found
+
+
+def overlaps(sources: Iterable[Source | str]) -> list[Overlap]:
+    """The pairs among the chosen sources that may hold the same images.
+
+    Whether they do, the duplicates of a set of shards tell; a split by patient cannot, since such copies have other
+    patient ids or none.
+    """
+    lines = [(source if isinstance(source, str) else source.name, lineage(source)) for source in sources]
+    pairs = ((one, two, tuple(sorted(a & b))) for (one, a), (two, b) in combinations(lines, 2))
+    return [Overlap(one, two, shared) for one, two, shared in pairs if shared]

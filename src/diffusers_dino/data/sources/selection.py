@@ -1,0 +1,61 @@
+"""Which labels of a source are worth learning from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from .record import Record
+
+__all__ = ["label_prevalence", "select_labels"]
+
+
+def label_prevalence(records: Iterable[Record]) -> dict[str, float]:
+    """Share of the labelled records that have each label, most frequent first.
+
+    Args:
+        records: Records; those without labels are not counted.
+
+    Returns:
+        Label -> a number in (0, 1].
+    """
+    counts: Counter[str] = Counter()
+    labelled = 0
+    for record in records:
+        if record.labels is not None:
+            labelled += 1
+            counts.update(set(record.labels))
+    return {label: count / labelled for label, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))}
+
+
+def select_labels(records: Iterable[Record], minimum_prevalence: float = 0.04) -> Iterator[Record]:
+    """Keep the labels that are frequent enough, as the paper does for MIMIC-CXR (4 % or more).
+
+    An image whose findings are all rare becomes unlabelled: it is not one without findings.
+
+    Args:
+        records: A source or a list. It is gone through twice.
+        minimum_prevalence: Smallest share of the labelled records that must have a label, in [0, 1].
+
+    Yields:
+        Each record, with the frequent ones of its labels.
+
+    Raises:
+        ValueError: If the minimum is not in [0, 1].
+        TypeError: If the records can be gone through only once.
+    """
+    if not 0 <= minimum_prevalence <= 1:
+        raise ValueError(f"minimum_prevalence is a share in [0, 1], got {minimum_prevalence}")
+    if iter(records) is records:
+        raise TypeError("select_labels goes through the records twice: give a source or a list, not an iterator")
+    kept = {label for label, share in label_prevalence(records).items() if share >= minimum_prevalence}
+    return (_keep(record, kept) for record in records)
+
+
+def _keep(record: Record, kept: set[str]) -> Record:
+    if not record.labels and not record.uncertain:
+        return record
+    labels = tuple(label for label in record.labels or () if label in kept)
+    uncertain = tuple(label for label in record.uncertain if label in kept)
+    return replace(record, labels=labels if labels or not record.labels else None, uncertain=uncertain)
