@@ -1,8 +1,8 @@
 """DiffSeg's arithmetic: self-attention maps of a diffusion model -> segments, without training or labels.
 
 Tian et al., "Diffuse, Attend, and Segment" (CVPR 2024), section 3. An attention map is a probability distribution over
-the positions of a square; distances between maps are matrix products. Sums over all maps are float32, later passes over
-the few that are left float64.
+the positions of a square; distances between maps are matrix products. Sums over all maps are float32, the later passes
+over the few that are left float64.
 """
 
 from __future__ import annotations
