@@ -411,3 +411,20 @@ def test_sequential_offloading_keeps_the_tokens():
     assert conditioner.device.type == "meta"
     assert torch.equal(conditioner.encode(IMAGES[:2]), expected)
     assert torch.equal(conditioner.null_condition(2), torch.zeros(2, 5, 32))
+
+
+def test_a_conditioner_with_other_tokens_shares_its_encoders(conditioner, images, tmp_path):
+    conditioner.fit_normalization([tiny.random_images(16, seed=1)])
+    other = conditioner.with_tokens("all")
+    assert conditioner.with_tokens(None) is conditioner.with_tokens("global") is conditioner
+    assert other.num_tokens == 5 + 16
+    weight = next(conditioner.image_encoders.parameters())
+    assert next(other.image_encoders.parameters()).data_ptr() == weight.data_ptr()
+    plain = tiny.tiny_conditioner(tokens="all")  # the statistics stayed behind
+    torch.testing.assert_close(other.encode(images), plain.encode(images))
+    other.fit_normalization([tiny.random_images(16, seed=1)])
+    other.save_pretrained(tmp_path)
+    loaded = DinoImageConditioner.from_pretrained(tmp_path)
+    assert torch.equal(loaded.encode(images), other.encode(images))
+    with pytest.raises(ValueError, match="must be one of global, cls, patch, all"):
+        conditioner.with_tokens("registers")

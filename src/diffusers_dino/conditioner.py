@@ -201,6 +201,20 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
                 raise ValueError(f"The encoder {spec.source} is not what its config says.{hint} {error}") from error
         return conditioner.requires_grad_(False)
 
+    def with_tokens(self, tokens: str | None) -> DinoImageConditioner:
+        """The same encoders, weights shared, giving other tokens; the same object if they are the same, or None.
+
+        Statistics belong to a choice of tokens, and so does the null condition: the new one has none and zero. Call
+        `fit_normalization` before training with it.
+
+        Raises:
+            ValueError: As for the class.
+        """
+        if tokens in (None, self.config["tokens"]):
+            return self
+        loaded = [(encoder.spec, encoder.model) for encoder in self.image_encoders]
+        return self._assemble(loaded, tokens, self.config["projection_dim"], self.config["projection_seed"])
+
     @property
     def num_tokens(self) -> int:
         """Number of condition tokens of an image, over all encoders."""
