@@ -1,0 +1,149 @@
+"""Which images to interpolate between, and how the result is labelled (DiNO-Diffusion, section 2.4)."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Collection, Hashable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ..seeds import derive_seed
+
+__all__ = ["Pair", "interpolated_labels", "sample_pairs"]
+
+_ROUNDS = 6  # of the Feistel network; four make it a pseudo-random permutation (Luby & Rackoff 1988)
+_CHUNK = 4096  # candidates at once
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+class Pair(NamedTuple):
+    """A point between two images.
+
+    Attributes:
+        source: Index of one image.
+        target: Index of the other, larger than `source`.
+        fraction: How far from source to target, in (0, 1).
+    """
+
+    source: int
+    target: int
+    fraction: float
+
+
+def interpolated_labels(
+    source: Collection[Hashable], target: Collection[Hashable], fraction: float
+) -> frozenset[Hashable]:
+    """Labels of an image between two: those of the nearer one, which are the common ones where all are shared.
+
+    Args:
+        source: Labels of one image.
+        target: Labels of the other.
+        fraction: How far from source to target, in [0, 1]; at 0.5 the source counts as nearer.
+
+    Raises:
+        ValueError: If the two share no label, or the fraction is outside [0, 1].
+    """
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"The fraction must be in [0, 1], got {fraction}.")
+    if not set(source) & set(target):
+        raise ValueError(
+            f"Images that share no label are not interpolated, got {sorted(map(str, source))} and "
+            f"{sorted(map(str, target))}."
+        )
+    return frozenset(source if fraction <= 0.5 else target)
+
+
+def sample_pairs(labels: Sequence[Collection[Hashable]], seed: int = 0) -> Iterator[Pair]:
+    """Draw pairs of images that share a label, without end; take with `itertools.islice` as many as are needed.
+
+    All such pairs come once, in random order, before any comes again. Each time it comes a pair has another fraction;
+    those of one pair spread evenly over (0, 1), the faster the more rounds there are (Weyl's sequence). The sequence
+    is a function of labels and seed, and one that is drawn further begins with the same pairs.
+
+    Neither memory nor start-up grows with the number of pairs: 100,000 images have five thousand million of them.
+
+    Args:
+        labels: Of each image; one without labels is in no pair. Labels of an image are distinct; in what order they
+            stand does not matter.
+        seed: Of order and fractions.
+
+    Raises:
+        ValueError: If no two images share a label.
+    """
+    members = _members(labels)
+    sizes = np.array([len(images) * (len(images) - 1) // 2 for images in members], dtype=np.int64)
+    ends = np.cumsum(sizes)  # the pairs within a label are numbered from the end of the label before
+    if not len(ends) or not ends[-1]:
+        raise ValueError("No two images share a label, so there is no pair to interpolate between.")
+    return _rounds(members, ends, sizes, seed)
+
+
+def _rounds(members: list[np.ndarray], ends: np.ndarray, sizes: np.ndarray, seed: int) -> Iterator[Pair]:
+    having = defaultdict(set)  # numbers of each image's labels
+    for number, images in enumerate(members):
+        for image in images.tolist():
+            having[image].add(number)
+    total, round_ = int(ends[-1]), 0
+    while True:
+        for first in range(0, total, _CHUNK):
+            ranks = _permute(np.arange(first, min(first + _CHUNK, total)), total, derive_seed(seed, "pairs", round_))
+            numbers = np.searchsorted(ends, ranks, side="right")  # of the label that each pair is counted under
+            lower, upper = _unrank(ranks - (ends - sizes)[numbers])
+            for label, i, j in zip(numbers.tolist(), lower.tolist(), upper.tolist(), strict=True):
+                source, target = int(members[label][i]), int(members[label][j])
+                # a pair that shares several labels is counted under each, and taken under the first
+                if min(having[source] & having[target]) == label:
+                    yield Pair(source, target, _fraction(seed, source, target, round_))
+        round_ += 1
+
+
+def _members(labels: Sequence[Collection[Hashable]]) -> list[np.ndarray]:
+    """Of each label, the images that have it, ascending."""
+    members: dict[Hashable, list[int]] = {}
+    for image, own in enumerate(labels):
+        if isinstance(own, str):
+            raise ValueError(f"The labels of an image are a collection, got {own!r} for image {image}.")
+        for label in sorted(set(own), key=str):
+            members.setdefault(label, []).append(image)
+    return [np.array(images, dtype=np.int64) for _, images in sorted(members.items(), key=lambda item: str(item[0]))]
+
+
+def _unrank(ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The pair `i < j` that is number `j (j - 1) / 2 + i`."""
+    upper = ((1 + np.sqrt(1 + 8 * ranks.astype(np.float64))) // 2).astype(np.int64)
+    upper -= upper * (upper - 1) // 2 > ranks  # the root may be rounded up, or down, by one
+    upper += (upper + 1) * upper // 2 <= ranks
+    return ranks - upper * (upper - 1) // 2, upper
+
+
+def _permute(numbers: np.ndarray, total: int, key: int) -> np.ndarray:
+    """Where each number in [0, total) stands in a pseudo-random permutation of them, without making the others.
+
+    A Feistel network permutes a power of four that holds `total`; what falls outside goes round again until it falls
+    inside (cycle walking, Black & Rogaway 2002).
+    """
+    half = np.uint64(max(1, (max(total - 1, 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    values, outside = numbers.astype(np.uint64), np.ones(len(numbers), dtype=bool)
+    while outside.any():
+        left, right = values[outside] >> half, values[outside] & mask
+        for round_ in range(_ROUNDS):
+            left, right = right, left ^ (_hash(right, derive_seed(key, round_)) & mask)
+        values[outside] = left << half | right
+        outside = values >= total
+    return values.astype(np.int64)
+
+
+def _hash(values: np.ndarray, key: int) -> np.ndarray:
+    """Mix 64 bits (the finaliser of SplitMix64, Steele et al. 2014)."""
+    mixed = values + np.uint64(key)
+    mixed = (mixed ^ mixed >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ mixed >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ mixed >> np.uint64(31)
+
+
+def _fraction(seed: int, source: int, target: int, round_: int) -> float:
+    start = derive_seed(seed, "fraction", source, target) / 2**63
+    return min(max((start + round_ * _GOLDEN) % 1, 1e-6), 1 - 1e-6)  # not the ends, which are the images themselves
