@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import BmpImagePlugin, Image, ImageOps, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageOps,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 
 __all__ = [
     "IMAGE_EXTENSIONS",
@@ -40,6 +49,7 @@ _PILLOW = (
     (b"MM", TiffImagePlugin.TiffImageFile),
     (b"RIFF", WebPImagePlugin.WebPImageFile),
     (b"BM", BmpImagePlugin.BmpImageFile),
+    (b"GIF8", GifImagePlugin.GifImageFile),  # JSRT's masks
 )
 _ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
 _ORIENTATION, _BITS_PER_SAMPLE = 0x0112, 258
@@ -112,7 +122,7 @@ def read_image(
     inverted: bool | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
-    """Read an image file: JPEG, PNG, TIFF, WebP, BMP, NumPy (`.npy`, `.npz`) or DICOM.
+    """Read an image file: JPEG, PNG, TIFF, WebP, BMP, GIF, NumPy (`.npy`, `.npz`) or DICOM.
 
     Alpha is composited on black. A file that stores grayscale in three equal channels comes back as grayscale. The
     orientation noted in EXIF is applied. Of a file with several pages the first is read; a DICOM file with several
