@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import signal
-import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 from command_line import flag
 from diffusers_dino import data
 from diffusers_dino.training import checkpoints, objective
+from diffusers_dino.training.interruption import Interruption
 from diffusers_dino.training.progress import Progress
 from image_arguments import ImageArguments
 
@@ -46,6 +45,7 @@ class StageArguments(ImageArguments):
     # Output
     output_dir: str = flag("stage", "Where the model, checkpoints and train_log.jsonl go.")
     checkpointing_steps: int = flag(500, "Updates between checkpoints; 0 writes none.")
+    checkpointing_minutes: float = flag(0.0, "Minutes between checkpoints; 0 goes by updates alone.")
     checkpoints_total_limit: int | None = flag(None, "Keep the newest checkpoints alone.")
     resume_from_checkpoint: str | None = flag(None, "A checkpoint, or `latest`: the newest complete one.")
     logging_steps: int = flag(50, "Updates between lines of progress where there is no terminal.")
@@ -113,18 +113,17 @@ class Stage:
         )
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         accelerator.register_for_checkpointing(self.lr_scheduler, *companions)
-        self._sigterm = threading.Event()
+        self._provenance = {"seed": args.seed, "preprocessing": images.preprocessing.fingerprint()}
         if args.resume_from_checkpoint:
             self._resume(args.resume_from_checkpoint)
 
     def updates(self) -> Iterator[list[dict[str, Any]]]:
-        """The batches of each update that is left; ends early, with a checkpoint, after SIGTERM.
+        """The batches of each update that is left; ends early, with a checkpoint, after SIGTERM or SIGUSR1.
 
         Yields:
             `gradient_accumulation_steps` batches; of each, `position` says where in the run its samples stand.
         """
         args, accelerator = self.args, self.accelerator
-        signal.signal(signal.SIGTERM, lambda *_: self._sigterm.set())
         shares = accelerator.num_processes, accelerator.process_index
         order = self.images.order(args.shuffle_window_shards)
         sampler = data.GlobalBatchSampler(
@@ -134,13 +133,16 @@ class Stage:
         batches = data.load_batches(views, sampler, args.dataloader_num_workers, accelerator.device)
         log_file = Path(args.output_dir, "train_log.jsonl")
         self.progress = Progress(accelerator, log_file, self.total, self.step, self.batch_size, args.logging_steps)
-        while self.step < self.total:
+        interruption = Interruption(args.checkpointing_minutes if accelerator.is_main_process else 0)
+        stop = False
+        while self.step < self.total and not stop:
             yield [next(batches) for _ in range(args.gradient_accumulation_steps)]
-            if self._stopping():
+            # What one process wishes, all do at the same update.
+            wishes = torch.tensor(interruption.wishes(), device=accelerator.device)
+            stop, due = accelerator.reduce(wishes, "mean").tolist()
+            if stop or due or (args.checkpointing_steps and self.step % args.checkpointing_steps == 0):
                 self.save()
-                break
-            if args.checkpointing_steps and self.step % args.checkpointing_steps == 0:
-                self.save()
+                interruption.saved()
         self.progress.close()
 
     def update(self, losses: list[Tensor], keys: list[str]) -> float:
@@ -169,17 +171,12 @@ class Stage:
 
     def save(self) -> None:
         """Write a checkpoint; every process must call this."""
-        info = {"position": self._position, "seed": self.args.seed}
+        info = {"position": self._position, **self._provenance}
         keep = self.args.checkpoints_total_limit
         checkpoints.save_run(self.accelerator, self.args.output_dir, self.step, keep, **info)
 
     def _resume(self, name: str) -> None:
-        found = checkpoints.resume_run(self.accelerator, self.args.output_dir, name, seed=self.args.seed)
+        found = checkpoints.resume_run(self.accelerator, self.args.output_dir, name, **self._provenance)
         if found is not None:
             self.step, self._position = found.step, found.info["position"]
         logger.info(f"Continuing from {found.path}" if found else "There is no checkpoint: starting anew")
-
-    def _stopping(self) -> bool:
-        """Whether some process was asked to stop: all of them leave at the same step."""
-        asked = torch.tensor(float(self._sigterm.is_set()), device=self.accelerator.device)
-        return self.accelerator.reduce(asked, "sum").item() > 0

@@ -11,8 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import signal
-import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,8 +23,11 @@ from torch import Tensor
 
 from command_line import flag, parse_arguments
 from diffusers_dino import DinoDiffusionPipeline, DinoImageConditioner, data, hub
+from diffusers_dino.latents import VAE
 from diffusers_dino.training import checkpoints, components, objective, validation
-from diffusers_dino.training.features import CachedViews, FeatureEncoder
+from diffusers_dino.training.feature_cache import Recipe, open_feature_cache
+from diffusers_dino.training.features import FeatureEncoder, Views, cache_in_memory
+from diffusers_dino.training.interruption import Interruption
 from diffusers_dino.training.progress import Progress
 from diffusers_dino.training.state import TrainingState
 from image_arguments import ImageArguments, open_training_images
@@ -44,6 +45,8 @@ class Arguments(ImageArguments):
     min_scale: float = flag(0.9, "Smallest magnification.")
     max_scale: float = flag(1.4, "Largest magnification.")
     cache_views: int = flag(0, "Encode this many views of each image once, in memory; 0 makes new ones each epoch.")
+    cache_batch_size: int = flag(32, "Views encoded at once for --cache_views.")
+    feature_cache: str | None = flag(None, "Folder that cache_features.py has made: train on the views in it.")
     random_flip: bool = flag(False, "Mirror half of the images. It exchanges the patient's sides.")
     # Models
     pretrained_model_name_or_path: str | None = flag(None, "Stable Diffusion to take VAE, UNet and scheduler from.")
@@ -106,6 +109,7 @@ class Arguments(ImageArguments):
     # Output
     output_dir: str = flag("dino-diffusion", "Where pipeline, checkpoints, pictures and train_log.jsonl go.")
     checkpointing_steps: int = flag(500, "Updates between checkpoints; 0 writes none.")
+    checkpointing_minutes: float = flag(0.0, "Minutes between checkpoints; 0 goes by updates alone.")
     checkpoints_total_limit: int | None = flag(None, "Keep the newest checkpoints alone.")
     resume_from_checkpoint: str | None = flag(None, "A checkpoint, or `latest`: the newest complete one.")
     logging_steps: int = flag(50, "Updates between lines of progress where there is no terminal.")
@@ -130,23 +134,31 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     set_seed(args.seed)
 
-    images = open_training_images(args)
+    views = open_views(args)
     with accelerator.main_process_first():  # one process downloads
-        pipe = build_pipeline(args, images, accelerator.device)
+        pipe = build_pipeline(args, views.images, accelerator.device)
     components.latent_shape(pipe.vae, pipe.unet, args.resolution)  # checks the resolution
     if accelerator.is_main_process:
         save_setup(args, pipe, output_dir)
     frozen_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    trainable = components.adapt_for_training(pipe, accelerator.device, frozen_dtype)
+    if args.feature_cache:
+        recipe = Recipe.of(pipe.vae, pipe.conditioner, views, args.cache_views)
+        views = open_feature_cache(args.feature_cache, recipe, views.images)
+    frozen_device = "cpu" if args.feature_cache or args.cache_views else None
+    trainable = components.adapt_for_training(pipe, accelerator.device, frozen_dtype, frozen_device)
     if args.channels_last:
         pipe.unet.to(memory_format=torch.channels_last)
         pipe.vae.to(memory_format=torch.channels_last)
+    encode = FeatureEncoder(pipe.vae, pipe.conditioner, accelerator.device)
+    if args.cache_views and not args.feature_cache:
+        with components.on_device((pipe.vae, pipe.conditioner), accelerator.device):
+            views = cache_in_memory(views, encode, args.cache_views, args.cache_batch_size)
     if args.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
         components.enable_xformers(pipe.unet)
     batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    total_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(images) / batch_size)
+    total_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(views) / batch_size)
     learning_rate = args.learning_rate * (batch_size if args.scale_lr else 1)
     betas = (args.adam_beta1, args.adam_beta2)
     adam = {"lr": learning_rate, "betas": betas, "weight_decay": args.adam_weight_decay, "eps": args.adam_epsilon}
@@ -158,10 +170,10 @@ def main() -> None:
         pipe.unet.compile()
     accelerator.init_trackers(args.tracker_project_name, {name: str(value) for name, value in asdict(args).items()})
     logger.info(
-        f"Training {sum(p.numel() for p in trainable) / 1e6:.2f} M weights on {len(images)} images: {total_steps} "
+        f"Training {sum(p.numel() for p in trainable) / 1e6:.2f} M weights on {len(views)} images: {total_steps} "
         f"steps of {accelerator.num_processes} x {args.train_batch_size} x {args.gradient_accumulation_steps}"
     )
-    if (step := train(args, pipe, images, state, total_steps)) < total_steps:
+    if (step := train(args, pipe, views, encode, state, total_steps)) < total_steps:
         logger.info(f"Stopped after {step} updates. Go on with --resume_from_checkpoint=latest.")
     elif accelerator.is_main_process:
         save_result(args, pipe, state, step)
@@ -169,42 +181,42 @@ def main() -> None:
 
 
 def train(
-    args: Arguments, pipe: DinoDiffusionPipeline, images: data.ImageDataset, state: TrainingState, total_steps: int
+    args: Arguments,
+    pipe: DinoDiffusionPipeline,
+    views: Views,
+    encode: FeatureEncoder,
+    state: TrainingState,
+    total: int,
 ) -> int:
-    """The loop. Returns the number of updates done, less than `total_steps` if SIGTERM asked to stop."""
+    """The loop. Returns the number of updates done, less than `total` if a signal asked to stop."""
     accelerator, trainable = state.accelerator, list(state.trainable.values())
-    sigterm = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: sigterm.set())
     step, position, stop = 0, 0, False  # updates of the weights, and images that they were made from
+    provenance = {"seed": args.seed, "preprocessing": views.images.preprocessing.fingerprint()}
     if args.resume_from_checkpoint:
-        found = checkpoints.resume_run(accelerator, args.output_dir, args.resume_from_checkpoint, seed=args.seed)
+        found = checkpoints.resume_run(accelerator, args.output_dir, args.resume_from_checkpoint, **provenance)
         step, position = (found.step, found.info["position"]) if found else (0, 0)
         logger.info(f"Continuing from {found.path}" if found else "There is no checkpoint: starting anew")
     # The loader stays out of `accelerator.prepare`: its sampler already gives each process its own share.
     processes = accelerator.num_processes, accelerator.process_index
-    sampler = data.GlobalBatchSampler(len(images), args.train_batch_size, args.seed, *processes, position)
-    scale = (args.min_scale, args.max_scale)
-    augmentation = data.Augmentation(args.sharpness, args.shear, args.translation, scale, 0.5 * args.random_flip)
-    views = data.TrainingViews(images, augmentation if args.augment else None, args.seed)
-    encoder = FeatureEncoder(pipe.vae, pipe.conditioner)
-    if args.cache_views:
-        views = CachedViews(views, encoder, args.cache_views)
-    batches = data.load_batches(views, sampler, args.dataloader_num_workers, accelerator.device.type == "cuda")
-    validator = make_validator(args, pipe, state, images)
+    order = views.images.order(args.shuffle_window_shards)
+    sampler = data.GlobalBatchSampler(len(views), args.train_batch_size, args.seed, *processes, position, order=order)
+    batches = data.load_batches(views, sampler, args.dataloader_num_workers, accelerator.device)
+    validator = make_validator(args, pipe, state, views.images)
     log_file = Path(args.output_dir, "train_log.jsonl")
     batch_size = sampler.global_batch_size * args.gradient_accumulation_steps
-    progress = Progress(accelerator, log_file, total_steps, step, batch_size, args.logging_steps)
-    while step < total_steps and not stop:
+    progress = Progress(accelerator, log_file, total, step, batch_size, args.logging_steps)
+    interruption = Interruption(args.checkpointing_minutes if accelerator.is_main_process else 0)
+    while step < total and not stop:
         loss = torch.zeros((), device=accelerator.device)
         for _ in range(args.gradient_accumulation_steps):
             batch = next(batches)
             with accelerator.accumulate(state.model):
-                part = compute_loss(args, pipe, state.model, encoder, batch)
+                part = compute_loss(args, pipe, state.model, encode, batch)
                 accelerator.backward(part)
                 loss += part.detach() / args.gradient_accumulation_steps
-        # One exchange tells all processes the loss, and whether one of them was asked to stop.
-        facts = torch.stack([loss, loss.new_tensor(sigterm.is_set())])
-        loss, stop = accelerator.reduce(facts, "mean").tolist()
+        # One exchange tells all processes the loss, and whether one of them wishes to stop or to save.
+        facts = torch.stack([loss, *loss.new_tensor(interruption.wishes())])
+        loss, stop, due = accelerator.reduce(facts, "mean").tolist()
         norm = accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
         objective.check_finite(step + 1, loss, norm, batch["key"], accelerator.mixed_precision)
         lr = state.lr_scheduler.get_last_lr()[0]
@@ -215,9 +227,10 @@ def train(
         step, position = step + 1, position + batch_size
         progress.update(loss, lr)
         accelerator.log({"loss": loss, "lr": lr}, step=step)
-        if stop or (args.checkpointing_steps and step % args.checkpointing_steps == 0):
-            info = {"position": position, "seed": args.seed}
-            checkpoints.save_run(accelerator, args.output_dir, step, args.checkpoints_total_limit, **info)
+        if stop or due or (args.checkpointing_steps and step % args.checkpointing_steps == 0):
+            facts = {"position": position, **provenance}
+            checkpoints.save_run(accelerator, args.output_dir, step, args.checkpoints_total_limit, **facts)
+            interruption.saved()
         validator.run(step, progress.say)
     progress.close()
     return step
@@ -227,10 +240,10 @@ def compute_loss(
     args: Arguments,
     pipe: DinoDiffusionPipeline,
     model: torch.nn.Module,
-    encoder: FeatureEncoder,
+    encode: FeatureEncoder,
     batch: dict[str, Any],
 ) -> Tensor:
-    mean, std, tokens = encoder(batch)
+    mean, std, tokens = encode(batch)
     num_timesteps, prediction_type = (pipe.scheduler.config[k] for k in ("num_train_timesteps", "prediction_type"))
     draws = objective.draw_for_training(batch["position"], mean.shape[1:], num_timesteps, args.seed, args.noise_offset)
     a = pipe.scheduler.alphas_cumprod[draws.timesteps].to(mean.device)
@@ -250,8 +263,36 @@ def check_arguments(args: Arguments) -> None:
         raise ValueError("Give one of --conditioner (a saved one), --encoder (to make one) and --pretrained_pipeline.")
     if args.rank and not args.pretrained_pipeline:
         raise ValueError("A LoRA (--rank) is trained on a whole pipeline: give --pretrained_pipeline.")
+    if not (args.vae or args.pretrained_model_name_or_path or args.pretrained_pipeline):
+        raise ValueError("There is no VAE: give --vae, --pretrained_model_name_or_path or --pretrained_pipeline.")
     if args.metric_steps and not args.validation_data_dir:
         raise ValueError("Measuring (--metric_steps) needs unseen images: give --validation_data_dir.")
+    args.in_memory &= args.feature_cache is None  # with a cache, hardly an image is read
+
+
+def open_views(args: Arguments) -> data.TrainingViews:
+    images = open_training_images(args)
+    scale = (args.min_scale, args.max_scale)
+    augmentation = data.Augmentation(args.sharpness, args.shear, args.translation, scale, 0.5 * args.random_flip)
+    return data.TrainingViews(images, augmentation if args.augment else None, args.seed)
+
+
+def load_frozen(args: Arguments, images: data.ImageDataset, device: torch.device) -> tuple[VAE, DinoImageConditioner]:
+    source = {"revision": args.revision, "variant": args.variant}
+    if whole := args.pretrained_pipeline:
+        conditioner = DinoImageConditioner.from_pretrained(whole, subfolder="conditioner", **source)
+        return components.load_vae(whole, **source), conditioner
+    if args.conditioner:
+        conditioner = DinoImageConditioner.from_pretrained(args.conditioner)
+    else:
+        options = {"tokens": args.tokens, "projection_dim": args.projection_dim}
+        conditioner = DinoImageConditioner.from_encoder(args.encoder, **options)
+    if args.normalize_tokens:
+        chosen = range(0, len(images), max(1, len(images) // args.normalize_tokens))
+        conditioner.to(device).fit_normalization(images[i]["image"] for i in chosen)
+    base = args.pretrained_model_name_or_path
+    vae = components.load_vae(args.vae) if args.vae else components.load_vae(base, **source)
+    return vae, conditioner.to("cpu")
 
 
 def build_pipeline(args: Arguments, images: data.ImageDataset, device: torch.device) -> DinoDiffusionPipeline:
@@ -261,19 +302,12 @@ def build_pipeline(args: Arguments, images: data.ImageDataset, device: torch.dev
         if args.rank:
             components.add_lora(pipe.unet, args.rank, args.lora_alpha)
         return pipe
-    if args.conditioner:
-        conditioner = DinoImageConditioner.from_pretrained(args.conditioner)
-    else:
-        options = {"tokens": args.tokens, "projection_dim": args.projection_dim}
-        conditioner = DinoImageConditioner.from_encoder(args.encoder, **options)
-    if args.normalize_tokens:
-        chosen = range(0, len(images), max(1, len(images) // args.normalize_tokens))
-        conditioner.to(device).fit_normalization(images[i]["image"] for i in chosen)
-    base = {"base": args.pretrained_model_name_or_path, "vae": args.vae, **source}
+    base = {"base": args.pretrained_model_name_or_path, **source}
     unet = {"unet": args.unet, "unet_config": args.unet_config, "qk_init_scale": args.qk_init_scale}
     noise = {"prediction_type": args.prediction_type, "zero_snr": args.rescale_betas_zero_snr}
+    frozen = load_frozen(args, images, device)
     return components.build_pipeline(
-        conditioner.to("cpu"), resolution=args.resolution, scheduler=args.scheduler, **base, **unet, **noise
+        *frozen, resolution=args.resolution, scheduler=args.scheduler, **base, **unet, **noise
     )
 
 

@@ -10,7 +10,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 # Each layer may import from the layers above it in this list, and within its own package.
 LAYERS = [
-    {"pixels", "seeds", "registration", "embeddings", "segmentation"},
+    {"pixels", "seeds", "registration", "embeddings", "segmentation", "selection"},
     {
         "latents",
         "encoders",
@@ -21,17 +21,20 @@ LAYERS = [
         "metrics",
         "training.objective",
         "training.checkpoints",
+        "training.interruption",
         "training.reconstruction",
         "training.self_distillation",
     },
     {"pipelines"},
     {"training.components", "training.features", "training.progress", "training.state"},
+    {"training.feature_cache"},
     {"training.validation", "synthesis", "protocols", "hub"},
     {"plots", "report"},
 ]
 SAME_LAYER = {
     ("latents", "pixels"),
     ("conditioner", "encoders"),
+    ("training.checkpoints", "data"),
 }
 
 

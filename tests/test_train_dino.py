@@ -184,7 +184,7 @@ def test_resumed_run_equals_an_uninterrupted_one(train, tmp_path):
 def test_resume_of_nothing_starts_anew_and_of_another_seed_is_refused(train):
     folder = train(resume_from_checkpoint="latest", checkpointing_steps=2)
     assert len(losses(folder)) == 4
-    with pytest.raises(ValueError, match="--seed 0, this one has 1"):
+    with pytest.raises(ValueError, match="seed 0, this one has 1"):
         train(resume_from_checkpoint="latest", seed=1)
     with pytest.raises(ValueError, match="checkpoint-99 is no complete checkpoint"):
         train(resume_from_checkpoint="checkpoint-99")

@@ -204,7 +204,9 @@ class TrainingViews(Dataset[dict[str, Any]]):
 
     def load(self, slots: Sequence[Slot]) -> dict[str, Any]:
         """Read a batch: `image` uint8 `(B, C, size, size)`, `key`, `position` and what `finish` needs to know."""
-        keys, arrays = zip(*self.images.read_many([slot.index for slot in slots]), strict=True)
+        places = list(dict.fromkeys(slot.index for slot in slots))  # several views of one image are of one reading
+        samples = dict(zip(places, self.images.read_many(places), strict=True))
+        keys, arrays = zip(*(samples[slot.index] for slot in slots), strict=True)
         batch = {"key": list(keys), "position": [slot.position for slot in slots], "image": stack(arrays)}
         if self.augmentation:
             batch["draws"] = self.augmentation.draw(keys, self.seed, [slot.epoch for slot in slots])

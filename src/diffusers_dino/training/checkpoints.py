@@ -7,7 +7,6 @@ run that was killed at any moment, also while it saved, continues from the last 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -22,11 +21,15 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+
+from ..data.atomic import sha256_of
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
     "delete_old_checkpoints",
+    "describe_file",
     "find_checkpoint",
     "make_writable_folder",
     "read_checkpoint",
@@ -43,7 +46,7 @@ _FORMAT = 1
 
 
 class CheckpointError(ValueError):
-    """A folder is no complete checkpoint. The message names it and what is wrong."""
+    """A checkpoint is not complete, of another run, or cannot be written. The message names it and what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,24 @@ def save_run(
         step: Number of updates so far.
         keep: How many checkpoints to keep; None keeps all.
         info: What to note in the manifest, such as `position` and `seed`.
+
+    Raises:
+        CheckpointError: If it cannot be written, for example because the disk is full. Older ones are untouched.
     """
     is_main = accelerator.is_main_process
-    with saving_checkpoint(output_dir, step, info, is_main, accelerator.wait_for_everyone) as folder:
-        accelerator.save_state(str(folder))
+    try:
+        with saving_checkpoint(output_dir, step, info, is_main, accelerator.wait_for_everyone) as folder:
+            accelerator.save_state(str(folder))
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, said by Python, PyTorch and safetensors
+        free = shutil.disk_usage(output_dir).free / 2**30
+        raise CheckpointError(
+            f"checkpoint-{step} could not be written to {output_dir} ({free:.1f} GiB free): {error}. The checkpoints "
+            "before it are untouched: make room, and go on with --resume_from_checkpoint=latest."
+        ) from error
     if is_main and keep is not None:
         delete_old_checkpoints(output_dir, keep)
+    elif is_main:
+        _delete_leftovers(output_dir)
 
 
 def resume_run(accelerator: Accelerator, output_dir: str | Path, name: str, **expected: Any) -> Checkpoint | None:
@@ -103,7 +118,10 @@ def resume_run(accelerator: Accelerator, output_dir: str | Path, name: str, **ex
         for key, value in expected.items():
             if checkpoint.info.get(key) != value:
                 theirs = checkpoint.info.get(key)
-                raise CheckpointError(f"{checkpoint.path} is of a run with --{key} {theirs}, this one has {value}.")
+                raise CheckpointError(
+                    f"{checkpoint.path} is of a run with {key} {theirs}, this one has {value}: give the flags of that "
+                    "run, or another --output_dir."
+                )
         accelerator.load_state(str(checkpoint.path))
     return checkpoint
 
@@ -134,12 +152,19 @@ def saving_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     wait_for_everyone()
-    yield partial
-    wait_for_everyone()
+    try:
+        yield partial
+        wait_for_everyone()
+        if is_main_process:
+            files = {name: describe_file(partial / name) for name in _list_files(partial)}
+            manifest = {"format": _FORMAT, "step": step, "info": info or {}, "files": files}
+            (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+            _sync_folder(partial)
+    except BaseException:
+        if is_main_process:  # what was written so far would keep a full disk full
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     if is_main_process:
-        files = {name: _describe(partial / name) for name in _list_files(partial)}
-        manifest = {"format": _FORMAT, "step": step, "info": info or {}, "files": files}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
         _move_into_place(partial, final)
     wait_for_everyone()
 
@@ -155,7 +180,12 @@ def save_atomically(final: str | Path) -> Iterator[Path]:
     partial = _beside(final, "partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    yield partial
+    try:
+        yield partial
+        _sync_folder(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     _move_into_place(partial, final)
 
 
@@ -194,7 +224,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     for name, expected in files.items():
         if not (path / name).is_file():
             raise CheckpointError(f"{path} lacks {name}, which its manifest lists")
-        if _describe(path / name) != expected:
+        if describe_file(path / name) != expected:
             raise CheckpointError(f"{path / name} is not the file that the manifest describes")
     return Checkpoint(path, step, info)
 
@@ -237,6 +267,15 @@ def delete_old_checkpoints(output_dir: str | Path, keep: int) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
         path.rename(doomed)
         shutil.rmtree(doomed)
+    _delete_leftovers(output_dir)
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file: `{"size": ..., "sha256": ...}`."""
+    return {"size": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def _delete_leftovers(output_dir: str | Path) -> None:
     for leftover in Path(output_dir).glob(".checkpoint-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -254,15 +293,6 @@ def _list_files(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def _describe(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -271,10 +301,14 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _move_into_place(partial: Path, final: Path) -> None:
-    """Force a folder and all in it to disk, then give it its name."""
-    for path in (*partial.rglob("*"), partial):
+def _sync_folder(folder: Path) -> None:
+    """Force a folder and all in it to disk."""
+    for path in (*folder.rglob("*"), folder):
         _sync(path)
+
+
+def _move_into_place(partial: Path, final: Path) -> None:
+    """Give a folder that is on disk its name."""
     old = _beside(final, "old")
     if final.exists():  # no system call replaces a folder with content; at each moment one of the two is there
         shutil.rmtree(old, ignore_errors=True)

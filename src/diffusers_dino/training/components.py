@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ __all__ = [
     "make_adamw",
     "make_scheduler",
     "new_unet",
+    "on_device",
     "require",
 ]
 
@@ -44,11 +47,11 @@ STABLE_DIFFUSION_SCHEDULE: dict[str, Any] = {
 
 
 def build_pipeline(
+    vae: VAE,
     conditioner: DinoImageConditioner,
     *,
     resolution: int,
     base: str | None = None,
-    vae: str | None = None,
     unet: str | None = None,
     unet_config: str | None = None,
     qk_init_scale: float = 1.0,
@@ -60,10 +63,10 @@ def build_pipeline(
     """Put a pipeline together from parts that are loaded or new.
 
     Args:
+        vae: The autoencoder.
         conditioner: The conditioner.
         resolution: Side of the training images in pixels.
         base: A pipeline such as Stable Diffusion, for the parts that are not given.
-        vae: Folder or repository of the autoencoder.
         unet: Folder or repository of a UNet.
         unet_config: Make a new UNet of this config, see `new_unet`.
         qk_init_scale: See `new_unet`.
@@ -73,19 +76,16 @@ def build_pipeline(
         hub: `revision`, `variant` and the like for `base`.
 
     Raises:
-        ValueError: If a part is missing, or the parts do not fit together.
+        ValueError: If there is no UNet, or the parts do not fit together.
     """
-    if not (vae or base):
-        raise ValueError("There is no VAE: give its folder or repository, or that of a pretrained model.")
     if not (unet or unet_config or base):
         raise ValueError("There is no UNet: give one, the config of a new one, or a pretrained model.")
-    loaded_vae = load_vae(vae) if vae else load_vae(base, **hub)
     if unet_config:
-        denoiser = new_unet(unet_config, loaded_vae, conditioner.token_dim, resolution, qk_init_scale)
+        denoiser = new_unet(unet_config, vae, conditioner.token_dim, resolution, qk_init_scale)
     else:
         denoiser = load_unet(unet) if unet else load_unet(base, **hub)
     schedule = make_scheduler(scheduler or base, prediction_type, zero_snr)
-    return DinoDiffusionPipeline(vae=loaded_vae, conditioner=conditioner, unet=denoiser, scheduler=schedule)
+    return DinoDiffusionPipeline(vae=vae, conditioner=conditioner, unet=denoiser, scheduler=schedule)
 
 
 def load_vae(name_or_path: str, **hub: Any) -> VAE:
@@ -232,7 +232,10 @@ def add_lora(unet: UNet2DConditionModel, rank: int, alpha: float | None = None) 
 
 
 def adapt_for_training(
-    pipe: DinoDiffusionPipeline, device: torch.device, frozen_dtype: torch.dtype = torch.float32
+    pipe: DinoDiffusionPipeline,
+    device: torch.device,
+    frozen_dtype: torch.dtype = torch.float32,
+    frozen_device: torch.device | str | None = None,
 ) -> list[nn.Parameter]:
     """Move a pipeline to where it is trained: frozen weights in `frozen_dtype`, trained ones in float32.
 
@@ -240,17 +243,32 @@ def adapt_for_training(
         pipe: Its VAE is frozen here; the UNet's weights that require gradients are the trained ones.
         device: Where to train.
         frozen_dtype: Type of the VAE, the conditioner and the UNet's frozen weights.
+        frozen_device: Where VAE and conditioner stay, see `on_device`; by default where training is.
 
     Returns:
         The trained parameters.
     """
     for model in (pipe.vae.requires_grad_(False), pipe.conditioner):
-        nn.Module.to(model, device, frozen_dtype)  # diffusers' own `to` warns of layers that this one handles too
+        # diffusers' own `to` warns of layers that this one handles too
+        nn.Module.to(model, frozen_device or device, frozen_dtype)
     for parameter in pipe.unet.parameters():
         parameter.data = parameter.data.to(device, torch.float32 if parameter.requires_grad else frozen_dtype)
     pipe.unet.to(device).train()
     pipe.set_progress_bar_config(disable=True)
     return [parameter for parameter in pipe.unet.parameters() if parameter.requires_grad]
+
+
+@contextmanager
+def on_device(models: Sequence[nn.Module], device: torch.device | str) -> Iterator[None]:
+    """Inside, the models are on a device, such as the one where others are trained; afterwards where they were."""
+    places = [next(model.parameters()).device for model in models]
+    for model in models:
+        nn.Module.to(model, device)
+    try:
+        yield
+    finally:
+        for model, place in zip(models, places, strict=True):
+            nn.Module.to(model, place)
 
 
 def enable_xformers(unet: UNet2DConditionModel) -> None:

@@ -1,8 +1,8 @@
-"""What the frozen models say of an image, computed for each batch or once and for all."""
+"""What the frozen models say of an image, computed for each batch, or once and kept in memory or on disk."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,19 +10,19 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..conditioner import DinoImageConditioner
-from ..data import Slot, TrainingViews
+from ..data import ImageDataset, Slot, TrainingViews, load_batches
 from ..latents import VAE, encode_to_moments
 from ..pixels import unit_to_vae
 
-__all__ = ["CachedViews", "FeatureEncoder", "Features"]
+__all__ = ["CachedViews", "FeatureEncoder", "Features", "Views", "cache_in_memory", "encode_views"]
 
 
 class Features(NamedTuple):
-    """Features of B images.
+    """Features of B images, or of N samples in K views with leading dimensions `(N, K)`.
 
     Attributes:
-        mean: `(B, L, h, w)` float32, mean of the standardised latent's distribution.
-        std: `(B, L, h, w)` float32, its standard deviation.
+        mean: `(B, L, h, w)`, mean of the standardised latent's distribution.
+        std: `(B, L, h, w)`, its standard deviation.
         tokens: `(B, S, D)`, the condition.
     """
 
@@ -35,45 +35,90 @@ class FeatureEncoder:
     """Encodes batches with the frozen models, or takes the features that come with a batch.
 
     Args:
-        vae: The autoencoder, on the device of training.
-        conditioner: The conditioner, on the same device.
+        vae: The autoencoder.
+        conditioner: The conditioner.
+        device: Where training is. For batches without features both models must be there.
     """
 
-    def __init__(self, vae: VAE, conditioner: DinoImageConditioner) -> None:
-        self.vae, self.conditioner = vae, conditioner
+    def __init__(self, vae: VAE, conditioner: DinoImageConditioner, device: torch.device | str) -> None:
+        self.vae, self.conditioner, self.device = vae, conditioner, device
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, Any]) -> Features:
-        """Features of a batch of `TrainingViews` (which has `image`) or `CachedViews` (which has `features`)."""
-        device = self.vae.device
+        """Float32 features of a batch of `TrainingViews` (it has `image`) or of `CachedViews` (it has `features`)."""
         if "features" in batch:
-            return Features(*(part.to(device, non_blocking=True) for part in batch["features"]))
-        pixels = batch["image"].to(device, non_blocking=True)  # (B, 1 or 3, H, W) in [0, 1]
+            return Features(*(part.to(self.device, non_blocking=True).float() for part in batch["features"]))
+        pixels = batch["image"].to(self.device, non_blocking=True)  # (B, 1 or 3, H, W) in [0, 1]
         mean, std = encode_to_moments(self.vae, unit_to_vae(pixels, self.vae.config["in_channels"]).to(self.vae.dtype))
-        return Features(mean.float(), std.float(), self.conditioner.encode(pixels))
+        return Features(mean.float(), std.float(), self.conditioner.encode(pixels).float())
+
+
+def encode_views(
+    views: TrainingViews,
+    encoder: FeatureEncoder,
+    samples: Sequence[int],
+    num_views: int,
+    batch_size: int = 32,
+    num_workers: int = 0,
+) -> Iterator[tuple[Features, list[str]]]:
+    """Features of several views of each sample; view k is the one that training shows in epoch k.
+
+    Batches hold whole samples. What is in a batch may change the last bit of a float, so a cache that is to equal
+    another bit for bit must be made of the same batches.
+
+    Args:
+        views: The views to encode.
+        encoder: What encodes them.
+        samples: Numbers of the samples.
+        num_views: Views of each, K.
+        batch_size: Views encoded at once.
+        num_workers: Processes that load images.
+
+    Yields:
+        Features `(n, K, ...)` of the next n samples on the CPU, and for each the key of what was shown in its place.
+
+    Raises:
+        ValueError: If a feature is not finite.
+    """
+    together = samples_per_batch(num_views, batch_size)
+    blocks = [samples[first : first + together] for first in range(0, len(samples), together)]
+    slots = [[Slot(0, view, index) for index in block for view in range(num_views)] for block in blocks]
+    for batch in load_batches(views, slots, num_workers, encoder.device):
+        parts = [part.cpu().unflatten(0, (-1, num_views)) for part in encoder(batch)]
+        keys = batch["key"][::num_views]
+        for part in parts:
+            finite = part.flatten(1).isfinite().all(dim=1).tolist()
+            if not all(finite):
+                raise ValueError(f"The features of {keys[finite.index(False)]} are not finite. Encode in float32?")
+        yield Features(*parts), keys
+
+
+def samples_per_batch(num_views: int, batch_size: int) -> int:
+    """How many samples `encode_views` encodes at once."""
+    return max(1, batch_size // num_views)
+
+
+def concatenate(parts: Iterable[Features]) -> Features:
+    """Join features along their first dimension."""
+    return Features(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 class CachedViews(Dataset[dict[str, Any]]):
-    """Features of a few views of every image, computed now and kept in memory; takes the place of `TrainingViews`.
+    """Views of every sample whose features are known already; takes the place of `TrainingViews`.
 
     In epoch e the view is that of epoch `e % num_views`; the latent is still sampled anew each time, from its cached
     distribution.
 
     Args:
-        views: The views to encode.
-        encoder: What encodes them.
-        num_views: Views of each image.
-        batch_size: Images encoded at once.
+        images: The data set.
+        shards: Features `(n, K, ...)`, in memory or memory-mapped: each of n samples, the last of fewer.
+        rows: Where in the shards each sample is; in the order of the data set by default.
     """
 
-    def __init__(self, views: TrainingViews, encoder: FeatureEncoder, num_views: int, batch_size: int = 32) -> None:
-        self.keys, self.num_views = views.images.keys, num_views
-        slots = [Slot(0, epoch, index) for epoch in range(num_views) for index in range(len(views))]
-        parts = []
-        for first in range(0, len(slots), batch_size):
-            features = encoder(views.__getitems__(slots[first : first + batch_size]))
-            parts.append([part.cpu() for part in features])
-        self.features = Features(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    def __init__(self, images: ImageDataset, shards: Sequence[Features], rows: Sequence[int] | None = None) -> None:
+        self.images, self.keys, self.shards = images, images.keys, shards
+        self.rows = range(len(images)) if rows is None else rows
+        self.samples_per_shard, self.num_views = shards[0].mean.shape[:2]
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -83,9 +128,24 @@ class CachedViews(Dataset[dict[str, Any]]):
 
     def __getitems__(self, slots: Sequence[Slot]) -> dict[str, Any]:
         """A whole batch at once: `features`, `key` and `position`."""
-        rows = torch.tensor([slot.epoch % self.num_views * len(self) + slot.index for slot in slots])
+        features = [self._read(self.rows[slot.index], slot.epoch % self.num_views) for slot in slots]
         return {
-            "features": tuple(part[rows] for part in self.features),
+            "features": tuple(torch.stack(column) for column in zip(*features, strict=True)),
             "key": [self.keys[slot.index] for slot in slots],
             "position": [slot.position for slot in slots],
         }
+
+    def _read(self, row: int, view: int) -> Features:
+        number, place = divmod(row, self.samples_per_shard)
+        return Features(*(part[place, view] for part in self.shards[number]))
+
+
+Views = TrainingViews | CachedViews
+
+
+def cache_in_memory(
+    views: TrainingViews, encoder: FeatureEncoder, num_views: int, batch_size: int = 32
+) -> CachedViews:
+    """Encode a few views of every image now, for arguments as in `encode_views`."""
+    encoded = encode_views(views, encoder, range(len(views)), num_views, batch_size)
+    return CachedViews(views.images, [concatenate(features for features, _ in encoded)])

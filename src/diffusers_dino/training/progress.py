@@ -13,6 +13,8 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from ..data.atomic import atomic_write
+
 __all__ = ["Progress", "peak_memory"]
 
 
@@ -109,5 +111,6 @@ def _open_log(path: Path, start: int) -> TextIO:
             except ValueError:  # a line that a killed process left unfinished
                 continue
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(kept))
+    with atomic_write(path) as file:  # a run that is killed here keeps its log
+        file.write("".join(kept).encode())
     return open(path, "a")

@@ -1,0 +1,337 @@
+"""Features on disk: written once, in shards of safetensors that training memory-maps.
+
+A cache is a folder: `features-000000.safetensors`, ... with arrays `mean`, `std` and `tokens` of `(n, K, ...)`, n
+samples in K views each; `keys.txt`, the samples' keys in the order of the shards; and `manifest.json`, which is
+written last. Nothing in it is a pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from ..conditioner import DinoImageConditioner
+from ..data import ImageDataset, TrainingViews
+from ..data.atomic import PARTIAL, atomic_write, write_json
+from ..latents import VAE
+from .checkpoints import MANIFEST, describe_file
+from .features import CachedViews, FeatureEncoder, Features, concatenate, encode_views, samples_per_batch
+
+__all__ = ["FeatureCacheError", "Recipe", "fingerprint_model", "open_feature_cache", "write_feature_cache"]
+
+logger = logging.getLogger(__name__)
+
+KEYS = "keys.txt"
+# Raised also when the same recipe begins to give other features.
+_FORMAT = 1
+_NUM_PROBES = 3
+
+
+class FeatureCacheError(ValueError):
+    """A folder of features is not complete, or not of what is to be trained. The message says what differs."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What features are made with: of the same images, equal recipes give equal features.
+
+    Attributes:
+        conditioner: `fingerprint_model` of the conditioner.
+        vae: `fingerprint_model` of the autoencoder.
+        preprocessing: Settings and fingerprint of the `Preprocessing`.
+        augmentation: Settings of the `Augmentation`, None for the images as they are.
+        seed: Seed of the views.
+        num_views: Views of each sample, K.
+    """
+
+    conditioner: str
+    vae: str
+    preprocessing: dict[str, Any]
+    augmentation: dict[str, Any] | None
+    seed: int
+    num_views: int
+
+    @classmethod
+    def of(cls, vae: VAE, conditioner: DinoImageConditioner, views: TrainingViews, num_views: int) -> Recipe:
+        """The recipe of these models and views; call it before the models are cast."""
+        preprocessing, augmentation = views.images.preprocessing, views.augmentation
+        return cls(
+            conditioner=fingerprint_model(conditioner),
+            vae=fingerprint_model(vae),
+            preprocessing=_plain({**asdict(preprocessing), "fingerprint": preprocessing.fingerprint()}),
+            augmentation=_plain(asdict(augmentation)) if augmentation else None,
+            seed=views.seed,
+            num_views=num_views,
+        )
+
+    def differences(self, theirs: Recipe) -> list[str]:
+        """One line for each setting in which another recipe differs from this one."""
+        lines = []
+        for name in (field.name for field in fields(self)):
+            here, there = getattr(self, name), getattr(theirs, name)
+            if isinstance(here, dict) and isinstance(there, dict):
+                inside = [key for key in {**here, **there} if here.get(key) != there.get(key)]
+                lines += [f"{name}: {key} is {there.get(key)} there and {here.get(key)} here" for key in inside]
+            elif here != there:
+                lines.append(f"{name}: {there} there and {here} here")
+        return lines
+
+
+def fingerprint_model(model: nn.Module) -> str:
+    """A hash of the weights and settings of a model of diffusers: equal for equal models alone.
+
+    Names of weights do not count, since libraries rename them between releases; nor do settings at their defaults, to
+    which releases add, and where the model was loaded from.
+    """
+    signature = inspect.signature(type(model).__init__).parameters
+    defaults = {name: _plain(parameter.default) for name, parameter in signature.items()}
+    settings = {
+        name: value
+        for name, value in _plain(dict(model.config)).items()
+        if not name.startswith("_") and (name not in defaults or value != defaults[name])
+    }
+    for spec in settings.get("encoders", []):
+        del spec["source"], spec["revision"]
+    weights = sorted(_hash(t.dtype, tuple(t.shape), t) for t in model.state_dict().values())
+    return _hash(type(model).__name__, json.dumps(settings, sort_keys=True), *weights)[:16]
+
+
+def write_feature_cache(
+    folder: str | Path,
+    recipe: Recipe,
+    views: TrainingViews,
+    encoder: FeatureEncoder,
+    accelerator: Accelerator,
+    *,
+    dtype: torch.dtype = torch.float16,
+    samples_per_shard: int = 256,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Encode K views of every sample into a folder; every process must call this, and each makes its share of shards.
+
+    Shards that are there already are kept, so an interrupted run goes on where it stopped. What a shard holds does
+    not depend on the number of processes.
+
+    Args:
+        folder: Where the cache shall be; all processes must see it.
+        recipe: Of `encoder`, `views` and the number of views, K.
+        views: The views to encode.
+        encoder: What encodes them.
+        accelerator: Tells the processes apart.
+        dtype: Type to store: `torch.float16`, or `torch.float32` for features as exact as those of a batch.
+        samples_per_shard: Samples in a file; rounded down to what is encoded together.
+        batch_size: Views encoded at once.
+        num_workers: Processes that load images, for each process.
+        say: Called with a line after each shard.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        FeatureCacheError: If the folder holds other features, or a value does not fit into `dtype`.
+        ValueError: If two samples have the same key.
+    """
+    folder, keys = Path(folder), views.images.keys
+    if repeated := len(keys) - len(set(keys)):
+        raise ValueError(f"{repeated} samples have the key of another one: features are found by their key.")
+    facts = {"format": _FORMAT, "recipe": asdict(recipe), "dtype": str(dtype).removeprefix("torch.")}
+    if (folder / MANIFEST).is_file():
+        manifest = _read_manifest(folder)
+        _refuse_differences(folder, recipe.differences(Recipe(**manifest["recipe"])))
+        if manifest["keys_sha256"] == _hash_lines(keys) and manifest["dtype"] == facts["dtype"]:
+            return manifest
+        raise FeatureCacheError(f"{folder} holds features of other samples, or of another type. Give another folder.")
+    if accelerator.is_main_process:
+        for leftover in folder.glob(f".*{PARTIAL}"):  # of a run that was killed
+            leftover.unlink()
+    accelerator.wait_for_everyone()
+    together = samples_per_batch(recipe.num_views, batch_size)
+    samples_per_shard = max(1, samples_per_shard // together) * together
+    starts = range(0, len(keys), samples_per_shard)
+    shards = []
+    for number in range(accelerator.process_index, len(starts), accelerator.num_processes):
+        samples = range(starts[number], min(starts[number] + samples_per_shard, len(keys)))
+        path = folder / f"features-{number:06d}.safetensors"
+        header = {**facts, "keys_sha256": _hash_lines(keys[index] for index in samples)}
+        kept = _read_header(path, header)
+        if not kept:
+            encoded = encode_views(views, encoder, samples, recipe.num_views, batch_size, num_workers)
+            kept = _write_shard(path, header, [keys[index] for index in samples], encoded, dtype)
+        shards.append({"name": path.name, "samples": len(samples), **describe_file(path), **kept})
+        say(f"{path}: {len(samples)} samples in {recipe.num_views} views")
+    shards = sorted(gather_object(shards), key=lambda shard: shard["name"])
+    manifest = {**facts, "num_samples": len(keys), "keys_sha256": _hash_lines(keys), "shards": shards}
+    if accelerator.is_main_process:
+        with atomic_write(folder / KEYS) as file:
+            file.write("".join(f"{key}\n" for key in keys).encode())
+        readable = sorted(set(keys) - _substituted(manifest))
+        manifest["probes"] = _probe(views.images, readable[:: -(-len(readable) // _NUM_PROBES)])
+        write_json(folder / MANIFEST, manifest)
+    accelerator.wait_for_everyone()
+    return _read_manifest(folder)
+
+
+def open_feature_cache(folder: str | Path, recipe: Recipe, images: ImageDataset) -> CachedViews:
+    """Open a cache for training on all of its samples, or some of them.
+
+    The seed of the views is the cache's own: runs of several seeds may share one.
+
+    Args:
+        folder: A folder that `write_feature_cache` has completed.
+        recipe: What the features have to be made with, the seed apart. `num_views` 0 takes as many as there are.
+        images: What to train on. A few are read, to see that they are those of the cache.
+
+    Returns:
+        The views, memory-mapped: what is read belongs to the operating system's cache, not to this process.
+
+    Raises:
+        FeatureCacheError: If the cache is not complete or does not match; the message says in what.
+    """
+    folder = Path(folder)
+    manifest = _read_manifest(folder)
+    theirs = Recipe(**manifest["recipe"])
+    recipe = replace(recipe, seed=theirs.seed, num_views=recipe.num_views or theirs.num_views)
+    differences = recipe.differences(theirs)
+    known, keys = (folder / KEYS).read_text().split("\n")[:-1], images.keys
+    if missing := sorted(set(keys) - set(known)):
+        differences.append(f"samples: {len(missing)} of {len(keys)} are not there, such as {', '.join(missing[:3])}")
+    _refuse_differences(folder, differences)
+    probes = {key: manifest["probes"][key] for key in set(keys) & set(manifest["probes"])}
+    if changed := [key for key, value in _probe(images, probes).items() if value != probes[key]]:
+        _refuse_differences(folder, [f"images: {', '.join(changed)} shows something else there than here"])
+    paths = [folder / shard["name"] for shard in manifest["shards"]]
+    for path, shard in zip(paths, manifest["shards"], strict=True):
+        if not path.is_file() or path.stat().st_size != shard["size"]:
+            raise FeatureCacheError(f"{path} is missing or cut short. Run examples/cache_features.py again.")
+    substituted = _substituted(manifest)
+    shown = [images[index]["key"] if key in substituted else key for index, key in enumerate(keys)]
+    row_of = {key: row for row, key in enumerate(known)}
+    return CachedViews(images, _MappedShards(paths), None if shown == known else [row_of[key] for key in shown])
+
+
+class _MappedShards(Sequence[Features]):
+    """Shards that are memory-mapped when they are first asked for, by each process for itself."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+        self._opened: dict[int, Features] = {}
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, number: int) -> Features:
+        if number not in self._opened:
+            with safe_open(self.paths[number], framework="pt") as file:
+                self._opened[number] = Features(*(file.get_tensor(name) for name in Features._fields))
+        return self._opened[number]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"paths": self.paths, "_opened": {}}  # loader workers that are spawned map for themselves
+
+
+def _write_shard(
+    path: Path,
+    header: dict[str, Any],
+    keys: list[str],
+    encoded: Iterable[tuple[Features, list[str]]],
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Write one file. Returns what is remarkable about it: which samples are shown in the place of unreadable ones."""
+    parts, shown = zip(*encoded, strict=True)
+    features = Features(*(part.to(dtype) for part in concatenate(parts)))
+    for name, part in features._asdict().items():
+        if not part.isfinite().all():
+            raise FeatureCacheError(f"The {name} of {path.name} does not fit into {dtype}: store float32.")
+    pairs = zip(keys, (key for block in shown for key in block), strict=True)
+    remarks = {"substitutes": {key: used for key, used in pairs if key != used}}
+    # One entry only: safetensors gives several in an order that changes, and the file is to be the same each time.
+    metadata = {"cache": json.dumps({**header, **remarks}, sort_keys=True)}
+    with atomic_write(path) as file:
+        file.write(save({name: part.contiguous() for name, part in features._asdict().items()}, metadata))
+    return remarks
+
+
+def _read_header(path: Path, expected: dict[str, Any]) -> dict[str, Any] | None:
+    """The remarks of a shard that is there already; None if it has to be written."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})["cache"])
+    except (SafetensorError, KeyError, ValueError):
+        logger.warning("%s is damaged and is made anew.", path)
+        return None
+    _refuse_differences(path, Recipe(**expected["recipe"]).differences(Recipe(**header["recipe"])))
+    if any(header[name] != value for name, value in expected.items()):
+        raise FeatureCacheError(f"{path} holds other samples, or another type. Give another folder.")
+    return {"substitutes": header["substitutes"]}
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if manifest["format"] == _FORMAT:
+            return manifest
+    except FileNotFoundError as error:
+        raise FeatureCacheError(
+            f"{folder} holds no complete features: it has no {MANIFEST}. Let examples/cache_features.py finish."
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise FeatureCacheError(f"The {MANIFEST} of {folder} is damaged: {error!r}") from error
+    raise FeatureCacheError(f"{folder} is of format {manifest['format']}, this version reads {_FORMAT}. Make it anew.")
+
+
+def _refuse_differences(place: Path, differences: list[str]) -> None:
+    if not differences:
+        return
+    advice = "Give the flags that the features were made with, or make others with examples/cache_features.py."
+    if any(line.startswith("conditioner") for line in differences):
+        advice += f" The conditioner that they were made with is in {place / 'conditioner'}."
+    lines = "\n- ".join([f"The features in {place} are not of this run:", *differences])
+    raise FeatureCacheError(f"{lines}\n{advice}")
+
+
+def _substituted(manifest: dict[str, Any]) -> set[str]:
+    """Keys of the samples that could not be read. What is stored in their place may be no part of a smaller set."""
+    return {key for shard in manifest["shards"] for key in shard["substitutes"]}
+
+
+def _probe(images: ImageDataset, keys: Iterable[str]) -> dict[str, str]:
+    """Hashes of the prepared images of a few samples: keys such as 000001 name images of many data sets."""
+    numbers = {key: number for number, key in enumerate(images.keys)}
+    return {key: _hash(images[numbers[key]]["image"])[:16] for key in keys}
+
+
+def _hash_lines(lines: Iterable[str]) -> str:
+    return _hash("\n".join(lines))
+
+
+def _hash(*parts: Any) -> str:
+    """SHA-256 of tensors' bytes, and of all else as text."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, torch.Tensor):
+            digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        else:
+            digest.update(f"{part}\x1f".encode())
+    return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON gives it back, so that a tuple equals the list it becomes."""
+    return json.loads(json.dumps(value, default=str))

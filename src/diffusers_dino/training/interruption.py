@@ -1,0 +1,45 @@
+"""When a run has to save or to leave before its end: signals of a batch system, and a clock."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+__all__ = ["Interruption"]
+
+
+class Interruption:
+    """Notes SIGTERM and SIGUSR1, and how long ago the last checkpoint was.
+
+    Batch systems send SIGTERM before they take a machine away; SLURM can be asked for SIGUSR1 some minutes earlier.
+    Each process has its own wishes: exchange them before acting, so that all processes save and leave at the same
+    update.
+
+    Args:
+        minutes: Wish for a checkpoint after this long; 0 never does. Give it to one process alone, whose clock then
+            decides for all.
+
+    Raises:
+        ValueError: If `minutes` is negative.
+    """
+
+    def __init__(self, minutes: float = 0.0) -> None:
+        if minutes < 0:
+            raise ValueError(f"The minutes between checkpoints must not be negative, got {minutes}.")
+        self._seconds = 60 * minutes
+        self._stop = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note)
+        self.saved()
+
+    def wishes(self) -> tuple[float, float]:
+        """Whether to leave, and whether to save: 1 or 0, to be averaged over the processes."""
+        due = self._seconds > 0 and time.monotonic() - self._saved_at >= self._seconds
+        return float(self._stop), float(due)
+
+    def saved(self) -> None:
+        """Start the clock anew, after a checkpoint."""
+        self._saved_at = time.monotonic()
+
+    def _note(self, number: int, frame: object) -> None:
+        self._stop = True
