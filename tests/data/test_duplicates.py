@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_dino.data.duplicates import MAX_DISTANCE, find_duplicates, near_pairs, perceptual_hash, pixel_digest
+from diffusers_dino.data.duplicates import MAX_DISTANCE, Duplicates, find_duplicates, near_pairs, perceptual_hash, pixel_digest
 
 pytest.importorskip("imagehash", reason="needs `pip install diffusers-dino[shards]`")
 
@@ -84,6 +84,14 @@ def test_equal_images_are_exact_and_paired_with_the_first():
     assert found.pairs.tolist() == [[0, 2], [0, 4], [1, 3]]
     assert found.distance.tolist() == [-1, -1, 3]
     assert found.exact.tolist() == [True, True, False]
+
+
+def test_copies_are_left_out_and_the_first_stays():
+    # 0 = 2 (exact), 0 ~ 1, 1 ~ 3 but not 0 ~ 3, 4 alone, 3 = 5 (exact).
+    pairs = np.array([[0, 1], [0, 2], [1, 3], [3, 5]])
+    found = Duplicates(pairs, np.array([2, -1, 7, -1]))
+    assert found.copies() == {2, 5}
+    assert found.copies(near=True) == {1, 2, 5}
 
 
 def test_digest_sees_shape_type_and_pixels():

@@ -6,6 +6,7 @@ from .dicom_header import dicom_facts, salted_hash
 from .preprocessing import Preprocessing
 from .reading import RawLayout, UnreadableImageError, read_image
 from .sampling import GlobalBatchSampler, Slot
+from .shards import verify_shards
 
 __all__ = [
     "Augmentation",
@@ -22,4 +23,5 @@ __all__ = [
     "open_images",
     "read_image",
     "salted_hash",
+    "verify_shards",
 ]

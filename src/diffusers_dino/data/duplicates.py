@@ -33,6 +33,19 @@ class Duplicates:
         """`(P,)` bool, whether all pixels are equal."""
         return self.distance < 0
 
+    def copies(self, near: bool = False) -> set[int]:
+        """The images to leave out so that none occurs twice; the first of equal ones stays.
+
+        Args:
+            near: Whether near duplicates count: an image goes if one that stays comes before it and is near it.
+        """
+        left_out = set(self.pairs[self.exact, 1].tolist())
+        if near:  # pairs are sorted, so what becomes of the first image is settled before it stands for others
+            for first, second in self.pairs[~self.exact].tolist():
+                if first not in left_out:
+                    left_out.add(second)
+        return left_out
+
 
 def pixel_digest(image: np.ndarray) -> str:
     """SHA-256 of a prepared image: its shape, type and pixels."""
