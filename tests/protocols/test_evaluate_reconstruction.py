@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from diffusers_dino.protocols import ReconstructionResult, evaluate_reconstruction
-from diffusers_dino.protocols.reconstruction import _derangement, generate_variations
+from diffusers_dino.protocols.controls import derangement
+from diffusers_dino.protocols.reconstruction import generate_variations
 from tiny import random_images, tiny_pipeline
 
 
@@ -52,6 +53,6 @@ def test_the_pipeline_is_left_as_it_was(pipe, images):
 
 @pytest.mark.parametrize("n", [2, 3, 64])
 def test_derangement_moves_everything(n):
-    order = _derangement(n, seed=0)
+    order = derangement(n, seed=0)
     assert sorted(order.tolist()) == list(range(n))
     assert (order != torch.arange(n)).all()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +12,8 @@ from torch import Tensor
 from ..metrics import frechet_distance, pixel_features, retrieval_accuracy
 from ..metrics.retrieval import nearest_neighbors
 from ..seeds import generator_for
+from .controls import derangement, embed_images, with_fresh_unet
+from .results import JsonResult
 
 if TYPE_CHECKING:
     from ..pipelines import DinoDiffusionPipeline
@@ -32,7 +32,7 @@ class RetrievalFigures:
 
 
 @dataclass(frozen=True)
-class ReconstructionResult:
+class ReconstructionResult(JsonResult):
     """Figures of one pipeline on N images that it has not seen, averaged over the seeds.
 
     `by_encoder` embeds the images with the pipeline's own conditioner, which flatters a lookup in the training set;
@@ -49,18 +49,6 @@ class ReconstructionResult:
     frechet_generated: float
     frechet_untrained: float
     frechet_training_images: float
-
-    def save(self, path: str | Path) -> None:
-        """Write the figures as JSON."""
-        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n")
-
-    @classmethod
-    def load(cls, path: str | Path) -> ReconstructionResult:
-        """Read what `save` wrote."""
-        values = json.loads(Path(path).read_text())
-        for space in ("by_encoder", "by_pixels"):
-            values[space] = RetrievalFigures(**values[space])
-        return cls(**{**values, "seeds": tuple(values["seeds"])})
 
 
 def evaluate_reconstruction(
@@ -88,9 +76,9 @@ def evaluate_reconstruction(
         batch_size: Images generated at once.
     """
     sampling = {"num_inference_steps": num_inference_steps, "batch_size": batch_size}
-    untrained_pipe = _with_fresh_unet(pipe)
-    tokens = _embed(pipe, images, batch_size)  # (N, S, D)
-    training_tokens = _embed(pipe, training_images, batch_size)  # (M, S, D)
+    untrained_pipe = with_fresh_unet(pipe)
+    tokens = embed_images(pipe, images, batch_size)  # (N, S, D)
+    training_tokens = embed_images(pipe, training_images, batch_size)  # (M, S, D)
     lookup = nearest_neighbors(tokens.flatten(1), training_tokens.flatten(1))  # (N,)
     thumbnails = pixel_features(images)
 
@@ -99,7 +87,7 @@ def evaluate_reconstruction(
         guided = generate_variations(pipe, tokens, seed, guidance_scale=guidance_scale, **sampling)
         unguided = generate_variations(pipe, tokens, seed, guidance_scale=1.0, **sampling)
         untrained = generate_variations(untrained_pipe, tokens, seed, guidance_scale=1.0, **sampling)
-        shuffle = _derangement(len(images), seed)
+        shuffle = derangement(len(images), seed)
         queries = {
             "generated": guided,
             "shuffled": guided[shuffle],
@@ -107,7 +95,7 @@ def evaluate_reconstruction(
             "nearest_training_image": training_images[lookup],
         }
         for figures, embed, gallery in (
-            (encoder_figures, lambda x: _embed(pipe, x, batch_size).flatten(1), tokens.flatten(1)),
+            (encoder_figures, lambda x: embed_images(pipe, x, batch_size).flatten(1), tokens.flatten(1)),
             (pixel_figures, pixel_features, thumbnails),
         ):
             figures.append({name: retrieval_accuracy(embed(query), gallery) for name, query in queries.items()})
@@ -154,30 +142,6 @@ def generate_variations(
         )
         images.append(output.images.float().cpu())
     return torch.cat(images)
-
-
-def _embed(pipe: DinoDiffusionPipeline, images: Tensor, batch_size: int) -> Tensor:
-    return torch.cat([pipe.encode_image(chunk).float().cpu() for chunk in images.split(batch_size)])
-
-
-def _with_fresh_unet(pipe: DinoDiffusionPipeline, seed: int = 0) -> DinoDiffusionPipeline:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        unet = type(pipe.unet).from_config(pipe.unet.config)
-    unet.requires_grad_(False).eval().to(pipe.unet.device)
-    if unet.dtype != pipe.unet.dtype:
-        unet.to(pipe.unet.dtype)
-    fresh = type(pipe)(**{**pipe.components, "unet": unet})
-    fresh.set_progress_bar_config(disable=True)
-    return fresh
-
-
-def _derangement(n: int, seed: int) -> Tensor:
-    """A permutation without fixed points: a cycle through a random order."""
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    cycle = torch.empty_like(order)
-    cycle[order] = order.roll(1)
-    return cycle
 
 
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:

@@ -1,0 +1,36 @@
+"""Results of experiments as files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["JsonResult"]
+
+
+class JsonResult:
+    """A dataclass of numbers, strings, tuples of them and dataclasses of these, which goes to JSON and back."""
+
+    def save(self, path: str | Path) -> None:
+        """Write the figures as JSON."""
+        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote."""
+        return _build(cls, json.loads(Path(path).read_text()))
+
+
+def _build(kind: Any, value: Any) -> Any:
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        return kind(**{field.name: _build(hints[field.name], value[field.name]) for field in fields(kind)})
+    if get_origin(kind) is tuple:
+        item = get_args(kind)[0]  # all items of a tuple have one type
+        return tuple(_build(item, part) for part in value)
+    return value
