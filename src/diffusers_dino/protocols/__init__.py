@@ -1,5 +1,19 @@
 """Experiments that answer one question each; results are frozen dataclasses that go to JSON and back."""
 
 from .reconstruction import ReconstructionResult, RetrievalFigures, evaluate_reconstruction
+from .segment_sweep import Setting, Sweep, SweptSegments, segment_images
+from .segmentation import MethodScores, SegmentationResult, SweepScores, evaluate_segmentation
 
-__all__ = ["ReconstructionResult", "RetrievalFigures", "evaluate_reconstruction"]
+__all__ = [
+    "MethodScores",
+    "ReconstructionResult",
+    "RetrievalFigures",
+    "SegmentationResult",
+    "Setting",
+    "Sweep",
+    "SweepScores",
+    "SweptSegments",
+    "evaluate_reconstruction",
+    "evaluate_segmentation",
+    "segment_images",
+]

@@ -1,0 +1,134 @@
+"""Choose lungs among segments, and the settings of DiffSeg for each image, without looking at any reference mask.
+
+Two ideas, each a pure function. *Which segments are lungs*: the union of one or two that overlaps best with a prior of
+shape and position, and that is darker than what is around it. *Which setting*: a sweep gives one such union a setting;
+the one that the others agree with most is stable against the choice of timestep and threshold, and is taken.
+
+The prior is stated here, before any data is seen: two upright ellipses in the upper two thirds of a frontal chest
+radiograph, as large as the lungs of an adult are in one. It decides which segments are named; their outline is the
+segments' own. Anything that is chosen with it must be compared with the prior alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["EllipsePrior", "NamedSegments", "lung_prior", "most_agreed", "name_lungs", "union_table"]
+
+
+class EllipsePrior(NamedTuple):
+    """One upright ellipse; lengths in units of the image's side, from the top left.
+
+    Attributes:
+        x, y: Its centre.
+        width, height: Its semi-axes.
+    """
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+
+LUNGS = (EllipsePrior(0.28, 0.45, 0.18, 0.34), EllipsePrior(0.72, 0.45, 0.18, 0.34))
+
+
+class NamedSegments(NamedTuple):
+    """Segments that are taken for the lungs.
+
+    Attributes:
+        segments: Their numbers, ascending.
+        score: How well they fit the prior; higher is better, comparable between settings of one image.
+        mask: `(H, W)` bool, their union.
+    """
+
+    segments: tuple[int, ...]
+    score: float
+    mask: Tensor
+
+
+def lung_prior(size: int, ellipses: tuple[EllipsePrior, ...] = LUNGS) -> Tensor:
+    """The prior as a mask `(size, size)` bool of a square image."""
+    line = (torch.arange(size) + 0.5) / size
+    y, x = line[:, None], line[None, :]
+    inside = [((x - e.x) / e.width) ** 2 + ((y - e.y) / e.height) ** 2 <= 1 for e in ellipses]
+    return torch.stack(inside).any(dim=0)
+
+
+def name_lungs(
+    segments: Tensor, image: Tensor, darkness_weight: float = 0.1, ellipses: tuple[EllipsePrior, ...] = LUNGS
+) -> NamedSegments:
+    """Choose the one or two segments that are the lungs, by position, shape and darkness.
+
+    The score of a union is its Dice coefficient with the prior, plus `darkness_weight` times how much darker it is
+    than the rest of the image, in standard deviations of the image's brightness.
+
+    Args:
+        segments: `(H, H)` integers of 0 or more.
+        image: `(H, H)`, air dark; any range.
+        darkness_weight: 0 leaves brightness out.
+        ellipses: The prior.
+
+    Raises:
+        ValueError: If segments and image are not squares of one size.
+    """
+    size = segments.shape[-1]
+    if segments.shape != (size, size) or image.shape != segments.shape:
+        raise ValueError(
+            f"Expected segments and a gray image, squares of one size, got {tuple(segments.shape)} and "
+            f"{tuple(image.shape)}."
+        )
+    flat = segments.flatten()
+    prior = lung_prior(size, ellipses).flatten().to(segments.device)
+    area = torch.bincount(flat).double()  # (K,)
+    overlap = torch.bincount(flat[prior], minlength=len(area)).double()
+    brightness = image.flatten().double()
+    brightness = (brightness - brightness.mean()) / brightness.std().clamp(min=1e-9)
+    sums = torch.bincount(flat, weights=brightness, minlength=len(area))  # they sum to 0 over all segments
+
+    # Entry (i, j) of each table is of the union of i and j, entry (i, i) of i alone.
+    inside, hits, total = (union_table(values) for values in (area, overlap, sums))
+    fit = 2 * hits / (inside + prior.sum())
+    darker = -total / (len(flat) - inside).clamp(min=1) - total / inside.clamp(min=1)  # mean outside less inside
+    score = torch.where(inside > 0, fit + darkness_weight * darker, -torch.inf)
+    first, second = divmod(int(score.argmax()), len(area))
+    if not score[first, second] > score.diagonal().max() or not area[first] or not area[second]:
+        first = second = int(score.diagonal().argmax())  # of equal ones the fewer segments
+    chosen = (first,) if first == second else (first, second)
+    mask = torch.isin(segments, torch.tensor(chosen, dtype=segments.dtype, device=segments.device))
+    return NamedSegments(chosen, score[first, second].item(), mask)
+
+
+def union_table(values: Tensor) -> Tensor:
+    """Sums over the union of any two segments `(K, K)`, from values of each `(K,)`; the diagonal is of one alone."""
+    alone = torch.eye(len(values), dtype=torch.bool, device=values.device)
+    return torch.where(alone, values, values[:, None] + values)
+
+
+def most_agreed(masks: Tensor, weights: Tensor | None = None) -> int:
+    """The mask that the others agree with most: the one of largest mean Dice coefficient with all others.
+
+    Args:
+        masks: `(P, H, W)` bool, such as one for each setting of a sweep.
+        weights: `(P,)` of 0 or more, how much each mask's vote counts; all alike by default.
+
+    Returns:
+        Its number; the first of equals.
+
+    Raises:
+        ValueError: If there is no mask, or the weights do not fit.
+    """
+    if masks.ndim != 3 or not len(masks) or masks.dtype != torch.bool:
+        raise ValueError(f"Expected boolean masks (P, H, W), at least one, got {tuple(masks.shape)} {masks.dtype}.")
+    weights = torch.ones(len(masks)) if weights is None else weights
+    if weights.shape != (len(masks),) or not (torch.isfinite(weights) & (weights >= 0)).all():
+        raise ValueError(f"Expected {len(masks)} finite weights of 0 or more, got {weights.tolist()}.")
+    flat = masks.flatten(1).float()
+    area = flat.sum(dim=1)
+    total = area[:, None] + area
+    agreement = torch.where(total > 0, 2 * (flat @ flat.T) / total.clamp(min=1), 1.0)  # (P, P)
+    agreement.fill_diagonal_(0)  # no vote for oneself
+    return int((agreement.double() @ weights.to(flat.device).double()).argmax())
