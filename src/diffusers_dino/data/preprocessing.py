@@ -136,10 +136,14 @@ def border_window(image: np.ndarray, tolerance: float) -> tuple[slice, slice]:
 def _leading_band(lines: np.ndarray, allowed: float) -> int:
     """How many of the first lines differ nowhere by more than `allowed` from the first value."""
     reference = lines[0, 0].astype(np.float32)
-    if np.abs(lines[0] - reference).max() > allowed:  # nearly every image ends here, at the cost of one line
-        return 0
-    other = (np.abs(lines - reference) > allowed).reshape(len(lines), -1).any(axis=1)
-    return int(other.argmax()) if other.any() else len(lines)
+    start, count = 0, 1  # nearly every image ends at its first line, so only as many are looked at as the band has
+    while start < len(lines):
+        block = lines[start : start + count]
+        outside = (np.abs(block - reference) > allowed).reshape(len(block), -1).any(axis=1)
+        if outside.any():
+            return start + int(outside.argmax())
+        start, count = start + count, 2 * count
+    return len(lines)
 
 
 def stretch_to_uint8(image: np.ndarray, clip_percent: float = 0.0) -> np.ndarray:
@@ -155,7 +159,16 @@ def stretch_to_uint8(image: np.ndarray, clip_percent: float = 0.0) -> np.ndarray
         raise ValueError("The image holds values that are not finite")
     if high <= low:
         return np.zeros(image.shape, np.uint8)
-    scaled = (image.astype(np.float32) - low) * (255 / (high - low))
+    if image.dtype == np.uint8:  # one look-up a pixel, by the fastest there is
+        table = _stretched(np.arange(256), low, high)
+        pixels = bytearray(np.ascontiguousarray(image)).translate(table.tobytes())
+        return np.frombuffer(pixels, np.uint8).reshape(image.shape)
+    return _stretched(image, low, high)
+
+
+def _stretched(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Map low..high to 0..255."""
+    scaled = (values.astype(np.float32) - low) * (255 / (high - low))
     return np.round(scaled.clip(0, 255)).astype(np.uint8)
 
 
