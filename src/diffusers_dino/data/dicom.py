@@ -43,8 +43,9 @@ _KINDS = (*_GRAYS, "PALETTE COLOR", *_COLORS)
 _RADIOGRAPHS = ("CR", "DR", "DX", "RG")
 _WHITE = 0.8
 
-# Pillow's libjpeg decodes baseline frames fastest; each of the others has one decoder that keeps all bits.
 _IMPLICIT, _JPEG_BASELINE, _RLE = "1.2.840.10008.1.2", "1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.5"
+# Pillow's libjpeg is the fastest; pylibjpeg-rle ends the process on damaged runs, where pydicom's own raises an error.
+_DECODERS = {_JPEG_BASELINE: "pillow", _RLE: "pydicom"}
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def _decode(dataset: Dataset, layout: _Layout) -> np.ndarray:
         raise UnreadableImageError("it holds no pixels, or ends before them")
     plugin = ""
     if decoder.is_encapsulated:
-        plugin = "pillow" if known == _JPEG_BASELINE else "pylibjpeg"
+        plugin = _DECODERS.get(known, "pylibjpeg")
         if plugin not in decoder.available_plugins:
             raise ImportError(f"Decoding {kind} needs pylibjpeg. Install it with `pip install diffusers-dino[dicom]`.")
     array = None
@@ -183,7 +184,7 @@ def _decode(dataset: Dataset, layout: _Layout) -> np.ndarray:
         raise UnreadableImageError(f"its frame is not of the size in its header, {layout.columns} x {layout.rows}")
     if array is None:  # raised out here, so that no other exception is attached
         raise UnreadableImageError(f"its pixels ({kind}) are damaged or cut short")
-    return array.view(f"u{array.itemsize}")
+    return array.astype(array.dtype.newbyteorder("="), copy=False).view(f"u{array.itemsize}")
 
 
 def _options(layout: _Layout, vr: str | None) -> dict[str, Any]:
