@@ -61,11 +61,13 @@ class HubServer:
     Attributes:
         repositories: By `"org/name"`.
         requests: `"METHOD /path"` of all that was asked for, in order.
+        ranges: `(path, bytes)` of each range of a file that was sent.
     """
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
         self.requests: list[str] = []
+        self.ranges: list[tuple[str, int]] = []
         self.lfs: dict[str, bytes] = {}
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -160,8 +162,15 @@ class _Handler(BaseHTTPRequestHandler):
         content = repository.files(commit_id).get(path)
         if content is None:
             self._fail(404, "EntryNotFound", f"There is no file {path}.", headers)
-        else:
-            self._send(200, content, {**headers, "ETag": f'"{_etag(path, content)}"'}, "application/octet-stream")
+            return
+        headers = {**headers, "ETag": f'"{_etag(path, content)}"', "Accept-Ranges": "bytes"}
+        status = 200
+        if asked := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or ""):
+            first, last = int(asked[1]), min(int(asked[2]), len(content) - 1)
+            headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+            status, content = 206, content[first : last + 1]
+            self.hub.ranges.append((path, len(content)))
+        self._send(status, content, headers, "application/octet-stream")
 
     def create(self, body: bytes) -> None:
         request = json.loads(body)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import re
 import tarfile
 import zipfile
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, overload
 
 import numpy as np
+
+from .atomic import atomic_write
 
 __all__ = [
     "INDEX_SUFFIX",
@@ -179,12 +180,8 @@ def write_index(tar: str | Path) -> Path:
     if index.damage:
         raise ValueError(f"{str(tar)!r} {index.damage}. Make it anew.")
     path = tar.with_name(tar.name + INDEX_SUFFIX)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(aside, "wb") as file:
+    with atomic_write(path) as file:
         file.write(index.to_bytes())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
     return path
 
 

@@ -7,10 +7,12 @@ Credentials and endpoints are taken from where each provider's own tools take th
 from __future__ import annotations
 
 import logging
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
@@ -129,7 +131,7 @@ class RemoteFiles(Files):
         return self._try(path, lambda: self._filesystem().open(path, "rb"))
 
     def read_ranges(self, ranges: Sequence[Range]) -> list[bytes]:
-        contents: list[bytes | Exception | None] = [b"" if one.size == 0 else None for one in ranges]
+        contents: list[Any] = [b"" if one.size == 0 else None for one in ranges]
         for delay in (*RETRY_DELAYS, None):
             left = [place for place, content in enumerate(contents) if not isinstance(content, bytes)]
             if not left:
@@ -161,7 +163,9 @@ class RemoteFiles(Files):
 
         def fetch_one(one: Range) -> bytes | Exception:
             try:
-                return filesystem.cat_file(one.path, one.offset, one.offset + one.size)
+                with filesystem.open(one.path, "rb", cache_type="none") as file:
+                    file.seek(one.offset)
+                    return file.read(one.size)
             except Exception as error:
                 return error
 
@@ -195,14 +199,24 @@ class RemoteFiles(Files):
         raise ConnectionError(f"Cannot read {redact(path)!r}{tried} ({reason}).") from None
 
     def _filesystem(self) -> fsspec.AbstractFileSystem:
-        """fsspec's thread does not live on in a forked worker: each process gets an instance of its own, once."""
-        # A compressed answer would have other ranges.
-        options = {"headers": {"Accept-Encoding": "identity"}} if self.scheme.startswith("http") else {}
-        return fsspec.filesystem(self.scheme, **options)
+        return _filesystem_of(self.scheme, os.getpid())
 
     def _url(self, path: str) -> str:
         """A path as fsspec lists it, with its scheme."""
         return path if is_remote(path) else f"{self.scheme}://{path}"
+
+
+@cache
+def _filesystem_of(scheme: str, _: int) -> fsspec.AbstractFileSystem:
+    """The file system of a process.
+
+    fsspec's thread does not live on in a forked worker, which therefore makes an instance of its own. That of the
+    parent must stay alive there all the same: closing its connections would remove them from the `epoll` object that
+    both share, and the parent would wait for ever.
+    """
+    # A compressed answer would have other ranges.
+    options = {"headers": {"Accept-Encoding": "identity"}} if scheme.startswith("http") else {}
+    return fsspec.filesystem(scheme, **options)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -219,7 +233,8 @@ def _statuses(error: BaseException) -> set[int]:
         if isinstance(response, dict):
             response = response.get("ResponseMetadata", {})
             found.add(response.get("HTTPStatusCode"))
-        found |= {getattr(cause, "status", None), getattr(cause, "code", None), getattr(response, "status_code", None)}
+        own = "status" if hasattr(cause, "status") else "code"
+        found |= {getattr(cause, own, None), getattr(response, "status_code", None)}
     return {status for status in found if isinstance(status, int)}
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from .archives import INDEX_SUFFIX, Member, PackedKeys, TarIndex, index_tar, parse_index
+from .atomic import atomic_write
 from .files import Files, LocalFiles, Range, expand_braces, is_pattern
 from .reading import IMAGE_EXTENSIONS, UnreadableImageError, read_image
 from .remote import RemoteFiles, add_suffix, is_remote, url_path
@@ -88,7 +89,11 @@ class ShardStore:
         """The pixels of several samples, or why they cannot be read; the bytes of all of them are fetched at once."""
         present = [index for index in indices if self._image[index] >= 0]
         places = {index: self._range(index, int(self._image[index])) for index in present}
-        contents = dict(zip(present, self._files.read_ranges(list(places.values())), strict=True)) if present else {}
+        try:
+            contents = dict(zip(present, self._files.read_ranges(list(places.values())), strict=True))
+        except (ConnectionError, PermissionError) as error:
+            names = ", ".join(self.keys[index] for index in present[:3])
+            raise type(error)(f"{error} Samples {names} and perhaps others were wanted.") from None
         images: list[np.ndarray | UnreadableImageError] = []
         for index in indices:
             try:
@@ -257,9 +262,8 @@ def _keep(path: Path, content: bytes) -> None:
     """Write a file of the cache, if that can be written to; processes that do so at once do not disturb each other."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f"{path.name}.{os.getpid()}")
-        aside.write_bytes(content)
-        os.replace(aside, path)
+        with atomic_write(path) as file:
+            file.write(content)
     except OSError as error:
         logger.warning("Cannot keep %s: %s", path, error)
 

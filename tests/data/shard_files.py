@@ -1,0 +1,40 @@
+"""Small shards for the tests of streaming."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def encode(number: int, kind: str = "png", side: int = 24) -> bytes:
+    """An image file of noise, another for each number."""
+    pixels = np.random.default_rng(number).integers(0, 256, (side - 4, side), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: dict[str, bytes] | list[tuple[str, bytes]]) -> Path:
+    """A tar of files, by name."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items() if isinstance(members, dict) else members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def write_shards(folder: Path, shards: int = 3, samples: int = 8) -> list[Path]:
+    """Shards `x-000000.tar` and so on, with an image and a JSON file for each sample."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for shard in range(shards):
+        members: dict[str, bytes] = {}
+        for number in range(samples):
+            key = f"set-{shard:02d}{number:04d}"
+            members[f"{key}.png"] = encode(shard * samples + number)
+            members[f"{key}.json"] = b'{"labels": ["%d"]}' % number
+        paths.append(write_tar(folder / f"x-{shard:06d}.tar", members))
+    return paths
