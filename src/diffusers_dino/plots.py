@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["plot_loss"]
+    from .protocols import InterpolationResult
+
+__all__ = ["plot_loss", "plot_path"]
 
 
 def plot_loss(steps: Sequence[int], losses: Sequence[float], window: int = 50) -> Figure:
@@ -23,13 +26,9 @@ def plot_loss(steps: Sequence[int], losses: Sequence[float], window: int = 50) -
         ImportError: matplotlib is missing.
         ValueError: There is nothing to draw, or the lengths differ.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Figures need matplotlib: pip install diffusers-dino[train]") from error
     if not steps or len(steps) != len(losses):
         raise ValueError(f"Expected as many losses as steps and at least one, got {len(losses)} and {len(steps)}.")
-    figure = Figure(figsize=(8, 3))
+    figure = _new_figure(8, 3)
     axes = figure.subplots()
     axes.plot(steps, losses, alpha=0.3, linewidth=0.8, label="each step")
     window = min(window, len(losses))
@@ -39,3 +38,34 @@ def plot_loss(steps: Sequence[int], losses: Sequence[float], window: int = 50) -
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
+
+
+def plot_path(result: InterpolationResult) -> Figure:
+    """Similarity to both ends along the paths between images, of the model and of its controls.
+
+    Args:
+        result: From `protocols.evaluate_interpolation`.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    spaces = {"by the encoder": result.by_encoder, "by 16 x 16 pixels": result.by_pixels}
+    figure = _new_figure(10, 4)
+    for axes, (title, space) in zip(figure.subplots(1, 2, sharey=True), spaces.items(), strict=True):
+        for number, way in enumerate(fields(space)):
+            curves, style = getattr(space, way.name), "-" if way.name == "generated" else "--"
+            label = f"{way.name.replace('_', ' ')} ({curves.monotone_steps:.0%} of steps)"
+            axes.plot(result.fractions, curves.to_source, style, marker=".", color=f"C{number}", label=label)
+            axes.plot(result.fractions, curves.to_target, style, marker=".", color=f"C{number}", alpha=0.5)
+        axes.set(title=title, xlabel="fraction of the path", ylabel="mean cosine to source | target (pale)")
+        axes.grid(alpha=0.3)
+        axes.legend(title="right way", fontsize="small")
+    return figure
+
+
+def _new_figure(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Figures need matplotlib: pip install diffusers-dino[train]") from error
+    return Figure(figsize=(width, height))
