@@ -33,7 +33,7 @@ __all__ = [
     "UnreadableImageError",
     "as_image",
     "check_size",
-    "is_image_file",
+    "is_unnamed_dicom",
     "read_image",
 ]
 
@@ -157,16 +157,13 @@ def read_image(
         raise UnreadableImageError(f"Cannot read {name}: {reason}") from error
 
 
-def is_image_file(path: str | PathLike[str]) -> bool:
-    """Whether a file is taken for an image: by its extension or, as DICOM files often have none, by its content.
+def is_unnamed_dicom(path: Path) -> bool:
+    """Whether a file is DICOM though its name does not say it: no extension, or digits alone, as UIDs end.
 
-    A file without an extension, or with one of digits alone (a UID), is looked into; no other is opened.
+    Only such files are looked into; the index of a medium, `DICOMDIR`, holds no image.
     """
-    path = Path(path)
-    extension = path.suffix[1:].lower()
-    if extension and not extension.isdigit():
-        return extension in IMAGE_EXTENSIONS
-    if path.name == "DICOMDIR":  # the index of a medium
+    extension = path.suffix[1:]
+    if (extension and not extension.isdigit()) or path.name == "DICOMDIR":
         return False
     try:
         with path.open("rb") as file:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from .archives import split_name
-from .reading import IMAGE_EXTENSIONS, UnreadableImageError, read_image
+from .reading import IMAGE_EXTENSIONS, UnreadableImageError, as_image, is_unnamed_dicom, read_image
 from .remote import is_remote
 from .shard_store import MANIFEST, ShardStore
 
@@ -58,6 +58,8 @@ class ImageStore(Protocol):
 class FolderStore(ImageStore):
     """All images below a folder, sorted by path. Masks (`KEY.mask.png`) are companions, not images.
 
+    DICOM files are found also where they have no extension or are named by a UID.
+
     Args:
         root: The folder.
 
@@ -68,13 +70,13 @@ class FolderStore(ImageStore):
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
         relative = sorted(path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if path.is_file())
-        self._paths = [path for path in relative if split_name(path)[1] in IMAGE_EXTENSIONS]
+        self._paths = [path for path in relative if _has_image_name(path) or is_unnamed_dicom(self.root / path)]
         if not self._paths:
             kinds = ", ".join(IMAGE_EXTENSIONS)
             raise FileNotFoundError(
                 f"No image in {str(root)!r} nor in its folders. Looked for {kinds}, and tars of them."
             )
-        keys = [split_name(path)[0] for path in self._paths]
+        keys = [_key(path) for path in self._paths]
         count = Counter(keys)  # `a.png` beside `a.jpg`: the extension keeps them apart
         self.keys = [path if count[key] > 1 else key for path, key in zip(self._paths, keys, strict=True)]
 
@@ -85,10 +87,19 @@ class FolderStore(ImageStore):
         return read_image(self.root / self._paths[index])
 
     def companion(self, index: int, extension: str) -> bytes:
-        path = self.root / f"{split_name(self._paths[index])[0]}.{extension}"
+        path = self.root / f"{_key(self._paths[index])}.{extension}"
         if not path.is_file():
             raise KeyError(f"{self.describe(index)} has no companion {path.name!r}")
         return path.read_bytes()
+
+
+def _has_image_name(path: str) -> bool:
+    return split_name(path)[1] in IMAGE_EXTENSIONS
+
+
+def _key(path: str) -> str:
+    """The name without its extension; all of it where what follows the last dot is part of a UID."""
+    return split_name(path)[0] if _has_image_name(path) else path
 
 
 class HuggingFaceStore(ImageStore):
@@ -129,7 +140,12 @@ class HuggingFaceStore(ImageStore):
             value = value.get("bytes") or value.get("path")
         if value is None:
             raise UnreadableImageError(f"Cannot read {self.describe(index)}: it holds no image")
-        return np.asarray(value) if isinstance(value, np.ndarray | list) else read_image(value, self.describe(index))
+        if not isinstance(value, np.ndarray | list):
+            return read_image(value, self.describe(index))
+        try:
+            return as_image(np.asarray(value))
+        except UnreadableImageError as error:
+            raise UnreadableImageError(f"Cannot read {self.describe(index)}: {error}") from error
 
     def companion(self, index: int, extension: str) -> bytes:
         raise KeyError(f"{self.describe(index)} has no companion {extension!r}: a datasets set keeps columns instead")
