@@ -44,7 +44,7 @@ class PathFigures:
 
     @property
     def falls_and_rises(self) -> bool:
-        """Whether, from each fraction to the next, the mean cosine to the source falls and that to the target rises."""
+        """Whether the mean cosine to the source falls with each fraction, and that to the target rises."""
         return all(a > b for a, b in pairwise(self.to_source)) and all(a < b for a, b in pairwise(self.to_target))
 
 
