@@ -37,14 +37,15 @@ class Arguments:
     num_drawn: int = flag(6, "Paths in the picture.")
     remove_borders: bool = flag(False, "Cut uniform borders off, if it was done in training.")
     device: str = flag("cpu", "Where to compute, such as cuda.")
-    output_dir: Path = flag(Path("outputs/interpolation"), "Where figures and pictures go.")
+    output_dir: str = flag("outputs/interpolation", "Where figures and pictures go.")
 
 
 def main() -> None:
     args = parse_arguments(Arguments, description=__doc__)
     if not args.training_keys:
         raise ValueError("Give --training_keys: what is not listed there counts as unseen.")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
     pipe = DinoInterpolationPipeline.from_pretrained(args.model).to(args.device)
     size = pipe.unet.config["sample_size"] * pipe.vae_scale_factor
     images = open_images(args.data_dir, Preprocessing(size, remove_borders=args.remove_borders))
@@ -61,9 +62,9 @@ def main() -> None:
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
     )
-    result.save(args.output_dir / "interpolation.json")
-    plot_path(result).savefig(args.output_dir / "interpolation.png", dpi=150, bbox_inches="tight")
-    draw_paths(args, pipe, held_out).save(args.output_dir / "paths.png")
+    result.save(output_dir / "interpolation.json")
+    plot_path(result).savefig(output_dir / "interpolation.png", dpi=150, bbox_inches="tight")
+    draw_paths(args, pipe, held_out).save(output_dir / "paths.png")
     print_result(result)
 
 
