@@ -59,7 +59,7 @@ class Arguments(ImageArguments):
     qk_init_scale: float = flag(1.0, "Factor of a new UNet's query and key weights.")
     conditioner: str | None = flag(None, "Saved DinoImageConditioner.")
     encoder: list[str] | None = flag(None, "DINO encoder(s) to make a conditioner of.")  # noqa: RUF009
-    tokens: Literal["global", "cls", "patch", "all"] = flag("global", "Which tokens of --encoder are the condition.")
+    tokens: Literal["global", "cls", "patch", "all"] | None = flag(None, "By default global, or --conditioner's.")
     projection_dim: int | None = flag(None, "Project the tokens of --encoder to this width.")
     normalize_tokens: int = flag(0, "Standardise tokens with statistics of this many training images; 0 does not.")
     scheduler: str | None = flag(None, "Config of the noise schedule, in place of Stable Diffusion's.")
@@ -283,9 +283,9 @@ def load_frozen(args: Arguments, images: data.ImageDataset, device: torch.device
         conditioner = DinoImageConditioner.from_pretrained(whole, subfolder="conditioner", **source)
         return components.load_vae(whole, **source), conditioner
     if args.conditioner:
-        conditioner = DinoImageConditioner.from_pretrained(args.conditioner)
+        conditioner = DinoImageConditioner.from_pretrained(args.conditioner).with_tokens(args.tokens)
     else:
-        options = {"tokens": args.tokens, "projection_dim": args.projection_dim}
+        options = {"tokens": args.tokens or "global", "projection_dim": args.projection_dim}
         conditioner = DinoImageConditioner.from_encoder(args.encoder, **options)
     if args.normalize_tokens:
         chosen = range(0, len(images), max(1, len(images) // args.normalize_tokens))
