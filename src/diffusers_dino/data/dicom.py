@@ -201,6 +201,7 @@ def _options(layout: _Layout, vr: str | None) -> dict[str, Any]:
         "pixel_representation": layout.signed,
         "pixel_keyword": "PixelData",
         "pixel_vr": vr if vr in ("OB", "OW") else "OW",
+        "correct_unused_bits": False,  # `stored_values` does, knowing the high bit too
     }
 
 

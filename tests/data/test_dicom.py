@@ -1,0 +1,293 @@
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("pydicom")
+from pydicom.pixels import apply_modality_lut, apply_voi_lut
+from pydicom.uid import MPEG2MPML, JPEG2000Lossless, JPEGBaseline8Bit, JPEGLSLossless
+
+from dicom_files import LOSSLESS, LOSSY, dicom_bytes, dicom_dataset, lut_item, to_bytes
+from diffusers_dino.data import Preprocessing, UnreadableImageError, open_images, read_image
+from diffusers_dino.data.codestreams import FrameHeader, frame_header
+from diffusers_dino.data.dicom import read_dicom
+from diffusers_dino.data.dicom_header import parse_dicom
+
+CXR = Path(__file__).parents[2].parent / "shared" / "cxr"
+Y, X = np.mgrid[:40, :56]
+FILM = np.round(2047.5 + 1200 * np.sin(X / 9) * np.cos(Y / 7)).astype(np.uint16)  # 12 bits
+FILM[0, 0], FILM[-1, -1] = 0, 4095
+FILM_8 = (FILM >> 4).astype(np.uint8)
+COLOR = np.dstack([FILM_8, 255 - FILM_8, FILM_8 // 2])
+
+
+def stretched(array: np.ndarray) -> np.ndarray:
+    return (array - array.min()) / (array.max() - array.min())
+
+
+@pytest.mark.parametrize("kind", LOSSLESS)
+def test_lossless_transfer_syntaxes_give_every_bit(kind):
+    syntax = LOSSLESS[kind]
+    for film, bits, expected in ((FILM, 12, FILM), (FILM.astype(np.int16) - 2048, 12, FILM), (FILM_8, 8, FILM_8)):
+        array = read_image(dicom_bytes(film, bits, syntax))
+        assert array.dtype == expected.dtype
+        assert np.array_equal(array, expected)
+    turned = read_image(dicom_bytes(FILM, 12, syntax, PhotometricInterpretation="MONOCHROME1"))
+    assert np.array_equal(turned, 4095 - FILM)
+
+
+@pytest.mark.parametrize("kind", sorted(set(LOSSLESS) - {"JPEG lossless"}))
+def test_color(kind):
+    assert np.array_equal(read_image(dicom_bytes(COLOR, 8, LOSSLESS[kind])), COLOR)
+    gray = np.dstack([FILM_8] * 3)
+    assert np.array_equal(read_image(dicom_bytes(gray, 8, LOSSLESS[kind])), FILM_8)
+
+
+@pytest.mark.parametrize("kind", LOSSY)
+def test_lossy_transfer_syntaxes(kind):
+    smooth = (FILM_8 // 2 + 40).astype(np.uint8)
+    smooth[0, 0], smooth[-1, -1] = smooth[0, 1], smooth[-1, -2]
+    assert np.abs(read_image(dicom_bytes(smooth, 8, LOSSY[kind])).astype(int) - smooth).mean() < 1
+    color = np.dstack([smooth, 255 - smooth, smooth // 2])
+    assert np.abs(read_image(dicom_bytes(color, 8, LOSSY[kind])).astype(int) - color).mean() < 4
+
+
+def test_bits_beside_the_value_do_not_count():
+    overlay = FILM | np.uint16(0xA000)  # an old way to store overlays
+    assert np.array_equal(read_image(dicom_bytes(overlay, 12)), FILM)
+    assert np.array_equal(read_image(dicom_bytes(FILM << np.uint16(4), 12, HighBit=15)), FILM)
+    signed = FILM.astype(np.int16) - 2048
+    assert np.array_equal(read_image(dicom_bytes(signed & np.int16(0x0FFF), 12)), FILM)
+
+
+def test_few_bits_fill_uint8():
+    assert read_image(dicom_bytes(FILM_8 >> 2, 6)).max() == 255
+
+
+def test_rescale_changes_nothing_but_a_negative_slope_turns_over():
+    assert np.array_equal(read_image(dicom_bytes(FILM, 12, RescaleSlope="2.5", RescaleIntercept="-1024")), FILM)
+    assert np.array_equal(read_image(dicom_bytes(FILM, 12, RescaleSlope="-1", RescaleIntercept="4095")), 4095 - FILM)
+    twice = dicom_bytes(FILM, 12, RescaleSlope="-1", RescaleIntercept="0", PhotometricInterpretation="MONOCHROME1")
+    assert np.array_equal(read_image(twice), FILM)
+
+
+ROOT_LUT = (np.linspace(0, 1, 4096) ** 0.5 * 65535).astype(int)
+SQUARE_LUT = (np.linspace(0, 1, 3000) ** 2 * 1023).astype(int)
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize(
+    ("fields", "offset"),
+    [
+        ({"WindowCenter": 2000, "WindowWidth": 2500}, 1),
+        ({"WindowCenter": [2000, 100], "WindowWidth": [2500, 50]}, 1),
+        ({"WindowCenter": 2000, "WindowWidth": 2500, "VOILUTFunction": "LINEAR_EXACT"}, 1),
+        ({"WindowCenter": 2000, "WindowWidth": 800, "VOILUTFunction": "SIGMOID"}, 1),
+        ({"WindowCenter": 500, "WindowWidth": 700, "RescaleSlope": "0.5", "RescaleIntercept": "-500"}, 0.5),
+        ({"VOILUTSequence": lut_item(300, 10, SQUARE_LUT)}, 1),
+        ({"VOILUTSequence": lut_item(300, 10, SQUARE_LUT), "WindowCenter": 2000, "WindowWidth": 2500}, 1),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Applying a VOI LUT on a float input array")
+def test_grayscale_is_shown_as_pydicom_shows_it(fields, offset, signed, photometric):
+    if signed:  # the same film, stored around 0
+        intercept = float(fields.get("RescaleIntercept", 0)) + 2048 * offset
+        fields = {"RescaleSlope": str(offset)} | fields | {"RescaleIntercept": str(intercept)}
+    stored = FILM.astype(np.int16) - 2048 if signed else FILM
+    dataset = dicom_dataset(stored, 12, PhotometricInterpretation=photometric, **fields)
+    array = read_image(to_bytes(dataset))
+    assert array.dtype == np.uint16
+    expected = stretched(apply_voi_lut(apply_modality_lut(stored, dataset), dataset).astype(np.float64))
+    expected = 1 - expected if photometric == "MONOCHROME1" else expected
+    assert np.abs(stretched(array.astype(np.float64)) - expected).max() < 1e-3
+
+
+def test_modality_lut_then_window():
+    dataset = dicom_dataset(FILM, 12, ModalityLUTSequence=lut_item(0, 16, ROOT_LUT))
+    assert np.array_equal(read_image(to_bytes(dataset)), ROOT_LUT[FILM])
+    dataset.WindowCenter, dataset.WindowWidth = 40000, 40000
+    expected = apply_voi_lut(apply_modality_lut(FILM, dataset), dataset).astype(np.float64)
+    assert np.abs(stretched(read_image(to_bytes(dataset)).astype(np.float64)) - stretched(expected)).max() < 1e-3
+
+
+def test_lut_of_signed_values_starts_below_zero():
+    item = lut_item(65536 - 2048, 16, ROOT_LUT)  # -2048 as it is written
+    array = read_image(dicom_bytes(FILM.astype(np.int16) - 2048, 12, ModalityLUTSequence=item))
+    assert np.array_equal(array, ROOT_LUT[FILM])
+
+
+def test_lut_of_bytes():
+    item = lut_item(0, 8, np.zeros(2, int))
+    item[0].LUTDescriptor = [256, 0, 8]
+    item[0]["LUTData"].value = bytes(range(255, -1, -1))
+    assert np.array_equal(read_image(dicom_bytes(FILM_8, ModalityLUTSequence=item)), 255 - FILM_8)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"WindowCenter": 60000, "WindowWidth": 100},  # of another image
+        {"WindowCenter": 10, "WindowWidth": 10},
+        {"WindowCenter": 2000, "WindowWidth": 0},
+        {"WindowCenter": 2000, "WindowWidth": -5},
+        {"WindowCenter": 2000},
+        {"VOILUTSequence": lut_item(0, 10, SQUARE_LUT[:100])},
+    ],
+)
+def test_a_view_that_does_not_fit_is_not_applied(fields):
+    assert np.array_equal(read_image(dicom_bytes(FILM, 12, **fields)), FILM)
+
+
+def test_view_and_polarity_can_be_chosen():
+    data = dicom_bytes(FILM, 12, WindowCenter=2000, WindowWidth=1500)
+    assert not np.array_equal(read_dicom(data), FILM)
+    assert np.array_equal(read_dicom(data, view=False), FILM)
+    assert np.array_equal(read_image(dicom_bytes(FILM, 12), inverted=True), 4095 - FILM)
+    assert np.array_equal(
+        read_image(dicom_bytes(FILM, 12, PhotometricInterpretation="MONOCHROME1"), inverted=False), FILM
+    )
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+def test_padding_is_as_dark_as_the_darkest_tissue(photometric):
+    inside = np.clip(FILM, 500, 3500)
+    padded = np.pad(inside, 8, constant_values=4000)
+    padded[:2] = 4050
+    data = dicom_bytes(padded, 12, PhotometricInterpretation=photometric)
+    limits = {"PixelPaddingValue": 4000, "PixelPaddingRangeLimit": 4095}
+    array = read_image(dicom_bytes(padded, 12, PhotometricInterpretation=photometric, **limits))
+    tissue = array[8:-8, 8:-8]
+    assert np.array_equal(tissue, read_image(data)[8:-8, 8:-8])
+    assert (array[:8] == tissue.min()).all()
+    everything = dicom_bytes(inside, 12, PixelPaddingValue=0, PixelPaddingRangeLimit=4095)
+    assert np.array_equal(read_image(everything), inside)
+
+
+def test_signed_padding():
+    padded = np.pad(FILM.astype(np.int16) // 2, 4, constant_values=-2000)
+    array = read_image(dicom_bytes(padded, 12, PixelPaddingValue=-2000))
+    assert (array[:4] == array[4:-4, 4:-4].min()).all()
+
+
+def chest(height: int = 64, width: int = 64) -> np.ndarray:
+    """A bright body on dark air, 12 bits."""
+    y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
+    return np.round(200 + 3500 * np.exp(-2 * (x**2 + y**2))).astype(np.uint16)
+
+
+def test_a_radiograph_that_only_says_monochrome1_is_left_as_it_is(caplog):
+    film = chest()
+    wrong = dicom_bytes(film, 12, PhotometricInterpretation="MONOCHROME1", Modality="DX")
+    with caplog.at_level(logging.WARNING):
+        assert np.array_equal(read_image(wrong, "scan 7"), film)
+    assert "scan 7 says MONOCHROME1" in caplog.text
+    caplog.clear()
+    right = dicom_bytes(4095 - film, 12, PhotometricInterpretation="MONOCHROME1", Modality="DX")
+    assert np.array_equal(read_image(right), film)
+    other = dicom_bytes(film, 12, PhotometricInterpretation="MONOCHROME1", Modality="US")
+    assert np.array_equal(read_image(other), 4095 - film)
+    assert np.array_equal(read_image(wrong, inverted=True), 4095 - film)
+    assert not caplog.text
+
+
+def test_palette_color():
+    palette = {}
+    for number, channel in enumerate(("Red", "Green", "Blue")):
+        entries = (np.arange(256) * (number + 1) % 256 * 257).astype("<u2")
+        palette[f"{channel}PaletteColorLookupTableDescriptor"] = [256, 0, 16]
+        palette[f"{channel}PaletteColorLookupTableData"] = entries.tobytes()
+    data = dicom_bytes(FILM_8, PhotometricInterpretation="PALETTE COLOR", **palette)
+    expected = np.dstack([FILM_8.astype(int) * factor % 256 for factor in (1, 2, 3)])
+    assert np.array_equal(read_image(data), expected)
+    del palette["BluePaletteColorLookupTableData"]
+    with pytest.raises(UnreadableImageError, match="palette is missing"):
+        read_image(dicom_bytes(FILM_8, PhotometricInterpretation="PALETTE COLOR", **palette))
+
+
+def test_color_of_16_bits_becomes_8():
+    deep = COLOR.astype(np.uint16) * 257
+    assert np.array_equal(read_image(dicom_bytes(deep, 16)), COLOR)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"NumberOfFrames": 3}, "several images"),
+        ({"PhotometricInterpretation": "HSV"}, "photometric interpretation is none of MONOCHROME1"),
+        ({"PhotometricInterpretation": "RGB"}, "1 samples a pixel do not make RGB"),
+        ({"BitsAllocated": 32, "BitsStored": 32, "HighBit": 31}, "8 and 16 are read"),
+        ({"BitsStored": 12, "HighBit": 5}, "8 and 16 are read"),
+        ({"Rows": 41}, "damaged or cut short"),
+        ({"Rows": 0}, "no pixels"),
+        ({"Rows": 65535, "Columns": 65535}, "more than 100000000"),
+        ({"Rows": None}, "does not say its rows"),
+        ({"PixelData": None}, "holds no pixels"),
+    ],
+)
+def test_what_is_not_read_is_said(fields, message):
+    with pytest.raises(UnreadableImageError, match=f"Cannot read scan 7: .*{message}"):
+        read_image(dicom_bytes(FILM, 12, **fields), "scan 7")
+
+
+@pytest.mark.parametrize("syntax", [JPEGBaseline8Bit, JPEGLSLossless, JPEG2000Lossless])
+def test_a_frame_of_another_size_than_the_header_says_is_not_decoded(syntax):
+    with pytest.raises(UnreadableImageError, match="not of the size in its header, 57 x 40"):
+        read_image(dicom_bytes(FILM_8, 8, syntax, Columns=57))
+
+
+def test_frame_headers():
+    from pydicom.encaps import get_frame
+
+    for kind in ("JPEG lossless", "JPEG-LS", "JPEG 2000"):
+        frame = get_frame(dicom_dataset(FILM, 12, LOSSLESS[kind]).PixelData, 0, number_of_frames=1)
+        assert frame_header(frame) == FrameHeader(40, 56, 1, 12)
+        assert frame_header(b"\xff\xd8\xff\xe0\x00\x04ab" + frame[2:]) == (
+            None if kind == "JPEG 2000" else frame_header(frame)
+        )
+        assert all(frame_header(frame[:cut]) in (None, frame_header(frame)) for cut in range(60))
+    assert frame_header(b"") is frame_header(b"nothing") is None
+
+
+def test_video_and_unknown_encodings_are_named_if_they_are_known():
+    dataset = dicom_dataset(FILM_8, 8, JPEGBaseline8Bit)
+    for syntax, message in ((MPEG2MPML, "stored MPEG2 Main Profile"), ("1.2.3.4", "stored in an unknown way")):
+        dataset.file_meta.TransferSyntaxUID = syntax
+        with pytest.raises(UnreadableImageError, match=message):
+            read_image(to_bytes(dataset))
+
+
+def test_deflated_bomb():
+    data = dicom_bytes(np.zeros((3000, 3000), np.uint8), 8, LOSSLESS["deflated"])
+    assert len(data) < 20_000
+    with pytest.raises(UnreadableImageError, match="damaged"):
+        parse_dicom(data, [], most_bytes=2**20)
+    assert not read_image(data).any()
+
+
+def test_folder_of_dicom_files_without_extensions(tmp_path):
+    for name in ("1.2.840.1", "1.2.840.2", "IM000003", "named.dcm", "sub/1.2.840.1"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(dicom_bytes(FILM, 12))
+    (tmp_path / "DICOMDIR").write_bytes(dicom_bytes(FILM, 12))
+    (tmp_path / "LICENSE").write_text("not an image, though without an extension" * 9)
+    (tmp_path / "1.2.840.1.mask.png").write_bytes(b"mask")
+    images = open_images(tmp_path, Preprocessing(16))
+    assert images.keys == ["1.2.840.1", "1.2.840.2", "IM000003", "named", "sub/1.2.840.1"]
+    assert images[4]["image"].shape == (1, 16, 16)
+    assert images.companion(0, "mask.png") == b"mask"
+
+
+@pytest.mark.cxr
+@pytest.mark.skipif(not CXR.is_dir(), reason="../shared/cxr is missing")
+def test_real_radiographs_come_out_upright_unclipped_and_with_dark_air():
+    images = [read_image(CXR / "raw" / f"{name}.dcm") for name in ("siim_pneumothorax", "fake_monochrome1")]
+    assert np.array_equal(*images)  # the second is the first with a 1 for a 2 in its header, not turned over
+    film = images[0].astype(float) / 255
+    assert film.shape == (1024, 1024)
+    assert [film[:40, :40].mean() < 0.1, film[:40, -40:].mean() < 0.1] == [True, True]  # air beside the neck
+    assert film[400:600, 400:600].mean() > 0.6  # mediastinum
+    assert film[-300:, 200:800].mean() > film[300:600, 200:350].mean() + 0.1  # abdomen below, lung above
+    assert ((film <= 0.001).mean() < 0.03, (film >= 0.999).mean() < 0.03) == (True, True)
+    assert len(np.unique(images[0])) > 200
