@@ -158,7 +158,7 @@ def _decode(dataset: Dataset, layout: _Layout) -> np.ndarray:
     from pydicom.uid import AllTransferSyntaxes
 
     known = next((uid for uid in AllTransferSyntaxes if uid == (layout.syntax or _IMPLICIT)), None)
-    kind = known.name if known else "in an unknown way"
+    kind = f"as {known.name}" if known else "in an unknown way"
     try:
         decoder = get_decoder(known) if known else None
     except NotImplementedError:
@@ -172,7 +172,9 @@ def _decode(dataset: Dataset, layout: _Layout) -> np.ndarray:
     if decoder.is_encapsulated:
         plugin = _DECODERS.get(known, "pylibjpeg")
         if plugin not in decoder.available_plugins:
-            raise ImportError(f"Decoding {kind} needs pylibjpeg. Install it with `pip install diffusers-dino[dicom]`.")
+            raise ImportError(
+                f"Decoding pixels stored {kind} needs pylibjpeg. Install it with `pip install diffusers-dino[dicom]`."
+            )
     array = None
     try:
         agrees = not decoder.is_encapsulated or known == _RLE or _frame_agrees(pixels.value, layout)
@@ -183,7 +185,7 @@ def _decode(dataset: Dataset, layout: _Layout) -> np.ndarray:
     if not agrees:
         raise UnreadableImageError(f"its frame is not of the size in its header, {layout.columns} x {layout.rows}")
     if array is None:  # raised out here, so that no other exception is attached
-        raise UnreadableImageError(f"its pixels ({kind}) are damaged or cut short")
+        raise UnreadableImageError(f"its pixels, stored {kind}, are damaged or cut short")
     return array.astype(array.dtype.newbyteorder("="), copy=False).view(f"u{array.itemsize}")
 
 
