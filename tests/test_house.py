@@ -29,7 +29,7 @@ LAYERS = [
     {"training.components", "training.features", "training.progress", "training.state"},
     {"training.feature_cache"},
     {"training.validation", "synthesis", "protocols", "hub"},
-    {"plots", "report"},
+    {"plots", "plots_segmentation", "report"},
 ]
 SAME_LAYER = {
     ("latents", "pixels"),

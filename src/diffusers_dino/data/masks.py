@@ -152,7 +152,7 @@ def to_mask(values: Any, name: str = "mask") -> Tensor:
         name: What to call it in an error, such as the file.
 
     Raises:
-        ValueError: If it is not `(..., H, W)`, is empty, or has other values than two.
+        ValueError: If it is not `(..., H, W)`, is empty, or has other values than two, or ones that are not finite.
     """
     values = values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
     if values.ndim < 2 or values.numel() == 0:
@@ -160,6 +160,8 @@ def to_mask(values: Any, name: str = "mask") -> Tensor:
     if values.dtype == torch.bool:
         return values
     found = values.unique()
+    if values.is_floating_point() and not torch.isfinite(found).all():
+        raise ValueError(f"{name}: the mask has values that are not finite.")
     if len(found) > 2:
         shown = ", ".join(f"{value:g}" for value in found[:4].tolist())
         raise ValueError(

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data.masks import MaskedImages
-from ..metrics.segmentation import best_union, dice
+from ..metrics.segmentation import best_union, dice, union_of
 from ..seeds import generator_for
 from ..selection import lung_prior, most_agreed, name_lungs
 from .results import JsonResult
@@ -32,6 +32,7 @@ __all__ = [
     "MethodScores",
     "SegmentationResult",
     "SweepScores",
+    "chosen_masks",
     "cross_fit",
     "evaluate_segmentation",
     "split_in_halves",
@@ -129,7 +130,7 @@ def evaluate_segmentation(
     """
     halves = split_in_halves(images.patients, seed)
     masks = torch.stack([images.mask(i) for i in range(len(images))])
-    gray = _gray_images(images)
+    gray = _gray_images(images, range(len(images)))
     rows, sweeps = [], []
 
     def add(method: str, selection: str, scores: Tensor, settings: Sequence[object] = ()) -> Tensor | None:
@@ -159,6 +160,39 @@ def evaluate_segmentation(
     for method, prediction in constant.items():
         add(method, NOTHING, dice(prediction, masks)[None])
     return SegmentationResult(dataset, tuple(images.keys), images.mask_size, seed, tuple(rows), tuple(sweeps))
+
+
+def chosen_masks(
+    result: SegmentationResult,
+    scores: MethodScores,
+    swept: Sequence[SweptSegments],
+    images: MaskedImages,
+    indices: Sequence[int],
+) -> list[Tensor]:
+    """The masks behind a row of scores, for figures.
+
+    Args:
+        result: What `evaluate_segmentation` returned.
+        scores: One of its rows, of a model.
+        swept: The segments of that model.
+        images: The images.
+        indices: Which of them.
+
+    Returns:
+        A mask `(mask_size, mask_size)` bool for each index.
+    """
+    if scores.selection == NO_GROUND_TRUTH:
+        gray = _gray_images(images, indices)
+        return [
+            _choose_unsupervised(_read_all(swept, index), image) for index, image in zip(indices, gray, strict=True)
+        ]
+    sweep = next(sweep for sweep in result.sweeps if sweep.method == scores.method)
+    fitted = cross_fit(torch.tensor(sweep.dice), split_in_halves(images.patients, result.seed))
+    masks = []
+    for index in indices:
+        segments = _read_all(swept, index)[fitted.indices[index]]
+        masks.append(union_of(segments, best_union(segments, images.mask(index)).segments))
+    return masks
 
 
 def split_in_halves(patients: Sequence[str], seed: int = 0) -> Tensor:
@@ -233,15 +267,20 @@ def _score_model(
     settings = [setting for one in swept for setting in one.settings]
     oracle, counts, unsupervised = [], [], []
     for i in tqdm(range(len(masks)), desc=f"{method}: scores", unit="image", disable=not progress):
-        segments = torch.cat([one.read(i) for one in swept])  # (H, S, S)
+        segments = _read_all(swept, i)
         oracle.append([best_union(candidate, masks[i]).dice for candidate in segments])
         counts.append([len(candidate.unique()) for candidate in segments])
-        named = torch.stack([name_lungs(candidate, gray[i]).mask for candidate in segments])
-        unsupervised.append(dice(named[most_agreed(named)], masks[i]).item())
+        unsupervised.append(dice(_choose_unsupervised(segments, gray[i]), masks[i]).item())
     by_setting = (tuple(zip(*table, strict=True)) for table in (oracle, counts))
     return _ModelScores(
         SweepScores(method, tuple(settings), *by_setting), torch.tensor(unsupervised, dtype=torch.float64)
     )
+
+
+def _choose_unsupervised(segments: Tensor, gray: Tensor) -> Tensor:
+    """The mask `(S, S)` bool that is taken for the lungs, of segments `(H, S, S)` at all settings."""
+    named = torch.stack([name_lungs(candidate, gray).mask for candidate in segments])
+    return named[most_agreed(named)]
 
 
 def _score_kmeans(gray: Tensor, masks: Tensor, counts: list[int], seed: int, progress: bool) -> Tensor:
@@ -253,10 +292,15 @@ def _score_kmeans(gray: Tensor, masks: Tensor, counts: list[int], seed: int, pro
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def _gray_images(images: MaskedImages) -> Tensor:
-    """All images in gray at the size of the masks: `(N, mask_size, mask_size)` in [0, 1]."""
+def _read_all(swept: Sequence[SweptSegments], index: int) -> Tensor:
+    """Segments `(H, S, S)` of one image, of all checkpoints."""
+    return torch.cat([one.read(index) for one in swept])
+
+
+def _gray_images(images: MaskedImages, indices: Sequence[int]) -> Tensor:
+    """Images in gray at the size of the masks: `(N, mask_size, mask_size)` in [0, 1]."""
     shown = images.resized(images.mask_size)
-    return torch.stack([shown.image(i).mean(dim=0) for i in range(len(shown))])
+    return torch.stack([shown.image(i).mean(dim=0) for i in indices])
 
 
 def _summarize(

@@ -1,0 +1,67 @@
+"""Dice, IoU and the best union against independent implementations, and their conventions."""
+
+import itertools
+
+import pytest
+import torch
+from sklearn.metrics import f1_score, jaccard_score
+
+from diffusers_dino.metrics.segmentation import best_union, dice, iou, union_of
+
+
+def random_masks(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.4
+
+
+def test_dice_and_iou_agree_with_scikit_learn():
+    prediction, target = random_masks(5, 12, 9), random_masks(5, 12, 9, seed=1)
+    for ours, theirs in ((dice, f1_score), (iou, jaccard_score)):
+        expected = [theirs(t.flatten(), p.flatten()) for p, t in zip(prediction, target, strict=True)]
+        torch.testing.assert_close(ours(prediction, target), torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("score", [dice, iou])
+def test_empty_masks_agree_with_each_other_alone(score):
+    empty, some = torch.zeros(4, 4, dtype=torch.bool), torch.eye(4, dtype=torch.bool)
+    assert score(empty, empty) == 1
+    assert score(empty, some) == score(some, empty) == 0
+    assert score(some, some) == 1
+
+
+@pytest.mark.parametrize("score", [dice, iou])
+def test_masks_must_be_boolean_and_of_one_size(score):
+    mask = random_masks(6, 6)
+    with pytest.raises(ValueError, match=r"one size.*\(6, 6\) and \(6, 5\)"):
+        score(mask, mask[:, :5])
+    with pytest.raises(ValueError, match="target is torch"):
+        score(mask, mask.long())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_best_union_is_the_best_of_all(seed):
+    generator = torch.Generator().manual_seed(seed)
+    segments = torch.randint(7, (16, 16), generator=generator)
+    segments[segments == 3] = 5  # a number that no pixel has
+    target = random_masks(16, 16, seed=seed)
+    for most in (1, 2):
+        choices = [c for n in range(1, most + 1) for c in itertools.combinations(range(7), n)]
+        best = max(dice(union_of(segments, choice), target).item() for choice in choices)
+        found = best_union(segments, target, most)
+        assert found.dice == pytest.approx(best, abs=1e-12)
+        assert dice(union_of(segments, found.segments), target).item() == pytest.approx(best, abs=1e-12)
+        assert len(found.segments) <= most
+
+
+def test_a_perfect_segment_is_taken_alone():
+    segments = torch.tensor([[0, 0, 1], [0, 0, 1], [2, 2, 2]])
+    assert best_union(segments, segments == 0) == (1.0, (0,))
+    assert best_union(segments, segments != 0) == (1.0, (1, 2))
+    assert best_union(segments, torch.zeros(3, 3, dtype=torch.bool)).dice == 0
+
+
+def test_best_union_refuses_what_does_not_fit():
+    segments = torch.zeros(4, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"\(4, 4\) and \(4, 3\)"):
+        best_union(segments, torch.zeros(4, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="got 3"):
+        best_union(segments, segments.bool(), max_segments=3)
