@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 pytest.importorskip("pydicom")
+from pydicom.encaps import encapsulate, get_frame
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
-from pydicom.uid import JPEG2000MC, JPEG2000Lossless, JPEGBaseline8Bit, JPEGLSLossless
+from pydicom.uid import JPEG2000MC, JPEG2000Lossless, JPEGBaseline8Bit, JPEGLSLossless, RLELossless
 
 from dicom_files import LOSSLESS, LOSSY, dicom_bytes, dicom_dataset, lut_item, to_bytes
 from diffusers_dino.data import Preprocessing, UnreadableImageError, open_images, read_image
@@ -238,8 +239,6 @@ def test_a_frame_of_another_size_than_the_header_says_is_not_decoded(syntax):
 
 
 def test_frame_headers():
-    from pydicom.encaps import get_frame
-
     for kind in ("JPEG lossless", "JPEG-LS", "JPEG 2000"):
         frame = get_frame(dicom_dataset(FILM, 12, LOSSLESS[kind]).PixelData, 0, number_of_frames=1)
         assert frame_header(frame) == FrameHeader(40, 56, 1, 12)
@@ -257,6 +256,13 @@ def test_unread_encodings_are_named_if_they_are_known():
     with pytest.raises(UnreadableImageError, match="stored in an unknown way, which") as caught:
         read_image(data.replace(syntax, b"JANE DOE, 12 MAIN ST. "))
     assert "JANE" not in str(caught.value)
+
+
+def test_rle_of_more_than_the_image_is_not_decoded():
+    dataset = dicom_dataset(FILM_8, 8, RLELossless)
+    dataset.PixelData = encapsulate([bytes([1, *[0] * 3, 64, *[0] * 59]) + b"\x81\x00" * 50_000])
+    with pytest.raises(UnreadableImageError, match="not of the size"):
+        read_image(to_bytes(dataset))
 
 
 def test_deflated_bomb():

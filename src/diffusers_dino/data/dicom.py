@@ -19,6 +19,7 @@ from .reading import MAX_PIXELS, UnreadableImageError, check_size
 
 if TYPE_CHECKING:
     from pydicom import Dataset
+    from pydicom.pixels.decoders.base import Decoder
 
 __all__ = ["read_dicom"]
 
@@ -152,40 +153,46 @@ def _integer(dataset: Dataset, tag: int, what: str, default: int | None = None) 
     return default
 
 
-def _decode(dataset: Dataset, layout: _Layout) -> np.ndarray:
-    """The contents of the cells, unsigned, `(H, W)` or `(H, W, 3)` as RGB."""
+def _find_decoder(syntax: str) -> tuple[Decoder, str]:
+    """pydicom's decoder of a transfer syntax, and the plugin that is to do it (none for uncompressed pixels)."""
     from pydicom.pixels import get_decoder
     from pydicom.uid import AllTransferSyntaxes
 
-    known = next((uid for uid in AllTransferSyntaxes if uid == (layout.syntax or _IMPLICIT)), None)
-    kind = f"as {known.name}" if known else "in an unknown way"
+    known = next((uid for uid in AllTransferSyntaxes if uid == (syntax or _IMPLICIT)), None)
     try:
         decoder = get_decoder(known) if known else None
     except NotImplementedError:
         decoder = None
     if decoder is None:
+        kind = f"as {known.name}" if known else "in an unknown way"
         raise UnreadableImageError(f"its pixels are stored {kind}, which is not read")
+    if not decoder.is_encapsulated:
+        return decoder, ""
+    plugin = _DECODERS.get(known, "pylibjpeg")
+    if plugin not in decoder.available_plugins:
+        raise ImportError(
+            f"Decoding {known.name} needs pylibjpeg. Install it with `pip install diffusers-dino[dicom]`."
+        )
+    return decoder, plugin
+
+
+def _decode(dataset: Dataset, layout: _Layout) -> np.ndarray:
+    """The contents of the cells, unsigned, `(H, W)` or `(H, W, 3)` as RGB."""
+    decoder, plugin = _find_decoder(layout.syntax)
     pixels = dataset.get_item(_PIXELS) if _PIXELS in dataset else None
     if pixels is None or not pixels.value:
         raise UnreadableImageError("it holds no pixels, or ends before them")
-    plugin = ""
-    if decoder.is_encapsulated:
-        plugin = _DECODERS.get(known, "pylibjpeg")
-        if plugin not in decoder.available_plugins:
-            raise ImportError(
-                f"Decoding pixels stored {kind} needs pylibjpeg. Install it with `pip install diffusers-dino[dicom]`."
-            )
-    array = None
+    agrees, array = True, None
     try:
-        agrees = not decoder.is_encapsulated or known == _RLE or _frame_agrees(pixels.value, layout)
+        agrees = not plugin or _frame_agrees(pixels.value, layout)
         if agrees:
             array, _ = decoder.as_array(pixels.value, decoding_plugin=plugin, **_options(layout, pixels.VR))
     except Exception:
-        agrees = True
-    if not agrees:
+        array = None
+    if not agrees:  # raised out here, so that no other exception is attached
         raise UnreadableImageError(f"its frame is not of the size in its header, {layout.columns} x {layout.rows}")
-    if array is None:  # raised out here, so that no other exception is attached
-        raise UnreadableImageError(f"its pixels, stored {kind}, are damaged or cut short")
+    if array is None:
+        raise UnreadableImageError(f"its pixels are damaged or cut short ({decoder.UID.name})")
     return array.astype(array.dtype.newbyteorder("="), copy=False).view(f"u{array.itemsize}")
 
 
@@ -211,6 +218,8 @@ def _frame_agrees(pixels: bytes, layout: _Layout) -> bool:
     """Whether a compressed frame is as large as the header says, so that decoding it takes what was checked."""
     from pydicom.encaps import get_frame
 
+    if layout.syntax == _RLE:  # says no size, but never grows by more than a byte in 128
+        return len(pixels) <= 2 * layout.rows * layout.columns * layout.samples * layout.allocated // 8 + 2**16
     header = frame_header(get_frame(pixels, 0, number_of_frames=1))
     return header is not None and header[:3] == (layout.rows, layout.columns, layout.samples)
 
