@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from numbers import Integral
+from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "OUTPUT_TYPES",
+    "check_choice",
     "check_components",
     "check_embeds",
     "check_finite",
@@ -24,6 +26,8 @@ __all__ = [
     "check_numbers",
     "check_schedule",
     "condition_width",
+    "thresholds_of",
+    "timesteps_of",
 ]
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -146,9 +150,44 @@ def check_generator(generator: Any) -> None:
         raise TypeError(f"`generator` must be a torch.Generator or a list of them, got {generator!r}.")
 
 
+def check_choice(choices: tuple[str, ...], **values: str) -> None:
+    """Refuse with a ValueError, by its name, a value that is not one of the choices."""
+    for name, value in values.items():
+        if value not in choices:
+            raise ValueError(f"`{name}` must be one of {choices}, got {value!r}.")
+
+
 def check_numbers(multiple_of: int = 1, **numbers: int) -> None:
     """Refuse with a ValueError, by its name, a number that is not a positive integer multiple."""
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, Integral) or value < 1 or value % multiple_of:
             kind = f"multiple of {multiple_of}" if multiple_of > 1 else "integer"
             raise ValueError(f"`{name}` must be a positive {kind}, got {value!r}.")
+
+
+def thresholds_of(merge_threshold: float | Sequence[float], num_merges: int) -> list[float]:
+    """One threshold a pass: the same `num_merges` times, or those that were given.
+
+    Raises:
+        ValueError: If there is none, or one is not above 0.
+    """
+    check_numbers(num_merges=num_merges)
+    thresholds = [merge_threshold] * num_merges if isinstance(merge_threshold, Real) else list(merge_threshold)
+    if not thresholds or not all(threshold > 0 for threshold in thresholds):  # also refuses NaN
+        raise ValueError(f"`merge_threshold` must be above 0, got {merge_threshold!r}: at 0 no maps are similar.")
+    return [float(threshold) for threshold in thresholds]
+
+
+def timesteps_of(timestep: int | Sequence[int], num_train_timesteps: int) -> list[int]:
+    """The timesteps of a call that takes one or several.
+
+    Raises:
+        ValueError: If there is none, or one is not an integer of the schedule.
+    """
+    timesteps = list(timestep) if isinstance(timestep, Sequence) else [timestep]
+    whole = all(isinstance(t, Integral) and not isinstance(t, bool) for t in timesteps)
+    if not timesteps or not whole or not all(0 <= t < num_train_timesteps for t in timesteps):
+        raise ValueError(
+            f"`timestep` must be an integer from 0 to {num_train_timesteps - 1}, or several of them, got {timestep!r}."
+        )
+    return [int(t) for t in timesteps]

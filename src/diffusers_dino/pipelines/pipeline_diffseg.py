@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +11,6 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, UNet2DC
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..attention import capture_self_attention
@@ -20,10 +18,12 @@ from ..conditioner import DinoImageConditioner
 from ..latents import encode_to_moments, vae_scale_factor
 from ..pixels import ImageInput, to_unit, unit_to_vae
 from ..segmentation import aggregate_attention, merge_attention, refine_segments, relative_thresholds, suppress
-from .checks import check_generator, check_numbers
-from .empty_prompt import empty_prompt, empty_prompt_xl
+from ..training.objective import add_noise as noisy
+from .checks import check_choice, check_generator, check_numbers, thresholds_of, timesteps_of
+from .conditions import empty_prompt, empty_prompt_xl, for_batch
 from .pipeline_output import DiffSegPipelineOutput
 from .sampling import Generators
+from .squares import common_size, resized, stretched
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -65,14 +65,7 @@ class DiffSegPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->conditioner->vae->unet"
-    _optional_components = [  # noqa: RUF012 - the base class's form
-        "vae",
-        "conditioner",
-        "text_encoder",
-        "tokenizer",
-        "text_encoder_2",
-        "tokenizer_2",
-    ]
+    _optional_components = ["vae", "conditioner", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -109,6 +102,30 @@ class DiffSegPipeline(DiffusionPipeline):
         kwargs.setdefault("use_safetensors", True)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **components: Any) -> Self:
+        """Share the components of another pipeline, as they are.
+
+        diffusers' own `from_pipe` casts the shared components to float32 unless it is told another type; here they
+        keep their type, and the other pipeline its memory.
+
+        Args:
+            pipeline: A `DinoDiffusionPipeline`, a Stable Diffusion (1, 2, XL), or another with a 2D UNet.
+            components: Others in place of its own, by name.
+
+        Raises:
+            ValueError: If the pipeline has no `unet` or `scheduler`, or they do not fit together.
+        """
+        names = cls._get_signature_keys(cls)[0]
+        shared = {name: part for name, part in pipeline.components.items() if name in names} | components
+        missing = {"unet", "scheduler"} - set(shared)
+        if missing:
+            raise ValueError(
+                f"{type(pipeline).__name__} has no {' and no '.join(sorted(missing))}: DiffSeg reads the "
+                "self-attention of a UNet."
+            )
+        return cls(**shared)
+
     @property
     def vae_scale_factor(self) -> int:
         """Pixels per latent along each side; 1 without a VAE."""
@@ -129,12 +146,7 @@ class DiffSegPipeline(DiffusionPipeline):
             ValueError: If an argument has the wrong value, or a component is missing.
         """
         self._check_channels()
-        steps = self.scheduler.config["num_train_timesteps"]
-        listed = _listed(timestep)
-        if not listed or not all(_is_integer(t) and 0 <= t < steps for t in listed):
-            raise ValueError(
-                f"`timestep` must be an integer from 0 to {steps - 1}, or several of them, got {timestep!r}."
-            )
+        timesteps_of(timestep, self.scheduler.config["num_train_timesteps"])
         check_numbers(self.vae_scale_factor, size=self._size(size))
         check_generator(generator)
         if image_embeds is not None and not isinstance(image_embeds, Tensor):
@@ -183,7 +195,7 @@ class DiffSegPipeline(DiffusionPipeline):
             RuntimeError: If the latents come out with NaN or infinity.
         """
         size, model = self._size(size), self.vae if self.vae is not None else self.unet
-        pixels = unit_to_vae(torch.cat([_resize(image, size) for image in images]), model.config["in_channels"])
+        pixels = unit_to_vae(torch.cat([resized(image, size) for image in images]), model.config["in_channels"])
         pixels = pixels.to(self._execution_device, model.dtype)
         latents = pixels if self.vae is None else encode_to_moments(self.vae, pixels)[0]
         if not torch.isfinite(latents).all():
@@ -217,17 +229,20 @@ class DiffSegPipeline(DiffusionPipeline):
             `(B, s * s, s, s)` float32, each map of sum 1, on the UNet's device; s is the largest side.
         """
         self.check_inputs(timestep, size, generator, image_embeds, unet_kwargs)
-        images = [_stretched(unit) for unit in to_unit(image)]
+        images = [stretched(unit) for unit in to_unit(image)]
         condition = {} if image_embeds is not None else self.encode_condition(images, size)
         if image_embeds is not None:
             condition["encoder_hidden_states"] = image_embeds
         latents = self.prepare_latents(images, size)
-        condition = _for_batch({**condition, **(unet_kwargs or {})}, len(images), latents.dtype, latents.device)
-        noise = _noise(latents, generator) if add_noise else None
+        condition = for_batch({**condition, **(unet_kwargs or {})}, len(images), latents.dtype, latents.device)
+        noise = None
+        if add_noise:  # drawn in float32, so that a seed means the same noise in every precision
+            noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=torch.float32)
+        signal = self.scheduler.alphas_cumprod.to(latents.device)
         with capture_self_attention(self.unet, sides, layers) as attention:
-            for t in _listed(timestep):
-                steps = torch.full((len(latents),), int(t), device=latents.device)
-                inputs = latents if noise is None else self.scheduler.add_noise(latents, noise, steps)
+            for t in timesteps_of(timestep, len(signal)):
+                steps = torch.full((len(latents),), t, device=latents.device)
+                inputs = latents if noise is None else noisy(latents, noise.to(latents.dtype), signal[steps])
                 self.unet(inputs, steps, **condition, return_dict=False)
         maps = [
             aggregate_attention({side: means[i : i + 1] for side, means in attention.items()}, weights=weights)
@@ -262,11 +277,9 @@ class DiffSegPipeline(DiffusionPipeline):
         Returns:
             Masks, merged maps and numbers of segments of B images.
         """
-        check_numbers(num_merges=num_merges)
-        if output_type not in ("pt", "np"):
-            raise ValueError(f"`output_type` must be 'pt' or 'np', got {output_type!r}.")
+        thresholds = thresholds_of(merge_threshold, num_merges)
+        check_choice(("pt", "np"), output_type=output_type)
         side = maps.shape[-1]
-        thresholds = [merge_threshold] * num_merges if not isinstance(merge_threshold, Sequence) else merge_threshold
         merged = []
         for image_maps in maps:
             own = relative_thresholds(image_maps, thresholds) if relative_threshold else thresholds
@@ -335,8 +348,10 @@ class DiffSegPipeline(DiffusionPipeline):
                 a side that was asked for, or images of different sizes come without an `output_size`.
             RuntimeError: If the latents come out with NaN or infinity.
         """
+        thresholds_of(merge_threshold, num_merges)  # refused before the model runs
+        check_choice(("pt", "np"), output_type=output_type)
         images = to_unit(image)
-        output_size = _common_size(images) if output_size is None else output_size
+        output_size = common_size(images) if output_size is None else output_size
         maps = self.attention_maps(
             images,
             timestep,
@@ -380,49 +395,3 @@ class DiffSegPipeline(DiffusionPipeline):
                 f"The VAE's latents have {makes} channels, but the UNet takes {takes}: they are of different models, "
                 "or the UNet (of inpainting, say) needs more than latents."
             )
-
-
-def _listed(timestep: int | Sequence[int]) -> list[int]:
-    return list(timestep) if isinstance(timestep, (Sequence, range)) else [timestep]
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _common_size(images: list[Tensor]) -> tuple[int, int]:
-    sizes = sorted({tuple(image.shape[-2:]) for image in images})
-    if len(sizes) > 1:
-        raise ValueError(
-            f"The images have different sizes, {sizes}, and masks of one batch have one: give `output_size`, or call "
-            "once for each size."
-        )
-    return sizes[0]
-
-
-def _stretched(image: Tensor) -> Tensor:
-    """`(3, H, W)` to a square of its longer side."""
-    return image if image.shape[-1] == image.shape[-2] else _resize(image, max(image.shape[-2:]))[0]
-
-
-def _resize(image: Tensor, size: int) -> Tensor:
-    """`(3, H, W)` to `(1, 3, size, size)` in [0, 1]; bicubic's overshoot is clipped."""
-    if image.shape[-2:] == (size, size):
-        return image[None]
-    return F.interpolate(image[None], size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
-
-
-def _noise(latents: Tensor, generator: Generators) -> Tensor:
-    """Noise of the shape of latents, drawn in float32 so that a seed means the same noise in every precision."""
-    noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=torch.float32)
-    return noise.to(latents.dtype)
-
-
-def _for_batch(value: Any, batch_size: int, dtype: torch.dtype, device: torch.device) -> Any:
-    """Tensors, also in dictionaries, of one image repeated for the batch, on the model's device and in its type."""
-    if isinstance(value, Mapping):
-        return {name: _for_batch(item, batch_size, dtype, device) for name, item in value.items()}
-    if not isinstance(value, Tensor):
-        return value
-    value = value.to(device, dtype) if value.is_floating_point() else value.to(device)
-    return value.expand(batch_size, *value.shape[1:]) if len(value) == 1 else value

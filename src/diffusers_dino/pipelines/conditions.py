@@ -1,14 +1,15 @@
-"""The empty prompt of text-conditioned UNets: what a vanilla Stable Diffusion segments an image under."""
+"""What a UNet is given beside latents: the empty prompt of text-conditioned ones, and one input for a batch."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["empty_prompt", "empty_prompt_xl"]
+__all__ = ["empty_prompt", "empty_prompt_xl", "for_batch"]
 
 
 def empty_prompt(text_encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Tensor:
@@ -39,6 +40,16 @@ def empty_prompt_xl(
         "encoder_hidden_states": tokens,
         "added_cond_kwargs": {"text_embeds": outputs[-1].text_embeds, "time_ids": time_ids},
     }
+
+
+def for_batch(value: Any, batch_size: int, dtype: torch.dtype, device: torch.device) -> Any:
+    """Tensors, also in dictionaries, of one image repeated for the batch, on the model's device and in its type."""
+    if isinstance(value, Mapping):
+        return {name: for_batch(item, batch_size, dtype, device) for name, item in value.items()}
+    if not isinstance(value, Tensor):
+        return value
+    value = value.to(device, dtype) if value.is_floating_point() else value.to(device)
+    return value.expand(batch_size, *value.shape[1:]) if len(value) == 1 else value
 
 
 def _inputs(
