@@ -1,14 +1,18 @@
 """DICOM files for tests, written by pydicom: the pixels by its encoders, by Pillow or by the small encoder below."""
 
 import io
+import warnings
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from pydicom import Dataset, dcmwrite
+from pydicom.datadict import DicomDictionary, dictionary_VR, tag_for_keyword
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence
+from pydicom.tag import Tag
 from pydicom.uid import (
     UID,
     DeflatedExplicitVRLittleEndian,
@@ -139,3 +143,52 @@ def jpeg_lossless(pixels: np.ndarray, bits: int) -> bytes:
     frame = bytes([bits, *height.to_bytes(2, "big"), *width.to_bytes(2, "big"), 1, 1, 0x11, 0])
     header = segment(0xC4, table) + segment(0xC3, frame) + segment(0xDA, bytes([1, 1, 0, 1, 0, 0]))
     return b"\xff\xd8" + header + scan + b"\xff\xd9"
+
+
+# Fields that `dicom_facts` gives or the reader looks at, and some of those where identities belong.
+_LOOKED_AT = (
+    *("Modality", "ViewPosition", "Laterality", "ImageLaterality", "PixelSpacing", "ImagerPixelSpacing"),
+    *("PatientID", "StudyInstanceUID", "PhotometricInterpretation", "NumberOfFrames", "WindowCenter", "WindowWidth"),
+    *("VOILUTFunction", "RescaleSlope", "RescaleIntercept", "SpecificCharacterSet"),
+)
+_TEXT_TYPES = ("AE", "AS", "CS", "DA", "DS", "DT", "IS", "LO", "LT", "PN", "SH", "ST", "TM", "UC", "UI", "UR", "UT")
+_WORDS = ("DOE", "ZZ", "DR", "MRN", "TEL", "BORN", "ST", "ID")
+
+
+def planted_headers(count: int, seed: int = 0) -> list[tuple[bytes, list[str]]]:
+    """Radiographs with identities at random places of the header, some of which should hold something else.
+
+    Returns:
+        Files, and the texts that were planted in each. Every file has one in a field that is looked at, one in a
+        private field, one inside a sequence, one in the file's own group, and four in any fields of text.
+    """
+    random = np.random.default_rng(seed)
+    fields = [tag for tag, (vr, *_) in DicomDictionary.items() if vr in _TEXT_TYPES and 0x00080000 <= tag < 0x7FE00000]
+    film = np.arange(64 * 48, dtype=np.uint16).reshape(48, 64) % 4096
+    files = []
+    with warnings.catch_warnings():  # pydicom quotes what it finds impossible
+        warnings.simplefilter("ignore")
+        for number in range(count):
+            secrets = [
+                f"{word}{random.integers(10**9):09d}" for word in ("DOE", "ZZ", "DR", "MRN", "TEL", "BORN", "ST", "ID")
+            ]
+            dataset = dicom_dataset(film, 12, WindowCenter=2000, WindowWidth=3000, Modality="DX", ViewPosition="PA")
+            places = [tag_for_keyword(_LOOKED_AT[number % len(_LOOKED_AT)]), *random.choice(fields, 4).tolist()]
+            for tag, secret in zip(places, secrets, strict=False):
+                _plant(dataset, tag, dictionary_VR(tag), secret)
+            _plant(dataset, 0x00090010, "LO", secrets[5])
+            _plant(dataset, 0x00091001, "UN", secrets[5])
+            item = Dataset()
+            _plant(item, 0x00080005, "CS", secrets[6])
+            _plant(item, 0x00283003, "LO", secrets[6])
+            dataset.add_new(0x00283010, "SQ", Sequence([item]))
+            dataset.file_meta.PrivateInformationCreatorUID = "1.2.3"
+            _plant(dataset.file_meta, 0x00020016, "AE", secrets[7])
+            files.append((to_bytes(dataset), secrets))
+    return files
+
+
+def _plant(dataset: Dataset, tag: int, vr: str, secret: str) -> None:
+    """Put text into a field as its bytes, whatever the field is meant for."""
+    value = secret.encode() + b" " * (len(secret) % 2)
+    dataset[tag] = RawDataElement(Tag(tag), vr, len(value), value, 0, False, True)
