@@ -1,9 +1,9 @@
-"""Map-style data sets of prepared images, and the views of them that training is fed with."""
+"""Map-style data sets of prepared images."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ..seeds import derive_seed
-from .augmentation import Augmentation
 from .preprocessing import Preprocessing
 from .reading import UnreadableImageError
-from .sampling import Slot, WindowedOrder
+from .sampling import WindowedOrder
 from .stores import ImageStore, open_store
 
-__all__ = ["ImageDataset", "TrainingViews", "collate", "load_batches", "open_images", "to_float"]
+__all__ = ["ImageDataset", "collate", "open_images", "to_float"]
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +70,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
         if in_memory:
             chunks = [range(i, min(i + _READ_TOGETHER, len(self))) for i in range(0, len(self), _READ_TOGETHER)]
             with ThreadPoolExecutor() as pool:  # decoders let go of the interpreter's lock
-                self._prepared = [array for chunk in pool.map(self._prepare, chunks) for array in chunk]
+                prepared = pool.map(lambda chunk: list(self._prepare(chunk)), chunks)
+                self._prepared = [array for chunk in prepared for array in chunk]
             self._check_unreadable()
 
     @property
@@ -87,22 +87,19 @@ class ImageDataset(Dataset[dict[str, Any]]):
         ((key, array),) = self.read_many([index])
         return {"key": key, "image": to_float(array)}
 
-    def read_many(self, indices: Sequence[int]) -> list[tuple[str, np.ndarray]]:
-        """Several samples at once, which a remote store reads together.
+    def read_many(self, indices: Sequence[int]) -> Iterator[tuple[str, np.ndarray]]:
+        """Several samples, whose bytes a remote store fetches at once.
 
-        Returns:
+        Yields:
             For each place the key of the sample that holds it, and its prepared image (see `Preprocessing`).
         """
         for index in indices:
             if not -len(self) <= index < len(self):
                 raise IndexError(f"index {index} is out of range for {len(self)} images")
         places = [index % len(self) for index in indices]
-        arrays = self._prepare(places)
-        samples = [
-            (place, array) if array is not None else self._substitute(place)
-            for place, array in zip(places, arrays, strict=True)
-        ]
-        return [(self.store.keys[int(self._indices[place])], array) for place, array in samples]
+        for place, array in zip(places, self._prepare(places), strict=True):
+            used, array = (place, array) if array is not None else self._substitute(place)
+            yield self.store.keys[int(self._indices[used])], array
 
     def order(self, window_shards: int) -> WindowedOrder | None:
         """The windowed shuffle over this data set's shards for `GlobalBatchSampler`; None, a full one, for 0."""
@@ -135,14 +132,16 @@ class ImageDataset(Dataset[dict[str, Any]]):
         """The file beside an image with the same key, such as `"json"` or `"mask.png"`; raises `KeyError`."""
         return self.store.companion(int(self._indices[index]), extension)
 
-    def _prepare(self, places: Sequence[int]) -> list[np.ndarray | None]:
+    def _prepare(self, places: Sequence[int]) -> Iterator[np.ndarray | None]:
         """The prepared images, None (and a note of the reason) for those that cannot be read."""
         if self._prepared is not None:
-            return [self._prepared[place] for place in places]
-        wanted = [place for place in dict.fromkeys(places) if place not in self.unreadable]
-        images = self.store.read_many([int(self._indices[place]) for place in wanted])
-        prepared = dict(zip(wanted, map(self._prepare_one, wanted, images), strict=True))
-        return [prepared.get(place) for place in places]
+            yield from (self._prepared[place] for place in places)
+            return
+        known = [place in self.unreadable for place in places]
+        wanted = [int(self._indices[place]) for place, bad in zip(places, known, strict=True) if not bad]
+        images = iter(self.store.read_many(wanted))
+        for place, bad in zip(places, known, strict=True):
+            yield None if bad else self._prepare_one(place, next(images))
 
     def _prepare_one(self, place: int, image: np.ndarray | UnreadableImageError) -> np.ndarray | None:
         if not isinstance(image, UnreadableImageError):
@@ -169,96 +168,6 @@ class ImageDataset(Dataset[dict[str, Any]]):
                 f"{len(self.unreadable)} of {len(self)} images cannot be read, more than the tolerated "
                 f"{self.max_unreadable:.1%} (max_unreadable). {examples}"
             )
-
-
-class TrainingViews(Dataset[dict[str, Any]]):
-    """What training shows at each slot of the global order: an image, augmented for its epoch.
-
-    The work is in two parts: `load`, for the processes that load data, and `finish`, for the device of training, where
-    random views cost little. What comes out depends on (seed, epoch, key) alone.
-
-    Args:
-        images: The data set.
-        augmentation: Random views, or None for the images as they are.
-        seed: Seed of the run.
-    """
-
-    def __init__(self, images: ImageDataset, augmentation: Augmentation | None, seed: int = 0) -> None:
-        self.images = images
-        self.augmentation = augmentation
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, slot: Slot) -> dict[str, Any]:
-        return self.__getitems__([slot])
-
-    def __getitems__(self, slots: Sequence[Slot]) -> dict[str, Any]:
-        """A whole batch at once.
-
-        Returns:
-            `image` float32 `(B, C, size, size)` in [0, 1], `key` and `position` (lists of B).
-        """
-        return self.finish(self.load(slots))
-
-    def load(self, slots: Sequence[Slot]) -> dict[str, Any]:
-        """Read a batch: `image` uint8 `(B, C, size, size)`, `key`, `position` and what `finish` needs to know."""
-        places = list(dict.fromkeys(slot.index for slot in slots))  # several views of one image are of one reading
-        samples = dict(zip(places, self.images.read_many(places), strict=True))
-        keys, arrays = zip(*(samples[slot.index] for slot in slots), strict=True)
-        batch = {"key": list(keys), "position": [slot.position for slot in slots], "image": stack(arrays)}
-        if self.augmentation:
-            batch["draws"] = self.augmentation.draw(keys, self.seed, [slot.epoch for slot in slots])
-        return batch
-
-    def finish(self, batch: dict[str, Any], device: torch.device | str = "cpu") -> dict[str, Any]:
-        """Move a loaded batch to a device and make the views there."""
-        images = batch["image"].to(device, non_blocking=True).float().div_(255)
-        if self.augmentation:
-            images = self.augmentation.apply(images, batch["draws"])
-        return {"key": batch["key"], "position": batch["position"], "image": images}
-
-
-class _Loading(Dataset[dict[str, Any]]):
-    """The part of `TrainingViews` that is for loading processes."""
-
-    def __init__(self, views: TrainingViews) -> None:
-        self.views = views
-
-    def __getitems__(self, slots: Sequence[Slot]) -> dict[str, Any]:
-        return self.views.load(slots)
-
-
-def load_batches(
-    views: Dataset[dict[str, Any]],
-    batches: Iterable[list[Slot]],
-    num_workers: int = 0,
-    device: torch.device | str = "cpu",
-) -> Iterator[dict[str, Any]]:
-    """Load batches, in the same order and with the same content for any number of workers.
-
-    Args:
-        views: `TrainingViews`, or another data set whose `__getitems__` gives whole batches.
-        batches: Which slots make each batch: a `GlobalBatchSampler` (without end) or a list.
-        num_workers: Processes that load; 0 loads in this one.
-        device: Where the views are finished. Batches of other data sets stay where they were made.
-    """
-    loader = DataLoader(
-        _Loading(views) if isinstance(views, TrainingViews) else views,
-        batch_sampler=batches,
-        collate_fn=_as_it_is,
-        num_workers=num_workers,
-        pin_memory=torch.device(device).type == "cuda",
-        generator=torch.Generator(),  # without it the global one is drawn from, and a resumed run would differ
-    )
-    loaded = iter(loader)
-    return (views.finish(batch, device) for batch in loaded) if isinstance(views, TrainingViews) else loaded
-
-
-def _as_it_is(batch: dict[str, Any]) -> dict[str, Any]:
-    """`__getitems__` gives whole batches already. A lambda would not travel to spawned workers."""
-    return batch
 
 
 def open_images(
@@ -302,15 +211,6 @@ def to_float(array: np.ndarray) -> Tensor:
     tensor = torch.from_numpy(array)
     tensor = tensor[None] if tensor.ndim == 2 else tensor.permute(2, 0, 1)
     return tensor.float().div_(255)
-
-
-def stack(arrays: Sequence[np.ndarray]) -> Tensor:
-    """uint8 images `(H, W)` or `(H, W, 3)` -> uint8 `(B, C, H, W)`; C is 3 if any of them is colour."""
-    channels = max(3 if array.ndim == 3 else 1 for array in arrays)
-    batch = torch.empty((len(arrays), channels, *arrays[0].shape[:2]), dtype=torch.uint8)
-    for row, array in zip(batch.numpy(), arrays, strict=True):
-        row[:] = array if array.ndim == 2 else array.transpose(2, 0, 1)
-    return batch
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def border_window(image: np.ndarray, tolerance: float) -> tuple[slice, slice]:
 
 
 def _is_rough(line: np.ndarray, tolerance: float) -> bool:
-    """Whether a few values alone show that a line `(N,)` or `(N, 3)` is no border: it spares most images the search."""
+    """Whether a few values already show that a line `(N,)` or `(N, 3)` is no border: most images need no search."""
     if line.dtype.kind != "u":
         return False
     few = line.reshape(len(line), -1)[:: max(1, len(line) // 16), 0].tolist()

@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -85,22 +85,20 @@ class ShardStore:
             raise image
         return image
 
-    def read_many(self, indices: Sequence[int]) -> list[np.ndarray | UnreadableImageError]:
+    def read_many(self, indices: Sequence[int]) -> Iterator[np.ndarray | UnreadableImageError]:
         """The pixels of several samples, or why they cannot be read; the bytes of all of them are fetched at once."""
         present = [index for index in indices if self._image[index] >= 0]
-        places = {index: self._range(index, int(self._image[index])) for index in present}
+        places = [self._range(index, int(self._image[index])) for index in present]
         try:
-            contents = dict(zip(present, self._files.read_ranges(list(places.values())), strict=True))
+            contents = dict(zip(present, zip(places, self._files.read_ranges(places), strict=True), strict=True))
         except (ConnectionError, PermissionError) as error:
             names = ", ".join(self.keys[index] for index in present[:3])
             raise type(error)(f"{error} Samples {names} and perhaps others were wanted.") from None
-        images: list[np.ndarray | UnreadableImageError] = []
         for index in indices:
             try:
-                images.append(self._decode(index, contents.get(index), places.get(index)))
+                yield self._decode(index, *contents.get(index, (None, b"")))
             except UnreadableImageError as error:
-                images.append(error)
-        return images
+                yield error
 
     def companion(self, index: int, extension: str) -> bytes:
         files = self._index.files(index)
@@ -109,8 +107,8 @@ class ShardStore:
         member: Member = files[extension]
         return self._files.read_ranges([Range(self.shards[self._shard(index)], member.offset, member.size)])[0]
 
-    def _decode(self, index: int, content: bytes | None, place: Range | None) -> np.ndarray:
-        if content is None or place is None:
+    def _decode(self, index: int, place: Range | None, content: bytes) -> np.ndarray:
+        if place is None:
             raise UnreadableImageError(f"Cannot read {self.lost[index]}")
         name = self.describe(index)
         if len(content) < place.size:

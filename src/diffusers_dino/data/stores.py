@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -41,9 +41,9 @@ class ImageStore(Protocol):
     def read(self, index: int) -> np.ndarray:
         """The pixels as `read_image` gives them; raises `UnreadableImageError`."""
 
-    def read_many(self, indices: Sequence[int]) -> list[np.ndarray | UnreadableImageError]:
+    def read_many(self, indices: Sequence[int]) -> Iterator[np.ndarray | UnreadableImageError]:
         """The pixels of several samples, or the reason of each that cannot be read."""
-        return [self._try_to_read(index) for index in indices]
+        return map(self._try_to_read, indices)
 
     def companion(self, index: int, extension: str) -> bytes:
         """The file beside the image with the same key, such as `"json"` or `"mask.png"`; raises `KeyError`."""
