@@ -30,7 +30,8 @@ _SPLIT_OF = {word: split for split, words in _SPLITS.items() for word in words}
 
 def is_blank(value: str) -> bool:
     """Whether a cell says nothing: it is empty, or what pandas and others write for nothing (`nan`, `None`, ...)."""
-    return value.strip().lower() in _BLANK
+    value = value.strip()
+    return len(value) < 5 and value.lower() in _BLANK
 
 
 def normalize_view(value: str) -> str | None:
@@ -224,6 +225,8 @@ def combine(findings: Sequence[Finding], majority: bool = False) -> Finding:
         findings: One or more, such as those of several radiologists.
         majority: Keep what more than half of those that say anything state; else what any of them states.
     """
+    if len(findings) == 1:
+        return findings[0]
     voters = [finding for finding in findings if finding.labelled]
     needed = len(voters) // 2 + 1 if majority else 1
 

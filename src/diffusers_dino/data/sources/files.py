@@ -63,8 +63,8 @@ class FileFinder:
         return None
 
     def expected(self, row: Row) -> str:
-        """Where the file of a row was looked for."""
-        return " or ".join(template.fill(row) for template in self.templates)
+        """Where the file of a row was looked for, first of all."""
+        return self.templates[0].fill(row)
 
     def all_images(self) -> Iterator[str]:
         """Paths below the root of all images that some row could lead to."""

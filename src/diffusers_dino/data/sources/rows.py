@@ -197,8 +197,8 @@ def _join(row: Row, joined: Iterable[Joined], report: SourceReport) -> None:
 
 
 def _path_columns(path: str) -> Row:
-    pure = PurePosixPath(path)
-    return {"path": path, "folder": str(pure.parent), "stem": pure.stem}
+    folder, _, name = path.rpartition("/")
+    return {"path": path, "folder": folder or ".", "stem": name.rpartition(".")[0] or name}
 
 
 def _compile(several: str | Iterable[str]) -> list[re.Pattern[str]]:
