@@ -1,4 +1,4 @@
-"""The page of `DinoDiffusionPipeline`: its code runs, and the messages it explains are those that are raised."""
+"""The pages of the pipelines: their code runs, and the messages they explain are those that are raised."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,18 @@ from PIL import Image
 import tiny
 
 REPOSITORY = Path(__file__).parents[2]
-PAGE = (REPOSITORY / "docs/pipelines/dino_diffusion.md").read_text()
+
+
+def read_page(name):
+    return (REPOSITORY / f"docs/pipelines/{name}.md").read_text()
+
+
+def run_code(name):
+    """The names that the code of a page leaves, run from top to bottom."""
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", read_page(name), flags=re.DOTALL):
+        exec(compile(block, f"{name}.md", "exec"), names)
+    return names
 
 
 @pytest.fixture
@@ -29,18 +40,26 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_code_of_the_page_runs_from_top_to_bottom(folder):
-    names = {}
-    for block in re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL):
-        exec(compile(block, "dino_diffusion.md", "exec"), names)
+def test_the_code_of_the_diffusion_page_runs(folder):
+    names = run_code("dino_diffusion")
     assert len(names["variations"]) == 4
     assert len(names["sources"]) == 8
     assert names["embeds"].shape == (1, 5, tiny.TOKEN_DIM)
     assert torch.is_tensor(names["embeds"])
 
 
-def test_the_messages_of_the_page_are_those_of_the_code():
-    table = PAGE.split("## What it refuses")[1].split("## Reference")[0]
+def test_the_code_of_the_interpolation_page_runs(folder):
+    names = run_code("dino_interpolation")
+    assert len(names["path"]) == 5
+    assert len(names["paths"]) == 12
+    assert names["sheet"].size == (6 * tiny.IMAGE_SIZE, 3 * tiny.IMAGE_SIZE)
+    assert len(names["mixtures"]) == 3
+    assert names["label"] <= {"Effusion", "Nodule", "No Finding"}
+
+
+@pytest.mark.parametrize("name", ["dino_diffusion", "dino_interpolation"])
+def test_the_messages_of_the_page_are_those_of_the_code(name):
+    table = read_page(name).split("## What it refuses")[1].split("## Reference")[0]
     rows = re.findall(r"^\| ([^|]+?) \|", table, flags=re.MULTILINE)[2:]
     package = REPOSITORY / "src/diffusers_dino"
     source = " ".join(path.read_text() for path in package.rglob("*.py"))
