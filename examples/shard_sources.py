@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TextIO
 
 from diffusers_dino.data.archives import split_name
-from diffusers_dino.data.reading import is_image_file
 from diffusers_dino.data.sources import Record, Source, open_source
+from diffusers_dino.data.sources.files import is_image
 from diffusers_dino.data.staging import Item
 
 __all__ = ["SALT_VARIABLE", "OpenedSource", "open_sources", "read_salt", "write_key_map"]
@@ -55,7 +55,7 @@ def _folder_records(name: str, root: Path) -> Iterator[Record]:
     for path in root.rglob("*"):
         relative = path.relative_to(root).as_posix()
         key, extension = split_name(relative)
-        if extension.startswith("mask.") or not path.is_file() or not is_image_file(path):
+        if extension.startswith("mask.") or not path.is_file() or not is_image(relative):
             continue
         mask = root / f"{key}.mask.png"
         empty = False

@@ -1,0 +1,137 @@
+"""Kill `examples/make_shards.py` at random moments, go on each time, and compare with a run that was left alone.
+
+    python benchmarks/kill_shards.py --kills 10
+
+SIGKILL reaches the script while it prepares images, looks for duplicates, or writes shards and reports; its workers
+must notice. Prints where it was killed, and ends with an error unless all files of both folders are equal, byte for
+byte.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+from command_line import flag, parse_arguments  # noqa: E402
+
+
+@dataclass
+class Arguments:
+    kills: int = flag(10, "How often the script is killed.")
+    num_images: int = flag(600, "Images to make and to write.")
+    image_size: int = flag(256, "Side of the images in pixels.")
+    num_workers: int = flag(2, "Processes of the script.")
+    seed: int = flag(0, "Seed of the moments and of the images.")
+
+
+def main() -> None:
+    args = parse_arguments(Arguments, description=__doc__)
+    rng = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        make_images(root / "images", args)
+        process, first = start(root, "whole", args)
+        process.wait()
+        check(process, root)
+        seconds = time.perf_counter() - first
+        print(f"left alone: {seconds:.1f} s after it had listed the images")
+        stages = Counter(
+            kill_once(root, args, rng.uniform(0, 2 * seconds / (args.kills + 1))) for _ in range(args.kills)
+        )
+        process, _ = start(root, "killed", args)
+        process.wait()
+        check(process, root)
+        wait_for_orphans(root)
+        whole, killed = contents(root / "whole"), contents(root / "killed")
+    print(f"killed while: {', '.join(f'{stage} ({count})' for stage, count in sorted(stages.items()))}")
+    different = sorted(name for name in whole.keys() | killed.keys() if whole.get(name) != killed.get(name))
+    if different:
+        sys.exit(f"after {args.kills} kills {len(different)} files differ, such as {', '.join(different[:5])}")
+    tars = sum(name.endswith(".tar") for name in whole)
+    print(f"{args.kills} kills: all {len(whole)} files are equal, among them {tars} shards")
+
+
+def make_images(folder: Path, args: Arguments) -> None:
+    """Smooth pictures with a little noise, some of them twice."""
+    folder.mkdir()
+    rng = np.random.default_rng(args.seed)
+    for number in range(args.num_images):
+        coarse = Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize((args.image_size, args.image_size), Image.Resampling.BICUBIC), np.int16)
+        noisy = np.clip(smooth + rng.integers(-8, 9, smooth.shape), 0, 255).astype(np.uint8)
+        Image.fromarray(noisy).save(folder / f"{number:05d}.png")
+        if number % 20 == 0:
+            Image.fromarray(noisy).save(folder / f"{number:05d}-again.bmp")
+
+
+def start(root: Path, name: str, args: Arguments) -> tuple[subprocess.Popen, float]:
+    """Start the script, wait until it has listed the images, and say when that was."""
+    options = {"output_dir": root / name, "source": root / "images", "salt_file": root / "salt", "size": 128}
+    options |= {"shard_size": 10, "part_size": 8, "num_workers": args.num_workers, "test_fraction": 0.2}
+    command = [sys.executable, str(EXAMPLES / "make_shards.py")]
+    command += [text for flag_name, value in options.items() for text in (f"--{flag_name}", str(value))]
+    log = open(root / "log", "w")  # noqa: SIM115
+    process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while process.poll() is None and "source(s)" not in (root / "log").read_text():
+        time.sleep(0.02)
+    return process, time.perf_counter()
+
+
+def kill_once(root: Path, args: Arguments, delay: float) -> str:
+    """Kill a run after a while, and say in which stage; a run that has ended is begun again from nothing."""
+    while True:
+        process, _ = start(root, "killed", args)
+        try:
+            process.wait(delay)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            return stage_of(root / "killed")
+        check(process, root)
+        subprocess.run(["rm", "-rf", str(root / "killed")], check=True)
+
+
+def stage_of(output: Path) -> str:
+    work = output / ".work"
+    if (output / "manifest.json").exists():
+        return "cleaning up"
+    if (work / "plan.json").exists():
+        return "writing shards"
+    return "preparing" if any((work / "parts").glob("*")) else "starting"
+
+
+def check(process: subprocess.Popen, root: Path) -> None:
+    if process.returncode != 0:
+        sys.exit(f"make_shards.py ended with {process.returncode}:\n{(root / 'log').read_text()}")
+
+
+def wait_for_orphans(root: Path) -> None:
+    """Workers of killed runs must end by themselves."""
+    for _ in range(100):
+        listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+        if str(root) not in listed:
+            return
+        time.sleep(0.1)
+    sys.exit("workers of a killed run are still there")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+if __name__ == "__main__":
+    main()
