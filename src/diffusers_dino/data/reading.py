@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import io
 import math
+import sys
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import (
     BmpImagePlugin,
     GifImagePlugin,
     Image,
+    ImageFile,
     ImageOps,
     JpegImagePlugin,
     PngImagePlugin,
@@ -51,9 +54,9 @@ _PILLOW = (
     (b"BM", BmpImagePlugin.BmpImageFile),
     (b"GIF8", GifImagePlugin.GifImageFile),  # JSRT's masks
 )
+_Opener = Callable[[BinaryIO], ImageFile.ImageFile]
 _ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
-_ORIENTATION, _BITS_PER_SAMPLE = 0x0112, 258
-_DEEP_PNG_COLOR_TYPES = (2, 4, 6)  # RGB, gray and alpha, RGBA
+_ORIENTATION = 0x0112
 
 
 class UnreadableImageError(ValueError):
@@ -215,10 +218,8 @@ def _read_pillow(data: bytes, max_pixels: int) -> np.ndarray:
         raise UnreadableImageError("it is no image of a known format")
     with opener(io.BytesIO(data)) as image:
         check_size(*image.size, max_pixels)
-        if isinstance(image, PngImagePlugin.PngImageFile) and data[24] == 16 and data[25] in _DEEP_PNG_COLOR_TYPES:
-            return _read_deep_png(data)
-        if isinstance(image, TiffImagePlugin.TiffImageFile):
-            _check_tiff_depth(image)
+        if image.mode in ("RGB", "RGBA") and ";16" in _raw_mode(image):
+            return _read_deep_color(data, opener, _raw_mode(image))
         return _to_array(image)
 
 
@@ -235,25 +236,41 @@ def _to_array(image: Image.Image) -> np.ndarray:
     return np.asarray(image)
 
 
-def _check_tiff_depth(image: TiffImagePlugin.TiffImageFile) -> None:
-    bits = image.tag_v2.get(_BITS_PER_SAMPLE, (1,))
-    if not image.mode.startswith(("I", "F")) and max(bits) > 8:  # Pillow would keep the upper byte of each
-        raise UnreadableImageError(
-            f"{max(bits)} bits a colour channel are not read from TIFF. Save it as grayscale or PNG"
-        )
+def _read_deep_color(data: bytes, opener: _Opener, raw_mode: str) -> np.ndarray:
+    """An image with 16 bits for each of several channels, which lie in the file as `raw_mode` says, such as `RGB;16B`.
 
-
-def _read_deep_png(data: bytes) -> np.ndarray:
-    """A PNG with 16 bits for each of several channels, of which Pillow would keep the upper byte."""
-    import torch
-    from torchvision.io import ImageReadMode, decode_png
-
-    pixels = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    array = decode_png(pixels, ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()  # (H, W, 2 to 4)
-    if array.shape[2] in (2, 4):
+    Pillow keeps the upper byte of each. Told the other byte order, it keeps the lower one.
+    """
+    if raw_mode.startswith("LA"):  # as large as RGBA with 8 bits
+        both = _decode_as(data, opener, "RGBA")
+        upper, lower = both[..., ::2], both[..., 1::2]
+    else:
+        little_endian = raw_mode[-1] == "L" or (raw_mode[-1] == "N" and sys.byteorder == "little")
+        upper = _decode_as(data, opener, raw_mode)
+        lower = _decode_as(data, opener, raw_mode[:-1] + ("B" if little_endian else "L"))
+    array = upper.astype(np.uint16) << 8 | lower
+    if array.shape[2] != 3:
         color, alpha = array[..., :-1].astype(np.float32), array[..., -1:]
         array = np.round(color * (alpha / np.float32(65535))).astype(np.uint16)
     return as_image(array)
+
+
+def _decode_as(data: bytes, opener: _Opener, raw_mode: str) -> np.ndarray:
+    with opener(io.BytesIO(data)) as image:
+        image.tile = [(*tile[:3], _with_raw_mode(tile[3], raw_mode)) for tile in image.tile]
+        return np.asarray(image)
+
+
+def _raw_mode(image: ImageFile.ImageFile) -> str:
+    """How the channels lie in the file; empty if the format does not say."""
+    arguments = image.tile[0][3] if image.tile else ""
+    first = arguments if isinstance(arguments, str) else next(iter(arguments or ()), "")
+    return first if isinstance(first, str) else ""
+
+
+def _with_raw_mode(arguments: str | tuple[Any, ...], raw_mode: str) -> str | tuple[Any, ...]:
+    """The arguments of a decoder, which are the raw mode or begin with it."""
+    return raw_mode if isinstance(arguments, str) else (raw_mode, *arguments[1:])
 
 
 def _read_npz(data: bytes, max_pixels: int) -> np.ndarray:
