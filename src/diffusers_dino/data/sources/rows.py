@@ -20,6 +20,8 @@ __all__ = ["Row", "RowReader"]
 
 Row = dict[str, str]
 
+Joined = tuple[Template, list[str], dict[str, tuple[str, ...]]]
+
 PATH_COLUMNS = ("path", "folder", "stem")
 
 
@@ -58,7 +60,7 @@ class RowReader:
             ValueError: If a table turns out to be damaged.
         """
         report.absent += [table.files[0] for table, opened in self._joins if opened is None]
-        joined = [_load_join(table, opened, self._needed) for table, opened in self._joins if opened is not None]
+        joined = self._load_joins()
         rows = self._table_rows() if self._tables else self._file_rows()
         empty = True
         for row in rows:
@@ -100,6 +102,12 @@ class RowReader:
         opened = [*self._tables, *(table for _, table in self._joins if table is not None)]
         given = {*derived, *PATH_COLUMNS, "row"}.union(*(table.header for table in opened))
         unknown = [name for name in self._needed if name not in given]
+        for table, joined in self._joins:
+            keys = Template(table.key or table.match or "").columns
+            lost = [name for name in keys if joined is not None and name not in joined.header]
+            if joined is not None and (lost or not keys):
+                known = ", ".join(filter(None, joined.header))
+                raise ValueError(f"{str(joined.path)!r} is joined by {keys}; give match, and key, from {known}.")
         if self.source.sidecar:
             return unknown
         if unknown and all(table is not None for _, table in self._joins):
@@ -107,6 +115,16 @@ class RowReader:
             columns = ", ".join(filter(None, sorted(given)))
             raise ValueError(f"{self.source.name} needs the column {unknown[0]!r}. From {files} there are {columns}.")
         return []
+
+    def _load_joins(self) -> list[Joined]:
+        """What each joined table adds: the columns that are needed and that no table before it has."""
+        left = [name for name in self._needed if not any(name in table.header for table in self._tables)]
+        joined = []
+        for table, opened in self._joins:
+            if opened is not None:
+                joined.append(_load_join(table, opened, [name for name in left if name in opened.header]))
+                left = [name for name in left if name not in opened.header]
+        return joined
 
     def _table_rows(self) -> Iterator[Row]:
         number = itertools.count()
@@ -172,13 +190,9 @@ class RowReader:
         raise FileNotFoundError(f"No image of {self.source.name} in {str(self.root)!r}: looked for {patterns}.{rows}")
 
 
-Joined = tuple[Template, list[str], dict[str, tuple[str, ...]]]
-
-
-def _load_join(table: Table, opened: OpenTable, needed: list[str]) -> Joined:
+def _load_join(table: Table, opened: OpenTable, columns: list[str]) -> Joined:
     """The key of a row, the columns that a joined table adds, and their cells for each key."""
     match, key = Template(table.match or ""), Template(table.key or table.match or "")
-    columns = [column for column in opened.header if column in needed and column not in match.columns]
     same: dict[tuple[str, ...], tuple[str, ...]] = {}  # most rows say the same few things: keep each once
     rows: dict[str, tuple[str, ...]] = {}
     for row in opened.rows(list(dict.fromkeys([*columns, *key.columns]))):
