@@ -163,6 +163,8 @@ def _leading_band(lines: np.ndarray, allowed: float) -> int:
 
 def stretch_to_uint8(image: np.ndarray, clip_percent: float = 0.0) -> np.ndarray:
     """Map minimum..maximum of an image (or its percentiles) linearly to 0..255; a uniform image becomes 0."""
+    if not clip_percent and image.dtype == np.uint8 and _spans_uint8(image[::8]):
+        return image
     if clip_percent:
         low, high = np.percentile(image, (clip_percent, 100 - clip_percent))
     else:
@@ -185,6 +187,10 @@ def _stretched(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """Map low..high to 0..255."""
     scaled = (values.astype(np.float32) - low) * (255 / (high - low))
     return np.round(scaled.clip(0, 255)).astype(np.uint8)
+
+
+def _spans_uint8(image: np.ndarray) -> bool:
+    return image.min() == 0 and image.max() == 255
 
 
 def center_crop(image: np.ndarray) -> np.ndarray:

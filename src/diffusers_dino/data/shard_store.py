@@ -87,8 +87,8 @@ class ShardStore:
 
     def read_many(self, indices: Sequence[int]) -> Iterator[np.ndarray | UnreadableImageError]:
         """The pixels of several samples, or why they cannot be read; the bytes of all of them are fetched at once."""
-        present = [index for index in indices if self._image[index] >= 0]
-        places = [self._range(index, int(self._image[index])) for index in present]
+        present = [index for index in indices if index not in self.lost]
+        places = self._places(present)
         try:
             contents = dict(zip(present, zip(places, self._files.read_ranges(places), strict=True), strict=True))
         except (ConnectionError, PermissionError) as error:
@@ -121,9 +121,12 @@ class ShardStore:
     def _extension(self, index: int) -> str:
         return self._index.extensions[self._index.kinds[self._image[index]]]
 
-    def _range(self, index: int, member: int) -> Range:
-        offset, size = int(self._index.offsets[member]), int(self._index.sizes[member])
-        return Range(self.shards[self._shard(index)], offset, size)
+    def _places(self, indices: Sequence[int]) -> list[Range]:
+        """Where the images of samples are."""
+        members = self._image[indices]
+        shards = np.searchsorted(self._shard_ends, indices, side="right").tolist()
+        offsets, sizes = self._index.offsets[members].tolist(), self._index.sizes[members].tolist()
+        return [Range(self.shards[shard], *place) for shard, *place in zip(shards, offsets, sizes, strict=True)]
 
     def _check_ranges(self) -> None:
         for shard in self.shards:
