@@ -1,6 +1,7 @@
 """Run the scripts of `examples/` on folders of made-up images: as processes, or in this one, which is faster."""
 
 import importlib
+import json
 import os
 import signal
 import subprocess
@@ -20,6 +21,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 def image_folder(folder: Path, count: int, size: int) -> Path:
     """Fill a folder with smooth gray images `000.png`, `001.png`, ..."""
+    folder.mkdir(exist_ok=True)
     pixels = (tiny.random_images(count, channels=1, size=size)[:, 0] * 255).byte().numpy()
     for number, image in enumerate(pixels):
         Image.fromarray(image).save(folder / f"{number:03d}.png")
@@ -35,30 +37,54 @@ def command_line(config: Path | None, flags: dict[str, Any]) -> list[str]:
     return parts
 
 
-def run_script(script: str, config: Path | None = None, *, processes: int = 1, **flags: Any) -> str:
-    """Run a script as one or several processes of its own. Returns what it printed; fails if it does."""
+def start_script(
+    script: str,
+    config: Path | None = None,
+    *,
+    processes: int = 1,
+    threads: int | None = None,
+    environment: dict[str, str] | None = None,
+    **flags: Any,
+) -> subprocess.Popen[str]:
+    """Start a script as one or several processes of its own.
+
+    Sums depend on how many threads share them: one process has as many as this one, several have one each. Give
+    `threads` where a run is compared with one of another number of processes.
+    """
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, *(launcher if processes > 1 else []), str(EXAMPLES / script)]
-    threads = str(torch.get_num_threads()) if processes == 1 else "1"  # sums depend on how they are shared out
-    result = subprocess.run(
+    threads = threads or (torch.get_num_threads() if processes == 1 else 1)
+    return subprocess.Popen(
         [*command, *command_line(config, flags)],
-        env={**os.environ, "OMP_NUM_THREADS": threads, "ACCELERATE_USE_CPU": "true"},
+        env={**os.environ, "OMP_NUM_THREADS": str(threads), "ACCELERATE_USE_CPU": "true", **(environment or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    assert result.returncode == 0, result.stdout
-    return result.stdout
+
+
+def run_script(script: str, config: Path | None = None, **options: Any) -> str:
+    """Run a script as `start_script` does. Returns what it printed; fails if it does."""
+    process = start_script(script, config, **options)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def losses(folder: Path) -> list[float]:
+    """The loss of each update that the log of a run tells of."""
+    return [json.loads(line)["loss"] for line in (folder / "train_log.jsonl").read_text().splitlines()]
 
 
 def call_script(script: str, config: Path | None = None, **flags: Any) -> None:
     """Run a script's `main` in this process."""
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     argv = [script, *command_line(config, flags)]
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
         with patch.object(sys, "argv", argv), patch.object(sys, "path", [str(EXAMPLES), *sys.path]):
             importlib.import_module(Path(script).stem).main()
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         AcceleratorState._reset_state(reset_partial_state=True)

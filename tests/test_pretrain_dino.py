@@ -12,6 +12,7 @@ import torch
 import scripts
 from diffusers_dino import DinoImageConditioner
 from diffusers_dino.data import Preprocessing, open_images
+from scripts import losses
 from tiny import tiny_encoder
 
 NUM_IMAGES, STEPS = 24, 6
@@ -55,10 +56,6 @@ def trained(settings, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "dino"
     scripts.run_script("pretrain_dino.py", **settings, output_dir=folder)
     return folder
-
-
-def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "train_log.jsonl").read_text().splitlines()]
 
 
 def embed_all(conditioner: DinoImageConditioner, folder: Path) -> torch.Tensor:

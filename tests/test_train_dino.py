@@ -3,25 +3,26 @@
 import json
 import math
 import os
+import resource
+import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 
+import scripts
 import tiny
 from diffusers_dino import DinoDiffusionPipeline
+from diffusers_dino.training.checkpoints import find_checkpoint
 from hub_server import HubServer
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-SCRIPT = EXAMPLES / "train_dino.py"
+from scripts import losses
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +34,8 @@ def parts(tmp_path_factory) -> Path:
     tiny.tiny_unet().save_config(folder / "unet_config")
     tiny.tiny_unet().save_pretrained(folder / "unet")
     tiny.tiny_pipeline().save_pretrained(folder / "pipeline")
-    write_images(folder / "images", 24)
+    scripts.image_folder(folder / "images", 24, size=40)
     return folder
-
-
-def write_images(folder: Path, count: int) -> None:
-    folder.mkdir()
-    pixels = (tiny.random_images(count, channels=1, size=40)[:, 0] * 255).byte().numpy()
-    for number, image in enumerate(pixels):
-        Image.fromarray(image).save(folder / f"{number:03d}.png")
 
 
 @pytest.fixture
@@ -62,48 +56,15 @@ def flags(parts, tmp_path) -> dict:
     }
 
 
-def command(flags: dict) -> list[str]:
-    return [part for name, value in flags.items() if value is not None for part in (f"--{name}", str(value))]
-
-
 @pytest.fixture
-def train(monkeypatch, flags):
+def train(flags):
     """Run the script in this process with the flags and some changes; gives the folder of the run."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
 
-    def run(*first: str, **changes) -> Path:
-        import train_dino
-
-        merged = {**flags, **changes}
-        monkeypatch.setattr(sys, "argv", ["train_dino.py", *first, *command(merged)])
-        AcceleratorState._reset_state(reset_partial_state=True)
-        handler = signal.getsignal(signal.SIGTERM)
-        try:
-            train_dino.main()
-        finally:
-            signal.signal(signal.SIGTERM, handler)
-            AcceleratorState._reset_state(reset_partial_state=True)
-        return Path(merged["output_dir"])
+    def run(config: Path | None = None, **changes) -> Path:
+        scripts.call_script("train_dino.py", config, **{**flags, **changes})
+        return Path({**flags, **changes}["output_dir"])
 
     return run
-
-
-def start(flags: dict, processes: int = 1, **environment: str) -> subprocess.Popen:
-    """Start the script as a process of its own, or as several; one alone computes with as many threads as this one."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    threads = str(torch.get_num_threads()) if processes == 1 else "1"  # sums depend on how they are shared out
-    env = {**os.environ, "OMP_NUM_THREADS": threads, "ACCELERATE_USE_CPU": "true", **environment}
-    return subprocess.Popen(
-        [sys.executable, *(launcher if processes > 1 else []), str(SCRIPT), *command(flags)],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "train_log.jsonl").read_text().splitlines()]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -207,7 +168,7 @@ def test_checkpoint_holds_the_averaged_weights_for_use(train):
 
 
 def test_pictures_and_the_best_weights(train, parts, tmp_path):
-    write_images(tmp_path / "unseen", 3)
+    scripts.image_folder(tmp_path / "unseen", 3, size=40)
     options = {"validation_steps": 2, "metric_steps": 2, "validation_data_dir": tmp_path / "unseen"}
     folder = train(**options, num_validation_variations=2, validation_inference_steps=2, report_to="tensorboard")
     pictures = sorted((folder / "validation").iterdir())
@@ -289,7 +250,7 @@ def test_continuing_a_pipeline(train, parts):
 def test_yaml_sets_flags_and_the_command_line_wins(train, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text("max_train_steps: 3\nlearning_rate: 1e-3\nuse_ema: true\naugment: false\nrevision: null\n")
-    folder = train(str(config), max_train_steps=2)
+    folder = train(config, max_train_steps=2)
     saved = json.loads((folder / "training_arguments.json").read_text())
     assert (saved["max_train_steps"], saved["learning_rate"], saved["use_ema"], saved["augment"]) == (
         2,
@@ -301,11 +262,11 @@ def test_yaml_sets_flags_and_the_command_line_wins(train, tmp_path):
 
 @pytest.mark.parametrize("name", ["paper_dinov1", "paper_dinov2"])
 def test_the_papers_recipe_is_in_its_configs(monkeypatch, name):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.syspath_prepend(str(scripts.EXAMPLES))
     from command_line import parse_arguments
     from train_dino import Arguments
 
-    args = parse_arguments(Arguments, [str(EXAMPLES / "configs" / f"{name}.yaml"), "--train_data", "x"])
+    args = parse_arguments(Arguments, [str(scripts.EXAMPLES / "configs" / f"{name}.yaml"), "--train_data", "x"])
     assert args.train_batch_size * args.gradient_accumulation_steps * 2 == 512
     assert (args.resolution, args.num_train_epochs, args.metric_steps) == (512, 100, 2500)
     assert (args.learning_rate, args.lr_scheduler, args.lr_warmup_steps) == (1e-4, "constant_with_warmup", 1000)
@@ -329,7 +290,7 @@ def test_faulty_config_ends_with_a_clear_message(train, tmp_path, capsys, text, 
     config = tmp_path / "config.yaml"
     config.write_text(text)
     with pytest.raises(SystemExit):
-        train("--config", str(config))
+        train(config)
     assert message in capsys.readouterr().err
 
 
@@ -393,7 +354,7 @@ def test_missing_extra_is_named(train, monkeypatch, module, changes):
 
 
 def test_unreadable_image_among_good_ones(train, tmp_path, caplog):
-    write_images(tmp_path / "mixed", 24)
+    scripts.image_folder(tmp_path / "mixed", 24, size=40)
     (tmp_path / "mixed" / "007.png").write_bytes(b"damaged")
     train(train_data_dir=tmp_path / "mixed", max_train_steps=6)
     assert "007.png" in caplog.text
@@ -415,28 +376,31 @@ def test_loss_that_is_not_finite_stops_before_the_update(train, tmp_path):
 def test_two_processes_equal_one_with_the_same_global_batch(flags, parts, tmp_path):
     flags |= {"max_train_steps": 20, "metric_steps": 10, "validation_data_dir": parts / "images"}
     flags |= {"validation_inference_steps": 2, "checkpointing_steps": 10, "use_ema": True}
-    curves = []
-    for processes, batch in ((1, 8), (2, 4)):
-        folder = tmp_path / f"{processes}"
-        run = start({**flags, "train_batch_size": batch, "output_dir": folder}, processes)
-        output, _ = run.communicate(timeout=300)
-        assert run.returncode == 0, output
-        curves.append(losses(folder))
-    assert len(curves[0]) == 20
-    assert max(abs(a - b) for a, b in zip(*curves, strict=True)) < 1e-4
-    assert sorted(p.name for p in (folder / "checkpoint-20").glob("random_states*")) == [
+    for processes in (1, 2):
+        changes = {"train_batch_size": 8 // processes, "output_dir": tmp_path / f"{processes}"}
+        scripts.run_script("train_dino.py", processes=processes, threads=1, **{**flags, **changes})
+    one, two = (losses(tmp_path / f"{processes}") for processes in (1, 2))
+    assert len(one) == 20
+    assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-4
+    assert sorted(p.name for p in (tmp_path / "2" / "checkpoint-20").glob("random_states*")) == [
         "random_states_0.pkl",
         "random_states_1.pkl",
     ]
+    # A checkpoint of either goes on as the other: the place in the run counts images, not batches of a process.
+    for first, then in ((1, 2), (2, 1)):
+        crossed = tmp_path / f"{first} then {then}"
+        shutil.copytree(tmp_path / f"{first}" / "checkpoint-10", crossed / "checkpoint-10")
+        changes = {"train_batch_size": 8 // then, "output_dir": crossed, "resume_from_checkpoint": "latest"}
+        scripts.run_script("train_dino.py", processes=then, threads=1, **{**flags, **changes})
+        assert max(abs(a - b) for a, b in zip(one[10:], losses(crossed), strict=True)) < 1e-4
 
 
 @pytest.mark.slow
 def test_result_is_pushed_with_its_card_and_nothing_else(flags, tmp_path):
     with HubServer() as hub:
         flags |= {"push_to_hub": True, "hub_model_id": "org/trained", "checkpointing_steps": 2, "validation_steps": 4}
-        run = start(flags, **hub.client_environment(tmp_path / "home"), HF_HUB_OFFLINE="0")
-        output, _ = run.communicate(timeout=120)
-        assert run.returncode == 0, output
+        environment = {**hub.client_environment(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        scripts.run_script("train_dino.py", environment=environment, **flags)
         pushed = hub.repositories["org/trained"].files()
     assert {Path(name).parts[0] for name in pushed} - {".gitattributes"} == {
         "README.md",
@@ -451,11 +415,10 @@ def test_result_is_pushed_with_its_card_and_nothing_else(flags, tmp_path):
 
 
 def wait_for_step(run: subprocess.Popen, folder: Path, step: int) -> None:
+    log = folder / "train_log.jsonl"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and run.poll() is None:
-        if (folder / "train_log.jsonl").is_file() and len(
-            (folder / "train_log.jsonl").read_text().splitlines()
-        ) >= step:
+        if log.is_file() and len(log.read_text().splitlines()) >= step:
             return
         time.sleep(0.02)
     run.kill()
@@ -463,31 +426,61 @@ def wait_for_step(run: subprocess.Popen, folder: Path, step: int) -> None:
 
 
 @pytest.mark.slow
-def test_killed_run_continues_to_the_same_weights(train, flags, tmp_path):
-    options = {"max_train_steps": 40, "checkpointing_steps": 3, "use_ema": True, "checkpoints_total_limit": 2}
-    whole = train(**options)
-    cut = tmp_path / "cut"
-    for step in (7, 22):
-        changed = {**flags, **options, "output_dir": cut, "resume_from_checkpoint": "latest"}
-        run = start(changed)
-        wait_for_step(run, cut, step)
-        run.send_signal(signal.SIGKILL)
-        run.communicate()
-    assert not (cut / "model_index.json").exists()
-    train(**options, output_dir=cut, resume_from_checkpoint="latest")
-    assert_same_run(whole, cut)
+def test_one_signal_to_one_process_makes_all_save_and_stop(flags, tmp_path):
+    flags |= {"max_train_steps": 10_000, "train_batch_size": 2, "output_dir": tmp_path / "out"}
+    run = scripts.start_script("train_dino.py", processes=2, **flags)
+    wait_for_step(run, tmp_path / "out", 5)
+    worker = psutil.Process(run.pid).children()[-1]
+    worker.send_signal(signal.SIGUSR1)
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == 0, output
+    assert "--resume_from_checkpoint=latest" in output
+    checkpoint = find_checkpoint(tmp_path / "out")
+    assert checkpoint.step == len(losses(tmp_path / "out"))
+    assert checkpoint.info["position"] == 4 * checkpoint.step
 
 
 @pytest.mark.slow
 def test_sigterm_saves_a_checkpoint_and_stops(train, flags, tmp_path):
     options = {"max_train_steps": 60}
     cut = tmp_path / "cut"
-    run = start({**flags, **options, "output_dir": cut})
+    run = scripts.start_script("train_dino.py", **{**flags, **options, "output_dir": cut})
     wait_for_step(run, cut, 5)
     run.send_signal(signal.SIGTERM)
     output, _ = run.communicate(timeout=60)
     assert run.returncode == 0, output
-    assert "--resume_from_checkpoint=latest" in output
     assert len(list(cut.glob("checkpoint-*"))) == 1
     assert not (cut / "model_index.json").exists()
     assert_same_run(train(**options), train(**options, output_dir=cut, resume_from_checkpoint="latest"))
+
+
+def test_checkpoints_by_the_clock(train):
+    folder = train(checkpointing_minutes=1e-6, checkpoints_total_limit=2)
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+    with pytest.raises(ValueError, match="must not be negative"):
+        train(checkpointing_minutes=-1)
+
+
+def test_other_preprocessing_is_not_resumed(train):
+    train(checkpointing_steps=2)
+    with pytest.raises(ValueError, match="checkpoint-4 is of a run with preprocessing"):
+        train(resume_from_checkpoint="latest", remove_borders=False)
+
+
+def test_full_disk_leaves_the_checkpoint_before(train, tmp_path):
+    whole = train(max_train_steps=6, output_dir=tmp_path / "whole")
+    folder = train(checkpointing_steps=2, max_train_steps=2)
+    # Files may grow to what the frozen models need, which is less than the optimizer's state.
+    sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    frozen = max(size for path, size in sizes.items() if path.parent.name in ("vae", "conditioner"))
+    optimizer = next(size for path, size in sizes.items() if path.name == "optimizer.bin")
+    assert frozen + 1024 < optimizer
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (frozen + 1024, former[1]))
+    try:
+        with pytest.raises(ValueError, match=r"checkpoint-4 could not be written to .* GiB free\).*are untouched"):
+            train(checkpointing_steps=2, max_train_steps=6, resume_from_checkpoint="latest")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+    assert [path.name for path in folder.iterdir() if "checkpoint" in path.name] == ["checkpoint-2"]
+    assert_same_run(whole, train(max_train_steps=6, resume_from_checkpoint="latest"))

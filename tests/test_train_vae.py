@@ -19,6 +19,7 @@ from diffusers_dino.data import Preprocessing, open_images
 from diffusers_dino.latents import encode_to_moments
 from diffusers_dino.pixels import unit_to_vae
 from diffusers_dino.training.checkpoints import find_checkpoint
+from scripts import losses
 
 NUM_IMAGES, STEPS = 24, 6
 
@@ -42,10 +43,6 @@ def flags(images, tmp_path) -> dict:
         "lr_warmup_steps": 1,
         "checkpointing_steps": 3,
     }
-
-
-def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "train_log.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

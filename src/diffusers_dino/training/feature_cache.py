@@ -84,6 +84,7 @@ class Recipe:
             here, there = getattr(self, name), getattr(theirs, name)
             if isinstance(here, dict) and isinstance(there, dict):
                 inside = [key for key in {**here, **there} if here.get(key) != there.get(key)]
+                inside = [key for key in inside if key != "fingerprint"] or inside  # it says no more than the others
                 lines += [f"{name}: {key} is {there.get(key)} there and {here.get(key)} here" for key in inside]
             elif here != there:
                 lines.append(f"{name}: {there} there and {here} here")

@@ -82,10 +82,15 @@ def encode_views(
     """
     together = samples_per_batch(num_views, batch_size)
     blocks = [samples[first : first + together] for first in range(0, len(samples), together)]
-    slots = [[Slot(0, view, index) for index in block for view in range(num_views)] for block in blocks]
-    for batch in load_batches(views, slots, num_workers, encoder.device):
-        parts = [part.cpu().unflatten(0, (-1, num_views)) for part in encoder(batch)]
-        keys = batch["key"][::num_views]
+    slots = [[Slot(0, 0, index) for index in block] for block in blocks]
+    as_they_are = TrainingViews(views.images, None)  # each image is read once for all of its views
+    for batch in load_batches(as_they_are, slots, num_workers, encoder.device):
+        keys = batch["key"]
+        images = batch["image"].repeat_interleave(num_views, dim=0)  # (n K, C, H, W)
+        if views.augmentation:
+            repeated = [key for key in keys for _ in range(num_views)]
+            images = views.augmentation(images, repeated, views.seed, [*range(num_views)] * len(keys))
+        parts = [part.cpu().unflatten(0, (-1, num_views)) for part in encoder({"image": images})]
         for part in parts:
             finite = part.flatten(1).isfinite().all(dim=1).tolist()
             if not all(finite):

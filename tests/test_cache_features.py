@@ -1,0 +1,87 @@
+"""`examples/cache_features.py` and training from what it makes, as a user runs them."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import scripts
+import tiny
+from scripts import losses
+
+
+@pytest.fixture
+def flags(tmp_path) -> dict:
+    """Flags of a training run whose features are to be cached."""
+    tiny.tiny_vae().save_pretrained(tmp_path / "vae")
+    tiny.tiny_conditioner().save_pretrained(tmp_path / "conditioner")
+    tiny.tiny_unet().save_config(tmp_path / "unet")
+    return {
+        "train_data_dir": scripts.image_folder(tmp_path / "images", 12, size=40),
+        "vae": tmp_path / "vae",
+        "conditioner": tmp_path / "conditioner",
+        "unet_config": tmp_path / "unet",
+        "resolution": 32,
+        "train_batch_size": 4,
+        "max_train_steps": 8,  # two epochs and a half
+        "learning_rate": 1e-3,
+        "lr_warmup_steps": 0,
+        "cache_views": 2,
+        "cache_batch_size": 8,
+        "validation_steps": 4,
+        "num_validation_variations": 1,
+        "validation_inference_steps": 1,
+        "output_dir": tmp_path / "out",
+    }
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_training_from_disk_equals_training_from_memory(flags, tmp_path):
+    cache = tmp_path / "features"
+    scripts.call_script("cache_features.py", **flags, feature_cache=cache, storage_dtype="float32")
+    runs = {
+        "memory": {},
+        "disk": {"feature_cache": cache, "cache_views": 0},
+        "workers": {"feature_cache": cache, "dataloader_num_workers": 2},
+        "made": {"feature_cache": cache, "conditioner": cache / "conditioner"},
+    }
+    for name, changes in runs.items():
+        scripts.call_script("train_dino.py", **{**flags, **changes, "output_dir": tmp_path / name})
+    whole = load_file(tmp_path / "memory" / "unet" / "diffusion_pytorch_model.safetensors")
+    for name in ("disk", "workers", "made"):
+        assert losses(tmp_path / name) == losses(tmp_path / "memory")
+        theirs = load_file(tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors")
+        assert all(torch.equal(whole[key], theirs[key]) for key in whole)
+        assert (tmp_path / name / "validation" / "0000008.png").is_file()
+    with pytest.raises(ValueError, match="augmentation: shear is 0.05 there and 0.2 here"):
+        scripts.call_script("train_dino.py", **{**flags, "feature_cache": cache, "shear": 0.2})
+    with pytest.raises(ValueError, match="--feature_cache"):
+        scripts.call_script("cache_features.py", **flags)
+
+
+@pytest.mark.slow
+def test_two_processes_or_a_kill_change_no_byte(flags, tmp_path):
+    flags |= {"samples_per_shard": 4, "max_train_steps": 1}
+    folders = {processes: tmp_path / f"{processes}" for processes in (1, 2)}
+    for processes, folder in folders.items():
+        options = {"processes": processes, "threads": 1}
+        scripts.run_script("cache_features.py", **options, **flags, feature_cache=folder)
+    whole = contents(folders[1])
+    assert contents(folders[2]) == whole
+    assert [shard["samples"] for shard in json.loads(whole["manifest.json"])["shards"]] == [4, 4, 4]
+
+    cut = tmp_path / "cut"
+    process = scripts.start_script("cache_features.py", threads=1, **flags, feature_cache=cut)
+    while process.poll() is None and not list(cut.glob("features-*")):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    scripts.run_script("cache_features.py", threads=1, **flags, feature_cache=cut)
+    assert contents(cut) == whole

@@ -1,0 +1,279 @@
+"""Features on disk: the same as in memory, restartable, and refused where they do not match."""
+
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+import scripts
+import tiny
+from diffusers_dino import DinoImageConditioner
+from diffusers_dino.data import Augmentation, ImageDataset, Preprocessing, Slot, TrainingViews, open_images
+from diffusers_dino.training.feature_cache import (
+    FeatureCacheError,
+    Recipe,
+    fingerprint_model,
+    open_feature_cache,
+    write_feature_cache,
+)
+from diffusers_dino.training.features import FeatureEncoder, cache_in_memory
+
+COUNT, VIEWS = 11, 3
+SHARDS = ["features-000000.safetensors", "features-000001.safetensors", "features-000002.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return tiny.tiny_vae()
+
+
+@pytest.fixture(scope="module")
+def conditioner():
+    return tiny.tiny_conditioner()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return scripts.image_folder(tmp_path_factory.mktemp("images"), COUNT, size=40)
+
+
+@pytest.fixture
+def images(folder) -> ImageDataset:
+    return open_images(folder, Preprocessing(32))
+
+
+@pytest.fixture
+def accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def write(vae, conditioner, accelerator, tmp_path):
+    """Write a cache of views; four samples in a shard."""
+
+    def run(views: TrainingViews, place: Path = tmp_path, num_views: int = VIEWS, **options) -> dict:
+        recipe = Recipe.of(vae, conditioner, views, num_views)
+        encoder = FeatureEncoder(vae, conditioner, "cpu")
+        options = {"dtype": torch.float32, "samples_per_shard": 4, "batch_size": 2 * num_views, **options}
+        return write_feature_cache(place, recipe, views, encoder, accelerator, **options)
+
+    return run
+
+
+def slots(count: int = COUNT, epochs: int = VIEWS + 1) -> list[Slot]:
+    return [Slot(position, epoch, (7 * position) % count) for epoch in range(epochs) for position in range(count)]
+
+
+def test_disk_holds_what_memory_holds(write, vae, conditioner, images, tmp_path):
+    views = TrainingViews(images, Augmentation(), seed=5)
+    manifest = write(views)
+    assert [shard["samples"] for shard in manifest["shards"]] == [4, 4, 3]
+    memory = cache_in_memory(views, FeatureEncoder(vae, conditioner, "cpu"), VIEWS, batch_size=2 * VIEWS)
+    disk = open_feature_cache(tmp_path, Recipe.of(vae, conditioner, views, VIEWS), images)
+    one, other = memory.__getitems__(slots()), disk.__getitems__(slots())
+    assert all(torch.equal(a, b) for a, b in zip(one["features"], other["features"], strict=True))
+    assert (one["key"], one["position"]) == (other["key"], other["position"])
+    # and both hold the views that training would make, epoch K being view 0 again
+    encoder = FeatureEncoder(vae, conditioner, "cpu")
+    online = encoder(views.__getitems__([slot._replace(epoch=slot.epoch % VIEWS) for slot in slots()]))
+    for cached, now in zip(encoder(other), online, strict=True):
+        torch.testing.assert_close(cached, now, atol=1e-5, rtol=1e-5)
+
+
+def test_half_precision_rounds_by_one_part_in_two_thousand(write, vae, conditioner, images, tmp_path):
+    views = TrainingViews(images, Augmentation())
+    recipe = Recipe.of(vae, conditioner, views, VIEWS)
+    exact, rounded = [], []
+    for dtype, features in ((torch.float32, exact), (torch.float16, rounded)):
+        (tmp_path / str(dtype)).mkdir()
+        write(views, tmp_path / str(dtype), dtype=dtype)
+        batch = open_feature_cache(tmp_path / str(dtype), recipe, images).__getitems__(slots())
+        features += FeatureEncoder(vae, conditioner, "cpu")(batch)
+    for one, other in zip(exact, rounded, strict=True):
+        assert other.dtype == torch.float32
+        assert 0 < (one - other).abs().max() <= one.abs().max() * 2**-11
+
+
+def test_stopped_writing_goes_on_and_ends_with_the_same_bytes(write, images, tmp_path):
+    views = TrainingViews(images, Augmentation())
+    write(views)
+    whole = {name: (tmp_path / name).read_bytes() for name in [*SHARDS, "keys.txt", "manifest.json"]}
+    for name in ("manifest.json", "keys.txt", SHARDS[1]):
+        (tmp_path / name).unlink()
+    (tmp_path / SHARDS[2]).write_bytes(whole[SHARDS[2]][:-1])
+    (tmp_path / f".{SHARDS[1]}.123.partial").write_bytes(b"half")
+    untouched = (tmp_path / SHARDS[0]).stat().st_mtime_ns
+    said: list[str] = []
+    write(views, say=said.append)
+    assert {name: (tmp_path / name).read_bytes() for name in whole} == whole
+    assert (tmp_path / SHARDS[0]).stat().st_mtime_ns == untouched
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(whole)
+    assert len(said) == 3
+    write(views, say=said.append)
+    assert len(said) == 3  # a complete cache is left alone
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_folder_with_other_features_is_not_written_to(write, images, tmp_path, complete):
+    write(TrainingViews(images, Augmentation()))
+    if not complete:
+        (tmp_path / "manifest.json").unlink()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(FeatureCacheError, match="seed: 0 there and 1 here"):
+        write(TrainingViews(images, Augmentation(), seed=1))
+    with pytest.raises(FeatureCacheError, match="Give another folder"):
+        write(TrainingViews(images.select(images.keys[1:]), Augmentation()))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_what_differs_is_named(write, vae, conditioner, images, folder, tmp_path):
+    views = TrainingViews(images, Augmentation())
+    write(views)
+    recipe = Recipe.of(vae, conditioner, views, VIEWS)
+    larger, wider = open_images(folder, Preprocessing(64)), Augmentation(scale=(0.9, 1.5))
+    others = {
+        "vae: .* there and .* here": Recipe.of(tiny.tiny_vae(scaling_factor=0.7), conditioner, views, 0),
+        r"conditioner: .* there and (.|\n)* were made with is in .*/conditioner": Recipe.of(
+            vae, tiny.tiny_conditioner(tokens="cls"), views, 0
+        ),
+        "preprocessing: size is 32 there and 64 here": Recipe.of(vae, conditioner, TrainingViews(larger, None), 0),
+        r"augmentation: scale is \[0.9, 1.4\] there and \[0.9, 1.5\] here": Recipe.of(
+            vae, conditioner, TrainingViews(images, wider), 0
+        ),
+        "augmentation: .* there and None here": Recipe.of(vae, conditioner, TrainingViews(images, None), 0),
+        "num_views: 3 there and 2 here": replace(recipe, num_views=2),
+    }
+    for message, other in others.items():
+        with pytest.raises(FeatureCacheError, match=message) as refused:
+            open_feature_cache(tmp_path, other, images)
+        named = [line for line in str(refused.value).splitlines() if line.startswith("- ")]
+        assert {line[2:].partition(":")[0] for line in named} <= {message.partition(":")[0], "augmentation"}
+    open_feature_cache(tmp_path, replace(recipe, seed=9, num_views=0), images)  # runs of several seeds share views
+
+
+def test_other_images_under_the_same_names_are_noticed(write, vae, conditioner, images, tmp_path):
+    write(TrainingViews(images, None))
+    other = tmp_path / "other"
+    other.mkdir()
+    for key in images.keys:
+        Image.new("L", (40, 40), 100).save(other / f"{key}.png")
+    recipe = Recipe.of(vae, conditioner, TrainingViews(images, None), 0)
+    with pytest.raises(FeatureCacheError, match="shows something else"):
+        open_feature_cache(tmp_path, recipe, open_images(other, images.preprocessing))
+    Image.new("L", (40, 40)).save(other / "new.png")
+    with pytest.raises(FeatureCacheError, match="samples: 1 of 12 are not there, such as new"):
+        open_feature_cache(tmp_path, recipe, open_images(other, images.preprocessing))
+
+
+def test_incomplete_or_damaged_folders_are_named(write, vae, conditioner, images, tmp_path):
+    recipe = Recipe.of(vae, conditioner, TrainingViews(images, None), VIEWS)
+    with pytest.raises(FeatureCacheError, match=r"no complete features: it has no manifest\.json"):
+        open_feature_cache(tmp_path, recipe, images)
+    write(TrainingViews(images, None))
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    shard = tmp_path / SHARDS[1]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(FeatureCacheError, match=rf"{SHARDS[1]} is missing or cut short"):
+        open_feature_cache(tmp_path, recipe, images)
+    for text, message in (("{", "damaged"), (json.dumps({**manifest, "format": 99}), "of format 99")):
+        (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(FeatureCacheError, match=message):
+            open_feature_cache(tmp_path, recipe, images)
+
+
+def test_part_of_the_samples_in_their_own_order(write, vae, conditioner, images, tmp_path):
+    views = TrainingViews(images, Augmentation())
+    write(views)
+    recipe = Recipe.of(vae, conditioner, views, VIEWS)
+    part = images.select(["008", "001", "010"])
+    some = open_feature_cache(tmp_path, recipe, part)
+    everything = open_feature_cache(tmp_path, recipe, images)
+    for index, key in enumerate(part.keys):
+        one = some[Slot(0, 2, index)]
+        other = everything[Slot(0, 2, images.keys.index(key))]
+        assert one["key"] == other["key"] == [key]
+        assert all(torch.equal(a, b) for a, b in zip(one["features"], other["features"], strict=True))
+
+
+def test_unreadable_images_are_noted_and_no_sample_of_another_set_stands_in(write, vae, conditioner, folder, tmp_path):
+    mixed, cache = tmp_path / "mixed", tmp_path / "cache"
+    cache.mkdir()
+    scripts.image_folder(mixed, COUNT, size=40)
+    (mixed / "004.png").write_bytes(b"damaged")
+    images = open_images(mixed, Preprocessing(32), max_unreadable=0.5)
+    views = TrainingViews(images, None)
+    manifest = write(views, cache)
+    noted = {key: used for shard in manifest["shards"] for key, used in shard["substitutes"].items()}
+    assert list(noted) == ["004"]
+    recipe = Recipe.of(vae, conditioner, views, VIEWS)
+    part = images.select([key for key in images.keys if key != noted["004"]])
+    place = part.keys.index("004")
+    shown = part[place]["key"]
+    assert shown not in ("004", noted["004"])
+    opened = open_feature_cache(cache, recipe, part)
+    one, other = opened[Slot(0, 0, place)], opened[Slot(0, 0, part.keys.index(shown))]
+    assert all(torch.equal(a, b) for a, b in zip(one["features"], other["features"], strict=True))
+
+
+def test_values_that_cannot_be_stored(vae, write, images):
+    views = TrainingViews(images, None)
+    vae_config = dict(vae.config)
+    try:
+        vae.register_to_config(scaling_factor=1e8)
+        with pytest.raises(FeatureCacheError, match=r"does not fit into torch\.float16: store float32"):
+            write(views, dtype=torch.float16)
+        vae.register_to_config(scaling_factor=float("nan"))
+        with pytest.raises(ValueError, match="The features of 000 are not finite"):
+            write(views)
+    finally:
+        vae.register_to_config(scaling_factor=vae_config["scaling_factor"])
+
+
+def test_samples_of_one_name_are_refused(write, images):
+    images.store.keys[1] = images.store.keys[0]
+    with pytest.raises(ValueError, match="1 samples have the key of another one"):
+        write(TrainingViews(images, None))
+
+
+def test_reading_takes_no_memory_of_its_own_and_travels_to_spawned_workers(write, vae, conditioner, images, tmp_path):
+    views = TrainingViews(images, Augmentation())
+    write(views)
+    opened = open_feature_cache(tmp_path, Recipe.of(vae, conditioner, views, VIEWS), images)
+    before = opened.__getitems__(slots())
+    sent = pickle.dumps(opened.shards)
+    assert len(sent) < 1000  # paths, no tensors
+    opened.shards = pickle.loads(sent)
+    after = opened.__getitems__(slots())
+    assert all(torch.equal(a, b) for a, b in zip(before["features"], after["features"], strict=True))
+    address, maps = opened.shards[0].mean.data_ptr(), Path("/proc/self/maps").read_text()
+    assert any(SHARDS[0] in line and _covers(line, address) for line in maps.splitlines())
+
+
+def _covers(line: str, address: int) -> bool:
+    start, _, end = line.split()[0].partition("-")
+    return int(start, 16) <= address < int(end, 16)
+
+
+def test_fingerprints_survive_saving_and_see_every_change(conditioner, vae, tmp_path):
+    conditioner.save_pretrained(tmp_path / "conditioner")
+    vae.save_pretrained(tmp_path / "vae")
+    assert fingerprint_model(DinoImageConditioner.from_pretrained(tmp_path / "conditioner")) == fingerprint_model(
+        conditioner
+    )
+    assert fingerprint_model(type(vae).from_pretrained(tmp_path / "vae")) == fingerprint_model(vae)
+    changed = tiny.tiny_vae()
+    with torch.no_grad():
+        changed.encoder.conv_in.weight[0, 0, 0, 0] += 1e-6
+    found = {
+        fingerprint_model(model) for model in (vae, changed, tiny.tiny_vae(latents_mean=[0.1] * 4), tiny.tiny_taesd())
+    }
+    assert len(found) == 4
+    assert fingerprint_model(tiny.tiny_conditioner(size=64)) != fingerprint_model(conditioner)
