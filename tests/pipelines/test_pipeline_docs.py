@@ -9,6 +9,7 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from PIL import Image
 
 import tiny
+from tiny_text import stable_diffusion
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -27,13 +28,14 @@ def run_code(name):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder with what the page's code reads: a pipeline, a LoRA for it, and radiographs."""
+    """A folder with what the page's code reads: a pipeline, a LoRA for it, a Stable Diffusion, and radiographs."""
     peft = pytest.importorskip("peft")
     pipe = tiny.tiny_pipeline()
     pipe.save_pretrained(tmp_path / "outputs/quickstart/model")
     pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"]))
     layers = convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(pipe.unet))
     pipe.save_lora_weights(tmp_path / "outputs/scanner-lora", layers)
+    stable_diffusion().save_pretrained(tmp_path / "stable-diffusion")
     for name in ("radiograph", *(f"radiograph_{i}" for i in range(8))):
         Image.new("L", (40, 48), 90).save(tmp_path / f"{name}.png")
     monkeypatch.chdir(tmp_path)
@@ -57,7 +59,14 @@ def test_the_code_of_the_interpolation_page_runs(folder):
     assert names["label"] <= {"Effusion", "Nodule", "No Finding"}
 
 
-@pytest.mark.parametrize("name", ["dino_diffusion", "dino_interpolation"])
+def test_the_code_of_the_segmentation_page_runs(folder):
+    names = run_code("diffseg")
+    assert names["masks"].shape == names["baseline"].shape == (1, 48, 40)
+    assert names["swept"].masks.shape == (1, 48, 40)
+    assert names["sides"] == [4, 8]
+
+
+@pytest.mark.parametrize("name", ["dino_diffusion", "dino_interpolation", "diffseg"])
 def test_the_messages_of_the_page_are_those_of_the_code(name):
     table = read_page(name).split("## What it refuses")[1].split("## Reference")[0]
     rows = re.findall(r"^\| ([^|]+?) \|", table, flags=re.MULTILINE)[2:]
