@@ -3,9 +3,11 @@
     python benchmarks/loader.py --output_json loader.json
 
 Speed: the same bytes are decoded to arrays (and resized, for sizes other than 512) by Pillow in a loop, and by one
-worker of `load_batches`, in turn in one run; the figure is the ratio of the median rates. `ratio_to_decoder` is that to
-a loop which leaves the pixels inside Pillow. The first batches of a worker, while it starts, are not counted. Memory: one worker streams many small images of many shards; its resident set and what of it
-is its own are read from the system as it goes.
+worker of `load_batches`, in turn in one run; the figure is the ratio of the median rates. `ratio_to_decoder` is that
+to a loop which leaves the pixels inside Pillow. The first batches of a worker, while it starts, are not counted.
+
+Memory: one worker streams many small images of many shards; its resident set and what of it is its own are read from
+the system as it goes.
 """
 
 from __future__ import annotations

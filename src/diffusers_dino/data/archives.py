@@ -6,6 +6,7 @@ kept beside its tar (`train-000000.tar.index.npz`), so that a remote shard is op
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import re
@@ -292,8 +293,10 @@ class _Walk:
                         break
                     self.sound = True
                     yield info
-        # A damaged extended header makes tarfile raise almost anything.
-        except (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError, EOFError) as error:
+        # A damaged extended header makes tarfile raise almost anything; a size beyond all bounds cannot be skipped.
+        except (tarfile.TarError, ValueError, OSError, OverflowError, MemoryError, RecursionError, EOFError) as error:
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:
+                raise
             self.damage.append(f"ends too early, or in a damaged header, after byte {end} ({error})")
             return
         # A finished tar closes with two blocks of zeros after the last member.

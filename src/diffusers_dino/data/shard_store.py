@@ -139,8 +139,14 @@ class ShardStore:
         """The index of a shard, the number of each sample's image among its files, and what is wrong with it."""
         shown = self._files.show(shard)
         try:
-            index, images = _keep_images(_open_index(self._files, shard))
+            whole = _open_index(self._files, shard)
+            index, images = _keep_images(whole)
             reason = index.damage
+            if len(whole.keys) > len(images):
+                bare = len(whole.keys) - len(images)
+                logger.warning(
+                    "Shard %s: %d of %d samples have no image, and are left out", shown, bare, len(whole.keys)
+                )
         except (FileNotFoundError, ValueError) as error:
             if expected is None:
                 raise

@@ -1,0 +1,216 @@
+"""Shards as a store: lost samples keep their places, damage is named, nothing is ever unpickled."""
+
+import json
+import logging
+import pickle
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from shard_files import encode, write_shards, write_tar
+
+from diffusers_dino.data import (
+    GlobalBatchSampler,
+    ImageDataset,
+    Preprocessing,
+    TrainingViews,
+    load_batches,
+    open_images,
+)
+from diffusers_dino.data.archives import write_index
+from diffusers_dino.data.shard_store import ShardStore
+
+PREPARE = Preprocessing(16)
+
+
+def write_manifest(folder, samples: int = 8, **splits: str) -> None:
+    shards = [
+        {"name": path.name, "samples": samples, "split": splits.get(path.stem[-1:], "train")}
+        for path in sorted(folder.glob("*.tar"))
+    ]
+    (folder / "manifest.json").write_text(json.dumps({"format": 1, "shards": shards}))
+
+
+def order_of(dataset) -> list[int]:
+    sampler = iter(GlobalBatchSampler(len(dataset), len(dataset), order=dataset.order(2)))
+    return [slot.index for slot in next(sampler)]
+
+
+def test_stored_indexes_give_what_headers_give(tmp_path):
+    paths = write_shards(tmp_path)
+    by_headers = open_images(tmp_path, PREPARE)
+    for path in paths[1:]:
+        write_index(path)
+    by_indexes = open_images(tmp_path, PREPARE)
+    assert by_headers.keys == by_indexes.keys
+    assert all(torch.equal(one["image"], other["image"]) for one, other in zip(by_headers, by_indexes, strict=True))
+
+
+def test_an_index_that_does_not_fit_is_named_and_not_used(tmp_path, caplog):
+    path = write_shards(tmp_path, shards=1)[0]
+    index = write_index(path)
+    index.write_bytes(index.read_bytes()[:-100])
+    assert len(open_images(path, PREPARE)) == 8
+    assert "index beside" in caplog.text
+    assert "is not used: it is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "no tar", "one header"])
+def test_with_a_manifest_damage_changes_neither_length_nor_order(tmp_path, caplog, damage):
+    paths = write_shards(tmp_path)
+    write_manifest(tmp_path)
+    whole = open_images(tmp_path, PREPARE)
+    content = bytearray(paths[1].read_bytes())
+    if damage == "missing":
+        paths[1].unlink()
+    elif damage == "short":
+        paths[1].write_bytes(content[: len(content) // 2])
+    elif damage == "no tar":
+        paths[1].write_bytes(b"no tar" * 5000)
+    else:
+        content[whole.store._places([12])[0].offset - 512] ^= 1
+        paths[1].write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        damaged = open_images(tmp_path, PREPARE, max_unreadable=0.5)
+    assert "x-000001.tar" in caplog.text
+    lost = {"missing": 8, "no tar": 8, "one header": 1}.get(damage, len(damaged.unreadable))
+    assert 0 < len(damaged.unreadable) == lost < 9
+    assert f"{lost} of 8 samples are lost" in caplog.text
+    assert len(damaged) == len(whole)
+    assert order_of(damaged) == order_of(whole)
+    assert damaged.keys[:8] + damaged.keys[16:] == whole.keys[:8] + whole.keys[16:]
+    place = next(iter(damaged.unreadable))
+    assert damaged[place]["key"] in whole.keys
+    with pytest.raises(ValueError, match=rf"{lost} of 24 images cannot be read.*x-000001\.tar"):
+        open_images(tmp_path, PREPARE, max_unreadable=0.01)
+
+
+def test_a_folder_gives_the_shards_of_a_split_and_a_glob_all_of_them(tmp_path):
+    write_shards(tmp_path)
+    write_manifest(tmp_path, **{"2": "test"})
+    assert len(open_images(tmp_path, PREPARE)) == 16
+    assert open_images(tmp_path, PREPARE, split="test").keys[0] == "set-020000"
+    assert len(open_images(tmp_path / "*.tar", PREPARE)) == 24
+    with pytest.raises(ValueError, match="no split 'val', but test, train"):
+        open_images(tmp_path, PREPARE, split="val")
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    ["{", "[]", '{"shards": [{"name": "../x.tar", "samples": 1}]}', '{"shards": [{"name": "x.tar", "samples": -1}]}'],
+)
+def test_a_damaged_manifest_is_an_error(tmp_path, manifest):
+    write_shards(tmp_path)
+    (tmp_path / "manifest.json").write_text(manifest)
+    with pytest.raises(ValueError, match="is no manifest"):
+        open_images(tmp_path, PREPARE)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was loaded",))
+
+
+def test_pickles_are_never_loaded(tmp_path):
+    bomb = pickle.dumps(Bomb())
+    files = {"a.png": encode(0), "a.pkl": bomb, "a.pyd": bomb, "a.pth": bomb, "b.pkl": bomb, "c.png": bomb}
+    files |= {"d.npy": b"\x93NUMPY" + bomb, "e.png": encode(1)}
+    dataset = open_images(write_tar(tmp_path / "x.tar", files), PREPARE, max_unreadable=0.9)
+    assert {sample["key"] for sample in dataset} == {"a", "e"}
+    assert "b" not in dataset.keys
+    assert dataset.companion(0, "pkl") == bomb
+
+
+def test_a_store_travels_to_a_spawned_worker(tmp_path):
+    store = ShardStore(write_shards(tmp_path)[0])
+    store.read(0)
+    assert (pickle.loads(pickle.dumps(store)).read(1) == store.read(1)).all()
+
+
+def test_workers_resume_in_the_same_order_on_shards(tmp_path):
+    write_shards(tmp_path)
+    dataset = open_images(tmp_path, PREPARE)
+    views = TrainingViews(dataset, None)
+
+    def keys(start: int, count: int, workers: int) -> list[str]:
+        sampler = GlobalBatchSampler(24, 5, start=start, order=dataset.order(1))
+        batches = load_batches(views, sampler, workers)
+        return [key for _ in range(count) for key in next(batches)["key"]]
+
+    whole = keys(0, 12, 0)
+    assert sorted(whole[:24]) == sorted(dataset.keys)
+    for workers in (0, 1, 3):
+        assert keys(15, 9, workers) == whole[15:]
+
+
+def corrupt(content: bytes, generator: np.random.Generator) -> bytes:
+    """A tar with one or several kinds of damage."""
+    data = bytearray(content)
+    headers = [place for place in range(0, len(data), 512) if data[place + 257 : place + 262] == b"ustar"]
+    kind = generator.integers(7)
+    if kind == 0:
+        return bytes(data[: generator.integers(len(data))])
+    if kind == 1:  # bits of payloads and headers alike
+        for place in generator.integers(0, len(data), generator.integers(1, 50)):
+            data[place] ^= 1 << generator.integers(8)
+    elif kind == 2:  # bits of a header
+        data[generator.choice(headers) + generator.integers(512)] ^= 1 << generator.integers(8)
+    elif kind == 3:  # a size beyond all bounds, negative or not, with a checksum that is right
+        header = int(generator.choice(headers))
+        sizes = (b"77777777777\0", b"\xff" * 12, b"\x80" + b"\xff" * 11, b"-0000000001\0", b"\x80\0\0\0" + b"\x7f" * 8)
+        data[header + 124 : header + 136] = sizes[generator.integers(len(sizes))]
+        data[header + 156] = generator.choice(list(b"0xgLKS5"))
+        data[header + 148 : header + 156] = b" " * 8
+        data[header + 148 : header + 156] = b"%06o\0 " % sum(data[header : header + 512])
+    elif kind == 4:  # a block that is zero, or noise
+        place = 512 * int(generator.integers(len(data) // 512))
+        data[place : place + 512] = bytes(512) if generator.integers(2) else generator.bytes(512)
+    elif kind == 5:  # bytes missing in the middle
+        place = int(generator.integers(len(data)))
+        del data[place : place + int(generator.integers(1, 2000))]
+    else:  # the archive twice, so that every name is there twice
+        return content + content
+    return bytes(data)
+
+
+def read_all(path: Path) -> tuple[ImageDataset | None, str]:
+    """A data set all of whose places were read, or the message why it cannot be used."""
+    try:
+        dataset = open_images(path, PREPARE, max_unreadable=1)
+        for place in range(len(dataset)):
+            dataset[place]
+    except (ValueError, FileNotFoundError) as error:
+        return None, str(error)
+    return dataset, ""
+
+
+def test_corrupted_shards_are_read_or_named(tmp_path, caplog):
+    whole = write_shards(tmp_path, shards=1)[0]
+    content = whole.read_bytes()
+    reference = {sample["key"]: sample["image"] for sample in open_images(whole, PREPARE)}
+    generator = np.random.default_rng(0)
+    outcomes = {"opened": 0, "refused": 0, "samples": 0, "unreadable": 0}
+    start = time.monotonic()
+    for number in range(300):
+        path = tmp_path / f"damaged-{number:03d}.tar"
+        path.write_bytes(corrupt(content, generator))
+        caplog.clear()
+        dataset, message = read_all(path)
+        if dataset is None:
+            assert path.name in message
+            outcomes["refused"] += 1
+            continue
+        samples = list(dataset)
+        outcomes["opened"] += 1
+        outcomes["samples"] += len(samples)
+        outcomes["unreadable"] += len(dataset.unreadable)
+        assert all(path.name in reason for reason in dataset.unreadable.values())
+        gone = set(reference) - set(dataset.keys)
+        assert not gone or path.name in caplog.text  # what is lost with its header is named with its shard
+        assert all(sample["image"].shape == (1, 16, 16) for sample in samples)
+    assert time.monotonic() - start < 120
+    assert outcomes["opened"] > 200
+    assert outcomes["refused"] > 5
+    assert outcomes["unreadable"] > 20
