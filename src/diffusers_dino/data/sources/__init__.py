@@ -1,7 +1,7 @@
 """Where the images, labels, patients, views and splits of a provider's data set are. No image is read here."""
 
 from .account import SourceReport
-from .catalogue import find_source, open_source, source_names
+from .catalogue import catalogue_page, find_source, open_source, source_names
 from .description import Source
 from .lineage import Overlap, lineage, overlaps
 from .opening import OpenSource
@@ -14,6 +14,7 @@ __all__ = [
     "Record",
     "Source",
     "SourceReport",
+    "catalogue_page",
     "find_source",
     "label_prevalence",
     "lineage",

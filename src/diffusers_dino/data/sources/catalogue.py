@@ -10,7 +10,7 @@ from typing import Any
 from .description import Source, describe, read_yaml
 from .opening import OpenSource
 
-__all__ = ["DESCRIPTIONS", "find_source", "open_source", "source_names"]
+__all__ = ["DESCRIPTIONS", "catalogue_page", "find_source", "open_source", "source_names"]
 
 DESCRIPTIONS = Path(__file__).parent / "descriptions"
 
@@ -56,6 +56,40 @@ def open_source(name_or_yaml: str | Path, root: str | Path, find_unlisted: bool 
         FileNotFoundError: If the folder or a table that is needed is not there.
     """
     return OpenSource(find_source(name_or_yaml), root, find_unlisted)
+
+
+def catalogue_page() -> str:
+    """The catalogue for people, in Markdown: a table, and a section for each source."""
+    sources = [_built_in(name) for name in source_names()]
+    head = "| name | data set | images | patients | labels | split | masks | holds images of |"
+    rows = [head, "|" + " --- |" * (head.count("|") - 1), *map(_table_line, sources)]
+    return "\n".join([*rows, "", *map(_section, sources)])
+
+
+def _table_line(source: Source) -> str:
+    facts = [source.patient, source.labels, source.split, source.masks]
+    images = f"{source.images:,}" if source.images else "?"
+    held = ", ".join(f"`{name}`" for name in source.contains)
+    cells = [f"`{source.name}`", f"[{source.title}]({source.url})", images, *("yes" if x else "" for x in facts), held]
+    return f"| {' | '.join(cells)} |"
+
+
+def _section(source: Source) -> str:
+    files = [" or ".join(f"`{name}`" for name in table.files) for table in (*source.table, *source.join)]
+    references = [source.doi and f"doi:{source.doi}", source.arxiv and f"arXiv:{source.arxiv}"]
+    lines = {
+        "Images": " or ".join(f"`{pattern}`" for pattern in source.patterns),
+        "Tables": "; ".join(files),
+        "Pixels": source.pixels,
+        "Views": source.views,
+        "Licence": source.licence,
+        "Cite": ", ".join(filter(None, [source.citation, *references])),
+        "Layout checked": source.verified,
+        "Note": source.notes,
+    }
+    return "\n".join(
+        [f"### {source.name}", "", *(f"- **{name}**: {text}" for name, text in lines.items() if text), ""]
+    )
 
 
 @lru_cache

@@ -7,8 +7,11 @@ import itertools
 import json
 import os
 import re
+from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
+
+import numpy as np
 
 from .account import SourceReport
 from .description import Source, Table
@@ -71,11 +74,14 @@ class RowReader:
         if empty:
             self._refuse_emptiness(report)
 
-    def unlisted(self, seen: set[int]) -> Iterator[str]:
+    def unlisted(self, seen: array[int]) -> Iterator[str]:
         """The images whose path's hash is not in `seen`, though some row might lead to them."""
+        hashes = np.unique(np.asarray(seen, np.int64))
+        told: set[str] = set()
         for path in self._images.all_images() if self._images is not None else ():
-            if hash(path) not in seen:
-                seen.add(hash(path))
+            place = np.searchsorted(hashes, hash(path))
+            if (place == len(hashes) or hashes[place] != hash(path)) and path not in told:
+                told.add(path)
                 yield path
 
     def _open(self, table: Table) -> OpenTable | None:

@@ -1,0 +1,53 @@
+"""docs/sources.md says what the catalogue says, and its examples are the ones that are tested."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from diffusers_dino.data.sources import Source, catalogue_page, source_names
+from diffusers_dino.data.sources.description import Table
+from diffusers_dino.data.sources.fields import LabelRule
+from source_layouts import LAYOUTS
+
+REPOSITORY = Path(__file__).parents[2]
+PAGE = (REPOSITORY / "docs" / "sources.md").read_text(encoding="utf-8")
+
+
+def test_the_page_is_the_catalogue():
+    assert catalogue_page() in PAGE, (
+        "docs/sources.md is not the catalogue any more: replace its end by what "
+        '`python -c "from diffusers_dino.data.sources import catalogue_page; print(catalogue_page())"` prints'
+    )
+
+
+@pytest.mark.parametrize("name", source_names())
+def test_each_source_has_its_section(name):
+    section = PAGE.split(f"### {name}\n")[1].split("\n### ")[0]
+    assert "**Images**" in section
+    assert "**Layout checked**" in section
+
+
+def test_the_example_of_the_page_is_the_file_that_is_tested():
+    (example,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    assert example == (REPOSITORY / "examples/configs/sources/mammograms.yaml").read_text(encoding="utf-8")
+
+
+def test_the_keys_of_the_page_exist():
+    table = PAGE.split("| key | says |")[1].split("\n\n")[0]
+    known = {*Source.__dataclass_fields__, *Table.__dataclass_fields__, *LabelRule.__dataclass_fields__}
+    keys = {word for line in table.splitlines()[2:] for word in re.findall(r"`(\w+)`", line.split("|")[1])}
+    assert keys
+    assert keys <= known
+
+
+def test_the_first_example_of_the_page_runs(tmp_path, capsys):
+    (code, *_) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    for name, folder in (("padchest", "padchest"), ("mimic_cxr_jpg", "mimic")):
+        (tmp_path / folder).mkdir()
+        LAYOUTS[name](tmp_path / folder)
+        code = code.replace(f'"/data/{folder}"', repr(str(tmp_path / folder)))
+    exec(compile(code, "docs/sources.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "1_a.png p1 () PA None" in printed
+    assert "nih_chest_xray14 and siim_ptx may hold the same images" in printed
