@@ -1,4 +1,4 @@
-"""What a UNet is given beside latents: the empty prompt of text-conditioned ones, and one input for a batch."""
+"""What a UNet is given beside latents: the empty prompt of text-conditioned ones, noise, inputs for a batch."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["empty_prompt", "empty_prompt_xl", "for_batch"]
+from .sampling import Generators
+
+__all__ = ["empty_prompt", "empty_prompt_xl", "for_batch", "noise_like"]
 
 
 def empty_prompt(text_encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Tensor:
@@ -49,7 +52,19 @@ def for_batch(value: Any, batch_size: int, dtype: torch.dtype, device: torch.dev
     if not isinstance(value, Tensor):
         return value
     value = value.to(device, dtype) if value.is_floating_point() else value.to(device)
-    return value.expand(batch_size, *value.shape[1:]) if len(value) == 1 else value
+    if len(value) not in (1, batch_size):
+        raise ValueError(f"An input of the UNet is for {len(value)} images, and there are {batch_size}.")
+    return value.expand(batch_size, *value.shape[1:])
+
+
+def noise_like(latents: Tensor, generator: Generators) -> Tensor:
+    """Noise drawn in float32, so that a seed means the same in every precision."""
+    if isinstance(generator, list) and len(generator) != len(latents):
+        raise ValueError(
+            f"A list of generators needs one for each image: {len(latents)} images, {len(generator)} generators."
+        )
+    noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=torch.float32)
+    return noise.to(latents.dtype)
 
 
 def _inputs(

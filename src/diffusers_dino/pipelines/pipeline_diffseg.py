@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from diffusers.schedulers import KarrasDiffusionSchedulers
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,7 +19,7 @@ from ..pixels import ImageInput, to_unit, unit_to_vae
 from ..segmentation import aggregate_attention, merge_attention, refine_segments, relative_thresholds, suppress
 from ..training.objective import add_noise as noisy
 from .checks import check_choice, check_generator, check_numbers, thresholds_of, timesteps_of
-from .conditions import empty_prompt, empty_prompt_xl, for_batch
+from .conditions import empty_prompt, empty_prompt_xl, for_batch, noise_like
 from .pipeline_output import DiffSegPipelineOutput
 from .sampling import Generators
 from .squares import common_size, resized, stretched
@@ -153,7 +152,7 @@ class DiffSegPipeline(DiffusionPipeline):
             raise TypeError(f"`image_embeds` must be a tensor (B, S, D), got {type(image_embeds).__name__}.")
         given = image_embeds is not None or "encoder_hidden_states" in (unet_kwargs or {})
         makeable = self.conditioner is not None or (self.text_encoder is not None and self.tokenizer is not None)
-        if isinstance(self.unet, UNet2DConditionModel) and not given and not makeable:
+        if self._is_conditional and not given and not makeable:
             raise ValueError(
                 "The UNet needs a condition, and this pipeline has neither a conditioner nor a text encoder with its "
                 "tokenizer. Load them, or give `image_embeds`."
@@ -170,7 +169,7 @@ class DiffSegPipeline(DiffusionPipeline):
             Keyword arguments of the UNet, for B images or for one that stands for all.
         """
         device = self._execution_device
-        if not isinstance(self.unet, UNet2DConditionModel):
+        if not self._is_conditional:
             return {}
         if self.conditioner is not None:
             pixels = self.conditioner.preprocess(images)
@@ -230,20 +229,17 @@ class DiffSegPipeline(DiffusionPipeline):
         """
         self.check_inputs(timestep, size, generator, image_embeds, unet_kwargs)
         images = [stretched(unit) for unit in to_unit(image)]
-        condition = {} if image_embeds is not None else self.encode_condition(images, size)
-        if image_embeds is not None:
-            condition["encoder_hidden_states"] = image_embeds
+        given = {} if image_embeds is None else {"encoder_hidden_states": image_embeds}
+        condition = given or self.encode_condition(images, size)
         latents = self.prepare_latents(images, size)
         condition = for_batch({**condition, **(unet_kwargs or {})}, len(images), latents.dtype, latents.device)
-        noise = None
-        if add_noise:  # drawn in float32, so that a seed means the same noise in every precision
-            noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=torch.float32)
-        signal = self.scheduler.alphas_cumprod.to(latents.device)
+        noise = noise_like(latents, generator) if add_noise else None
         with capture_self_attention(self.unet, sides, layers) as attention:
-            for t in timesteps_of(timestep, len(signal)):
+            for t in timesteps_of(timestep, self.scheduler.config["num_train_timesteps"]):
                 steps = torch.full((len(latents),), t, device=latents.device)
-                inputs = latents if noise is None else noisy(latents, noise.to(latents.dtype), signal[steps])
-                self.unet(inputs, steps, **condition, return_dict=False)
+                if add_noise:
+                    inputs = noisy(latents, noise, self.scheduler.alphas_cumprod.to(steps.device)[steps])
+                self.unet(inputs if add_noise else latents, steps, **condition, return_dict=False)
         maps = [
             aggregate_attention({side: means[i : i + 1] for side, means in attention.items()}, weights=weights)
             for i in range(len(images))
@@ -278,14 +274,15 @@ class DiffSegPipeline(DiffusionPipeline):
             Masks, merged maps and numbers of segments of B images.
         """
         thresholds = thresholds_of(merge_threshold, num_merges)
+        anchors_per_side = min(_ANCHORS_PER_SIDE, maps.shape[-1]) if anchors_per_side is None else anchors_per_side
+        check_numbers(anchors_per_side=anchors_per_side)
         check_choice(("pt", "np"), output_type=output_type)
-        side = maps.shape[-1]
         merged = []
         for image_maps in maps:
             own = relative_thresholds(image_maps, thresholds) if relative_threshold else thresholds
-            candidates = merge_attention(image_maps, own, anchors_per_side or min(_ANCHORS_PER_SIDE, side))
+            candidates = merge_attention(image_maps, own, anchors_per_side)
             merged.append(refine_segments(image_maps, candidates) if refine else candidates)
-        masks = torch.stack([suppress(candidates, output_size or side) for candidates in merged])
+        masks = torch.stack([suppress(candidates, output_size or maps.shape[-1]) for candidates in merged])
         return DiffSegPipelineOutput(
             masks=masks.cpu().numpy() if output_type == "np" else masks,
             maps=merged,
@@ -376,6 +373,11 @@ class DiffSegPipeline(DiffusionPipeline):
             output_type=output_type,
         )
         return output if return_dict else output.to_tuple()
+
+    @property
+    def _is_conditional(self) -> bool:
+        """Asked of the config, as a compiled UNet has another class."""
+        return self.unet.config.get("cross_attention_dim") is not None
 
     def _size(self, size: int | None) -> int:
         """The side in pixels that was given, or that the UNet's config says."""

@@ -1,0 +1,230 @@
+"""`DiffSegPipeline` on our models, on Stable Diffusion's and on unconditional ones, at tiny size."""
+
+import json
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from accelerate import cpu_offload
+from diffusers import UNet2DModel
+from PIL import Image
+
+import tiny
+from diffusers_dino import DiffSegPipeline, DinoDiffusionPipeline
+from diffusers_dino.attention import capture_self_attention
+from diffusers_dino.latents import encode_to_moments
+from diffusers_dino.segmentation import aggregate_attention, merge_attention, suppress
+from tiny_text import stable_diffusion, stable_diffusion_xl
+
+RELATIVE = {"merge_threshold": 0.3, "relative_threshold": True}  # random weights attend almost evenly
+
+
+@pytest.fixture
+def diffseg(pipe):
+    return DiffSegPipeline.from_pipe(pipe)
+
+
+def test_the_steps_by_hand(pipe, diffseg, images):
+    output = diffseg(images, timestep=300, **RELATIVE)
+    assert output.masks.shape == (4, 32, 32)
+    assert output.masks.dtype == torch.int64
+    with torch.no_grad(), capture_self_attention(pipe.unet) as maps:
+        pixels = images * 2 - 1 if pipe.vae.config.in_channels == 3 else images.mean(1, keepdim=True) * 2 - 1
+        latents = encode_to_moments(pipe.vae, pixels)[0]
+        pipe.unet(latents, 300, encoder_hidden_states=pipe.encode_image(images))
+    for i in range(4):
+        aggregated = aggregate_attention({side: each[i : i + 1] for side, each in maps.items()})
+        flat = aggregated.flatten(1).double()
+        divergence = torch.stack([((flat - x) * (flat.log() - x.log())).sum(1) / 2 for x in flat]).mean()
+        merged = merge_attention(aggregated, [0.3 * divergence] * 3, anchors_per_side=8)
+        assert torch.allclose(output.maps[i], merged, atol=1e-6)
+        assert torch.equal(output.masks[i], suppress(output.maps[i], 32))
+        assert output.num_segments[i] == len(output.masks[i].unique()) > 1
+
+
+def test_a_sweep_computes_the_maps_once(diffseg, images):
+    maps = diffseg.attention_maps(images[:2], timestep=100)
+    assert maps.shape == (2, 64, 8, 8)
+    for fraction in (0.1, 0.5):
+        swept = diffseg.segment(maps, fraction, relative_threshold=True, output_size=32)
+        once = diffseg(images[:2], timestep=100, merge_threshold=fraction, relative_threshold=True)
+        assert torch.equal(swept.masks, once.masks)
+
+
+def test_a_batch_is_its_images(diffseg, images):
+    together = diffseg.attention_maps(images)
+    alone = torch.cat([diffseg.attention_maps(image) for image in images])
+    assert torch.allclose(together, alone, atol=1e-6)
+
+
+def test_several_timesteps_are_averaged(diffseg, images):
+    mean = diffseg.attention_maps(images[0], timestep=[100, 700])
+    parts = [diffseg.attention_maps(images[0], timestep=t) for t in (100, 700)]
+    assert torch.allclose(mean, (parts[0] + parts[1]) / 2, atol=1e-6)
+    assert not torch.allclose(parts[0], parts[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("scheduler", ["EulerDiscreteScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler"])
+def test_noise_is_that_of_the_schedule_with_any_scheduler(pipe, diffseg, images, scheduler):
+    clean = diffseg.attention_maps(images[:2])
+    expected = diffseg.attention_maps(images[:2], add_noise=True, generator=tiny.generators(0, 1))
+    assert not torch.allclose(clean, expected, atol=1e-5)
+    diffseg.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    noisy = diffseg.attention_maps(images[:2], add_noise=True, generator=tiny.generators(0, 1))
+    assert torch.allclose(noisy, expected, atol=1e-6)
+    second = diffseg.attention_maps(images[1], add_noise=True, generator=tiny.generators(1))
+    assert torch.allclose(second[0], expected[1], atol=1e-6)
+
+
+def test_any_resolution(diffseg):
+    image = tiny.random_images(1, size=50)
+    maps = diffseg.attention_maps(image, size=72)
+    assert maps.shape == (1, 18 * 18, 18, 18)
+    assert diffseg(image, size=72, **RELATIVE).masks.shape == (1, 50, 50)
+    assert diffseg.attention_maps(image, size=72, sides=[9]).shape == (1, 81, 9, 9)
+
+
+def test_an_image_that_is_not_square_is_seen_whole(diffseg):
+    left = tiny.random_images(1)[0]
+    wide = torch.cat([left, left.flip(-1)], dim=-1)  # (3, 32, 64)
+    assert diffseg(wide, **RELATIVE).masks.shape == (1, 32, 64)
+    squeezed = torch.nn.functional.interpolate(wide[None], size=(64, 64), mode="bicubic", antialias=True).clamp(0, 1)
+    assert torch.allclose(diffseg.attention_maps(wide), diffseg.attention_maps(squeezed), atol=1e-6)
+    moved = torch.cat([1 - left, left.flip(-1)], dim=-1)  # differs in what a central crop would lose
+    assert not torch.allclose(diffseg.attention_maps(wide), diffseg.attention_maps(moved), atol=1e-5)
+
+
+def test_outputs(diffseg):
+    image = Image.fromarray(np.uint8(255 * tiny.random_images(1)[0].permute(1, 2, 0)))
+    masks, maps, counts = diffseg(image, output_type="np", output_size=(20, 30), return_dict=False, **RELATIVE)
+    assert isinstance(masks, np.ndarray)
+    assert (masks.shape, masks.dtype) == ((1, 20, 30), np.int64)
+    assert len(maps) == len(counts) == 1
+    assert masks.max() < len(maps[0])
+
+
+def test_refinement(diffseg, images):
+    maps = diffseg.attention_maps(images[:1])
+    merged = diffseg.segment(maps, 0.2, relative_threshold=True)
+    refined = diffseg.segment(maps, 0.2, relative_threshold=True, refine=True)
+    assert 1 < len(refined.maps[0]) <= len(merged.maps[0])
+    assert torch.allclose(refined.maps[0].sum(dim=(1, 2)), torch.ones(len(refined.maps[0])), atol=1e-5)
+
+
+def test_an_infinite_threshold_gives_one_segment(diffseg, images):
+    assert diffseg(images, merge_threshold=float("inf")).num_segments == [1] * 4
+
+
+def test_one_threshold_a_pass(diffseg, images):
+    maps = diffseg.attention_maps(images[:1])
+    fractions = [0.1, 0.5]
+    mean = [diffseg.segment(maps, fractions, relative_threshold=True).maps[0]]
+    for_all = diffseg.segment(maps, 0.1, num_merges=2, relative_threshold=True).maps[0]
+    assert len(mean[0]) < len(for_all)
+
+
+def test_a_constant_image(diffseg):
+    for options in (RELATIVE, {"merge_threshold": 0.05}):
+        output = diffseg(torch.full((1, 3, 32, 32), 0.5), refine=True, **options)
+        assert torch.isfinite(output.maps[0]).all()
+        assert 1 <= output.num_segments[0] <= len(output.maps[0])
+
+
+def test_stable_diffusion_sees_the_empty_prompt(images):
+    vanilla = stable_diffusion()
+    diffseg = DiffSegPipeline.from_pipe(vanilla)
+    prompt = vanilla.encode_prompt("", "cpu", 1, do_classifier_free_guidance=False)[0]
+    assert torch.allclose(diffseg.encode_condition([images[0]])["encoder_hidden_states"], prompt, atol=1e-6)
+    output = diffseg(images[:2], **RELATIVE)
+    assert output.masks.shape == (2, 32, 32)
+    given = diffseg(images[:2], image_embeds=prompt.expand(2, -1, -1), **RELATIVE)
+    assert torch.equal(output.masks, given.masks)
+
+
+def test_stable_diffusion_xl(images):
+    vanilla = stable_diffusion_xl()
+    diffseg = DiffSegPipeline.from_pipe(vanilla)
+    tokens, _, pooled, _ = vanilla.encode_prompt("", device="cpu", do_classifier_free_guidance=False)
+    condition = diffseg.encode_condition([images[0]], 32)
+    assert torch.allclose(condition["encoder_hidden_states"], tokens, atol=1e-6)
+    assert torch.allclose(condition["added_cond_kwargs"]["text_embeds"], pooled, atol=1e-6)
+    assert condition["added_cond_kwargs"]["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]]
+    assert diffseg(images[:2], **RELATIVE).masks.shape == (2, 32, 32)
+
+
+def test_a_small_autoencoder(images):
+    diffseg = DiffSegPipeline.from_pipe(tiny.tiny_pipeline(vae=tiny.tiny_taesd()))
+    assert diffseg(images, **RELATIVE).masks.shape == (4, 32, 32)
+
+
+def test_an_unconditional_unet_on_pixels():
+    with tiny.seeded(0):
+        unet = UNet2DModel(
+            sample_size=16,
+            in_channels=1,
+            out_channels=1,
+            layers_per_block=1,
+            block_out_channels=(8, 16),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            norm_num_groups=4,
+            attention_head_dim=8,
+        ).eval()
+    diffseg = DiffSegPipeline(unet, tiny.tiny_scheduler())
+    output = diffseg(tiny.random_images(2), **RELATIVE)
+    assert output.masks.shape == (2, 32, 32)
+    assert output.maps[0].shape[1:] == (8, 8)
+
+
+def test_components_are_shared_in_their_own_type(pipe, images):
+    pipe.to(torch.bfloat16)
+    diffseg = DiffSegPipeline.from_pipe(pipe)
+    assert diffseg.unet is pipe.unet
+    assert {pipe.unet.dtype, pipe.vae.dtype} == {torch.bfloat16}
+    assert diffseg.attention_maps(images[:1]).dtype == torch.float32
+    back = DinoDiffusionPipeline.from_pipe(diffseg)
+    assert back.conditioner is pipe.conditioner
+
+
+@pytest.mark.parametrize("make", [tiny.tiny_pipeline, stable_diffusion, stable_diffusion_xl])
+def test_a_saved_pipeline_segments_the_same(tmp_path, images, make):
+    diffseg = DiffSegPipeline.from_pipe(make())
+    expected = diffseg.attention_maps(images[:1])
+    diffseg.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["_class_name"] == "DiffSegPipeline"
+    loaded = DiffSegPipeline.from_pretrained(tmp_path)
+    assert {name: type(part) for name, part in loaded.components.items()} == {
+        name: type(part) for name, part in diffseg.components.items()
+    }
+    assert torch.equal(loaded.attention_maps(images[:1]), expected)
+
+
+def test_a_saved_model_of_ours_is_loaded_directly(pipe, diffseg, tmp_path, images):
+    pipe.save_pretrained(tmp_path)
+    loaded = DiffSegPipeline.from_pretrained(tmp_path)
+    assert torch.equal(loaded.attention_maps(images[:1]), diffseg.attention_maps(images[:1]))
+
+
+def enable_sequential(pipe):
+    """What `enable_sequential_cpu_offload` does, which insists on a numbered device."""
+    for model in (pipe.conditioner, pipe.unet, pipe.vae):
+        cpu_offload(model, torch.device("cpu"), offload_buffers=len(model._parameters) > 0)
+
+
+OFFLOADING = {
+    "model": lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
+    "sequential": enable_sequential,
+    "group": lambda pipe: pipe.enable_group_offload(
+        onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level"
+    ),
+}
+
+
+@pytest.mark.parametrize("way", OFFLOADING)
+def test_offloaded_pipelines_segment_the_same(diffseg, images, way):
+    expected = diffseg(images[:2], **RELATIVE).masks
+    OFFLOADING[way](diffseg)
+    for _ in range(2):  # hooks are put back after a call
+        assert torch.equal(diffseg(images[:2], **RELATIVE).masks, expected)

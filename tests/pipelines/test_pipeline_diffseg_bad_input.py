@@ -1,0 +1,116 @@
+"""What `DiffSegPipeline` refuses, and how it says so: before the model runs where that is possible."""
+
+import pytest
+import torch
+
+import tiny
+from diffusers_dino import DiffSegPipeline
+
+
+@pytest.fixture
+def diffseg(pipe):
+    return DiffSegPipeline.from_pipe(pipe)
+
+
+@pytest.mark.parametrize("threshold", [0, -0.5, float("nan"), [0.5, 0], []])
+def test_thresholds(diffseg, images, threshold):
+    diffseg.unet.forward = None  # what is refused never gets there
+    with pytest.raises(ValueError, match="`merge_threshold` must be above 0"):
+        diffseg(images, merge_threshold=threshold)
+
+
+@pytest.mark.parametrize("timestep", [-1, 1000, 2.5, True, [], [10, 1000], "300", None])
+def test_timesteps(diffseg, images, timestep):
+    with pytest.raises(ValueError, match="`timestep` must be an integer from 0 to 999"):
+        diffseg(images, timestep=timestep)
+
+
+def test_a_side_without_self_attention(diffseg, images):
+    with pytest.raises(ValueError, match=r"no self-attention of side 64 for this input; it has \[4, 8\]"):
+        diffseg(images, sides=[64])
+
+
+def test_a_unet_without_self_attention(images):
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "mid_block_type": None}
+    diffseg = DiffSegPipeline.from_pipe(tiny.tiny_pipeline(unet=tiny.tiny_unet(**blocks)))
+    with pytest.raises(ValueError, match="no self-attention layers"):
+        diffseg(images)
+
+
+def test_images_of_different_sizes_need_a_size(diffseg):
+    pair = [tiny.random_images(1)[0], tiny.random_images(1, size=48)[0]]
+    with pytest.raises(ValueError, match=r"different sizes, \[\(32, 32\), \(48, 48\)\].*`output_size`"):
+        diffseg(pair)
+    assert diffseg(pair, output_size=40).masks.shape == (2, 40, 40)
+
+
+def test_no_image(diffseg):
+    with pytest.raises(ValueError, match="no image"):
+        diffseg([])
+
+
+def test_an_image_with_nan(diffseg):
+    with pytest.raises(ValueError, match="NaN"):
+        diffseg(torch.full((3, 32, 32), float("nan")))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_merges": 0}, "`num_merges` must be a positive integer"),
+        ({"anchors_per_side": 9}, "1 to 8 anchors"),
+        ({"anchors_per_side": 0}, "`anchors_per_side` must be a positive integer"),
+        ({"size": 30}, "`size` must be a positive multiple of 4"),
+        ({"output_type": "pil"}, "`output_type` must be one of"),
+        ({"weights": {8: 1.0}}, "Side 4 needs a weight"),
+    ],
+)
+def test_other_arguments(diffseg, images, options, message):
+    with pytest.raises(ValueError, match=message):
+        diffseg(images, **options)
+
+
+@pytest.mark.parametrize("argument", ["generator", "image_embeds"])
+def test_arguments_of_a_wrong_type(diffseg, images, argument):
+    with pytest.raises(TypeError, match=argument):
+        diffseg(images, **{argument: 42})
+
+
+def test_no_condition(images):
+    diffseg = DiffSegPipeline.from_pipe(tiny.tiny_pipeline(conditioner=None))
+    with pytest.raises(ValueError, match="neither a conditioner nor a text encoder"):
+        diffseg(images)
+    assert diffseg(images, image_embeds=torch.zeros(1, 5, tiny.TOKEN_DIM)).masks.shape == (4, 32, 32)
+
+
+def test_a_vae_of_another_model(pipe):
+    with pytest.raises(ValueError, match="latents have 3 channels, but the UNet takes 4"):
+        DiffSegPipeline.from_pipe(pipe, vae=tiny.tiny_vae(latent_channels=3))
+
+
+def test_a_pipeline_without_a_unet(pipe):
+    from diffusers import DiTPipeline
+
+    transformer = DiTPipeline(transformer=None, vae=pipe.vae, scheduler=pipe.scheduler)
+    with pytest.raises(ValueError, match="DiTPipeline has no unet"):
+        DiffSegPipeline.from_pipe(transformer)
+
+
+def test_a_unet_that_does_not_say_its_size(images):
+    diffseg = DiffSegPipeline.from_pipe(tiny.tiny_pipeline(unet=tiny.tiny_unet(sample_size=None)))
+    with pytest.raises(ValueError, match="give `size` in pixels"):
+        diffseg(images)
+    assert diffseg(images, size=32).masks.shape == (4, 32, 32)
+
+
+def test_latents_that_overflow(diffseg, images):
+    diffseg.vae.encoder.conv_in.weight.data.fill_(float("inf"))
+    with pytest.raises(RuntimeError, match=r"NaN or infinity.*float16"):
+        diffseg(images)
+
+
+def test_a_number_of_inputs_that_does_not_fit(diffseg, images):
+    with pytest.raises(ValueError, match="for 3 images, and there are 4"):
+        diffseg(images, image_embeds=torch.zeros(3, 5, tiny.TOKEN_DIM))
+    with pytest.raises(ValueError, match="4 images, 2 generators"):
+        diffseg(images, add_noise=True, generator=tiny.generators(0, 1))
