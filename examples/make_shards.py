@@ -100,13 +100,16 @@ def main() -> None:
     work = output / ".work" if args.work_dir is None else Path(args.work_dir) / f"{output.resolve().name}.work"
     make_writable_folder(work)
     with only_one_run(work):
-        if (output / MANIFEST).is_file():
-            lineage = read_manifest(output)["lineage"]
-            check_same(lineage["configuration"], configuration_of(encoding, rule), output)
-            verify(output, args.num_workers)
-        else:
-            make_shards(args, encoding, rule, output, work)
-        shutil.rmtree(work)
+        try:
+            if (output / MANIFEST).is_file():
+                lineage = read_manifest(output)["lineage"]
+                check_same(lineage["configuration"], configuration_of(encoding, rule), output)
+                verify(output, args.num_workers)
+            else:
+                make_shards(args, encoding, rule, output, work)
+        finally:
+            if (output / MANIFEST).is_file():  # complete: nothing is left to go on with
+                shutil.rmtree(work)
 
 
 def check_arguments(args: Arguments) -> tuple[Encoding, PlanRule]:
@@ -183,8 +186,8 @@ def check_unreadable(args: Arguments, unreadable: Sequence[Unreadable], total: i
         return
     reasons = Counter(one.reason for one in unreadable).most_common(5)
     raise ShardError(
-        f"{len(unreadable)} of {total} images cannot be read, more than the tolerated {args.max_unreadable:.1%} "
-        f"(--max_unreadable): {', '.join(f'{count} x {reason!r}' for reason, count in reasons)}. Their keys are in "
+        f"At least {len(unreadable)} of {total} images cannot be read, more than the tolerated "
+        f"{args.max_unreadable:.1%} (--max_unreadable): {'.join(f'{count} x {reason!r}' for reason, count in reasons)}. Their keys are in "
         f"{output / UNREADABLE}; --write_key_map says which files those are. Mend them and add --retry_unreadable."
     )
 
