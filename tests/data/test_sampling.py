@@ -1,12 +1,23 @@
+import time
 from collections import Counter
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusers_dino.data import GlobalBatchSampler, ImageDataset, Preprocessing, Slot, TrainingViews, load_batches
+from diffusers_dino.data import (
+    GlobalBatchSampler,
+    ImageDataset,
+    Preprocessing,
+    Slot,
+    TrainingViews,
+    collate,
+    load_batches,
+)
+from diffusers_dino.data.sampling import WindowedOrder
 from diffusers_dino.data.stores import ImageStore
 from diffusers_dino.seeds import derive_seed, generator_for
 
@@ -44,6 +55,56 @@ def test_without_shuffling():
     assert [slot.index for slot in slots(3, num_samples=4, batch_size=2, shuffle=False)] == [0, 1, 2, 3, 0, 1]
 
 
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any), st.integers(1, 14), st.integers(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_a_windowed_epoch_shows_every_sample_once_and_few_shards_at_a_time(sizes, window, seed):
+    order = WindowedOrder(sizes, window)
+    shard_of = [shard for shard, size in enumerate(sizes) for _ in range(size)]
+    epochs = [[order.index(seed, epoch, rank) for rank in range(len(order))] for epoch in range(2)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(sum(sizes)))
+        shown = [shard_of[index] for index in epoch]
+        for place in range(len(shown)):  # shards whose samples are still to come and were shown already
+            assert len(set(shown[:place]) & set(shown[place:])) <= window
+    backwards = [order.index(seed, 1, rank) for rank in reversed(range(len(order)))]
+    assert backwards == epochs[1][::-1]
+
+
+def test_windowed_epochs_differ_and_mix_the_samples_of_a_window():
+    order = WindowedOrder([50] * 6, 3)
+    epochs = [[order.index(0, epoch, rank) for rank in range(300)] for epoch in range(2)]
+    assert epochs[0] != epochs[1]
+    assert epochs[0] != [order.index(1, 0, rank) for rank in range(300)]
+    assert {index // 50 for index in epochs[0][:20]} == {index // 50 for index in epochs[0][:150]}
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 50), st.integers(1, 5))
+@settings(max_examples=30, deadline=None)
+def test_processes_share_a_windowed_order_too(batch_size, num_processes, start, window):
+    common = {"num_samples": 20, "start": start, "order": WindowedOrder([3, 9, 0, 8], window)}
+    whole = slots(3, batch_size=batch_size * num_processes, **common)
+    shares = [
+        slots(3, batch_size=batch_size, num_processes=num_processes, process_index=rank, **common)
+        for rank in range(num_processes)
+    ]
+    assert sorted(slot for share in shares for slot in share) == whole
+
+
+def test_a_selection_is_shuffled_within_the_shards_that_it_touches():
+    images = ImageDataset(Memory(30), Preprocessing(8))
+    images.store.shard_sizes = [10, 5, 15]
+    chosen = images.select(["k2", "k9", "k12", "k29"])
+    assert chosen.order(1).sizes == (2, 1, 1)
+    assert chosen.order(0) is None
+
+
+def test_bad_windows():
+    with pytest.raises(ValueError, match="at least 1 shard"):
+        WindowedOrder([3], 0)
+    with pytest.raises(ValueError, match="order is of 3 samples"):
+        GlobalBatchSampler(4, 1, order=WindowedOrder([3], 1))
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -60,6 +121,8 @@ def test_bad_numbers(options):
 
 class Memory(ImageStore):
     """A source of random images."""
+
+    shard_sizes = ()
 
     def __init__(self, count: int) -> None:
         self.keys = [f"k{i}" for i in range(count)]
@@ -79,6 +142,36 @@ def test_workers_load_the_same_batches_in_the_same_order():
         assert one["position"] == other["position"]
         assert torch.equal(one["image"], other["image"])
     assert Counter(key for batch in runs[0] for key in batch["key"]).most_common()[0][1] <= 2
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_slow_consumer_never_sees_a_batch_change_under_it(workers):
+    """Workers reuse their memory: each batch must be whole when it is finished, however far they are ahead."""
+    views = TrainingViews(ImageDataset(Memory(40), Preprocessing(8)), None)
+    batches = load_batches(views, GlobalBatchSampler(40, 2, shuffle=False), workers)
+    kept = []
+    for _ in range(20):
+        kept.append(next(batches)["image"])
+        time.sleep(0.01)
+    expected = views.finish(views.load([Slot(p, 0, p) for p in range(40)]))["image"]
+    assert torch.equal(torch.cat(kept), expected)
+
+
+class Mixed(Memory):
+    """Grayscale, and colour from the third image on."""
+
+    def read(self, index: int):
+        gray = super().read(index)
+        return gray if index < 2 else np.stack([gray, 255 - gray, gray], axis=2)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_batch_of_grayscale_and_colour(workers):
+    images = ImageDataset(Mixed(4), Preprocessing(8))
+    (batch,) = load_batches(TrainingViews(images, None), [[Slot(i, 0, i) for i in range(4)]], workers)
+    expected = collate([images[i] for i in range(4)])
+    assert torch.equal(batch["image"], expected["image"])
+    assert batch["key"] == expected["key"]
 
 
 def test_seeds_are_stable_and_tell_their_parts_apart():
