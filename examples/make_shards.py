@@ -184,10 +184,10 @@ def prepare_all(
 def check_unreadable(args: Arguments, unreadable: Sequence[Unreadable], total: int, output: Path) -> None:
     if len(unreadable) <= args.max_unreadable * total and len(unreadable) < total:
         return
-    reasons = Counter(one.reason for one in unreadable).most_common(5)
+    reasons = [f"{count} x {reason!r}" for reason, count in Counter(one.reason for one in unreadable).most_common(5)]
     raise ShardError(
         f"At least {len(unreadable)} of {total} images cannot be read, more than the tolerated "
-        f"{args.max_unreadable:.1%} (--max_unreadable): {'.join(f'{count} x {reason!r}' for reason, count in reasons)}. Their keys are in "
+        f"{args.max_unreadable:.1%} (--max_unreadable): {', '.join(reasons)}. Their keys are in "
         f"{output / UNREADABLE}; --write_key_map says which files those are. Mend them and add --retry_unreadable."
     )
 
