@@ -257,7 +257,8 @@ def _read_deep_color(data: bytes, opener: _Opener, raw_mode: str) -> np.ndarray:
 
 def _decode_as(data: bytes, opener: _Opener, raw_mode: str) -> np.ndarray:
     with opener(io.BytesIO(data)) as image:
-        image.tile = [(*tile[:3], _with_raw_mode(tile[3], raw_mode)) for tile in image.tile]
+        image.tile = [_with_raw_mode(tile, raw_mode) for tile in image.tile]
+        image.load()
         return np.asarray(image)
 
 
@@ -268,9 +269,10 @@ def _raw_mode(image: ImageFile.ImageFile) -> str:
     return first if isinstance(first, str) else ""
 
 
-def _with_raw_mode(arguments: str | tuple[Any, ...], raw_mode: str) -> str | tuple[Any, ...]:
-    """The arguments of a decoder, which are the raw mode or begin with it."""
-    return raw_mode if isinstance(arguments, str) else (raw_mode, *arguments[1:])
+def _with_raw_mode(tile: tuple[Any, ...], raw_mode: str) -> tuple[Any, ...]:
+    """The same part of an image, whose decoder's arguments are the raw mode or begin with it."""
+    parts = (*tile[:3], raw_mode if isinstance(tile[3], str) else (raw_mode, *tile[3][1:]))
+    return type(tile)(*parts) if hasattr(tile, "_fields") else parts  # a named tuple since Pillow 11
 
 
 def _read_npz(data: bytes, max_pixels: int) -> np.ndarray:
