@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -41,7 +42,7 @@ class Arguments:
     stable_diffusion: str | None = flag(None, "A Stable Diffusion to show beside them, with the empty prompt.")
     untrained: bool = flag(True, "Show each model's UNet before training beside it.")
     device: str | None = flag(None, "Where to compute; a GPU if there is one.")
-    dtype: str = flag("float32", "Type of the weights: float32, bfloat16 or float16.")
+    dtype: Literal["float32", "bfloat16", "float16"] = flag("float32", "Type of the weights.")
     # Data
     data: list[str] = flag([], "Images and masks, as FOLDER, TARS or NAME=FOLDER.")  # noqa: RUF009
     max_samples: int | None = flag(None, "Use the first images of a data set alone.")
@@ -127,7 +128,7 @@ def make_sweep(args: Arguments) -> Sweep:
 def load_models(args: Arguments) -> Iterator[tuple[str, str, DiffSegPipeline]]:
     """Method, checkpoint and pipeline of all models, one in memory at a time."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    options = {"torch_dtype": getattr(torch, args.dtype)}
+    options = {} if args.dtype == "float32" else {"torch_dtype": getattr(torch, args.dtype)}
     named = [name_and_path(text) for text in args.pipeline]
     methods = [method for method, _ in named]
     for place, (method, path) in enumerate(named):
@@ -147,7 +148,7 @@ def load_pipeline(path: str, options: dict[str, torch.dtype]) -> DinoDiffusionPi
         return DinoDiffusionPipeline.from_pretrained(path, **options)
     conditioner = DinoImageConditioner.from_pretrained(run, subfolder="conditioner")
     parts = {"vae": load_vae(str(run)), "unet": load_unet(path), "scheduler": make_scheduler(str(run))}
-    return DinoDiffusionPipeline(conditioner=conditioner, **parts).to(options["torch_dtype"])
+    return DinoDiffusionPipeline(conditioner=conditioner, **parts).to(options.get("torch_dtype", torch.float32))
 
 
 def draw(

@@ -1,0 +1,159 @@
+"""`examples/eval_segmentation.py` as a user runs it, on phantoms and at tiny size; killed and started again."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+import scripts
+import tiny
+from diffusers_dino.protocols import SegmentationResult
+
+PHANTOMS = Path(__file__).parents[1] / "examples/data/phantom-cxr/phantom-cxr-test-000000.tar"
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny.tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def flags(pipeline, tmp_path) -> dict:
+    return {
+        "pipeline": [f"ours={pipeline}"],
+        "data": [f"phantoms={PHANTOMS}"],
+        "output_dir": tmp_path / "out",
+        "max_samples": 6,
+        "mask_size": 32,
+        "timesteps": [1, 300],
+        "thresholds": [0.5, 1.0],
+        "batch_size": 2,
+        "num_examples": 2,
+    }
+
+
+def script_command(flags: dict) -> list[str]:
+    return [sys.executable, str(scripts.EXAMPLES / "eval_segmentation.py"), *scripts.command_line(None, flags)]
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_continues_and_ends_as_one_that_was_not(flags, tmp_path):
+    scripts.call_script("eval_segmentation.py", **flags)
+    out = flags["output_dir"]
+    for name in ("table.md", "table.tex", "table.csv", "phantoms/timestep.png", "phantoms/threshold.png"):
+        assert (out / name).is_file()
+    assert (out / "phantoms" / "failures-ours-best_pair.png").is_file()
+    assert not (out / "phantoms" / "layers.png").exists()  # it was not swept
+    whole = SegmentationResult.load(out / "phantoms" / "result.json")
+    assert {row.method for row in whole.methods} >= {"ours", "ours, untrained", "Otsu", "mean mask of other patients"}
+
+    flags["output_dir"] = tmp_path / "killed"
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(script_command(flags), env=environment, stdout=subprocess.DEVNULL)
+    folder = flags["output_dir"] / "phantoms/segments/ours/model"
+    deadline = time.monotonic() + 300
+    while len(list(folder.glob("*.npz"))) < 2:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    done = {path: os.stat(path).st_mtime_ns for path in folder.glob("*.npz")}
+    scripts.call_script("eval_segmentation.py", **flags)
+    assert all(os.stat(path).st_mtime_ns == time for path, time in done.items())
+    assert SegmentationResult.load(flags["output_dir"] / "phantoms" / "result.json") == whole
+
+
+@pytest.mark.slow
+def test_checkpoints_and_stable_diffusion_stand_beside_each_other(flags, pipeline, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    run = tmp_path / "run"
+    scripts.call_script(
+        "train_dino.py",
+        train_data_dir=scripts.image_folder(images, 8, size=32),
+        pretrained_pipeline=pipeline,
+        resolution=32,
+        train_batch_size=4,
+        max_train_steps=2,
+        checkpointing_steps=1,
+        learning_rate=1e-3,
+        lr_warmup_steps=0,
+        validation_steps=0,
+        output_dir=run,
+    )
+    stable_diffusion(tmp_path / "sd")
+    flags |= {
+        "pipeline": [f"ours={run / 'checkpoint-1'}", f"ours={run}"],
+        "stable_diffusion": tmp_path / "sd",
+        "untrained": False,
+        "max_samples": 4,
+        "num_examples": 0,
+    }
+    scripts.call_script("eval_segmentation.py", **flags)
+    result = SegmentationResult.load(flags["output_dir"] / "phantoms" / "result.json")
+    ours, theirs = result.sweeps
+    assert [ours.method, theirs.method] == ["ours", "Stable Diffusion"]
+    assert {setting.checkpoint for setting in ours.settings} == {"checkpoint-1", "run"}
+    assert len(ours.settings) == 2 * len(theirs.settings) == 8
+    assert (flags["output_dir"] / "phantoms" / "checkpoint.png").is_file()
+    assert not list(flags["output_dir"].rglob("examples-*"))  # no image is drawn that was not asked for
+
+
+def stable_diffusion(folder: Path) -> None:
+    """Save a Stable Diffusion of tiny components, with a tokenizer that knows its special tokens and one letter."""
+    words = ["<|startoftext|>", "<|endoftext|>", "a", "a</w>"]
+    source = folder / "vocabulary"
+    source.mkdir(parents=True)
+    (source / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (source / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(source / "vocab.json"), str(source / "merges.txt"), model_max_length=8)
+    config = CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=tiny.TOKEN_DIM,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    with tiny.seeded(0):
+        text_encoder = CLIPTextModel(config).eval()
+    parts = {"vae": tiny.tiny_vae(3), "unet": tiny.tiny_unet(), "scheduler": tiny.tiny_scheduler()}
+    pipe = StableDiffusionPipeline(
+        **parts,
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.save_pretrained(folder)
+
+
+def test_what_cannot_be_evaluated_is_said_at_once(flags, tmp_path):
+    def fails(message: str, error: type[Exception] = ValueError, **changed) -> None:
+        with pytest.raises(error, match=message):
+            scripts.call_script("eval_segmentation.py", **{**flags, **changed})
+
+    fails("Give --data", data=None)
+    fails("or --stable_diffusion", pipeline=None)
+    fails("have one name", data=[str(PHANTOMS), str(PHANTOMS)])
+    fails("no folder 'nowhere'", FileNotFoundError, data=["nowhere"])
+    empty = tmp_path / "jsrt"
+    empty.mkdir()
+    fails("jsrt", FileNotFoundError, data=[f"jsrt={empty}"])
+    if os.geteuid() != 0:  # root writes everywhere
+        empty.chmod(0o500)
+        fails("not writable", PermissionError, output_dir=empty / "out")
