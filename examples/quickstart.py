@@ -18,19 +18,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from diffusers.utils import make_image_grid
+from PIL.Image import Image
 from torch import Tensor
 from transformers import HfArgumentParser
 
-from diffusers_dino import DinoDiffusionPipeline
-from diffusers_dino.data import Preprocessing, open_images
+from diffusers_dino import DiffSegPipeline, DinoDiffusionPipeline, DinoInterpolationPipeline
+from diffusers_dino.data.masks import open_masked_images
+from diffusers_dino.metrics.segmentation import best_union, dice
 from diffusers_dino.plots import plot_loss
 from diffusers_dino.protocols import ReconstructionResult, evaluate_reconstruction
+from diffusers_dino.protocols.controls import with_fresh_unet
+from diffusers_dino.protocols.segmentation_baselines import otsu_mask
 from diffusers_dino.report import Report
+from diffusers_dino.selection import lung_prior, name_lungs
+from diffusers_dino.sheets import contact_sheet
 
 EXAMPLES = Path(__file__).resolve().parent
+TIMESTEPS, THRESHOLDS = (50, 100, 200, 300), (0.2, 0.3, 0.4, 0.5, 0.6)  # that segmentation chooses from
 
 
 @dataclass
@@ -41,6 +48,8 @@ class Arguments:
     max_train_steps: int | None = field(default=None, metadata={"help": "Instead of the config's, for a trial run."})
     num_sources: int = field(default=6, metadata={"help": "Unseen images in the picture of variations."})
     num_variations: int = field(default=5, metadata={"help": "Variations of each of them."})
+    num_paths: int = field(default=3, metadata={"help": "Paths between unseen images, and segmented images."})
+    num_points: int = field(default=7, metadata={"help": "Images along a path."})
     num_seeds: int = field(default=3, metadata={"help": "Noise seeds that the figures are averaged over."})
 
 
@@ -57,20 +66,28 @@ def main() -> None:
         pipe = DinoDiffusionPipeline.from_pretrained(model_dir)
         pipe.set_progress_bar_config(disable=True)
         size = json.loads((model_dir / "vae" / "config.json").read_text())["sample_size"]
-        test_images = load_images(args.data_dir, "test", size)
-        training_images = load_images(args.data_dir, "train", size)
+        test, training = (load_phantoms(args.data_dir, split, size) for split in ("test", "train"))
     with stopwatch("generate and measure"):
-        result = evaluate_reconstruction(pipe, test_images, training_images, seeds=range(args.num_seeds))
+        result = evaluate_reconstruction(pipe, test.images, training.images, seeds=range(args.num_seeds))
         result.save(args.output_dir / "reconstruction.json")
-    with stopwatch("draw variations"):
-        grid = draw_variations(pipe, test_images[: args.num_sources], args.num_variations)
+    with stopwatch("draw variations and paths"):
+        variations = draw_variations(pipe, test.images[: args.num_sources], args.num_variations)
+        paths = draw_paths(pipe, test.images, args.num_paths, args.num_points)
+    with stopwatch("segment"):
+        segmentation, strips = segment(pipe, test, training, args.num_paths)
+        (args.output_dir / "segmentation.json").write_text(json.dumps(segmentation, indent=2) + "\n")
 
     report = Report("diffusers-dino quickstart")
-    add_introduction(report, test_images, training_images, pipe)
+    add_introduction(report, test.images, training.images, pipe)
     add_loss(report, model_dir)
     report.add_heading("Variations of unseen images")
-    report.add_image(grid, f"Left: the source. Right: {args.num_variations} variations generated from its tokens.")
+    caption = f"Left: the source. Right: {args.num_variations} variations generated from its tokens."
+    report.add_image(variations, caption)
     add_figures(report, result)
+    report.add_heading("Paths between unseen images")
+    caption = f"Left and right: two sources. Between: {args.num_points} images from interpolated tokens and one noise."
+    report.add_image(paths, caption)
+    add_segmentation(report, segmentation, strips, len(test.images))
     add_stages(report, stopwatch)
     report.save(args.output_dir / "report.html")
     print(f"Report: {args.output_dir / 'report.html'}\nModel:  {model_dir}")
@@ -88,25 +105,83 @@ def train(args: Arguments, model_dir: Path) -> None:
     subprocess.run(command, check=True, cwd=EXAMPLES.parent)  # the config's paths start there
 
 
-def load_images(data_dir: Path, split: str, size: int) -> Tensor:
-    """All images of a split: `(N, 1, size, size)` in [0, 1]."""
-    images = open_images(str(data_dir / f"phantom-cxr-{split}-*.tar"), Preprocessing(size=size))
-    return torch.stack([images[i]["image"] for i in range(len(images))])
+class Phantoms(NamedTuple):
+    images: Tensor  # (N, 1, size, size) in [0, 1]
+    lungs: Tensor  # (N, size, size) bool
 
 
-def draw_variations(pipe: DinoDiffusionPipeline, sources: Tensor, num_variations: int):
+def load_phantoms(data_dir: Path, split: str, size: int) -> Phantoms:
+    """All phantoms of a split, with the exact masks of their lungs."""
+    samples = open_masked_images(data_dir / f"phantom-cxr-{split}-*.tar", size, mask_size=size)
+    loaded = [samples[i] for i in range(len(samples))]
+    return Phantoms(*(torch.stack([getattr(sample, name) for sample in loaded]) for name in ("image", "mask")))
+
+
+def draw_variations(pipe: DinoDiffusionPipeline, sources: Tensor, num_variations: int) -> Image:
     """One row for each source: the source, then its variations."""
-    generated = pipe(
-        sources,
-        num_images_per_prompt=num_variations,
-        num_inference_steps=20,
-        guidance_scale=2.0,
-        generator=torch.Generator().manual_seed(0),
-    ).images
-    cells = []
-    for i, source in enumerate(pipe.image_processor.numpy_to_pil(sources.movedim(1, -1).numpy())):
-        cells += [source.convert("L"), *generated[i * num_variations : (i + 1) * num_variations]]
-    return make_image_grid(cells, rows=len(sources), cols=1 + num_variations)
+    generator = torch.Generator().manual_seed(0)
+    sampling = {"num_inference_steps": 20, "guidance_scale": 2.0, "generator": generator}
+    return contact_sheet(sources, pipe(sources, num_images_per_prompt=num_variations, **sampling).images)
+
+
+def draw_paths(pipe: DinoDiffusionPipeline, images: Tensor, num_paths: int, num_points: int) -> Image:
+    """One row for each pair of neighbours in the test set: a source, the path from it to the other, the other."""
+    between = DinoInterpolationPipeline.from_pipe(pipe)
+    between.set_progress_bar_config(disable=True)
+    sources, targets = images[0 : 2 * num_paths : 2], images[1 : 2 * num_paths : 2]
+    fractions = torch.linspace(0, 1, num_points)
+    generator = torch.Generator().manual_seed(0)
+    sampling = {"num_inference_steps": 20, "guidance_scale": 2.0, "generator": generator}
+    return contact_sheet(sources, between(sources, targets, fractions, **sampling).images, targets)
+
+
+def segment(
+    pipe: DinoDiffusionPipeline, test: Phantoms, training: Phantoms, num_drawn: int
+) -> tuple[dict[str, float], Image]:
+    """Mean Dice of the lungs on the test set, with controls; and image | true lungs | named segments | segments."""
+    diffseg = DiffSegPipeline.from_pipe(pipe)
+    few = Phantoms(training.images[:32], training.lungs[:32])  # timestep and threshold are chosen on these
+    segments = segment_at(diffseg, test.images, *best_setting(diffseg, few))
+    untrained = with_fresh_unet(diffseg)
+    segments_of_untrained = segment_at(untrained, test.images, *best_setting(untrained, few))
+    pairs = list(zip(segments, test.images[:, 0], strict=True))
+    named = torch.stack([name_lungs(numbers, image).mask for numbers, image in pairs])
+    size, count = test.lungs.shape[-1], len(test.lungs)
+    masks = {
+        "segments named by position and darkness, without a mask": named,
+        "control: Otsu's threshold": torch.stack([otsu_mask(image) for image in test.images[:, 0]]),
+        "control: two ellipses, where lungs are named": lung_prior(size).expand(count, -1, -1),
+        "control: mean mask of the training set": (training.lungs.float().mean(0) > 0.5).expand(count, -1, -1),
+    }
+    figures = {
+        "best one or two segments, by the true mask": best_pairs(segments, test.lungs),
+        "control: the same of an untrained UNet": best_pairs(segments_of_untrained, test.lungs),
+        **{name: dice(mask, test.lungs).mean().item() for name, mask in masks.items()},
+    }
+    shades = segments / segments.amax((1, 2), keepdim=True).clamp(min=1)
+    columns = (test.images, test.lungs[:, None], named[:, None], shades[:, None])
+    return figures, contact_sheet(*(column[:num_drawn] for column in columns))
+
+
+def segment_at(diffseg: DiffSegPipeline, images: Tensor, timestep: int, threshold: float) -> Tensor:
+    """Segments `(N, H, W)`."""
+    return diffseg(images, timestep, threshold, relative_threshold=True).masks
+
+
+def best_setting(diffseg: DiffSegPipeline, phantoms: Phantoms) -> tuple[int, float]:
+    """The timestep and threshold with which one or two segments come nearest to the lungs."""
+    scores = {}
+    for timestep in TIMESTEPS:
+        maps = diffseg.attention_maps(phantoms.images, timestep)
+        for threshold in THRESHOLDS:
+            size = phantoms.lungs.shape[-1]
+            segments = diffseg.segment(maps, threshold, relative_threshold=True, output_size=size).masks
+            scores[timestep, threshold] = best_pairs(segments, phantoms.lungs)
+    return max(scores, key=scores.get)
+
+
+def best_pairs(segments: Tensor, lungs: Tensor) -> float:
+    return sum(best_union(a, b).dice for a, b in zip(segments, lungs, strict=True)) / len(lungs)
 
 
 def add_introduction(report: Report, test: Tensor, training: Tensor, pipe: DinoDiffusionPipeline) -> None:
@@ -154,6 +229,17 @@ def add_figures(report: Report, result: ReconstructionResult) -> None:
             ["control: as many training images", result.frechet_training_images],
         ],
     )
+
+
+def add_segmentation(report: Report, figures: dict[str, float], strips: Image, n: int) -> None:
+    report.add_heading("Segments without training or labels")
+    report.add_text(
+        "The model's self-attention in one denoising step, merged to segments (DiffSeg). Timestep and threshold are "
+        f"chosen on 32 training phantoms, and the figures are means over the {n} unseen ones. Phantoms of one person "
+        "have much the same lungs, so the mean mask is hard to beat."
+    )
+    report.add_table(["Dice of the lungs, against the exact masks", ""], list(figures.items()))
+    report.add_image(strips, "The image, its lungs, the segments that were named lungs, and all segments.")
 
 
 def add_stages(report: Report, stopwatch: Stopwatch) -> None:

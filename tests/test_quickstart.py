@@ -1,5 +1,6 @@
 """The quickstart, shortened, as a user runs it."""
 
+import json
 import re
 import subprocess
 import sys
@@ -22,6 +23,7 @@ def test_quickstart_writes_a_report_and_a_pipeline_that_loads(tmp_path):
     (tmp_path / "short.yaml").write_text(yaml.safe_dump(config))
     options = [f"--output_dir={tmp_path / 'out'}", f"--config={tmp_path / 'short.yaml'}"]
     options += ["--max_train_steps=3", "--num_seeds=1", "--num_sources=1", "--num_variations=2"]
+    options += ["--num_paths=1", "--num_points=3"]
     # from another folder: nothing may depend on where it is started
     subprocess.run([sys.executable, str(ROOT / "examples" / "quickstart.py"), *options], check=True, cwd=tmp_path)
 
@@ -31,7 +33,10 @@ def test_quickstart_writes_a_report_and_a_pipeline_that_loads(tmp_path):
     report = (tmp_path / "out" / "report.html").read_text()
     assert f"{result.by_encoder.nearest_training_image:.3g}" in report
     assert all(source.startswith("data:image/") for source in re.findall(r'src="([^"]*)"', report))
-    assert len(re.findall("<img", report)) == 2  # the loss and the variations
+    assert len(re.findall("<img", report)) == 4  # loss, variations, paths, segments
+    dice = json.loads((tmp_path / "out" / "segmentation.json").read_text())
+    assert dice["control: mean mask of the training set"] == pytest.approx(0.85, abs=0.02)  # as docs/phantoms.md says
+    assert all(f"<td>{value:.3g}</td>" in report for value in dice.values())
 
     pipe = DinoDiffusionPipeline.from_pretrained(tmp_path / "out" / "model")
     images = pipe(Image.new("L", (128, 128), 90), num_inference_steps=2).images
