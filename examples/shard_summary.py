@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,8 @@ def write_summary(
     _add_duplicates(report, lineage, len(samples))
     report.add_heading("Images that cannot be read")
     reasons = Counter((one.source, one.reason) for one in unreadable)
-    report.add_table(["source", "reason", "images"], [[*key, count] for key, count in sorted(reasons.items())])
+    rows = [[*key, count] for key, count in sorted(reasons.items())]
+    report.add_table(["source", "reason", "images"], rows or [["none", "", 0]])
     report.add_heading("Configuration")
     report.add_table(["", ""], list(lineage["configuration"].items()))
     report.save(path)
@@ -160,13 +161,9 @@ def _add_sizes(report: Report, sizes: Sequence[tuple[int, int]]) -> None:
 
 def _add_duplicates(report: Report, lineage: dict[str, Any], count: int) -> None:
     report.add_heading("Duplicates")
-    report.add_table(["kind", "source", "and source", "pairs"], list(_with_none(lineage["duplicates"])))
+    report.add_table(["kind", "source", "and source", "pairs"], lineage["duplicates"] or [["none", "", "", 0]])
     largest = lineage["largest_group"]
     text = f"The largest group of one patient, or of patients who share a picture, has {largest} of {count} images."
     if largest > 100 and largest > 0.05 * count:
         text += " That is much: are patient ids missing, or are many images alike?"
     report.add_text(text)
-
-
-def _with_none(rows: Sequence[Sequence[Any]]) -> Iterator[Sequence[Any]]:
-    yield from rows or [["none", "", "", 0]]

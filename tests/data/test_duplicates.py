@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_dino.data.duplicates import MAX_DISTANCE, Duplicates, find_duplicates, near_pairs, perceptual_hash, pixel_digest
+from diffusers_dino.data.duplicates import (
+    MAX_DISTANCE,
+    Duplicates,
+    find_duplicates,
+    near_pairs,
+    perceptual_hash,
+    pixel_digest,
+)
 
 pytest.importorskip("imagehash", reason="needs `pip install diffusers-dino[shards]`")
 
