@@ -12,7 +12,7 @@ import numpy as np
 parser = argparse.ArgumentParser()
 parser.add_argument("checkout", help="of github.com/google/diffseg")
 parser.add_argument("maps", help="(4096, 64, 64), each of sum 1")
-parser.add_argument("out", help="merged maps and mask of each threshold, and seconds of each merge")
+parser.add_argument("out", help="merged maps of each threshold, and seconds of each merge")
 parser.add_argument("--thresholds", type=float, nargs="+", required=True)
 parser.add_argument("--dtype", choices=["float16", "float64"], default="float16", help="float16 is as shipped")
 parser.add_argument("--threads", type=int, default=2)
@@ -20,7 +20,7 @@ args = parser.parse_args()
 
 import tensorflow as tf  # noqa: E402 - after the arguments, as it takes seconds
 
-sys.path.insert(0, args.checkout)
+sys.path[0] = args.checkout  # in place of this folder, whose diffseg.py has the name of the published package
 from diffseg.segmentor import DiffSeg  # noqa: E402
 
 tf.config.threading.set_intra_op_parallelism_threads(args.threads)
@@ -36,6 +36,5 @@ for threshold in args.thresholds:
     for i in range(3):
         merged = published.mask_merge(i, merged, published.kl_threshold, published.grid)
     results[f"seconds_{threshold}"] = time.perf_counter() - start
-    results[f"merged_{threshold}"] = merged[:, 0] if merged.ndim == 4 else merged
-    results[f"mask_{threshold}"] = published.generate_masks(maps, published.kl_threshold, published.grid)
+    results[f"merged_{threshold}"] = merged.reshape(-1, 64, 64)
 np.savez(args.out, **results)
