@@ -145,7 +145,7 @@ def run_published(args: Arguments, maps: Tensor, dtype: str) -> dict[str, Any]:
 
 
 def exactness(args: Arguments) -> list[dict[str, Any]]:
-    """Masks of 512 px against the published algorithm in float64 (its transcription), from the same attention at sides 64, 32, 16 and 8."""
+    """Masks of 512 px against the published algorithm in float64, from the same attention at sides 64 to 8."""
     rows = []
     for name, attention in sources():
         exact, maps = published.published_aggregate(attention), aggregate_attention(attention)
