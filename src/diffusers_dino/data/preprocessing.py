@@ -142,8 +142,9 @@ def _is_rough(line: np.ndarray, tolerance: float) -> bool:
     """Whether a few values already show that a line `(N,)` or `(N, 3)` is no border: most images need no search."""
     if line.dtype.kind != "u":
         return False
-    few = line.reshape(len(line), -1)[:: max(1, len(line) // 16), 0].tolist()
-    return max(few) - min(few) > 2 * tolerance * np.iinfo(line.dtype).max
+    few = line[:: max(1, len(line) // 16)].reshape(-1).tolist()
+    few = few if line.ndim == 1 else few[::3]
+    return max(few) - min(few) > 2 * tolerance * 256**line.dtype.itemsize
 
 
 def _leading_band(lines: np.ndarray, allowed: float) -> int:
