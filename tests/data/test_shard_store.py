@@ -4,6 +4,7 @@ import json
 import logging
 import pickle
 import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +144,16 @@ def test_workers_resume_in_the_same_order_on_shards(tmp_path):
     assert sorted(whole[:24]) == sorted(dataset.keys)
     for workers in (0, 1, 3):
         assert keys(15, 9, workers) == whole[15:]
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_unreadable_images_of_all_workers_are_counted_together(tmp_path, workers):
+    files = {f"k{i:02d}.png": b"damaged" if i % 10 == 0 else encode(i) for i in range(40)}
+    dataset = open_images(write_tar(tmp_path / "x.tar", files), PREPARE, max_unreadable=0.08)
+    batches = load_batches(TrainingViews(dataset, None), GlobalBatchSampler(40, 4), workers)
+    with pytest.raises(ValueError, match=r"4 of 40 images cannot be read"):
+        list(islice(batches, 10))
+    assert sorted(dataset.unreadable) == [0, 10, 20, 30]
 
 
 def corrupt(content: bytes, generator: np.random.Generator) -> bytes:

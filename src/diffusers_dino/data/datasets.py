@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,13 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     Args:
         store: Where the images come from.
-        preprocessing: How they are prepared.
+        preprocessing: How they are prepared. What shards hold that were prepared in just this way is taken as it is.
         in_memory: Whether to prepare all images now and keep them as uint8 (`size * size` bytes each for grayscale).
         max_unreadable: Largest tolerated fraction of unreadable images.
         indices: Which samples of the source to use, all by default.
 
     Attributes:
-        unreadable: Message by number of each image that could not be read so far (in this process).
+        unreadable: Message by number of each image that could not be read so far, by this process or its workers.
 
     Raises:
         ValueError: If more images than tolerated cannot be read; when it shows.
@@ -59,6 +59,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
             raise ValueError(f"max_unreadable is a fraction in [0, 1], got {max_unreadable}")
         self.store = store
         self.preprocessing = preprocessing
+        self._is_prepared = store.prepared_by == preprocessing.fingerprint()
         self.max_unreadable = max_unreadable
         self.unreadable: dict[int, str] = {}
         self._indices = np.arange(len(store.keys)) if indices is None else np.asarray(indices, np.int64)
@@ -128,6 +129,12 @@ class ImageDataset(Dataset[dict[str, Any]]):
         selection.unreadable = {new: self.unreadable[old] for new, old in enumerate(chosen) if old in self.unreadable}
         return selection
 
+    def note_unreadable(self, messages: Mapping[int, str]) -> None:
+        """Count what another process could not read, by number; raises `ValueError` if it is too much by now."""
+        self.unreadable.update(messages)
+        if messages:
+            self._check_unreadable()
+
     def companion(self, index: int, extension: str) -> bytes:
         """The file beside an image with the same key, such as `"json"` or `"mask.png"`; raises `KeyError`."""
         return self.store.companion(int(self._indices[index]), extension)
@@ -145,7 +152,9 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     def _prepare_one(self, place: int, image: np.ndarray | UnreadableImageError) -> np.ndarray | None:
         if not isinstance(image, UnreadableImageError):
-            return self.preprocessing(image)
+            # Borders would be looked for, and the dynamic range stretched, a second time.
+            done = self._is_prepared and image.dtype == np.uint8 and image.shape[:2] == 2 * (self.preprocessing.size,)
+            return image if done else self.preprocessing(image)
         self.unreadable[place] = str(image)
         logger.warning("%s. Skipped: another sample takes its place.", image)
         return None

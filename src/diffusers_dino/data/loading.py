@@ -79,16 +79,22 @@ class _Transport(Dataset[dict[str, Any]]):
         self._turn = 0
 
     def __getitems__(self, slots: Sequence[Slot]) -> dict[str, Any]:
-        worker = get_worker_info()
-        if worker is None or not self._blocks:
+        worker, images = get_worker_info(), self.views.images
+        if worker is None:
             return self.views.load(slots)
-        number = worker.id * (_PREFETCH + 1) + self._turn
-        self._turn = (self._turn + 1) % (_PREFETCH + 1)
-        batch = self.views.load(slots, self._blocks[number])
-        return {**batch, "image": (number, tuple(batch["image"].shape))}
+        known = len(images.unreadable)
+        memory = None
+        if self._blocks:
+            number = worker.id * (_PREFETCH + 1) + self._turn
+            self._turn = (self._turn + 1) % (_PREFETCH + 1)
+            memory = self._blocks[number]
+        batch = self.views.load(slots, memory)
+        batch["unreadable"] = dict(list(images.unreadable.items())[known:])
+        return batch if memory is None else {**batch, "image": (number, tuple(batch["image"].shape))}
 
     def receive(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch of a worker with its images, which stay what they are until the next batch is taken."""
+        self.views.images.note_unreadable(batch.get("unreadable", {}))
         if isinstance(batch["image"], Tensor):
             return batch
         number, shape = batch["image"]
