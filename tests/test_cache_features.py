@@ -60,7 +60,7 @@ def test_training_from_disk_equals_training_from_memory(flags, tmp_path):
         theirs = load_file(tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors")
         assert all(torch.equal(whole[key], theirs[key]) for key in whole)
         assert (tmp_path / name / "validation" / "0000008.png").is_file()
-    with pytest.raises(ValueError, match="augmentation: shear is 0.05 there and 0.2 here"):
+    with pytest.raises(ValueError, match=r"shear is 0\.05 there and 0\.2 here"):
         scripts.call_script("train_dino.py", **{**flags, "feature_cache": cache, "shear": 0.2})
     with pytest.raises(ValueError, match="--feature_cache"):
         scripts.call_script("cache_features.py", **flags)
