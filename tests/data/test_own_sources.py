@@ -1,7 +1,11 @@
 """Sources that a user describes, and everything that can be wrong with one."""
 
 import gzip
+import itertools
 import logging
+import sys
+import tracemalloc
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -90,6 +94,57 @@ def test_what_does_not_fit_is_counted_and_named(tmp_path, caplog):
     for name in ("gone.png", "extra.png", "b.png", "a.png"):
         assert name in caplog.text
     assert OpenSource(source.source, tmp_path, find_unlisted=False).report.unlisted.count == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "stray"),
+    [
+        ("chexpert", "train/patient00009/study1/view1_frontal.jpg"),
+        ("brax", "images/id_9/Study_1/Series_1/image-9.png"),
+        ("nih_chest_xray14", "images_003/images/00009999_000.png"),
+        ("padchest", "7/stray.png"),
+        ("mimic_cxr_jpg", "files/p10/p10000009/s50000009/stray.jpg"),
+    ],
+)
+def test_a_stray_image_of_a_known_source_is_named(tmp_path, name, stray):
+    expected = LAYOUTS[name](tmp_path)
+    picture(tmp_path / stray)
+    source = open_source(name, tmp_path)
+    assert len(list(source)) == len(expected)
+    assert source.report.unlisted.examples == [stray]
+
+
+def test_label_files_are_taken_from_torchxrayvision_where_it_is_installed(tmp_path, monkeypatch):
+    if "torchxrayvision" in sys.modules:
+        pytest.skip("torchxrayvision is imported already: its own files would be read")
+    LAYOUTS["nih_chest_xray14"](tmp_path / "nih")
+    package = tmp_path / "site" / "torchxrayvision"
+    write(package / "__init__.py", "raise RuntimeError('reading a label file imports nothing')")
+    write(package / "data" / "Data_Entry_2017_v2020.csv.gz", (tmp_path / "nih/Data_Entry_2017_v2020.csv").read_text())
+    (tmp_path / "nih/Data_Entry_2017_v2020.csv").unlink()
+    if find_spec("torchxrayvision") is None:
+        with pytest.raises(FileNotFoundError, match="Data_Entry_2017_v2020"):
+            open_source("nih_chest_xray14", tmp_path / "nih")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    assert len(list(open_source("nih_chest_xray14", tmp_path / "nih"))) == 3
+
+
+def test_memory_does_not_grow_with_the_table(tmp_path):
+    count, cell = 500, "x" * 1000
+    (tmp_path / "images").mkdir()
+    for number in range(count):
+        (tmp_path / f"images/{number}.png").touch()
+    write(
+        tmp_path / "t.csv", "file,patient,finding,report\n" + "".join(f"{n}.png,{n},a,{cell}\n" for n in range(count))
+    )
+    source = OpenSource(describe(TABLE | {"patient": "{patient}", "labels": {"column": "{finding}"}}), tmp_path)
+    records = iter(source)
+    next(records)
+    tracemalloc.start()
+    sizes = [tracemalloc.get_traced_memory()[0] for _ in itertools.islice(records, count - 1)]
+    tracemalloc.stop()
+    assert len(sizes) == count - 1
+    assert (sizes[-1] - sizes[99]) / (count - 100) < 400, "bytes a row: it keeps more than hashes"
 
 
 def test_many_missing_images_are_counted_but_not_all_named(tmp_path):

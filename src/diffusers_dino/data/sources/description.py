@@ -65,6 +65,7 @@ class Source:
         name: How to call it: letters, digits and `_`.
         image: Template(s) of the image's path below the root; the first that exists is taken. Folders may hold `*`.
             Without `table` it is a glob, and each file that fits is an image.
+        inventory: Glob(s) of all images, to find those without a row; by default `image` with `*` for each column.
         table: File(s) with the rows, one after the other.
         join: Further files, whose columns are added.
         derive: Column -> regular expression(s); the named groups of the first that fits become columns.
@@ -91,6 +92,7 @@ class Source:
 
     name: str
     image: str | Sequence[str]
+    inventory: Sequence[str] = ()
     table: Sequence[Table] = ()
     join: Sequence[Table] = ()
     derive: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
@@ -154,7 +156,7 @@ def describe(mapping: Mapping[str, Any], where: str = "the description") -> Sour
     values["labels"] = [_build(LabelRule, rule, f"labels of {where}") for rule in _as_list(values.get("labels"))]
     if values.get("raw") is not None:
         values["raw"] = _build(RawLayout, values["raw"], f"raw of {where}")
-    for key in ("masks", "contains"):
+    for key in ("inventory", "masks", "contains"):
         values[key] = _as_list(values.get(key))
     source = _build(Source, values, where)
     for expression in (one for several in source.derive.values() for one in _as_list(several)):

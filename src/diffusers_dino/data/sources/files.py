@@ -66,10 +66,10 @@ class FileFinder:
         """Where the file of a row was looked for, first of all."""
         return self.templates[0].fill(row)
 
-    def all_images(self) -> Iterator[str]:
-        """Paths below the root of all images that some row could lead to."""
-        for template in self.templates:
-            for path in glob.iglob(template.wildcard(), root_dir=self.root, recursive=True):
+    def all_images(self, inventory: Sequence[str] = ()) -> Iterator[str]:
+        """Paths below the root of all images that fit a glob of the inventory, by default that a row could lead to."""
+        for pattern in inventory or [template.wildcard() for template in self.templates]:
+            for path in glob.iglob(pattern, root_dir=self.root, recursive=True):
                 if is_image(path):
                     yield path.replace(os.sep, "/")
 

@@ -78,7 +78,7 @@ class RowReader:
         """The images whose path's hash is not in `seen`, though some row might lead to them."""
         hashes = np.unique(np.asarray(seen, np.int64))
         told: set[str] = set()
-        for path in self._images.all_images() if self._images is not None else ():
+        for path in self._images.all_images(self.source.inventory) if self._images is not None else ():
             place = np.searchsorted(hashes, hash(path))
             if (place == len(hashes) or hashes[place] != hash(path)) and path not in told:
                 told.add(path)
