@@ -45,6 +45,7 @@ class ShardStore:
         keys: One for each sample.
         shard_sizes: Samples in each shard.
         lost: By number, why a sample is known to be gone.
+        prepared_by: Fingerprint of the `Preprocessing` that all images have been through, if manifests say so.
 
     Raises:
         FileNotFoundError: If nothing matches, a named shard is missing, or no shard holds an image.
@@ -63,6 +64,7 @@ class ShardStore:
         indexes, images, reasons = zip(*opened, strict=True)
         if not any(map(len, images)):
             raise FileNotFoundError(f"No image in the {len(self.shards)} shard(s) of {self._files.show(pattern)!r}.")
+        self.prepared_by = _prepared_by(self._files, self.shards) if set(self.shards) == set(expected) else None
         self.shard_sizes = [len(image) for image in images]
         self._shard_ends = np.cumsum(self.shard_sizes)
         self._index = _concatenate(indexes)
@@ -91,9 +93,10 @@ class ShardStore:
         places = self._places(present)
         try:
             contents = dict(zip(present, zip(places, self._files.read_ranges(places), strict=True), strict=True))
-        except (ConnectionError, PermissionError) as error:
-            names = ", ".join(self.keys[index] for index in present[:3])
-            raise type(error)(f"{error} Samples {names} and perhaps others were wanted.") from None
+        except OSError as error:  # no fault of the samples: none is replaced, the run ends and can be resumed
+            names = ", ".join(self.describe(index) for index in present[:3])
+            kind = type(error) if isinstance(error, ConnectionError | PermissionError) else OSError
+            raise kind(f"{error} Samples {names} and perhaps others were wanted.") from None
         for index in indices:
             try:
                 yield self._decode(index, *contents.get(index, (None, b"")))
@@ -221,6 +224,13 @@ def _read_manifest(files: Files, folder: str) -> list[dict]:
     if not sound or len(set(names)) < len(names):
         raise ValueError(f"{files.show(path)!r} is no manifest of shards: a name or a count in it is wrong")
     return shards
+
+
+def _prepared_by(files: Files, shards: Sequence[str]) -> str | None:
+    """How the images of shards that are in a manifest were prepared, if in one way."""
+    folders = {url_path(shard).rpartition("/")[0] for shard in shards}
+    told = {json.loads(files.read(_join(folder, MANIFEST))).get("preprocessing_hash") for folder in folders}
+    return told.pop() if len(told) == 1 else None
 
 
 def _join(folder: str, name: str) -> str:
