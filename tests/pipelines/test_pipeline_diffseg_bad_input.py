@@ -80,7 +80,9 @@ def test_no_condition(images):
     diffseg = DiffSegPipeline.from_pipe(tiny.tiny_pipeline(conditioner=None))
     with pytest.raises(ValueError, match="neither a conditioner nor a text encoder"):
         diffseg(images)
-    assert diffseg(images, image_embeds=torch.zeros(1, 5, tiny.TOKEN_DIM)).masks.shape == (4, 32, 32)
+    tokens = torch.zeros(1, 5, tiny.TOKEN_DIM)
+    for given in ({"image_embeds": tokens}, {"unet_kwargs": {"encoder_hidden_states": tokens}}):
+        assert diffseg(images, **given).masks.shape == (4, 32, 32)
 
 
 def test_a_vae_of_another_model(pipe):

@@ -229,10 +229,10 @@ class DiffSegPipeline(DiffusionPipeline):
         """
         self.check_inputs(timestep, size, generator, image_embeds, unet_kwargs)
         images = [stretched(unit) for unit in to_unit(image)]
-        given = {} if image_embeds is None else {"encoder_hidden_states": image_embeds}
-        condition = given or self.encode_condition(images, size)
+        given = dict(unet_kwargs or {}) | ({} if image_embeds is None else {"encoder_hidden_states": image_embeds})
+        condition = given if "encoder_hidden_states" in given else self.encode_condition(images, size) | given
         latents = self.prepare_latents(images, size)
-        condition = for_batch({**condition, **(unet_kwargs or {})}, len(images), latents.dtype, latents.device)
+        condition = for_batch(condition, len(images), latents.dtype, latents.device)
         noise = noise_like(latents, generator) if add_noise else None
         with capture_self_attention(self.unet, sides, layers) as attention:
             for t in timesteps_of(timestep, self.scheduler.config["num_train_timesteps"]):
