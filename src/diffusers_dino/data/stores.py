@@ -26,10 +26,12 @@ class ImageStore(Protocol):
         keys: One name for each sample, in order; the key of its random draws and of its companions.
         shard_sizes: Samples in each part that is best read together; they follow each other.
         lost: By number, why a sample is known to be gone without trying to read it.
+        prepared_by: Fingerprint of the `Preprocessing` that the images have been through; None if of none or unknown.
     """
 
     keys: Sequence[str]
     lost: Mapping[int, str] = MappingProxyType({})
+    prepared_by: str | None = None
 
     @property
     def shard_sizes(self) -> Sequence[int]:
