@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -36,6 +37,8 @@ def run_parallel(function: Callable[..., T], jobs: Iterable[tuple[Any, ...]], nu
     # Not plain fork: threads of libraries do not survive it. A fork server imports them once for all workers.
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
+    script = Path(getattr(sys.modules["__main__"], "__file__", "")).stem
+    context.set_forkserver_preload([function.__module__, script])
     with ProcessPoolExecutor(num_workers, context, initializer=_start_worker) as pool:
         try:
             for future in as_completed([pool.submit(function, *job) for job in jobs]):

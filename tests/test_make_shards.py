@@ -133,6 +133,10 @@ class TestWhatIsWritten:
             name = f"more/Doe^{number:02d}.png" if number % 2 else f"Doe^{number:02d}.png"
             stored = data.companion(data.keys.index(keys[name]), "png")
             assert np.array_equal(np.asarray(Image.open(io.BytesIO(stored))), Preprocessing(32)(picture(number)))
+            taken = data[data.keys.index(keys[name])]["image"][0]  # not prepared a second time
+            assert np.array_equal((taken * 255).round().byte().numpy(), Preprocessing(32)(picture(number)))
+        again = open_images(out, Preprocessing(16))
+        assert again[0]["image"].shape == (1, 16, 16)
         mask = data.companion(data.keys.index(keys["Doe^00.png"]), "mask.png")
         expected = Preprocessing(32).prepare_mask(picture(0) > 128, (slice(0, 48), slice(0, 48)))
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(mask))), expected)
