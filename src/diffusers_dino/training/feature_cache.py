@@ -151,12 +151,8 @@ def write_feature_cache(
     if repeated := len(keys) - len(set(keys)):
         raise ValueError(f"{repeated} samples have the key of another one: features are found by their key.")
     facts = {"format": _FORMAT, "recipe": asdict(recipe), "dtype": str(dtype).removeprefix("torch.")}
-    if (folder / MANIFEST).is_file():
-        manifest = _read_manifest(folder)
-        _refuse_differences(folder, recipe.differences(Recipe(**manifest["recipe"])))
-        if manifest["keys_sha256"] == _hash_lines(keys) and manifest["dtype"] == facts["dtype"]:
-            return manifest
-        raise FeatureCacheError(f"{folder} holds features of other samples, or of another type. Give another folder.")
+    if manifest := _find_complete(folder, recipe, facts["dtype"], keys):
+        return manifest
     if accelerator.is_main_process:
         for leftover in folder.glob(f".*{PARTIAL}"):  # of a run that was killed
             leftover.unlink()
@@ -178,10 +174,10 @@ def write_feature_cache(
     shards = sorted(gather_object(shards), key=lambda shard: shard["name"])
     manifest = {**facts, "num_samples": len(keys), "keys_sha256": _hash_lines(keys), "shards": shards}
     if accelerator.is_main_process:
-        with atomic_write(folder / KEYS) as file:
-            file.write("".join(f"{key}\n" for key in keys).encode())
         readable = sorted(set(keys) - _substituted(manifest))
         manifest["probes"] = _probe(views.images, readable[:: -(-len(readable) // _NUM_PROBES)])
+        with atomic_write(folder / KEYS) as file:
+            file.write("".join(f"{key}\n" for key in keys).encode())
         write_json(folder / MANIFEST, manifest)
     accelerator.wait_for_everyone()
     return _read_manifest(folder)
@@ -243,6 +239,17 @@ class _MappedShards(Sequence[Features]):
 
     def __getstate__(self) -> dict[str, Any]:
         return {"paths": self.paths, "_opened": {}}  # loader workers that are spawned map for themselves
+
+
+def _find_complete(folder: Path, recipe: Recipe, dtype: str, keys: list[str]) -> dict[str, Any] | None:
+    """The manifest, if all is there already; None if there is none."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    manifest = _read_manifest(folder)
+    _refuse_differences(folder, recipe.differences(Recipe(**manifest["recipe"])))
+    if manifest["keys_sha256"] != _hash_lines(keys) or manifest["dtype"] != dtype:
+        raise FeatureCacheError(f"{folder} holds features of other samples, or of another type. Give another folder.")
+    return manifest
 
 
 def _write_shard(
