@@ -50,7 +50,7 @@ def main() -> None:
     figures: dict[str, Any] = {"batch_size": args.batch_size, "pillow": Image.__version__, "torch": torch.__version__}
     with tempfile.TemporaryDirectory() as folder:
         images = [radiograph_like(number, 512) for number in range(args.num_images)]
-        write_shards(Path(folder), images, per_shard=128)
+        write_shards(Path(folder), images, 128, size=512)
         figures["speed"] = {str(size): measure_speed(folder, images, size, args) for size in args.sizes}
     if args.num_samples:
         figures["memory"] = measure_memory(args)
@@ -73,7 +73,9 @@ def radiograph_like(number: int, side: int) -> bytes:
     return buffer.getvalue()
 
 
-def write_shards(folder: Path, images: list[bytes], per_shard: int) -> None:
+def write_shards(folder: Path, images: list[bytes], per_shard: int, size: int) -> None:
+    """Shards, indexes and the manifest that `make_shards.py --size SIZE` would leave of images that are prepared."""
+    shards = []
     for first in range(0, len(images), per_shard):
         path = folder / f"bench-{first // per_shard:06d}.tar"
         with tarfile.open(path, "w") as tar:
@@ -83,6 +85,9 @@ def write_shards(folder: Path, images: list[bytes], per_shard: int) -> None:
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
         write_index(path)
+        shards.append({"name": path.name, "samples": len(images[first : first + per_shard]), "split": "train"})
+    manifest = {"format": 1, "preprocessing_hash": Preprocessing(size).fingerprint(), "shards": shards}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def measure_speed(folder: str, images: list[bytes], size: int, args: Arguments) -> dict[str, Any]:
@@ -132,7 +137,7 @@ def measure_memory(args: Arguments) -> dict[str, Any]:
     """Resident and own memory of a worker after `settled` and after all samples, in MiB, and the growth."""
     with tempfile.TemporaryDirectory() as folder:
         small = [radiograph_like(number, 64) for number in range(64)]
-        write_shards(Path(folder), [small[number % 64] for number in range(args.num_samples)], per_shard=1000)
+        write_shards(Path(folder), [small[number % 64] for number in range(args.num_samples)], 1000, size=64)
         dataset = open_images(folder, Preprocessing(64))
         order = dataset.order(8)
         sampler = GlobalBatchSampler(len(dataset), 50, order=order)

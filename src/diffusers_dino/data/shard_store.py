@@ -212,6 +212,7 @@ def _find_in_folder(files: Files, folder: str, split: str | None) -> tuple[list[
 def _read_manifest(files: Files, folder: str) -> list[dict]:
     """The shards that the manifest in a folder lists; none if there is no manifest."""
     path = _join(folder, MANIFEST)
+    hint = "Mend it, or rename it to read the shards without one."
     try:
         shards = json.loads(files.read(path))["shards"]
         names = [shard["name"] for shard in shards]
@@ -220,9 +221,9 @@ def _read_manifest(files: Files, folder: str) -> list[dict]:
     except (FileNotFoundError, PermissionError):  # a bucket that may not be listed says "forbidden" for "missing"
         return []
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{files.show(path)!r} is no manifest of shards: {error!r}") from error
+        raise ValueError(f"{files.show(path)!r} is no manifest of shards: {error!r}. {hint}") from error
     if not sound or len(set(names)) < len(names):
-        raise ValueError(f"{files.show(path)!r} is no manifest of shards: a name or a count in it is wrong")
+        raise ValueError(f"{files.show(path)!r} is no manifest of shards: a name or a count in it is wrong. {hint}")
     return shards
 
 
