@@ -265,6 +265,14 @@ def test_first_page_is_read():
     assert np.array_equal(read_image(encoded(pages[0], "tiff", save_all=True, append_images=pages[1:])), GRAY)
 
 
+def test_tiff_that_claims_more_rows_than_it_has():
+    data = bytearray(encoded(Image.fromarray(GRAY), "tiff"))
+    place = data.index(b"\x01\x01")  # the tag of the height, 257
+    data[place + 8 : place + 12] = (1_000_000).to_bytes(4, "little")
+    with pytest.raises(UnreadableImageError, match="do not cover its 20 x 1000000 pixels"):
+        read_image(bytes(data))
+
+
 def test_content_tells_the_format(tmp_path):
     (tmp_path / "scan.jpg").write_bytes(encoded(Image.fromarray(GRAY), "png"))
     assert np.array_equal(read_image(tmp_path / "scan.jpg"), GRAY)

@@ -218,6 +218,8 @@ def _read_pillow(data: bytes, max_pixels: int) -> np.ndarray:
         raise UnreadableImageError("it is no image of a known format")
     with opener(io.BytesIO(data)) as image:
         check_size(*image.size, max_pixels)
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
+            _check_cover(image)
         if image.mode in ("RGB", "RGBA") and ";16" in _raw_mode(image):
             return _read_deep_color(data, opener, _raw_mode(image))
         return _to_array(image)
@@ -234,6 +236,14 @@ def _to_array(image: Image.Image) -> np.ndarray:
     elif image.mode not in ("L", "RGB"):
         image = image.convert("L" if image.mode == "1" else "RGB")
     return np.asarray(image)
+
+
+def _check_cover(image: TiffImagePlugin.TiffImageFile) -> None:
+    """Refuse a TIFF whose strips or tiles hold less than the size that it claims: the rest would be made up."""
+    boxes = (tile[1] for tile in image.tile)
+    covered = sum((right - left) * (bottom - top) for left, top, right, bottom in boxes)
+    if covered < image.width * image.height:
+        raise UnreadableImageError(f"its parts do not cover its {image.width} x {image.height} pixels")
 
 
 def _read_deep_color(data: bytes, opener: _Opener, raw_mode: str) -> np.ndarray:
