@@ -54,12 +54,12 @@ def plot_path(result: InterpolationResult) -> Figure:
     for axes, (title, space) in zip(figure.subplots(1, 2, sharey=True), spaces.items(), strict=True):
         for number, way in enumerate(fields(space)):
             curves, style = getattr(space, way.name), "-" if way.name == "generated" else "--"
-            label = f"{way.name.replace('_', ' ')} ({curves.monotone_steps:.0%} of steps)"
+            label = f"{way.name.replace('_', ' ')}: {curves.monotone_steps:.0%}"
             axes.plot(result.fractions, curves.to_source, style, marker=".", color=f"C{number}", label=label)
             axes.plot(result.fractions, curves.to_target, style, marker=".", color=f"C{number}", alpha=0.5)
         axes.set(title=title, xlabel="fraction of the path", ylabel="mean cosine to source | target (pale)")
         axes.grid(alpha=0.3)
-        axes.legend(title="right way", fontsize="small")
+        axes.legend(title="steps the right way", fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15))
     return figure
 
 
