@@ -63,6 +63,10 @@ class Kill:
 
 def main() -> None:
     args = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]
+    if args.max_train_steps % args.checkpointing_steps:
+        raise SystemExit(
+            "--max_train_steps must be a multiple of --checkpointing_steps: the last checkpoint is compared."
+        )
     args.output_dir.mkdir(parents=True, exist_ok=True)
     if any(args.output_dir.iterdir()):
         raise SystemExit(f"{args.output_dir} is not empty: runs in it would be resumed.")
