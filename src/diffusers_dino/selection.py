@@ -4,9 +4,9 @@ Two ideas, each a pure function. *Which segments are lungs*: the union of one or
 shape and position, and that is darker than what is around it. *Which setting*: a sweep gives one such union a setting;
 the one that the others agree with most is stable against the choice of timestep and threshold, and is taken.
 
-The prior is stated here, before any data is seen: two upright ellipses in the upper two thirds of a frontal chest
-radiograph, as large as the lungs of an adult are in one. It decides which segments are named; their outline is the
-segments' own. Anything that is chosen with it must be compared with the prior alone.
+The prior is two upright ellipses in the upper two thirds of a frontal chest radiograph, in round numbers that were
+written by hand and not fitted. It decides which segments are named; their outline is the segments' own. Anything that
+is chosen with it must be compared with the prior alone.
 """
 
 from __future__ import annotations
