@@ -8,7 +8,7 @@ import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
@@ -41,7 +41,7 @@ class Files(Protocol):
     def open(self, path: str) -> BinaryIO:
         """A file to read from start to end, seekable."""
 
-    def read_ranges(self, ranges: Sequence[Range]) -> list[bytes]:
+    def read_ranges(self, ranges: Sequence[Range]) -> Iterable[bytes]:
         """The bytes of each range; fewer than asked for where a file ends too early or is gone."""
 
     def show(self, path: str) -> str:
@@ -69,8 +69,8 @@ class LocalFiles(Files):
     def open(self, path: str) -> BinaryIO:
         return open(path, "rb")
 
-    def read_ranges(self, ranges: Sequence[Range]) -> list[bytes]:
-        return [self._read_range(*one) for one in ranges]
+    def read_ranges(self, ranges: Sequence[Range]) -> Iterable[bytes]:
+        return (self._read_range(*one) for one in ranges)  # as they are used, while they are in the cache
 
     def show(self, path: str) -> str:
         return path

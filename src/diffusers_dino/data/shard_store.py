@@ -89,17 +89,10 @@ class ShardStore:
 
     def read_many(self, indices: Sequence[int]) -> Iterator[np.ndarray | UnreadableImageError]:
         """The pixels of several samples, or why they cannot be read; the bytes of all of them are fetched at once."""
-        present = [index for index in indices if index not in self.lost]
-        places = self._places(present)
-        try:
-            contents = dict(zip(present, zip(places, self._files.read_ranges(places), strict=True), strict=True))
-        except OSError as error:  # no fault of the samples: none is replaced, the run ends and can be resumed
-            names = ", ".join(self.describe(index) for index in present[:3])
-            kind = type(error) if isinstance(error, ConnectionError | PermissionError) else OSError
-            raise kind(f"{error} Samples {names} and perhaps others were wanted.") from None
+        contents = self._fetch([index for index in indices if index not in self.lost])
         for index in indices:
             try:
-                yield self._decode(index, *contents.get(index, (None, b"")))
+                yield self._decode(index, *((None, b"") if index in self.lost else next(contents)))
             except UnreadableImageError as error:
                 yield error
 
@@ -108,7 +101,17 @@ class ShardStore:
         if extension not in files:
             raise KeyError(f"{self.describe(index)} has no companion {extension!r}, but {', '.join(files)}")
         member: Member = files[extension]
-        return self._files.read_ranges([Range(self.shards[self._shard(index)], member.offset, member.size)])[0]
+        (content,) = self._files.read_ranges([Range(self.shards[self._shard(index)], member.offset, member.size)])
+        return content
+
+    def _fetch(self, indices: Sequence[int]) -> Iterator[tuple[Range, bytes]]:
+        """Where the images of samples are, and their bytes."""
+        places = self._places(indices)
+        try:
+            yield from zip(places, self._files.read_ranges(places), strict=True)
+        except (ConnectionError, PermissionError) as error:
+            names = ", ".join(self.keys[index] for index in indices[:3])
+            raise type(error)(f"{error} Samples {names} and perhaps others were wanted.") from None
 
     def _decode(self, index: int, place: Range | None, content: bytes) -> np.ndarray:
         if place is None:
