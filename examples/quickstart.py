@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +38,9 @@ from diffusers_dino.selection import lung_prior, name_lungs
 from diffusers_dino.sheets import contact_sheet
 
 EXAMPLES = Path(__file__).resolve().parent
-TIMESTEPS, THRESHOLDS = (50, 100, 200, 300), (0.2, 0.3, 0.4, 0.5, 0.6)  # that segmentation chooses from
+# What segmentation chooses from: all attention layers together, or one of the decoder's two of the largest resolution.
+LAYERS = (None, ("up_blocks.1.attentions.0",), ("up_blocks.1.attentions.1",))
+TIMESTEPS, THRESHOLDS = (100, 300, 500), (0.2, 0.3, 0.4, 0.5)
 
 
 @dataclass
@@ -140,10 +143,10 @@ def segment(
 ) -> tuple[dict[str, float], Image]:
     """Mean Dice of the lungs on the test set, with controls; and image | true lungs | named segments | segments."""
     diffseg = DiffSegPipeline.from_pipe(pipe)
-    few = Phantoms(training.images[:32], training.lungs[:32])  # timestep and threshold are chosen on these
-    segments = segment_at(diffseg, test.images, *best_setting(diffseg, few))
+    few = Phantoms(training.images[:32], training.lungs[:32])  # the setting is chosen on these
+    segments = segment_at(diffseg, test.images, best_setting(diffseg, few))
     untrained = with_fresh_unet(diffseg)
-    segments_of_untrained = segment_at(untrained, test.images, *best_setting(untrained, few))
+    segments_of_untrained = segment_at(untrained, test.images, best_setting(untrained, few))
     pairs = list(zip(segments, test.images[:, 0], strict=True))
     named = torch.stack([name_lungs(numbers, image).mask for numbers, image in pairs])
     size, count = test.lungs.shape[-1], len(test.lungs)
@@ -163,20 +166,27 @@ def segment(
     return figures, contact_sheet(*(column[:num_drawn] for column in columns))
 
 
-def segment_at(diffseg: DiffSegPipeline, images: Tensor, timestep: int, threshold: float) -> Tensor:
+class Setting(NamedTuple):
+    layers: tuple[str, ...] | None
+    timestep: int
+    threshold: float
+
+
+def segment_at(diffseg: DiffSegPipeline, images: Tensor, setting: Setting) -> Tensor:
     """Segments `(N, H, W)`."""
-    return diffseg(images, timestep, threshold, relative_threshold=True).masks
+    layers, timestep, threshold = setting
+    return diffseg(images, timestep, threshold, layers=layers, relative_threshold=True).masks
 
 
-def best_setting(diffseg: DiffSegPipeline, phantoms: Phantoms) -> tuple[int, float]:
-    """The timestep and threshold with which one or two segments come nearest to the lungs."""
+def best_setting(diffseg: DiffSegPipeline, phantoms: Phantoms) -> Setting:
+    """The setting with which one or two segments come nearest to the lungs."""
     scores = {}
-    for timestep in TIMESTEPS:
-        maps = diffseg.attention_maps(phantoms.images, timestep)
+    for layers, timestep in product(LAYERS, TIMESTEPS):
+        maps = diffseg.attention_maps(phantoms.images, timestep, layers=layers)
         for threshold in THRESHOLDS:
             size = phantoms.lungs.shape[-1]
             segments = diffseg.segment(maps, threshold, relative_threshold=True, output_size=size).masks
-            scores[timestep, threshold] = best_pairs(segments, phantoms.lungs)
+            scores[Setting(layers, timestep, threshold)] = best_pairs(segments, phantoms.lungs)
     return max(scores, key=scores.get)
 
 
@@ -234,9 +244,9 @@ def add_figures(report: Report, result: ReconstructionResult) -> None:
 def add_segmentation(report: Report, figures: dict[str, float], strips: Image, n: int) -> None:
     report.add_heading("Segments without training or labels")
     report.add_text(
-        "The model's self-attention in one denoising step, merged to segments (DiffSeg). Timestep and threshold are "
-        f"chosen on 32 training phantoms, and the figures are means over the {n} unseen ones. Phantoms of one person "
-        "have much the same lungs, so the mean mask is hard to beat."
+        "The model's self-attention in one denoising step, merged to segments (DiffSeg). Layers, timestep and "
+        f"threshold are chosen on 32 training phantoms, and the figures are means over the {n} unseen ones. Phantoms "
+        "of one person have much the same lungs, so the mean mask is hard to beat."
     )
     report.add_table(["Dice of the lungs, against the exact masks", ""], list(figures.items()))
     report.add_image(strips, "The image, its lungs, the segments that were named lungs, and all segments.")
