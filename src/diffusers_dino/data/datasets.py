@@ -217,7 +217,7 @@ def open_images(
 
 def to_float(array: np.ndarray) -> Tensor:
     """uint8 `(H, W)` or `(H, W, 3)` -> float32 `(1, H, W)` or `(3, H, W)` in [0, 1]."""
-    tensor = torch.from_numpy(array)
+    tensor = torch.from_numpy(np.require(array, requirements="W"))  # decoders give read-only ones
     tensor = tensor[None] if tensor.ndim == 2 else tensor.permute(2, 0, 1)
     return tensor.float().div_(255)
 
