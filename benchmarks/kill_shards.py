@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,15 +45,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         make_images(root / "images", args)
-        process, first = start(root, "whole", args)
-        process.wait()
+        process = start(root, "whole", args)
+        steps = most_files(process, root / "whole")
         check(process, root)
-        seconds = time.perf_counter() - first
-        print(f"left alone: {seconds:.1f} s after it had listed the images")
+        print(f"left alone: {steps} files at once, those that it works with included")
         stages = Counter(
-            kill_once(root, args, rng.uniform(0, 2 * seconds / (args.kills + 1))) for _ in range(args.kills)
+            kill_once(root, args, rng.randrange(2 * steps // (args.kills + 1)), rng.uniform(0, 0.2))
+            for _ in range(args.kills)
         )
-        process, _ = start(root, "killed", args)
+        process = start(root, "killed", args)
         process.wait()
         check(process, root)
         wait_for_orphans(root)
@@ -78,8 +79,8 @@ def make_images(folder: Path, args: Arguments) -> None:
             Image.fromarray(noisy).save(folder / f"{number:05d}-again.bmp")
 
 
-def start(root: Path, name: str, args: Arguments) -> tuple[subprocess.Popen, float]:
-    """Start the script, wait until it has listed the images, and say when that was."""
+def start(root: Path, name: str, args: Arguments) -> subprocess.Popen:
+    """Start the script, and wait until it has listed the images."""
     options = {"output_dir": root / name, "source": root / "images", "salt_file": root / "salt", "size": 128}
     options |= {"shard_size": 10, "part_size": 8, "num_workers": args.num_workers, "test_fraction": 0.2}
     command = [sys.executable, str(EXAMPLES / "make_shards.py")]
@@ -88,21 +89,41 @@ def start(root: Path, name: str, args: Arguments) -> tuple[subprocess.Popen, flo
     process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
     while process.poll() is None and "source(s)" not in (root / "log").read_text():
         time.sleep(0.02)
-    return process, time.perf_counter()
+    return process
 
 
-def kill_once(root: Path, args: Arguments, delay: float) -> str:
-    """Kill a run after a while, and say in which stage; a run that has ended is begun again from nothing."""
+def most_files(process: subprocess.Popen, output: Path) -> int:
+    """How many files there are at once while the script runs to its end: how far it can get."""
+    most = 0
+    while process.poll() is None:
+        most = max(most, count_files(output))
+        time.sleep(0.01)
+    return most
+
+
+def count_files(folder: Path) -> int:
+    return sum(len(files) for _, _, files in os.walk(folder))
+
+
+def kill_once(root: Path, args: Arguments, steps: int, delay: float) -> str:
+    """Kill a run some files later, and say in which stage; a run that has ended before is begun again from nothing.
+
+    Files are counted, not seconds: most of the time goes into the start of the workers, where there is little to lose.
+    """
+    output = root / "killed"
     while True:
-        process, _ = start(root, "killed", args)
+        process = start(root, "killed", args)
+        goal = count_files(output) + steps
+        while process.poll() is None and count_files(output) < goal:
+            time.sleep(0.005)
         try:
             process.wait(delay)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
-            return stage_of(root / "killed")
+            return stage_of(output)
         check(process, root)
-        subprocess.run(["rm", "-rf", str(root / "killed")], check=True)
+        shutil.rmtree(output)
 
 
 def stage_of(output: Path) -> str:
