@@ -1,6 +1,5 @@
 """`examples/eval_segmentation.py` as a user runs it, on phantoms and at tiny size; killed and started again."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import scripts
 import tiny
+import tiny_text
 from diffusers_dino.protocols import SegmentationResult
 
 PHANTOMS = Path(__file__).parents[1] / "examples/data/phantom-cxr/phantom-cxr-test-000000.tar"
@@ -91,7 +89,7 @@ def test_checkpoints_and_stable_diffusion_stand_beside_each_other(flags, pipelin
         validation_steps=0,
         output_dir=run,
     )
-    stable_diffusion(tmp_path / "sd")
+    tiny_text.stable_diffusion().save_pretrained(tmp_path / "sd")
     flags |= {
         "pipeline": [f"ours={run / 'checkpoint-1'}", f"ours={run}"],
         "stable_diffusion": tmp_path / "sd",
@@ -107,39 +105,6 @@ def test_checkpoints_and_stable_diffusion_stand_beside_each_other(flags, pipelin
     assert len(ours.settings) == 2 * len(theirs.settings) == 8
     assert (flags["output_dir"] / "phantoms" / "checkpoint.png").is_file()
     assert not list(flags["output_dir"].rglob("examples-*"))  # no image is drawn that was not asked for
-
-
-def stable_diffusion(folder: Path) -> None:
-    """Save a Stable Diffusion of tiny components, with a tokenizer that knows its special tokens and one letter."""
-    words = ["<|startoftext|>", "<|endoftext|>", "a", "a</w>"]
-    source = folder / "vocabulary"
-    source.mkdir(parents=True)
-    (source / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (source / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(str(source / "vocab.json"), str(source / "merges.txt"), model_max_length=8)
-    config = CLIPTextConfig(
-        vocab_size=len(words),
-        hidden_size=tiny.TOKEN_DIM,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=8,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    with tiny.seeded(0):
-        text_encoder = CLIPTextModel(config).eval()
-    parts = {"vae": tiny.tiny_vae(3), "unet": tiny.tiny_unet(), "scheduler": tiny.tiny_scheduler()}
-    pipe = StableDiffusionPipeline(
-        **parts,
-        tokenizer=tokenizer,
-        text_encoder=text_encoder,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.save_pretrained(folder)
 
 
 def test_what_cannot_be_evaluated_is_said_at_once(flags, tmp_path):

@@ -479,7 +479,9 @@ PLANTED = "Zebulon"
 
 def plant_in_dicoms(folder: Path, count: int) -> None:
     """DICOM files whose headers say the planted word wherever text may stand, some of them damaged."""
-    dicom_files = pytest.importorskip("dicom_files")
+    pytest.importorskip("pydicom", reason="needs `pip install diffusers-dino[dicom]`")
+    import dicom_files
+
     for number in range(count):
         word = f"{PLANTED}{number:03d}"
         patient = f"{PLANTED}-{number // 4}"

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["PARTIAL", "atomic_write", "sha256_of", "write_json"]
+__all__ = ["PARTIAL", "atomic_write", "sha256_of", "sync", "write_json"]
 
 PARTIAL = ".partial"
 
@@ -39,7 +39,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync(path.parent)
 
 
 def write_json(path: str | Path, content: Any, indent: int | None = 1) -> None:
@@ -58,11 +58,11 @@ def sha256_of(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _sync_folder(folder: Path) -> None:
-    """Force the folder's list of names to disk: a rename is lost in a power cut without it."""
-    if os.name != "posix":  # folders cannot be opened there
+def sync(path: str | Path) -> None:
+    """Force a file, or a folder's list of names, to disk: a rename is lost in a power cut without the latter."""
+    if os.name != "posix" and Path(path).is_dir():  # folders cannot be opened there
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -97,7 +97,8 @@ class MaskedImages(Sequence[MaskedImage]):
 
     def mask(self, index: int) -> Tensor:
         """The mask of one sample, `(mask_size, mask_size)` bool, checked against its image's size."""
-        return self[index].mask
+        entry = self._entries[index]
+        return self._mask(entry, entry.read_image().shape[:2])
 
     def resized(self, size: int) -> MaskedImages:
         """The same samples with images of another side."""
