@@ -180,7 +180,7 @@ def hash_weights(pipe: DiffSegPipeline) -> str:
         if isinstance(part, torch.nn.Module):
             for key, value in sorted(part.state_dict().items()):
                 digest.update(f"{name}.{key}".encode())
-                digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data if value.ndim else b"")
+                digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
