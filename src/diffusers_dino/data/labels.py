@@ -1,0 +1,169 @@
+"""Labels and patients of images: from a table that a user has, or from beside the images of a set."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .archives import split_name
+from .datasets import ImageDataset
+from .reading import IMAGE_EXTENSIONS
+
+__all__ = ["NO_FINDING", "LabelTable", "read_label_table", "stored_labels"]
+
+NO_FINDING = "No Finding"
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """What is known of N images.
+
+    Attributes:
+        keys: Name of each image within its data set, each once.
+        labels: The labels of each image; empty where it has none of them.
+        patients: The patient of each image; an image of its own patient where nothing is known.
+
+    Raises:
+        ValueError: If the lengths differ or a key comes twice.
+    """
+
+    keys: tuple[str, ...]
+    labels: tuple[frozenset[str], ...]
+    patients: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.keys) == len(self.labels) == len(self.patients):
+            raise ValueError(
+                f"Each image has one key, its labels and a patient, got {len(self.keys)} keys, "
+                f"{len(self.labels)} sets of labels and {len(self.patients)} patients."
+            )
+        twice = [key for key, count in Counter(self.keys).items() if count > 1]
+        if twice:
+            raise ValueError(f"{len(twice)} keys come more than once in the labels, such as {', '.join(twice[:3])}.")
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def counts(self) -> dict[str, int]:
+        """Images of each label, the most frequent first, then by name."""
+        counts = Counter(label for labels in self.labels for label in labels)
+        return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+    def select(self, keys: Sequence[str]) -> LabelTable:
+        """The rows of these keys, in their order.
+
+        Raises:
+            KeyError: If the table lacks a key.
+        """
+        places = {key: place for place, key in enumerate(self.keys)}
+        missing = [key for key in keys if key not in places]
+        if missing:
+            raise KeyError(f"{len(missing)} images have no row in the labels, such as {', '.join(missing[:3])}")
+        chosen = [places[key] for key in keys]
+        return LabelTable(
+            tuple(self.keys[i] for i in chosen),
+            tuple(self.labels[i] for i in chosen),
+            tuple(self.patients[i] for i in chosen),
+        )
+
+    def restrict(self, names: Sequence[str]) -> LabelTable:
+        """The same images with these labels alone.
+
+        Raises:
+            ValueError: If no image has one of the labels.
+        """
+        absent = [name for name in names if not any(name in labels for labels in self.labels)]
+        if absent:
+            raise ValueError(
+                f"No image is labelled {', '.join(map(repr, absent))}; there are {', '.join(self.counts())}."
+            )
+        return LabelTable(self.keys, tuple(labels & set(names) for labels in self.labels), self.patients)
+
+    def most_frequent(self, count: int, always: Sequence[str] = (NO_FINDING,)) -> tuple[str, ...]:
+        """The `count` most frequent findings, then those of `always` that any image has.
+
+        Raises:
+            ValueError: If there are fewer findings.
+        """
+        counts = self.counts()
+        findings = [name for name in counts if name not in always]
+        if len(findings) < count:
+            raise ValueError(f"There are {len(findings)} findings ({', '.join(findings)}), not {count}.")
+        return (*findings[:count], *(name for name in always if name in counts))
+
+    def targets(self, names: Sequence[str]) -> np.ndarray:
+        """`(N, L)` bool: which image has which of the labels `names`."""
+        return np.array([[name in labels for name in names] for labels in self.labels], dtype=bool).reshape(
+            len(self), len(names)
+        )
+
+
+def read_label_table(
+    path: str | Path,
+    key_column: str = "file",
+    label_column: str = "findings",
+    patient_column: str | None = "patient",
+    separator: str = "|",
+) -> LabelTable:
+    """Read a CSV file with a row for each image.
+
+    Args:
+        path: The file.
+        key_column: Column of keys or of file names; the extension of an image file is dropped, folders are kept.
+        label_column: Column of the labels of an image, joined by `separator`; may be blank.
+        patient_column: Column of patients. None says that each image is of a patient of its own.
+        separator: Between labels.
+
+    Raises:
+        ValueError: If a column is missing, a key or a patient is blank, or a key comes twice.
+    """
+    columns = [key_column, label_column, *([patient_column] if patient_column else [])]
+    keys, labels, patients = [], [], []
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        missing = [column for column in columns if column not in (reader.fieldnames or [])]
+        if missing:
+            raise ValueError(
+                f"{str(path)!r} has no column {', '.join(map(repr, missing))}; "
+                f"its columns are {', '.join(map(repr, reader.fieldnames or []))}."
+            )
+        for row in reader:
+            blank = [column for column in columns if column != label_column and not (row[column] or "").strip()]
+            if blank:
+                raise ValueError(f"Line {reader.line_num} of {str(path)!r} has no {blank[0]!r}.")
+            keys.append(_key(row[key_column].strip()))
+            names = ((name or "").strip() for name in (row[label_column] or "").split(separator))
+            labels.append(frozenset(name for name in names if name))
+            patients.append(row[patient_column].strip() if patient_column else keys[-1])
+    return LabelTable(tuple(keys), tuple(labels), tuple(patients))
+
+
+def stored_labels(images: ImageDataset) -> LabelTable:
+    """The labels that stand beside the images in `KEY.json`, as `make_shards.py` writes them.
+
+    Raises:
+        ValueError: If an image has no such file, or the file has no list `labels`.
+    """
+    labels, patients, keys = [], [], images.keys
+    for place, key in enumerate(keys):
+        try:
+            facts = json.loads(images.companion(place, "json"))
+        except KeyError as error:
+            raise ValueError(f"No labels are stored beside image {key!r}: give a table of labels.") from error
+        names = facts.get("labels")
+        if not isinstance(names, list):
+            raise ValueError(f"The facts of image {key!r} have no list of labels: give a table of labels.")
+        labels.append(frozenset(names))
+        patients.append(str(facts.get("patient") or key))
+    return LabelTable(tuple(keys), tuple(labels), tuple(patients))
+
+
+def _key(name: str) -> str:
+    stem, extension = split_name(name)
+    return stem if extension in IMAGE_EXTENSIONS else name
