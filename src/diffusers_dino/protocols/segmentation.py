@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data.masks import MaskedImages
+from ..metrics.bootstrap import bootstrap_interval
 from ..metrics.segmentation import best_union, dice, union_of
 from ..seeds import generator_for
 from ..selection import lung_prior, most_agreed, name_lungs
@@ -242,20 +243,6 @@ def cross_fit(scores: Tensor, halves: Tensor) -> CrossFit:
     return CrossFit(scores.gather(0, indices[None])[0], indices, (on_first, on_second))
 
 
-def bootstrap_interval(
-    values: Tensor, patients: Sequence[str], seed: int = 0, draws: int = 10_000, level: float = 0.95
-) -> tuple[float, float]:
-    """Percentile interval of the mean of `(N,)` values, patients being drawn with replacement."""
-    codes = torch.tensor([sorted(set(patients)).index(patient) for patient in patients])
-    number = int(codes.max()) + 1
-    sums = torch.zeros(number, dtype=torch.float64).index_add_(0, codes, values.double())
-    counts = torch.bincount(codes, minlength=number).double()
-    drawn = torch.randint(number, (draws, number), generator=generator_for(seed, "bootstrap"))
-    means = sums[drawn].sum(dim=1) / counts[drawn].sum(dim=1)
-    low, high = means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
-    return low, high
-
-
 class _ModelScores(NamedTuple):
     sweep: SweepScores
     unsupervised: Tensor  # (N,)
@@ -312,7 +299,7 @@ def _summarize(
     chosen: tuple[str, ...],
     optimistic: float | None,
 ) -> MethodScores:
-    low, high = bootstrap_interval(scores, patients, seed)
+    low, high = bootstrap_interval(lambda rows: scores[rows].mean(), len(scores), patients, repeats=10_000, seed=seed)
     quartiles = scores.quantile(torch.tensor([0.5, 0.25, 0.75], dtype=scores.dtype)).tolist()
     figures = tuple(scores.tolist()), scores.mean().item(), low, high, *quartiles
     return MethodScores(method, selection, *figures, chosen, optimistic)
