@@ -43,7 +43,7 @@ $(BIN)/python:
 
 # A stamp is written only after its installation went through, so a broken one is done again.
 $(VENV)/.installed-train: EXTRAS = train
-$(VENV)/.installed-dev: EXTRAS = train,eval,dicom,shards,remote,dev
+$(VENV)/.installed-dev: EXTRAS = train,eval,dicom,shards,remote,ray,dev
 $(VENV)/.installed-docs: EXTRAS = docs
 $(VENV)/.installed-%: $(BIN)/python pyproject.toml
 	@echo "== Installing diffusers-dino[$(EXTRAS)] into $(VENV); PyTorch is large, this takes minutes the first time =="
