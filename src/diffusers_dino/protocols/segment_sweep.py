@@ -7,9 +7,8 @@ timestep); a file holds it, so a run that was killed continues with the unit it 
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from ..data.atomic import atomic_write, write_json
 from ..data.masks import MaskedImages
+from ..fingerprints import fingerprint_pipeline, hash_of
 from ..pipelines import DiffSegPipeline
 from ..seeds import generator_for
 from ..training.checkpoints import make_writable_folder
@@ -162,7 +162,12 @@ def segment_images(
     """
     folder = make_writable_folder(folder)
     swept = SweptSegments(folder, checkpoint, sweep, len(images), chunk)
-    identity = {**asdict(sweep), "chunk": chunk, "images": _hash(images.keys), "model": hash_weights(pipe)}
+    identity = {
+        **asdict(sweep),
+        "chunk": chunk,
+        "images": hash_of("\n".join(images.keys))[:16],
+        "model": fingerprint_pipeline(pipe),
+    }
     _claim(folder, identity)
     todo = [unit for unit in swept.units() if not swept.path(unit[0], unit[1].start).is_file()]
     shown = images.resized(sweep.size or _own_size(pipe))
@@ -171,17 +176,6 @@ def segment_images(
         with atomic_write(swept.path(view, members.start)) as file:
             np.savez_compressed(file, segments=segments)
     return swept
-
-
-def hash_weights(pipe: DiffSegPipeline) -> str:
-    """A short hash of all weights that the segments depend on."""
-    digest = hashlib.sha256()
-    for name, part in sorted(pipe.components.items()):
-        if isinstance(part, torch.nn.Module):
-            for key, value in sorted(part.state_dict().items()):
-                digest.update(f"{name}.{key}".encode())
-                digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
 
 
 def _segment_unit(
@@ -232,7 +226,3 @@ def _claim(folder: Path, identity: dict) -> None:
         raise ValueError(
             f"{folder} holds segments with another {', '.join(other)}. Give another folder, or delete that one."
         )
-
-
-def _hash(keys: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16]

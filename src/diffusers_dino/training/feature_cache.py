@@ -7,8 +7,6 @@ written last. Nothing in it is a pickle.
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -21,16 +19,16 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import nn
 
 from ..conditioner import DinoImageConditioner
 from ..data import ImageDataset, TrainingViews
 from ..data.atomic import PARTIAL, atomic_write, write_json
+from ..fingerprints import as_json, fingerprint_model, hash_of
 from ..latents import VAE
 from .checkpoints import MANIFEST, describe_file
 from .features import CachedViews, FeatureEncoder, Features, concatenate, encode_views, samples_per_batch
 
-__all__ = ["FeatureCacheError", "Recipe", "fingerprint_model", "open_feature_cache", "write_feature_cache"]
+__all__ = ["FeatureCacheError", "Recipe", "open_feature_cache", "write_feature_cache"]
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +69,8 @@ class Recipe:
         return cls(
             conditioner=fingerprint_model(conditioner),
             vae=fingerprint_model(vae),
-            preprocessing=_plain({**asdict(preprocessing), "fingerprint": preprocessing.fingerprint()}),
-            augmentation=_plain(asdict(augmentation)) if augmentation else None,
+            preprocessing=as_json({**asdict(preprocessing), "fingerprint": preprocessing.fingerprint()}),
+            augmentation=as_json(asdict(augmentation)) if augmentation else None,
             seed=views.seed,
             num_views=num_views,
         )
@@ -89,25 +87,6 @@ class Recipe:
             elif here != there:
                 lines.append(f"{name}: {there} there and {here} here")
         return lines
-
-
-def fingerprint_model(model: nn.Module) -> str:
-    """A hash of the weights and settings of a model of diffusers: equal for equal models alone.
-
-    Names of weights do not count, since libraries rename them between releases; nor do settings at their defaults, to
-    which releases add, and where the model was loaded from.
-    """
-    signature = inspect.signature(type(model).__init__).parameters
-    defaults = {name: _plain(parameter.default) for name, parameter in signature.items()}
-    settings = {
-        name: value
-        for name, value in _plain(dict(model.config)).items()
-        if not name.startswith("_") and (name not in defaults or value != defaults[name])
-    }
-    for spec in settings.get("encoders", []):
-        del spec["source"], spec["revision"]
-    weights = sorted(_hash(t.dtype, tuple(t.shape), t) for t in model.state_dict().values())
-    return _hash(type(model).__name__, json.dumps(settings, sort_keys=True), *weights)[:16]
 
 
 def write_feature_cache(
@@ -322,24 +301,8 @@ def _substituted(manifest: dict[str, Any]) -> set[str]:
 def _probe(images: ImageDataset, keys: Iterable[str]) -> dict[str, str]:
     """Hashes of the prepared images of a few samples: keys such as 000001 name images of many data sets."""
     numbers = {key: number for number, key in enumerate(images.keys)}
-    return {key: _hash(images[numbers[key]]["image"])[:16] for key in keys}
+    return {key: hash_of(images[numbers[key]]["image"])[:16] for key in keys}
 
 
 def _hash_lines(lines: Iterable[str]) -> str:
-    return _hash("\n".join(lines))
-
-
-def _hash(*parts: Any) -> str:
-    """SHA-256 of tensors' bytes, and of all else as text."""
-    digest = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, torch.Tensor):
-            digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        else:
-            digest.update(f"{part}\x1f".encode())
-    return digest.hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON gives it back, so that a tuple equals the list it becomes."""
-    return json.loads(json.dumps(value, default=str))
+    return hash_of("\n".join(lines))
