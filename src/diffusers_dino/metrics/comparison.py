@@ -1,0 +1,178 @@
+"""Which of two classifiers is better: AUROC under resampling, a test over folds, correction for many tests.
+
+The figure of a cross-validation is the mean over folds of each fold's AUROC. Predictions of several folds are not
+pooled: each fold has a classifier of its own, whose scores are on a scale of their own, and pooling them biases an
+AUROC downwards (Parker et al. 2007, BMC Bioinformatics 8:326).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ..seeds import derive_seed
+from .bootstrap import resamples
+
+__all__ = ["FoldTest", "auroc_draws", "corrected_t_test", "draw_weights", "holm"]
+
+_CHUNK = 1 << 22  # weights at once
+
+
+class FoldTest(NamedTuple):
+    """A difference over folds.
+
+    Attributes:
+        mean: Of the differences.
+        low, high: 95 % interval of it.
+        p: Of the hypothesis that it is 0, two-sided; not corrected for other tests.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p: float
+
+
+def auroc_draws(scores: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """Area under the ROC curve of each label, for many weightings of the same images at once.
+
+    It is the weighted share of pairs of a positive and a negative image in which the positive one has the higher
+    score, ties counting half (Hanley & McNeil 1982).
+
+    Args:
+        scores: `(N, L)`.
+        targets: `(N, L)` bool.
+        weights: `(R, N)`, how often each image was drawn in each of R draws; None is one draw of all.
+
+    Returns:
+        `(R, L)` float64; NaN where a draw lacks positive or negative images of a label.
+
+    Raises:
+        ValueError: If the shapes do not fit, or a score is not finite.
+    """
+    if scores.ndim != 2 or scores.shape != targets.shape or targets.dtype != bool:
+        raise ValueError(
+            f"Expected scores (N, L) and boolean targets of their shape, got {scores.shape} and {targets.shape} "
+            f"{targets.dtype}."
+        )
+    if not np.isfinite(scores).all():
+        raise ValueError(f"{int((~np.isfinite(scores)).sum())} scores are NaN or infinite.")
+    weights = np.ones((1, len(scores))) if weights is None else weights
+    if weights.ndim != 2 or weights.shape[1] != len(scores):
+        raise ValueError(f"Expected weights (R, {len(scores)}), got {weights.shape}.")
+    rows = max(1, _CHUNK // max(1, len(scores)))
+    chunks = [weights[first : first + rows] for first in range(0, len(weights), rows)]
+    columns = list(zip(scores.T, targets.T, strict=True))
+    return np.concatenate([np.stack([_auroc(*column, w) for column in columns], axis=1) for w in chunks])
+
+
+def draw_weights(
+    patients: Sequence[Hashable], folds: Sequence[Hashable], repeats: int = 2000, seed: int = 0
+) -> np.ndarray:
+    """How often each image is drawn when patients are, with replacement and within their fold.
+
+    The number of patients in each fold is kept, because each fold's classifier is a different one.
+
+    Args:
+        patients: The patient of each of N images.
+        folds: The fold of each.
+        repeats: Draws R.
+        seed: Of the draws. The draws of a fold depend on nothing but the seed, the fold and its patients.
+
+    Returns:
+        `(R, N)` int32.
+
+    Raises:
+        ValueError: If the lengths differ or a fold has fewer than two patients.
+    """
+    if len(patients) != len(folds):
+        raise ValueError(f"Each image has a patient and a fold, got {len(patients)} and {len(folds)}.")
+    owner, folds = np.asarray(patients), np.asarray(folds)
+    weights = np.empty((repeats, len(folds)), dtype=np.int32)
+    for fold in np.unique(folds):
+        rows = np.flatnonzero(folds == fold)
+        draws = resamples(len(rows), owner[rows], repeats, derive_seed(seed, "fold", str(fold)))
+        for number, drawn in enumerate(draws):
+            weights[number, rows] = np.bincount(drawn, minlength=len(rows))
+    return weights
+
+
+def corrected_t_test(differences: Sequence[float], num_folds: int, level: float = 0.95) -> FoldTest:
+    r"""Whether a difference over the runs of a (repeated) cross-validation is zero (Nadeau & Bengio 2003).
+
+    Runs share training images, so their differences are correlated and a plain paired t test finds too much. The
+    variance of the mean of J of them is taken as
+
+    .. math:: \left(\frac{1}{J} + \frac{n_\text{test}}{n_\text{train}}\right) s^2, \qquad
+              \frac{n_\text{test}}{n_\text{train}} = \frac{1}{K - 1}
+
+    for K folds, with J - 1 degrees of freedom; J may be a multiple of K (Bouckaert & Frank 2004).
+
+    Args:
+        differences: J of them, one for each run.
+        num_folds: K, how many folds the data was cut into, which is more than J where runs are missing.
+        level: Probability mass of the interval.
+
+    Raises:
+        ImportError: If scipy is missing.
+        ValueError: If there are fewer than two differences or folds, or one is not finite.
+    """
+    try:
+        from scipy import stats
+    except ImportError as error:
+        raise ImportError("Tests need scipy: pip install diffusers-dino[eval]") from error
+    values = np.asarray(differences, dtype=np.float64)
+    if values.ndim != 1 or len(values) < 2 or num_folds < 2:
+        raise ValueError(f"A test over folds needs two of them or more, got {values.shape} of {num_folds} folds.")
+    if not np.isfinite(values).all():
+        raise ValueError(f"Differences must be finite, got {values.tolist()}.")
+    mean = float(values.mean())
+    error = float(np.sqrt((1 / len(values) + 1 / (num_folds - 1)) * values.var(ddof=1)))
+    if error == 0:  # all differences are one number
+        return FoldTest(mean, mean, mean, 1.0 if mean == 0 else 0.0)
+    reach = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * error
+    p = 2 * float(stats.t.sf(abs(mean) / error, len(values) - 1))
+    return FoldTest(mean, mean - reach, mean + reach, p)
+
+
+def holm(p_values: Sequence[float | None]) -> tuple[float | None, ...]:
+    """p values corrected for there being several, so that the chance of any false finding is bounded (Holm 1979).
+
+    It needs no assumption of how the tests depend on each other.
+
+    Args:
+        p_values: Of the whole family. None is a test that is planned and has not been made: it counts as one, so
+            that what is significant in a part of a table stays so in the whole.
+
+    Returns:
+        In the order given, None where None was.
+
+    Raises:
+        ValueError: If a value is not in [0, 1].
+    """
+    if any(p is not None and not 0 <= p <= 1 for p in p_values):
+        raise ValueError(f"p values are in [0, 1], got {list(p_values)}.")
+    corrected: list[float | None] = [None] * len(p_values)
+    known = sorted((i for i, p in enumerate(p_values) if p is not None), key=lambda i: p_values[i])
+    largest = 0.0
+    for rank, i in enumerate(known):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = largest
+    return tuple(corrected)
+
+
+def _auroc(scores: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """One label's: `(N,)`, `(N,)` and `(R, N)` give `(R,)`."""
+    values, place = np.unique(scores, return_inverse=True)
+    order = np.argsort(place, kind="stable")
+    starts = np.searchsorted(place[order], np.arange(len(values)))
+    positive, negative = (  # weight of each class at each distinct score: (R, distinct)
+        np.add.reduceat((weights * chosen)[:, order].astype(np.float64), starts, axis=1)
+        for chosen in (targets, ~targets)
+    )
+    below = negative.cumsum(axis=1) - negative / 2  # half of what is tied
+    pairs = positive.sum(axis=1) * negative.sum(axis=1)
+    with np.errstate(invalid="ignore"):
+        return np.where(pairs > 0, (positive * below).sum(axis=1) / pairs, np.nan)
