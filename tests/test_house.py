@@ -35,6 +35,8 @@ SAME_LAYER = {
     ("latents", "pixels"),
     ("conditioner", "encoders"),
     ("training.checkpoints", "data"),
+    ("metrics", "data"),
+    ("metrics", "encoders"),
 }
 
 

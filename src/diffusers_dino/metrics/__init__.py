@@ -1,7 +1,17 @@
 """Figures of merit: features, then pure functions of features."""
 
 from .distances import frechet_distance
-from .features import pixel_features
+from .feature_sets import FeatureSet, extract_features
+from .features import FeatureExtractor, FeatureSpec, open_extractor, pixel_features
 from .retrieval import retrieval_accuracy
 
-__all__ = ["frechet_distance", "pixel_features", "retrieval_accuracy"]
+__all__ = [
+    "FeatureExtractor",
+    "FeatureSet",
+    "FeatureSpec",
+    "extract_features",
+    "frechet_distance",
+    "open_extractor",
+    "pixel_features",
+    "retrieval_accuracy",
+]

@@ -1,27 +1,38 @@
-"""From images to feature vectors."""
+"""From images to feature vectors, by name."""
 
 from __future__ import annotations
 
-from torch import Tensor
-from torch.nn import functional as F
+import os
 
-__all__ = ["pixel_features"]
+import torch
+
+from .extractors import FeatureExtractor, FeatureSpec, open_pixels, pixel_features
+
+__all__ = ["EXTRACTORS", "FeatureExtractor", "FeatureSpec", "open_extractor", "pixel_features"]
+
+EXTRACTORS = ("pixels",)
 
 
-def pixel_features(images: Tensor, side: int = 16) -> Tensor:
-    """Coarse gray pixels as features: a space that no encoder of the model has shaped.
+def open_extractor(
+    name: str,
+    weights: str | os.PathLike[str] | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    sha256: str | None = None,
+) -> FeatureExtractor:
+    """Open a feature extractor. Nothing is ever downloaded: weights are a local file or folder.
 
     Args:
-        images: `(N, C, H, W)` in [0, 1], with C = 1 or 3 and H, W >= `side`.
-        side: Side of the thumbnail in pixels.
-
-    Returns:
-        `(N, side * side)` float32: the mean over channels, downsampled with antialiasing.
+        name: One of `EXTRACTORS`.
+        weights: File or folder of the weights.
+        device: Where it computes.
+        sha256: What the SHA-256 of the weight file must be.
 
     Raises:
-        ValueError: The images are not `(N, C, H, W)` or are smaller than the thumbnail.
+        ValueError: If the name is not known, or the weights are not what they should be.
     """
-    if images.ndim != 4 or min(images.shape[-2:]) < side:
-        raise ValueError(f"Expected images (N, C, H, W) of at least {side} x {side} px, got {tuple(images.shape)}.")
-    gray = images.float().mean(dim=1, keepdim=True)  # (N, 1, H, W)
-    return F.interpolate(gray, size=(side, side), mode="bilinear", antialias=True).flatten(1)
+    if name == "pixels":
+        if weights is not None:
+            raise ValueError("The extractor pixels has no weights.")
+        return open_pixels(device)
+    raise ValueError(f"There is no feature extractor {name!r}: give one of {', '.join(EXTRACTORS)}.")

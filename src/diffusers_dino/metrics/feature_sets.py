@@ -1,0 +1,158 @@
+"""Features of a collection of images, with the keys of the images and what the features are."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ..data import ImageDataset, Slot, TrainingViews, load_batches
+from ..data.atomic import atomic_write
+from .extractors import FeatureExtractor, FeatureSpec
+
+__all__ = ["FeatureSet", "extract_features", "iterate_features"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Features of N images.
+
+    Attributes:
+        features: `(N, D)` float32, finite.
+        keys: The images' keys, in order.
+        spec: How they were computed.
+
+    Raises:
+        ValueError: If the three do not fit together, or a feature is not finite.
+    """
+
+    features: Tensor
+    keys: tuple[str, ...]
+    spec: FeatureSpec
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keys", tuple(self.keys))
+        expected = (len(self.keys), self.spec.dim)
+        if tuple(self.features.shape) != expected:
+            raise ValueError(
+                f"{len(self.keys)} keys and features of {self.spec.dim} dimensions ask for a tensor {expected}, got "
+                f"{tuple(self.features.shape)}."
+            )
+        if not self.features.is_floating_point() or not torch.isfinite(self.features).all():
+            raise ValueError("Features are floating numbers, none of them NaN or infinite.")
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def require_same_spec(self, other: FeatureSet) -> None:
+        """Refuse to compare with features of another extractor; raises `ValueError` that names what differs."""
+        self.spec.require_same(other.spec)
+
+    def select(self, keys: Sequence[str]) -> FeatureSet:
+        """The features of these images, in the order of `keys`.
+
+        Raises:
+            KeyError: If a key is not in the set.
+        """
+        rows = {key: row for row, key in enumerate(self.keys)}
+        if missing := [key for key in keys if key not in rows]:
+            raise KeyError(f"{len(missing)} keys have no features, such as {', '.join(missing[:3])}")
+        return FeatureSet(self.features[[rows[key] for key in keys]], tuple(keys), self.spec)
+
+    def save(self, path: str | Path) -> None:
+        """Write one `.safetensors` file, whole or not at all; the same set gives the same bytes.
+
+        Raises:
+            OSError: If the disk is full, or the folder is not writable.
+        """
+        keys = torch.frombuffer(bytearray(json.dumps(self.keys).encode()), dtype=torch.uint8)
+        tensors = {"features": self.features.float().contiguous(), "keys": keys}
+        with atomic_write(path) as file:
+            file.write(save(tensors, metadata={"spec": self.spec.to_json()}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> FeatureSet:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is another kind of file, or damaged.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                spec = FeatureSpec.from_json((file.metadata() or {})["spec"])
+                keys = json.loads(bytes(file.get_tensor("keys").tolist()))
+                return cls(file.get_tensor("features"), tuple(keys), spec)
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} is not a file of features, or is damaged: {error}.") from error
+
+
+def extract_features(
+    extractor: FeatureExtractor,
+    images: ImageDataset | Tensor,
+    batch_size: int = 64,
+    *,
+    keys: Sequence[str] | None = None,
+    num_workers: int = 0,
+) -> FeatureSet:
+    """Features of a whole collection; the images pass through memory a batch at a time.
+
+    Args:
+        extractor: What computes them.
+        images: A data set (see `data.open_images`), or `(N, C, H, H)` in [0, 1].
+        batch_size: Images computed at once.
+        keys: Of a tensor's images; by default their numbers.
+        num_workers: Processes that load a data set.
+
+    Returns:
+        Features of all images but those that cannot be read, in order.
+
+    Raises:
+        ValueError: As of the extractor, or if `keys` are not one an image.
+    """
+    if isinstance(images, Tensor):
+        names = [str(i) for i in range(len(images))] if keys is None else list(keys)
+        if len(names) != len(images):
+            raise ValueError(f"Give one key an image: {len(names)} keys for {len(images)} images.")
+        parts = [extractor(images[first : first + batch_size]) for first in range(0, len(images), batch_size)]
+        return FeatureSet(_joined(parts, extractor.spec.dim), tuple(names), extractor.spec)
+    if keys is not None:
+        raise ValueError("A data set has its own keys: choose among them with its `select`.")
+    pieces = list(iterate_features(extractor, images, batch_size, num_workers))
+    features = _joined((part for part, _ in pieces), extractor.spec.dim)
+    return FeatureSet(features, tuple(key for _, names in pieces for key in names), extractor.spec)
+
+
+def iterate_features(
+    extractor: FeatureExtractor, images: ImageDataset, batch_size: int = 64, num_workers: int = 0
+) -> Iterator[tuple[Tensor, list[str]]]:
+    """As `extract_features`, a batch at a time, for what keeps no features: statistics of large sets.
+
+    Yields:
+        Features `(n, D)` of the next n images, and their keys.
+    """
+    wanted = images.keys
+    blocks = [
+        [Slot(0, 0, index) for index in range(first, min(first + batch_size, len(wanted)))]
+        for first in range(0, len(wanted), batch_size)
+    ]
+    views = TrainingViews(images, None)  # the images as they are
+    for block, batch in zip(blocks, load_batches(views, blocks, num_workers, extractor.device), strict=True):
+        # another image stands in for one that cannot be read, and must not count twice
+        own = [row for row, slot in enumerate(block) if batch["key"][row] == wanted[slot.index]]
+        if len(own) < len(block):
+            logger.warning("%d images cannot be read and have no features.", len(block) - len(own))
+        yield extractor(batch["image"][own]), [batch["key"][row] for row in own]
+
+
+def _joined(parts: Iterable[Tensor], dim: int) -> Tensor:
+    return torch.cat([torch.empty(0, dim), *parts])
