@@ -17,7 +17,7 @@ def test_the_interval_covers_the_mean_as_often_as_it_says():
     random = np.random.default_rng(0)
     covered = 0
     for _ in range(200):
-        low, high = interval_of_mean(random.random(40), repeats=300)
+        low, high = interval_of_mean(random.random(40), repeats=200)
         covered += low <= 0.5 <= high
     assert 0.88 <= covered / 200 <= 0.99
 
@@ -64,7 +64,7 @@ def test_bad_input_is_named():
         interval_of_mean([1.0, 2.0], ["a", "a"])
     with pytest.raises(ValueError, match="got 1 groups"):
         interval_of_mean([1.0, 2.0], ["a"])
-    with pytest.raises(ValueError, match="got 0"):
+    with pytest.raises(ValueError, match="got 2 and 0"):
         interval_of_mean([1.0, 2.0], repeats=0)
     with pytest.raises(ValueError, match=r"in \(0, 1\)"):
         interval_of_mean([1.0, 2.0], level=95)
