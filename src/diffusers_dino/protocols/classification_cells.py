@@ -1,7 +1,7 @@
 """One cell of the classification grid: what was trained on, and its predictions of images that it has not seen.
 
-The grid has a cell for each strategy, mode, ratio, regime and fold (DiNO-Diffusion, section 2.4). A cell is a file of its
-own, written whole or not at all, and all that tables and tests need: they are made of these files alone.
+The grid has a cell for each strategy, mode, ratio, regime and fold (DiNO-Diffusion, section 2.4). A cell is a file of
+its own, written whole or not at all, and all that tables and tests need: they are made of these files alone.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class CellSpec:
         synthetic = self.strategy in (RECONSTRUCTION, INTERPOLATION) and self.mode in (AUGMENTATION, FULL_SYNTHETIC)
         if not (baseline or (synthetic and self.ratio >= 1)) or self.regime < 1 or self.fold < 0:
             raise ValueError(
-                f"There is no cell {astext(self)}: a strategy of {RECONSTRUCTION!r} or {INTERPOLATION!r} goes with a "
+                f"There is no cell {_name(self)}: a strategy of {RECONSTRUCTION!r} or {INTERPOLATION!r} goes with a "
                 f"mode of {AUGMENTATION!r} or {FULL_SYNTHETIC!r} and a ratio of 1 or more, and {REAL!r} with {REAL!r} "
                 "and 0."
             )
@@ -69,7 +69,7 @@ class CellSpec:
     @property
     def name(self) -> str:
         """What the cell is called in messages and as a file."""
-        return astext(self)
+        return _name(self)
 
     @property
     def is_baseline(self) -> bool:
@@ -77,7 +77,7 @@ class CellSpec:
         return self.strategy == REAL
 
 
-def astext(spec: CellSpec) -> str:
+def _name(spec: CellSpec) -> str:
     kind = REAL if spec.strategy == REAL else f"{spec.strategy}-{spec.mode}-1to{spec.ratio}"
     return f"{kind}-regime{spec.regime}-fold{spec.fold}"
 
