@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+
+from .cards import CITATION, fact_table, is_hub_id, listed_names
 
 __all__ = ["LORA_FILE", "model_card", "push_folder", "write_model_card"]
 
@@ -80,29 +80,6 @@ publish variations of images that you may not publish.
 {citation}```
 """
 
-_CITATION = """\
-@article{jimenezperez2024dinodiffusion,
-  title   = {{DiNO-Diffusion}. Scaling Medical Diffusion via Self-Supervised Pre-Training},
-  author  = {Jimenez-Perez, Guillermo and Osorio, Pedro and Cersovsky, Josef and Montalt-Tordera, Javier and
-             Hooge, Jens and Vogler, Steffen and Mohammadi, Sadegh},
-  journal = {arXiv preprint arXiv:2407.11594},
-  year    = {2024}
-}
-@inproceedings{caron2021emerging,
-  title     = {Emerging Properties in Self-Supervised Vision Transformers},
-  author    = {Caron, Mathilde and Touvron, Hugo and Misra, Ishan and J\\'egou, Herv\\'e and Mairal, Julien and
-               Bojanowski, Piotr and Joulin, Armand},
-  booktitle = {IEEE/CVF International Conference on Computer Vision (ICCV)},
-  year      = {2021}
-}
-@inproceedings{rombach2022high,
-  title     = {High-Resolution Image Synthesis with Latent Diffusion Models},
-  author    = {Rombach, Robin and Blattmann, Andreas and Lorenz, Dominik and Esser, Patrick and Ommer, Bj\\"orn},
-  booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
-  year      = {2022}
-}
-"""
-
 
 def model_card(
     model: str,
@@ -130,14 +107,14 @@ def model_card(
     Returns:
         A card whose `data` holds the metadata; `str()` of it is the README.
     """
-    base_models, data = _listed(base_model), _listed(datasets)
+    base_models, data = listed_names(base_model), listed_names(datasets)
     kind = ["lora"] if lora else ["diffusers:DinoDiffusionPipeline"]
     metadata = ModelCardData(
         library_name="diffusers",
         pipeline_tag="image-to-image",
         license=license,
-        base_model=[name for name in base_models if _is_hub_id(name)] or None,
-        datasets=[name for name in data if _is_hub_id(name)] or None,
+        base_model=[name for name in base_models if is_hub_id(name)] or None,
+        datasets=[name for name in data if is_hub_id(name)] or None,
         tags=["diffusers", "diffusers-dino", "dino", *kind, *tags],
     )
     usage = (_USE_LORA if lora else _USE_PIPELINE).format(model=model, base=(base_models or ["org/base-pipeline"])[0])
@@ -148,8 +125,8 @@ def model_card(
         if lora
         else "A latent diffusion model that is conditioned on images.",
         usage=usage,
-        facts=_table(facts),
-        citation=_CITATION,
+        facts=fact_table(facts),
+        citation=CITATION,
     )
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}")
 
@@ -208,42 +185,3 @@ def _model_files(folder: Path) -> list[str]:
         f"There is nothing to upload in {folder}: it holds neither a pipeline (model_index.json) nor a LoRA "
         f"({LORA_FILE})."
     )
-
-
-def _listed(names: str | Iterable[str] | None) -> list[str]:
-    listed = [names] if isinstance(names, str) else list(names or ())
-    return [_without_folders(name) for name in listed]
-
-
-def _is_hub_id(name: str) -> bool:
-    """Whether a name can be a repository's: `org/name`, and no file or folder here."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return name.count("/") == 1
-
-
-def _without_folders(value: Any) -> Any:
-    """A local path reduced to its last part; anything else as it is."""
-    if not isinstance(value, (str, Path)):
-        return value
-    text = str(value)
-    windows = PureWindowsPath(text)
-    local = isinstance(value, Path) or os.path.isabs(text) or windows.drive or text.startswith(("~", ".", "file:"))
-    if not local and not (len(text) < 1024 and os.path.exists(text)):
-        return value
-    return windows.name or text
-
-
-def _table(facts: Mapping[str, Any]) -> str:
-    rows = [f"| {_cell(name)} | {_cell(value)} |" for name, value in facts.items() if value not in (None, [], "")]
-    return "\n".join(["| | |", "| --- | --- |", *rows]) if rows else "Nothing is on record."
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        text = ", ".join(str(_without_folders(item)) for item in value)
-    else:
-        text = str(_without_folders(value))
-    return " ".join(text.split()).replace("|", "\\|")
