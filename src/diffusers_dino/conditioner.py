@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import init_empty_weights
 from diffusers import ConfigMixin
 from diffusers.configuration_utils import register_to_config
@@ -26,7 +25,7 @@ from .encoders import (
     load_encoder,
     semi_orthogonal,
 )
-from .pixels import ImageInput, to_unit
+from .pixels import ImageInput, resize_unit, to_unit
 from .seeds import generator_for
 
 __all__ = ["DinoImageConditioner"]
@@ -259,10 +258,11 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
         specs = [encoder.spec for encoder in self.image_encoders]
         if len({square.shape for square in squares}) == 1:
             batch = torch.stack(squares)
-            resized = tuple(_resize(batch, spec.size, spec.resample) for spec in specs)
+            resized = tuple(resize_unit(batch, spec.size, spec.resample) for spec in specs)
         else:
             resized = tuple(
-                torch.cat([_resize(square[None], spec.size, spec.resample) for square in squares]) for spec in specs
+                torch.cat([resize_unit(square[None], spec.size, spec.resample) for square in squares])
+                for spec in specs
             )
         return resized[0] if len(resized) == 1 else resized
 
@@ -381,16 +381,6 @@ def _center_square(image: Tensor) -> Tensor:
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     return image[..., top : top + side, left : left + side]
-
-
-def _resize(squares: Tensor, size: int, resample: str) -> Tensor:
-    """`(B, 3, H, H)` to `(B, 3, size, size)` in [0, 1]; bicubic's overshoot is clipped."""
-    if squares.shape[-1] == size:
-        return squares
-    smooth = resample != "nearest"
-    options = {"align_corners": False, "antialias": True} if smooth else {}
-    mode = resample if smooth else "nearest-exact"
-    return F.interpolate(squares, size=(size, size), mode=mode, **options).clamp(0, 1)
 
 
 def _for_each(value: Any, names: list[Any], what: str) -> list[Any]:

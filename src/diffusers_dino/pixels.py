@@ -19,9 +19,10 @@ from typing import TypeAlias
 import numpy as np
 import PIL.Image
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ImageInput", "to_unit", "unit_to_uint8", "unit_to_vae", "unit_to_xrv", "vae_to_unit"]
+__all__ = ["ImageInput", "resize_unit", "to_unit", "unit_to_uint8", "unit_to_vae", "unit_to_xrv", "vae_to_unit"]
 
 Image: TypeAlias = PIL.Image.Image | np.ndarray | Tensor
 ImageInput: TypeAlias = Image | list[Image] | tuple[Image, ...]
@@ -52,6 +53,22 @@ def to_unit(images: ImageInput) -> list[Tensor]:
     if not units:
         raise ValueError("There is no image: the list or the batch is empty.")
     return units
+
+
+def resize_unit(squares: Tensor, size: int, resample: str) -> Tensor:
+    """Bring `(N, C, H, H)` in [0, 1] to `(N, C, size, size)` in [0, 1]; bicubic's overshoot is clipped.
+
+    Args:
+        squares: Square images.
+        size: Side of the result in pixels.
+        resample: `"nearest"`, or antialiased `"bilinear"` or `"bicubic"`.
+    """
+    if squares.shape[-1] == size:
+        return squares
+    smooth = resample != "nearest"
+    options = {"align_corners": False, "antialias": True} if smooth else {}
+    mode = resample if smooth else "nearest-exact"
+    return F.interpolate(squares, size=(size, size), mode=mode, **options).clamp(0, 1)
 
 
 def unit_to_vae(x: Tensor, channels: int) -> Tensor:
