@@ -26,6 +26,7 @@ def test_frechet_of_a_scaled_copy_has_its_closed_form():
 
 
 @pytest.mark.parametrize("samples", [400, 30], ids=["regular", "singular covariance"])
+@pytest.mark.filterwarnings("ignore:The Fréchet distance")
 def test_frechet_equals_scipy(samples):
     linalg = pytest.importorskip("scipy.linalg")
     a = gaussian(samples, 64, seed=1) @ gaussian(64, 64, seed=2)

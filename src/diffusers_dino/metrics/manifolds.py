@@ -1,0 +1,112 @@
+"""Do generated features lie among the real ones, and everywhere among them? Balls to the nearest neighbours tell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .inputs import Features, comparable
+
+__all__ = ["ManifoldFigures", "ManifoldHits", "manifold_figures", "manifold_hits"]
+
+_ENTRIES = 1 << 22  # distances in memory at once
+
+
+@dataclass(frozen=True)
+class ManifoldFigures:
+    """Precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020).
+
+    A ball goes from each feature to its k-th nearest neighbour within its own set.
+
+    Attributes:
+        precision: Share of generated features in [0, 1] that lie in the ball of a real one.
+        recall: Share of real features in [0, 1] that lie in the ball of a generated one.
+        density: Mean number of real balls that a generated feature lies in, divided by k; above 1 where generated
+            features crowd.
+        coverage: Share of real features in [0, 1] with a generated one in their ball.
+        k: The neighbour that balls reach to.
+    """
+
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+    k: int
+
+
+@dataclass(frozen=True)
+class ManifoldHits:
+    """What each feature adds to the figures, which are the means.
+
+    Attributes:
+        precision: `(N,)` float64, 0 or 1.
+        recall: `(M,)` float64, 0 or 1.
+        density: `(N,)` float64.
+        coverage: `(M,)` float64, 0 or 1.
+        k: The neighbour that balls reach to.
+    """
+
+    precision: Tensor
+    recall: Tensor
+    density: Tensor
+    coverage: Tensor
+    k: int
+
+
+def manifold_figures(features: Features, reference: Features, k: int = 5) -> ManifoldFigures:
+    """Precision, recall, density and coverage; memory does not grow with N x M.
+
+    Args:
+        features: `(N, D)` of the generated images, N > k.
+        reference: `(M, D)` of the real ones, M > k.
+        k: The neighbour that balls reach to. Figures of one k compare alone.
+
+    Raises:
+        ValueError: If the sets do not compare or are too small for k, or a feature is not finite.
+    """
+    hits = manifold_hits(features, reference, k)
+    means = (getattr(hits, name).mean().item() for name in ("precision", "recall", "density", "coverage"))
+    return ManifoldFigures(*means, k)
+
+
+def manifold_hits(features: Features, reference: Features, k: int = 5) -> ManifoldHits:
+    """The terms that `manifold_figures` takes the means of, for intervals. Arguments and errors are the same."""
+    if k < 1:
+        raise ValueError(f"Balls reach to the first neighbour or a later one, got k = {k}.")
+    generated, real = (x.double() for x in comparable(features, reference, at_least=k + 1))
+    center = real.mean(dim=0)  # distances are differences of squares: the shorter the vectors, the better
+    generated, real = generated - center, real - center
+    radii_generated, radii_real = _neighbor_radii(generated, k), _neighbor_radii(real, k)  # (N,), (M,) squared
+    recalled = torch.zeros(len(real), dtype=torch.bool)
+    covered = torch.zeros(len(real), dtype=torch.bool)
+    counts = []
+    for rows, distances in _squared_distances(generated, real):  # (n, M)
+        inside = distances <= radii_real
+        counts.append(inside.sum(dim=1))
+        covered |= inside.any(dim=0)
+        recalled |= (distances <= radii_generated[rows, None]).any(dim=0)
+    balls = torch.cat(counts)  # (N,)
+    return ManifoldHits((balls > 0).double(), recalled.double(), balls.double() / k, covered.double(), k)
+
+
+def _neighbor_radii(features: Tensor, k: int) -> Tensor:
+    """Squared distance of each row to its k-th nearest other row: `(N,)`."""
+    radii = []
+    for rows, distances in _squared_distances(features, features):
+        distances[torch.arange(len(distances)), torch.arange(rows.start, rows.stop)] = torch.inf
+        radii.append(distances.kthvalue(k, dim=1).values)
+    return torch.cat(radii)
+
+
+def _squared_distances(rows: Tensor, columns: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks `(n, M)` of squared Euclidean distances, with the slice of rows that each is of."""
+    lengths = columns.square().sum(dim=1)  # (M,)
+    step = max(1, _ENTRIES // len(columns))
+    for start in range(0, len(rows), step):
+        part = slice(start, min(start + step, len(rows)))
+        block = rows[part]
+        distances = block.square().sum(dim=1, keepdim=True) + lengths - 2 * (block @ columns.T)
+        yield part, distances.clamp_(min=0)

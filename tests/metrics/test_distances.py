@@ -1,0 +1,200 @@
+"""Distances, manifolds and diversity against torchmetrics, torch-fidelity, prdc and closed forms; bad input."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from diffusers_dino.metrics import (
+    FeatureSet,
+    GaussianStatistics,
+    frechet_distance,
+    kernel_distance,
+    kernel_distance_of_subsets,
+    manifold_figures,
+    vendi_score,
+)
+from diffusers_dino.metrics import distances as distances_module
+from diffusers_dino.metrics import manifolds as manifolds_module
+from diffusers_dino.metrics.extractors import FeatureSpec
+
+N, M, D = 400, 300, 24
+
+
+def gaussian(n: int, d: int, seed: int, dtype=torch.float32) -> torch.Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@pytest.fixture(scope="module")
+def features() -> torch.Tensor:
+    return gaussian(N, D, 0) @ gaussian(D, D, 1) / D**0.5
+
+
+@pytest.fixture(scope="module")
+def reference() -> torch.Tensor:
+    return gaussian(M, D, 2) @ gaussian(D, D, 3) / D**0.5 + 0.3
+
+
+class Flat(torch.nn.Module):
+    """The features themselves as an extractor for torchmetrics, which wants images."""
+
+    num_features = D
+
+    def forward(self, images):
+        return images.flatten(1)
+
+
+def test_frechet_equals_torchmetrics(features, reference):
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    metric = FrechetInceptionDistance(Flat(), normalize=True, input_img_size=(1, 1, D)).set_dtype(torch.float64)
+    metric.update(reference.view(M, 1, 1, D).double(), real=True)
+    metric.update(features.view(N, 1, 1, D).double(), real=False)
+    assert frechet_distance(features, reference) == pytest.approx(metric.compute().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("rows", [N, 15], ids=["regular", "singular"])
+@pytest.mark.filterwarnings("ignore:The Fréchet distance")
+def test_frechet_equals_torch_fidelity(features, reference, rows):
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+    theirs = fid_statistics_to_metric(
+        *(fid_features_to_statistics(x.double()) for x in (features[:rows], reference)), verbose=False
+    )["frechet_inception_distance"]
+    assert frechet_distance(features[:rows], reference) == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:The Fréchet distance")
+def test_few_samples_take_another_way_to_the_same_distance():
+    few, many = gaussian(20, 64, 0), gaussian(90, 64, 1) + 0.5
+    by_statistics = frechet_distance(GaussianStatistics.of(few), GaussianStatistics.of(many))
+    assert frechet_distance(few, many) == pytest.approx(by_statistics, rel=1e-6)
+
+
+def test_frechet_of_shifted_gaussians_approaches_its_closed_form():
+    shift = torch.tensor([0.5, -0.25, 0.0, 1.0])
+    a, b = gaussian(500_000, 4, 0), gaussian(500_000, 4, 1) + shift
+    a, b = (x - x.mean(dim=0) for x in (a, b))  # of the sampling error, only that of the covariance is left
+    assert frechet_distance(a, b + shift) == pytest.approx(shift.square().sum().item(), abs=1e-3)
+
+
+def test_kernel_distance_equals_torch_fidelity_and_torchmetrics(features, reference):
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torchmetrics.image.kid import poly_mmd
+
+    features, reference = features[:M].double(), reference.double()
+    ours = kernel_distance(features, reference)
+    theirs = kid_features_to_metric(
+        features, reference, kid_subsets=1, kid_subset_size=M, kid_kernel_poly_degree=3, verbose=False
+    )["kernel_inception_distance_mean"]
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    assert ours == pytest.approx(poly_mmd(features, reference).item(), rel=1e-4)
+    assert kernel_distance_of_subsets(features, reference, 2, M)[0] == pytest.approx(theirs, rel=1e-4)
+
+
+def test_kernel_distance_is_unbiased_at_any_size():
+    values = [kernel_distance(gaussian(10, 64, i), gaussian(7, 64, i + 10_000)) for i in range(400)]
+    assert abs(np.mean(values)) < 3 * np.std(values) / 20
+    mean, deviation = kernel_distance_of_subsets(gaussian(200, 8, 0), gaussian(150, 8, 1), 50, 40)
+    assert abs(mean) < deviation
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_manifold_figures_equal_prdc(features, reference, k, capsys):
+    from prdc import compute_prdc
+
+    theirs = compute_prdc(reference.double().numpy(), features.double().numpy(), nearest_k=k)
+    ours = manifold_figures(features, reference, k)
+    for name, value in theirs.items():
+        assert getattr(ours, name) == pytest.approx(value, rel=1e-4)
+    assert 0 < ours.precision < 1
+
+
+def test_precision_and_recall_equal_torch_fidelity(features, reference):
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    theirs = prc_features_to_metric(
+        features.double(), reference.double(), prc_neighborhood=3, prc_batch_size=100, verbose=False
+    )
+    ours = manifold_figures(features, reference, 3)
+    assert (ours.precision, ours.recall) == pytest.approx((theirs["precision"], theirs["recall"]), rel=1e-4)
+
+
+def test_blocks_change_nothing(features, reference, monkeypatch):
+    whole = manifold_figures(features, reference), kernel_distance(features, reference)
+    monkeypatch.setattr(manifolds_module, "_ENTRIES", 1000)
+    monkeypatch.setattr(distances_module, "_KERNEL_ENTRIES", 1000)
+    assert manifold_figures(features, reference) == whole[0]
+    assert kernel_distance(features, reference) == pytest.approx(whole[1], rel=1e-9)
+
+
+def test_manifolds_tell_invention_from_omission():
+    real = torch.cat([gaussian(100, 4, 0), gaussian(100, 4, 1) + 20])
+    one_mode = manifold_figures(gaussian(200, 4, 2), real)
+    assert one_mode.precision > 0.9
+    assert one_mode.recall < 0.6
+    assert one_mode.coverage < 0.6
+    invented = manifold_figures(gaussian(200, 4, 3) - 20, real)
+    assert (invented.precision, invented.density, invented.coverage) == (0, 0, 0)
+    assert manifold_figures(real, real).coverage == 1
+
+
+def test_vendi_counts_directions():
+    assert vendi_score(torch.eye(7) * 3) == pytest.approx(7)
+    assert vendi_score(torch.ones(50, 3)) == pytest.approx(1)
+    assert vendi_score(torch.eye(4).repeat_interleave(25, dim=0)) == pytest.approx(4)  # N > D
+    features = gaussian(60, 12, 0).double()
+    kernel = torch.nn.functional.normalize(features) @ torch.nn.functional.normalize(features).T / 60
+    eigenvalues = torch.linalg.eigvalsh(kernel)
+    eigenvalues = eigenvalues[eigenvalues > 1e-12]
+    assert vendi_score(features) == pytest.approx(torch.exp(-(eigenvalues * eigenvalues.log()).sum()).item(), rel=1e-9)
+    assert vendi_score(features[:10]) == pytest.approx(vendi_score(torch.cat([features[:10]] * 3)), rel=1e-9)
+
+
+def test_sets_smaller_than_the_feature_are_warned_of():
+    with pytest.warns(UserWarning, match="6 to 30 features of 8 dimensions .* `kernel_distance`"):
+        frechet_distance(gaussian(6, 8, 0), gaussian(30, 8, 1))
+    with pytest.warns(UserWarning, match="singular covariance"):
+        frechet_distance(GaussianStatistics.of(gaussian(8, 8, 0)), gaussian(30, 8, 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        frechet_distance(gaussian(9, 8, 0), gaussian(9, 8, 1))
+
+
+def spec(**changes) -> FeatureSpec:
+    values = {"extractor": "pixels", "layer": "thumbnail", "dim": 3, "input_size": 16, "pixel_range": "gray, [0, 1]"}
+    return FeatureSpec(**{**values, "resize": "bilinear", "weights_sha256": None, **changes})
+
+
+@pytest.mark.parametrize("figure", [frechet_distance, kernel_distance, manifold_figures])
+def test_bad_features_are_named(figure):
+    good = gaussian(12, 3, 0)
+    keys = tuple(map(str, range(12)))
+    with pytest.raises(ValueError, match="NaN"):
+        figure(good, torch.full((12, 3), math.nan))
+    with pytest.raises(ValueError, match=r"N >= \d, got \(0, 3\)"):
+        figure(good[:0], good)
+    with pytest.raises(ValueError, match=r"got \(3,\)"):
+        figure(good, good[0])
+    with pytest.raises(ValueError, match="3 and of 2 dimensions"):
+        figure(good, good[:, :2])
+    with pytest.raises(ValueError, match="layer: 'thumbnail' and 'other'"):
+        figure(FeatureSet(good, keys, spec()), FeatureSet(good, keys, spec(layer="other")))
+    with pytest.raises(ValueError, match="got list"):
+        figure(good.tolist(), good)
+
+
+def test_bad_settings_are_named():
+    good = gaussian(12, 3, 0)
+    with pytest.raises(ValueError, match="k = 0"):
+        manifold_figures(good, good, 0)
+    with pytest.raises(ValueError, match="N >= 13"):
+        manifold_figures(good, good, 12)
+    with pytest.raises(ValueError, match="2 to 12"):
+        kernel_distance_of_subsets(good, good, subset_size=13)
+    with pytest.raises(ValueError, match="1 features are zero"):
+        vendi_score(torch.cat([good, torch.zeros(1, 3)]))
+    with pytest.raises(ValueError, match="N >= 1"):
+        vendi_score(good[:0])
