@@ -11,7 +11,7 @@ import numpy as np
 
 from ..seeds import derive_seed
 
-__all__ = ["Pair", "interpolated_labels", "sample_pairs"]
+__all__ = ["Pair", "interpolated_labels", "permute", "sample_pairs"]
 
 _ROUNDS = 6  # of the Feistel network; four make it a pseudo-random permutation (Luby & Rackoff 1988)
 _CHUNK = 4096  # candidates at once
@@ -88,7 +88,7 @@ def _rounds(members: list[np.ndarray], ends: np.ndarray, sizes: np.ndarray, seed
     total, round_ = int(ends[-1]), 0
     while True:
         for first in range(0, total, _CHUNK):
-            ranks = _permute(np.arange(first, min(first + _CHUNK, total)), total, derive_seed(seed, "pairs", round_))
+            ranks = permute(np.arange(first, min(first + _CHUNK, total)), total, derive_seed(seed, "pairs", round_))
             numbers = np.searchsorted(ends, ranks, side="right")  # of the label that each pair is counted under
             lower, upper = _unrank(ranks - (ends - sizes)[numbers])
             for label, i, j in zip(numbers.tolist(), lower.tolist(), upper.tolist(), strict=True):
@@ -118,11 +118,19 @@ def _unrank(ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return ranks - upper * (upper - 1) // 2, upper
 
 
-def _permute(numbers: np.ndarray, total: int, key: int) -> np.ndarray:
+def permute(numbers: np.ndarray, total: int, key: int) -> np.ndarray:
     """Where each number in [0, total) stands in a pseudo-random permutation of them, without making the others.
 
     A Feistel network permutes a power of four that holds `total`; what falls outside goes round again until it falls
     inside (cycle walking, Black & Rogaway 2002).
+
+    Args:
+        numbers: Any of them, `(n,)`.
+        total: How many there are.
+        key: Which permutation.
+
+    Returns:
+        `(n,)` int64 in [0, total).
     """
     half = np.uint64(max(1, (max(total - 1, 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)

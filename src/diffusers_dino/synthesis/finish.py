@@ -1,0 +1,191 @@
+"""The end of a synthesis: from finished shards to a set that is complete, labelled and says how it was made."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..data import ImageDataset, Preprocessing, open_images
+from ..data.atomic import PARTIAL, atomic_write
+from ..data.shards import MANIFEST, read_manifest, write_manifest
+from .plan import LABEL_SEPARATOR, Plan, PlannedImage
+from .plan_files import load_plan
+from .settings import SynthesisError
+from .units import UnitRecord, read_record
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["LABELS", "SyntheticSet", "WorkFolders", "check_left_out", "complete_set", "finished_set"]
+
+LABELS = "labels.csv"
+_COLUMNS = ("key", "labels", "strategy", "sources", "fraction")
+
+
+@dataclass(frozen=True)
+class WorkFolders:
+    """Where a synthesis keeps what.
+
+    Attributes:
+        output: Shards, plan, labels and manifest.
+    """
+
+    output: Path
+
+    @property
+    def work(self) -> Path:
+        """What is needed until the set is complete."""
+        return self.output / ".work"
+
+    @property
+    def tokens(self) -> Path:
+        """Tokens of the sources."""
+        return self.work / "tokens"
+
+    @property
+    def records(self) -> Path:
+        """A record of each finished shard."""
+        return self.work / "records"
+
+    def make(self) -> None:
+        """Make them, and delete files that a killed run left unfinished."""
+        for folder in (self.output, self.work, self.tokens, self.records):
+            folder.mkdir(exist_ok=True)
+            for leftover in folder.glob(f".*{PARTIAL}"):
+                leftover.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class SyntheticSet:
+    """A complete folder of synthetic images.
+
+    Attributes:
+        folder: Where it is.
+        plan: What was planned.
+        manifest: Shards, and under `lineage` what they were made from and how.
+    """
+
+    folder: Path
+    plan: Plan
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Self:
+        """Open a folder that `synthesise` has completed.
+
+        Raises:
+            FileNotFoundError: If it is not complete.
+            SynthesisError: If its plan was changed.
+        """
+        manifest = read_manifest(folder)
+        return cls(Path(folder), load_plan(folder), manifest)
+
+    def __len__(self) -> int:
+        return sum(shard["samples"] for shard in self.manifest["shards"])
+
+    @property
+    def left_out(self) -> list[int]:
+        """Numbers of planned images that the gate refused in every attempt."""
+        return [int(key.rpartition("-")[2]) for key in self.manifest["lineage"]["gate"]["left_out"]]
+
+    def planned(self) -> Iterator[PlannedImage]:
+        """The images that are there, in the order of the shards."""
+        missing = set(self.left_out)
+        return (planned for planned in self.plan if planned.index not in missing)
+
+    def images(self, **options: Any) -> ImageDataset:
+        """The images in the same order, their pixels as they are stored; options as in `open_images`."""
+        return open_images(self.folder, Preprocessing(**self.manifest["preprocessing"]), **options)
+
+
+def finished_set(folders: WorkFolders) -> SyntheticSet | None:
+    """The set of a folder that is complete; None if there is work left.
+
+    Raises:
+        SynthesisError: If it is complete, and a shard is missing or has another size.
+    """
+    if not (folders.output / MANIFEST).is_file():
+        return None
+    found = SyntheticSet.open(folders.output)
+    for shard in found.manifest["shards"]:
+        path = folders.output / shard["name"]
+        if not path.is_file() or path.stat().st_size != shard["bytes"]:
+            raise SynthesisError(
+                f"{path} is missing or damaged although {MANIFEST} lists it. Delete {MANIFEST}, and the same command "
+                "makes it again."
+            )
+    return found
+
+
+def check_left_out(plan: Plan, left_out: int, max_left_out: float) -> None:
+    """Raise `SynthesisError` if the gate refused more images than is tolerated."""
+    if left_out > max_left_out * len(plan):
+        raise SynthesisError(
+            f"The gate refused at least {left_out} of {len(plan)} images in all {plan.settings.max_attempts} "
+            f"attempts, more than the tolerated {max_left_out:.1%} (max_left_out). Raise that to go on with fewer images, or "
+            "look at the gate's threshold; another gate needs another output folder."
+        )
+
+
+def complete_set(plan: Plan, folders: WorkFolders, max_left_out: float = 0.05) -> SyntheticSet:
+    """Write `labels.csv` and, last, the manifest; then delete what was needed on the way. One process does this.
+
+    Raises:
+        SynthesisError: If a shard has not been made, or too many images are left out.
+    """
+    records = [read_record(plan, number, folders.records) for number in range(plan.num_shards)]
+    missing = [number for number, record in enumerate(records) if record is None]
+    if missing:
+        raise SynthesisError(f"{len(missing)} of {plan.num_shards} shards have not been made, such as {missing[0]}.")
+    left_out = {index for record in records for index in record.left_out}
+    check_left_out(plan, len(left_out), max_left_out)
+    _write_labels(plan, left_out, folders.output / LABELS)
+    preprocessing = Preprocessing(**{**plan.made_with["preprocessing"], "size": plan.made_with["image_size"]})
+    shards = [record.shard for record in records]
+    write_manifest(folders.output, preprocessing, shards, describe_synthesis(plan, records))
+    shutil.rmtree(folders.work)
+    return SyntheticSet.open(folders.output)
+
+
+def describe_synthesis(plan: Plan, records: list[UnitRecord]) -> dict[str, Any]:
+    """What a set was made from and how, for the manifest."""
+    from .. import __version__
+
+    environments = {json.dumps(record.environment, sort_keys=True) for record in records}
+    description = plan.describe()
+    made_with, _ = description.pop("made_with"), description.pop("label_sets")
+    return {
+        "kind": "synthetic",
+        "plan": plan.digest,
+        **description,
+        "model": made_with["model"],
+        "sources": {"fingerprint": made_with["sources"], "preprocessing": made_with["preprocessing"]},
+        "gate": {
+            "fingerprint": made_with["gate"],
+            "refused": sum(record.refused for record in records),
+            "redrawn": sum(len(record.redrawn) for record in records),
+            "left_out": [plan[index].key for record in records for index in record.left_out],
+        },
+        "diffusers_dino": __version__,
+        "environments": [json.loads(environment) for environment in sorted(environments)],
+    }
+
+
+def _write_labels(plan: Plan, left_out: set[int], path: Path) -> None:
+    """A row for each image that was made; labels of unlabelled sources are blank."""
+    with atomic_write(path) as file:
+        text = io.TextIOWrapper(file, "utf-8", newline="", write_through=True)
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(_COLUMNS)
+        for planned in plan:
+            if planned.index not in left_out:
+                joined = (LABEL_SEPARATOR.join(names or ()) for names in (planned.labels, planned.sources))
+                labels, sources = joined
+                writer.writerow((planned.key, labels, plan.strategy, sources, planned.fraction))
+        text.detach()
