@@ -6,11 +6,12 @@ import os
 
 import torch
 
-from .extractors import FeatureExtractor, FeatureSpec, open_pixels, pixel_features
+from .extractors import FeatureExtractor, FeatureSpec, open_local_contrast, open_pixels, pixel_features
 
 __all__ = ["EXTRACTORS", "FeatureExtractor", "FeatureSpec", "open_extractor", "pixel_features"]
 
-EXTRACTORS = ("pixels",)
+_PURE = {"pixels": open_pixels, "local-contrast": open_local_contrast}  # no network, no weights
+EXTRACTORS = ("pixels", "local-contrast")
 
 
 def open_extractor(
@@ -31,8 +32,8 @@ def open_extractor(
     Raises:
         ValueError: If the name is not known, or the weights are not what they should be.
     """
-    if name == "pixels":
+    if name in _PURE:
         if weights is not None:
-            raise ValueError("The extractor pixels has no weights.")
-        return open_pixels(device)
+            raise ValueError(f"The extractor {name} has no weights.")
+        return _PURE[name](device)
     raise ValueError(f"There is no feature extractor {name!r}: give one of {', '.join(EXTRACTORS)}.")

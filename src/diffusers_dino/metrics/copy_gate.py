@@ -1,0 +1,205 @@
+"""A gate that keeps near-copies of training images out of a synthetic set."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ..data import ImageDataset
+from ..data.atomic import atomic_write
+from ..fingerprints import hash_of
+from .feature_sets import FeatureSet, extract_features
+from .features import FeatureExtractor, FeatureSpec, open_extractor
+from .memorization import (
+    Groups,
+    calibrate_threshold,
+    nearest_training,
+    relative_distances,
+    typical_distances,
+)
+
+__all__ = ["CopyGate", "ImageViews", "RealDistances", "extract_views", "measure_training"]
+
+_FORMAT = 1
+
+
+class ImageViews(NamedTuple):
+    """Features of N images and of their mirror images.
+
+    Attributes:
+        upright: Of the images, with keys and description.
+        features: `(2, N, D)`: of the images, of their mirror images.
+    """
+
+    upright: FeatureSet
+    features: Tensor
+
+
+class RealDistances(NamedTuple):
+    """How far training images are from those of other groups.
+
+    Attributes:
+        relative: `(M,)` float64, see `relative_distances`.
+        spacing: `(M,)` float64, distance to the nearest.
+    """
+
+    relative: Tensor
+    spacing: Tensor
+
+
+class CopyGate:
+    """Says which images may pass: those that are no near-copies of training images, nor of their mirror images.
+
+    The verdict on an image is a function of that image alone: features are computed for one image at a time. A gate
+    holds features of training images, which show what they show; keep its file where they may be.
+
+    Args:
+        training: Features of the training images.
+        threshold: Relative distance in (0, 1] below which an image is a copy: see `calibrate_threshold`.
+        extractor: Of the same description as the features.
+
+    Raises:
+        ValueError: If the extractor is another one, the threshold is out of range, or there are too few images.
+    """
+
+    def __init__(self, training: FeatureSet, threshold: float, extractor: FeatureExtractor) -> None:
+        training.spec.require_same(extractor.spec)
+        if not 0 < threshold <= 1:
+            raise ValueError(f"The threshold is a relative distance in (0, 1], got {threshold}.")
+        typical_distances(training.features[:1], training.features)  # says if there are too few
+        self.threshold = float(threshold)
+        self.extractor = extractor
+        self._training = training.features.float().contiguous()
+
+    @classmethod
+    def calibrate(
+        cls,
+        training: ImageDataset | Tensor,
+        extractor: FeatureExtractor | None = None,
+        *,
+        groups: Groups | None = None,
+        false_alarms: float = 0.01,
+        batch_size: int = 64,
+    ) -> CopyGate:
+        """Make a gate from training images alone, with a threshold from how near they are to each other.
+
+        Args:
+            training: The images, or `(M, C, H, H)` in [0, 1].
+            extractor: By default `local-contrast`.
+            groups: Group of each image, such as its patient: images of one patient are no copies and not compared.
+            false_alarms: Share of unseen real images that the gate may refuse.
+            batch_size: Images computed at once.
+
+        Raises:
+            ValueError: If there are too few images for the share of false alarms.
+        """
+        extractor = extractor or open_extractor("local-contrast")
+        views = extract_views(extractor, training, batch_size)
+        real = measure_training(views, groups).relative
+        return cls(views.upright, calibrate_threshold(real, false_alarms), extractor)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Whether each of `(N, C, H, H)` in [0, 1] may pass: `(N,)` bool."""
+        return self.distances(images) >= self.threshold
+
+    def distances(self, images: Tensor) -> Tensor:
+        """The relative distance of each of `(N, C, H, H)` in [0, 1]: `(N,)` float64 in [0, 1], below the threshold for
+        copies."""
+        if not len(images):
+            return torch.empty(0, dtype=torch.float64)
+        views = torch.stack([torch.cat([self.extractor(image) for image in side.split(1)]) for side in _sides(images)])
+        neighbors = nearest_training(views, self._training)
+        # The last digits of matrix products depend on how many images there are, and no verdict may
+        return relative_distances(neighbors, typical_distances(views, self._training)).round(decimals=12)
+
+    def fingerprint(self) -> str:
+        """A short hash that is equal for gates of equal verdicts alone."""
+        return hash_of(json.dumps(self._description(), sort_keys=True), self._training)[:16]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one `.safetensors` file, whole or not at all.
+
+        Raises:
+            OSError: If the disk is full, or the folder is not writable.
+        """
+        description = {**self._description(), "fingerprint": self.fingerprint()}
+        with atomic_write(path) as file:
+            file.write(save({"training": self._training}, metadata={"gate": json.dumps(description)}))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], extractor: FeatureExtractor | None = None) -> CopyGate:
+        """Read what `save` wrote.
+
+        Args:
+            path: The file.
+            extractor: Needed if the gate's has weights: opened with the same ones.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is another kind of file, damaged or edited, or the extractor is not the gate's.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                description = json.loads((file.metadata() or {})["gate"])
+                features = file.get_tensor("training")
+            spec, threshold = FeatureSpec.from_dict(description["spec"]), float(description["threshold"])
+            if description["format"] != _FORMAT:
+                raise ValueError(f"its format is {description['format']}, and {_FORMAT} is read")
+            training = FeatureSet(features, tuple(map(str, range(len(features)))), spec)
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not the file of a gate, or is damaged: {error}.") from error
+        gate = cls(training, threshold, extractor or _open_by(spec))
+        if gate.fingerprint() != description.get("fingerprint"):
+            raise ValueError(f"{path} was edited after it was written: calibrate the gate again.")
+        return gate
+
+    def _description(self) -> dict[str, object]:
+        return {"format": _FORMAT, "threshold": self.threshold, "spec": self.extractor.spec.to_dict()}
+
+
+def extract_views(extractor: FeatureExtractor, images: ImageDataset | Tensor, batch_size: int = 64) -> ImageViews:
+    """Features of a collection of images (or `(N, C, H, H)` in [0, 1]) and of their mirror images, in one pass."""
+    dim = extractor.spec.dim
+    both = FeatureExtractor(
+        replace(extractor.spec, dim=2 * dim),
+        lambda batch: torch.cat([extractor(side) for side in _sides(batch)], dim=1),
+    )
+    found = extract_features(both, images, batch_size)
+    upright = FeatureSet(found.features[:, :dim].contiguous(), found.keys, extractor.spec)
+    return ImageViews(upright, torch.stack([upright.features, found.features[:, dim:]]))
+
+
+def measure_training(training: ImageViews, groups: Groups | None = None) -> RealDistances:
+    """Distances of each training image to the others, those of its own group left out.
+
+    Args:
+        training: Views of M images.
+        groups: Group of each, such as its patient; by default each image is its own.
+    """
+    own: Sequence[object] = range(len(training.upright)) if groups is None else groups
+    sides = {"groups": own, "training_groups": own}
+    neighbors = nearest_training(training.features, training.upright.features, **sides)
+    typical = typical_distances(training.features, training.upright.features, **sides)
+    return RealDistances(relative_distances(neighbors, typical), neighbors.distance[:, 0])
+
+
+def _sides(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Images and their mirror images."""
+    return images, images.flip(-1)
+
+
+def _open_by(spec: FeatureSpec) -> FeatureExtractor:
+    if spec.weights_sha256 is not None:
+        raise ValueError(
+            f"The gate needs the extractor {spec.extractor} with weights of SHA-256 {spec.weights_sha256}: open it "
+            "with `open_extractor` and give it as `extractor`."
+        )
+    return open_extractor(spec.extractor)

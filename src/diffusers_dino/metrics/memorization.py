@@ -1,0 +1,274 @@
+"""Are generated images copies of training images? Distances to the nearest of them, and what distances mean.
+
+A distance says nothing by itself: radiographs all resemble each other. So the distance to the nearest training image
+is taken relative to that of the nearest tenth of the training images, and a threshold comes from real images that are
+known to be no copies: those of other patients.
+
+Wherever an image is compared it may be given in several views, such as itself and its mirror image: `(V, N, D)`. It is
+then as near as its nearest view.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .bootstrap import Interval
+
+__all__ = [
+    "Neighbors",
+    "authenticity",
+    "calibrate_threshold",
+    "nearest_training",
+    "relative_distances",
+    "share_interval",
+    "typical_distances",
+]
+
+_TILE = 8192  # training images at once
+_SPARE = 4  # candidates beyond those asked for, whose order float32 may have wrong
+_SAMPLE = 512  # training images that tell how dense they are
+_NEAREST_SHARE = 0.1  # of them that count as near: copies of one image are fewer than that
+_FEWEST = 20  # training images of which this share is more than one
+
+Groups = Sequence[Hashable]
+
+
+class Neighbors(NamedTuple):
+    """The nearest training images of N images.
+
+    Attributes:
+        distance: `(N, k)` float64, ascending.
+        index: `(N, k)` int64, the training image.
+        view: `(N, k)` int64, which view of the image is that near.
+    """
+
+    distance: Tensor
+    index: Tensor
+    view: Tensor
+
+
+def nearest_training(
+    features: Tensor,
+    training: Tensor,
+    k: int = 1,
+    chunk: int = 1024,
+    *,
+    groups: Groups | None = None,
+    training_groups: Groups | None = None,
+) -> Neighbors:
+    """The k nearest training images of each image, by Euclidean distance of features.
+
+    Candidates are found by matrix products in float32, a tile at a time, so that memory does not grow with N x M.
+    Their distances are then computed one by one in float64, so that no answer depends on the other images.
+
+    Args:
+        features: `(N, D)`, or `(V, N, D)` for V views of each image.
+        training: `(M, D)`.
+        k: Number of neighbours.
+        chunk: Images at once.
+        groups: Group of each image, such as its patient.
+        training_groups: Group of each training image. Images of one group are not compared, so a training image does
+            not find itself or others of its patient. Give both or none.
+
+    Raises:
+        ValueError: If shapes do not fit, a feature is not finite, or an image has fewer than k training images of
+            other groups.
+    """
+    views = _views_of(features, training)
+    if not 1 <= k <= len(training):
+        raise ValueError(f"Expected 1 <= k <= {len(training)}, the number of training images, got k = {k}.")
+    codes, training_codes = _encode_groups(groups, training_groups, views.shape[1], len(training))
+    count = min(k + _SPARE, len(training))
+    found = []
+    for rows in _slices(views.shape[1], chunk):
+        own = None if codes is None else codes[rows]
+        candidates = _candidates(views[:, rows], training, count, own, training_codes)
+        found.append(_settle(views[:, rows], training, candidates, k))
+    distance, index, view = (torch.cat(parts) for parts in zip(*found, strict=True))
+    if lonely := int((~distance.isfinite()).any(dim=1).sum()):
+        raise ValueError(f"{lonely} images have fewer than {k} training images of other groups to be compared with.")
+    return Neighbors(distance, index, view)
+
+
+def typical_distances(
+    features: Tensor,
+    training: Tensor,
+    chunk: int = 1024,
+    *,
+    groups: Groups | None = None,
+    training_groups: Groups | None = None,
+) -> Tensor:
+    """How far the nearest tenth of the training images is from each image: `(N,)` float64.
+
+    This is a measure of density that a few copies of an image within the training set do not change. It is taken on
+    up to 512 training images, spread evenly over their order.
+
+    Args:
+        features, training, chunk, groups, training_groups: As in `nearest_training`.
+
+    Raises:
+        ValueError: As in `nearest_training`, or if there are fewer than 20 training images (of other groups).
+    """
+    views = _views_of(features, training)
+    codes, training_codes = _encode_groups(groups, training_groups, views.shape[1], len(training))
+    chosen = torch.linspace(0, len(training) - 1, min(len(training), _SAMPLE)).round().long()
+    sample = training[chosen].double()
+    distances = []
+    for rows in _slices(views.shape[1], chunk):
+        squared = _squared_distances(views[:, rows].double(), sample).amin(dim=0)  # (n, R)
+        if codes is not None:
+            squared.masked_fill_(codes[rows, None] == training_codes[None, chosen], torch.inf)
+        available = squared.isfinite().sum(dim=1)
+        if (available < _FEWEST).any():
+            raise ValueError(
+                f"At least {_FEWEST} training images (of other groups) are needed to tell how dense they are, got "
+                f"{int(available.min())}."
+            )
+        ranks = (available * _NEAREST_SHARE).ceil().long() - 1
+        distances.append(squared.sort(dim=1).values.gather(1, ranks[:, None])[:, 0].sqrt())
+    return torch.cat(distances)
+
+
+def relative_distances(neighbors: Neighbors, typical: Tensor) -> Tensor:
+    """Distance to the nearest training image in units of `typical_distances`: `(N,)` float64 in [0, 1].
+
+    0 is a copy; what is no nearer than a tenth of the training images are has 1.
+    """
+    nearest = neighbors.distance[:, 0]
+    return torch.where(nearest > 0, nearest / typical.clamp(min=torch.finfo(torch.float64).tiny), 0.0).clamp(max=1)
+
+
+def calibrate_threshold(real: Tensor, false_alarms: float = 0.01) -> float:
+    """The relative distance below which an image counts as a copy, from real images that are none.
+
+    A new real image that is exchangeable with the given ones falls below it with a probability of `false_alarms` at
+    most (split conformal prediction, Vovk et al. 2005).
+
+    Args:
+        real: `(n,)` relative distances of real images to training images of other patients.
+        false_alarms: Share of real images that may be called copies, in (0, 1).
+
+    Raises:
+        ValueError: If there are too few images for that share, or so many copies among them that none could be told.
+    """
+    if real.ndim != 1 or not real.isfinite().all():
+        raise ValueError(f"Expected finite distances (n,), got {tuple(real.shape)}, or NaN among them.")
+    if not 0 < false_alarms < 1:
+        raise ValueError(f"false_alarms is a share in (0, 1), got {false_alarms}.")
+    rank = math.floor(false_alarms * (len(real) + 1) + 1e-9)
+    if rank < 1:
+        raise ValueError(
+            f"{len(real)} real images are too few for {false_alarms:.2%} false alarms: it takes "
+            f"{math.ceil(1 / false_alarms - 1e-9) - 1}. Give more images or a larger share."
+        )
+    threshold = real.sort().values[rank - 1].item()
+    if threshold <= 0:
+        raise ValueError(
+            f"{int((real == 0).sum())} of {len(real)} real images are exact copies of training images of other "
+            "groups: leave duplicates out, or give the images of one patient one group."
+        )
+    return threshold
+
+
+def authenticity(neighbors: Neighbors, spacing: Tensor) -> Tensor:
+    """Whether each image is farther from its nearest training image than that is from its own nearest: `(N,)` bool.
+
+    The mean over generated images is the AuthPct (Alaa et al., ICML 2022, section 4.3). It is a rate to be compared
+    with that of real images, and no test of one image: in a sparse training set a third of unseen real images fail.
+
+    Args:
+        neighbors: Of N images.
+        spacing: `(M,)`, the distance of each training image to the nearest other one.
+    """
+    return neighbors.distance[:, 0] > spacing[neighbors.index[:, 0]]
+
+
+def share_interval(count: int, n: int) -> Interval:
+    """95 % interval of a share of n independent images (Wilson 1927), which is not empty for 0 of n."""
+    if not 0 <= count <= n or n < 1:
+        raise ValueError(f"A share is of at least one image and at most all, got {count} of {n}.")
+    z = 1.959963984540054  # 97.5 % quantile of the normal distribution
+    center, spread = count / n + z * z / (2 * n), z * math.sqrt(count * (n - count) / n**3 + z * z / (4 * n * n))
+    low, high = ((center + sign * spread) / (1 + z * z / n) for sign in (-1, 1))
+    return Interval(max(low, 0.0) if count else 0.0, min(high, 1.0) if count < n else 1.0)
+
+
+def _views_of(features: Tensor, training: Tensor) -> Tensor:
+    """Checked features as `(V, N, D)`."""
+    views = features[None] if features.ndim == 2 else features
+    if views.ndim != 3 or training.ndim != 2 or views.shape[2] != training.shape[1]:
+        raise ValueError(
+            f"Expected features (N, D) or (V, N, D) and training features (M, D) of the same extractor, got "
+            f"{tuple(features.shape)} and {tuple(training.shape)}."
+        )
+    if not views.numel() or not training.numel():
+        raise ValueError(f"There is nothing to compare: {views.shape[1]} images and {len(training)} training images.")
+    for name, values in (("features", views), ("training features", training)):
+        if not all(torch.isfinite(part).all() for part in values.split(_TILE, dim=-2)):
+            raise ValueError(f"The {name} hold NaN or infinite values.")
+    return views
+
+
+def _encode_groups(
+    groups: Groups | None, training_groups: Groups | None, n: int, m: int
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Groups as numbers, `(N,)` and `(M,)`; equal where the groups are."""
+    if groups is None and training_groups is None:
+        return None, None
+    if groups is None or training_groups is None or (len(groups), len(training_groups)) != (n, m):
+        lengths = [None if given is None else len(given) for given in (groups, training_groups)]
+        raise ValueError(f"Give a group for each of {n} images and {m} training images, or none, got {lengths}.")
+    numbers: dict[Hashable, int] = {}
+    codes = [[numbers.setdefault(group, len(numbers)) for group in given] for given in (groups, training_groups)]
+    return torch.tensor(codes[0]), torch.tensor(codes[1])
+
+
+def _slices(n: int, size: int) -> Iterator[slice]:
+    if size < 1:
+        raise ValueError(f"chunk must be at least 1, got {size}.")
+    return (slice(first, min(first + size, n)) for first in range(0, n, size))
+
+
+def _squared_distances(views: Tensor, training: Tensor) -> Tensor:
+    """`|x - y|^2 = |x|^2 + |y|^2 - 2 xy`, of `(V, n, D)` and `(m, D)`: `(V, n, m)`."""
+    products = views @ training.T
+    lengths = training.square().sum(dim=1)
+    return products.mul_(-2).add_(lengths).add_(views.square().sum(dim=2, keepdim=True)).clamp_(min=0)
+
+
+def _candidates(
+    views: Tensor, training: Tensor, count: int, codes: Tensor | None, training_codes: Tensor | None
+) -> Tensor:
+    """Numbers `(n, count)` of the training images that are nearest to `(V, n, D)`, up to rounding."""
+    center = training[:_TILE].float().mean(dim=0)  # of what all share only rounding errors would be left
+    queries = views.float() - center
+    best = queries.new_full((views.shape[1], 0), torch.inf)
+    index = torch.empty((views.shape[1], 0), dtype=torch.long)
+    for tile in _slices(len(training), _TILE):
+        rows = training[tile].float() - center
+        # one view after the other, so that a tile is in memory once
+        squared = _squared_distances(queries[:1], rows)[0]
+        for view in range(1, len(queries)):
+            torch.minimum(squared, _squared_distances(queries[view : view + 1], rows)[0], out=squared)
+        if codes is not None:
+            squared.masked_fill_(codes[:, None] == training_codes[None, tile], torch.inf)
+        near, number = squared.topk(min(count, squared.shape[1]), largest=False)
+        best, index = torch.cat([best, near], dim=1), torch.cat([index, number + tile.start], dim=1)
+        best, kept = best.topk(min(count, best.shape[1]), largest=False)
+        index = index.gather(1, kept)
+    return index.masked_fill(best.isinf(), -1)  # of the same group
+
+
+def _settle(views: Tensor, training: Tensor, candidates: Tensor, k: int) -> Neighbors:
+    """The k nearest of the candidates `(n, count)` of `(V, n, D)`, by distances in float64."""
+    chosen = training[candidates.clamp(min=0)].double()  # (n, count, D)
+    exact = torch.stack([(chosen - view[:, None].double()).square().sum(dim=2) for view in views])  # (V, n, count)
+    squared, view = exact.min(dim=0)
+    squared = squared.masked_fill(candidates < 0, torch.inf)
+    order = squared.sort(dim=1, stable=True).indices[:, :k]
+    return Neighbors(squared.gather(1, order).sqrt(), candidates.gather(1, order), view.gather(1, order))
