@@ -1,0 +1,225 @@
+r"""Make a data set of synthetic, labelled images from real ones: webdataset shards, labels.csv and a manifest.
+
+    accelerate launch examples/generate_dataset.py --model my-model --data_dir /data/cxr --labels /data/cxr.csv \
+        --strategy interpolation --ratio 5 --output_dir synthetic
+
+The plan of which images to make, from what and with which noise is frozen first. Stopped at any moment, the same
+command goes on where it was, also with another number of processes, and ends with the same shards.
+docs/synthesis.md describes what is written.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+
+from command_line import flag, parse_arguments
+from diffusers_dino import DinoDiffusionPipeline
+from diffusers_dino.data import ImageDataset, Preprocessing, open_images
+from diffusers_dino.data.atomic import atomic_write
+from diffusers_dino.data.labels import LabelTable, read_label_table, stored_labels
+from diffusers_dino.metrics.copy_gate import CopyGate
+from diffusers_dino.sheets import contact_sheet
+from diffusers_dino.synthesis import (
+    Plan,
+    SynthesisSettings,
+    SyntheticSet,
+    bind,
+    load_plan,
+    plan_interpolation,
+    plan_reconstruction,
+    synthesise,
+)
+from diffusers_dino.synthesis.plan_files import PLAN
+from diffusers_dino.synthesis.run import prepare_folder
+from make_shards import say_what_failed
+
+STORED = "stored"
+
+
+@dataclass
+class Arguments:
+    # What from
+    model: str = flag("outputs/quickstart/model", "DinoDiffusionPipeline: a folder or a repository of the Hub.")
+    data_dir: str = flag("examples/data/phantom-cxr", "Source images: a folder, or webdataset tars.")
+    data_split: str = flag("train", "Split of a folder of shards with a manifest.")
+    keys_file: str | None = flag(None, "Text file of the keys of the images to use, one a line; by default all.")
+    labels: str | None = flag(None, f"CSV of labels, or {STORED!r} for those in shards. Reconstruction needs none.")
+    key_column: str = flag("file", "Column of the CSV: keys or file names.")
+    label_column: str = flag("findings", "Column of the CSV: labels, joined by |.")
+    remove_borders: bool = flag(True, "Cut uniform borders off the sources, as in training.")
+    # What
+    strategy: Literal["reconstruction", "interpolation"] = flag(
+        "reconstruction", "Variations of images, or images between two that share a label."
+    )
+    ratio: float | None = flag(None, "Synthetic images for each source.")
+    num_images: int | None = flag(None, "Number of synthetic images, in place of --ratio.")
+    seed: int = flag(0, "Seed of the plan and of the noise.")
+    # How; a change of these changes the images
+    scheduler: str | None = flag(
+        None, "Scheduler of diffusers, such as DPMSolverMultistepScheduler; else the model's."
+    )
+    num_inference_steps: int = flag(50, "Sampling steps.")
+    guidance_scale: float = flag(2.0, "Guidance; 1 is none, at half the cost.")
+    guidance_rescale: float = flag(0.0, "Against over-exposure by guidance.")
+    eta: float = flag(0.0, "Stochasticity of DDIM.")
+    restore_norm: bool = flag(False, "Give interpolated tokens the norm back that mixing takes from them.")
+    dtype: Literal["float32", "bfloat16", "float16"] = flag("float32", "Type of the weights.")
+    batch_size: int = flag(16, "Images sampled together by a process.")
+    threads: int | None = flag(None, "Threads of a process on the CPU; by default what PyTorch chooses at first.")
+    # Gate
+    gate: str | None = flag(
+        None, "File of a CopyGate: near-copies are drawn again. Calibrated on the sources if there is no such file."
+    )
+    gate_false_alarms: float = flag(0.01, "Share of unseen real images that a gate to be calibrated may refuse.")
+    patient_column: str = flag("patient", "Column of the CSV: images of one patient are no copies of each other.")
+    max_attempts: int = flag(5, "How often an image is drawn before the gate's refusal is final.")
+    max_left_out: float = flag(0.05, "Largest tolerated fraction of images that are refused in all attempts.")
+    # Output
+    output_dir: str = flag("synthetic", "Folder of the shards; all processes must see it.")
+    shard_size: int = flag(1000, "Images in a shard: what a kill loses, for each process.")
+    format: Literal["png", "jpg"] = flag("png", "How images are stored.")
+    quality: int = flag(95, "Quality of JPEG.")
+    grayscale: bool = flag(False, "Store the mean of three channels.")
+    engine: Literal["local", "ray"] = flag(
+        "local", "local: this machine or accelerate's processes; ray: a Ray cluster."
+    )
+    plan_only: bool = flag(False, "Freeze the plan and stop.")
+    num_drawn: int = flag(8, "Examples beside their sources in examples.png, which then shows real images; 0: none.")
+
+
+def main() -> None:
+    args = parse_arguments(Arguments, description=__doc__)
+    accelerator = Accelerator(
+        # nobody knows how long the slowest process will take; one that dies ends the others by the launcher
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(days=30))]
+    )
+    with accelerator.main_process_first():  # one process downloads
+        pipe = load_pipeline(args)
+    size = pipe.unet.config["sample_size"] * pipe.vae_scale_factor
+    images, table = open_sources(args, size)
+    with accelerator.main_process_first():  # one process calibrates
+        gate = open_gate(args, images, table)
+    plan = make_plan(args, images, table)
+    if args.plan_only:
+        if accelerator.is_main_process:
+            prepare_folder(bind(plan, pipe, images, gate), args.output_dir)
+            print(f"{args.output_dir}: {len(plan)} images from {len(plan.keys)} sources in {plan.num_shards} shards")
+        return
+    options: dict[str, Any] = {"gate": gate, "max_left_out": args.max_left_out}
+    if args.engine == "ray":
+        from diffusers_dino.synthesis.ray_engine import synthesise_with_ray
+
+        made = synthesise_with_ray(plan, pipe, images, args.output_dir, **options)
+    else:
+        made = synthesise(
+            plan, pipe.to(accelerator.device), images, args.output_dir, accelerator=accelerator, **options
+        )
+    if accelerator.is_main_process:
+        if args.num_drawn:
+            draw_examples(made, images, args.num_drawn)
+        report(made)
+    accelerator.end_training()
+
+
+def load_pipeline(args: Arguments) -> DinoDiffusionPipeline:
+    pipe = DinoDiffusionPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype))
+    if args.scheduler:
+        kind = getattr(diffusers, args.scheduler, None)
+        if kind is None or not hasattr(kind, "from_config"):
+            raise ValueError(f"diffusers has no scheduler {args.scheduler!r}: give a name like DDIMScheduler.")
+        pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    return pipe
+
+
+def open_sources(args: Arguments, size: int) -> tuple[ImageDataset, LabelTable | None]:
+    """The images, and what is known of them in the same order."""
+    preprocessing = Preprocessing(size, args.remove_borders)
+    images = open_images(args.data_dir, preprocessing, split=args.data_split, local_files_only=True)
+    try:
+        if args.keys_file:
+            images = images.select(Path(args.keys_file).read_text().splitlines())
+        if args.labels is None:
+            return images, None
+        if args.labels == STORED:
+            return images, stored_labels(images)
+        table = read_label_table(args.labels, args.key_column, args.label_column, patient_column_of(args))
+        return images, table.select(images.keys)
+    except KeyError as error:
+        raise ValueError(
+            f"{error.args[0]}. Check --keys_file, and name files in --labels as in --data_dir."
+        ) from error
+
+
+def patient_column_of(args: Arguments) -> str | None:
+    """Only a gate that is to be calibrated asks for patients."""
+    return args.patient_column if args.gate and not Path(args.gate).exists() else None
+
+
+def open_gate(args: Arguments, images: ImageDataset, table: LabelTable | None) -> CopyGate | None:
+    if args.gate is None:
+        return None
+    if not Path(args.gate).exists():
+        groups = None if table is None else table.patients
+        CopyGate.calibrate(images, groups=groups, false_alarms=args.gate_false_alarms).save(args.gate)
+    return CopyGate.load(args.gate)
+
+
+def make_plan(args: Arguments, images: ImageDataset, table: LabelTable | None) -> Plan:
+    """The plan of the flags; where the folder has one already, `synthesise` compares them."""
+    options = {entry.name: getattr(args, entry.name) for entry in fields(SynthesisSettings)}
+    if args.threads is None:
+        frozen = load_plan(args.output_dir) if (Path(args.output_dir) / PLAN).is_file() else None
+        # a launcher gives each of several processes one thread: what the first run had is part of the plan
+        options["threads"] = frozen.settings.threads if frozen else torch.get_num_threads()
+    make = {"reconstruction": plan_reconstruction, "interpolation": plan_interpolation}[args.strategy]
+    return make(
+        images.keys,
+        None if table is None else table.labels,
+        ratio=args.ratio,
+        num_images=args.num_images,
+        seed=args.seed,
+        settings=SynthesisSettings(**options),
+    )
+
+
+def draw_examples(made: SyntheticSet, images: ImageDataset, count: int) -> None:
+    """Rows of source | synthetic, or source | synthetic | source."""
+    synthetic = made.images()
+    planned = [image for image, _ in zip(made.planned(), range(count), strict=False)]
+    wanted = {key for image in planned for key in image.sources}
+    chosen = images.select(sorted(wanted))
+    place = {key: number for number, key in enumerate(chosen.keys)}
+    ends = [
+        [chosen[place[key]]["image"] for key in column] for column in zip(*(p.sources for p in planned), strict=True)
+    ]
+    columns = [ends[0], [synthetic[i]["image"] for i in range(len(planned))], *ends[1:]]
+    with atomic_write(made.folder / "examples.png") as file:
+        contact_sheet(*columns).save(file, "png")
+
+
+def report(made: SyntheticSet) -> None:
+    gate = made.manifest["lineage"]["gate"]
+    print(f"{made.folder}: {len(made)} of {len(made.plan)} images in {len(made.manifest['shards'])} shards")
+    if gate["fingerprint"]:
+        print(
+            f"The gate refused {gate['refused']}; {gate['redrawn']} passed later, {len(made.left_out)} are left out."
+        )
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        main()
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        sys.exit(f"error: {say_what_failed(error)}")
+    except KeyboardInterrupt:
+        sys.exit("Stopped. The same command goes on.")
