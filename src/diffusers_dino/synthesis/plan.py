@@ -15,10 +15,10 @@ import numpy as np
 
 from ..data.archives import PackedKeys
 from ..seeds import derive_seed
-from .pairs import interpolated_labels, permute, sample_pairs
+from .pairs import Pair, interpolated_labels, permute, sample_pairs
 from .settings import SynthesisError, SynthesisSettings
 
-__all__ = ["LABEL_SEPARATOR", "Plan", "PlannedImage", "plan_interpolation", "plan_reconstruction"]
+__all__ = ["LABEL_SEPARATOR", "Plan", "PlannedImage", "plan_interpolation", "plan_pairs", "plan_reconstruction"]
 
 LABEL_SEPARATOR = "|"
 
@@ -211,6 +211,31 @@ def plan_interpolation(
         pairs = list(itertools.islice(sample_pairs(labels, seed), count))
     except ValueError as error:
         raise SynthesisError(f"{error} Give more images or coarser labels, or plan a reconstruction.") from error
+    return plan_pairs(keys, labels, pairs, seed=seed, settings=settings)
+
+
+def plan_pairs(
+    keys: Sequence[str],
+    labels: Labels,
+    pairs: Sequence[Pair],
+    *,
+    seed: int = 0,
+    settings: SynthesisSettings | None = None,
+) -> Plan:
+    """Plan images between given pairs, labelled as the nearer one.
+
+    Args:
+        keys: Of the N source images, each once.
+        labels: Labels of each, in the same order.
+        pairs: Numbers of keys, and how far to go from one to the other.
+        seed: Of the noise.
+        settings: How images are computed and stored.
+
+    Raises:
+        SynthesisError: As for `plan_reconstruction`.
+        ValueError: If two images of a pair share no label.
+    """
+    _count(keys, labels, None, len(pairs))
     sources = np.array([(pair.source, pair.target) for pair in pairs], dtype=np.int64)  # (N, 2)
     fractions = np.array([pair.fraction for pair in pairs])
     given = [interpolated_labels(labels[pair.source], labels[pair.target], pair.fraction) for pair in pairs]
