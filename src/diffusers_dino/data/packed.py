@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -58,10 +58,6 @@ class PackedImages:
 
     def __reduce__(self) -> tuple[type[PackedImages], tuple[Path]]:
         return PackedImages, (self.path,)
-
-    def read_many(self, indices: Sequence[int]) -> Iterator[tuple[str, np.ndarray]]:
-        """Key and image of each number."""
-        return ((self.keys[index], self.array[index]) for index in indices)
 
 
 def pack_images(images: ImageDataset, path: str | Path, recipe: str = "", channels: int = 1) -> PackedImages:

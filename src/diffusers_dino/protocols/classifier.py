@@ -21,8 +21,7 @@ from torch.nn import functional as F
 
 from ..data.augmentation import Augmentation
 from ..data.packed import PackedImages
-from ..data.sampling import GlobalBatchSampler, Slot
-from ..data.views import TrainingViews
+from ..data.sampling import GlobalBatchSampler
 from ..metrics.classification import macro_auroc
 from ..seeds import derive_seed
 
@@ -183,15 +182,16 @@ def train_classifier(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.learning_rate, total_steps=settings.max_steps, pct_start=0.1, cycle_momentum=False
     )
-    views = TrainingViews(_Joined(train), settings.augmentation(), derive_seed(seed, "views"))
+    images, augmentation = _Joined(train), settings.augmentation()
     batches = iter(GlobalBatchSampler(len(targets), settings.batch_size, derive_seed(seed, "order")))
     best = TrainedClassifier(model, settings.max_steps, float("nan"))
     best_weights: dict[str, Tensor] | None = None
     model.train()
     for step in range(1, settings.max_steps + 1):
         slots = next(batches)
-        images = views.finish(views.load(slots), device)["image"]
-        loss = F.binary_cross_entropy_with_logits(model(images), targets[[s.index for s in slots]].to(device))
+        keys, batch = images.load([slot.index for slot in slots], device)
+        batch = augmentation(batch, keys, derive_seed(seed, "views"), [slot.epoch for slot in slots])
+        loss = F.binary_cross_entropy_with_logits(model(batch), targets[[slot.index for slot in slots]].to(device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -209,11 +209,10 @@ def train_classifier(
 
 def predict(model: nn.Module, images: LabelledImages, device: torch.device | str = "cpu") -> np.ndarray:
     """Probabilities `(N, L)` float32 of the labels; the model is left in the mode it was in."""
-    views = TrainingViews(_Joined([images]), None)
-    places = [Slot(i, 0, i) for i in range(len(images.rows))]
-    parts = [places[i : i + _PREDICTED_TOGETHER] for i in range(0, len(places), _PREDICTED_TOGETHER)]
+    joined, total = _Joined([images]), len(images.rows)
+    parts = [range(i, min(i + _PREDICTED_TOGETHER, total)) for i in range(0, total, _PREDICTED_TOGETHER)]
     with torch.inference_mode(), _evaluating(model):
-        found = [model(views.finish(views.load(part), device)["image"]).sigmoid().float().cpu() for part in parts]
+        found = [model(joined.load(part, device)[1]).sigmoid().float().cpu() for part in parts]
     return torch.cat(found).numpy() if found else np.zeros((0, images.targets.shape[1]), np.float32)
 
 
@@ -225,24 +224,24 @@ class _Centred(nn.Module):
 
 
 class _Joined:
-    """Parts of several files as one data set for `TrainingViews`."""
+    """Images of several files, numbered through, as batches."""
 
     def __init__(self, parts: Sequence[LabelledImages]) -> None:
         self._parts = parts
         self._ends = np.cumsum([len(part.rows) for part in parts])
-        self.preprocessing = parts[0].images.preprocessing
 
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def read_many(
-        self, indices: Sequence[int], out: Sequence[np.ndarray] | None = None
-    ) -> Iterator[tuple[str, np.ndarray]]:
+    def load(self, indices: Sequence[int], device: torch.device | str) -> tuple[list[str], Tensor]:
+        """The keys, and the images `(B, C, size, size)` in [0, 1]."""
+        keys, arrays = [], []
         for index in indices:
             number = int(np.searchsorted(self._ends, index, side="right"))
             part = self._parts[number]
-            place = index - (int(self._ends[number - 1]) if number else 0)
-            yield from part.images.read_many([int(part.rows[place])])
+            row = int(part.rows[index - int(self._ends[number])])  # from the end of the part
+            keys.append(part.images.keys[row])
+            arrays.append(part.images.array[row])
+        stacked = torch.from_numpy(np.stack(arrays)).to(device)
+        layout = stacked[:, None] if stacked.ndim == 3 else stacked.permute(0, 3, 1, 2)
+        return keys, layout.float() / 255
 
 
 @contextmanager
