@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 
 import torch
 
-from .extractors import FeatureExtractor, FeatureSpec, open_local_contrast, open_pixels, pixel_features
+from .extractors import FeatureExtractor, FeatureSpec, open_pixels, open_tiny, pixel_features
+from .extractors.files import require_local
+from .extractors.inception import open_inception
+from .extractors.local_contrast import open_local_contrast
+from .extractors.timm_model import open_timm
+from .extractors.transformer import open_transformer
+from .extractors.xrv import open_xrv
 
 __all__ = ["EXTRACTORS", "FeatureExtractor", "FeatureSpec", "open_extractor", "pixel_features"]
 
-_PURE = {"pixels": open_pixels, "local-contrast": open_local_contrast}  # no network, no weights
-EXTRACTORS = ("pixels", "local-contrast")
+EXTRACTORS = ("pixels", "local-contrast", "tiny", "xrv", "rad-dino", "dinov2", "inception", "timm/NAME")
+_BUNDLED = {"pixels": open_pixels, "local-contrast": open_local_contrast, "tiny": open_tiny}
+_FROM_FILE = {"xrv": open_xrv, "inception": open_inception}
+_REPOSITORIES = {"rad-dino": "microsoft/rad-dino", "dinov2": "facebook/dinov2-large"}
 
 
 def open_extractor(
@@ -21,19 +31,55 @@ def open_extractor(
     *,
     sha256: str | None = None,
 ) -> FeatureExtractor:
-    """Open a feature extractor. Nothing is ever downloaded: weights are a local file or folder.
+    """Open a feature extractor. Nothing is ever downloaded: weights are a file or a folder on this machine.
 
     Args:
-        name: One of `EXTRACTORS`.
-        weights: File or folder of the weights.
+        name: One of
+
+            - `"pixels"`: gray values of 16 x 16 px, without weights;
+            - `"local-contrast"`: the same in units of the contrast around each pixel, to find copies;
+            - `"tiny"`: a small encoder that comes with the package and knows phantoms alone;
+            - `"xrv"`: TorchXRayVision's DenseNet-121, layer `features2`;
+            - `"rad-dino"`, `"dinov2"`: class token of a checkpoint of transformers;
+            - `"inception"`: the one of the published FIDs;
+            - `"timm/NAME"`: features of a model of timm, before its classifier;
+            - a folder with a checkpoint of transformers or timm.
+        weights: File or folder of the weights, for all but the first three and the last.
         device: Where it computes.
         sha256: What the SHA-256 of the weight file must be.
 
     Raises:
-        ValueError: If the name is not known, or the weights are not what they should be.
+        ValueError: If the name is not known, weights are lacking or of no use, or their hash is wrong.
+        FileNotFoundError: If the weights do not exist.
+        ImportError: If a package that this extractor needs is not installed.
     """
-    if name in _PURE:
-        if weights is not None:
-            raise ValueError(f"The extractor {name} has no weights.")
-        return _PURE[name](device)
-    raise ValueError(f"There is no feature extractor {name!r}: give one of {', '.join(EXTRACTORS)}.")
+    if name in _BUNDLED:
+        if weights is not None or sha256 is not None:
+            raise ValueError(f"The extractor {name} comes with the package: it takes neither weights nor their hash.")
+        return _BUNDLED[name](device)
+    if name in _FROM_FILE:
+        return _FROM_FILE[name](weights, device, sha256)
+    if name in _REPOSITORIES:
+        hint = f"`hf download {_REPOSITORIES[name]} --local-dir {name}`, then give the folder {name}."
+        return open_transformer(name, require_local(name, weights, hint), device, sha256)
+    if name.startswith("timm/"):
+        hint = f"`hf download {name} --local-dir FOLDER`, then give the folder."
+        return open_timm(name.removeprefix("timm/"), require_local(name, weights, hint), device, sha256)
+    if Path(name).is_dir():
+        return _open_folder(Path(name), weights, device, sha256)
+    raise ValueError(
+        f"There is no feature extractor {name!r}: give one of {', '.join(EXTRACTORS)}, or a folder with a checkpoint."
+    )
+
+
+def _open_folder(
+    folder: Path, weights: str | os.PathLike[str] | None, device: torch.device | str, sha256: str | None
+) -> FeatureExtractor:
+    if weights is not None:
+        raise ValueError(f"{folder} holds its own weights: give a folder or a name with `weights`, not both.")
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} is not a checkpoint of transformers or timm: it has no config.json.")
+    config = json.loads((folder / "config.json").read_text())
+    if "architecture" in config:
+        return open_timm(config["architecture"], folder, device, sha256)
+    return open_transformer(config.get("model_type", folder.name), folder, device, sha256)

@@ -1,0 +1,67 @@
+"""Local weight files and their hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from ...data.atomic import sha256_of
+
+__all__ = ["SIDECAR", "checked_sha256", "folder_sha256", "require_local"]
+
+SIDECAR = ".sha256"  # beside a weight file: what `sha256sum FILE` prints
+
+
+def checked_sha256(path: Path, expected: str | None = None) -> str:
+    """SHA-256 of a weight file, once it is what it should be.
+
+    Args:
+        path: The file. Where `FILE.sha256` lies beside it, the file must have that hash.
+        expected: The hash that it must have.
+
+    Raises:
+        ValueError: If the hash is another.
+    """
+    found = sha256_of(path)
+    sidecar = path.with_name(path.name + SIDECAR)
+    if sidecar.is_file():
+        _require(path, found, sidecar.read_text().split(maxsplit=1)[0], f"{sidecar.name} says")
+    if expected is not None:
+        _require(path, found, expected.lower(), "asked for is")
+    return found
+
+
+def folder_sha256(folder: Path, expected: str | None = None) -> str:
+    """SHA-256 of a checkpoint's weights: of `model.safetensors`, or of the list of hashes of its several files."""
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return checked_sha256(files[0], expected)
+    listed = "".join(f"{checked_sha256(file)}  {file.name}\n" for file in files)
+    found = hashlib.sha256(listed.encode()).hexdigest()
+    if expected is not None:
+        _require(folder, found, expected.lower(), "asked for is")
+    return found
+
+
+def require_local(name: str, weights: str | os.PathLike[str] | None, hint: str) -> Path:
+    """The path of weights that exist here.
+
+    Raises:
+        ValueError: If none are given.
+        FileNotFoundError: If they do not exist.
+    """
+    if weights is None:
+        raise ValueError(f"The extractor {name} needs its weights from this machine, nothing is downloaded: {hint}")
+    path = Path(weights)
+    if not path.exists():
+        raise FileNotFoundError(f"There are no weights {path} for the extractor {name}: {hint}")
+    return path
+
+
+def _require(path: Path, found: str, expected: str, who: str) -> None:
+    if found != expected:
+        raise ValueError(
+            f"The weights {path} have the SHA-256 {found}, {who} {expected}: the file is another one or damaged. "
+            "Fetch it again, or, if the change is meant, give the new hash."
+        )

@@ -1,0 +1,103 @@
+"""Any image model of timm, by the features that its classifier would see."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from ...pixels import resize_unit
+from .base import FeatureExtractor, FeatureSpec
+from .files import checked_sha256
+
+__all__ = ["open_timm"]
+
+_INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
+
+
+class _Pooled(nn.Module):
+    """Images `(N, 1 or 3, H, H)` in [0, 1] to `(N, D)`: what comes before the classifier."""
+
+    def __init__(self, model: nn.Module, size: int, resample: str, mean: list[float], std: list[float]) -> None:
+        super().__init__()
+        self.model, self.size, self.resample = model, size, resample
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        channels = self.mean.shape[1]
+        x = images.mean(dim=1, keepdim=True) if channels == 1 else images.expand(-1, channels, -1, -1)
+        return self.model((resize_unit(x, self.size, self.resample) - self.mean) / self.std)
+
+
+def open_timm(
+    name: str, weights: str | os.PathLike[str], device: torch.device | str = "cpu", sha256: str | None = None
+) -> FeatureExtractor:
+    """An extractor from timm's weights, with the size, mean, std and resampling that belong to them.
+
+    Args:
+        name: A model of timm. Its tag (`resnet50.a1_in1k`) tells the preprocessing of a bare file of weights.
+        weights: A `.safetensors` file, or a folder with `config.json` and `model.safetensors` as the Hub has them,
+            whose preprocessing then counts.
+        device: Where it computes.
+        sha256: What the hash of the weights must be.
+
+    Raises:
+        ValueError: If timm has no such model, or the weights are not its own, or not what they should be.
+        FileNotFoundError: If the folder lacks its weights.
+    """
+    path = Path(weights)
+    file = path / "model.safetensors" if path.is_dir() else path
+    if not file.is_file() or file.suffix != ".safetensors":
+        raise FileNotFoundError(f"timm's weights are a .safetensors file or a folder with model.safetensors: {path}.")
+    config = json.loads((path / "config.json").read_text()) if path.is_dir() else {"architecture": name}
+    if config["architecture"].split(".")[0] != name.split(".")[0]:
+        raise ValueError(f"{path} holds {config['architecture']}, not {name}.")
+    found = checked_sha256(file, sha256)
+    model, data = _load(name, config, path, file)
+    size = data["input_size"][-1]
+    network = _Pooled(model, size, data["interpolation"], list(data["mean"]), list(data["std"]))
+    channels = "gray" if network.mean.shape[1] == 1 else "RGB"
+    spec = FeatureSpec(
+        extractor=f"timm/{name}",
+        layer="pooled, before the classifier",
+        dim=_width(model, data["input_size"]),
+        input_size=size,
+        pixel_range=f"{channels}, (x - {list(data['mean'])}) / {list(data['std'])}",
+        resize=f"{data['interpolation']}, antialiased",
+        weights_sha256=found,
+    )
+    return FeatureExtractor(spec, network, device)
+
+
+def _load(name: str, config: dict[str, Any], path: Path, file: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The model without its classifier, and its preprocessing."""
+    # `source` and `file` point timm at this file alone; by itself it would look on the Hub.
+    overlay = {"source": "", "file": str(file), "custom_load": False}
+    source = f"local-dir:{path}" if path.is_dir() else name
+    try:
+        model = timm.create_model(source, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0).eval()
+    except (RuntimeError, SafetensorError) as error:
+        if not timm.is_model(config["architecture"].split(".")[0]):
+            raise ValueError(f"timm has no model {config['architecture']!r}: {error}") from error
+        raise ValueError(f"{file} does not hold the weights of {name}, or is damaged: {error}") from error
+    data = timm.data.resolve_data_config(pretrained_cfg=model.pretrained_cfg)
+    if data["input_size"][-1] != data["input_size"][-2]:
+        raise ValueError(f"{name} takes images of {data['input_size']}, and only square ones are supported.")
+    if data["interpolation"] not in _INTERPOLATIONS:
+        raise ValueError(f"{name} asks for {data['interpolation']} resampling, which torch lacks.")
+    return model, data
+
+
+@torch.no_grad()
+def _width(model: nn.Module, input_size: tuple[int, ...]) -> int:
+    features = model(torch.zeros(1, *input_size))
+    if features.ndim != 2:
+        raise ValueError(f"{type(model).__name__} gives features {tuple(features.shape)}, not one vector an image.")
+    return features.shape[1]

@@ -1,0 +1,67 @@
+"""DINOv2, RAD-DINO and the other vision transformers that can be an encoder, from a local folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+
+from ...encoders import Encoder, EncoderSpec, load_encoder
+from ...pixels import resize_unit
+from .base import FeatureExtractor, FeatureSpec
+from .files import folder_sha256
+
+__all__ = ["open_transformer"]
+
+
+class _ClassToken(nn.Module):
+    """Images `(N, 1 or 3, H, H)` in [0, 1] to `(N, D)`: the class token, or the mean of the patches without one."""
+
+    def __init__(self, spec: EncoderSpec, model: nn.Module) -> None:
+        super().__init__()
+        with init_empty_weights():
+            self.encoder = Encoder(spec)
+        self.encoder.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        spec = self.encoder.spec
+        prefix, patches = self.encoder(resize_unit(images.expand(-1, 3, -1, -1), spec.size, spec.resample))
+        return prefix[:, 0] if self.encoder.has_class_token else patches.mean(dim=1)
+
+
+def open_transformer(
+    name: str, folder: str | os.PathLike[str], device: torch.device | str = "cpu", sha256: str | None = None
+) -> FeatureExtractor:
+    """An extractor from a checkpoint of transformers, with the size, mean and std of its image processor.
+
+    Args:
+        name: What to call it.
+        folder: With `config.json`, `preprocessor_config.json` and `model.safetensors`.
+        device: Where it computes.
+        sha256: What the hash of the weights must be.
+
+    Raises:
+        ValueError: If the architecture is not supported, or the weights are not what they should be.
+        FileNotFoundError: If a file is missing.
+    """
+    folder = Path(folder)
+    encoder_spec, model = load_encoder(folder)
+    network = _ClassToken(encoder_spec, model)
+    has_token = network.encoder.has_class_token
+    spec = FeatureSpec(
+        extractor=name,
+        layer="class token after the last norm" if has_token else "mean of the patch tokens after the last norm",
+        dim=network.encoder.width,
+        input_size=encoder_spec.size,
+        pixel_range=f"RGB, (x - {_rounded(encoder_spec.mean)}) / {_rounded(encoder_spec.std)}",
+        resize=f"{encoder_spec.resample}, antialiased",
+        weights_sha256=folder_sha256(folder, sha256),
+    )
+    return FeatureExtractor(spec, network, device)
+
+
+def _rounded(values: list[float]) -> list[float]:
+    return [round(value, 6) for value in values]
