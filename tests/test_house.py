@@ -29,12 +29,13 @@ LAYERS = [
     {"training.components", "training.features", "training.progress", "training.state"},
     {"training.feature_cache"},
     {"training.validation", "synthesis", "protocols", "hub"},
-    {"plots", "plots_segmentation", "report"},
+    {"plots", "plots_memorization", "plots_augmentation", "plots_segmentation", "report"},
 ]
 SAME_LAYER = {
     ("latents", "pixels"),
     ("conditioner", "encoders"),
     ("training.checkpoints", "data"),
+    ("protocols", "synthesis"),
     ("metrics", "data"),
     ("metrics", "encoders"),
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -20,13 +19,14 @@ from .feature_sets import FeatureSet, extract_features
 from .features import FeatureExtractor, FeatureSpec, open_extractor
 from .memorization import (
     Groups,
+    Neighbors,
     calibrate_threshold,
     nearest_training,
     relative_distances,
     typical_distances,
 )
 
-__all__ = ["CopyGate", "ImageViews", "RealDistances", "extract_views", "measure_training"]
+__all__ = ["CopyGate", "Distances", "ImageViews", "extract_views", "search_copies", "search_training"]
 
 _FORMAT = 1
 
@@ -43,16 +43,16 @@ class ImageViews(NamedTuple):
     features: Tensor
 
 
-class RealDistances(NamedTuple):
-    """How far training images are from those of other groups.
+class Distances(NamedTuple):
+    """How near N images are to training images.
 
     Attributes:
-        relative: `(M,)` float64, see `relative_distances`.
-        spacing: `(M,)` float64, distance to the nearest.
+        relative: `(N,)` float64, see `relative_distances`.
+        neighbors: The nearest training image of each.
     """
 
     relative: Tensor
-    spacing: Tensor
+    neighbors: Neighbors
 
 
 class CopyGate:
@@ -103,7 +103,7 @@ class CopyGate:
         """
         extractor = extractor or open_extractor("local-contrast")
         views = extract_views(extractor, training, batch_size)
-        real = measure_training(views, groups).relative
+        real = search_training(views, groups).relative
         return cls(views.upright, calibrate_threshold(real, false_alarms), extractor)
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -177,18 +177,25 @@ def extract_views(extractor: FeatureExtractor, images: ImageDataset | Tensor, ba
     return ImageViews(upright, torch.stack([upright.features, found.features[:, dim:]]))
 
 
-def measure_training(training: ImageViews, groups: Groups | None = None) -> RealDistances:
-    """Distances of each training image to the others, those of its own group left out.
+def search_copies(
+    images: ImageViews, training: ImageViews, groups: Groups | None = None, training_groups: Groups | None = None
+) -> Distances:
+    """How near images are to training images, those of their own group left out."""
+    sides = {"groups": groups, "training_groups": training_groups}
+    neighbors = nearest_training(images.features, training.upright.features, **sides)
+    typical = typical_distances(images.features, training.upright.features, **sides)
+    return Distances(relative_distances(neighbors, typical), neighbors)
+
+
+def search_training(training: ImageViews, groups: Groups | None = None) -> Distances:
+    """How near each training image is to the others, those of its own group left out.
 
     Args:
-        training: Views of M images.
+        training: M images.
         groups: Group of each, such as its patient; by default each image is its own.
     """
-    own: Sequence[object] = range(len(training.upright)) if groups is None else groups
-    sides = {"groups": own, "training_groups": own}
-    neighbors = nearest_training(training.features, training.upright.features, **sides)
-    typical = typical_distances(training.features, training.upright.features, **sides)
-    return RealDistances(relative_distances(neighbors, typical), neighbors.distance[:, 0])
+    own: Groups = range(len(training.upright)) if groups is None else groups
+    return search_copies(training, training, own, own)
 
 
 def _sides(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,9 +204,10 @@ def _sides(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _open_by(spec: FeatureSpec) -> FeatureExtractor:
-    if spec.weights_sha256 is not None:
+    try:
+        return open_extractor(spec.extractor)
+    except (ValueError, OSError) as error:
         raise ValueError(
             f"The gate needs the extractor {spec.extractor} with weights of SHA-256 {spec.weights_sha256}: open it "
             "with `open_extractor` and give it as `extractor`."
-        )
-    return open_extractor(spec.extractor)
+        ) from error

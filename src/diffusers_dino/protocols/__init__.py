@@ -1,12 +1,14 @@
 """Experiments that answer one question each; results are frozen dataclasses that go to JSON and back."""
 
 from .interpolation import InterpolationResult, PathFigures, PathSpace, evaluate_interpolation
+from .memorization import MemorizationResult, evaluate_memorization
 from .reconstruction import ReconstructionResult, RetrievalFigures, evaluate_reconstruction
 from .segment_sweep import Setting, Sweep, SweptSegments, segment_images
 from .segmentation import MethodScores, SegmentationResult, SweepScores, evaluate_segmentation
 
 __all__ = [
     "InterpolationResult",
+    "MemorizationResult",
     "MethodScores",
     "PathFigures",
     "PathSpace",
@@ -18,6 +20,7 @@ __all__ = [
     "SweepScores",
     "SweptSegments",
     "evaluate_interpolation",
+    "evaluate_memorization",
     "evaluate_reconstruction",
     "evaluate_segmentation",
     "segment_images",
