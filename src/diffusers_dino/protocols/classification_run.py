@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from ..data.folds import assign_folds
 from ..data.labels import LabelTable
 from ..data.packed import PackedImages
 from ..seeds import derive_seed
+from ..synthesis.tokens import settled_arithmetic
 from .classification_cells import FULL_SYNTHETIC, CellFacts, CellResult, CellSpec
 from .classifier import ClassifierSettings, LabelledImages, predict, train_classifier
 from .regime_plans import RegimePlan
@@ -164,7 +164,7 @@ def run_cell(job: CellJob, folder: str | Path, device: torch.device | str = "cpu
         OSError: If the disk is full, or the folder is not writable.
     """
     started = time.perf_counter()
-    with _one_thread():
+    with settled_arithmetic(threads=1):
         seed = derive_seed(job.seed, "classifier", job.spec.fold)
         validation = job.validation if len(job.validation.rows) else None
         trained = train_classifier(job.train, validation, job.classifier, seed, device)
@@ -189,13 +189,3 @@ def run_cell(job: CellJob, folder: str | Path, device: torch.device | str = "cpu
     result = CellResult(job.spec, job.labels, keys, job.patients, probabilities, job.test.targets, facts)
     result.save(folder)
     return result
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -30,16 +30,16 @@ _MAX_PARTS = 512  # all of them are open at once in each process
 
 
 @contextmanager
-def settled_arithmetic(plan: Plan) -> Iterator[None]:
-    """Compute with the plan's number of threads, and by deterministic kernels where cuDNN has a choice."""
-    threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
+def settled_arithmetic(threads: int) -> Iterator[None]:
+    """Compute with so many threads, and by deterministic kernels where cuDNN has a choice."""
+    others, cudnn = torch.get_num_threads(), torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark
-    torch.set_num_threads(plan.settings.threads)
+    torch.set_num_threads(threads)
     cudnn.deterministic, cudnn.benchmark = True, False
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(others)
         cudnn.deterministic, cudnn.benchmark = before
 
 
@@ -120,7 +120,7 @@ def encode_part(
     """
     numbers, size = _numbers(plan, number), plan.settings.batch_size
     tokens, problems = [], []
-    with settled_arithmetic(plan), torch.no_grad():
+    with settled_arithmetic(plan.settings.threads), torch.no_grad():
         for start in range(numbers.start, numbers.stop, size):
             batch = range(start, min(start + size, numbers.stop))
             read = list(sources.read(batch))

@@ -103,7 +103,7 @@ def make_shard(
     drawn: dict[int, tuple[int, Future[bytes]]] = {}
     waiting, refused = list(plan.shard(number)), 0
     # files are encoded while the next batch is sampled
-    with settled_arithmetic(plan), _quiet(pipe), ThreadPoolExecutor(1) as pool:
+    with settled_arithmetic(plan.settings.threads), _quiet(pipe), ThreadPoolExecutor(1) as pool:
         for attempt in range(settings.max_attempts):
             again = []
             for start in range(0, len(waiting), settings.batch_size):
