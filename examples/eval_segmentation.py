@@ -28,7 +28,8 @@ from diffusers_dino.plots_segmentation import SWEEP_AXES, plot_segmentation_exam
 from diffusers_dino.protocols import SegmentationResult, Sweep, SweptSegments, evaluate_segmentation, segment_images
 from diffusers_dino.protocols.controls import with_fresh_unet
 from diffusers_dino.protocols.segmentation import chosen_masks
-from diffusers_dino.protocols.segmentation_table import TABLE_FORMATS, format_segmentation_table
+from diffusers_dino.protocols.segmentation_table import format_segmentation_table
+from diffusers_dino.protocols.table_text import TABLE_FORMATS
 from diffusers_dino.training.checkpoints import make_writable_folder
 from diffusers_dino.training.components import load_unet, load_vae, make_scheduler
 

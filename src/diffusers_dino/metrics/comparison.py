@@ -69,7 +69,7 @@ def auroc_draws(scores: np.ndarray, targets: np.ndarray, weights: np.ndarray | N
 
 
 def draw_weights(
-    patients: Sequence[Hashable], folds: Sequence[Hashable], repeats: int = 2000, seed: int = 0
+    patients: Sequence[Hashable], folds: Sequence[Hashable], repeats: int = 1000, seed: int = 0
 ) -> np.ndarray:
     """How often each image is drawn when patients are, with replacement and within their fold.
 
@@ -82,7 +82,7 @@ def draw_weights(
         seed: Of the draws. The draws of a fold depend on nothing but the seed, the fold and its patients.
 
     Returns:
-        `(R, N)` int32.
+        `(R, N)` uint16.
 
     Raises:
         ValueError: If the lengths differ or a fold has fewer than two patients.
@@ -90,7 +90,7 @@ def draw_weights(
     if len(patients) != len(folds):
         raise ValueError(f"Each image has a patient and a fold, got {len(patients)} and {len(folds)}.")
     owner, folds = np.asarray(patients), np.asarray(folds)
-    weights = np.empty((repeats, len(folds)), dtype=np.int32)
+    weights = np.empty((repeats, len(folds)), dtype=np.uint16)
     for fold in np.unique(folds):
         rows = np.flatnonzero(folds == fold)
         draws = resamples(len(rows), owner[rows], repeats, derive_seed(seed, "fold", str(fold)))

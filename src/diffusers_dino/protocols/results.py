@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -14,7 +15,7 @@ __all__ = ["JsonResult"]
 
 
 class JsonResult:
-    """A dataclass of numbers, strings, tuples of them and dataclasses of these, which goes to JSON and back."""
+    """A dataclass of numbers, strings, None, tuples of them and dataclasses of these, which goes to JSON and back."""
 
     def save(self, path: str | Path) -> None:
         """Write the figures as JSON."""
@@ -33,4 +34,6 @@ def _build(kind: Any, value: Any) -> Any:
     if get_origin(kind) is tuple:
         item = get_args(kind)[0]  # all items of a tuple have one type
         return tuple(_build(item, part) for part in value)
+    if get_origin(kind) in (Union, UnionType) and value is not None:  # `X | None`
+        return _build(next(part for part in get_args(kind) if part is not NoneType), value)
     return value

@@ -7,10 +7,9 @@ import io
 from collections.abc import Sequence
 
 from .segmentation import MethodScores, SegmentationResult
+from .table_text import escape_latex, latex_line, markdown_line, require_table_format
 
-__all__ = ["TABLE_FORMATS", "format_segmentation_table"]
-
-TABLE_FORMATS = {"markdown": "md", "latex": "tex", "csv": "csv"}
+__all__ = ["format_segmentation_table"]
 
 
 def format_segmentation_table(results: Sequence[SegmentationResult], style: str = "markdown") -> str:
@@ -23,8 +22,7 @@ def format_segmentation_table(results: Sequence[SegmentationResult], style: str 
     Raises:
         ValueError: If the style is unknown, or there is no result.
     """
-    if style not in TABLE_FORMATS:
-        raise ValueError(f"A table is one of {', '.join(TABLE_FORMATS)}, not {style!r}.")
+    require_table_format(style)
     if not results:
         raise ValueError("There is no result to show.")
     if style == "csv":
@@ -43,7 +41,7 @@ def format_segmentation_table(results: Sequence[SegmentationResult], style: str 
 
 
 def _markdown(header: list[str], body: list[list[str]], results: Sequence[SegmentationResult]) -> str:
-    lines = [_line(header), _line(["---"] * len(header)), *map(_line, body)]
+    lines = [markdown_line(header), markdown_line(["---"] * len(header)), *map(markdown_line, body)]
     notes = [_note(result.dataset, scores) for result in results for scores in result.methods if scores.chosen]
     heading = "Settings chosen on one half of the patients and scored on the other, both ways:"
     return "\n".join([*lines, "", heading, "", *notes, ""]) if notes else "\n".join([*lines, ""])
@@ -55,20 +53,13 @@ def _note(dataset: str, scores: MethodScores) -> str:
     return f"- {dataset}, {scores.method}: {settings}; the setting that is best on all gives {scores.optimistic:.3f}"
 
 
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 def _latex(header: list[str], body: list[list[str]]) -> str:
     lines = [rf"\begin{{tabular}}{{ll{'c' * (len(header) - 2)}}}", r"\toprule", _latex_line(header), r"\midrule"]
     return "\n".join([*lines, *map(_latex_line, body), r"\bottomrule", r"\end{tabular}", ""])
 
 
 def _latex_line(cells: Sequence[str]) -> str:
-    escaped = cells
-    for sign in "%&_#":
-        escaped = [cell.replace(sign, f"\\{sign}") for cell in escaped]
-    return rf"{' & '.join(escaped)} \\"
+    return latex_line([escape_latex(cell) for cell in cells])
 
 
 def _csv(results: Sequence[SegmentationResult]) -> str:
