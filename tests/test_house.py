@@ -29,7 +29,7 @@ LAYERS = [
     {"training.components", "training.features", "training.progress", "training.state"},
     {"training.feature_cache"},
     {"training.validation", "synthesis", "protocols", "hub"},
-    {"plots", "plots_memorization", "plots_augmentation", "plots_segmentation", "report"},
+    {"plots", "plots_memorization", "plots_augmentation", "plots_fidelity", "plots_segmentation", "report"},
 ]
 SAME_LAYER = {
     ("latents", "pixels"),

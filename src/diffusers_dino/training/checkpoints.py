@@ -27,6 +27,7 @@ from ..data.atomic import sha256_of, sync
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "complete_checkpoints",
     "delete_old_checkpoints",
     "describe_file",
     "find_checkpoint",
@@ -250,6 +251,26 @@ def find_checkpoint(output_dir: str | Path, name: str = "latest") -> Checkpoint 
         except CheckpointError as error:
             logger.warning("Skipped a checkpoint: %s", error)
     return None
+
+
+def complete_checkpoints(output_dir: str | Path) -> list[Checkpoint]:
+    """All complete checkpoints of a run, by their number of updates; incomplete ones are named in a warning.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
+    found = []
+    for path in _checkpoint_folders(output_dir):
+        try:
+            found.append(read_checkpoint(path))
+        except CheckpointError as error:
+            logger.warning("Skipped a checkpoint: %s", error)
+    if not found:
+        raise CheckpointError(
+            f"There is no complete checkpoint-STEP in {output_dir}: train_dino.py writes one every "
+            "--checkpointing_steps, and keeps all of them without --checkpoints_total_limit."
+        )
+    return found
 
 
 def delete_old_checkpoints(output_dir: str | Path, keep: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ __all__ = [
     "check_tracker",
     "enable_xformers",
     "latent_shape",
+    "load_trained_pipeline",
     "load_unet",
     "load_vae",
     "make_adamw",
@@ -86,6 +88,33 @@ def build_pipeline(
         denoiser = load_unet(unet) if unet else load_unet(base, **hub)
     schedule = make_scheduler(scheduler or base, prediction_type, zero_snr)
     return DinoDiffusionPipeline(vae=vae, conditioner=conditioner, unet=denoiser, scheduler=schedule)
+
+
+def load_trained_pipeline(name_or_path: str | Path, torch_dtype: torch.dtype | None = None) -> DinoDiffusionPipeline:
+    """Load a pipeline, or a checkpoint (or `best`) of `train_dino.py`, whose other parts lie in the folder above it.
+
+    Of a run with an average, checkpoints hold the averaged weights in `unet/`, and these are loaded.
+
+    Args:
+        name_or_path: A pipeline's folder or repository, or `RUN/checkpoint-500`.
+        torch_dtype: Of the weights; as they are stored by default.
+
+    Raises:
+        FileNotFoundError: If a part is missing.
+    """
+    folder, options = Path(name_or_path), {} if torch_dtype is None else {"torch_dtype": torch_dtype}
+    run = folder.resolve().parent
+    if not folder.is_dir() or (folder / "model_index.json").is_file():
+        return DinoDiffusionPipeline.from_pretrained(str(name_or_path), **options)
+    if (folder / "pytorch_lora_weights.safetensors").is_file():
+        base = json.loads((run / "training_arguments.json").read_text())["pretrained_pipeline"]
+        pipe = DinoDiffusionPipeline.from_pretrained(base, **options)
+        pipe.load_lora_weights(folder)
+        return pipe
+    conditioner = DinoImageConditioner.from_pretrained(run, subfolder="conditioner")
+    parts = {"vae": load_vae(str(run)), "unet": load_unet(str(folder)), "scheduler": make_scheduler(str(run))}
+    pipe = DinoDiffusionPipeline(conditioner=conditioner, **parts)
+    return pipe if torch_dtype is None else pipe.to(torch_dtype)
 
 
 def load_vae(name_or_path: str, **hub: Any) -> VAE:
