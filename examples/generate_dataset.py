@@ -92,6 +92,11 @@ class Arguments:
     engine: Literal["local", "ray"] = flag(
         "local", "local: this machine or accelerate's processes; ray: a Ray cluster."
     )
+    ray_address: str | None = flag(None, "Ray cluster, such as auto; by default Ray is started on this machine.")
+    ray_workers: int | None = flag(None, "Workers on it at most; by default as many as fit.")
+    ray_gpus: float | None = flag(
+        None, "GPUs of each worker; may be a fraction. By default one if this machine has one."
+    )
     plan_only: bool = flag(False, "Freeze the plan and stop.")
     num_drawn: int = flag(8, "Examples beside their sources in examples.png, which then shows real images; 0: none.")
 
@@ -103,7 +108,7 @@ def main() -> None:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(days=30))]
     )
     with accelerator.main_process_first():  # one process downloads
-        pipe = load_pipeline(args)
+        pipe = load_pipeline(args.model, args.dtype, args.scheduler)
     size = pipe.unet.config["sample_size"] * pipe.vae_scale_factor
     images, table = open_sources(args, size)
     with accelerator.main_process_first():  # one process calibrates
@@ -116,9 +121,11 @@ def main() -> None:
         return
     options: dict[str, Any] = {"gate": gate, "max_left_out": args.max_left_out}
     if args.engine == "ray":
-        from diffusers_dino.synthesis.ray_engine import synthesise_with_ray
+        from diffusers_dino.synthesis.ray_engine import RayResources, synthesise_with_ray
 
-        made = synthesise_with_ray(plan, pipe, images, args.output_dir, **options)
+        gpus = float(torch.cuda.is_available()) if args.ray_gpus is None else args.ray_gpus
+        resources = RayResources(args.ray_workers, gpus, args.ray_address)
+        made = synthesise_with_ray(plan, pipe, images, args.output_dir, resources=resources, **options)
     else:
         made = synthesise(
             plan, pipe.to(accelerator.device), images, args.output_dir, accelerator=accelerator, **options
@@ -130,12 +137,13 @@ def main() -> None:
     accelerator.end_training()
 
 
-def load_pipeline(args: Arguments) -> DinoDiffusionPipeline:
-    pipe = DinoDiffusionPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype))
-    if args.scheduler:
-        kind = getattr(diffusers, args.scheduler, None)
+def load_pipeline(model: str, dtype: str = "float32", scheduler: str | None = None) -> DinoDiffusionPipeline:
+    """A generator, with another scheduler of diffusers if one is named."""
+    pipe = DinoDiffusionPipeline.from_pretrained(model, torch_dtype=getattr(torch, dtype))
+    if scheduler:
+        kind = getattr(diffusers, scheduler, None)
         if kind is None or not hasattr(kind, "from_config"):
-            raise ValueError(f"diffusers has no scheduler {args.scheduler!r}: give a name like DDIMScheduler.")
+            raise ValueError(f"diffusers has no scheduler {scheduler!r}: give a name like DDIMScheduler.")
         pipe.scheduler = kind.from_config(pipe.scheduler.config)
     return pipe
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusers_dino.synthesis import interpolated_labels, sample_pairs
-from diffusers_dino.synthesis.pairs import permute, _unrank
+from diffusers_dino.synthesis.pairs import _unrank, permute
 
 label_sets = st.lists(st.frozensets(st.sampled_from("abcde"), max_size=3), min_size=2, max_size=12)
 seeds = st.integers(0, 2**32)

@@ -1,0 +1,210 @@
+"""Plans: which images are made from which, and that a frozen plan stays what it is."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from diffusers_dino.synthesis import (
+    SynthesisError,
+    SynthesisSettings,
+    load_plan,
+    plan_interpolation,
+    plan_reconstruction,
+    save_plan,
+)
+from diffusers_dino.synthesis.plan_files import freeze_plan
+
+KEYS = [f"image-{number}" for number in range(10)]
+LABELS = [{"effusion"}, {"effusion", "mass"}, {"mass"}, {"nodule"}, set(), *[{"nodule", "mass"}] * 5]
+SETTINGS = SynthesisSettings(batch_size=4, shard_size=10, threads=1)
+
+
+def reconstruction(**options):
+    return plan_reconstruction(KEYS, LABELS, **{"ratio": 3, "settings": SETTINGS, **options})
+
+
+def interpolation(**options):
+    return plan_interpolation(KEYS, LABELS, **{"ratio": 3, "settings": SETTINGS, **options})
+
+
+def test_each_source_comes_as_often_and_keeps_its_labels():
+    plan = reconstruction()
+    assert len(plan) == 30
+    assert set(Counter(image.sources[0] for image in plan).values()) == {3}
+    for image in plan:
+        assert set(image.labels) == LABELS[KEYS.index(image.sources[0])]
+        assert image.fraction == 0
+    assert len({image.key for image in plan}) == 30
+
+
+def test_labels_that_are_not_known_are_not_invented():
+    assert {image.labels for image in plan_reconstruction(KEYS, num_images=3)} == {None}
+    assert () in {image.labels for image in reconstruction()}
+
+
+@pytest.mark.parametrize("make", [reconstruction, interpolation])
+def test_a_longer_plan_begins_with_the_shorter_one(make):
+    short = [image[2:] for image in make(ratio=0.5)]
+    assert len(short) == 5
+    assert [image[2:] for image in make(ratio=2)][:5] == short
+
+
+@pytest.mark.parametrize("make", [reconstruction, interpolation])
+def test_seeds_differ(make):
+    assert make().digest == make().digest != make(seed=1).digest
+    assert [image.sources for image in make()] != [image.sources for image in make(seed=1)]
+
+
+def test_pairs_share_a_label_and_take_those_of_the_nearer_image():
+    for image in interpolation():
+        source, target = (LABELS[KEYS.index(key)] for key in image.sources)
+        assert source & target
+        assert 0 < image.fraction < 1
+        assert set(image.labels) == (source if image.fraction <= 0.5 else target)
+
+
+def test_only_sources_that_are_used_are_encoded():
+    plan = reconstruction(ratio=0.4)
+    assert sorted(plan.keys) == sorted({image.sources[0] for image in plan})
+    assert "image-4" not in list(interpolation(ratio=4).keys)  # it has no label
+
+
+def test_shards_are_whole_batches_and_hold_every_image_once():
+    plan = reconstruction()
+    assert SETTINGS.images_per_shard == 8
+    assert SynthesisSettings(batch_size=64, shard_size=10).images_per_shard == 64
+    assert [len(plan.shard(number)) for number in range(plan.num_shards)] == [8, 8, 8, 6]
+    assert [index for number in range(plan.num_shards) for index in plan.shard(number)] == list(range(30))
+    with pytest.raises(IndexError, match="4 shards"):
+        plan.shard(4)
+
+
+def test_large_plans_are_columns():
+    keys = [f"{number:06d}" for number in range(100_000)]
+    plan = plan_reconstruction(keys, [{"a"}, {"b"}] * 50_000, ratio=5)
+    assert sum(column.nbytes for column in plan.columns().values()) < 12e6
+    assert plan[499_999].labels in (("a",), ("b",))
+    assert np.array_equal(np.bincount(plan.sources[:, 0]), np.full(100_000, 5))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ratio": 0}, "must be above 0, got 0"),
+        ({"ratio": -1}, "must be above 0"),
+        ({"ratio": float("nan")}, "must be above 0"),
+        ({"ratio": None}, "either a ratio"),
+        ({"num_images": 5}, "either a ratio"),
+        ({"ratio": None, "num_images": 0}, "at least 1, got 0"),
+        ({"keys": []}, "no source image"),
+        ({"keys": [*KEYS[1:], KEYS[1]]}, "1 source keys come more than once"),
+        ({"labels": LABELS[1:]}, "10 keys and 9 sets of labels"),
+        ({"labels": ["mass"] * 10}, "a collection of names"),
+        ({"labels": [{"mass|nodule"}] * 10}, "rename it"),
+        ({"keys": ["a\nb", *KEYS[1:]]}, "rename it"),
+    ],
+)
+@pytest.mark.parametrize("make", [plan_reconstruction, plan_interpolation])
+def test_bad_input_is_refused(make, change, message):
+    arguments = {"keys": KEYS, "labels": [{"mass"}] * 10, "ratio": 1, **change}
+    with pytest.raises(SynthesisError, match=message):
+        make(**arguments)
+
+
+def test_interpolation_needs_labels_that_are_shared():
+    with pytest.raises(SynthesisError, match="give the labels of the sources"):
+        plan_interpolation(KEYS, None, ratio=1)
+    with pytest.raises(SynthesisError, match=r"No two images share a label.*plan a reconstruction"):
+        plan_interpolation(KEYS, [{key} for key in KEYS], ratio=1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"batch_size": 0},
+        {"num_inference_steps": 2.5},
+        {"threads": 0},
+        {"shard_size": True},
+        {"max_attempts": 0},
+        {"eta": 1.5},
+        {"guidance_scale": float("nan")},
+        {"format": "webp"},
+        {"quality": 0},
+    ],
+)
+def test_settings_out_of_range_are_refused(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        SynthesisSettings(**change)
+
+
+@pytest.mark.parametrize("make", [reconstruction, interpolation])
+def test_a_plan_is_written_and_read_as_it_is(make, tmp_path):
+    plan = make().bound_to(model={"unet": "0123"}, gate=None)
+    (tmp_path / "again").mkdir()
+    save_plan(plan, tmp_path)
+    read = load_plan(tmp_path)
+    assert list(read) == list(plan)
+    assert read.digest == plan.digest
+    save_plan(read, tmp_path / "again")
+    for name in ("plan.json", "plan.safetensors"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_every_setting_is_part_of_the_digest():
+    changed = {"num_inference_steps": 7, "guidance_scale": 3.0, "batch_size": 5, "threads": 2, "shard_size": 16}
+    changed |= {"format": "jpg", "quality": 90, "grayscale": True, "max_attempts": 2, "eta": 0.5, "restore_norm": True}
+    changed |= {"guidance_rescale": 0.7}
+    digests = {reconstruction(settings=replace(SETTINGS, **{name: value})).digest for name, value in changed.items()}
+    assert len(digests | {reconstruction().digest}) == len(changed) + 1
+    assert reconstruction().bound_to(gate="a").digest != reconstruction().bound_to(gate=None).digest
+
+
+def edit_json(folder):
+    content = json.loads((folder / "plan.json").read_text())
+    content["settings"]["guidance_scale"] = 4.0
+    (folder / "plan.json").write_text(json.dumps(content))
+
+
+def edit_rows(folder):
+    content = bytearray((folder / "plan.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "plan.safetensors").write_bytes(content)
+
+
+@pytest.mark.parametrize("edit", [edit_json, edit_rows])
+def test_a_plan_that_was_edited_is_refused(edit, tmp_path):
+    freeze_plan(reconstruction(), tmp_path)
+    edit(tmp_path)
+    with pytest.raises(SynthesisError, match="changed after it was frozen"):
+        freeze_plan(reconstruction(), tmp_path)
+
+
+def test_a_damaged_plan_is_named(tmp_path):
+    save_plan(reconstruction(), tmp_path)
+    (tmp_path / "plan.json").write_text("{")
+    with pytest.raises(SynthesisError, match="is damaged"):
+        load_plan(tmp_path)
+    (tmp_path / "plan.safetensors").unlink()
+    with pytest.raises((FileNotFoundError, SynthesisError)):
+        load_plan(tmp_path)
+
+
+def test_a_folder_of_another_plan_is_refused_by_what_differs(tmp_path):
+    freeze_plan(reconstruction(), tmp_path)
+    freeze_plan(reconstruction(), tmp_path)
+    with pytest.raises(SynthesisError, match=r"guidance_scale: 2\.0 there, 3\.0 here"):
+        freeze_plan(reconstruction(settings=replace(SETTINGS, guidance_scale=3.0)), tmp_path)
+    with pytest.raises(SynthesisError, match="seed: 0 there, 1 here"):
+        freeze_plan(reconstruction(seed=1), tmp_path)
+    renamed = plan_reconstruction([f"x{key}" for key in KEYS], LABELS, ratio=3, settings=SETTINGS)
+    with pytest.raises(SynthesisError, match="the rows"):
+        freeze_plan(renamed, tmp_path)
+
+
+def test_a_folder_of_other_shards_is_refused(tmp_path):
+    (tmp_path / "train-000000.tar").touch()
+    with pytest.raises(SynthesisError, match=r"holds train-000000.tar and no plan"):
+        freeze_plan(reconstruction(), tmp_path)

@@ -1,0 +1,344 @@
+"""From a plan to shards: the same bytes whoever makes them and however often they are stopped; nothing is lost."""
+
+import csv
+import json
+import os
+import resource
+import shutil
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from diffusers_dino.data import Preprocessing, open_images, verify_shards
+from diffusers_dino.data.datasets import to_float
+from diffusers_dino.data.labels import stored_labels
+from diffusers_dino.embeddings import lerp
+from diffusers_dino.seeds import generator_for
+from diffusers_dino.synthesis import (
+    SynthesisError,
+    SynthesisSettings,
+    SyntheticSet,
+    bind,
+    plan_interpolation,
+    plan_reconstruction,
+    synthesise,
+)
+from diffusers_dino.synthesis.run import prepare_folder
+from diffusers_dino.synthesis.tokens import PlannedSources, TokenStore, encode_part, num_parts
+from diffusers_dino.synthesis.units import find_record, make_shard
+from scripts import image_folder
+
+LABELS = [{"effusion"}, {"effusion", "mass"}, {"mass"}, {"nodule"}, {"mass"}, {"nodule"}, set()]
+SETTINGS = SynthesisSettings(num_inference_steps=2, batch_size=4, shard_size=8, threads=1)
+
+
+class BrightnessGate:
+    """Refuses dark images; may be interrupted at a call, as a user does with Ctrl-C."""
+
+    def __init__(self, least=0.0, interrupt_at=None):
+        self.least, self.interrupt_at, self.seen = least, interrupt_at, []
+
+    def __call__(self, images):
+        if len(self.seen) == self.interrupt_at:
+            raise KeyboardInterrupt
+        self.seen.append(images)
+        return images.mean((1, 2, 3)) >= self.least
+
+    def fingerprint(self):
+        return f"brightness {self.least}"
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny.tiny_pipeline()
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    return open_images(image_folder(tmp_path_factory.mktemp("sources"), len(LABELS), 32), Preprocessing(32))
+
+
+@pytest.fixture(scope="module")
+def plan(sources):
+    return plan_interpolation(sources.keys, LABELS, num_images=21, settings=SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def whole(plan, pipe, sources, tmp_path_factory):
+    """A set that was made without a stop."""
+    return synthesise(plan, pipe, sources, tmp_path_factory.mktemp("whole") / "set", progress=False)
+
+
+def files(folder, pattern="*"):
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).glob(pattern)) if path.is_file()}
+
+
+def facts_of(made):
+    images = made.images()
+    return [json.loads(images.companion(place, "json")) for place in range(len(images))]
+
+
+def test_the_set_is_complete_labelled_and_readable(whole, plan):
+    assert verify_shards(whole.folder) == []
+    assert not (whole.folder / ".work").exists()
+    images = open_images(whole.folder, Preprocessing(32))
+    assert images.keys == [image.key for image in plan]
+    assert images[0]["image"].shape == (1, 32, 32)
+    assert [set(labels) for labels in stored_labels(images).labels] == [set(image.labels) for image in plan]
+    with open(whole.folder / "labels.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["key"] for row in rows] == images.keys
+    assert [tuple(row["sources"].split("|")) for row in rows] == [image.sources for image in plan]
+    assert [tuple(row["labels"].split("|")) for row in rows] == [image.labels for image in plan]
+    assert [float(row["fraction"]) for row in rows] == [image.fraction for image in plan]
+    assert {row["strategy"] for row in rows} == {"interpolation"}
+    lineage = whole.manifest["lineage"]
+    assert (lineage["num_images"], lineage["seed"], lineage["plan"]) == (21, 0, whole.plan.digest)
+    assert set(lineage["model"]) == {"conditioner", "scheduler", "unet", "vae"}
+    assert lineage["environments"][0]["torch"] == torch.__version__
+
+
+def test_pixels_are_those_that_the_pipeline_gives(whole, plan, pipe, sources):
+    images = [dict(zip(sources.keys, range(7), strict=True))[key] for row in list(plan)[4:8] for key in row.sources]
+    numbers, tokens = sorted(set(images)), {}
+    for number in numbers:
+        tokens[number] = pipe.encode_image(sources[number]["image"])[0]
+    embeds = lerp(
+        torch.stack([tokens[number] for number in images[::2]]),
+        torch.stack([tokens[number] for number in images[1::2]]),
+        torch.tensor([row.fraction for row in list(plan)[4:8]]),
+    )
+    generators = [generator_for(0, "synthesis", index, 0) for index in range(4, 8)]
+    expected = pipe(image_embeds=embeds, generator=generators, num_inference_steps=2, output_type="pt").images
+    made = torch.stack([whole.images()[index]["image"] for index in range(4, 8)])
+    # encoded one by one here: rounding may move a value over the edge between two numbers of 0..255
+    assert (made - expected).abs().max() <= 1.01 / 255
+
+
+def test_shards_are_the_same_in_any_order_and_on_any_number_of_threads(whole, pipe, sources, plan, tmp_path):
+    bound = bind(plan, pipe, sources)
+    folders = prepare_folder(bound, tmp_path / "set")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        planned = PlannedSources(bound, sources)
+        assert [encode_part(bound, n, pipe, planned, folders.tokens) for n in range(num_parts(bound))] == [[]]
+        for number in (2, 0, 1):
+            make_shard(bound, number, pipe, TokenStore(bound, folders.tokens), folders.output, folders.records)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert files(tmp_path / "set", "*.tar*") == files(whole.folder, "*.tar*")
+
+
+def test_a_run_that_is_stopped_goes_on_and_ends_the_same(pipe, sources, plan, tmp_path):
+    left_alone = synthesise(plan, pipe, sources, tmp_path / "whole", gate=BrightnessGate(), progress=False)
+    for stop in (1, 3):
+        with pytest.raises(KeyboardInterrupt):
+            synthesise(plan, pipe, sources, tmp_path / "set", gate=BrightnessGate(interrupt_at=stop), progress=False)
+    assert not (tmp_path / "set" / "manifest.json").exists()
+    gate = BrightnessGate()
+    synthesise(plan, pipe, sources, tmp_path / "set", gate=gate, progress=False)
+    assert len(gate.seen) == 2  # of six batches: two shards of two batches were finished
+    assert files(tmp_path / "set") == files(left_alone.folder)
+
+
+def test_a_finished_set_is_not_made_again(whole, pipe, sources, plan):
+    before = {path: path.stat().st_mtime_ns for path in whole.folder.iterdir()}
+    assert len(synthesise(plan, pipe, sources, whole.folder, progress=False)) == 21
+    assert {path: path.stat().st_mtime_ns for path in whole.folder.iterdir()} == before
+    assert list(SyntheticSet.open(whole.folder).planned()) == list(plan)
+
+
+@pytest.fixture
+def unfinished(plan, pipe, sources, whole, tmp_path):
+    """All shards are made, the manifest is not yet written."""
+    bound = bind(plan, pipe, sources)
+    folders = prepare_folder(bound, tmp_path / "set")
+    for number in range(num_parts(bound)):
+        encode_part(bound, number, pipe, PlannedSources(bound, sources), folders.tokens)
+    for number in range(bound.num_shards):
+        make_shard(bound, number, pipe, TokenStore(bound, folders.tokens), folders.output, folders.records)
+    return bound, folders
+
+
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[1000] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("damage", [flip_a_byte, cut, Path.unlink])
+@pytest.mark.parametrize("name", ["synthetic-000001.tar", ".work/records/synthetic-000001.tar.json"])
+def test_a_damaged_shard_is_made_again(damage, name, unfinished, whole, pipe, sources, plan):
+    bound, folders = unfinished
+    if name.endswith("json") and damage is flip_a_byte:
+        (folders.output / name).write_text("[]")
+    else:
+        damage(folders.output / name)
+    found = [find_record(bound, number, folders.output, folders.records) is not None for number in range(3)]
+    assert found == [True, False, True]
+    synthesise(plan, pipe, sources, folders.output, progress=False)
+    assert files(folders.output, "*.tar*") == files(whole.folder, "*.tar*")
+
+
+def test_damaged_tokens_are_encoded_again(unfinished, whole, pipe, sources, plan):
+    _, folders = unfinished
+    (folders.output / "synthetic-000000.tar").unlink()
+    cut(folders.tokens / "tokens-000000.safetensors")
+    synthesise(plan, pipe, sources, folders.output, progress=False)
+    assert files(folders.output, "*.tar*") == files(whole.folder, "*.tar*")
+
+
+def test_a_finished_set_with_a_missing_shard_is_refused(whole, pipe, sources, plan, tmp_path):
+    shutil.copytree(whole.folder, tmp_path / "set")
+    (tmp_path / "set" / "synthetic-000001.tar").unlink()
+    with pytest.raises(SynthesisError, match=r"synthetic-000001.tar is missing.*Delete manifest.json"):
+        synthesise(plan, pipe, sources, tmp_path / "set", progress=False)
+    (tmp_path / "set" / "manifest.json").unlink()
+    synthesise(plan, pipe, sources, tmp_path / "set", progress=False)
+    assert files(tmp_path / "set") == files(whole.folder)
+
+
+def test_refused_images_are_drawn_again_and_the_others_stay_as_they_are(whole, pipe, sources, plan, tmp_path):
+    images = whole.images()
+    brightness = sorted(float(images[number]["image"].mean()) for number in range(21))
+    gate = BrightnessGate(brightness[5])
+    made = synthesise(plan, pipe, sources, tmp_path / "set", gate=gate, max_left_out=1.0, progress=False)
+    figures = made.manifest["lineage"]["gate"]
+    facts = facts_of(made)
+    redrawn = [one["attempt"] for one in facts if one["attempt"]]
+    assert figures["redrawn"] == len(redrawn) > 0
+    assert figures["refused"] == sum(redrawn) + SETTINGS.max_attempts * len(made.left_out)
+    places = {key: number for number, key in enumerate(images.keys)}
+    for number, key in enumerate(made.images().keys):
+        image = made.images()[number]["image"]
+        assert image.mean() >= brightness[5]
+        assert torch.equal(image, images[places[key]]["image"]) == (facts[number]["attempt"] == 0)
+    again = synthesise(plan, pipe, sources, tmp_path / "again", gate=gate, max_left_out=1.0, progress=False)
+    assert files(again.folder) == files(made.folder)
+
+
+def test_images_that_never_pass_are_named_and_not_counted(pipe, sources, plan, tmp_path):
+    once = plan_interpolation(sources.keys, LABELS, num_images=21, settings=replace(SETTINGS, max_attempts=1))
+    free = synthesise(once, pipe, sources, tmp_path / "free", progress=False).images()
+    brightness = sorted((float(free[number]["image"].mean()), free.keys[number]) for number in range(21))
+    gate = BrightnessGate(brightness[2][0])
+    with pytest.raises(SynthesisError, match="refused at least 2 of 21 images in all 1 attempts"):
+        synthesise(once, pipe, sources, tmp_path / "set", gate=gate, progress=False)
+    made = synthesise(once, pipe, sources, tmp_path / "set", gate=gate, max_left_out=0.1, progress=False)
+    dark = sorted(key for _, key in brightness[:2])
+    assert sorted(made.manifest["lineage"]["gate"]["left_out"]) == dark
+    assert len(made) == len(made.images()) == 19
+    listed = [line.split(",")[0] for line in (made.folder / "labels.csv").read_text().splitlines()[1:]]
+    assert listed == made.images().keys == [image.key for image in made.planned()]
+    assert not set(dark) & set(listed)
+
+
+def test_a_gate_that_refuses_everything_ends_the_run(pipe, sources, plan, tmp_path):
+    with pytest.raises(SynthesisError, match=r"refused all 8 images of shard 0 in 5 attempts.*too strict"):
+        synthesise(plan, pipe, sources, tmp_path, gate=BrightnessGate(2.0), max_left_out=1.0, progress=False)
+
+
+def test_a_gate_must_say_who_it_is_and_what_it_means(pipe, sources, plan, tmp_path):
+    with pytest.raises(TypeError, match="needs a method fingerprint"):
+        synthesise(plan, pipe, sources, tmp_path, gate=lambda images: images.mean((1, 2, 3)) > 0)
+    gate = BrightnessGate()
+    gate.least = torch.zeros(1, 1)  # its verdicts become (n, n)
+    gate.fingerprint = lambda: "wrong"
+    with pytest.raises(SynthesisError, match="4 bool, one for each image"):
+        synthesise(plan, pipe, sources, tmp_path, gate=gate, progress=False)
+
+
+def test_another_gate_model_or_data_set_is_refused(whole, plan, pipe, sources, tmp_path):
+    with pytest.raises(SynthesisError, match=r"gate: None there, brightness 0\.0 here"):
+        synthesise(plan, pipe, sources, whole.folder, gate=BrightnessGate())
+    other = tiny.tiny_pipeline(unet=tiny.tiny_unet(layers_per_block=2))
+    with pytest.raises(SynthesisError, match="model: unet"):
+        synthesise(plan, other, sources, whole.folder)
+    scheduled = tiny.tiny_pipeline(scheduler=tiny.tiny_scheduler(timestep_spacing="trailing"))
+    with pytest.raises(SynthesisError, match="model: scheduler"):
+        synthesise(plan, scheduled, sources, whole.folder)
+    strangers = image_folder(tmp_path / "strangers", 9, 32)
+    for number in (7, 8):
+        (strangers / f"{number:03d}.png").rename(strangers / f"{number - 7:03d}.png")
+    with pytest.raises(SynthesisError, match="sources:"):
+        synthesise(plan, pipe, open_images(strangers, Preprocessing(32)), whole.folder)
+    with pytest.raises(TypeError, match=r"use DinoDiffusionPipeline.from_pipe"):
+        synthesise(plan, object(), sources, whole.folder)
+
+
+def test_sources_that_are_not_there_are_named(pipe, sources, tmp_path):
+    plan = plan_reconstruction([*sources.keys, "absent"], ratio=1, settings=SETTINGS)
+    with pytest.raises(SynthesisError, match="1 of the plan's 8 sources are not among the 7 images, such as absent"):
+        synthesise(plan, pipe, sources, tmp_path)
+
+
+def test_unreadable_sources_are_named_and_no_other_image_takes_their_place(pipe, tmp_path):
+    folder = image_folder(tmp_path / "sources", 7, 32)
+    sound = {number: (folder / f"{number:03d}.png").read_bytes() for number in (1, 2)}
+    for number in sound:
+        (folder / f"{number:03d}.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing more")
+
+    def attempt():
+        images = open_images(folder, Preprocessing(32), max_unreadable=0.5)
+        plan = plan_reconstruction(images.keys, ratio=1, settings=SETTINGS)
+        return synthesise(plan, pipe, images, tmp_path / "set", progress=False)
+
+    with pytest.raises(SynthesisError, match=r"2 source image\(s\) cannot be read.*001.png.*002.png.*Mend them"):
+        attempt()
+    for number, content in sound.items():
+        (folder / f"{number:03d}.png").write_bytes(content)
+    assert len(attempt()) == 7
+
+
+def test_a_full_disk_leaves_nothing_that_counts(whole, pipe, sources, plan, tmp_path):
+    limit = min(len(content) for name, content in files(whole.folder, "*.tar").items()) - 1
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, former[1]))  # plan and tokens fit, no shard does
+    try:
+        with pytest.raises(OSError, match="too large"):
+            synthesise(plan, pipe, sources, tmp_path / "set", progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+    left = [path.name for path in (tmp_path / "set").rglob("*") if path.is_file()]
+    assert sorted(left) == ["plan.json", "plan.safetensors", "tokens-000000.safetensors"]
+    synthesise(plan, pipe, sources, tmp_path / "set", progress=False)
+    assert files(tmp_path / "set") == files(whole.folder)
+
+
+def test_folders_that_cannot_be_written_are_refused(pipe, sources, plan, tmp_path):
+    folder = Path("/proc/synthetic") if os.geteuid() == 0 else tmp_path / "closed"
+    if os.geteuid() != 0:
+        folder.mkdir(mode=0o500)
+    with pytest.raises(PermissionError, match="not writable"):
+        synthesise(plan, pipe, sources, folder)
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="a file of that name"):
+        synthesise(plan, pipe, sources, tmp_path / "file")
+
+
+def test_colour_can_be_stored_as_jpeg_or_grey(sources, tmp_path):
+    pipe = tiny.tiny_pipeline(vae=tiny.tiny_vae(3))
+    for options, shape in (({"format": "jpg"}, (3, 32, 32)), ({"grayscale": True}, (1, 32, 32))):
+        settings = replace(SETTINGS, **options)
+        plan = plan_reconstruction(sources.keys, num_images=3, settings=settings)
+        made = synthesise(plan, pipe, sources, tmp_path / str(len(shape) + shape[0]), progress=False)
+        with tarfile.open(made.folder / "synthetic-000000.tar") as tar:
+            assert tar.getnames()[0] == f"synthetic-000000000.{settings.format}"
+        assert made.images()[0]["image"].shape == shape
+        assert facts_of(made)[0]["labels"] is None
+
+
+def test_reading_gives_the_stored_pixels(whole):
+    (_, array), *_ = whole.images().read_many([0])
+    assert torch.equal(to_float(array), whole.images()[0]["image"])
+    assert len(set(array.flatten().tolist())) > 1
