@@ -21,7 +21,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from command_line import flag, parse_arguments
-from diffusers_dino import DiffSegPipeline, DinoDiffusionPipeline, DinoImageConditioner
+from diffusers_dino import DiffSegPipeline
 from diffusers_dino.data import sources
 from diffusers_dino.data.masks import MaskedImages, open_masked_images
 from diffusers_dino.plots_segmentation import SWEEP_AXES, plot_segmentation_examples, plot_segmentation_sweep
@@ -31,7 +31,7 @@ from diffusers_dino.protocols.segmentation import chosen_masks
 from diffusers_dino.protocols.segmentation_table import format_segmentation_table
 from diffusers_dino.protocols.table_text import TABLE_FORMATS
 from diffusers_dino.training.checkpoints import make_writable_folder
-from diffusers_dino.training.components import load_unet, load_vae, make_scheduler
+from diffusers_dino.training.components import load_trained_pipeline
 
 logger = logging.getLogger("eval_segmentation")
 
@@ -133,23 +133,13 @@ def load_models(args: Arguments) -> Iterator[tuple[str, str, DiffSegPipeline]]:
     named = [name_and_path(text) for text in args.pipeline]
     methods = [method for method, _ in named]
     for place, (method, path) in enumerate(named):
-        pipe = DiffSegPipeline.from_pipe(load_pipeline(path, options)).to(device)
+        pipe = DiffSegPipeline.from_pipe(load_trained_pipeline(path, **options)).to(device)
         yield method, Path(path).name if methods.count(method) > 1 else "", pipe
         if args.untrained and method not in methods[:place]:
             yield f"{method}, untrained", "", with_fresh_unet(pipe)
     if args.stable_diffusion:
         pipe = DiffusionPipeline.from_pretrained(args.stable_diffusion, use_safetensors=True, **options)
         yield "Stable Diffusion", "", DiffSegPipeline.from_pipe(pipe).to(device)
-
-
-def load_pipeline(path: str, options: dict[str, torch.dtype]) -> DinoDiffusionPipeline:
-    """A pipeline, or a checkpoint of `train_dino.py`, whose other parts lie in the folder above it."""
-    run = Path(path).resolve().parent
-    if not Path(path, "manifest.json").is_file():
-        return DinoDiffusionPipeline.from_pretrained(path, **options)
-    conditioner = DinoImageConditioner.from_pretrained(run, subfolder="conditioner")
-    parts = {"vae": load_vae(str(run)), "unet": load_unet(path), "scheduler": make_scheduler(str(run))}
-    return DinoDiffusionPipeline(conditioner=conditioner, **parts).to(options.get("torch_dtype", torch.float32))
 
 
 def draw(

@@ -103,7 +103,9 @@ class Arguments(ImageArguments):
     num_validation_variations: int = flag(3, "Variations of each source.")
     validation_inference_steps: int = flag(25, "Sampling steps.")
     validation_guidance_scale: float = flag(2.0, "Guidance in the pictures.")
-    metric: Literal["pixel_frechet"] = flag("pixel_frechet", "What chooses the best weights.")
+    metric: Literal["frechet", "kernel"] = flag("frechet", "Distance that chooses the best weights.")
+    metric_features: str = flag("pixels", "Feature extractor of the metric, such as tiny, xrv or dinov2.")
+    metric_weights: str | None = flag(None, "Its weights: a local file or folder.")
     metric_steps: int = flag(0, "Updates between measurements on unseen images; 0 measures nothing.")
     metric_num_images: int = flag(256, "Images to generate for a measurement.")
     # Output
@@ -305,10 +307,8 @@ def build_pipeline(args: Arguments, images: data.ImageDataset, device: torch.dev
     base = {"base": args.pretrained_model_name_or_path, **source}
     unet = {"unet": args.unet, "unet_config": args.unet_config, "qk_init_scale": args.qk_init_scale}
     noise = {"prediction_type": args.prediction_type, "zero_snr": args.rescale_betas_zero_snr}
-    frozen = load_frozen(args, images, device)
-    return components.build_pipeline(
-        *frozen, resolution=args.resolution, scheduler=args.scheduler, **base, **unet, **noise
-    )
+    parts = {"resolution": args.resolution, "scheduler": args.scheduler, **base, **unet, **noise}
+    return components.build_pipeline(*load_frozen(args, images, device), **parts)
 
 
 def make_validator(
@@ -317,7 +317,8 @@ def make_validator(
     if args.validation_data_dir:
         images = data.open_images(args.validation_data_dir, images.preprocessing, max_unreadable=args.max_unreadable)
     grid = validation.GridPlan(args.validation_steps, args.num_validation_images, args.num_validation_variations)
-    metric = validation.MetricPlan(args.metric_steps, args.metric_num_images, validation.METRICS[args.metric])
+    metric = validation.open_metric(args.metric, args.metric_features, args.metric_weights, state.accelerator.device)
+    metric = validation.MetricPlan(args.metric_steps, args.metric_num_images, metric)
     sampling = (args.train_batch_size, args.seed, args.validation_guidance_scale, args.validation_inference_steps)
     return validation.Validator(pipe, state, args.output_dir, images, grid, metric, *sampling)
 

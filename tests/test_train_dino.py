@@ -175,7 +175,7 @@ def test_pictures_and_the_best_weights(train, parts, tmp_path):
     assert [path.name for path in pictures] == ["0000002.png", "0000004.png"]
     assert Image.open(pictures[0]).size == (3 * 32, 3 * 32)
     best = json.loads((folder / "best" / "metric.json").read_text())
-    assert (best["metric"], best["num_images"]) == ("pixel_frechet", 3)
+    assert (best["metric"], best["num_images"]) == ("frechet_pixels", 3)
     assert best["step"] in (2, 4)
     UNet2DConditionModel.from_pretrained(folder / "best" / "unet")
     assert list((folder / "logs").rglob("events*"))

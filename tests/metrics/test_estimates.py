@@ -44,7 +44,14 @@ def test_values_are_the_figures_and_lie_inside():
     assert len(expected) == 7
     for estimate, value in expected.items():
         assert estimate.value == pytest.approx(value, rel=1e-9)
-        assert estimate.low < estimate.value < estimate.high
+        assert estimate.low <= estimate.value <= estimate.high
+        assert estimate.low < estimate.high
+
+
+def test_a_share_stays_a_share():
+    real = gaussian(60, 2, 0)
+    for estimate in estimate_manifolds(real[:40], real[20:], 5, Bootstrap(repeats=60))[::3]:
+        assert 0 <= estimate.low <= estimate.high <= 1
 
 
 def test_copies_bias_what_is_said_to_be_biased():

@@ -9,13 +9,13 @@ import tiny
 from diffusers_dino.training.components import adapt_for_training, make_adamw
 from diffusers_dino.training.state import TrainingState
 from diffusers_dino.training.validation import (
-    METRICS,
     FeatureMetric,
     GridPlan,
     MetricPlan,
     Validator,
     generate_variations,
     measure,
+    open_metric,
 )
 
 
@@ -46,10 +46,36 @@ def test_variations_depend_on_seed_and_index_alone(pipe):
 def test_distance_of_the_generated_to_the_real(pipe, dataset):
     accelerator = Accelerator(cpu=True)
     real = [sample["image"] for sample in dataset]
-    value = measure(METRICS["pixel_frechet"], pipe, real, accelerator, num_inference_steps=1, guidance_scale=1.0)
+    value = measure(open_metric(), pipe, real, accelerator, num_inference_steps=1, guidance_scale=1.0)
     assert 0 < value < math.inf
     broken = FeatureMetric("broken", lambda images: images.flatten(1) * math.nan, lambda a, b: 0.0)
     assert math.isnan(measure(broken, pipe, real, accelerator, num_inference_steps=1, guidance_scale=1.0))
+
+
+@pytest.mark.parametrize("distance", ["frechet", "kernel"])
+@pytest.mark.filterwarnings("ignore:The Fréchet distance")
+def test_any_distance_in_the_space_of_any_extractor(pipe, dataset, distance):
+    metric = open_metric(distance, "pixels")
+    assert (metric.name, metric.spec.extractor) == (f"{distance}_pixels", "pixels")
+    real = [sample["image"] for sample in dataset]
+    options = {"num_inference_steps": 1, "guidance_scale": 1.0}
+    values = [measure(metric, pipe, real, Accelerator(cpu=True), batch, **options) for batch in (16, 2)]
+    assert values[0] == pytest.approx(values[1], rel=1e-3)  # whatever the batch
+    with pytest.raises(ValueError, match="one of frechet, kernel, not 'fid'"):
+        open_metric("fid")
+    with pytest.raises(ValueError, match="no feature extractor 'vgg'"):
+        open_metric(distance, "vgg")
+
+
+def test_a_best_value_of_other_features_is_no_measure(pipe, state, dataset, tmp_path):
+    other = FeatureMetric("frechet_pixels", lambda images: images.flatten(1), lambda generated, real: -1.0)
+    for metric, expected in ((other, None), (open_metric(), "pixels")):
+        validator = Validator(
+            pipe, state, tmp_path, dataset, GridPlan(0), MetricPlan(1, 3, metric), num_inference_steps=1
+        )
+        validator.run(1, lambda message: None)
+        features = json.loads((tmp_path / "best" / "metric.json").read_text())["features"]
+        assert (features and features["extractor"]) == expected
 
 
 def test_lowest_value_is_kept(pipe, state, dataset, tmp_path):

@@ -107,7 +107,7 @@ class LabelTable:
 def read_label_table(
     path: str | Path,
     key_column: str = "file",
-    label_column: str = "findings",
+    label_column: str | None = "findings",
     patient_column: str | None = "patient",
     separator: str = "|",
 ) -> LabelTable:
@@ -116,14 +116,14 @@ def read_label_table(
     Args:
         path: The file.
         key_column: Column of keys or of file names; the extension of an image file is dropped, folders are kept.
-        label_column: Column of the labels of an image, joined by `separator`; may be blank.
+        label_column: Column of the labels of an image, joined by `separator`; may be blank. None reads no labels.
         patient_column: Column of patients. None says that each image is of a patient of its own.
         separator: Between labels.
 
     Raises:
         ValueError: If a column is missing, a key or a patient is blank, or a key comes twice.
     """
-    columns = [key_column, label_column, *([patient_column] if patient_column else [])]
+    columns = [column for column in (key_column, label_column, patient_column) if column]
     keys, labels, patients = [], [], []
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
@@ -138,7 +138,7 @@ def read_label_table(
             if blank:
                 raise ValueError(f"Line {reader.line_num} of {str(path)!r} has no {blank[0]!r}.")
             keys.append(_key(row[key_column].strip()))
-            names = ((name or "").strip() for name in (row[label_column] or "").split(separator))
+            names = (name.strip() for name in ((label_column and row[label_column]) or "").split(separator))
             labels.append(frozenset(name for name in names if name))
             patients.append(row[patient_column].strip() if patient_column else keys[-1])
     return LabelTable(tuple(keys), tuple(labels), tuple(patients))

@@ -32,7 +32,7 @@ class Estimate:
 
     Attributes:
         value: The figure of the sets as they are.
-        low, high: Ends of the interval of draws, less their excess.
+        low, high: Ends of the interval of draws, less their excess; of a mean of terms, of the draws as they are.
         excess: Mean of the draws less `value`, about the figure's own bias at these sizes of the sets.
     """
 
@@ -110,7 +110,8 @@ def estimate_manifolds(
     ):
         values = terms.numpy()
         draws = bootstrap_samples(lambda rows, v=values: v[rows].mean(), len(values), groups, bootstrap.repeats, seed)
-        estimates.append(_recentred(float(values.mean()), draws, bootstrap.level))
+        value = float(values.mean())
+        estimates.append(Estimate(value, *percentile_interval(draws, bootstrap.level), float(draws.mean()) - value))
     return tuple(estimates)
 
 

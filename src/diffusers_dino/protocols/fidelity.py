@@ -185,7 +185,7 @@ def generate_features(
         )
     pipe.set_progress_bar_config(disable=True)
     features = []
-    for start in tqdm(range(0, len(keys), sampling.batch_size), unit="batch", disable=not progress):
+    for start in tqdm(range(0, len(keys), sampling.batch_size), unit="batch", leave=False, disable=not progress):
         chunk = slice(start, start + sampling.batch_size)
         images = pipe(
             image_embeds=tokens[chunk],
@@ -248,8 +248,8 @@ def score_fidelity(
     )
     if scores.is_singular:
         warnings.warn(
-            f"{images}: {len(features)} images against {len(reference)} are fewer than the {features.spec.dim} "
-            "dimensions of a feature, so the Fréchet distance is biased upwards. Read the kernel distance beside it.",
+            f"{len(features)} images against {len(reference)} are too few for features of {features.spec.dim} "
+            "dimensions: the Fréchet distance is biased upwards. Read the kernel distance beside it.",
             stacklevel=2,
         )
     return scores

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..data import collate
-from ..metrics.distances import frechet_distance
-from ..metrics.features import pixel_features
+from ..metrics import FeatureSpec, frechet_distance, kernel_distance, open_extractor
 from ..pipelines import DinoDiffusionPipeline
 from ..seeds import generator_for
 from ..sheets import contact_sheet
@@ -26,7 +26,7 @@ from .components import on_device
 from .state import TrainingState
 
 __all__ = [
-    "METRICS",
+    "DISTANCES",
     "FeatureMetric",
     "GridPlan",
     "MetricPlan",
@@ -34,6 +34,7 @@ __all__ = [
     "generate_variations",
     "log_images",
     "measure",
+    "open_metric",
 ]
 
 
@@ -45,14 +46,39 @@ class FeatureMetric:
         name: Under which it is logged.
         features: Images `(N, C, H, W)` in [0, 1] -> `(N, D)`.
         distance: Features of the generated and of the real images -> a number; lower is better.
+        spec: What the features are, for the record; None where nobody says.
     """
 
     name: str
     features: Callable[[Tensor], Tensor]
     distance: Callable[[Tensor, Tensor], float]
+    spec: FeatureSpec | None = None
 
 
-METRICS = {"pixel_frechet": FeatureMetric("pixel_frechet", pixel_features, frechet_distance)}
+DISTANCES = {"frechet": frechet_distance, "kernel": kernel_distance}
+
+
+def open_metric(
+    distance: str = "frechet",
+    extractor: str = "pixels",
+    weights: str | os.PathLike[str] | None = None,
+    device: torch.device | str = "cpu",
+) -> FeatureMetric:
+    """A distance in the space of a feature extractor.
+
+    Args:
+        distance: One of `DISTANCES`. With fewer images than dimensions, `"kernel"` says more.
+        extractor: A name that `metrics.open_extractor` knows.
+        weights: Its weights, a local file or folder.
+        device: Where features are computed.
+
+    Raises:
+        ValueError: If there is no such distance or extractor, or the weights are not what they should be.
+    """
+    if distance not in DISTANCES:
+        raise ValueError(f"A distance is one of {', '.join(DISTANCES)}, not {distance!r}.")
+    features = open_extractor(extractor, weights, device)
+    return FeatureMetric(f"{distance}_{extractor}", features, DISTANCES[distance], features.spec)
 
 
 def generate_variations(
@@ -131,14 +157,16 @@ def measure(
         call: Further arguments of the pipeline.
 
     Returns:
-        The distance; not finite if generation broke down.
+        The distance; not a number if a feature is not finite.
     """
     mine = list(range(accelerator.process_index, len(real), accelerator.num_processes))
     generated, reference = torch.empty(0), torch.empty(0)
     if mine:
         sources = collate([{"key": "", "image": real[i]} for i in mine])["image"]
         images = generate_variations(pipe, sources, mine, batch_size=batch_size, seed=seed, **call)
-        generated, reference = metric.features(images[:, 0]), metric.features(sources)
+        generated, reference = (
+            torch.cat([metric.features(batch) for batch in part.split(batch_size)]) for part in (images[:, 0], sources)
+        )
     both = [_gather(accelerator, features) for features in (generated, reference)]
     if not all(torch.isfinite(features).all() for features in both):
         return math.nan
@@ -169,7 +197,7 @@ class MetricPlan:
 
     every: int = 0
     num_images: int = 256
-    metric: FeatureMetric = METRICS["pixel_frechet"]
+    metric: FeatureMetric = field(default_factory=open_metric)
 
 
 class Validator:
@@ -240,12 +268,13 @@ class Validator:
         if not self.accelerator.is_main_process:
             return
         best = self.output_dir / "best"
-        known = _best_value(best, metric.name)
+        spec = metric.spec and metric.spec.to_dict()
+        known = _best_value(best, metric.name, spec)
         note = f"{metric.name} after {step} updates: {value:.4g} ({len(real)} images"
         if not value < known:  # also where it is not a number
             say(f"{note}; best so far {known:.4g})")
             return
-        facts = {"metric": metric.name, "value": value, "step": step, "num_images": len(real)}
+        facts = {"metric": metric.name, "value": value, "step": step, "num_images": len(real), "features": spec}
         with save_atomically(best) as folder:
             self.state.save_for_use(folder)
             (folder / "metric.json").write_text(json.dumps(facts, indent=1))
@@ -255,10 +284,10 @@ class Validator:
         return [self.images[i] for i in range(min(count, len(self.images)))]
 
 
-def _best_value(folder: Path, metric: str) -> float:
-    """The lowest value so far, infinite before the first one of this metric."""
+def _best_value(folder: Path, metric: str, spec: dict[str, Any] | None) -> float:
+    """The lowest value so far, infinite before the first one of this metric on these features."""
     try:
         facts = json.loads((folder / "metric.json").read_text())
     except FileNotFoundError:
         return math.inf
-    return facts["value"] if facts["metric"] == metric else math.inf
+    return facts["value"] if (facts["metric"], facts.get("features")) == (metric, spec) else math.inf
