@@ -10,6 +10,7 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ...pixels import resize_unit
@@ -78,15 +79,20 @@ def open_timm(
 
 def _load(name: str, config: dict[str, Any], path: Path, file: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The model without its classifier, and its preprocessing."""
-    # `source` and `file` point timm at this file alone; by itself it would look on the Hub.
-    overlay = {"source": "", "file": str(file), "custom_load": False}
-    source = f"local-dir:{path}" if path.is_dir() else name
     try:
-        model = timm.create_model(source, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0).eval()
+        source = f"local-dir:{path}" if path.is_dir() else name
+        model = timm.create_model(source, pretrained=False, num_classes=0).eval()
+    except RuntimeError as error:
+        raise ValueError(f"timm cannot build {config['architecture']!r}: {error}") from error
+    try:
+        # timm's own loading warns of missing weights, and goes on with random ones
+        missing, _ = model.load_state_dict(load_file(file), strict=False)
     except (RuntimeError, SafetensorError) as error:
-        if not timm.is_model(config["architecture"].split(".")[0]):
-            raise ValueError(f"timm has no model {config['architecture']!r}: {error}") from error
         raise ValueError(f"{file} does not hold the weights of {name}, or is damaged: {error}") from error
+    if missing:
+        raise ValueError(
+            f"{file} does not hold the weights of {name}: {', '.join(missing[:3])} and others are missing."
+        )
     data = timm.data.resolve_data_config(pretrained_cfg=model.pretrained_cfg)
     if data["input_size"][-1] != data["input_size"][-2]:
         raise ValueError(f"{name} takes images of {data['input_size']}, and only square ones are supported.")
