@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
@@ -58,7 +58,7 @@ class Outcome(NamedTuple):
     error: str
 
 
-def run_apart(function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], num_workers: int) -> Iterator[Outcome]:
+def run_apart(function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], num_workers: int) -> Iterator[Outcome]:
     """Call a function on each job, each in a process of its own: one that fails or is killed takes no other with it.
 
     Args:
@@ -75,17 +75,19 @@ def run_apart(function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], num
             yield Outcome(number, *_attempt(function, 0, job))
         return
     context = _context(function)
-    waiting, running = list(enumerate(jobs))[::-1], {}
+    waiting, running = enumerate(jobs), {}
     try:
-        while waiting or running:
+        while True:
             for place in set(range(num_workers)) - {place for place, *_ in running.values()}:
-                if waiting:
-                    number, job = waiting.pop()
+                if (numbered := next(waiting, None)) is not None:
+                    number, job = numbered
                     ours, theirs = context.Pipe(duplex=False)
                     process = context.Process(target=_work_apart, args=(theirs, function, place, job), daemon=True)
                     process.start()
                     theirs.close()  # else the end of the process would not be the end of the pipe
                     running[ours] = place, number, process
+            if not running:
+                return
             for ours in wait(list(running)):
                 _, number, process = running.pop(ours)
                 yield Outcome(number, *_receive(ours, process))

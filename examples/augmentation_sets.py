@@ -1,0 +1,76 @@
+"""The synthetic images of `eval_augmentation.py`: a set for each fold and strategy, made in a process of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from diffusers_dino.data import ImageDataset, Preprocessing, open_images
+from diffusers_dino.data.packed import pack_images
+from diffusers_dino.metrics.copy_gate import CopyGate
+from diffusers_dino.synthesis import Plan, synthesise
+from generate_dataset import load_pipeline
+
+__all__ = ["SyntheticJob", "device_of", "make_synthetic", "open_data", "pack_path"]
+
+
+@dataclass(frozen=True)
+class SyntheticJob:
+    """What a set is made from; it travels to another process.
+
+    Attributes:
+        plan: Its images.
+        model: The generator.
+        dtype: Type of its weights.
+        scheduler: A scheduler of diffusers in place of the model's.
+        gate: File of a gate, if any.
+        data_dir, data_split: The source images.
+        remove_borders: Whether uniform borders are cut off the sources.
+        folder: Where the set goes.
+        size, channels: Side and channels of the images that classifiers see.
+        device: Where to compute; None takes GPUs in turn if there are any.
+    """
+
+    plan: Plan
+    model: str
+    dtype: str
+    scheduler: str | None
+    gate: str | None
+    data_dir: str
+    data_split: str
+    remove_borders: bool
+    folder: Path
+    size: int
+    channels: int
+    device: str | None
+
+
+def make_synthetic(place: int, job: SyntheticJob) -> str:
+    """Make a set, or go on with it, and pack its images for classifiers. Returns the digest of its plan."""
+    pipe = load_pipeline(job.model, job.dtype, job.scheduler).to(device_of(place, job.device))
+    pipe.set_progress_bar_config(disable=True)
+    size = pipe.unet.config["sample_size"] * pipe.vae_scale_factor
+    sources = open_data(job.data_dir, job.data_split, Preprocessing(size, job.remove_borders))
+    gate = None if job.gate is None else CopyGate.load(job.gate)
+    made = synthesise(job.plan, pipe, sources, job.folder, gate=gate, progress=place == 0)
+    images = open_images(job.folder, Preprocessing(job.size, remove_borders=False))
+    pack_images(images, pack_path(job.folder), made.plan.digest, job.channels)
+    return made.plan.digest
+
+
+def pack_path(folder: Path) -> Path:
+    """Where the images of a set are packed."""
+    return folder.parent / f"{folder.name}.npy"
+
+
+def open_data(data_dir: str, split: str, preprocessing: Preprocessing) -> ImageDataset:
+    return open_images(data_dir, preprocessing, split=split, local_files_only=True)
+
+
+def device_of(place: int, device: str | None) -> str:
+    """Where the process at a place computes: on the device that was asked for, or on the GPUs in turn."""
+    if device is None and torch.cuda.is_available():
+        return f"cuda:{place % torch.cuda.device_count()}"
+    return device or "cpu"
