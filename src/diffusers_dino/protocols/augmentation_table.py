@@ -122,7 +122,8 @@ def _latex(result: AugmentationResult) -> str:
     lines = [
         r"\begin{table}",
         r"\centering",
-        rf"\caption{{{escape_latex(' '.join(_note(result))).replace('±', chr(92) + 'textpm{}')}}}",
+        rf"\caption{{{escape_latex(' '.join(_note(result)))}}}",
+        r"\small\setlength{\tabcolsep}{3pt}",
         rf"\begin{{tabular}}{{rlc{'c' * len(kinds)}}}",
         r"\toprule",
         latex_line(["", "", "", *spans]),
@@ -181,7 +182,7 @@ def _latex_cell(row: Configuration, num_folds: int) -> tuple[str, str]:
     """The figure and, for the line below, the difference."""
     if row.mean is None:
         return _unfinished(row, num_folds), ""
-    figure = f"{row.mean:.3f}" + ("" if row.sd is None else rf" \textpm{{}} {row.sd:.3f}")
+    figure = f"{row.mean:.3f}" + ("" if row.sd is None else rf" $\pm$ {row.sd:.3f}")
     if row.difference is None:
         return figure, ""
     d = row.difference
