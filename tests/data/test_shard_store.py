@@ -1,5 +1,6 @@
 """Shards as a store: lost samples keep their places, damage is named, nothing is ever unpickled."""
 
+import io
 import json
 import logging
 import pickle
@@ -10,18 +11,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from shard_files import encode, write_shards, write_tar
+from PIL import Image
 
 from diffusers_dino.data import (
     GlobalBatchSampler,
     ImageDataset,
     Preprocessing,
+    Slot,
     TrainingViews,
+    collate,
     load_batches,
     open_images,
 )
 from diffusers_dino.data.archives import write_index
 from diffusers_dino.data.shard_store import ShardStore
+from shard_files import encode, write_shards, write_tar
 
 PREPARE = Preprocessing(16)
 
@@ -154,6 +158,34 @@ def test_unreadable_images_of_all_workers_are_counted_together(tmp_path, workers
     with pytest.raises(ValueError, match=r"4 of 40 images cannot be read"):
         list(islice(batches, 10))
     assert sorted(dataset.unreadable) == [0, 10, 20, 30]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_prepared_images_are_decoded_to_their_place_in_a_batch(tmp_path, workers):
+    """Grayscale of the right size goes there directly; colour, another size and what is damaged lie among it."""
+    files = {f"k{i}.jpg": encode_square(i) for i in range(9)}
+    files["k2.jpg"] = files["k2.jpg"][:-200]
+    files["k5.jpg"] = encode_square(5, color=True)
+    files["k7.jpg"] = encode_square(7, side=20)
+    write_tar(tmp_path / "x.tar", files)
+    manifest = {"preprocessing_hash": PREPARE.fingerprint(), "shards": [{"name": "x.tar", "samples": 9}]}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    dataset = open_images(tmp_path, PREPARE, max_unreadable=0.2)
+    slots = [[Slot(i, 0, i % 9) for i in range(first, first + 3)] for first in range(0, 27, 3)]
+    for batch, places in zip(load_batches(TrainingViews(dataset, None), slots, workers), slots, strict=True):
+        expected = collate([dataset[slot.index] for slot in places])
+        assert batch["key"] == expected["key"]
+        assert torch.equal(batch["image"], expected["image"])
+        assert batch["image"].shape[1] == (3 if 5 in [slot.index for slot in places] else 1)
+    raw = np.asarray(Image.open(io.BytesIO(files["k0.jpg"])))
+    assert np.array_equal(dataset[0]["image"][0].mul(255).round().byte().numpy(), raw)
+
+
+def encode_square(number: int, side: int = 16, color: bool = False) -> bytes:
+    pixels = np.random.default_rng(number).integers(0, 256, (side, side, 3) if color else (side, side), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "jpeg")
+    return buffer.getvalue()
 
 
 def corrupt(content: bytes, generator: np.random.Generator) -> bytes:

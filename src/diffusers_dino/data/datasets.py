@@ -88,8 +88,15 @@ class ImageDataset(Dataset[dict[str, Any]]):
         ((key, array),) = self.read_many([index])
         return {"key": key, "image": to_float(array)}
 
-    def read_many(self, indices: Sequence[int]) -> Iterator[tuple[str, np.ndarray]]:
+    def read_many(
+        self, indices: Sequence[int], out: Sequence[np.ndarray] | None = None
+    ) -> Iterator[tuple[str, np.ndarray]]:
         """Several samples, whose bytes a remote store fetches at once.
+
+        Args:
+            indices: Which.
+            out: Memory for each, uint8 `(size, size)`. Grayscale that needs no preparation may be decoded right to
+                it: what is yielded is then that memory. What it holds otherwise is not defined.
 
         Yields:
             For each place the key of the sample that holds it, and its prepared image (see `Preprocessing`).
@@ -98,7 +105,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
             if not -len(self) <= index < len(self):
                 raise IndexError(f"index {index} is out of range for {len(self)} images")
         places = [index % len(self) for index in indices]
-        for place, array in zip(places, self._prepare(places), strict=True):
+        for place, array in zip(places, self._prepare(places, out), strict=True):
             used, array = (place, array) if array is not None else self._substitute(place)
             yield self.store.keys[int(self._indices[used])], array
 
@@ -139,14 +146,16 @@ class ImageDataset(Dataset[dict[str, Any]]):
         """The file beside an image with the same key, such as `"json"` or `"mask.png"`; raises `KeyError`."""
         return self.store.companion(int(self._indices[index]), extension)
 
-    def _prepare(self, places: Sequence[int]) -> Iterator[np.ndarray | None]:
+    def _prepare(self, places: Sequence[int], out: Sequence[np.ndarray] | None = None) -> Iterator[np.ndarray | None]:
         """The prepared images, None (and a note of the reason) for those that cannot be read."""
         if self._prepared is not None:
             yield from (self._prepared[place] for place in places)
             return
         known = [place in self.unreadable for place in places]
         wanted = [int(self._indices[place]) for place, bad in zip(places, known, strict=True) if not bad]
-        images = iter(self.store.read_many(wanted))
+        if out is not None and self._is_prepared:
+            out = [memory for memory, bad in zip(out, known, strict=True) if not bad]
+        images = iter(self.store.read_many(wanted, out if self._is_prepared else None))
         for place, bad in zip(places, known, strict=True):
             yield None if bad else self._prepare_one(place, next(images))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import mmap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from .sampling import GlobalBatchSampler, Slot
-from .views import TrainingViews
+from .views import BatchMemory, TrainingViews
 
 __all__ = ["load_batches"]
 
@@ -72,10 +71,10 @@ class _Transport(Dataset[dict[str, Any]]):
     ) -> None:
         self.views = views
         largest = batches.batch_size if isinstance(batches, GlobalBatchSampler) else max(map(len, batches), default=0)
-        num_bytes = largest * 3 * views.images.preprocessing.size**2  # pages that grayscale leaves untouched are free
         forked = num_workers and torch.multiprocessing.get_start_method() == "fork"
-        count = num_workers * (_PREFETCH + 1) if forked and num_bytes else 0
-        self._blocks = [torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8) for _ in range(count)]
+        count = num_workers * (_PREFETCH + 1) if forked and largest else 0
+        size = views.images.preprocessing.size
+        self._blocks = [BatchMemory(largest, size, shared=True) for _ in range(count)]
         self._turn = 0
 
     def __getitems__(self, slots: Sequence[Slot]) -> dict[str, Any]:
@@ -90,16 +89,16 @@ class _Transport(Dataset[dict[str, Any]]):
             memory = self._blocks[number]
         batch = self.views.load(slots, memory)
         batch["unreadable"] = dict(list(images.unreadable.items())[known:])
-        return batch if memory is None else {**batch, "image": (number, tuple(batch["image"].shape))}
+        return batch if memory is None else {**batch, "image": (number, batch["image"].shape[1])}
 
     def receive(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch of a worker with its images, which stay what they are until the next batch is taken."""
         self.views.images.note_unreadable(batch.get("unreadable", {}))
         if isinstance(batch["image"], Tensor):
             return batch
-        number, shape = batch["image"]
-        images = self._blocks[number][: torch.Size(shape).numel()].view(shape)
-        return {**batch, "image": images}
+        number, channels = batch["image"]
+        images = self._blocks[number].gray if channels == 1 else self._blocks[number].color
+        return {**batch, "image": torch.from_numpy(images[: len(batch["key"])])}
 
 
 def _settle(_: int) -> None:

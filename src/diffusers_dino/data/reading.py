@@ -54,6 +54,8 @@ _PILLOW = (
     (b"BM", BmpImagePlugin.BmpImageFile),
     (b"GIF8", GifImagePlugin.GifImageFile),  # JSRT's masks
 )
+# Those whose decoders write each pixel where Pillow tells them to.
+_DECODE_TO_MEMORY = (JpegImagePlugin.JpegImageFile, PngImagePlugin.PngImageFile)
 _Opener = Callable[[BinaryIO], ImageFile.ImageFile]
 _ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
 _ORIENTATION = 0x0112
@@ -124,6 +126,7 @@ def read_image(
     raw: RawLayout | None = None,
     inverted: bool | None = None,
     max_pixels: int = MAX_PIXELS,
+    out: np.ndarray | None = None,
 ) -> np.ndarray:
     """Read an image file: JPEG, PNG, TIFF, WebP, BMP, GIF, NumPy (`.npy`, `.npz`) or DICOM.
 
@@ -138,6 +141,8 @@ def read_image(
         raw: How the pixels lie, for a file without a header.
         inverted: Whether large values are dark. By default what a DICOM file or `raw` says; other files do not say it.
         max_pixels: Width times height of the largest image that is decoded.
+        out: Memory to decode to, contiguous uint8 `(H, W)`. If it is of the size of a grayscale JPEG or PNG, it is
+            what is returned. What it holds otherwise is not defined.
 
     Returns:
         `(H, W)` or, for colour, `(H, W, 3)`; uint8, or uint16 for deeper grayscale. Large values are bright.
@@ -152,7 +157,7 @@ def read_image(
         data = source if isinstance(source, bytes) else _read_file(Path(source), max_pixels)
         if not data:
             raise UnreadableImageError("the file is empty")
-        return _decode(data, name, raw, inverted, max_pixels)
+        return _decode(data, name, raw, inverted, max_pixels, out)
     except ImportError:
         raise
     except Exception as error:
@@ -193,7 +198,9 @@ def _read_file(path: Path, max_pixels: int) -> bytes:
     return path.read_bytes()
 
 
-def _decode(data: bytes, name: str, raw: RawLayout | None, inverted: bool | None, max_pixels: int) -> np.ndarray:
+def _decode(
+    data: bytes, name: str, raw: RawLayout | None, inverted: bool | None, max_pixels: int, out: np.ndarray | None
+) -> np.ndarray:
     if raw:
         check_size(raw.width, raw.height, max_pixels)
         return (raw if inverted is None else replace(raw, inverted=inverted)).decode(data)
@@ -207,12 +214,12 @@ def _decode(data: bytes, name: str, raw: RawLayout | None, inverted: bool | None
     elif data.startswith(b"PK\x03\x04"):
         array = _read_npz(data, max_pixels)
     else:
-        array = _read_pillow(data, max_pixels)
+        array = _read_pillow(data, max_pixels, out)
     array = _without_equal_channels(array)
     return _turned_over(array) if inverted else array
 
 
-def _read_pillow(data: bytes, max_pixels: int) -> np.ndarray:
+def _read_pillow(data: bytes, max_pixels: int, out: np.ndarray | None) -> np.ndarray:
     opener = next((opener for start, opener in _PILLOW if data.startswith(start)), None)
     if opener is None:
         raise UnreadableImageError("it is no image of a known format")
@@ -222,10 +229,12 @@ def _read_pillow(data: bytes, max_pixels: int) -> np.ndarray:
             _check_cover(image)
         if image.mode in ("RGB", "RGBA") and ";16" in _raw_mode(image):
             return _read_deep_color(data, opener, _raw_mode(image))
-        return _to_array(image)
+        return _to_array(image, out)
 
 
-def _to_array(image: Image.Image) -> np.ndarray:
+def _to_array(image: Image.Image, out: np.ndarray | None) -> np.ndarray:
+    opened = image
+    pixels = _decode_gray(image, out) if image.mode == "L" and isinstance(image, _DECODE_TO_MEMORY) else None
     if image.getexif().get(_ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
@@ -235,7 +244,16 @@ def _to_array(image: Image.Image) -> np.ndarray:
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba).convert("RGB")
     elif image.mode not in ("L", "RGB"):
         image = image.convert("L" if image.mode == "1" else "RGB")
-    return np.asarray(image)
+    return np.asarray(image) if pixels is None or image is not opened else pixels
+
+
+def _decode_gray(image: ImageFile.ImageFile, out: np.ndarray | None) -> np.ndarray:
+    """The pixels of an image of mode L. Pillow decodes to memory that it is lent, which saves two copies of them."""
+    pixels = np.empty(image.size[::-1], np.uint8) if out is None or out.shape != image.size[::-1] else out
+    lent = Image.frombuffer("L", image.size, pixels, "raw", "L", 0, 1).im
+    image.im = lent
+    image.load()
+    return pixels if image.im is lent else np.asarray(image)
 
 
 def _check_cover(image: TiffImagePlugin.TiffImageFile) -> None:

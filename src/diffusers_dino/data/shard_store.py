@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -87,12 +88,14 @@ class ShardStore:
             raise image
         return image
 
-    def read_many(self, indices: Sequence[int]) -> Iterator[np.ndarray | UnreadableImageError]:
+    def read_many(
+        self, indices: Sequence[int], out: Sequence[np.ndarray] | None = None
+    ) -> Iterator[np.ndarray | UnreadableImageError]:
         """The pixels of several samples, or why they cannot be read; the bytes of all of them are fetched at once."""
         contents = self._fetch([index for index in indices if index not in self.lost])
-        for index in indices:
+        for index, memory in zip(indices, out or repeat(None)):  # noqa: B905
             try:
-                yield self._decode(index, *((None, b"") if index in self.lost else next(contents)))
+                yield self._decode(index, *((None, b"") if index in self.lost else next(contents)), memory)
             except UnreadableImageError as error:
                 yield error
 
@@ -113,13 +116,13 @@ class ShardStore:
             names = ", ".join(self.keys[index] for index in indices[:3])
             raise type(error)(f"{error} Samples {names} and perhaps others were wanted.") from None
 
-    def _decode(self, index: int, place: Range | None, content: bytes) -> np.ndarray:
+    def _decode(self, index: int, place: Range | None, content: bytes, out: np.ndarray | None) -> np.ndarray:
         if place is None:
             raise UnreadableImageError(f"Cannot read {self.lost[index]}")
         name = self.describe(index)
         if len(content) < place.size:
             raise UnreadableImageError(f"Cannot read {name}: the shard is gone or ends within it")
-        return read_image(content, name)
+        return read_image(content, name, out=out)
 
     def _shard(self, index: int) -> int:
         return int(np.searchsorted(self._shard_ends, index, side="right"))

@@ -43,8 +43,13 @@ class ImageStore(Protocol):
     def read(self, index: int) -> np.ndarray:
         """The pixels as `read_image` gives them; raises `UnreadableImageError`."""
 
-    def read_many(self, indices: Sequence[int]) -> Iterator[np.ndarray | UnreadableImageError]:
-        """The pixels of several samples, or the reason of each that cannot be read."""
+    def read_many(
+        self, indices: Sequence[int], out: Sequence[np.ndarray] | None = None
+    ) -> Iterator[np.ndarray | UnreadableImageError]:
+        """The pixels of several samples, or the reason of each that cannot be read.
+
+        `out` is memory for each, which `read_image` may decode to.
+        """
         return map(self._try_to_read, indices)
 
     def companion(self, index: int, extension: str) -> bytes:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+import mmap
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from .augmentation import Augmentation
 from .datasets import ImageDataset
 from .sampling import Slot
 
-__all__ = ["TrainingViews", "stack"]
+__all__ = ["BatchMemory", "TrainingViews"]
 
 
 class TrainingViews(Dataset[dict[str, Any]]):
@@ -49,15 +48,16 @@ class TrainingViews(Dataset[dict[str, Any]]):
         """
         return self.finish(self.load(slots))
 
-    def load(self, slots: Sequence[Slot], memory: Tensor | None = None) -> dict[str, Any]:
+    def load(self, slots: Sequence[Slot], memory: BatchMemory | None = None) -> dict[str, Any]:
         """Read a batch: `image` uint8 `(B, C, size, size)`, `key`, `position` and what `finish` needs to know.
 
         Args:
             slots: What to read.
-            memory: Bytes to put the images into, at least `B * 3 * size * size`.
+            memory: Where the images go, and stay until it is used again; fresh memory by default.
         """
-        keys, images = stack(self.images.read_many([slot.index for slot in slots]), len(slots), memory)
-        batch = {"key": keys, "position": [slot.position for slot in slots], "image": images}
+        memory = memory or BatchMemory(len(slots), self.images.preprocessing.size)
+        keys, images = memory.read(self.images, [slot.index for slot in slots])
+        batch = {"key": keys, "position": [slot.position for slot in slots], "image": torch.from_numpy(images)}
         if self.augmentation:
             batch["draws"] = self.augmentation.draw(keys, self.seed, [slot.epoch for slot in slots])
         return batch
@@ -70,28 +70,40 @@ class TrainingViews(Dataset[dict[str, Any]]):
         return {"key": batch["key"], "position": batch["position"], "image": images}
 
 
-def stack(
-    samples: Iterable[tuple[str, np.ndarray]], count: int, memory: Tensor | None = None
-) -> tuple[list[str], Tensor]:
-    """Put samples into one batch, each as soon as it is there.
+class BatchMemory:
+    """Room for the images of a batch, to which they are decoded.
+
+    Grayscale and colour lie side by side, so that neither overwrites the other where a batch turns out to hold both.
+    Pages that are never written take no memory.
 
     Args:
-        samples: Keys and uint8 images `(H, W)` or `(H, W, 3)`.
-        count: How many there are, B.
-        memory: Bytes to use.
+        count: Largest number of images.
+        size: Their height and width in pixels.
+        shared: Whether processes that are forked later write to the same memory.
 
-    Returns:
-        The keys, and the images as uint8 `(B, C, H, W)`; C is 3 if any of them is colour.
+    Attributes:
+        gray: uint8 `(count, 1, size, size)`.
+        color: uint8 `(count, 3, size, size)`.
     """
-    keys: list[str] = []
-    batch = torch.empty((0, 1, 1, 1))
-    for row, (key, array) in enumerate(samples):
-        shape = (count, 1 if array.ndim == 2 else 3, *array.shape[:2])
-        if not keys or shape[1] > batch.shape[1]:
-            before = batch.clone()
-            batch = torch.empty(shape, dtype=torch.uint8) if memory is None else memory[: math.prod(shape)].view(shape)
-            batch[:row] = before[:row]
-            rows = batch.numpy()
-        rows[row] = array if array.ndim == 2 else array.transpose(2, 0, 1)
-        keys.append(key)
-    return keys, batch
+
+    def __init__(self, count: int, size: int, shared: bool = False) -> None:
+        pixels = count * size**2
+        memory = np.frombuffer(mmap.mmap(-1, 4 * pixels), np.uint8) if shared else np.empty(4 * pixels, np.uint8)
+        self.gray = memory[:pixels].reshape(count, 1, size, size)
+        self.color = memory[pixels:].reshape(count, 3, size, size)
+
+    def read(self, images: ImageDataset, indices: Sequence[int]) -> tuple[list[str], np.ndarray]:
+        """Read samples, each to its place as soon as it is there.
+
+        Returns:
+            Their keys, and the images `(B, C, size, size)`; C is 3 if any of them is colour.
+        """
+        keys, batch, rows = [], self.gray, list(self.gray[: len(indices), 0])
+        for row, (key, array) in enumerate(images.read_many(indices, rows)):
+            keys.append(key)
+            if array.ndim == 3 and batch is self.gray:
+                batch = self.color
+                batch[:row] = self.gray[:row]
+            if batch is self.color or array is not rows[row]:  # not decoded right to where it belongs
+                batch[row] = array if array.ndim == 2 else array.transpose(2, 0, 1)
+        return keys, batch[: len(indices)]
