@@ -132,7 +132,7 @@ def kill_once(root: Path, args: Arguments, rng: random.Random) -> dict[str, obje
 
 
 def count_finished(root: Path) -> int:
-    return len(list((root / "killed/.work/records").glob("*.json")))
+    return len(list((root / "killed/.records").glob("*.json")))
 
 
 def check(process: subprocess.Popen, root: Path) -> None:

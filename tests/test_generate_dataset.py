@@ -142,7 +142,7 @@ def kill_a_worker(launched, out):
     """Kill one of two processes after the first shard; the launcher must end the other, and say so."""
     import psutil
 
-    while launched.poll() is None and not list((out / ".work" / "records").glob("*.json")):
+    while launched.poll() is None and not list((out / ".records").glob("*.json")):
         pass
     workers = [one for one in psutil.Process(launched.pid).children() if any(SCRIPT in part for part in one.cmdline())]
     assert len(workers) == 2

@@ -27,6 +27,7 @@ from diffusers_dino.synthesis import (
     plan_reconstruction,
     synthesise,
 )
+from diffusers_dino.synthesis.finish import WorkFolders, only_run
 from diffusers_dino.synthesis.run import prepare_folder
 from diffusers_dino.synthesis.tokens import PlannedSources, TokenStore, encode_part, num_parts
 from diffusers_dino.synthesis.units import find_record, make_shard
@@ -137,7 +138,7 @@ def test_shards_are_the_same_in_any_order_and_on_any_number_of_threads(whole, pi
 
 def test_a_run_that_is_stopped_goes_on_and_ends_the_same(pipe, sources, plan, tmp_path):
     left_alone = synthesise(plan, pipe, sources, tmp_path / "whole", gate=BrightnessGate(), progress=False)
-    for stop in (1, 3):
+    for stop in (1, 5):
         with pytest.raises(KeyboardInterrupt):
             synthesise(plan, pipe, sources, tmp_path / "set", gate=BrightnessGate(interrupt_at=stop), progress=False)
     assert not (tmp_path / "set" / "manifest.json").exists()
@@ -147,6 +148,15 @@ def test_a_run_that_is_stopped_goes_on_and_ends_the_same(pipe, sources, plan, tm
     assert files(tmp_path / "set") == files(left_alone.folder)
 
 
+def test_two_runs_in_one_folder_are_refused_and_remains_are_cleared_away(unfinished, pipe, sources, plan):
+    _, folders = unfinished
+    (folders.output / ".synthetic-000002.tar.1.partial").touch()
+    with only_run(folders), pytest.raises(SynthesisError, match="Another run is at work"):
+        synthesise(plan, pipe, sources, folders.output, progress=False)
+    synthesise(plan, pipe, sources, folders.output, progress=False)
+    assert not list(folders.output.rglob("*.partial"))
+
+
 def test_a_finished_set_is_not_made_again(whole, pipe, sources, plan):
     before = {path: path.stat().st_mtime_ns for path in whole.folder.iterdir()}
     assert len(synthesise(plan, pipe, sources, whole.folder, progress=False)) == 21
@@ -154,16 +164,23 @@ def test_a_finished_set_is_not_made_again(whole, pipe, sources, plan):
     assert list(SyntheticSet.open(whole.folder).planned()) == list(plan)
 
 
-@pytest.fixture
-def unfinished(plan, pipe, sources, whole, tmp_path):
-    """All shards are made, the manifest is not yet written."""
+@pytest.fixture(scope="module")
+def made_but_for_the_manifest(plan, pipe, sources, tmp_path_factory):
     bound = bind(plan, pipe, sources)
-    folders = prepare_folder(bound, tmp_path / "set")
+    folders = prepare_folder(bound, tmp_path_factory.mktemp("unfinished") / "set")
     for number in range(num_parts(bound)):
         encode_part(bound, number, pipe, PlannedSources(bound, sources), folders.tokens)
     for number in range(bound.num_shards):
         make_shard(bound, number, pipe, TokenStore(bound, folders.tokens), folders.output, folders.records)
-    return bound, folders
+    return bound, folders.output
+
+
+@pytest.fixture
+def unfinished(made_but_for_the_manifest, tmp_path):
+    """All shards are made, the manifest is not yet written."""
+    bound, folder = made_but_for_the_manifest
+    shutil.copytree(folder, tmp_path / "set")
+    return bound, WorkFolders(tmp_path / "set")
 
 
 def flip_a_byte(path):
@@ -177,7 +194,7 @@ def cut(path):
 
 
 @pytest.mark.parametrize("damage", [flip_a_byte, cut, Path.unlink])
-@pytest.mark.parametrize("name", ["synthetic-000001.tar", ".work/records/synthetic-000001.tar.json"])
+@pytest.mark.parametrize("name", ["synthetic-000001.tar", ".records/synthetic-000001.tar.json"])
 def test_a_damaged_shard_is_made_again(damage, name, unfinished, whole, pipe, sources, plan):
     bound, folders = unfinished
     if name.endswith("json") and damage is flip_a_byte:
@@ -198,14 +215,15 @@ def test_damaged_tokens_are_encoded_again(unfinished, whole, pipe, sources, plan
     assert files(folders.output, "*.tar*") == files(whole.folder, "*.tar*")
 
 
-def test_a_finished_set_with_a_missing_shard_is_refused(whole, pipe, sources, plan, tmp_path):
-    shutil.copytree(whole.folder, tmp_path / "set")
-    (tmp_path / "set" / "synthetic-000001.tar").unlink()
-    with pytest.raises(SynthesisError, match=r"synthetic-000001.tar is missing.*Delete manifest.json"):
-        synthesise(plan, pipe, sources, tmp_path / "set", progress=False)
-    (tmp_path / "set" / "manifest.json").unlink()
-    synthesise(plan, pipe, sources, tmp_path / "set", progress=False)
-    assert files(tmp_path / "set") == files(whole.folder)
+@pytest.mark.parametrize("damage", [cut, Path.unlink])
+def test_a_shard_that_a_finished_set_has_lost_is_made_again_alone(damage, pipe, sources, plan, tmp_path):
+    made = synthesise(plan, pipe, sources, tmp_path, gate=BrightnessGate(), progress=False)
+    before = files(made.folder)
+    damage(tmp_path / "synthetic-000002.tar")
+    gate = BrightnessGate()
+    synthesise(plan, pipe, sources, tmp_path, gate=gate, progress=False)
+    assert sum(map(len, gate.seen)) == 5
+    assert files(tmp_path) == before
 
 
 def test_refused_images_are_drawn_again_and_the_others_stay_as_they_are(whole, pipe, sources, plan, tmp_path):

@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from .units import UnitRecord, read_record
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["LABELS", "SyntheticSet", "WorkFolders", "check_left_out", "complete_set", "finished_set"]
+__all__ = ["LABELS", "SyntheticSet", "WorkFolders", "check_left_out", "complete_set", "finished_set", "only_run"]
 
 LABELS = "labels.csv"
 _COLUMNS = ("key", "labels", "strategy", "sources", "fraction")
@@ -50,15 +51,13 @@ class WorkFolders:
 
     @property
     def records(self) -> Path:
-        """A record of each finished shard."""
-        return self.work / "records"
+        """A record of each finished shard; they stay, so that one that is lost later can be made again alone."""
+        return self.output / ".records"
 
     def make(self) -> None:
-        """Make them, and delete files that a killed run left unfinished."""
-        for folder in (self.output, self.work, self.tokens, self.records):
+        """Make them."""
+        for folder in (self.output, self.records, self.work, self.tokens):
             folder.mkdir(exist_ok=True)
-            for leftover in folder.glob(f".*{PARTIAL}"):
-                leftover.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -104,23 +103,35 @@ class SyntheticSet:
         return open_images(self.folder, Preprocessing(**self.manifest["preprocessing"]), **options)
 
 
-def finished_set(folders: WorkFolders) -> SyntheticSet | None:
-    """The set of a folder that is complete; None if there is work left.
+@contextmanager
+def only_run(folders: WorkFolders) -> Iterator[None]:
+    """Hold a lock on the folders, which ends with this process however that ends, and clear away what was killed.
 
     Raises:
-        SynthesisError: If it is complete, and a shard is missing or has another size.
+        SynthesisError: If another run holds it.
     """
+    with open(folders.records / "lock", "w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SynthesisError(f"Another run is at work in {folders.output}: wait for it, or stop it.") from error
+        except (ImportError, OSError):  # not on Windows, nor on every network's file system
+            pass
+        for folder in (folders.output, folders.records, folders.tokens):
+            for leftover in folder.glob(f".*{PARTIAL}"):
+                leftover.unlink(missing_ok=True)
+        yield
+
+
+def finished_set(folders: WorkFolders) -> SyntheticSet | None:
+    """The set of a folder that is complete; None if there is work left, also where a shard is gone or cut short."""
     if not (folders.output / MANIFEST).is_file():
         return None
     found = SyntheticSet.open(folders.output)
-    for shard in found.manifest["shards"]:
-        path = folders.output / shard["name"]
-        if not path.is_file() or path.stat().st_size != shard["bytes"]:
-            raise SynthesisError(
-                f"{path} is missing or damaged although {MANIFEST} lists it. Delete {MANIFEST}, and the same command "
-                "makes it again."
-            )
-    return found
+    paths = {folders.output / shard["name"]: shard["bytes"] for shard in found.manifest["shards"]}
+    return found if all(path.is_file() and path.stat().st_size == size for path, size in paths.items()) else None
 
 
 def check_left_out(plan: Plan, left_out: int, max_left_out: float) -> None:
@@ -128,8 +139,8 @@ def check_left_out(plan: Plan, left_out: int, max_left_out: float) -> None:
     if left_out > max_left_out * len(plan):
         raise SynthesisError(
             f"The gate refused at least {left_out} of {len(plan)} images in all {plan.settings.max_attempts} "
-            f"attempts, more than the tolerated {max_left_out:.1%} (max_left_out). Raise that to go on with fewer images, or "
-            "look at the gate's threshold; another gate needs another output folder."
+            f"attempts, more than the tolerated {max_left_out:.1%} (max_left_out). Raise that to go on with fewer "
+            "images, or look at the gate's threshold; another gate needs another output folder."
         )
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from ..data import ImageDataset
+from ..data.shards import MANIFEST
 from ..fingerprints import as_json, fingerprint_pipeline, hash_of
 from ..training.checkpoints import make_writable_folder
-from .finish import SyntheticSet, WorkFolders, check_left_out, complete_set, finished_set
+from .finish import SyntheticSet, WorkFolders, check_left_out, complete_set, finished_set, only_run
 from .plan import Plan
 from .plan_files import freeze_plan
 from .settings import SynthesisError
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
     from ..pipelines import DinoDiffusionPipeline
 
-__all__ = ["bind", "check_readable", "prepare_folder", "synthesise"]
+__all__ = ["bind", "check_readable", "prepare_folder", "progress_bar", "synthesise"]
 
 
 def synthesise(
@@ -75,10 +77,12 @@ def synthesise(
     if (done := finished_set(folders)) is not None:
         processes.wait()
         return done
-    _encode_sources(plan, pipe, images, folders, processes, progress)
-    _make_shards(plan, pipe, folders, gate, processes, max_left_out, progress)
-    if processes.is_main:
-        complete_set(plan, folders, max_left_out)
+    with only_run(folders) if processes.is_main else nullcontext():
+        processes.wait()
+        _encode_sources(plan, pipe, images, folders, processes, progress)
+        _make_shards(plan, pipe, folders, gate, processes, max_left_out, progress)
+        if processes.is_main:
+            complete_set(plan, folders, max_left_out)
     processes.wait()
     return SyntheticSet.open(output_dir)
 
@@ -117,7 +121,7 @@ def bind(plan: Plan, pipe: DinoDiffusionPipeline, images: ImageDataset, gate: Ga
 
 
 def prepare_folder(plan: Plan, output_dir: str | Path) -> WorkFolders:
-    """Freeze a bound plan in its folder and clear away what killed runs left; one process does this.
+    """Freeze a bound plan in its folder; one process does this.
 
     Raises:
         SynthesisError: If the folder holds another plan or other shards.
@@ -128,6 +132,7 @@ def prepare_folder(plan: Plan, output_dir: str | Path) -> WorkFolders:
     if finished_set(folders) is not None:
         shutil.rmtree(folders.work, ignore_errors=True)  # killed while it cleaned up
     else:
+        (folders.output / MANIFEST).unlink(missing_ok=True)  # of a set that has lost a shard
         folders.make()
     return folders
 
@@ -144,6 +149,14 @@ def check_readable(problems: Sequence[str], folders: WorkFolders) -> None:
             f"{'; '.join(problems[:5])}{'; ...' if len(problems) > 5 else ''}. Mend them and go on in "
             f"{folders.output}, or plan without them into another folder."
         )
+
+
+def progress_bar(title: str, total: int, done: int, unit: str = "image", show: bool = True) -> tqdm:
+    """Rate and time left; where there is no terminal a line now and then."""
+    interval = 0.2 if sys.stderr.isatty() else 30
+    return tqdm(
+        total=total, initial=done, desc=title, unit=unit, mininterval=interval, smoothing=0.05, disable=not show
+    )
 
 
 class _Processes:
@@ -174,19 +187,10 @@ class _Processes:
         if self._accelerator is not None:
             self._accelerator.wait_for_everyone()
 
-    def bar(self, title: str, total: int, done: int, progress: bool) -> tqdm:
-        """Rate and time left of this process's share; where there is no terminal a line now and then."""
+    def bar(self, title: str, total: int, done: int, progress: bool, unit: str = "image") -> tqdm:
+        """Of this process's share."""
         of = f", process 1 of {self.count}" if self.count > 1 else ""
-        interval = 0.2 if sys.stderr.isatty() else 30
-        return tqdm(
-            total=total,
-            initial=done,
-            desc=title + of,
-            unit="image",
-            mininterval=interval,
-            smoothing=0.05,
-            disable=not progress or not self.is_main,
-        )
+        return progress_bar(title + of, total, done, unit, show=progress and self.is_main)
 
 
 def _encode_sources(
@@ -201,8 +205,7 @@ def _encode_sources(
     sources = PlannedSources(plan, images)
     parts = range(num_parts(plan))
     problems = []
-    with processes.bar("Encoding sources", len(processes.share(parts)), 0, progress) as bar:
-        bar.unit = "part"
+    with processes.bar("Encoding sources", len(processes.share(parts)), 0, progress, unit="part") as bar:
         for number in processes.share(parts):
             if not has_part(plan, number, folders.tokens):
                 problems += encode_part(plan, number, pipe, sources, folders.tokens)
