@@ -1,0 +1,124 @@
+"""Features with their keys: extracted as a stream, kept in a file, compared with their like alone."""
+
+import dataclasses
+import logging
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from diffusers_dino.data import Preprocessing, open_images
+from diffusers_dino.metrics import FeatureSet, extract_features, open_extractor
+from diffusers_dino.metrics.feature_sets import iterate_features
+from tiny import random_images
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twelve noisy gray images of 20 px."""
+    noise = np.random.default_rng(0)
+    for number in range(12):
+        Image.fromarray(noise.integers(0, 256, (20, 20), np.uint8)).save(tmp_path / f"{number:02}.png")
+    return tmp_path
+
+
+def open_folder(folder, **options):
+    return open_images(folder, Preprocessing(20, remove_borders=False), **options)
+
+
+@pytest.fixture
+def features():
+    return extract_features(open_extractor("pixels"), random_images(4), keys=["a", "b", "c", "ü\nd"])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_data_set_gives_the_features_of_its_images_in_order(folder, num_workers):
+    images = open_folder(folder)
+    extracted = extract_features(open_extractor("pixels"), images, batch_size=5, num_workers=num_workers)
+    whole = torch.stack([images[i]["image"] for i in range(len(images))])
+    assert extracted.keys == tuple(images.keys)
+    torch.testing.assert_close(extracted.features, open_extractor("pixels")(whole))
+
+
+def test_batches_pass_one_by_one(folder):
+    sizes = [len(features) for features, _ in iterate_features(open_extractor("pixels"), open_folder(folder), 5)]
+    assert sizes == [5, 5, 2]
+
+
+def test_images_that_cannot_be_read_are_left_out_and_not_replaced(folder, caplog):
+    (folder / "03.png").write_bytes(b"no image")
+    with caplog.at_level(logging.WARNING):
+        extracted = extract_features(open_extractor("pixels"), open_folder(folder, max_unreadable=0.2), batch_size=5)
+    assert len(extracted) == len(set(extracted.keys)) == 11
+    assert not any(key.startswith("03") for key in extracted.keys)
+    assert "1 images cannot be read and have no features" in caplog.text
+
+
+def test_a_tensors_images_are_numbered():
+    images = random_images(3)
+    assert extract_features(open_extractor("pixels"), images, batch_size=2).keys == ("0", "1", "2")
+    with pytest.raises(ValueError, match="2 keys for 3 images"):
+        extract_features(open_extractor("pixels"), images, keys=["a", "b"])
+
+
+def test_a_file_gives_back_what_was_saved(features, tmp_path):
+    features.save(tmp_path / "features.safetensors")
+    loaded = FeatureSet.load(tmp_path / "features.safetensors")
+    assert torch.equal(loaded.features, features.features)
+    assert (loaded.keys, loaded.spec) == (features.keys, features.spec)
+    first = (tmp_path / "features.safetensors").read_bytes()
+    features.save(tmp_path / "features.safetensors")
+    assert (tmp_path / "features.safetensors").read_bytes() == first
+
+
+def test_files_that_hold_no_features_are_refused(features, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        FeatureSet.load(tmp_path / "missing.safetensors")
+    path = tmp_path / "features.safetensors"
+    save_file({"features": torch.zeros(2, 256)}, path)
+    with pytest.raises(ValueError, match="not a file of features"):
+        FeatureSet.load(path)
+    features.save(path)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="damaged"):
+        FeatureSet.load(path)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="not a file of features"):
+        FeatureSet.load(path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_is_read_only_is_an_error(features, tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(PermissionError):
+        features.save(tmp_path / "features.safetensors")
+
+
+@pytest.mark.parametrize(
+    "change", [{"extractor": "tiny"}, {"input_size": 64}, {"resize": "nearest"}, {"weights_sha256": "ab"}]
+)
+def test_features_of_different_extractors_do_not_compare(features, change):
+    other = FeatureSet(features.features, features.keys, dataclasses.replace(features.spec, **change))
+    features.require_same_spec(features)
+    with pytest.raises(ValueError, match=f"They differ in {next(iter(change))}: "):
+        features.require_same_spec(other)
+
+
+def test_features_that_do_not_fit_their_keys_are_refused(features):
+    with pytest.raises(ValueError, match="3 keys"):
+        FeatureSet(features.features, ("a", "b", "c"), features.spec)
+    with pytest.raises(ValueError, match="NaN"):
+        FeatureSet(features.features * float("nan"), features.keys, features.spec)
+    with pytest.raises(ValueError, match="floating"):
+        FeatureSet(features.features.long(), features.keys, features.spec)
+
+
+def test_features_are_chosen_by_key(features):
+    chosen = features.select(["c", "a"])
+    assert chosen.keys == ("c", "a")
+    assert torch.equal(chosen.features, features.features[[2, 0]])
+    with pytest.raises(KeyError, match="such as z"):
+        features.select(["z"])
