@@ -98,7 +98,7 @@ def open_real_images(args: Arguments) -> tuple[ImageDataset, ImageDataset | None
     held_out = open_images(args.held_out, preprocessing)
     if args.held_out_keys:
         held_out = held_out.select(read_keys(args.held_out_keys))
-    elif args.training_keys:
+    elif args.training_keys or args.held_out == args.training:
         trained = set(training.keys)
         held_out = held_out.select([key for key in held_out.keys if key not in trained])
     if not len(held_out):

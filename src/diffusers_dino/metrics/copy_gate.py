@@ -26,7 +26,15 @@ from .memorization import (
     typical_distances,
 )
 
-__all__ = ["CopyGate", "Distances", "ImageViews", "extract_views", "search_copies", "search_training"]
+__all__ = [
+    "CopyGate",
+    "Distances",
+    "ImageViews",
+    "extract_views",
+    "known_groups",
+    "search_copies",
+    "search_training",
+]
 
 _FORMAT = 1
 
@@ -103,7 +111,7 @@ class CopyGate:
         """
         extractor = extractor or open_extractor("local-contrast")
         views = extract_views(extractor, training, batch_size)
-        real = search_training(views, groups).relative
+        real = search_training(views, known_groups(views, training, groups)).relative
         return cls(views.upright, calibrate_threshold(real, false_alarms), extractor)
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -175,6 +183,27 @@ def extract_views(extractor: FeatureExtractor, images: ImageDataset | Tensor, ba
     found = extract_features(both, images, batch_size)
     upright = FeatureSet(found.features[:, :dim].contiguous(), found.keys, extractor.spec)
     return ImageViews(upright, torch.stack([upright.features, found.features[:, dim:]]))
+
+
+def known_groups(views: ImageViews, images: ImageDataset | Tensor, groups: Groups | None) -> Groups | None:
+    """The group of each image that has features: those that cannot be read have none.
+
+    Args:
+        views: Of the images.
+        images: What they were extracted from.
+        groups: Group of each of `images`; None stays None.
+
+    Raises:
+        ValueError: If there is not one group an image.
+    """
+    if groups is None:
+        return None
+    if len(groups) != len(images):
+        raise ValueError(f"Give one group an image: {len(groups)} groups for {len(images)} images.")
+    if isinstance(images, Tensor):
+        return groups
+    by_key = dict(zip(images.keys, groups, strict=True))
+    return [by_key[key] for key in views.upright.keys]
 
 
 def search_copies(

@@ -7,7 +7,6 @@ images that were tampered with, which show what it finds.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -15,9 +14,17 @@ import torch
 from torch import Tensor
 
 from ..data import ImageDataset, collate
-from ..metrics.copy_gate import CopyGate, Distances, ImageViews, extract_views, search_copies, search_training
+from ..metrics.copy_gate import (
+    CopyGate,
+    Distances,
+    ImageViews,
+    extract_views,
+    known_groups,
+    search_copies,
+    search_training,
+)
 from ..metrics.features import FeatureExtractor, FeatureSpec, open_extractor
-from ..metrics.memorization import authenticity, calibrate_threshold, share_interval
+from ..metrics.memorization import Groups, authenticity, calibrate_threshold, share_interval
 from .planted_copies import PLANTED
 from .results import JsonResult
 
@@ -34,7 +41,6 @@ NUM_BINS = 50
 _NUM_PLANTED = 256
 
 Images = ImageDataset | Tensor
-Groups = Sequence[Hashable]
 
 
 @dataclass(frozen=True)
@@ -177,14 +183,14 @@ def evaluate_memorization(
         )
     extractor = extractor or open_extractor("local-contrast")
     views = extract_views(extractor, training, batch_size)
-    groups = _groups_of(views, training, training_groups)
+    groups = known_groups(views, training, training_groups)
     own = search_training(views, groups)
     spacing = own.neighbors.distance[:, 0]  # (M,)
     unseen = generated = None
     closest: tuple[ClosePair, ...] = ()
     if held_out is not None:
         held_out_views = extract_views(extractor, held_out, batch_size)
-        known = _groups_of(held_out_views, held_out, held_out_groups)
+        known = known_groups(held_out_views, held_out, held_out_groups)
         unseen = search_copies(held_out_views, views, known, None if known is None else groups)
     threshold = calibrate_threshold((own if calibrate_on == "training" else unseen).relative, false_alarms)
     if synthetic is not None:
@@ -207,18 +213,6 @@ def evaluate_memorization(
         **figures,
     )
     return MemorizationStudy(result, gate)
-
-
-def _groups_of(views: ImageViews, images: Images, groups: Groups | None) -> list[Hashable] | None:
-    """The group of each image that has features: a data set leaves out what cannot be read."""
-    if groups is None:
-        return None
-    if len(groups) != len(images):
-        raise ValueError(f"Give one group an image: {len(groups)} groups for {len(images)} images.")
-    if isinstance(images, Tensor):
-        return list(groups)
-    by_key = dict(zip(images.keys, groups, strict=True))
-    return [by_key[key] for key in views.upright.keys]
 
 
 def _summarize(found: Distances, threshold: float, spacing: Tensor) -> SetFigures:

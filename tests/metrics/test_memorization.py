@@ -1,0 +1,161 @@
+"""Nearest training images, relative distances, thresholds and authenticity against direct computation."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from diffusers_dino.metrics import memorization
+from diffusers_dino.metrics.extractors.local_contrast import local_contrast_features
+from diffusers_dino.metrics.memorization import (
+    authenticity,
+    calibrate_threshold,
+    nearest_training,
+    relative_distances,
+    share_interval,
+    typical_distances,
+)
+
+
+def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def direct(views: torch.Tensor, training: torch.Tensor) -> torch.Tensor:
+    """All distances `(N, M)`, of the nearest view."""
+    return (views.double()[:, :, None] - training.double()[None, None]).norm(dim=-1).amin(dim=0)
+
+
+@pytest.mark.parametrize(("chunk", "tile"), [(1024, 8192), (7, 11), (1, 50), (50, 1)])
+def test_neighbours_are_those_of_all_distances(monkeypatch, chunk, tile):
+    monkeypatch.setattr(memorization, "_TILE", tile)
+    views, training = gaussian(2, 20, 16), gaussian(50, 16, seed=1)
+    expected = direct(views, training).sort(dim=1)
+    found = nearest_training(views, training, k=3, chunk=chunk)
+    assert torch.allclose(found.distance, expected.values[:, :3], atol=1e-12)
+    assert torch.equal(found.index, expected.indices[:, :3])
+    own = (views.double()[found.view[:, 0], torch.arange(20)] - training.double()[found.index[:, 0]]).norm(dim=1)
+    assert torch.allclose(own, found.distance[:, 0])
+
+
+@pytest.mark.parametrize("tile", [8192, 4])
+def test_images_of_one_group_are_not_compared(monkeypatch, tile):
+    monkeypatch.setattr(memorization, "_TILE", tile)
+    features = gaussian(30, 8)
+    patients = [f"p{i // 3}" for i in range(30)]
+    same = torch.tensor([[a == b for b in patients] for a in patients])
+    expected = direct(features[None], features).masked_fill(same, torch.inf).min(dim=1)
+    found = nearest_training(features, features, groups=patients, training_groups=patients)
+    assert torch.allclose(found.distance[:, 0], expected.values)
+    assert torch.equal(found.index[:, 0], expected.indices)
+
+
+def test_copies_have_distance_zero_also_far_from_the_origin():
+    training = gaussian(300, 64) + 1e4
+    assert (nearest_training(training[::3], training).distance == 0).all()
+
+
+def test_an_answer_does_not_depend_on_the_other_images():
+    queries, training = gaussian(2, 65, 128), gaussian(500, 128, seed=1)
+    together = nearest_training(queries, training, k=2)
+    for row in (0, 31, 64):
+        alone = nearest_training(queries[:, row : row + 1], training, k=2)
+        assert all(torch.equal(a[row], b[0]) for a, b in zip(together, alone, strict=True))
+
+
+def test_relative_distance_is_of_the_nearest_tenth():
+    training, query = torch.arange(1, 101)[:, None].float(), torch.zeros(1, 1)
+    assert typical_distances(query, training).item() == pytest.approx(10)
+    near = nearest_training(query, training)
+    assert relative_distances(near, typical_distances(query, training)).item() == pytest.approx(0.1)
+
+
+def test_copies_within_the_training_set_do_not_hide_a_copy():
+    training = gaussian(400, 32)
+    query = training[:1] + 0.05 * gaussian(1, 32, seed=1)
+    once = relative_distances(nearest_training(query, training), typical_distances(query, training))
+    training[1:21] = training[0]
+    often = relative_distances(nearest_training(query, training), typical_distances(query, training))
+    assert often.item() == pytest.approx(once.item(), rel=0.05)
+    assert often.item() < 0.1
+
+
+def test_what_equals_many_training_images_is_a_copy_and_no_division_by_zero():
+    training = torch.ones(40, 4)
+    assert (
+        relative_distances(nearest_training(training[:2], training), typical_distances(training[:2], training))
+        .eq(0)
+        .all()
+    )
+
+
+def test_false_alarms_are_as_rare_as_was_asked():
+    scores = torch.rand(400, 200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    alarms = [(row[99:] < calibrate_threshold(row[:99], 0.05)).double().mean() for row in scores]
+    assert 0.04 < sum(alarms) / len(alarms) <= 0.0525  # 5 of 100 ranks lie below the fifth smallest of 99
+    assert calibrate_threshold(torch.arange(1.0, 100), 0.01) == 1  # exactly as many as it takes
+
+
+def test_thresholds_that_would_mean_nothing_are_refused():
+    with pytest.raises(ValueError, match="it takes 99"):
+        calibrate_threshold(torch.rand(98), 0.01)
+    with pytest.raises(ValueError, match="exact copies"):
+        calibrate_threshold(torch.tensor([0.0] * 3 + [0.5] * 97), 0.03)
+    with pytest.raises(ValueError, match="in \\(0, 1\\)"):
+        calibrate_threshold(torch.rand(200), 1)
+    with pytest.raises(ValueError, match="NaN"):
+        calibrate_threshold(torch.tensor([float("nan")] * 200))
+
+
+def test_authenticity_equals_its_definition():
+    generated, training = gaussian(60, 4), gaussian(50, 4, seed=1)
+    spacing = direct(training[None], training).fill_diagonal_(torch.inf).amin(dim=1)
+    distances = direct(generated[None], training)
+    expected = [bool(row.min() > spacing[row.argmin()]) for row in distances]
+    assert authenticity(nearest_training(generated, training), spacing).tolist() == expected
+    assert not authenticity(nearest_training(training, training), spacing).any()
+
+
+@pytest.mark.parametrize(("count", "n"), [(0, 100), (3, 100), (50, 100), (100, 100), (1, 1)])
+def test_intervals_of_shares_equal_scipy(count, n):
+    stats = pytest.importorskip("scipy.stats")
+    expected = stats.binomtest(count, n).proportion_ci(method="wilson")
+    assert tuple(share_interval(count, n)) == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
+def test_bad_features_are_refused():
+    good = torch.rand(30, 4)
+    for bad in (torch.rand(0, 4), torch.rand(30, 5), torch.rand(30)):
+        with pytest.raises(ValueError, match=r"nothing to compare|of the same extractor"):
+            nearest_training(bad, good)
+        with pytest.raises(ValueError, match=r"nothing to compare|of the same extractor"):
+            typical_distances(good, bad)
+    with pytest.raises(ValueError, match="training features hold NaN"):
+        nearest_training(good, good.masked_fill(good > 0.9, float("nan")))
+    with pytest.raises(ValueError, match="1 <= k <= 30"):
+        nearest_training(good, good, k=31)
+    with pytest.raises(ValueError, match="chunk"):
+        nearest_training(good, good, chunk=0)
+    with pytest.raises(ValueError, match="At least 20"):
+        typical_distances(good, good[:19])
+    with pytest.raises(ValueError, match="at least one image"):
+        share_interval(0, 0)
+
+
+def test_groups_must_fit_and_leave_something_to_compare_with():
+    good = torch.rand(30, 4)
+    with pytest.raises(ValueError, match="a group for each of 30 images"):
+        nearest_training(good, good, groups=range(30))
+    with pytest.raises(ValueError, match="a group for each of 30 images"):
+        nearest_training(good, good, groups=range(29), training_groups=range(30))
+    with pytest.raises(ValueError, match="30 images have fewer than 1 training images of other groups"):
+        nearest_training(good, good, groups=["one"] * 30, training_groups=["one"] * 30)
+
+
+def test_local_contrast_sees_what_is_shown_and_not_how_bright():
+    images = F.interpolate(torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)), 64, mode="bicubic")
+    images = 0.25 + 0.5 * images.clamp(0, 1)
+    features = local_contrast_features(images)
+    assert torch.allclose(features.norm(dim=1), torch.ones(8))
+    darker = local_contrast_features(0.7 * images.expand(-1, 3, -1, -1) - 0.1)
+    assert ((features - darker).norm(dim=1) < 0.15 * torch.cdist(features, features).fill_diagonal_(9).amin()).all()
+    assert local_contrast_features(torch.full((1, 1, 64, 64), 0.3)).norm() < 1e-3
