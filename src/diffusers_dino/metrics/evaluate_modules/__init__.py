@@ -1,0 +1,23 @@
+"""Figures for the `evaluate` library: `evaluate.load(module_path("frechet_distance"))`, without a network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__all__ = ["MODULES", "module_path"]
+
+MODULES = ("frechet_distance", "kernel_distance", "manifold_figures", "vendi_score")
+
+
+def module_path(name: str) -> str:
+    """The folder that `evaluate.load` takes.
+
+    Args:
+        name: One of `MODULES`.
+
+    Raises:
+        ValueError: If there is no such module.
+    """
+    if name not in MODULES:
+        raise ValueError(f"There is no evaluation module {name!r}: give one of {', '.join(MODULES)}.")
+    return str(Path(__file__).parent / name)
