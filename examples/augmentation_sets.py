@@ -50,7 +50,6 @@ class SyntheticJob:
 def make_synthetic(place: int, job: SyntheticJob) -> str:
     """Make a set, or go on with it, and pack its images for classifiers. Returns the digest of its plan."""
     pipe = load_pipeline(job.model, job.dtype, job.scheduler).to(device_of(place, job.device))
-    pipe.set_progress_bar_config(disable=True)
     size = pipe.unet.config["sample_size"] * pipe.vae_scale_factor
     sources = open_data(job.data_dir, job.data_split, Preprocessing(size, job.remove_borders))
     gate = None if job.gate is None else CopyGate.load(job.gate)

@@ -180,6 +180,7 @@ def open_experiment(
     args: Arguments, output: Path, table: LabelTable, names: tuple[str, ...], folds: np.ndarray
 ) -> Experiment:
     """Check what can be checked before hours of work, and freeze what decides over the figures."""
+    grid_of(args.regimes, args.ratios, args.num_folds, args.strategies, args.modes)
     classifier = classifier_settings(args)
     make_classifier(classifier, len(names))
     targets = table.targets(names)

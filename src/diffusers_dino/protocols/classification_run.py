@@ -169,11 +169,10 @@ def run_cell(job: CellJob, folder: str | Path, device: torch.device | str = "cpu
         validation = job.validation if len(job.validation.rows) else None
         trained = train_classifier(job.train, validation, job.classifier, seed, device)
         probabilities = predict(trained.model, job.test, device)
-    counts = {part.images.path: len(part.rows) for part in job.train}
-    num_real = counts.pop(job.test.images.path, 0)
+    num_real = sum(len(part.rows) for part in job.train if part.images.path == job.test.images.path)
     facts = CellFacts(
         num_real=num_real,
-        num_synthetic=sum(counts.values()),
+        num_synthetic=sum(len(part.rows) for part in job.train) - num_real,
         num_validation=len(job.validation.rows),
         steps=job.classifier.max_steps,
         best_step=trained.best_step,
