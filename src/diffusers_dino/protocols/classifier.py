@@ -12,10 +12,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -146,7 +148,7 @@ def make_classifier(settings: ClassifierSettings, num_labels: int, seed: int = 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return nn.Sequential(_Centred(), timm.create_model(settings.model, **options))
-    except (RuntimeError, TypeError, AssertionError) as error:
+    except (AssertionError, KeyError, RuntimeError, SafetensorError, TypeError, UnpicklingError) as error:
         close = timm.list_models(f"*{settings.model.rstrip('0123456789')}*")[:5]
         raise ValueError(
             f"timm does not make {settings.model!r} with {settings.options} and weights {settings.weights}: {error}. "
