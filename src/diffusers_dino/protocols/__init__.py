@@ -1,5 +1,6 @@
 """Experiments that answer one question each; results are frozen dataclasses that go to JSON and back."""
 
+from .fidelity import FidelityResult, FidelityScores, Sampling, generate_features, score_fidelity
 from .interpolation import InterpolationResult, PathFigures, PathSpace, evaluate_interpolation
 from .memorization import MemorizationResult, evaluate_memorization
 from .reconstruction import ReconstructionResult, RetrievalFigures, evaluate_reconstruction
@@ -7,6 +8,8 @@ from .segment_sweep import Setting, Sweep, SweptSegments, segment_images
 from .segmentation import MethodScores, SegmentationResult, SweepScores, evaluate_segmentation
 
 __all__ = [
+    "FidelityResult",
+    "FidelityScores",
     "InterpolationResult",
     "MemorizationResult",
     "MethodScores",
@@ -14,6 +17,7 @@ __all__ = [
     "PathSpace",
     "ReconstructionResult",
     "RetrievalFigures",
+    "Sampling",
     "SegmentationResult",
     "Setting",
     "Sweep",
@@ -23,5 +27,7 @@ __all__ = [
     "evaluate_memorization",
     "evaluate_reconstruction",
     "evaluate_segmentation",
+    "generate_features",
+    "score_fidelity",
     "segment_images",
 ]
