@@ -13,7 +13,7 @@ from diffusers_dino.data.folds import assign_folds
 from diffusers_dino.data.labels import LabelTable
 from shard_plan import write_csv
 
-__all__ = ["FOLD", "check_generators", "make_folds", "of_fold", "read_keys", "write_folds"]
+__all__ = ["FOLD", "check_generators", "make_folds", "of_fold", "write_folds"]
 
 logger = logging.getLogger("eval_augmentation")
 
@@ -25,11 +25,6 @@ TRAINING_KEYS = "training_keys.txt"
 def of_fold(path: str, fold: int) -> str:
     """A path in which `{fold}` stands for the number of a fold."""
     return path.replace(FOLD, str(fold))
-
-
-def read_keys(path: str) -> list[str]:
-    """Keys of images, one a line."""
-    return [line for line in Path(path).read_text().splitlines() if line]
 
 
 def make_folds(
@@ -44,7 +39,7 @@ def make_folds(
     """
     seen: set[str] = set()
     if training_keys is not None and FOLD not in training_keys:
-        seen = _patients_of(read_keys(training_keys), table)
+        seen = _patients_of(_read_keys(training_keys), table)
         logger.info(f"{len(seen)} patients that the generator was trained on are not tested")
     tested = np.array([patient not in seen for patient in table.patients])
     if not tested.any():
@@ -102,7 +97,7 @@ def check_generators(table: LabelTable, folds: np.ndarray, model: str, training_
         )
         return "One generator for all folds, which may have been trained on images of the patients that are tested."
     for fold in range(int(folds.max()) + 1):
-        trained = _patients_of(read_keys(of_fold(training_keys, fold)), table)
+        trained = _patients_of(_read_keys(of_fold(training_keys, fold)), table)
         tested = {table.patients[row] for row in np.flatnonzero(folds == fold).tolist()}
         if both := sorted(trained & tested):
             raise ValueError(
@@ -115,3 +110,8 @@ def check_generators(table: LabelTable, folds: np.ndarray, model: str, training_
 def _patients_of(keys: Sequence[str], table: LabelTable) -> set[str]:
     wanted = set(keys)
     return {patient for key, patient in zip(table.keys, table.patients, strict=True) if key in wanted}
+
+
+def _read_keys(path: str) -> list[str]:
+    """Keys of images, one a line."""
+    return [line for line in Path(path).read_text().splitlines() if line]

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from diffusers_dino.data import ImageDataset, Preprocessing, open_images
+from diffusers_dino.data import Preprocessing, open_images
 from diffusers_dino.data.packed import pack_images
 from diffusers_dino.metrics.copy_gate import CopyGate
 from diffusers_dino.synthesis import Plan, synthesise
 from generate_dataset import load_pipeline
 
-__all__ = ["SyntheticJob", "device_of", "make_synthetic", "open_data", "pack_path"]
+__all__ = ["SyntheticJob", "device_of", "make_synthetic", "pack_path"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ def make_synthetic(place: int, job: SyntheticJob) -> str:
     """Make a set, or go on with it, and pack its images for classifiers. Returns the digest of its plan."""
     pipe = load_pipeline(job.model, job.dtype, job.scheduler).to(device_of(place, job.device))
     size = pipe.unet.config["sample_size"] * pipe.vae_scale_factor
-    sources = open_data(job.data_dir, job.data_split, Preprocessing(size, job.remove_borders))
+    preprocessing = Preprocessing(size, job.remove_borders)
+    sources = open_images(job.data_dir, preprocessing, split=job.data_split, local_files_only=True)
     gate = None if job.gate is None else CopyGate.load(job.gate)
     made = synthesise(job.plan, pipe, sources, job.folder, gate=gate, progress=place == 0)
     images = open_images(job.folder, Preprocessing(job.size, remove_borders=False))
@@ -62,10 +63,6 @@ def make_synthetic(place: int, job: SyntheticJob) -> str:
 def pack_path(folder: Path) -> Path:
     """Where the images of a set are packed."""
     return folder.parent / f"{folder.name}.npy"
-
-
-def open_data(data_dir: str, split: str, preprocessing: Preprocessing) -> ImageDataset:
-    return open_images(data_dir, preprocessing, split=split, local_files_only=True)
 
 
 def device_of(place: int, device: str | None) -> str:

@@ -19,17 +19,23 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from augmentation_folds import FOLD, check_generators, make_folds, of_fold, read_keys, write_folds
-from augmentation_sets import SyntheticJob, device_of, make_synthetic, open_data, pack_path
+from augmentation_folds import FOLD, check_generators, make_folds, of_fold, write_folds
+from augmentation_sets import SyntheticJob, device_of, make_synthetic, pack_path
+from classifier_arguments import (
+    ClassifierArguments,
+    LabelledImageArguments,
+    classifier_settings,
+    open_labelled_images,
+)
 from command_line import flag, parse_arguments
 from diffusers_dino.data import ImageDataset, Preprocessing
 from diffusers_dino.data.atomic import PARTIAL, sha256_of, write_json
-from diffusers_dino.data.labels import LabelTable, read_label_table, stored_labels
+from diffusers_dino.data.labels import LabelTable
 from diffusers_dino.data.packed import PackedImages, pack_images
 from diffusers_dino.fingerprints import as_json, hash_of
 from diffusers_dino.metrics.classification import check_classes, macro_auroc
@@ -57,29 +63,16 @@ from workers import only_one_run, run_apart
 logger = logging.getLogger("eval_augmentation")
 
 EXPERIMENT = "experiment.json"
-STORED = "stored"
 
 
 @dataclass
-class Arguments:
-    # Data
-    data_dir: str = flag("examples/data/phantom-cxr", "Real images: a folder, or webdataset tars.")
-    data_split: str = flag("train", "Split of a folder of shards with a manifest.")
-    keys_file: str | None = flag(None, "Text file of the keys of the images to use, one a line; by default all.")
-    labels: str = flag(STORED, f"CSV of labels and patients, or {STORED!r} for those beside images in shards.")
-    key_column: str = flag("file", "Column of the CSV: keys or file names.")
-    label_column: str = flag("findings", "Column of the CSV: labels, joined by |.")
-    patient_column: str = flag("patient", "Column of the CSV: patients, who are in one fold alone.")
-    label_names: list[str] | None = flag(None, "Labels to classify; by default the most frequent ones.")  # noqa: RUF009
-    num_labels: int = flag(4, "How many of the most frequent findings, besides 'No Finding'.")
-    remove_borders: bool = flag(True, "Cut uniform borders off the images, as in training the generator.")
+class Arguments(ClassifierArguments, LabelledImageArguments):
     # Grid
     regimes: list[int] = flag([10000, 5000, 1000, 500, 100, 50], "Numbers of real images.")  # noqa: RUF009
     ratios: list[int] = flag([1, 5, 10, 25, 50], "Synthetic images for each real one.")  # noqa: RUF009
     strategies: list[str] = flag(["reconstruction", "interpolation"], "How they are made.")  # noqa: RUF009
     modes: list[str] = flag(["augmentation", "full-synthetic"], "Beside real images, or in place of them.")  # noqa: RUF009
     num_folds: int = flag(5, "Folds of cross-validation.")
-    validation_fraction: float = flag(0.15, "Share of the training patients that chooses a classifier's weights.")
     seed: int = flag(0, "Seed of folds, regimes, synthesis and training.")
     write_folds: bool = flag(False, "Write folds.csv and fold-K/training_keys.txt, and stop.")
     # Generator
@@ -91,21 +84,10 @@ class Arguments:
     guidance_rescale: float = flag(0.0, "Against over-exposure by guidance.")
     eta: float = flag(0.0, "Stochasticity of DDIM.")
     restore_norm: bool = flag(False, "Give interpolated tokens the norm back that mixing takes from them.")
-    dtype: str = flag("float32", "Type of the generator's weights.")
+    dtype: Literal["float32", "bfloat16", "float16"] = flag("float32", "Type of the generator's weights.")
     sampling_batch_size: int = flag(16, "Images sampled together.")
     shard_size: int = flag(1000, "Synthetic images in a shard: what a kill loses, for each process.")
     gate: str | None = flag(None, f"File of a CopyGate, {FOLD} as above: near-copies are drawn again.")
-    # Classifier
-    classifier: str = flag("densenet121", "Architecture of timm.")
-    classifier_options: list[str] | None = flag(None, "Its options, as NAME=VALUE in JSON.")  # noqa: RUF009
-    classifier_weights: str | None = flag(None, "File of weights to start from; by default from scratch.")
-    size: int = flag(224, "Side of the images in pixels that classifiers see.")
-    channels: int = flag(1, "1 for gray, 3 for colour.")
-    train_batch_size: int = flag(32, "Images of an update.")
-    max_train_steps: int = flag(2000, "Updates of each classifier, however many images it has.")
-    validation_steps: int = flag(100, "Updates after which the weights are compared with the best so far.")
-    learning_rate: float = flag(1e-3, "Peak of AdamW's.")
-    weight_decay: float = flag(0.05, "Of AdamW.")
     # Work
     output_dir: str = flag("augmentation", "Where sets, cells, tables and figures go.")
     num_workers: int | None = flag(None, "Processes at a time; by default one for each GPU, or core; 0: this one.")
@@ -146,7 +128,8 @@ def main() -> None:
     logger.setLevel(logging.INFO)
     output = make_writable_folder(args.output_dir)
     with only_one_run(output):
-        images, table, names, folds = open_labelled(args)
+        images, table, names = open_labelled_images(args, args.size)
+        folds = make_folds(table, names, args.num_folds, args.seed, args.training_keys)
         write_folds(table, folds, output)
         if args.write_folds:
             patients = len(set(table.patients))
@@ -156,24 +139,6 @@ def main() -> None:
         real = pack_real(experiment, images)
         problems = make_cells(experiment, real)
         report(experiment, problems)
-
-
-def open_labelled(args: Arguments) -> tuple[ImageDataset, LabelTable, tuple[str, ...], np.ndarray]:
-    """The images, what is known of each, the labels to classify and the fold that each image is tested in."""
-    images = open_data(args.data_dir, args.data_split, Preprocessing(args.size, args.remove_borders))
-    try:
-        if args.keys_file:
-            images = images.select(read_keys(args.keys_file))
-        if args.labels == STORED:
-            table = stored_labels(images)
-        else:
-            table = read_label_table(args.labels, args.key_column, args.label_column, args.patient_column)
-            table = table.select(images.keys)
-    except KeyError as error:
-        raise ValueError(f"{error.args[0]}. Name files in --labels as in --data_dir, or use --keys_file.") from error
-    names = tuple(args.label_names or table.most_frequent(args.num_labels))
-    table = table.restrict(names)
-    return images, table, names, make_folds(table, names, args.num_folds, args.seed, args.training_keys)
 
 
 def open_experiment(
@@ -211,28 +176,6 @@ def open_experiment(
         num_workers = num_workers or os.cpu_count() or 1
     digest = hash_of(json.dumps(begun, sort_keys=True))[:16]
     return Experiment(args, output, table, names, folds, splits, classifier, digest, num_workers)
-
-
-def classifier_settings(args: Arguments) -> ClassifierSettings:
-    options = {}
-    for text in args.classifier_options or []:
-        name, _, value = text.partition("=")
-        try:
-            options[name] = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"--classifier_options takes NAME=VALUE with a value in JSON, got {text!r}.") from error
-    return ClassifierSettings(
-        model=args.classifier,
-        options=json.dumps(options, sort_keys=True),
-        weights=args.classifier_weights,
-        size=args.size,
-        channels=args.channels,
-        batch_size=args.train_batch_size,
-        max_steps=args.max_train_steps,
-        validation_steps=args.validation_steps,
-        learning_rate=args.learning_rate,
-        weight_decay=args.weight_decay,
-    )
 
 
 def synthesis_settings(args: Arguments) -> SynthesisSettings:
