@@ -11,6 +11,7 @@ docs/synthesis.md describes what is written.
 from __future__ import annotations
 
 import datetime
+import json
 import logging
 import sys
 from dataclasses import dataclass, fields
@@ -38,6 +39,7 @@ from diffusers_dino.synthesis import (
     plan_reconstruction,
     synthesise,
 )
+from diffusers_dino.synthesis.card import recorded_sources, write_synthetic_card
 from diffusers_dino.synthesis.plan_files import PLAN
 from diffusers_dino.synthesis.run import prepare_folder
 from make_shards import say_what_failed
@@ -99,6 +101,12 @@ class Arguments:
     )
     plan_only: bool = flag(False, "Freeze the plan and stop.")
     num_drawn: int = flag(8, "Examples beside their sources in examples.png, which then shows real images; 0: none.")
+    title: str = flag("Synthetic images", "Of the card, README.md.")
+    license: str | None = flag(None, "Of the set, as the Hub spells it, for the card.")
+    privacy_report: str | None = flag(
+        None,
+        "memorization.json of eval_memorization.py on this set, for the card: run the same command again with it.",
+    )
 
 
 def main() -> None:
@@ -133,6 +141,7 @@ def main() -> None:
     if accelerator.is_main_process:
         if args.num_drawn:
             draw_examples(made, images, args.num_drawn)
+        describe(made, args)
         report(made)
     accelerator.end_training()
 
@@ -212,6 +221,13 @@ def draw_examples(made: SyntheticSet, images: ImageDataset, count: int) -> None:
     columns = [ends[0], [synthetic[i]["image"] for i in range(len(planned))], *ends[1:]]
     with atomic_write(made.folder / "examples.png") as file:
         contact_sheet(*columns).save(file, "png")
+
+
+def describe(made: SyntheticSet, args: Arguments) -> None:
+    """Write the card."""
+    privacy = None if args.privacy_report is None else json.loads(Path(args.privacy_report).read_text())
+    sources = recorded_sources(args.data_dir)
+    write_synthetic_card(made, args.title, model=args.model, sources=sources, privacy=privacy, license=args.license)
 
 
 def report(made: SyntheticSet) -> None:
