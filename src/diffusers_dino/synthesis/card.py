@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
-from ..cards import CITATION, fact_table, table_cell, without_folders
+from ..cards import CITATION, fact_table, table_cell
 from ..data.atomic import atomic_write
 from ..data.remote import is_remote
 from ..data.shards import MANIFEST, ShardError, read_manifest
@@ -39,12 +39,12 @@ taken of anybody; how near they may come to real images is under Privacy.
 
 ## Usage
 
-Each sample is `KEY.{format}` and `KEY.json`; `labels.csv` lists them all.
+Each sample is `KEY.{format}` and `KEY.json`; `labels.csv` lists them all. In the folder of this file:
 
 ```python
 from datasets import load_dataset
 
-images = load_dataset("webdataset", data_files="{folder}/*.tar", split="train", streaming=True)
+images = load_dataset("webdataset", data_files="*.tar", split="train", streaming=True)
 ```
 
 or, with `pip install diffusers-dino`:
@@ -52,7 +52,7 @@ or, with `pip install diffusers-dino`:
 ```python
 from diffusers_dino.data import Preprocessing, open_images
 
-images = open_images("{folder}", Preprocessing({side}))
+images = open_images(".", Preprocessing({side}))
 ```
 
 ## How it was made
@@ -147,7 +147,6 @@ def synthetic_card(
         side=plan.made_with["image_size"],
         sources=len(plan.keys),
         format=plan.settings.format,
-        folder=without_folders(made.folder),
         recipe=fact_table(_recipe(made, model)),
         origin=_origin(sources),
         label_rule=_LABEL_RULES[plan.strategy] if plan.label_sets else "The images have no labels.",
