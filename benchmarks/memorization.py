@@ -3,9 +3,9 @@
     python benchmarks/memorization.py --num_images 20000 --num_features 1024
     python benchmarks/memorization.py --images /data/cxr --patients /data/cxr.csv
 
-The first searches N features among N others and prints seconds and the largest memory of the process. The second trains
-on half of the patients and plants copies of their images among those of the other half, 1,000 images in all, once for
-each seed of the halves.
+The first searches N features among N others and prints seconds and the largest memory of the process. The second
+trains on half of the patients and plants copies of their images among those of the other half, once for each seed of
+the halves.
 """
 
 from __future__ import annotations

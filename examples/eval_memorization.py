@@ -41,7 +41,7 @@ class Arguments:
     # Search
     extractor: str = flag("local-contrast", "Feature space: not the generator's own encoder.")
     weights: str | None = flag(None, "Weights of the extractor, if it has any.")
-    false_alarms: float = flag(0.01, "Share of real images that may be called copies.")
+    false_alarms: float = flag(0.01, "Share of real images that may be called copies; 0.01 takes 299 images.")
     calibrate_on: Literal["training", "held out"] = flag("training", "Real images that the threshold comes from.")
     batch_size: int = flag(64, "Images computed at once.")
     device: str = flag("cpu", "Where features are computed, such as cuda.")
@@ -127,7 +127,8 @@ def make_report(result: MemorizationResult) -> Report:
         f"{spec.extractor} ({spec.layer}; {spec.dim} features of {spec.input_size} px, {spec.pixel_range}; weights "
         f"{spec.weights_sha256 or 'none'}). The relative distance is that to the nearest one in units of the distance "
         f"to the nearest tenth of them. Below {result.threshold:.3f} an image counts as a copy: "
-        f"{result.false_alarms:.2%} of real images ({result.calibrated_on}), which are none, may fall below it."
+        f"of real images ({result.calibrated_on}), which are none, at most {result.false_alarms:.2%} do (with 95 % "
+        "confidence)."
     )
     report.add_text(
         "No copy found is no proof of privacy: the search sees pictures that resemble each other as a whole, not a "

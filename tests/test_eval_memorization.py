@@ -48,6 +48,7 @@ def flags(folder, tmp_path) -> dict:
         "synthetic": folder / "synthetic",
         "patients": folder / "patients.csv",
         "size": 32,
+        "false_alarms": 0.05,
         "num_pairs": 4,
         "output_dir": tmp_path / "out",
     }
@@ -101,6 +102,6 @@ def test_what_cannot_be_measured_is_said(flags, tmp_path):
     fails("Give --training", training=None)
     fails("empty", FileNotFoundError, synthetic=tmp_path / "empty")
     fails("No image is held out", training_keys=None)
-    fails("it takes 999", false_alarms=0.001)
+    fails("it takes 2995", false_alarms=0.001)
     fails("has no column 'person'", patient_column="person")
     fails("There is no feature extractor", extractor="nobody")

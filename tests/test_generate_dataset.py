@@ -61,7 +61,7 @@ def test_interpolation_takes_labels_of_a_table_and_a_gate_of_the_sources(data, t
     keys = [f"{number:03d}" for number in range(20)]
     (tmp_path / "keys.txt").write_text("\n".join(keys))
     options = flags(data, labels=data / "labels.csv", keys_file=tmp_path / "keys.txt", strategy="interpolation")
-    options |= {"ratio": None, "num_images": 9, "gate": gate, "gate_false_alarms": 0.1, "max_left_out": 1.0}
+    options |= {"ratio": None, "num_images": 9, "gate": gate, "gate_false_alarms": 0.2, "max_left_out": 1.0}
     call_script(SCRIPT, **options, output_dir=out)
     made = SyntheticSet.open(out)
     assert "The gate refused" in capsys.readouterr().out

@@ -27,15 +27,15 @@ def phantoms() -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def gate(phantoms) -> CopyGate:
-    return CopyGate.calibrate(phantoms[::2])
+    return CopyGate.calibrate(phantoms[:384])
 
 
 def test_planted_copies_are_found_with_few_false_alarms(phantoms, gate):
-    training, others = phantoms[::2], phantoms[1::2]
-    copies = [PLANTED[name](training) for name in PLANTED if name in ("exact", "mirrored") or "blurred" in name]
-    found = torch.cat([~gate(images) for images in copies])
-    assert len(found) == 1024
-    assert found.all()
+    training, others = phantoms[:384], phantoms[384:]
+    changes = [name for name in PLANTED if name in ("exact", "mirrored") or "blurred" in name]
+    copies = torch.cat([PLANTED[name](training[i :: len(changes)]) for i, name in enumerate(changes)])
+    assert len(copies) == 384
+    assert not gate(copies).any()
     assert (~gate(others)).double().mean() <= 0.01
 
 
@@ -61,7 +61,7 @@ def test_a_gate_is_the_same_after_it_was_saved(phantoms, gate, tmp_path):
     assert loaded.threshold == gate.threshold
     stricter = CopyGate(FeatureSet(*_parts(gate)), 0.9, gate.extractor)
     assert stricter.fingerprint() != gate.fingerprint()
-    assert stricter(phantoms[1::2][:40]).sum() < gate(phantoms[1::2][:40]).sum()
+    assert stricter(phantoms[384:424]).sum() < gate(phantoms[384:424]).sum()
 
 
 def _parts(gate: CopyGate):
@@ -104,16 +104,16 @@ def test_features_of_another_extractor_are_refused(gate, tmp_path):
 
 
 def test_other_extractors_make_gates_too(phantoms, tmp_path):
-    gate = CopyGate.calibrate(phantoms[::4], open_extractor("pixels"))
+    gate = CopyGate.calibrate(phantoms[::4], open_extractor("pixels"), false_alarms=0.05)
     assert not gate(phantoms[::4].flip(-1)).any()
     gate.save(tmp_path / "gate.safetensors")
     assert CopyGate.load(tmp_path / "gate.safetensors").extractor.spec.extractor == "pixels"
 
 
 def test_too_few_images_are_said_so(phantoms):
-    with pytest.raises(ValueError, match="it takes 99"):
+    with pytest.raises(ValueError, match="it takes 299"):
         CopyGate.calibrate(phantoms[:50])
-    with pytest.raises(ValueError, match="At least 20"):
+    with pytest.raises(ValueError, match="At least 11"):
         CopyGate.calibrate(phantoms[:10], false_alarms=0.5)
     with pytest.raises(ValueError, match="nothing to compare"):
         CopyGate.calibrate(phantoms[:0])

@@ -11,6 +11,7 @@ from diffusers_dino.metrics.copy_gate import CopyGate
 from diffusers_dino.plots_memorization import draw_closest_pairs, plot_memorization
 from diffusers_dino.protocols import MemorizationResult, evaluate_memorization
 
+FALSE_ALARMS = 0.02  # which 149 images can promise
 PHANTOMS = Path(__file__).parents[2] / "examples/data/phantom-cxr"
 
 
@@ -25,7 +26,7 @@ def study(phantoms):
     """Half of the phantoms trained, others are "generated", and with them copies of two training images."""
     training, others = phantoms[::2], phantoms[1::2]
     synthetic = torch.cat([others[:60], training[7:8], training[9:10].flip(-1)])
-    return evaluate_memorization(training, synthetic, others[60:], num_pairs=5)
+    return evaluate_memorization(training, synthetic, others[60:], false_alarms=FALSE_ALARMS, num_pairs=5)
 
 
 def test_planted_copies_head_the_closest_pairs(study, phantoms):
@@ -60,15 +61,19 @@ def test_the_threshold_may_come_from_held_out_images(phantoms):
     training, others = phantoms[::2], phantoms[1::2]
     result, _ = evaluate_memorization(training, held_out=others, calibrate_on="held out", false_alarms=0.05)
     assert (result.calibrated_on, result.synthetic, result.closest) == ("held out", None, ())
-    assert result.held_out.share == pytest.approx(0.05, abs=1 / len(others))
+    assert 0 < result.held_out.share < 0.05
 
 
 def test_images_of_the_same_patient_are_not_compared(phantoms):
     training = phantoms[::2]
     patients = list(range(len(training)))
-    blind = evaluate_memorization(training, held_out=training[:40]).result
+    blind = evaluate_memorization(training, held_out=training[:40], false_alarms=FALSE_ALARMS).result
     known = evaluate_memorization(
-        training, held_out=training[:40], training_groups=patients, held_out_groups=patients[:40]
+        training,
+        held_out=training[:40],
+        training_groups=patients,
+        held_out_groups=patients[:40],
+        false_alarms=FALSE_ALARMS,
     ).result
     assert blind.held_out.copies == 40  # they are the training images themselves
     assert known.held_out.copies <= 2
@@ -82,7 +87,7 @@ def test_results_go_to_json_and_back(study, tmp_path):
 
 
 def test_the_gate_of_a_study_is_that_of_calibrate(study, phantoms):
-    assert CopyGate.calibrate(phantoms[::2]).fingerprint() == study.result.gate
+    assert CopyGate.calibrate(phantoms[::2], false_alarms=FALSE_ALARMS).fingerprint() == study.result.gate
 
 
 def test_results_are_drawn(study, phantoms):

@@ -103,7 +103,8 @@ class CopyGate:
             training: The images, or `(M, C, H, H)` in [0, 1].
             extractor: By default `local-contrast`.
             groups: Group of each image, such as its patient: images of one patient are no copies and not compared.
-            false_alarms: Share of unseen real images that the gate may refuse.
+            false_alarms: Share of unseen real images that the gate may refuse; to promise 0.01 takes 299 images (see
+                `calibrate_threshold`).
             batch_size: Images computed at once.
 
         Raises:

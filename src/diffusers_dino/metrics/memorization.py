@@ -33,7 +33,7 @@ _TILE = 8192  # training images at once
 _SPARE = 4  # candidates beyond those asked for, whose order float32 may have wrong
 _SAMPLE = 512  # training images that tell how dense they are
 _NEAREST_SHARE = 0.1  # of them that count as near: copies of one image are fewer than that
-_FEWEST = 20  # training images of which this share is more than one
+_FEWEST = 11  # training images of which this share is more than one
 
 Groups = Sequence[Hashable]
 
@@ -112,7 +112,7 @@ def typical_distances(
         features, training, chunk, groups, training_groups: As in `nearest_training`.
 
     Raises:
-        ValueError: As in `nearest_training`, or if there are fewer than 20 training images (of other groups).
+        ValueError: As in `nearest_training`, or if there are fewer than 11 training images (of other groups).
     """
     views = _views_of(features, training)
     codes, training_codes = _encode_groups(groups, training_groups, views.shape[1], len(training))
@@ -143,28 +143,30 @@ def relative_distances(neighbors: Neighbors, typical: Tensor) -> Tensor:
     return torch.where(nearest > 0, nearest / typical.clamp(min=torch.finfo(torch.float64).tiny), 0.0).clamp(max=1)
 
 
-def calibrate_threshold(real: Tensor, false_alarms: float = 0.01) -> float:
+def calibrate_threshold(real: Tensor, false_alarms: float = 0.01, confidence: float = 0.95) -> float:
     """The relative distance below which an image counts as a copy, from real images that are none.
 
-    A new real image that is exchangeable with the given ones falls below it with a probability of `false_alarms` at
-    most (split conformal prediction, Vovk et al. 2005).
+    With the given confidence at most a share of `false_alarms` of all real images that are drawn like the given ones
+    fall below it: it is their largest order statistic that is a lower tolerance limit (Wilks 1941).
 
     Args:
         real: `(n,)` relative distances of real images to training images of other patients.
         false_alarms: Share of real images that may be called copies, in (0, 1).
+        confidence: Probability, over the draw of `real`, that it is no more, in (0, 1).
 
     Raises:
-        ValueError: If there are too few images for that share, or so many copies among them that none could be told.
+        ValueError: If there are too few images for that, or so many copies among them that none could be told.
     """
     if real.ndim != 1 or not real.isfinite().all():
         raise ValueError(f"Expected finite distances (n,), got {tuple(real.shape)}, or NaN among them.")
-    if not 0 < false_alarms < 1:
-        raise ValueError(f"false_alarms is a share in (0, 1), got {false_alarms}.")
-    rank = math.floor(false_alarms * (len(real) + 1) + 1e-9)
+    if not (0 < false_alarms < 1 and 0 < confidence < 1):
+        raise ValueError(f"false_alarms and confidence are in (0, 1), got {false_alarms} and {confidence}.")
+    rank = _tolerance_rank(len(real), false_alarms, 1 - confidence)
     if rank < 1:
+        needed = math.ceil(math.log(1 - confidence) / math.log1p(-false_alarms))
         raise ValueError(
-            f"{len(real)} real images are too few for {false_alarms:.2%} false alarms: it takes "
-            f"{math.ceil(1 / false_alarms - 1e-9) - 1}. Give more images or a larger share."
+            f"{len(real)} real images are too few to promise at most {false_alarms:.2%} false alarms: it takes "
+            f"{needed}. Give more images or a larger share."
         )
     threshold = real.sort().values[rank - 1].item()
     if threshold <= 0:
@@ -196,6 +198,18 @@ def share_interval(count: int, n: int) -> Interval:
     center, spread = count / n + z * z / (2 * n), z * math.sqrt(count * (n - count) / n**3 + z * z / (4 * n * n))
     low, high = ((center + sign * spread) / (1 + z * z / n) for sign in (-1, 1))
     return Interval(max(low, 0.0) if count else 0.0, min(high, 1.0) if count < n else 1.0)
+
+
+def _tolerance_rank(n: int, share: float, risk: float) -> int:
+    """The largest r for which fewer than r of n draws fall below the quantile `share` with probability <= `risk`."""
+    total, rank = 0.0, 0
+    while rank < n:
+        log_ways = math.lgamma(n + 1) - math.lgamma(rank + 1) - math.lgamma(n - rank + 1)
+        total += math.exp(log_ways + rank * math.log(share) + (n - rank) * math.log1p(-share))  # of exactly `rank`
+        if total > risk:
+            break
+        rank += 1
+    return rank
 
 
 def _views_of(features: Tensor, training: Tensor) -> Tensor:
