@@ -39,6 +39,7 @@ from diffusers_dino.protocols.fidelity import (
     Sampling,
     encode_sources,
     generate_features,
+    require_disjoint,
     score_fidelity,
 )
 from diffusers_dino.protocols.fidelity_table import format_fidelity_table
@@ -157,6 +158,7 @@ class Evaluation:
         sources, reference, patients = open_sets(args, pipe.unet.config["sample_size"] * pipe.vae_scale_factor)
         self.sources = self._of_images("sources", sources, args.data_dir)
         self.reference = self._of_images("reference", reference, args.reference_dir or args.data_dir)
+        require_disjoint(self.sources, self.reference)
         self.images = sources.select(self.sources.keys)  # without what cannot be read
         groups = [[patients[key] for key in one.keys] if patients else None for one in (self.sources, self.reference)]
         self.bootstrap = Bootstrap(args.bootstrap_repeats, args.seed, 0.95, *groups)
@@ -184,7 +186,9 @@ class Evaluation:
         """The row of the sources themselves."""
         return self._score(REAL, self.sources)
 
-    def _score(self, name: str, features: FeatureSet, step: int | None = None, sampling: Sampling | None = None):
+    def _score(
+        self, name: str, features: FeatureSet, step: int | None = None, sampling: Sampling | None = None
+    ) -> FidelityScores:
         options = {"step": step, "sampling": sampling, "neighbors": self.args.neighbors, "bootstrap": self.bootstrap}
         scores = score_fidelity(name, features, self.reference, **options)
         logger.info(f"{name}: Fréchet distance {scores.frechet.value:.4g}, kernel distance {scores.kernel.value:.4g}")

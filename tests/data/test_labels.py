@@ -24,6 +24,7 @@ def test_keys_labels_and_patients_are_read(table):
     assert found.labels == ({"Edema", "Effusion"}, {"No Finding"}, frozenset())
     assert found.patients == ("7", "7", "8")
     assert read_label_table(table, patient_column=None).patients == found.keys
+    assert read_label_table(table, label_column=None).labels == (frozenset(),) * 3
 
 
 def test_the_most_frequent_findings_come_first():

@@ -44,6 +44,7 @@ __all__ = [
     "Sampling",
     "encode_sources",
     "generate_features",
+    "require_disjoint",
     "score_fidelity",
 ]
 
@@ -148,6 +149,20 @@ class FidelityResult(JsonResult):
         return min(self.checkpoints, key=lambda row: getattr(row, metric).value)
 
 
+def require_disjoint(sources: FeatureSet, reference: FeatureSet) -> None:
+    """Refuse sources that are in the reference: a model would be rewarded for copying them.
+
+    Raises:
+        ValueError: If an image of one key has the same features in both sets.
+    """
+    shared = sorted(set(sources.keys) & set(reference.keys))
+    if shared and (sources.select(shared).features == reference.select(shared).features).all(dim=1).any():
+        raise ValueError(
+            f"Images are in the reference and among the sources, such as {shared[0]!r} ({len(shared)} keys are in "
+            "both): give other sources."
+        )
+
+
 def encode_sources(pipe: DinoDiffusionPipeline, images: ImageDataset, batch_size: int = 64) -> Tensor:
     """Condition tokens `(N, S, D)` of all images, float32 on the CPU; they serve all checkpoints."""
     chunks = (range(i, min(i + batch_size, len(images))) for i in range(0, len(images), batch_size))
@@ -220,14 +235,9 @@ def score_fidelity(
         bootstrap: How to draw, with the patients of both sets.
 
     Raises:
-        ValueError: If the sets are of different extractors, share an image, or are too small.
+        ValueError: If the sets are of different extractors, or too small.
     """
     features.require_same_spec(reference)
-    if shared := set(features.keys) & set(reference.keys):
-        raise ValueError(
-            f"{len(shared)} images are in the reference and among the sources, such as {sorted(shared)[0]!r}: a model "
-            "would be rewarded for a copy. Give other sources."
-        )
     bootstrap = bootstrap or Bootstrap()
     scores = FidelityScores(
         images,

@@ -93,7 +93,8 @@ def build_pipeline(
 def load_trained_pipeline(name_or_path: str | Path, torch_dtype: torch.dtype | None = None) -> DinoDiffusionPipeline:
     """Load a pipeline, or a checkpoint (or `best`) of `train_dino.py`, whose other parts lie in the folder above it.
 
-    Of a run with an average, checkpoints hold the averaged weights in `unet/`, and these are loaded.
+    Of a run with an average, checkpoints hold the averaged weights in `unet/`, and these are loaded. A LoRA is fused
+    into the weights of the pipeline that it was trained on.
 
     Args:
         name_or_path: A pipeline's folder or repository, or `RUN/checkpoint-500`.
@@ -110,6 +111,8 @@ def load_trained_pipeline(name_or_path: str | Path, torch_dtype: torch.dtype | N
         base = json.loads((run / "training_arguments.json").read_text())["pretrained_pipeline"]
         pipe = DinoDiffusionPipeline.from_pretrained(base, **options)
         pipe.load_lora_weights(folder)
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
         return pipe
     conditioner = DinoImageConditioner.from_pretrained(run, subfolder="conditioner")
     parts = {"vae": load_vae(str(run)), "unet": load_unet(str(folder)), "scheduler": make_scheduler(str(run))}
