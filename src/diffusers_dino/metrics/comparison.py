@@ -15,7 +15,7 @@ import numpy as np
 from ..seeds import derive_seed
 from .bootstrap import resamples
 
-__all__ = ["FoldTest", "auroc_draws", "corrected_t_test", "draw_weights", "holm"]
+__all__ = ["FoldTest", "auroc_draws", "corrected_t_test", "draw_weights", "holm", "stratified_auroc"]
 
 _CHUNK = 1 << 22  # weights at once
 
@@ -66,6 +66,38 @@ def auroc_draws(scores: np.ndarray, targets: np.ndarray, weights: np.ndarray | N
     chunks = [weights[first : first + rows] for first in range(0, len(weights), rows)]
     columns = list(zip(scores.T, targets.T, strict=True))
     return np.concatenate([np.stack([_auroc(*column, w) for column in columns], axis=1) for w in chunks])
+
+
+def stratified_auroc(
+    scores: np.ndarray, targets: np.ndarray, strata: np.ndarray, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """AUROC of each label where only images of one stratum are compared, such as those that one classifier scored.
+
+    It is the weighted share of such pairs in which the positive image has the higher score: each stratum counts by
+    its number of pairs, and one with a single class not at all.
+
+    Args:
+        scores: `(N, L)`.
+        targets: `(N, L)` bool.
+        strata: `(N,)`, any integers.
+        weights: `(R, N)` as in `auroc_draws`.
+
+    Returns:
+        `(R, L)` float64; NaN where no stratum has a pair.
+
+    Raises:
+        ValueError: As for `auroc_draws`.
+    """
+    weights = np.ones((1, len(scores))) if weights is None else weights
+    wins, total = np.zeros((2, len(weights), scores.shape[1]))
+    for stratum in np.unique(strata):
+        rows = np.flatnonzero(strata == stratum)
+        own, chosen = weights[:, rows].astype(np.float64), targets[rows]
+        pairs = (own @ chosen) * (own @ ~chosen)  # (R, L)
+        wins += np.nan_to_num(auroc_draws(scores[rows], chosen, own)) * pairs
+        total += pairs
+    with np.errstate(invalid="ignore"):
+        return np.where(total > 0, wins / total, np.nan)
 
 
 def draw_weights(
