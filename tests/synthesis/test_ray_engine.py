@@ -1,0 +1,175 @@
+"""Ray makes the files that one process makes, also where that process began and where workers die on the way."""
+
+import os
+import pickle
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from diffusers_dino.data import Preprocessing, open_images
+from diffusers_dino.synthesis import SynthesisError, SynthesisSettings, plan_interpolation, synthesise
+from diffusers_dino.synthesis.finish import WorkFolders
+from diffusers_dino.synthesis.ray_engine import (
+    RayResources,
+    _count_fitting,
+    _Encoder,
+    _Job,
+    _portable,
+    _ShardMaker,
+    synthesise_with_ray,
+)
+from diffusers_dino.synthesis.run import bind, prepare_folder
+from scripts import image_folder
+
+LABELS = [{"mass"}, {"mass", "nodule"}, {"nodule"}, {"mass"}, {"nodule"}]
+SETTINGS = SynthesisSettings(num_inference_steps=2, batch_size=4, shard_size=4, threads=1)
+
+
+class DeadlyGate:
+    """Lets everything pass, but one process that asks it dies as if it was killed, or the user presses Ctrl-C."""
+
+    def __init__(self, folder: Path):
+        self.deadly, self.interrupting = folder / "deadly", folder / "interrupting"
+
+    def __call__(self, images):
+        if self.interrupting.exists():
+            raise KeyboardInterrupt
+        try:
+            self.deadly.unlink()  # one process succeeds
+        except FileNotFoundError:
+            return torch.ones(len(images), dtype=torch.bool)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def fingerprint(self):
+        return "everything passes"
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny.tiny_pipeline()
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    return open_images(image_folder(tmp_path_factory.mktemp("sources"), len(LABELS), 32), Preprocessing(32))
+
+
+@pytest.fixture(scope="module")
+def plan(sources):
+    return plan_interpolation(sources.keys, LABELS, num_images=15, settings=SETTINGS)
+
+
+@pytest.fixture
+def job(plan, pipe, sources, tmp_path):
+    bound = bind(plan, pipe, sources)
+    job = _Job(bound, sources, None, prepare_folder(bound, tmp_path / "set"), {}, "cpu")
+    job.attempts.mkdir()
+    pipe.save_pretrained(job.model)
+    return job
+
+
+def ask(worker, number):
+    return pickle.loads(worker({"number": number})["answer"])
+
+
+@pytest.mark.slow
+def test_ray_goes_on_with_what_one_process_began_and_replaces_a_worker_that_is_killed(
+    plan, pipe, sources, tmp_path, capfd
+):
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'diffusers-dino[ray]'")
+    gate = DeadlyGate(tmp_path)
+    whole = synthesise(plan, pipe, sources, tmp_path / "whole", gate=gate, progress=False)
+    begun = prepare_folder(bind(plan, pipe, sources, gate), tmp_path / "set")
+    gate.interrupting.touch()
+    with pytest.raises(KeyboardInterrupt):
+        synthesise(plan, pipe, sources, begun.output, gate=gate, progress=False)
+    gate.interrupting.unlink()
+    shard = begun.output / whole.manifest["shards"][1]["name"]
+    for found in whole.folder.rglob(f"{shard.name}*"):  # this one the interrupted run has finished
+        (begun.output / found.relative_to(whole.folder)).write_bytes(found.read_bytes())
+    written = shard.stat().st_mtime_ns
+    for tokens in begun.tokens.iterdir():
+        tokens.unlink()
+    gate.deadly.touch()
+    made = synthesise_with_ray(
+        plan, pipe, sources, begun.output, gate=gate, resources=RayResources(num_workers=2), progress=False
+    )
+    assert not gate.deadly.exists()
+    assert "A worker died while it made shard" in capfd.readouterr().out
+    assert shard.stat().st_mtime_ns == written
+    files = {str(path.relative_to(whole.folder)) for path in whole.folder.rglob("*") if path.is_file()}
+    assert len(files) > 3 * 4
+    assert files == {str(path.relative_to(made.folder)) for path in made.folder.rglob("*") if path.is_file()}
+    different = [name for name in files if (whole.folder / name).read_bytes() != (made.folder / name).read_bytes()]
+    assert not different
+
+
+def test_a_worker_answers_with_what_it_made(job):
+    assert ask(_Encoder(job), 0).result == []
+    answer = ask(_ShardMaker(job), 1)
+    assert (answer.number, answer.attempt, answer.result, answer.error) == (1, 1, 0, None)
+    assert (job.folders.output / "synthetic-000001.tar").is_file()
+
+
+def test_a_unit_that_ends_its_worker_every_time_is_given_up(job):
+    (job.attempts / "_ShardMaker-000001").write_bytes(b"....")
+    error = ask(_ShardMaker(job), 1).error
+    assert isinstance(error, SynthesisError)
+    assert "4 workers died" in str(error)
+    assert not (job.folders.output / "synthetic-000001.tar").exists()
+
+
+def test_a_machine_that_does_not_see_the_folder_says_so(job, tmp_path):
+    elsewhere = replace(job, folders=WorkFolders(tmp_path / "nowhere"))
+    error = ask(_Encoder(elsewhere), 0).error
+    assert isinstance(error, SynthesisError)
+    assert "does not see" in str(error)
+
+
+def test_a_worker_with_another_model_is_refused(job, pipe):
+    other = tiny.tiny_pipeline(vae=tiny.tiny_vae(scaling_factor=0.25))
+    other.save_pretrained(job.model)
+    error = ask(_Encoder(job), 0).error
+    assert isinstance(error, SynthesisError)
+    assert "of another plan" in str(error)
+    assert "vae" in str(error)
+
+
+def test_errors_arrive_as_they_are(job):
+    ask(_Encoder(job), 0)
+    job.folders.records.rmdir()
+    error = ask(_ShardMaker(job), 0).error
+    assert isinstance(error, FileNotFoundError)
+
+    class LocalError(Exception):
+        pass
+
+    assert _portable(OSError(28, "No space left on device")).errno == 28
+    assert str(_portable(LocalError("too hot"))) == "LocalError: too hot"
+
+
+def test_workers_are_counted_by_what_a_machine_has():
+    machine = {"Alive": True, "Resources": {"CPU": 9.0, "GPU": 2.0}}
+    assert _count_fitting([machine, machine], 4, 0) == 4
+    assert _count_fitting([machine], 2, 0.5) == 4
+    assert _count_fitting([machine], 4, 0.5) == 2
+    assert _count_fitting([{"Alive": True, "Resources": {"CPU": 8.0}}], 4, 1) == 0
+    assert _count_fitting([{**machine, "Alive": False}], 1, 0) == 0
+
+
+@pytest.mark.parametrize("options", [{"num_workers": 0}, {"num_gpus": -1.0}, {"num_gpus": 1.5}])
+def test_impossible_resources_are_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        RayResources(**options)
+
+
+def test_without_ray_the_extra_is_named(plan, pipe, sources, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"diffusers-dino\[ray\]"):
+        synthesise_with_ray(plan, pipe, sources, tmp_path / "set")
+    assert not (tmp_path / "set").exists()
