@@ -107,7 +107,7 @@ class PackedKeys(Sequence[str]):
             raise IndexError(f"index {index} is out of range for {len(self)} keys")
         index %= len(self)
         start = int(self._ends[index - 1]) + 1 if index else 0
-        return self._bytes[start : int(self._ends[index])].tobytes().decode()
+        return str(self._bytes.data[start : int(self._ends[index])], "utf-8")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)

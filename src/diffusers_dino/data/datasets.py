@@ -105,9 +105,12 @@ class ImageDataset(Dataset[dict[str, Any]]):
             if not -len(self) <= index < len(self):
                 raise IndexError(f"index {index} is out of range for {len(self)} images")
         places = [index % len(self) for index in indices]
-        for place, array in zip(places, self._prepare(places, out), strict=True):
-            used, array = (place, array) if array is not None else self._substitute(place)
-            yield self.store.keys[int(self._indices[used])], array
+        keys = [self.store.keys[index] for index in self._indices[places].tolist()]
+        for place, key, array in zip(places, keys, self._prepare(places, out), strict=True):
+            if array is None:
+                used, array = self._substitute(place)
+                key = self.store.keys[int(self._indices[used])]
+            yield key, array
 
     def order(self, window_shards: int) -> WindowedOrder | None:
         """The windowed shuffle over this data set's shards for `GlobalBatchSampler`; None, a full one, for 0."""
@@ -152,7 +155,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
             yield from (self._prepared[place] for place in places)
             return
         known = [place in self.unreadable for place in places]
-        wanted = [int(self._indices[place]) for place, bad in zip(places, known, strict=True) if not bad]
+        indices = self._indices[places].tolist()
+        wanted = [index for index, bad in zip(indices, known, strict=True) if not bad]
         if out is not None and self._is_prepared:
             out = [memory for memory, bad in zip(out, known, strict=True) if not bad]
         images = iter(self.store.read_many(wanted, out if self._is_prepared else None))

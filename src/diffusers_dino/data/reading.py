@@ -122,7 +122,7 @@ class RawLayout:
 
 def read_image(
     source: str | PathLike[str] | bytes,
-    name: str | None = None,
+    name: str | Callable[[], str] | None = None,
     raw: RawLayout | None = None,
     inverted: bool | None = None,
     max_pixels: int = MAX_PIXELS,
@@ -137,7 +137,7 @@ def read_image(
 
     Args:
         source: A path, or the bytes of a file.
-        name: What to call it in an error message; by default the path.
+        name: What to call it in an error message, or what tells that when there is one; by default the path.
         raw: How the pixels lie, for a file without a header.
         inverted: Whether large values are dark. By default what a DICOM file or `raw` says; other files do not say it.
         max_pixels: Width times height of the largest image that is decoded.
@@ -152,17 +152,21 @@ def read_image(
         ImportError: If it is a DICOM file and the `dicom` extra is not installed.
     """
     name = name or ("an image in memory" if isinstance(source, bytes) else str(source))
+    tell = name if callable(name) else lambda: name
     # Decoders raise almost any exception on damaged bytes (OSError, SyntaxError, struct.error, ZeroDivisionError ...).
     try:
         data = source if isinstance(source, bytes) else _read_file(Path(source), max_pixels)
         if not data:
             raise UnreadableImageError("the file is empty")
-        return _decode(data, name, raw, inverted, max_pixels, out)
+        if raw:
+            check_size(raw.width, raw.height, max_pixels)
+            return (raw if inverted is None else replace(raw, inverted=inverted)).decode(data)
+        return _decode(data, tell, inverted, max_pixels, out)
     except ImportError:
         raise
     except Exception as error:
         reason = str(error) or type(error).__name__
-        raise UnreadableImageError(f"Cannot read {name}: {reason}") from error
+        raise UnreadableImageError(f"Cannot read {tell()}: {reason}") from error
 
 
 def is_unnamed_dicom(path: Path) -> bool:
@@ -199,15 +203,12 @@ def _read_file(path: Path, max_pixels: int) -> bytes:
 
 
 def _decode(
-    data: bytes, name: str, raw: RawLayout | None, inverted: bool | None, max_pixels: int, out: np.ndarray | None
+    data: bytes, name: Callable[[], str], inverted: bool | None, max_pixels: int, out: np.ndarray | None
 ) -> np.ndarray:
-    if raw:
-        check_size(raw.width, raw.height, max_pixels)
-        return (raw if inverted is None else replace(raw, inverted=inverted)).decode(data)
     if data[128:132] == b"DICM":
         from .dicom import read_dicom
 
-        array = read_dicom(data, name, inverted=inverted, max_pixels=max_pixels)
+        array = read_dicom(data, name(), inverted=inverted, max_pixels=max_pixels)
         return _without_equal_channels(array)
     if data.startswith(b"\x93NUMPY"):
         array = _read_npy(io.BytesIO(data), max_pixels)

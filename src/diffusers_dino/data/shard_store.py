@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 
@@ -119,10 +120,9 @@ class ShardStore:
     def _decode(self, index: int, place: Range | None, content: bytes, out: np.ndarray | None) -> np.ndarray:
         if place is None:
             raise UnreadableImageError(f"Cannot read {self.lost[index]}")
-        name = self.describe(index)
         if len(content) < place.size:
-            raise UnreadableImageError(f"Cannot read {name}: the shard is gone or ends within it")
-        return read_image(content, name, out=out)
+            raise UnreadableImageError(f"Cannot read {self.describe(index)}: the shard is gone or ends within it")
+        return read_image(content, partial(self.describe, index), out=out)
 
     def _shard(self, index: int) -> int:
         return int(np.searchsorted(self._shard_ends, index, side="right"))

@@ -64,7 +64,7 @@ class TrainingViews(Dataset[dict[str, Any]]):
 
     def finish(self, batch: dict[str, Any], device: torch.device | str = "cpu") -> dict[str, Any]:
         """Move a loaded batch to a device and make the views there."""
-        images = batch["image"].to(device) / 255  # one pass from bytes to floats
+        images = batch["image"].to(device).float().div_(255)
         if self.augmentation:
             images = self.augmentation.apply(images, batch["draws"])
         return {"key": batch["key"], "position": batch["position"], "image": images}
