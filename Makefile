@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := src tests examples benchmarks
+# Processes that share the tests, a file to one of them; 0 runs them in one, with its output as it comes.
+TEST_WORKERS ?= 2
 
 .PHONY: help quickstart test lint format docs clean
 
@@ -18,7 +20,7 @@ quickstart: $(VENV)/.installed-train
 
 test: $(VENV)/.installed-dev
 	@echo "== Running the tests =="
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check $(SOURCES)

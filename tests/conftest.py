@@ -1,4 +1,4 @@
-"""Shared by all tests: no network, no progress bars, and the tiny components of `tiny.py` as fixtures.
+"""Shared by all tests: no network, a share of the cores, and the tiny components of `tiny.py` as fixtures.
 
 The fixtures import `tiny` where they use it, so that tests that need no model start at once.
 """
@@ -9,8 +9,17 @@ os.environ.setdefault(
     "HF_HUB_OFFLINE", "1"
 )  # read when huggingface_hub is imported; a test must not wait for a network
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _workers > 1:  # processes that share the tests share the cores, as do the scripts that they start
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _workers)))
 
 import pytest
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests go first, so that processes which share the tests end together."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture
