@@ -36,7 +36,7 @@ def flags(data, **options):
 
 
 def files(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_variations_need_no_labels(data, tmp_path, capsys):

@@ -288,7 +288,7 @@ def test_another_gate_model_or_data_set_is_refused(whole, plan, pipe, sources, t
     strangers = image_folder(tmp_path / "strangers", 9, 32)
     for number in (7, 8):
         (strangers / f"{number:03d}.png").rename(strangers / f"{number - 7:03d}.png")
-    with pytest.raises(SynthesisError, match="sources:"):
+    with pytest.raises(SynthesisError, match="source_pixels:"):
         synthesise(plan, pipe, open_images(strangers, Preprocessing(32)), whole.folder)
     with pytest.raises(TypeError, match=r"use DinoDiffusionPipeline.from_pipe"):
         synthesise(plan, object(), sources, whole.folder)
@@ -328,7 +328,7 @@ def test_a_full_disk_leaves_nothing_that_counts(whole, pipe, sources, plan, tmp_
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, former)
     left = [path.name for path in (tmp_path / "set").rglob("*") if path.is_file()]
-    assert sorted(left) == ["plan.json", "plan.safetensors", "tokens-000000.safetensors"]
+    assert sorted(left) == ["lock", "plan.json", "plan.safetensors", "tokens-000000.safetensors"]
     synthesise(plan, pipe, sources, tmp_path / "set", progress=False)
     assert files(tmp_path / "set") == files(whole.folder)
 

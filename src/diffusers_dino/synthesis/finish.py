@@ -176,7 +176,7 @@ def describe_synthesis(plan: Plan, records: list[UnitRecord]) -> dict[str, Any]:
         "plan": plan.digest,
         **description,
         "model": made_with["model"],
-        "sources": {"fingerprint": made_with["sources"], "preprocessing": made_with["preprocessing"]},
+        "sources": {"fingerprint": made_with["source_pixels"], "preprocessing": made_with["preprocessing"]},
         "gate": {
             "fingerprint": made_with["gate"],
             "refused": sum(record.refused for record in records),

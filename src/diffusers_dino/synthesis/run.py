@@ -67,6 +67,8 @@ def synthesise(
         PermissionError: If the folder is not writable.
         OSError: If the disk is full. What is finished stays.
     """
+    if not 0 <= max_left_out <= 1:
+        raise ValueError(f"max_left_out is a fraction in [0, 1], got {max_left_out}.")
     processes = _Processes(accelerator)
     plan = bind(plan, pipe, images, gate)
     if processes.is_main:
@@ -115,7 +117,7 @@ def bind(plan: Plan, pipe: DinoDiffusionPipeline, images: ImageDataset, gate: Ga
         model=model,
         image_size=size * pipe.vae_scale_factor,
         preprocessing=asdict(images.preprocessing),
-        sources=_probe(plan, images),
+        source_pixels=_probe(plan, images),
         gate=None if gate is None else gate.fingerprint(),
     )
 
