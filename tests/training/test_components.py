@@ -1,6 +1,10 @@
+import json
+
 import pytest
 import torch
 from diffusers import AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import get_peft_model_state_dict
 
 import tiny
 from diffusers_dino.training import components
@@ -21,6 +25,40 @@ def test_parts_load_from_their_folder_and_from_a_pipeline(folder):
     assert isinstance(components.load_unet(str(folder / "pipeline")), UNet2DConditionModel)
     assert isinstance(components.load_vae(str(folder / "taesd")), AutoencoderTiny)
     assert components.load_vae(str(folder / "pipeline")).config["latent_channels"] == tiny.LATENT_CHANNELS
+
+
+def test_trained_pipelines_load_from_pipelines_and_checkpoints(folder, tmp_path):
+    """A run is a folder with all parts but the UNet, which its checkpoints hold; or a LoRA for another pipeline."""
+    whole = components.load_trained_pipeline(folder / "pipeline")
+    for name in ("vae", "conditioner", "scheduler"):
+        getattr(whole, name).save_pretrained(tmp_path / "run" / name)
+    trained = tiny.tiny_unet()
+    torch.nn.init.constant_(trained.conv_in.bias, 3.0)
+    trained.save_pretrained(tmp_path / "run/checkpoint-1/unet")
+    loaded = components.load_trained_pipeline(tmp_path / "run/checkpoint-1", torch.float16)
+    assert loaded.unet.conv_in.bias.eq(3).all()
+    assert {loaded.unet.dtype, loaded.vae.dtype, loaded.conditioner.dtype} == {torch.float16}
+    with pytest.raises(FileNotFoundError, match=r"no pipeline .* and no checkpoint"):
+        components.load_trained_pipeline(tmp_path / "run/vae")
+
+
+def test_a_trained_lora_is_fused_into_its_pipeline(folder, tmp_path):
+    pipe = components.load_trained_pipeline(folder / "pipeline")
+    before = pipe.unet.state_dict()
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight"
+    kept = before[name].clone()
+    components.add_lora(pipe.unet, rank=2)
+    for key, parameter in pipe.unet.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.constant_(parameter, 0.5)
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet))
+    pipe.save_lora_weights(tmp_path / "run/checkpoint-1", unet_lora_layers=layers)
+    (tmp_path / "run/training_arguments.json").write_text(
+        json.dumps({"pretrained_pipeline": str(folder / "pipeline")})
+    )
+    fused = components.load_trained_pipeline(tmp_path / "run/checkpoint-1").unet.state_dict()
+    assert not torch.equal(fused[name], kept)
+    assert fused.keys() == tiny.tiny_unet().state_dict().keys()
 
 
 def test_parts_of_the_wrong_kind_or_missing(folder, tmp_path):

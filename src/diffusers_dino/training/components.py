@@ -114,6 +114,11 @@ def load_trained_pipeline(name_or_path: str | Path, torch_dtype: torch.dtype | N
         pipe.fuse_lora()
         pipe.unload_lora_weights()
         return pipe
+    if not (folder / "unet").is_dir() or not (run / "conditioner").is_dir():
+        raise FileNotFoundError(
+            f"{name_or_path} is no pipeline (it has no model_index.json) and no checkpoint in a run of train_dino.py "
+            "(unet/ in it, and conditioner/ beside it)."
+        )
     conditioner = DinoImageConditioner.from_pretrained(run, subfolder="conditioner")
     parts = {"vae": load_vae(str(run)), "unet": load_unet(str(folder)), "scheduler": make_scheduler(str(run))}
     pipe = DinoDiffusionPipeline(conditioner=conditioner, **parts)
