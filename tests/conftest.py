@@ -9,11 +9,15 @@ os.environ.setdefault(
     "HF_HUB_OFFLINE", "1"
 )  # read when huggingface_hub is imported; a test must not wait for a network
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-if _workers > 1:  # processes that share the tests share the cores, as do the scripts that they start
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _workers)))
 
 import pytest
+
+
+def pytest_configure():
+    """Processes that share the tests share the cores, as do the scripts that they start; torch reads it on import."""
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if processes > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
 
 
 def pytest_collection_modifyitems(items):
