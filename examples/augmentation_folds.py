@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ logger = logging.getLogger("eval_augmentation")
 FOLD = "{fold}"
 FOLDS = "folds.csv"
 TRAINING_KEYS = "training_keys.txt"
+_COLUMNS = ("key", "patient", "fold")
 
 
 def of_fold(path: str, fold: int) -> str:
@@ -59,13 +61,13 @@ def write_folds(table: LabelTable, folds: np.ndarray, output: Path) -> None:
     Raises:
         ValueError: If other folds have been written there, by which generators may have been trained.
     """
-    rows = sorted(zip(table.keys, table.patients, folds.tolist(), strict=True))
+    rows = sorted(zip(table.keys, table.patients, map(str, folds.tolist()), strict=True))
     path = output / FOLDS
-    before = path.read_bytes() if path.is_file() else None
-    write_csv(path, ["key", "patient", "fold"], rows)
-    if before not in (None, path.read_bytes()):
-        with atomic_write(path) as file:
-            file.write(before)
+    if not path.is_file():
+        write_csv(path, _COLUMNS, rows)
+    with open(path, newline="") as file:
+        before = [tuple(row) for row in csv.reader(file)]
+    if before != [_COLUMNS, *rows]:
         raise ValueError(
             f"{path} has other folds than these images, labels, --num_folds and --seed give. Use those that it was "
             "written with, or another --output_dir."
@@ -74,7 +76,7 @@ def write_folds(table: LabelTable, folds: np.ndarray, output: Path) -> None:
         folder = output / f"fold-{fold}"
         folder.mkdir(exist_ok=True)
         with atomic_write(folder / TRAINING_KEYS) as file:
-            keys = [key for key, _, tested_in in rows if tested_in != fold]
+            keys = [key for key, _, tested_in in rows if tested_in != str(fold)]
             file.write("".join(f"{key}\n" for key in keys).encode())
 
 

@@ -170,12 +170,17 @@ def open_experiment(
         check_same(json.loads(path.read_bytes())["configuration"], begun, output)
     generators = check_generators(table, folds, args.model, args.training_keys)
     write_json(path, {"configuration": begun, "generators": generators})
-    num_workers = args.num_workers
-    if num_workers is None:
-        num_workers = torch.cuda.device_count() if args.device is None else 1
-        num_workers = num_workers or os.cpu_count() or 1
     digest = hash_of(json.dumps(begun, sort_keys=True))[:16]
-    return Experiment(args, output, table, names, folds, splits, classifier, digest, num_workers)
+    return Experiment(args, output, table, names, folds, splits, classifier, digest, count_workers(args))
+
+
+def count_workers(args: Arguments) -> int:
+    """Processes at a time: one for each device, or for each core where there is none."""
+    if args.num_workers is not None:
+        return args.num_workers
+    if device_of(0, args.device) == "cpu":
+        return os.cpu_count() or 1
+    return 1 if args.device else torch.cuda.device_count()
 
 
 def synthesis_settings(args: Arguments) -> SynthesisSettings:

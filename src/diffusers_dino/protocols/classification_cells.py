@@ -97,7 +97,7 @@ class CellFacts:
         seed: Of the experiment.
         settings: Digest of the experiment's settings; cells of one table have one.
         plan: Digest of the plan of the synthetic images; empty for the baseline.
-        model: Name of the classifier.
+        model: Name of the classifier's architecture, and its options.
         device: Where it was trained.
     """
 

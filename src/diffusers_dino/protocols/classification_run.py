@@ -181,7 +181,7 @@ def run_cell(job: CellJob, folder: str | Path, device: torch.device | str = "cpu
         seed=job.seed,
         settings=job.settings,
         plan=job.plan,
-        model=job.classifier.model,
+        model=job.classifier.name,
         device=str(device),
     )
     keys = tuple(job.test.images.keys[row] for row in job.test.rows.tolist())

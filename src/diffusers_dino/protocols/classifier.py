@@ -93,6 +93,12 @@ class ClassifierSettings:
             raise ValueError(f"options are a JSON object, got {self.options}.")
         self.augmentation()  # checks its own
 
+    @property
+    def name(self) -> str:
+        """The architecture and its options, for tables."""
+        options = ", ".join(f"{name}={value}" for name, value in json.loads(self.options).items())
+        return f"{self.model} ({options})" if options else self.model
+
     def augmentation(self) -> Augmentation:
         """Random views of training images: a light affine map, and no flip, which would move the heart."""
         return Augmentation(0.0, self.shear, self.translation, (self.min_scale, self.max_scale))
