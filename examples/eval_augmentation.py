@@ -322,8 +322,9 @@ def report(experiment: Experiment, problems: Sequence[str]) -> None:
     cells = load_cells(experiment.cells)
     result = summarise(cells, experiment.grid(), repeats=args.bootstrap_repeats, seed=args.seed)
     write_tables(result, output)
-    if any(row.mean is not None for row in result.configurations):
-        for name, plot in (("augmentation", plot_augmentation), ("differences", plot_differences)):
+    drawn = {"augmentation": (plot_augmentation, "mean"), "differences": (plot_differences, "difference")}
+    for name, (plot, figure) in drawn.items():
+        if any(getattr(row, figure) is not None for row in result.configurations):
             plot(result).savefig(output / f"{name}.png", dpi=120, bbox_inches="tight")
     print((output / "table.md").read_text())
     if problems:

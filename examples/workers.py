@@ -126,8 +126,10 @@ def _context(function: Callable[..., Any]) -> Any:
     """Not plain fork: threads of libraries do not survive it. A fork server imports them once for all workers."""
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
+    # before Python 3.14 the server does not find the scripts, but what they import is most of the work
     script = Path(getattr(sys.modules["__main__"], "__file__", "")).stem
-    context.set_forkserver_preload([function.__module__, script])
+    loaded = [name for name in sys.modules if name == "timm" or name.split(".")[0] == "diffusers_dino"]
+    context.set_forkserver_preload([*loaded, function.__module__, script])
     return context
 
 
