@@ -12,14 +12,12 @@ docs/augmentation.md says what is measured.
 from __future__ import annotations
 
 import logging
-import os
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from augmentation_sets import device_of
 from classifier_arguments import (
@@ -45,6 +43,7 @@ from diffusers_dino.protocols.label_preservation import (
 from diffusers_dino.protocols.label_table import write_preservation_tables
 from diffusers_dino.synthesis import SyntheticSet
 from diffusers_dino.training.checkpoints import make_writable_folder
+from eval_augmentation import count_workers
 from make_shards import progress, say_what_failed
 from workers import only_one_run, run_apart
 
@@ -121,13 +120,9 @@ def open_set(args: Arguments, place: int, folder: str, output: Path) -> Syntheti
 
 
 def train_judges(args: Arguments, judges: Judges, pairs: list[tuple[int, int]]) -> None:
-    num_workers = args.num_workers
-    if num_workers is None:
-        num_workers = torch.cuda.device_count() if args.device is None else 1
-        num_workers = num_workers or os.cpu_count() or 1
-    problems = []
+    jobs, problems = [(judges, pair, args.device) for pair in pairs], []
     with progress("Classifiers", "classifier", len(pairs)) as bar:
-        for outcome in run_apart(train_judge, [(judges, pair, args.device) for pair in pairs], num_workers):
+        for outcome in run_apart(train_judge, jobs, count_workers(args)):
             if outcome.error:
                 problems.append(f"the classifier without folds {pairs[outcome.number]}: {outcome.error}")
             bar.update()

@@ -15,7 +15,7 @@ from diffusers_dino.data.labels import LabelTable
 from diffusers_dino.data.packed import PackedImages, pack_images
 from diffusers_dino.metrics.comparison import stratified_auroc
 from diffusers_dino.plots_labels import plot_label_preservation
-from diffusers_dino.protocols.classifier import ClassifierSettings
+from diffusers_dino.protocols.classifier import ClassifierSettings, LabelledImages, predict, train_classifier
 from diffusers_dino.protocols.label_judges import Judges, SyntheticImages, held_out_pairs
 from diffusers_dino.protocols.label_preservation import (
     JudgedSet,
@@ -151,7 +151,13 @@ def test_a_judge_does_not_know_labels_that_cannot_be_seen(table, tmp_path):
     by_lot = [frozenset(name for name in LABELS if random.random() < 0.5) for _ in range(NUM_REAL)]
     blind = replace(table, labels=tuple(by_lot))
     pictures = {key: draw(frozenset(), i) for i, key in enumerate(table.keys)}
-    judges = make_judges(blind, pack(pictures, tmp_path / "real"), tmp_path / "weights", validation_fraction=0.0)
+    real = pack(pictures, tmp_path / "real")
+    still = {"shear": 0.0, "translation": 0.0, "min_scale": 1.0, "max_scale": 1.0}
+    settings = replace(SETTINGS, max_steps=150, **still)  # one view of each image, to be learnt by heart
+    seen = LabelledImages(real, np.arange(NUM_REAL), blind.targets(LABELS))
+    known = predict(train_classifier([seen], None, settings).model, seen)
+    assert roc_auc_score(seen.targets, known) > 0.95  # so a leak would show
+    judges = make_judges(blind, real, tmp_path / "weights", validation_fraction=0.0, settings=settings)
     plan = plan_reconstruction(blind.keys, blind.labels, ratio=1)
     copies = pack({p.key: pictures[p.sources[0]] for p in plan}, tmp_path / "copies")
     images = SyntheticImages(plan.strategy, copies, list(plan), len(plan.keys))
