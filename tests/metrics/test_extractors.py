@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BitImageProcessor, ViTConfig, ViTModel
 
+import scripts
 from diffusers_dino.metrics import FeatureExtractor, FeatureSpec, open_extractor, pixel_features
 from diffusers_dino.metrics.extractors import inception, xrv
 from diffusers_dino.metrics.extractors.xrv import convert_xrv_weights
@@ -74,11 +75,12 @@ def test_xrv_says_what_its_features_are(xrv_weights):
     )
 
 
-def test_xrv_is_converted_to_the_same_bytes_each_time(xrv_weights, tmp_path):
+def test_the_command_converts_xrv_to_the_same_bytes_each_time(xrv_weights, tmp_path, capsys):
     pickled, again = xrv_weights.with_name("model.pt"), tmp_path / "xrv.safetensors"
-    printed = convert_xrv_weights(pickled, again, sha256(pickled))
+    scripts.call_script("convert_xrv.py", weights=pickled, output=again, sha256=sha256(pickled))
     assert again.read_bytes() == xrv_weights.read_bytes()
-    assert (tmp_path / "xrv.safetensors.sha256").read_text() == f"{printed}  xrv.safetensors\n"
+    assert capsys.readouterr().out == f"{sha256(again)}  {again}\n"
+    assert (tmp_path / "xrv.safetensors.sha256").read_text() == f"{sha256(again)}  xrv.safetensors\n"
 
 
 def test_xrv_is_converted_from_a_state_dict_too(xrv_model, xrv_weights, tmp_path):

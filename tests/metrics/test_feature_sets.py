@@ -1,6 +1,7 @@
 """Features with their keys: extracted as a stream, kept in a file, compared with their like alone."""
 
 import dataclasses
+import errno
 import logging
 import os
 
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import scripts
 from diffusers_dino.data import Preprocessing, open_images
 from diffusers_dino.metrics import FeatureSet, extract_features, open_extractor
 from diffusers_dino.metrics.feature_sets import iterate_features
@@ -90,11 +92,17 @@ def test_files_that_hold_no_features_are_refused(features, tmp_path):
         FeatureSet.load(path)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_is_read_only_is_an_error(features, tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(PermissionError):
-        features.save(tmp_path / "features.safetensors")
+def test_a_file_that_cannot_be_written_leaves_nothing(features, tmp_path, monkeypatch):
+    features.save(tmp_path / "features.safetensors")
+
+    def fail(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        FeatureSet(features.features + 1, features.keys, features.spec).save(tmp_path / "features.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["features.safetensors"]
+    assert torch.equal(FeatureSet.load(tmp_path / "features.safetensors").features, features.features)
 
 
 @pytest.mark.parametrize(
@@ -122,3 +130,15 @@ def test_features_are_chosen_by_key(features):
     assert torch.equal(chosen.features, features.features[[2, 0]])
     with pytest.raises(KeyError, match="such as z"):
         features.select(["z"])
+
+
+def test_the_command_writes_the_features_of_the_chosen_images(folder, tmp_path):
+    keys = open_folder(folder).keys[2:7]
+    (tmp_path / "keys.txt").write_text("\n".join(keys))
+    output = tmp_path / "features.safetensors"
+    flags = {"extractor": "pixels", "resolution": 20, "remove_borders": False, "batch_size": 2}
+    scripts.call_script("extract_features.py", data=folder, output=output, keys_file=tmp_path / "keys.txt", **flags)
+    written = FeatureSet.load(output)
+    assert written.keys == tuple(keys)
+    expected = extract_features(open_extractor("pixels"), open_folder(folder)).select(keys)
+    torch.testing.assert_close(written.features, expected.features)
