@@ -113,7 +113,7 @@ class Stage:
         )
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         accelerator.register_for_checkpointing(self.lr_scheduler, *companions)
-        self._provenance = {"seed": args.seed, "preprocessing": images.preprocessing.fingerprint()}
+        self._provenance = checkpoints.describe_run(args.seed, images.preprocessing, args.shuffle_window_shards)
         if args.resume_from_checkpoint:
             self._resume(args.resume_from_checkpoint)
 

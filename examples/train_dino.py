@@ -193,7 +193,7 @@ def train(
     """The loop. Returns the number of updates done, less than `total` if a signal asked to stop."""
     accelerator, trainable = state.accelerator, list(state.trainable.values())
     step, position, stop = 0, 0, False  # updates of the weights, and images that they were made from
-    provenance = {"seed": args.seed, "preprocessing": views.images.preprocessing.fingerprint()}
+    provenance = checkpoints.describe_run(args.seed, views.images.preprocessing, args.shuffle_window_shards)
     if args.resume_from_checkpoint:
         found = checkpoints.resume_run(accelerator, args.output_dir, args.resume_from_checkpoint, **provenance)
         step, position = (found.step, found.info["position"]) if found else (0, 0)

@@ -160,6 +160,19 @@ def test_unreadable_images_of_all_workers_are_counted_together(tmp_path, workers
     assert sorted(dataset.unreadable) == [0, 10, 20, 30]
 
 
+def test_a_shard_of_another_size_than_its_manifest_says_is_named(tmp_path, caplog):
+    paths = write_shards(tmp_path, shards=2)
+    shards = [{"name": path.name, "samples": 8, "bytes": path.stat().st_size} for path in paths]
+    (tmp_path / "manifest.json").write_text(json.dumps({"shards": shards}))
+    assert len(open_images(tmp_path, PREPARE)) == 16
+    assert not caplog.records
+    paths[1].write_bytes(paths[1].read_bytes() + bytes(512))
+    assert len(open_images(tmp_path, PREPARE)) == 16
+    size = shards[1]["bytes"]
+    assert f"{paths[1].name} has {size + 512} bytes, not {size} as its manifest says: 0 of 8 samples" in caplog.text
+    assert paths[0].name not in caplog.text
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_prepared_images_are_decoded_to_their_place_in_a_batch(tmp_path, workers):
     """Grayscale of the right size goes there directly; colour, another size and what is damaged lie among it."""

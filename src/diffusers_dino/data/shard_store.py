@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -144,13 +145,16 @@ class ShardStore:
             except FileNotFoundError:  # a missing shard tells nothing of the server
                 continue
 
-    def _open(self, shard: str, expected: int | None) -> tuple[TarIndex, np.ndarray, str]:
+    def _open(self, shard: str, promised: _Promise | None) -> tuple[TarIndex, np.ndarray, str]:
         """The index of a shard, the number of each sample's image among its files, and what is wrong with it."""
         shown = self._files.show(shard)
+        expected = promised.samples if promised else None
         try:
             whole = _open_index(self._files, shard)
             index, images = _keep_images(whole)
             reason = index.damage
+            if not reason and promised and promised.bytes not in (None, whole.tar_bytes):
+                reason = f"has {whole.tar_bytes} bytes, not {promised.bytes} as its manifest says"
             if len(whole.keys) > len(images):
                 bare = len(whole.keys) - len(images)
                 logger.warning(
@@ -172,18 +176,29 @@ class ShardStore:
         return *_pad(index, images, keys), reason
 
 
-def _find_shards(files: Files, pattern: str, split: str | None) -> tuple[list[str], dict[str, int]]:
-    """The shards that a pattern stands for, sorted, and how many samples a manifest says are in each."""
+class _Promise(NamedTuple):
+    """What a manifest says of a shard."""
+
+    samples: int
+    bytes: int | None
+
+    @classmethod
+    def of(cls, entry: dict[str, Any]) -> _Promise:
+        return cls(entry["samples"], entry.get("bytes"))
+
+
+def _find_shards(files: Files, pattern: str, split: str | None) -> tuple[list[str], dict[str, _Promise]]:
+    """The shards that a pattern stands for, sorted, and what a manifest says of them."""
     if not url_path(pattern).endswith(".tar"):
         return _find_in_folder(files, pattern.rstrip("/"), split)
     found: set[str] = set()
-    expected: dict[str, int] = {}
-    manifests: dict[str, dict[str, int]] = {}
+    expected: dict[str, _Promise] = {}
+    manifests: dict[str, dict[str, _Promise]] = {}
     for path in expand_braces(pattern):
         folder = url_path(path).rpartition("/")[0]
         if folder not in manifests:
             shards = _read_manifest(files, folder)
-            manifests[folder] = {_join(folder, shard["name"]): shard["samples"] for shard in shards}
+            manifests[folder] = {_join(folder, shard["name"]): _Promise.of(shard) for shard in shards}
         if is_pattern(url_path(path)):
             promised = {shard for shard in manifests[folder] if fnmatch.fnmatchcase(shard, path)}
             matched = {*files.glob(path), *promised}
@@ -199,7 +214,7 @@ def _find_shards(files: Files, pattern: str, split: str | None) -> tuple[list[st
     return sorted(found), expected
 
 
-def _find_in_folder(files: Files, folder: str, split: str | None) -> tuple[list[str], dict[str, int]]:
+def _find_in_folder(files: Files, folder: str, split: str | None) -> tuple[list[str], dict[str, _Promise]]:
     shards = _read_manifest(files, folder)
     if not shards:
         found = files.glob(_join(folder, "*.tar"))
@@ -211,7 +226,7 @@ def _find_in_folder(files: Files, folder: str, split: str | None) -> tuple[list[
         shards = [shard for shard in shards if shard.get("split") == split]
         if not shards:
             raise ValueError(f"{files.show(folder)!r} has no split {split!r}, but {', '.join(splits)}.")
-    expected = {_join(folder, shard["name"]): shard["samples"] for shard in shards}
+    expected = {_join(folder, shard["name"]): _Promise.of(shard) for shard in shards}
     return sorted(expected), expected
 
 

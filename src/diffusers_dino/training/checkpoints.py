@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
+from ..data import Preprocessing
 from ..data.atomic import sha256_of, sync
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "complete_checkpoints",
     "delete_old_checkpoints",
     "describe_file",
+    "describe_run",
     "find_checkpoint",
     "make_writable_folder",
     "read_checkpoint",
@@ -93,6 +95,18 @@ def save_run(
         delete_old_checkpoints(output_dir, keep)
     elif is_main:
         _delete_leftovers(output_dir)
+
+
+def describe_run(seed: int, preprocessing: Preprocessing, shuffle_window_shards: int) -> dict[str, Any]:
+    """What decides which pixels are shown when: a run goes on only from a checkpoint that noted the same.
+
+    Args:
+        seed: Seed of the run.
+        preprocessing: How its images are prepared.
+        shuffle_window_shards: Shards that its shuffle mixes at a time; 0 for all.
+    """
+    window = shuffle_window_shards or None
+    return {"seed": seed, "preprocessing": preprocessing.fingerprint(), "shuffle_window_shards": window}
 
 
 def resume_run(accelerator: Accelerator, output_dir: str | Path, name: str, **expected: Any) -> Checkpoint | None:
