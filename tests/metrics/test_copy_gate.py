@@ -33,8 +33,8 @@ def gate(phantoms) -> CopyGate:
 def test_planted_copies_are_found_with_few_false_alarms(phantoms, gate):
     training, others = phantoms[:384], phantoms[384:]
     changes = [name for name in PLANTED if name in ("exact", "mirrored") or "blurred" in name]
-    copies = torch.cat([PLANTED[name](training[i :: len(changes)]) for i, name in enumerate(changes)])
-    assert len(copies) == 384
+    copies = torch.cat([PLANTED[name](training[i % 2 :: 2]) for i, name in enumerate(changes)])
+    assert len(changes) == 4
     assert not gate(copies).any()
     assert (~gate(others)).double().mean() <= 0.01
 

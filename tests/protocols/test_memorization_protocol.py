@@ -108,9 +108,9 @@ def test_results_are_drawn(study, phantoms):
 def test_bad_sets_are_refused(phantoms):
     training = phantoms[::2]
     with pytest.raises(ValueError, match="nothing to compare"):
-        evaluate_memorization(training, training[:0])
+        evaluate_memorization(training, training[:0], false_alarms=FALSE_ALARMS)
     with pytest.raises(ValueError, match="finite"):
-        evaluate_memorization(training, training[:2] * float("nan"))
+        evaluate_memorization(training, training[:2] * float("nan"), false_alarms=FALSE_ALARMS)
     with pytest.raises(ValueError, match="no held-out images"):
         evaluate_memorization(training, calibrate_on="held out")
     with pytest.raises(ValueError, match="training_groups"):

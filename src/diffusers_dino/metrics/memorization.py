@@ -147,7 +147,8 @@ def calibrate_threshold(real: Tensor, false_alarms: float = 0.01, confidence: fl
     """The relative distance below which an image counts as a copy, from real images that are none.
 
     With the given confidence at most a share of `false_alarms` of all real images that are drawn like the given ones
-    fall below it: it is their largest order statistic that is a lower tolerance limit (Wilks 1941).
+    fall below it: it is their largest order statistic that is a lower tolerance limit (Wilks 1941). That takes the
+    distances for independent; several images of a patient are not, and weaken the promise.
 
     Args:
         real: `(n,)` relative distances of real images to training images of other patients.
