@@ -15,7 +15,7 @@ Features: TypeAlias = Tensor | FeatureSet
 
 
 def feature_matrix(features: Features, name: str = "features", at_least: int = 2) -> Tensor:
-    """Checked features `(N, D)`, in the type that they came in.
+    """Checked features `(N, D)` on the CPU, in the type that they came in.
 
     Raises:
         ValueError: If they are no matrix, fewer than `at_least`, or not finite.
@@ -26,7 +26,7 @@ def feature_matrix(features: Features, name: str = "features", at_least: int = 2
         raise ValueError(f"`{name}` must be a tensor (N, D) with N >= {at_least}, got {found}.")
     if not torch.isfinite(matrix).all():
         raise ValueError(f"`{name}` holds NaN or infinite values.")
-    return matrix
+    return matrix.detach().cpu()  # float64 is not to be had on every device
 
 
 def comparable(features: Features, reference: Features, at_least: int = 2) -> tuple[Tensor, Tensor]:

@@ -75,7 +75,7 @@ class GaussianStatistics:
             self.spec.require_same(features.spec)
         matrix = feature_matrix(features, at_least=0)
         self._require_dim(matrix.shape[1])
-        for rows in matrix.detach().cpu().split(_ROWS):
+        for rows in matrix.split(_ROWS):
             if not len(rows):
                 continue
             rows = rows.double()  # (n, D)
