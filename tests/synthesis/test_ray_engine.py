@@ -100,7 +100,7 @@ def test_ray_goes_on_with_what_one_process_began_and_replaces_a_worker_that_is_k
         plan, pipe, sources, begun.output, gate=gate, resources=RayResources(num_workers=2), progress=False
     )
     assert not gate.deadly.exists()
-    assert "A worker died while it made shard" in capfd.readouterr().out
+    assert capfd.readouterr().out.count("A worker died while it made") == 1
     assert shard.stat().st_mtime_ns == written
     files = {str(path.relative_to(whole.folder)) for path in whole.folder.rglob("*") if path.is_file()}
     assert len(files) > 3 * 4
@@ -117,7 +117,7 @@ def test_a_worker_answers_with_what_it_made(job):
 
 
 def test_a_unit_that_ends_its_worker_every_time_is_given_up(job):
-    (job.attempts / "_ShardMaker-000001").write_bytes(b"....")
+    (job.attempts / "shard-000001").write_bytes(b"....")
     error = ask(_ShardMaker(job), 1).error
     assert isinstance(error, SynthesisError)
     assert "4 workers died" in str(error)

@@ -170,6 +170,8 @@ class _Worker:
     Errors are answers, so that they arrive as they are; Ray reports them as text.
     """
 
+    kind: str
+
     def __init__(self, job: _Job) -> None:
         self.job = job
 
@@ -206,7 +208,7 @@ class _Worker:
             raise SynthesisError(
                 f"{host} does not see {folders.output}: all machines must share the output folder under one path."
             )
-        path = self.job.attempts / f"{type(self).__name__}-{number:06d}"
+        path = self.job.attempts / f"{self.kind}-{number:06d}"
         with open(path, "ab") as file:
             file.write(b".")
         attempt = path.stat().st_size
@@ -221,6 +223,8 @@ class _Worker:
 class _Encoder(_Worker):
     """Encodes parts of the sources."""
 
+    kind = "part"
+
     @cached_property
     def sources(self) -> PlannedSources:
         return PlannedSources(self.job.plan, self.job.images)
@@ -232,6 +236,8 @@ class _Encoder(_Worker):
 
 class _ShardMaker(_Worker):
     """Makes shards."""
+
+    kind = "shard"
 
     @cached_property
     def tokens(self) -> TokenStore:
