@@ -1,0 +1,159 @@
+"""The card of a synthetic set says how it was made, from what, and what was not measured; it keeps folders private."""
+
+import re
+from dataclasses import asdict
+
+import pytest
+from huggingface_hub import DatasetCard
+
+import tiny
+from diffusers_dino.data import Preprocessing, collate, open_images
+from diffusers_dino.data.shards import write_manifest
+from diffusers_dino.protocols import evaluate_memorization
+from diffusers_dino.synthesis import SynthesisSettings, plan_interpolation, plan_reconstruction, synthesise
+from diffusers_dino.synthesis.card import recorded_sources, synthetic_card, write_synthetic_card
+from scripts import image_folder
+
+LABELS = [{"mass"}, {"mass", "nodule"}, {"mass"}, {"effusion"}, {"effusion"}]
+SETTINGS = SynthesisSettings(num_inference_steps=1, batch_size=4, shard_size=4, threads=1, guidance_scale=1.5)
+NIH = {
+    "name": "nih_chest_xray14",
+    "title": "NIH ChestX-ray14",
+    "licence": "No restriction of use",
+    "citation": "Wang et al., 2017",
+    "url": "https://nihcc.app.box.com/v/ChestXray-NIHCC",
+    "contains": ["chest_xray8"],
+    "samples": 5,
+}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny.tiny_pipeline()
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    return open_images(image_folder(tmp_path_factory.mktemp("sources"), len(LABELS), 32), Preprocessing(32))
+
+
+@pytest.fixture(scope="module")
+def made(pipe, sources, tmp_path_factory):
+    plan = plan_interpolation(sources.keys, LABELS, num_images=6, seed=7, settings=SETTINGS)
+    return synthesise(plan, pipe, sources, tmp_path_factory.mktemp("ward7") / "set", progress=False)
+
+
+def sections(card):
+    parts = re.split(r"^## (.+)$", card.text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def test_metadata_is_what_the_hub_reads(made):
+    path = write_synthetic_card(made, "Chests", license="cc-by-4.0", tags=["cxr"])
+    assert path == made.folder / "README.md"
+    data = DatasetCard.load(path).data.to_dict()
+    assert data["license"] == "cc-by-4.0"
+    assert data["pretty_name"] == "Chests"
+    assert data["size_categories"] == ["n<1K"]
+    assert data["task_categories"] == ["image-classification"]
+    assert {"synthetic", "webdataset", "cxr"} <= set(data["tags"])
+    assert data["configs"] == [{"config_name": "default", "data_files": [{"split": "train", "path": "*.tar"}]}]
+    assert "license" not in synthetic_card(made).data.to_dict()
+
+
+def test_the_card_says_how_the_set_was_made_and_counts_its_labels(made):
+    found = sections(synthetic_card(made, model="/home/someone/models/chest-v2"))
+    recipe = found["How it was made"]
+    facts = {"model": "chest-v2", "strategy": "interpolation", "sampling steps": 1, "guidance": 1.5, "seed": 7}
+    for name, value in facts.items():
+        assert f"| {name} | {value} |" in recipe
+    assert made.plan.digest in recipe
+    labels = [label for planned in made.planned() for label in planned.labels]
+    for label in set(labels):
+        assert f"| {label} | {labels.count(label)} |" in found["Labels"]
+    assert "nearer" in found["Labels"]
+
+
+def test_no_folder_of_this_machine_is_in_the_card(made):
+    assert "ward7" not in str(synthetic_card(made, model=str(made.folder.parent / "model")))
+
+
+def test_what_is_not_known_is_said(made):
+    found = sections(synthetic_card(made))
+    assert "not on record" in found["What it was made from"]
+    assert "**not measured**" in found["Privacy"]
+    assert "No gate" in found["Privacy"]
+
+
+def test_sources_come_with_licence_and_lineage(made, tmp_path):
+    write_manifest(tmp_path, Preprocessing(32), [], {"sources": [NIH, {**NIH, "title": "Unused", "samples": 0}]})
+    sources = recorded_sources(tmp_path)
+    assert [source["title"] for source in sources] == ["NIH ChestX-ray14"]
+    assert recorded_sources(tmp_path / "train-*.tar") == sources
+    row = f"| [NIH ChestX-ray14]({NIH['url']}) | No restriction of use | chest_xray8 | Wang et al., 2017 |"
+    assert row in sections(synthetic_card(made, sources=sources))["What it was made from"]
+    unlicensed = synthetic_card(made, sources=[{"name": "ours"}])
+    assert "| ours | not on record |" in unlicensed.text
+
+
+def test_sources_without_a_record_are_none(made, tmp_path):
+    assert recorded_sources(tmp_path) == []
+    assert recorded_sources("https://example.org/shards") == []
+    (tmp_path / "manifest.json").write_text("{")
+    assert recorded_sources(tmp_path) == []
+    (synthetic,) = recorded_sources(made.folder)
+    assert made.plan.digest[:16] in synthetic["title"]
+
+
+def test_privacy_figures_are_those_of_the_memorization_protocol(made):
+    real = open_images(made.folder, Preprocessing(32))
+    images = tiny.random_images(40, channels=1, seed=3)
+    generated = collate([real[i] for i in range(6)])["image"]
+    result, _ = evaluate_memorization(images[:30], generated, images[30:], false_alarms=0.1)
+    figures = asdict(result)
+    privacy = sections(synthetic_card(made, privacy=figures))["Privacy"]
+    assert "| images compared with the training images | 6 |" in privacy
+    assert f"| {result.synthetic.copies} (" in privacy.replace("near-copies of training images ", "")
+    assert f"| feature space | {result.spec.extractor} |" in privacy
+    assert "not measured" not in privacy
+    with pytest.raises(ValueError, match="of no synthetic images"):
+        synthetic_card(made, privacy={**figures, "synthetic": None})
+    with pytest.raises(ValueError, match="no figures of eval_memorization"):
+        synthetic_card(made, privacy={"auc": 0.9})
+
+
+def test_a_gate_and_what_it_refused_are_named(pipe, sources, tmp_path):
+    class EveryOther:
+        """Refuses every second image that it sees first, by its mean."""
+
+        def __init__(self):
+            self.least = None
+
+        def __call__(self, images):
+            means = images.mean((1, 2, 3))
+            self.least = means.median() if self.least is None else self.least
+            return means >= self.least
+
+        def fingerprint(self):
+            return "half of them"
+
+    plan = plan_reconstruction(sources.keys, num_images=4, settings=SETTINGS)
+    made = synthesise(plan, pipe, sources, tmp_path / "set", gate=EveryOther(), max_left_out=1.0, progress=False)
+    found = sections(synthetic_card(made))
+    refused = made.manifest["lineage"]["gate"]["refused"]
+    assert refused > 0
+    assert f"A gate (`half of them`) refused {refused} drawn images" in found["Privacy"]
+    assert "no labels" in found["Labels"]
+    assert synthetic_card(made).data.task_categories == ["unconditional-image-generation"]
+
+
+def test_the_first_example_of_the_card_reads_the_set(made, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed: pip install 'diffusers-dino[train]'")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    (example, _) = re.findall(r"```python\n(.*?)```", synthetic_card(made).text, flags=re.DOTALL)
+    monkeypatch.chdir(made.folder)
+    namespace = {}
+    exec(example, namespace)
+    samples = list(namespace["images"])
+    assert [sample["__key__"] for sample in samples] == [planned.key for planned in made.planned()]
+    assert samples[0]["png"].size == (32, 32)
