@@ -10,7 +10,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 # Each layer may import from the layers above it in this list, and within its own package.
 LAYERS = [
-    {"pixels", "seeds", "fingerprints", "registration", "embeddings", "segmentation", "selection", "cards"},
+    {"pixels", "seeds", "fingerprints", "registration", "embeddings", "segmentation", "selection", "cards", "figures"},
     {
         "latents",
         "encoders",
@@ -29,7 +29,15 @@ LAYERS = [
     {"training.components", "training.features", "training.progress", "training.state"},
     {"training.feature_cache"},
     {"training.validation", "synthesis", "protocols", "hub"},
-    {"plots", "plots_memorization", "plots_augmentation", "plots_fidelity", "plots_segmentation", "report"},
+    {
+        "plots",
+        "plots_memorization",
+        "plots_augmentation",
+        "plots_fidelity",
+        "plots_labels",
+        "plots_segmentation",
+        "report",
+    },
 ]
 SAME_LAYER = {
     ("latents", "pixels"),

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
+from .figures import new_figure
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -28,7 +30,7 @@ def plot_loss(steps: Sequence[int], losses: Sequence[float], window: int = 50) -
     """
     if not steps or len(steps) != len(losses):
         raise ValueError(f"Expected as many losses as steps and at least one, got {len(losses)} and {len(steps)}.")
-    figure = _new_figure(8, 3)
+    figure = new_figure(8, 3)
     axes = figure.subplots()
     axes.plot(steps, losses, alpha=0.3, linewidth=0.8, label="each step")
     window = min(window, len(losses))
@@ -50,7 +52,7 @@ def plot_path(result: InterpolationResult) -> Figure:
         ImportError: matplotlib is missing.
     """
     spaces = {"by the encoder": result.by_encoder, "by 16 x 16 pixels": result.by_pixels}
-    figure = _new_figure(10, 4)
+    figure = new_figure(10, 4)
     for axes, (title, space) in zip(figure.subplots(1, 2, sharey=True), spaces.items(), strict=True):
         for number, way in enumerate(fields(space)):
             curves, style = getattr(space, way.name), "-" if way.name == "generated" else "--"
@@ -61,11 +63,3 @@ def plot_path(result: InterpolationResult) -> Figure:
         axes.grid(alpha=0.3)
         axes.legend(title="steps the right way", fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15))
     return figure
-
-
-def _new_figure(width: float, height: float) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Figures need matplotlib: pip install diffusers-dino[train]") from error
-    return Figure(figsize=(width, height))

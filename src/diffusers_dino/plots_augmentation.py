@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .figures import new_figure
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -34,7 +36,7 @@ def plot_augmentation(result: AugmentationResult) -> Figure:
     regimes = list(dict.fromkeys(row.regime for row in rows))
     modes = sorted({row.mode for row in rows if not row.is_baseline}) or [""]
     ratios = sorted({row.ratio for row in rows if not row.is_baseline})
-    figure = _new_figure(1.2 + 2.6 * len(regimes), 0.6 + 2.5 * len(modes))
+    figure = new_figure(1.2 + 2.6 * len(regimes), 0.6 + 2.5 * len(modes))
     panels = figure.subplots(len(modes), len(regimes), squeeze=False, sharex=True, sharey=True)
     for mode, line in zip(modes, panels, strict=True):
         for regime, axes in zip(regimes, line, strict=True):
@@ -69,7 +71,7 @@ def plot_differences(result: AugmentationResult) -> Figure:
     rows = [row for row in result.configurations if row.difference is not None]
     if not rows:
         raise ValueError("No configuration has all its folds and those of its baseline, so there is no difference.")
-    figure = _new_figure(8, 1.2 + 0.26 * len(rows))
+    figure = new_figure(8, 1.2 + 0.26 * len(rows))
     axes = figure.subplots()
     axes.axvline(0, color="black", linewidth=0.8)
     names = []
@@ -108,11 +110,3 @@ def _draw_panel(axes: Axes, rows: list[Configuration], ratios: list[int]) -> Non
         axes.errorbar(places, means, yerr=spread, marker="o", capsize=3, color=color, label=strategy)
     axes.set_xticks(range(len(ratios)), [f"1:{ratio}" for ratio in ratios])
     axes.grid(alpha=0.3)
-
-
-def _new_figure(width: float, height: float) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Figures need matplotlib: pip install diffusers-dino[eval]") from error
-    return Figure(figsize=(width, height))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .figures import new_figure
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -28,7 +30,7 @@ def plot_fidelity(result: FidelityResult) -> Figure:
     if not rows:
         raise ValueError("The result holds no checkpoint to draw.")
     controls = [row for row in result.rows if row.step is None]
-    figure = _new_figure((4.2 * len(_PANELS), 3.4))
+    figure = new_figure(4.2 * len(_PANELS), 3.4)
     for axes, (name, title) in zip(figure.subplots(1, len(_PANELS)), _PANELS.items(), strict=True):
         estimates = [getattr(row, name) for row in rows]
         steps = [row.step for row in rows]
@@ -46,11 +48,3 @@ def plot_fidelity(result: FidelityResult) -> Figure:
     axes.legend(fontsize="small")
     figure.tight_layout()
     return figure
-
-
-def _new_figure(figsize: tuple[float, float]) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Figures need matplotlib: pip install diffusers-dino[eval]") from error
-    return Figure(figsize=figsize)

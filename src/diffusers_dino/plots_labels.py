@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from .figures import new_figure
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -32,7 +34,7 @@ def plot_label_preservation(result: LabelPreservationResult) -> Figure:
     wholes = result.wholes
     binned = {one.name: [p for p in result.parts if p.name == one.name and p.near is not None] for one in wholes}
     binned = {name: parts for name, parts in binned.items() if parts}
-    figure = _new_figure(0.8 + 3.4 * (len(wholes) + len(binned)), 3.8)
+    figure = new_figure(0.8 + 3.4 * (len(wholes) + len(binned)), 3.8)
     panels = figure.subplots(1, len(wholes) + len(binned), squeeze=False, sharey=True)[0]
     for axes, whole in zip(panels, wholes, strict=False):
         rows = [whole.macro, *whole.labels]
@@ -72,11 +74,3 @@ def _draw(axes: Axes, rows: Sequence[Agreement], names: Sequence[str]) -> None:
 
 def _bounds(part: Part) -> str:
     return f"{part.near:g} to {part.far:g}"
-
-
-def _new_figure(width: float, height: float) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Figures need matplotlib: pip install diffusers-dino[eval]") from error
-    return Figure(figsize=(width, height))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .data import ImageDataset
+from .figures import new_figure
 from .sheets import contact_sheet
 
 if TYPE_CHECKING:
@@ -31,11 +32,7 @@ def plot_memorization(result: MemorizationResult) -> Figure:
     Raises:
         ImportError: If matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Figures need matplotlib: pip install diffusers-dino[eval]") from error
-    figure = Figure(figsize=(8, 3.2))
+    figure = new_figure(8, 3.2)
     axes = figure.subplots()
     for number, (name, label) in enumerate(_SETS.items()):
         if (of_set := getattr(result, name)) is None:

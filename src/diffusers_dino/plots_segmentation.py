@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from .figures import new_figure
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -36,7 +38,7 @@ def plot_segmentation_sweep(result: SegmentationResult, axis: str) -> Figure:
         raise ValueError(f"An axis is one of {', '.join(SWEEP_AXES)}, not {axis!r}.")
     if not result.sweeps:
         raise ValueError("The result holds no sweep.")
-    figure = _new_figure(figsize=(4 * len(result.sweeps), 3.2))
+    figure = new_figure(4 * len(result.sweeps), 3.2)
     panels = figure.subplots(1, len(result.sweeps), squeeze=False, sharey=True)[0]
     for axes, sweep in zip(panels, result.sweeps, strict=True):
         values, rows = _best_along(sweep, axis)
@@ -76,7 +78,7 @@ def plot_segmentation_examples(
         )
     columns = min(6, len(titles))
     rows = -(-len(titles) // columns)
-    figure = _new_figure(figsize=(2.2 * columns, 2.5 * rows))
+    figure = new_figure(2.2 * columns, 2.5 * rows)
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes in panels:
         axes.axis("off")
@@ -103,11 +105,3 @@ def _best_along(sweep: SweepScores, axis: str) -> tuple[list[Any], np.ndarray]:
         members = [i for i, setting in enumerate(sweep.settings) if getattr(setting, axis) == value]
         best.append(scores[max(members, key=lambda i: scores[i].mean())])
     return values, np.stack(best)
-
-
-def _new_figure(figsize: tuple[float, float]) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Figures need matplotlib: pip install diffusers-dino[eval]") from error
-    return Figure(figsize=figsize)
