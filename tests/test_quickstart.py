@@ -11,7 +11,8 @@ import yaml
 from PIL import Image
 
 from diffusers_dino import DinoDiffusionPipeline
-from diffusers_dino.protocols import ReconstructionResult
+from diffusers_dino.protocols import MemorizationResult, ReconstructionResult
+from diffusers_dino.protocols.fidelity import REAL, UNTRAINED, FidelityResult
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,7 +34,17 @@ def test_quickstart_writes_a_report_and_a_pipeline_that_loads(tmp_path):
     report = (tmp_path / "out" / "report.html").read_text()
     assert f"{result.by_encoder.nearest_training_image:.3g}" in report
     assert all(source.startswith("data:image/") for source in re.findall(r'src="([^"]*)"', report))
-    assert len(re.findall("<img", report)) == 4  # loss, variations, paths, segments
+    assert len(re.findall("<img", report)) == 6  # loss, variations, distances, pairs, paths, segments
+    fidelity = FidelityResult.load(tmp_path / "out" / "fidelity.json")
+    assert {(row.num_images, row.num_reference) for row in fidelity.rows} == {(64, 512)}
+    generated, untrained, real = (fidelity.row(name) for name in ("generated, without guidance", UNTRAINED, REAL))
+    assert real.frechet.value < min(generated.frechet.value, untrained.frechet.value)
+    assert real.coverage.value > max(generated.coverage.value, untrained.coverage.value)
+    assert all(f"{row.frechet.value:.3g} [" in report for row in fidelity.rows)
+    memorization = MemorizationResult.load(tmp_path / "out" / "memorization.json")
+    assert (memorization.training.num_images, memorization.synthetic.num_images) == (512, 128)
+    assert memorization.held_out.share <= 0.05  # phantoms that are no copies
+    assert memorization.synthetic.copies == 0
     dice = json.loads((tmp_path / "out" / "segmentation.json").read_text())
     assert dice["control: mean mask of the training set"] == pytest.approx(0.85, abs=0.02)  # as docs/phantoms.md says
     assert all(f"<td>{value:.3g}</td>" in report for value in dice.values())
