@@ -45,7 +45,8 @@ def plot_label_preservation(result: LabelPreservationResult) -> Figure:
         axes.set_title(f"{name}: macro, by the fraction", fontsize="medium")
         axes.set_xlabel("|fraction - 0.5|: from the middle to a source")
     panels[0].set_ylabel("AUROC of the given labels")
-    panels[0].legend(fontsize="small")
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="upper center", ncols=len(names), bbox_to_anchor=(0.5, 0.0))
     figure.tight_layout()
     return figure
 
@@ -67,6 +68,7 @@ def _draw(axes: Axes, rows: Sequence[Agreement], names: Sequence[str]) -> None:
     bottoms = [row.shuffled_low for _, row in known]
     places = [place for place, _ in known]
     axes.bar(places, heights, 0.7, bottoms, color="grey", alpha=0.3, linewidth=0, label="shuffled labels")
+    axes.use_sticky_edges = False  # bars would end the axis at their feet
     axes.axhline(0.5, color="grey", linewidth=0.8)
     axes.set_xticks(range(len(names)), names, rotation=35, ha="right", fontsize="small")
     axes.grid(alpha=0.3, axis="y")
