@@ -281,6 +281,8 @@ def test_cells_that_do_not_belong_together_are_refused():
 
     first = cells[0]
     fails(r"different images \(2 are in one alone\)", replace(first, keys=("other", *first.keys[1:])))
+    with pytest.raises(ValueError, match="did training diverge"):
+        replace(first, probabilities=np.full_like(first.probabilities, np.nan))
     fails("other labels or settings", replace(first, labels=("a", "b")))
     fails("other labels or settings", replace(first, facts=replace(FACTS, settings="other")))
     fails("other patients or labels", replace(first, patients=("other", *first.patients[1:])))

@@ -92,8 +92,9 @@ def stratified_auroc(
     wins, total = np.zeros((2, len(weights), scores.shape[1]))
     for stratum in np.unique(strata):
         rows = np.flatnonzero(strata == stratum)
-        own, chosen = weights[:, rows].astype(np.float64), targets[rows]
-        pairs = (own @ chosen) * (own @ ~chosen)  # (R, L)
+        own, chosen = weights[:, rows], targets[rows]
+        positive, negative = (_sums(own, kind) for kind in (chosen, ~chosen))
+        pairs = positive * negative  # (R, L)
         wins += np.nan_to_num(auroc_draws(scores[rows], chosen, own)) * pairs
         total += pairs
     with np.errstate(invalid="ignore"):
@@ -193,6 +194,11 @@ def holm(p_values: Sequence[float | None]) -> tuple[float | None, ...]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
         corrected[i] = largest
     return tuple(corrected)
+
+
+def _sums(weights: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Weight of the chosen images: `(R, n)` and `(n, L)` give `(R, L)` float64; counts to 2^24 are exact."""
+    return (weights.astype(np.float32) @ chosen.astype(np.float32)).astype(np.float64)
 
 
 def _auroc(scores: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> np.ndarray:

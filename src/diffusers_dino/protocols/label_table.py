@@ -39,7 +39,16 @@ def format_preservation_table(result: LabelPreservationResult, style: str = "mar
     return {"markdown": _markdown, "latex": _latex, "csv": _csv}[style](result)
 
 
-_HEADER = ["set", "ratio", "part", "images (patients)", "synthetic", "their sources", "difference", "shuffled labels"]
+_HEADER = [
+    "set",
+    "ratio",
+    "|fraction - 0.5|",
+    "images (patients)",
+    "synthetic",
+    "their sources",
+    "difference",
+    "shuffled labels",
+]
 
 
 def _markdown(result: LabelPreservationResult) -> str:
@@ -61,10 +70,10 @@ def _latex(result: LabelPreservationResult) -> str:
         r"\begin{table}",
         r"\centering",
         rf"\caption{{{escape_latex(' '.join(_note(result)))}}}",
-        r"\small\setlength{\tabcolsep}{3pt}",
+        r"\footnotesize\setlength{\tabcolsep}{2pt}",
         rf"\begin{{tabular}}{{lll{'c' * (len(_HEADER) - 3)}}}",
         r"\toprule",
-        latex_line(_HEADER),
+        latex_line([escape_latex(name) for name in _HEADER]),
         r"\midrule",
     ]
     for part in result.parts:
@@ -85,7 +94,7 @@ def _csv(result: LabelPreservationResult) -> str:
 
 
 def _names(part: Part) -> list[str]:
-    bounds = "all" if part.near is None else f"{part.near:g} to {part.far:g} from the middle"
+    bounds = "all" if part.near is None else f"{part.near:g} to {part.far:g}"
     return [part.name, f"1:{part.ratio:g}", bounds, f"{part.num_images} ({part.num_patients})"]
 
 

@@ -8,7 +8,7 @@ __all__ = ["TABLE_FORMATS", "escape_latex", "latex_line", "markdown_line", "requ
 
 TABLE_FORMATS = {"markdown": "md", "latex": "tex", "csv": "csv"}
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-_LATEX |= {"<": r"\textless{}", ">": r"\textgreater{}", "±": r"$\pm$"}
+_LATEX |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$"}
 _LATEX |= {sign: f"\\{sign}" for sign in "%&_#${}"}
 
 
