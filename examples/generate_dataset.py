@@ -129,6 +129,8 @@ def main() -> None:
         return
     options: dict[str, Any] = {"gate": gate, "max_left_out": args.max_left_out}
     if args.engine == "ray":
+        if accelerator.num_processes > 1:
+            raise ValueError("Ray shares the work out by itself: start the script with python, as one process.")
         from diffusers_dino.synthesis.ray_engine import RayResources, synthesise_with_ray
 
         gpus = float(torch.cuda.is_available()) if args.ray_gpus is None else args.ray_gpus
@@ -148,7 +150,7 @@ def main() -> None:
 
 def load_pipeline(model: str, dtype: str = "float32", scheduler: str | None = None) -> DinoDiffusionPipeline:
     """A generator, with another scheduler of diffusers if one is named."""
-    pipe = DinoDiffusionPipeline.from_pretrained(model, torch_dtype=getattr(torch, dtype))
+    pipe = DinoDiffusionPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
     if scheduler:
         kind = getattr(diffusers, scheduler, None)
         if kind is None or not hasattr(kind, "from_config"):
