@@ -286,6 +286,9 @@ def test_bad_input_is_named(judges, judged, sets, table):
         judges.judge(replace(images, planned=[strange]))
     with pytest.raises(ValueError, match="1 synthetic images have no labels"):
         judges.judge(replace(images, planned=[images.planned[0]._replace(labels=None)]))
+    swapped = [image._replace(labels=("disc",)) for image in images.planned]
+    with pytest.raises(ValueError, match=r"of 120 images of .* other labels than the sources"):
+        judges.judge(replace(images, planned=swapped))
     with pytest.raises(ValueError, match="There is no image"):
         judges.judge(replace(images, planned=[]))
     with pytest.raises(ValueError, match="in their order"):

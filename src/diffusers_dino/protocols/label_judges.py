@@ -152,7 +152,7 @@ class Judges:
         """Judge synthetic images and the sources whose labels they have, each by a judge that has not seen them.
 
         Raises:
-            ValueError: If a source is not among the real images, or an image has no labels.
+            ValueError: If a source is not among the real images, or an image has no labels or others than its source.
             FileNotFoundError: If a judge has not been trained.
         """
         pairs, ends = self.pairs_of(images), self._sources(images)
@@ -162,6 +162,12 @@ class Judges:
         if unlabelled:
             raise ValueError(f"{len(unlabelled)} synthetic images have no labels to judge, such as {unlabelled[0]}.")
         targets = np.array([[name in image.labels for name in self.labels] for image in images.planned], dtype=bool)
+        others = (targets != self.table.targets(self.labels)[nearer]).any(axis=1)
+        if others.any():
+            raise ValueError(
+                f"{int(others.sum())} of {len(others)} images of {images.images.path} have other labels than the "
+                "sources that they have them from: give the table of labels that the set was made with."
+            )
         places = np.array([images.images.places[image.key] for image in images.planned])
         synthetic, sources = np.empty((2, *targets.shape), np.float32)
         for pair in sorted({(a, b) for a, b in pairs.tolist()}):
