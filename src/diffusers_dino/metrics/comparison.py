@@ -17,7 +17,7 @@ from .bootstrap import resamples
 
 __all__ = ["FoldTest", "auroc_draws", "corrected_t_test", "draw_weights", "holm", "stratified_auroc"]
 
-_CHUNK = 1 << 22  # weights at once
+_CHUNK = 1 << 21  # weights at once
 
 
 class FoldTest(NamedTuple):
@@ -62,10 +62,11 @@ def auroc_draws(scores: np.ndarray, targets: np.ndarray, weights: np.ndarray | N
     weights = np.ones((1, len(scores))) if weights is None else weights
     if weights.ndim != 2 or weights.shape[1] != len(scores):
         raise ValueError(f"Expected weights (R, {len(scores)}), got {weights.shape}.")
-    rows = max(1, _CHUNK // max(1, len(scores)))
-    chunks = [weights[first : first + rows] for first in range(0, len(weights), rows)]
-    columns = list(zip(scores.T, targets.T, strict=True))
-    return np.concatenate([np.stack([_auroc(*column, w) for column in columns], axis=1) for w in chunks])
+    size, figures = max(1, _CHUNK // max(1, len(scores))), []
+    for start in range(0, len(weights), size):
+        chunk = np.ascontiguousarray(weights[start : start + size].T, dtype=np.float64)  # (N, draws)
+        figures.append([_auroc(*label, chunk) for label in zip(scores.T, targets.T, strict=True)])
+    return np.concatenate([np.stack(columns, axis=1) for columns in figures])
 
 
 def stratified_auroc(
@@ -202,15 +203,13 @@ def _sums(weights: np.ndarray, chosen: np.ndarray) -> np.ndarray:
 
 
 def _auroc(scores: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """One label's: `(N,)`, `(N,)` and `(R, N)` give `(R,)`."""
-    values, place = np.unique(scores, return_inverse=True)
-    order = np.argsort(place, kind="stable")
-    starts = np.searchsorted(place[order], np.arange(len(values)))
-    positive, negative = (  # weight of each class at each distinct score: (R, distinct)
-        np.add.reduceat((weights * chosen)[:, order].astype(np.float64), starts, axis=1)
-        for chosen in (targets, ~targets)
-    )
-    below = negative.cumsum(axis=1) - negative / 2  # half of what is tied
-    pairs = positive.sum(axis=1) * negative.sum(axis=1)
+    """One label's: `(N,)`, `(N,)` and `(N, R)` give `(R,)`."""
+    positive, negative = np.flatnonzero(targets), np.flatnonzero(~targets)
+    negative = negative[np.argsort(scores[negative])]
+    below = np.zeros((len(negative) + 1, weights.shape[1]))  # weight of the first k negative images
+    np.cumsum(weights[negative], axis=0, out=below[1:])
+    first, last = (np.searchsorted(scores[negative], scores[positive], side) for side in ("left", "right"))
+    wins = (weights[positive] * (below[first] + below[last])).sum(axis=0) / 2  # half of what is tied
+    pairs = below[-1] * weights[positive].sum(axis=0)
     with np.errstate(invalid="ignore"):
-        return np.where(pairs > 0, (positive * below).sum(axis=1) / pairs, np.nan)
+        return np.where(pairs > 0, wins / pairs, np.nan)
