@@ -146,7 +146,7 @@ def judge(args: Arguments, judges: Judges, sets: list[tuple[str, SyntheticImages
         num_folds=args.num_folds,
         num_real=len(judges.table),
         num_real_patients=len(set(judges.table.patients)),
-        model=args.classifier,
+        model=judges.settings.name,
         judges_seed=args.seed,
         real=real,
         parts=evaluate_labels(judged, judges.labels, ratios=args.ratios, **options),

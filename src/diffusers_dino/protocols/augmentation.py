@@ -50,14 +50,14 @@ def summarise(
     """
     cells = _check(cells)
     planned = _span(list(cells)) if planned is None else planned
-    strays = [spec.name for spec in cells if spec not in set(planned)]
+    strays = set(cells) - set(planned)
     if strays:
-        raise ValueError(f"{len(strays)} cells are not in the grid that was planned, such as {strays[0]}.")
+        raise ValueError(f"{len(strays)} cells are not in the grid that was planned, such as {min(strays).name}.")
     tests = _test_folds(cells, repeats, seed)
     num_folds = 1 + max(spec.fold for spec in planned)
     rows: list[Configuration] = []
     for regime in sorted({spec.regime for spec in planned}, reverse=True):
-        kinds = sorted({(*_kind(spec),) for spec in planned if spec.regime == regime}, key=_place)
+        kinds = sorted({_kind(spec) for spec in planned if spec.regime == regime}, key=_place)
         baseline = None
         for kind in kinds:
             figures = _figures(cells, tests, kind, regime, num_folds)
