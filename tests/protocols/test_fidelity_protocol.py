@@ -75,7 +75,7 @@ def test_the_nearest_checkpoint_is_the_best(result):
 def test_tables_carry_what_figures_depend_on(result):
     markdown, latex = (format_fidelity_table(result, style) for style in ("markdown", "latex"))
     assert f"{result.rows[0].frechet.value:.3g} [" in markdown
-    for word in ("16, 20", "pixels", "no weights", "DDIMScheduler, 2 steps", "biased upwards"):
+    for word in ("16, 20", "pixels", "no weights", "DDIMScheduler, steps: 2", "biased upwards"):
         assert word in markdown
     assert latex.count(r"\\") == 5
     rows = list(csv.DictReader(io.StringIO(format_fidelity_table(result, "csv"))))
