@@ -37,7 +37,7 @@ def flags(model, tmp_path) -> dict:
         "output_dir": tmp_path / "out",
         "num_labels": 2,
         "regimes": [12, 6],
-        "ratios": [1, 2],
+        "ratios": [2],
         "num_folds": 2,
         "strategies": ["reconstruction", "interpolation"],
         "modes": ["augmentation", "full-synthetic"],
@@ -64,7 +64,7 @@ def run(flags: dict, **changed) -> Path:
 def test_a_killed_experiment_continues_and_ends_as_one_that_was_not(flags, tmp_path):
     out = run(flags)
     whole = load_cells(out / "cells")
-    assert len(whole) == 2 * 2 * 9
+    assert len(whole) == 2 * 2 * 5
     for name in ("table.md", "table.tex", "table.csv", "augmentation.png", "differences.png"):
         assert (out / name).is_file()
     result = AugmentationResult.load(out / "result.json")
@@ -122,10 +122,8 @@ def test_what_fails_is_named_and_the_rest_goes_on(flags, model, tmp_path):
     assert "1 of 2 folds" in (out / "table.md").read_text()
     assert AugmentationResult.load(out / "result.json").missing == ("reconstruction-augmentation-1to1-regime6-fold1",)
 
-    for changed in ({"ratios": [1, 2]}, {"learning_rate": 0.5}, {"guidance_scale": 3}, {"num_labels": 3}):
-        with pytest.raises(
-            ValueError, match=f"was begun in another way.*{'labels' if 'num_labels' in changed else ''}"
-        ):
+    for changed in ({"ratios": [1, 2]}, {"learning_rate": 0.5}, {"guidance_scale": 3}):
+        with pytest.raises(ValueError, match=f"was begun in another way: .*{next(iter(changed))}"):
             run(flags, **changed)
     with pytest.raises(ValueError, match="has other folds"):
         run(flags, seed=1)
