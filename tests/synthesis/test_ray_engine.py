@@ -79,9 +79,10 @@ def ask(worker, number):
 
 @pytest.mark.slow
 def test_ray_goes_on_with_what_one_process_began_and_replaces_a_worker_that_is_killed(
-    plan, pipe, sources, tmp_path, capfd
+    plan, pipe, sources, tmp_path, capfd, monkeypatch
 ):
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'diffusers-dino[ray]'")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # workers import the gate from here
     gate = DeadlyGate(tmp_path)
     whole = synthesise(plan, pipe, sources, tmp_path / "whole", gate=gate, progress=False)
     begun = prepare_folder(bind(plan, pipe, sources, gate), tmp_path / "set")

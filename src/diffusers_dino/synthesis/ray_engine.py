@@ -91,7 +91,7 @@ def synthesise_with_ray(
         pipe: On the CPU; workers get it by way of the output folder.
         images: Holds the plan's sources; workers must be able to read it under the same paths.
         output_dir: Where shards, `labels.csv` and `manifest.json` go. All machines must share it under one path.
-        gate: Which images may pass; the others are drawn again.
+        gate: Which images may pass; the others are drawn again. Workers must be able to import its class.
         resources: Who does the work; by default all of this machine, without its GPUs.
         max_left_out: Largest tolerated fraction of images that the gate refuses in every attempt.
         progress: Whether to show rate and time left, a step a shard.
