@@ -56,7 +56,7 @@ def nearest_training(
     features: Tensor,
     training: Tensor,
     k: int = 1,
-    chunk: int = 1024,
+    chunk: int = 256,
     *,
     groups: Groups | None = None,
     training_groups: Groups | None = None,
