@@ -164,7 +164,7 @@ def judge_real(
     patients = [judges.table.patients[row] for row in rows.tolist()]
     targets = judges.table.targets(judges.labels)[rows]
     probabilities = np.concatenate([values for _, values in found])
-    return score_real(probabilities, targets, numbers, patients, judges.labels, **options)
+    return score_real(probabilities, targets, numbers, rows, patients, judges.labels, **options)
 
 
 if __name__ == "__main__":

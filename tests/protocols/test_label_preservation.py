@@ -107,9 +107,11 @@ def judged(judges, sets) -> dict[str, JudgedSet]:
 
 @pytest.fixture(scope="module")
 def result(judges, judged) -> LabelPreservationResult:
-    rows, probabilities = judges.judge_real((0, 1))
+    found = [judges.judge_real(pair) for pair in ((0, 1), (0, 2), (1, 2))]
+    rows, probabilities = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    numbers = np.repeat([0, 1, 2], [len(own) for own, _ in found])
     targets, patients = judges.table.targets(LABELS)[rows], [judges.table.patients[i] for i in rows]
-    real = score_real(probabilities, targets, np.zeros(len(rows), int), patients, LABELS, repeats=50)
+    real = score_real(probabilities, targets, numbers, rows, patients, LABELS, repeats=50)
     parts = evaluate_labels({name: [one] for name, one in judged.items()}, LABELS, ratios=[1], repeats=100)
     return LabelPreservationResult(LABELS, 3, NUM_REAL, NUM_REAL // 2, "densenet121", 0, 0, 100, real, parts)
 
@@ -124,6 +126,7 @@ def test_faithful_images_are_told_from_those_that_show_nothing(result):
     assert found["empty"].sources == pytest.approx(found["faithful"].sources)  # the same real images and labels
     assert found["empty"].shuffled_low < 0.5 < found["empty"].shuffled_high
     assert result.real[0].auroc > 0.9
+    assert [row.num_positive for row in result.real] == [2, 30, 28]  # labels, and images, each once
 
 
 def test_ratios_and_fractions_are_shown_apart(result, sets):

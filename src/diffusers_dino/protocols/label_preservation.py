@@ -218,6 +218,7 @@ def score_real(
     probabilities: np.ndarray,
     targets: np.ndarray,
     judges: np.ndarray,
+    images: np.ndarray,
     patients: Sequence[str],
     labels: Sequence[str],
     *,
@@ -230,6 +231,7 @@ def score_real(
         probabilities: `(N, L)`, a row for each judge and image.
         targets: `(N, L)` bool.
         judges: `(N,)` int64.
+        images: `(N,)` int64, which image a row is of: each is counted once.
         patients: Of each row.
         labels: Names of the L labels.
         repeats: Draws of the bootstrap.
@@ -238,7 +240,8 @@ def score_real(
     weights = draw_weights(patients, np.zeros(len(patients), int), repeats, seed)
     figures = _with_mean(stratified_auroc(probabilities, targets, judges))[0]
     draws = _with_mean(stratified_auroc(probabilities, targets, judges, weights))
-    counts = _counts(targets, figures)
+    _, once = np.unique(images, return_index=True)
+    counts = _counts(targets[once], figures)
     return tuple(
         RealScores(name, number, _number(value), *_interval(column))
         for name, number, value, column in zip(("macro", *labels), counts, figures, draws.T, strict=True)
