@@ -167,6 +167,19 @@ def test_resampling_without_a_counterpart_is_said(tmp_path, caplog):
     assert "lanczos" in caplog.text
 
 
+@pytest.mark.parametrize("num_classes", [0, 3])
+def test_timm_checkpoint_that_lacks_weights_is_refused(num_classes, tmp_path):
+    """timm itself fills in random ones where the checkpoint has a classifier."""
+    model = timm.create_model("vit_small_patch16_224", img_size=32, num_classes=num_classes, **TIMM_TINY)
+    folder = save_timm(model, tmp_path / "whole")
+    assert DinoImageConditioner.from_encoder(folder).num_tokens == 1
+    weights = load_file(folder / "model.safetensors")
+    del weights["blocks.1.mlp.fc2.weight"]
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"does not fill its network(.|\n)*blocks.1.mlp.fc2.weight"):
+        DinoImageConditioner.from_encoder(folder)
+
+
 def test_timm_model_without_class_token(tmp_path):
     model = timm.create_model("vit_small_patch16_224", img_size=32, class_token=False, global_pool="avg", **TIMM_TINY)
     conditioner = wrap(model.eval(), tokens="patch")

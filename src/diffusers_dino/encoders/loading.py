@@ -15,6 +15,7 @@ import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from .model import (
@@ -140,13 +141,17 @@ def _load_transformers(
 def _load_timm(
     folder: Path, config: Mapping[str, Any], size: int | None, origin: dict[str, Any]
 ) -> tuple[EncoderSpec, nn.Module]:
-    data = timm.data.resolve_data_config(pretrained_cfg=config.get("pretrained_cfg", config))
+    pretrained_cfg = config.get("pretrained_cfg", config)
+    data = timm.data.resolve_data_config(pretrained_cfg=pretrained_cfg)
     size = size or _square_side(data["input_size"][1:])
-    # `source` and `file` point timm at the safetensors alone; its own search would also take a pickle.
-    weights = {"source": "", "file": str(folder / "model.safetensors"), "custom_load": False}
-    model = timm.create_model(
-        f"local-dir:{folder}", pretrained=True, pretrained_cfg_overlay=weights, num_classes=0, img_size=size
-    )
+    weights = _timm_weights(folder, pretrained_cfg)
+    try:
+        model = timm.create_model(
+            f"local-dir:{folder}", pretrained=True, pretrained_cfg_overlay=weights, num_classes=0, img_size=size
+        )
+    except RuntimeError as error:
+        raise ValueError(f"The checkpoint {origin['source']!r} does not fill its network: {error}") from error
+    del model.pretrained_cfg["state_dict"]
     check_size(size, model.patch_embed.patch_size[0], origin["source"])
     arguments = {**config.get("model_args", {}), "img_size": size}
     return (
@@ -160,6 +165,19 @@ def _load_timm(
         ),
         model,
     )
+
+
+def _timm_weights(folder: Path, pretrained_cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """What points timm at the safetensors alone, where its own search would also take a pickle.
+
+    timm drops a classifier that is not asked for, and then no longer minds if other weights are missing. Here there is
+    none to begin with, so timm stays strict.
+    """
+    names = pretrained_cfg.get("classifier") or ()
+    heads = tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if not name.startswith(heads)}
+    return {"source": "", "state_dict": kept, "num_classes": 0, "custom_load": False}
 
 
 def _processor_preprocessing(folder: Path, size: int | None) -> dict[str, Any]:

@@ -10,17 +10,12 @@ import torch
 
 from .extractors import FeatureExtractor, FeatureSpec, open_pixels, open_tiny, pixel_features
 from .extractors.files import require_local
-from .extractors.inception import open_inception
 from .extractors.local_contrast import open_local_contrast
-from .extractors.timm_model import open_timm
-from .extractors.transformer import open_transformer
-from .extractors.xrv import open_xrv
 
 __all__ = ["EXTRACTORS", "FeatureExtractor", "FeatureSpec", "open_extractor", "pixel_features"]
 
 EXTRACTORS = ("pixels", "local-contrast", "tiny", "xrv", "rad-dino", "dinov2", "inception", "timm/NAME")
 _BUNDLED = {"pixels": open_pixels, "local-contrast": open_local_contrast, "tiny": open_tiny}
-_FROM_FILE = {"xrv": open_xrv, "inception": open_inception}
 _REPOSITORIES = {"rad-dino": "microsoft/rad-dino", "dinov2": "facebook/dinov2-large"}
 
 
@@ -57,12 +52,23 @@ def open_extractor(
         if weights is not None or sha256 is not None:
             raise ValueError(f"The extractor {name} comes with the package: it takes neither weights nor their hash.")
         return _BUNDLED[name](device)
-    if name in _FROM_FILE:
-        return _FROM_FILE[name](weights, device, sha256)
+    # the large libraries are imported for the extractors that need them alone
+    if name == "xrv":
+        from .extractors.xrv import open_xrv
+
+        return open_xrv(weights, device, sha256)
+    if name == "inception":
+        from .extractors.inception import open_inception
+
+        return open_inception(weights, device, sha256)
     if name in _REPOSITORIES:
+        from .extractors.transformer import open_transformer
+
         hint = f"`hf download {_REPOSITORIES[name]} --local-dir {name}`, then give the folder {name}."
         return open_transformer(name, require_local(name, weights, hint), device, sha256)
     if name.startswith("timm/"):
+        from .extractors.timm_model import open_timm
+
         hint = f"`hf download {name} --local-dir FOLDER`, then give the folder."
         return open_timm(name.removeprefix("timm/"), require_local(name, weights, hint), device, sha256)
     if Path(name).is_dir():
@@ -81,5 +87,9 @@ def _open_folder(
         raise FileNotFoundError(f"{folder} is not a checkpoint of transformers or timm: it has no config.json.")
     config = json.loads((folder / "config.json").read_text())
     if "architecture" in config:
+        from .extractors.timm_model import open_timm
+
         return open_timm(config["architecture"], folder, device, sha256)
+    from .extractors.transformer import open_transformer
+
     return open_transformer(config.get("model_type", folder.name), folder, device, sha256)
