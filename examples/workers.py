@@ -129,7 +129,7 @@ def _context(function: Callable[..., Any]) -> Any:
     # before Python 3.14 the server does not find the scripts, but what they import is most of the work
     script = Path(getattr(sys.modules["__main__"], "__file__", "")).stem
     loaded = [name for name in sys.modules if name == "timm" or name.split(".")[0] == "diffusers_dino"]
-    context.set_forkserver_preload([*loaded, function.__module__, script])
+    context.set_forkserver_preload(loaded + [name for name in (function.__module__, script) if name])
     return context
 
 
