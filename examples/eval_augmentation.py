@@ -14,12 +14,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +32,7 @@ from classifier_arguments import (
     open_labelled_images,
 )
 from command_line import flag, parse_arguments
+from console import progress, run_resumable
 from diffusers_dino.data import ImageDataset, Preprocessing
 from diffusers_dino.data.atomic import PARTIAL, sha256_of, write_json
 from diffusers_dino.data.labels import LabelTable
@@ -56,7 +56,7 @@ from diffusers_dino.protocols.regime_plans import RegimePlan, plan_regimes
 from diffusers_dino.seeds import derive_seed
 from diffusers_dino.synthesis import SynthesisSettings
 from diffusers_dino.training.checkpoints import make_writable_folder
-from make_shards import progress, say_what_failed
+from sampling_arguments import SamplingArguments
 from shard_plan import check_same
 from workers import only_one_run, run_apart
 
@@ -66,7 +66,7 @@ EXPERIMENT = "experiment.json"
 
 
 @dataclass
-class Arguments(ClassifierArguments, LabelledImageArguments):
+class Arguments(SamplingArguments, ClassifierArguments, LabelledImageArguments):
     # Grid
     regimes: list[int] = flag([10000, 5000, 1000, 500, 100, 50], "Numbers of real images.")  # noqa: RUF009
     ratios: list[int] = flag([1, 5, 10, 25, 50], "Synthetic images for each real one.")  # noqa: RUF009
@@ -78,13 +78,6 @@ class Arguments(ClassifierArguments, LabelledImageArguments):
     # Generator
     model: str = flag("outputs/quickstart/model", f"DinoDiffusionPipeline; {FOLD} in it stands for the fold's number.")
     training_keys: str | None = flag(None, f"File of the keys that the generator was trained on, {FOLD} as above.")
-    scheduler: str | None = flag(None, "Scheduler of diffusers in place of the model's.")
-    num_inference_steps: int = flag(50, "Sampling steps.")
-    guidance_scale: float = flag(2.0, "Guidance; 1 is none, at half the cost.")
-    guidance_rescale: float = flag(0.0, "Against over-exposure by guidance.")
-    eta: float = flag(0.0, "Stochasticity of DDIM.")
-    restore_norm: bool = flag(False, "Give interpolated tokens the norm back that mixing takes from them.")
-    dtype: Literal["float32", "bfloat16", "float16"] = flag("float32", "Type of the generator's weights.")
     sampling_batch_size: int = flag(16, "Images sampled together.")
     shard_size: int = flag(1000, "Synthetic images in a shard: what a kill loses, for each process.")
     gate: str | None = flag(None, f"File of a CopyGate, {FOLD} as above: near-copies are drawn again.")
@@ -335,9 +328,4 @@ def report(experiment: Experiment, problems: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"error: {say_what_failed(error)}")
-    except KeyboardInterrupt:
-        sys.exit("Stopped. The same command goes on.")
+    run_resumable(main)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from classifier_arguments import (
     open_labelled_images,
 )
 from command_line import flag, parse_arguments
+from console import progress, run_resumable
 from diffusers_dino.data import Preprocessing, open_images
 from diffusers_dino.data.folds import assign_folds
 from diffusers_dino.data.packed import pack_images
@@ -44,7 +44,6 @@ from diffusers_dino.protocols.label_table import write_preservation_tables
 from diffusers_dino.synthesis import SyntheticSet
 from diffusers_dino.training.checkpoints import make_writable_folder
 from eval_augmentation import count_workers
-from make_shards import progress, say_what_failed
 from workers import only_one_run, run_apart
 
 logger = logging.getLogger("eval_labels")
@@ -168,9 +167,4 @@ def judge_real(
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"error: {say_what_failed(error)}")
-    except KeyboardInterrupt:
-        sys.exit("Stopped. The same command goes on.")
+    run_resumable(main)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import datetime
 import json
 import logging
-import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +22,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
 from command_line import flag, parse_arguments
+from console import run_resumable
 from diffusers_dino import DinoDiffusionPipeline
 from diffusers_dino.data import ImageDataset, Preprocessing, open_images
 from diffusers_dino.data.atomic import atomic_write
@@ -42,13 +42,13 @@ from diffusers_dino.synthesis import (
 from diffusers_dino.synthesis.card import recorded_sources, write_synthetic_card
 from diffusers_dino.synthesis.plan_files import PLAN
 from diffusers_dino.synthesis.run import prepare_folder
-from make_shards import say_what_failed
+from sampling_arguments import SamplingArguments
 
 STORED = "stored"
 
 
 @dataclass
-class Arguments:
+class Arguments(SamplingArguments):
     # What from
     model: str = flag("outputs/quickstart/model", "DinoDiffusionPipeline: a folder or a repository of the Hub.")
     data_dir: str = flag("examples/data/phantom-cxr", "Source images: a folder, or webdataset tars.")
@@ -65,16 +65,6 @@ class Arguments:
     ratio: float | None = flag(None, "Synthetic images for each source.")
     num_images: int | None = flag(None, "Number of synthetic images, in place of --ratio.")
     seed: int = flag(0, "Seed of the plan and of the noise.")
-    # How; a change of these changes the images
-    scheduler: str | None = flag(
-        None, "Scheduler of diffusers, such as DPMSolverMultistepScheduler; else the model's."
-    )
-    num_inference_steps: int = flag(50, "Sampling steps.")
-    guidance_scale: float = flag(2.0, "Guidance; 1 is none, at half the cost.")
-    guidance_rescale: float = flag(0.0, "Against over-exposure by guidance.")
-    eta: float = flag(0.0, "Stochasticity of DDIM.")
-    restore_norm: bool = flag(False, "Give interpolated tokens the norm back that mixing takes from them.")
-    dtype: Literal["float32", "bfloat16", "float16"] = flag("float32", "Type of the weights.")
     batch_size: int = flag(16, "Images sampled together by a process.")
     threads: int | None = flag(None, "Threads of a process on the CPU; by default what PyTorch chooses at first.")
     # Gate
@@ -243,9 +233,4 @@ def report(made: SyntheticSet) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        main()
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"error: {say_what_failed(error)}")
-    except KeyboardInterrupt:
-        sys.exit("Stopped. The same command goes on.")
+    run_resumable(main)

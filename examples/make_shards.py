@@ -10,21 +10,17 @@ docs/shards.md describes what is written.
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-from tqdm.auto import tqdm
+from typing import Literal
 
 from command_line import flag, parse_arguments
+from console import progress, run_resumable
 from diffusers_dino.data import Preprocessing
 from diffusers_dino.data.atomic import PARTIAL
 from diffusers_dino.data.duplicates import MAX_DISTANCE
@@ -48,7 +44,6 @@ from shard_summary import describe_lineage, write_summary
 from workers import only_one_run, run_parallel
 
 UNREADABLE = "unreadable.csv"
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass
@@ -218,24 +213,5 @@ def verify(output: Path, num_workers: int) -> None:
     print(f"{output}: all {sum(s['samples'] for s in shards)} samples in {len(shards)} shards are as in {MANIFEST}")
 
 
-def progress(title: str, unit: str, total: int, done: int = 0) -> tqdm:
-    """A bar with rate and time left; where there is no terminal a line now and then."""
-    options: dict[str, Any] = {"mininterval": 0.2 if sys.stderr.isatty() else 30, "smoothing": 0.05}
-    return tqdm(total=total, initial=done, desc=title, unit=unit, **options)
-
-
-def say_what_failed(error: Exception) -> str:
-    if isinstance(error, BrokenProcessPool):
-        return "a worker was killed, maybe for want of memory: use fewer --num_workers. The same command goes on."
-    if isinstance(error, OSError) and error.errno in _FULL:
-        return f"there is no room ({error.strerror}). What is done stays: make room, and the same command goes on."
-    return str(error)
-
-
 if __name__ == "__main__":
-    try:
-        main()
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"error: {say_what_failed(error)}")
-    except KeyboardInterrupt:
-        sys.exit("Stopped. The same command goes on.")
+    run_resumable(main)

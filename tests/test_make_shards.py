@@ -286,9 +286,9 @@ class TestRestart:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         monkeypatch.syspath_prepend(str(EXAMPLES))
-        import make_shards
+        import console
 
-        assert "there is no room" in make_shards.say_what_failed(caught.value)
+        assert "there is no room" in console.say_what_failed(caught.value)
         assert not list(cut.glob(".*partial"))
         assert len(list((cut / ".work" / "parts").glob("*.json"))) == 7
         make(size=96, output_dir=cut, part_size=2)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shard_files import encode, write_tar
 
 from diffusers_dino.data.archives import PackedKeys, TarIndex, index_tar, parse_index, write_index
+from shard_files import encode, write_tar
 
 
 def index_of(path) -> TarIndex:

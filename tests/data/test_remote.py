@@ -11,7 +11,6 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
-from shard_files import write_shards
 
 from diffusers_dino.data import (
     Augmentation,
@@ -26,6 +25,7 @@ from diffusers_dino.data.archives import write_index
 from diffusers_dino.data.remote import RemoteFiles, add_suffix, redact
 from hub_server import HubServer
 from range_server import RangeServer
+from shard_files import write_shards
 
 PREPARE = Preprocessing(16)
 

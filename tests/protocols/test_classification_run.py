@@ -187,7 +187,8 @@ def test_a_cell_is_a_function_of_its_job(job, tmp_path):
     assert (one.keys, one.patients, one.labels) == (two.keys, job.patients, NAMES)
     facts = one.facts
     assert (facts.num_real, facts.num_synthetic, facts.num_validation) == (20, 0, len(job.validation.rows))
-    assert (facts.steps, facts.settings, facts.model) == (24, "digest", "densenet121 (growth_rate=4, block_config=[1, 1])")
+    model = "densenet121 (growth_rate=4, block_config=[1, 1])"
+    assert (facts.steps, facts.settings, facts.model) == (24, "digest", model)
     assert facts.seconds > 0
 
 

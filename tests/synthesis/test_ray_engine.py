@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import tiny
-from diffusers_dino.data import Preprocessing, open_images
 from diffusers_dino.synthesis import SynthesisError, SynthesisSettings, plan_interpolation, synthesise
 from diffusers_dino.synthesis.finish import WorkFolders
 from diffusers_dino.synthesis.ray_engine import (
@@ -24,7 +23,6 @@ from diffusers_dino.synthesis.ray_engine import (
     synthesise_with_ray,
 )
 from diffusers_dino.synthesis.run import bind, prepare_folder
-from scripts import image_folder
 
 LABELS = [{"mass"}, {"mass", "nodule"}, {"nodule"}, {"mass"}, {"nodule"}]
 SETTINGS = SynthesisSettings(num_inference_steps=2, batch_size=4, shard_size=4, threads=1)
@@ -47,16 +45,6 @@ class DeadlyGate:
 
     def fingerprint(self):
         return "everything passes"
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    return tiny.tiny_pipeline()
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory):
-    return open_images(image_folder(tmp_path_factory.mktemp("sources"), len(LABELS), 32), Preprocessing(32))
 
 
 @pytest.fixture(scope="module")

@@ -54,16 +54,6 @@ class BrightnessGate:
 
 
 @pytest.fixture(scope="module")
-def pipe():
-    return tiny.tiny_pipeline()
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory):
-    return open_images(image_folder(tmp_path_factory.mktemp("sources"), len(LABELS), 32), Preprocessing(32))
-
-
-@pytest.fixture(scope="module")
 def plan(sources):
     return plan_interpolation(sources.keys, LABELS, num_images=21, settings=SETTINGS)
 

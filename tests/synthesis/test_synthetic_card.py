@@ -12,7 +12,6 @@ from diffusers_dino.data.shards import write_manifest
 from diffusers_dino.protocols import evaluate_memorization
 from diffusers_dino.synthesis import SynthesisSettings, plan_interpolation, plan_reconstruction, synthesise
 from diffusers_dino.synthesis.card import recorded_sources, synthetic_card, write_synthetic_card
-from scripts import image_folder
 
 LABELS = [{"mass"}, {"mass", "nodule"}, {"mass"}, {"effusion"}, {"effusion"}]
 SETTINGS = SynthesisSettings(num_inference_steps=1, batch_size=4, shard_size=4, threads=1, guidance_scale=1.5)
@@ -25,16 +24,6 @@ NIH = {
     "contains": ["chest_xray8"],
     "samples": 5,
 }
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    return tiny.tiny_pipeline()
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory):
-    return open_images(image_folder(tmp_path_factory.mktemp("sources"), len(LABELS), 32), Preprocessing(32))
 
 
 @pytest.fixture(scope="module")

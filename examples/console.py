@@ -1,0 +1,40 @@
+"""What the scripts that take hours and can be stopped say on the console."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from tqdm.auto import tqdm
+
+__all__ = ["progress", "run_resumable", "say_what_failed"]
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def run_resumable(main: Callable[[], None]) -> None:
+    """Run a script whose work stays when it is stopped: end with one line for what a user can mend."""
+    try:
+        main()
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        sys.exit(f"error: {say_what_failed(error)}")
+    except KeyboardInterrupt:
+        sys.exit("Stopped. The same command goes on.")
+
+
+def say_what_failed(error: Exception) -> str:
+    """The message of an error, with what to do about a killed worker or a full disk."""
+    if isinstance(error, BrokenProcessPool):
+        return "a worker was killed, maybe for want of memory: use fewer --num_workers. The same command goes on."
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return f"there is no room ({error.strerror}). What is done stays: make room, and the same command goes on."
+    return str(error)
+
+
+def progress(title: str, unit: str, total: int, done: int = 0) -> tqdm:
+    """A bar with rate and time left; where there is no terminal a line now and then."""
+    options: dict[str, Any] = {"mininterval": 0.2 if sys.stderr.isatty() else 30, "smoothing": 0.05}
+    return tqdm(total=total, initial=done, desc=title, unit=unit, **options)
