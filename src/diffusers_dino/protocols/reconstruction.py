@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -102,9 +103,9 @@ def evaluate_reconstruction(
         subset = torch.randperm(len(training_images), generator=torch.Generator().manual_seed(seed))[: len(images)]
         frechet.append(
             {
-                "frechet_generated": frechet_distance(pixel_features(unguided), thumbnails),
-                "frechet_untrained": frechet_distance(pixel_features(untrained), thumbnails),
-                "frechet_training_images": frechet_distance(pixel_features(training_images[subset]), thumbnails),
+                "frechet_generated": _frechet(pixel_features(unguided), thumbnails),
+                "frechet_untrained": _frechet(pixel_features(untrained), thumbnails),
+                "frechet_training_images": _frechet(pixel_features(training_images[subset]), thumbnails),
             }
         )
     return ReconstructionResult(
@@ -142,6 +143,13 @@ def generate_variations(
         )
         images.append(output.images.float().cpu())
     return torch.cat(images)
+
+
+def _frechet(images: Tensor, reference: Tensor) -> float:
+    """Of few images on both sides: the result says how many, and all its distances are of the same numbers."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The Fréchet distance of")
+        return frechet_distance(images, reference)
 
 
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
