@@ -22,15 +22,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-
-from diffusers_dino import DinoDiffusionPipeline, DinoImageConditioner
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+from bundled import untrained_pipeline  # noqa: E402
 from command_line import flag, parse_arguments  # noqa: E402
+
+UNET = {
+    "sample_size": 8,
+    "block_out_channels": (32, 64),
+    "down_block_types": ("CrossAttnDownBlock2D",) * 2,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 2,
+    "norm_num_groups": 4,
+}
 
 
 @dataclass
@@ -48,7 +53,7 @@ def main() -> None:
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        make_model(root / "model")
+        untrained_pipeline(**UNET).save_pretrained(root / "model")
         runs = {"one process": ("one", 1, "local"), "two processes": ("two", 2, "local")}
         runs |= {"Ray": ("ray", 1, "ray")} if args.ray else {}
         for title, (name, processes, engine) in runs.items():
@@ -73,24 +78,6 @@ def main() -> None:
     print(
         f"{args.num_images} images in {shards} shards: {', '.join(others)} equal one process in all {len(whole)} files"
     )
-
-
-def make_model(folder: Path) -> None:
-    """A pipeline of the bundled encoder and autoencoder, and a UNet with random weights."""
-    torch.manual_seed(0)
-    conditioner = DinoImageConditioner.from_pretrained(EXAMPLES / "data/tiny-dino")
-    vae = AutoencoderKL.from_pretrained(EXAMPLES / "data/tiny-vae")
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        in_channels=vae.config.latent_channels,
-        out_channels=vae.config.latent_channels,
-        block_out_channels=(32, 64),
-        down_block_types=("CrossAttnDownBlock2D",) * 2,
-        up_block_types=("CrossAttnUpBlock2D",) * 2,
-        norm_num_groups=4,
-        cross_attention_dim=conditioner.token_dim,
-    )
-    DinoDiffusionPipeline(vae, conditioner, unet, DDIMScheduler()).save_pretrained(folder)
 
 
 def start(root: Path, name: str, args: Arguments, processes: int, engine: str = "local") -> subprocess.Popen:

@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
-from diffusers_dino import DinoDiffusionPipeline, DinoImageConditioner
+from diffusers_dino import DinoDiffusionPipeline
 from diffusers_dino.data import ImageDataset, Preprocessing, open_images
 from diffusers_dino.seeds import generator_for
 from diffusers_dino.synthesis import Plan, SynthesisSettings, plan_reconstruction, synthesise
@@ -29,8 +28,15 @@ from diffusers_dino.synthesis import Plan, SynthesisSettings, plan_reconstructio
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+from bundled import untrained_pipeline  # noqa: E402
 from command_line import flag, parse_arguments  # noqa: E402
 
+UNET = {  # of a size that does some work
+    "sample_size": 16,
+    "block_out_channels": (64, 128),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
 BAR = 0.95
 
 
@@ -52,7 +58,9 @@ class Arguments:
 def main() -> None:
     args = parse_arguments(Arguments, description=__doc__)
     torch.set_num_threads(args.threads)
-    pipe = (DinoDiffusionPipeline.from_pretrained(args.model) if args.model else make_pipeline()).to(args.device)
+    pipe = (DinoDiffusionPipeline.from_pretrained(args.model) if args.model else untrained_pipeline(**UNET)).to(
+        args.device
+    )
     pipe.set_progress_bar_config(disable=True)
     images = open_images(args.data_dir, Preprocessing(pipe.unet.config["sample_size"] * pipe.vae_scale_factor))
     images = images.select(images.keys[: args.num_sources])
@@ -98,23 +106,6 @@ def run_loop(plan: Plan, pipe: DinoDiffusionPipeline, images: ImageDataset, limi
         ).images
         kept += len(batch)
     return kept
-
-
-def make_pipeline() -> DinoDiffusionPipeline:
-    """The bundled encoder and autoencoder, and a UNet with random weights of a size that does some work."""
-    torch.manual_seed(0)
-    conditioner = DinoImageConditioner.from_pretrained(EXAMPLES / "data/tiny-dino")
-    vae = AutoencoderKL.from_pretrained(EXAMPLES / "data/tiny-vae")
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        in_channels=vae.config.latent_channels,
-        out_channels=vae.config.latent_channels,
-        block_out_channels=(64, 128),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=conditioner.token_dim,
-    )
-    return DinoDiffusionPipeline(vae, conditioner, unet, DDIMScheduler())
 
 
 def describe(args: Arguments, loops: list[float], engines: list[float]) -> dict[str, Any]:

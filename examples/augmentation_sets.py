@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
+from devices import device_of
 from diffusers_dino.data import Preprocessing, open_images
 from diffusers_dino.data.packed import pack_images
 from diffusers_dino.metrics.copy_gate import CopyGate
 from diffusers_dino.synthesis import Plan, synthesise
 from generate_dataset import load_pipeline
 
-__all__ = ["SyntheticJob", "device_of", "make_synthetic", "pack_path"]
+__all__ = ["SyntheticJob", "make_synthetic", "pack_path"]
 
 
 @dataclass(frozen=True)
@@ -63,10 +62,3 @@ def make_synthetic(place: int, job: SyntheticJob) -> str:
 def pack_path(folder: Path) -> Path:
     """Where the images of a set are packed."""
     return folder.parent / f"{folder.name}.npy"
-
-
-def device_of(place: int, device: str | None) -> str:
-    """Where the process at a place computes: on the device that was asked for, or on the GPUs in turn."""
-    if device is None and torch.cuda.is_available():
-        return f"cuda:{place % torch.cuda.device_count()}"
-    return device or "cpu"

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -21,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from augmentation_folds import FOLD, check_generators, make_folds, of_fold, write_folds
-from augmentation_sets import SyntheticJob, device_of, make_synthetic, pack_path
+from augmentation_sets import SyntheticJob, make_synthetic, pack_path
 from classifier_arguments import (
     ClassifierArguments,
     LabelledImageArguments,
@@ -33,6 +31,7 @@ from classifier_arguments import (
 )
 from command_line import flag, parse_arguments
 from console import progress, run_resumable
+from devices import count_workers, device_of
 from diffusers_dino.data import ImageDataset, Preprocessing
 from diffusers_dino.data.atomic import PARTIAL, sha256_of, write_json
 from diffusers_dino.data.labels import LabelTable
@@ -164,16 +163,9 @@ def open_experiment(
     generators = check_generators(table, folds, args.model, args.training_keys)
     write_json(path, {"configuration": begun, "generators": generators})
     digest = hash_of(json.dumps(begun, sort_keys=True))[:16]
-    return Experiment(args, output, table, names, folds, splits, classifier, digest, count_workers(args))
-
-
-def count_workers(args: Arguments) -> int:
-    """Processes at a time: one for each device, or for each core where there is none."""
-    if args.num_workers is not None:
-        return args.num_workers
-    if device_of(0, args.device) == "cpu":
-        return os.cpu_count() or 1
-    return 1 if args.device else torch.cuda.device_count()
+    return Experiment(
+        args, output, table, names, folds, splits, classifier, digest, count_workers(args.num_workers, args.device)
+    )
 
 
 def synthesis_settings(args: Arguments) -> SynthesisSettings:

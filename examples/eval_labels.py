@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 
-from augmentation_sets import device_of
 from classifier_arguments import (
     ClassifierArguments,
     LabelledImageArguments,
@@ -27,6 +26,7 @@ from classifier_arguments import (
 )
 from command_line import flag, parse_arguments
 from console import progress, run_resumable
+from devices import count_workers, device_of
 from diffusers_dino.data import Preprocessing, open_images
 from diffusers_dino.data.folds import assign_folds
 from diffusers_dino.data.packed import pack_images
@@ -43,7 +43,6 @@ from diffusers_dino.protocols.label_preservation import (
 from diffusers_dino.protocols.label_table import write_preservation_tables
 from diffusers_dino.synthesis import SyntheticSet
 from diffusers_dino.training.checkpoints import make_writable_folder
-from eval_augmentation import count_workers
 from workers import only_one_run, run_apart
 
 logger = logging.getLogger("eval_labels")
@@ -121,7 +120,7 @@ def open_set(args: Arguments, place: int, folder: str, output: Path) -> Syntheti
 def train_judges(args: Arguments, judges: Judges, pairs: list[tuple[int, int]]) -> None:
     jobs, problems = [(judges, pair, args.device) for pair in pairs], []
     with progress("Classifiers", "classifier", len(pairs)) as bar:
-        for outcome in run_apart(train_judge, jobs, count_workers(args)):
+        for outcome in run_apart(train_judge, jobs, count_workers(args.num_workers, args.device)):
             if outcome.error:
                 problems.append(f"the classifier without folds {pairs[outcome.number]}: {outcome.error}")
             bar.update()

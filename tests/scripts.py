@@ -18,6 +18,17 @@ import tiny
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
+# Flags of the scripts that train classifiers, at toy size
+TOY_CLASSIFIER = {
+    "classifier_options": ["growth_rate=4", "block_config=[1]"],
+    "size": 32,
+    "train_batch_size": 4,
+    "max_train_steps": 2,
+    "validation_steps": 1,
+    "bootstrap_repeats": 20,
+    "num_workers": 0,
+}
+
 
 def image_folder(folder: Path, count: int, size: int) -> Path:
     """Fill a folder with smooth gray images `000.png`, `001.png`, ..."""

@@ -45,13 +45,7 @@ def flags(model, tmp_path) -> dict:
         "guidance_scale": 1,
         "sampling_batch_size": 6,
         "shard_size": 12,
-        "classifier_options": ["growth_rate=4", "block_config=[1]"],
-        "size": 32,
-        "train_batch_size": 4,
-        "max_train_steps": 2,
-        "validation_steps": 1,
-        "bootstrap_repeats": 20,
-        "num_workers": 0,
+        **scripts.TOY_CLASSIFIER,
     }
 
 

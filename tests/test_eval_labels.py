@@ -39,13 +39,7 @@ def flags(sets, tmp_path) -> dict:
         "synthetic": [f"variations={sets['reconstruction']}", str(sets["interpolation"])],
         "num_labels": 2,
         "num_folds": 3,
-        "classifier_options": ["growth_rate=4", "block_config=[1]"],
-        "size": 32,
-        "train_batch_size": 4,
-        "max_train_steps": 2,
-        "validation_steps": 1,
-        "bootstrap_repeats": 20,
-        "num_workers": 0,
+        **scripts.TOY_CLASSIFIER,
         "output_dir": tmp_path / "out",
     }
 
