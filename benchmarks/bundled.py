@@ -18,8 +18,8 @@ DATA = Path(__file__).resolve().parents[1] / "examples" / "data"
 def untrained_pipeline(**unet: Any) -> DinoDiffusionPipeline:
     """The pipeline, with random weights in a UNet of this configuration; equal for equal configurations."""
     torch.manual_seed(0)
-    conditioner = DinoImageConditioner.from_pretrained(DATA / "tiny-dino")
-    vae = AutoencoderKL.from_pretrained(DATA / "tiny-vae")
+    conditioner = DinoImageConditioner.from_pretrained(DATA / "tiny-diffusion/conditioner")
+    vae = AutoencoderKL.from_pretrained(DATA / "tiny-diffusion/vae")
     channels = vae.config.latent_channels
     model = UNet2DConditionModel(
         in_channels=channels, out_channels=channels, cross_attention_dim=conditioner.token_dim, **unet
