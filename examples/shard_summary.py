@@ -33,16 +33,11 @@ def describe_lineage(
     readable, refused = (Counter(one.source for one in several) for several in (samples, unreadable))
     described = [
         {
-            "name": source.name,
-            "title": source.title,
+            **catalogue.describe_source(source),
             "images": readable[source.name] + refused[source.name],
             "unreadable": refused[source.name],
             "copies_left_out": readable[source.name] - written[source.name],
             "samples": written[source.name],
-            "licence": source.licence,
-            "citation": source.citation,
-            "url": source.url,
-            "contains": sorted(catalogue.lineage(source) - {source.name}),
         }
         for source in sources
     ]

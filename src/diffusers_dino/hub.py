@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-from .cards import CITATION, fact_table, is_hub_id, listed_names
+from .cards import cite, fact_table, is_hub_id, listed_names
 
 __all__ = ["LORA_FILE", "model_card", "push_folder", "write_model_card"]
 
@@ -126,7 +126,7 @@ def model_card(
         else "A latent diffusion model that is conditioned on images.",
         usage=usage,
         facts=fact_table(facts),
-        citation=CITATION,
+        citation=cite(),
     )
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}")
 

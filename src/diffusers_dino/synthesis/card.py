@@ -9,14 +9,12 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
-from ..cards import CITATION, fact_table, table_cell
+from ..cards import cite, fact_table, privacy_facts, source_table, table_cell, terms_notice
 from ..data.atomic import atomic_write
-from ..data.remote import is_remote
-from ..data.shards import MANIFEST, ShardError, read_manifest
 from .finish import SyntheticSet
 from .plan import Plan
 
-__all__ = ["CARD", "privacy_facts", "recorded_sources", "synthetic_card", "write_synthetic_card"]
+__all__ = ["CARD", "synthetic_card", "write_synthetic_card"]
 
 CARD = "README.md"
 
@@ -152,7 +150,7 @@ def synthetic_card(
         label_rule=_LABEL_RULES[plan.strategy] if plan.label_sets else "The images have no labels.",
         labels=_label_counts(made),
         privacy="\n\n".join([_gate_text(made), _privacy_text(privacy)]),
-        citation=CITATION,
+        citation=cite(),
     )
     return DatasetCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}")
 
@@ -164,60 +162,6 @@ def write_synthetic_card(made: SyntheticSet, title: str = "Synthetic images", **
     with atomic_write(path) as file:
         file.write(content)
     return path
-
-
-def recorded_sources(data_dir: str | Path) -> list[dict[str, Any]]:
-    """The data sets that a folder of shards says its images are from; empty where nothing is on record.
-
-    Args:
-        data_dir: A folder, or tars in it by name or pattern. Remote ones are not looked up.
-
-    Returns:
-        As `examples/make_shards.py` writes them into the manifest: name, title, licence, citation, url, contains.
-    """
-    path = Path(data_dir)
-    if is_remote(str(data_dir)):
-        return []
-    folder = path.parent if path.suffix == ".tar" else path
-    if not (folder / MANIFEST).is_file():
-        return []
-    try:
-        lineage = read_manifest(folder).get("lineage") or {}
-    except ShardError:
-        return []
-    if lineage.get("kind") == "synthetic":
-        return [{"title": f"a synthetic set (plan {lineage['plan'][:16]})"}]
-    found = lineage.get("sources", [])
-    return [dict(source) for source in found if source.get("samples", 1)] if isinstance(found, list) else []
-
-
-def privacy_facts(privacy: Mapping[str, Any]) -> dict[str, Any]:
-    """What was found of copies of training images, by name.
-
-    Args:
-        privacy: A `MemorizationResult` as a dictionary.
-
-    Raises:
-        ValueError: If no synthetic images were measured, or these are no such figures.
-    """
-    try:
-        found, real = privacy["synthetic"], privacy["held_out"]
-        if found is None:
-            raise ValueError(
-                "The privacy figures are of no synthetic images: run eval_memorization.py with --synthetic."
-            )
-        return {
-            "images compared with the training images": found["num_images"],
-            "near-copies of training images": _share_text(found),
-            "the same of real images that were not trained on": None if real is None else _share_text(real),
-            "farther from their nearest training image than that is from its own (AuthPct)": _percent(
-                found["authentic"]
-            ),
-            "threshold": f"calibrated for {_percent(privacy['false_alarms'])} false alarms on real images",
-            "feature space": privacy["spec"]["extractor"],
-        }
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"These are no figures of eval_memorization.py: {error!r}.") from error
 
 
 def _recipe(made: SyntheticSet, model: str | None) -> dict[str, Any]:
@@ -249,16 +193,8 @@ def _origin(sources: Sequence[Mapping[str, Any]]) -> str:
             "Which data sets the real images are from is not on record here. Their terms apply to what is derived "
             "from them, this set included."
         )
-    head = "| data set | licence | holds images of | cite |\n| --- | --- | --- | --- |"
-    rows = []
-    for source in sources:
-        title = table_cell(source.get("title") or source.get("name") or "unknown")
-        named = f"[{title}]({source['url']})" if source.get("url") else title
-        cells = [table_cell(source.get(name) or "") for name in ("licence", "contains", "citation")]
-        cells[0] = cells[0] or "not on record"
-        rows.append(f"| {named} | {' | '.join(cells)} |")
     note = "Their terms apply to what is derived from them, this set included."
-    return "\n".join([head, *rows, "", note])
+    return "\n\n".join(filter(None, [source_table(sources), note, terms_notice(sources)]))
 
 
 def _label_counts(made: SyntheticSet) -> str:
@@ -298,12 +234,3 @@ def _privacy_text(privacy: Mapping[str, Any] | None) -> str:
             "`examples/eval_memorization.py` for that: do it before the set is shared."
         )
     return fact_table(privacy_facts(privacy))
-
-
-def _share_text(figures: Mapping[str, Any]) -> str:
-    interval = f"{_percent(figures['low'])} to {_percent(figures['high'])}"
-    return f"{figures['copies']} ({_percent(figures['share'])}; 95 % interval {interval})"
-
-
-def _percent(share: float) -> str:
-    return f"{share:.2%}".replace("%", " %")

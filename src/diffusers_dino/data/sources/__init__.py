@@ -6,6 +6,7 @@ from .description import Source
 from .lineage import Overlap, lineage, overlaps
 from .opening import OpenSource
 from .record import Record
+from .recorded import describe_source, recorded_sources, require_synthetic
 from .selection import label_prevalence, select_labels
 
 __all__ = [
@@ -15,11 +16,14 @@ __all__ = [
     "Source",
     "SourceReport",
     "catalogue_page",
+    "describe_source",
     "find_source",
     "label_prevalence",
     "lineage",
     "open_source",
     "overlaps",
+    "recorded_sources",
+    "require_synthetic",
     "select_labels",
     "source_names",
 ]
