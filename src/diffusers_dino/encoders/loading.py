@@ -9,11 +9,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -75,7 +74,11 @@ def load_encoder(
 def _hub_id(name: str) -> str:
     for prefix in _TIMM_PREFIXES:
         name = name.removeprefix(prefix)
-    if "/" not in name and not os.path.isdir(name) and timm.is_model(name.split(".")[0]):
+    if "/" in name or os.path.isdir(name):
+        return name
+    import timm
+
+    if timm.is_model(name.split(".")[0]):
         config = timm.get_pretrained_cfg(name)
         if config is None or config.hf_hub_id is None:
             raise ValueError(f"timm has no weights on the Hub for {name!r}: give a name with its tag, or a folder.")
@@ -91,6 +94,8 @@ def _fetch(name: str, patterns: list[str], revision: str | None, hub: Mapping[st
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, **hub))
     except HFValidationError as error:
         raise ValueError(f"{name!r} is neither a folder nor an id on the Hub.") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(f"{name!r} is no folder here, and the Hub gave no encoder for it: {error}") from error
     return folder, folder.name
 
 
@@ -141,6 +146,8 @@ def _load_transformers(
 def _load_timm(
     folder: Path, config: Mapping[str, Any], size: int | None, origin: dict[str, Any]
 ) -> tuple[EncoderSpec, nn.Module]:
+    import timm
+
     pretrained_cfg = config.get("pretrained_cfg", config)
     data = timm.data.resolve_data_config(pretrained_cfg=pretrained_cfg)
     size = size or _square_side(data["input_size"][1:])

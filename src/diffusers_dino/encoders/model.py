@@ -11,7 +11,6 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import timm
 import torch
 import transformers
 from torch import Tensor, nn
@@ -231,12 +230,16 @@ def build_model(spec: EncoderSpec) -> nn.Module:
         options = {"add_pooling_layer": spec.pooler} if spec.architecture == "vit" else {}
         return model_class(config_class.from_dict(dict(spec.arguments)), **options)
     if spec.backend == "timm" and is_timm_family(spec.architecture):
+        import timm
+
         return timm.create_model(spec.architecture, pretrained=False, num_classes=0, **spec.arguments)
     raise ValueError(f"Cannot build the encoder {spec.backend}/{spec.architecture}. Supported: {SUPPORTED}.")
 
 
 def is_timm_family(architecture: str) -> bool:
     """Whether timm has this model, and it is one of `TIMM_FAMILIES`."""
+    import timm  # takes longer than the rest of a pipeline's imports, and most encoders do without
+
     name = architecture.split(".")[0]
     return timm.is_model(name) and timm.model_entrypoint(name).__module__.split(".")[-1] in TIMM_FAMILIES
 

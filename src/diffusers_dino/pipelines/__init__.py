@@ -1,5 +1,6 @@
 """Pipelines: siblings on the same components, each with the public life-cycle steps of a diffusers pipeline."""
 
+from .caching import deep_cache
 from .pipeline_diffseg import DiffSegPipeline
 from .pipeline_dino_diffusion import DinoDiffusionPipeline
 from .pipeline_dino_interpolation import DinoInterpolationPipeline
@@ -12,4 +13,5 @@ __all__ = [
     "DinoDiffusionPipelineOutput",
     "DinoInterpolationPipeline",
     "DinoInterpolationPipelineOutput",
+    "deep_cache",
 ]

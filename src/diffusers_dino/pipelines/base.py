@@ -18,6 +18,7 @@ from torch import Tensor
 from ..conditioner import DinoImageConditioner
 from ..latents import decode_latents, vae_scale_factor
 from ..pixels import ImageInput, vae_to_unit
+from .caching import UNetCacheMixin, cache_context, has_cache, restart_cache
 from .checks import (
     OUTPUT_TYPES,
     check_components,
@@ -40,7 +41,7 @@ __all__ = ["DinoPipeline", "StepCallback", "callback_inputs"]
 StepCallback = Callable[..., dict[str, Any] | None] | PipelineCallback | MultiPipelineCallbacks
 
 
-class DinoPipeline(DiffusionPipeline, StableDiffusionMixin, UNetLoraLoaderMixin):
+class DinoPipeline(DiffusionPipeline, StableDiffusionMixin, UNetLoraLoaderMixin, UNetCacheMixin):
     """A latent diffusion model under the tokens of a frozen DINO encoder; what it is asked for is up to the subclass.
 
     Args:
@@ -281,10 +282,16 @@ class DinoPipeline(DiffusionPipeline, StableDiffusionMixin, UNetLoraLoaderMixin)
         progress_bar: Any,
     ) -> Tensor:
         null_embeds = self._null_embeds(len(image_embeds), latents.device, latents.dtype)
+        cached, guided, times = has_cache(self.unet), None, schedule.tolist()
         for i, t in enumerate(schedule):
             if self.interrupt:
                 continue
-            prediction = self._predict(latents, t, image_embeds, null_embeds)
+            self._current_timestep = times[i]
+            if guided != self.do_classifier_free_guidance:  # at the first step, and where a callback changes it
+                guided = self.do_classifier_free_guidance
+                restart_cache(self.unet, guided)
+            with cache_context(self.unet, cached):
+                prediction = self._predict(latents, t, image_embeds, null_embeds)
             latents = self.scheduler.step(prediction, t, latents, **step_kwargs, return_dict=False)[0]
             if callback is not None:
                 tensors = {"latents": latents, "image_embeds": image_embeds}
@@ -292,6 +299,8 @@ class DinoPipeline(DiffusionPipeline, StableDiffusionMixin, UNetLoraLoaderMixin)
                 tensors.update(callback(self, i, t, given) or {})
                 latents, image_embeds = tensors["latents"], tensors["image_embeds"]
             progress_bar.update()
+        restart_cache(self.unet)  # and keep nothing in memory
+        self._current_timestep = None
         return latents
 
     def _default_size(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int]:
@@ -324,7 +333,7 @@ class DinoPipeline(DiffusionPipeline, StableDiffusionMixin, UNetLoraLoaderMixin)
         inputs = self.scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
         prediction = self.unet(
             inputs,
-            t,
+            t.expand(len(inputs)).to(inputs.device),  # one each, as FasterCache splits the batch
             encoder_hidden_states=embeds,
             cross_attention_kwargs=self.cross_attention_kwargs,
             return_dict=False,

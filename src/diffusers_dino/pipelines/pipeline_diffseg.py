@@ -18,6 +18,7 @@ from ..latents import encode_to_moments, vae_scale_factor
 from ..pixels import ImageInput, to_unit, unit_to_vae
 from ..segmentation import aggregate_attention, merge_attention, refine_segments, relative_thresholds, suppress
 from ..training.objective import add_noise as noisy
+from .caching import has_cache
 from .checks import check_choice, check_generator, check_numbers, thresholds_of, timesteps_of
 from .conditions import empty_prompt, empty_prompt_xl, for_batch, noise_like
 from .pipeline_output import DiffSegPipelineOutput
@@ -145,6 +146,11 @@ class DiffSegPipeline(DiffusionPipeline):
             ValueError: If an argument has the wrong value, or a component is missing.
         """
         self._check_channels()
+        if has_cache(self.unet):
+            raise ValueError(
+                "The UNet has a cache (enable_cache), which leaves out layers whose attention is read here: call "
+                "disable_cache() of the pipeline that it belongs to."
+            )
         timesteps_of(timestep, self.scheduler.config["num_train_timesteps"])
         check_numbers(self.vae_scale_factor, size=self._size(size))
         check_generator(generator)

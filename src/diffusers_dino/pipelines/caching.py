@@ -1,0 +1,155 @@
+"""diffusers' caches on the UNet: what one denoising step has computed is used again in the next ones.
+
+diffusers offers them as methods of its transformers (`CacheMixin`), not of UNets. Three of them hook layers that a
+UNet has too; they are offered here on the pipeline, which also tells them the timestep and empties them in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+from diffusers import CacheMixin, FasterCacheConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
+from diffusers.hooks import HookRegistry, apply_faster_cache, apply_pyramid_attention_broadcast, apply_taylorseer_cache
+from torch import nn
+
+__all__ = ["UNetCacheMixin", "cache_context", "deep_cache", "has_cache", "restart_cache"]
+
+CacheConfig = FasterCacheConfig | PyramidAttentionBroadcastConfig | TaylorSeerCacheConfig
+
+_APPLY = {
+    FasterCacheConfig: apply_faster_cache,
+    PyramidAttentionBroadcastConfig: apply_pyramid_attention_broadcast,
+    TaylorSeerCacheConfig: apply_taylorseer_cache,
+}
+
+
+class UNetCacheMixin:
+    """`enable_cache` and `disable_cache` of diffusers' transformers, on a pipeline with a UNet."""
+
+    unet: nn.Module
+    _current_timestep: float | None = None
+
+    @property
+    def current_timestep(self) -> float | None:
+        """The timestep of the denoising step under way; None before the first. Caches skip work by it."""
+        return self._current_timestep
+
+    @property
+    def is_cache_enabled(self) -> bool:
+        """Whether the UNet has a cache, also one that another pipeline with this UNet has enabled."""
+        return has_cache(self.unet)
+
+    def enable_cache(self, config: CacheConfig) -> None:
+        """Let the UNet use again what earlier steps have computed; images change a little, see docs/speed.md.
+
+        Args:
+            config: `deep_cache(pipe.unet)`, or one of diffusers': `PyramidAttentionBroadcastConfig`,
+                `FasterCacheConfig` (needs guidance) or `TaylorSeerCacheConfig`. Where `current_timestep_callback` is
+                left out, it is this pipeline's.
+
+        Raises:
+            TypeError: If diffusers' cache is one that a UNet has no blocks for.
+            ValueError: If a cache is enabled already.
+        """
+        if type(config) not in _APPLY:
+            raise TypeError(
+                f"{type(config).__name__} cannot be used: it skips whole blocks of a transformer, which a UNet has "
+                f"not. Give deep_cache(pipe.unet), or one of {', '.join(kind.__name__ for kind in _APPLY)}."
+            )
+        if self.is_cache_enabled:
+            raise ValueError("The UNet has a cache already: call disable_cache() first.")
+        _APPLY[type(config)](self.unet, self._completed(config))
+        _forget_children(self.unet)
+
+    def disable_cache(self) -> None:
+        """Compute every step in full again; nothing where no cache is enabled."""
+        for registry in list(_registries(self.unet)):
+            for name in [name for name, hook in registry.hooks.items() if hook._is_stateful]:
+                registry.remove_hook(name, recurse=False)
+        _forget_children(self.unet)
+
+    def _completed(self, config: CacheConfig) -> CacheConfig:
+        """The config with this pipeline's timestep; FasterCache's defaults are names and layouts of videos."""
+        changes: dict[str, Any] = {}
+        if getattr(config, "current_timestep_callback", 0) is None:
+            changes["current_timestep_callback"] = lambda: self._current_timestep
+        if isinstance(config, FasterCacheConfig):
+            changes["tensor_format"] = "BCHW"
+            if config.spatial_attention_block_identifiers == FasterCacheConfig.spatial_attention_block_identifiers:
+                changes["spatial_attention_block_identifiers"] = ("attn1",)
+        return replace(config, **changes)
+
+
+def deep_cache(unet: nn.Module, every: int = 3, order: int = 0) -> TaylorSeerCacheConfig:
+    """DeepCache (Ma et al., CVPR 2024) in the terms of diffusers' TaylorSeer cache.
+
+    The UNet's outermost level is computed at each step, all that lies deeper at every `every`-th only: in between, the
+    last up block is given what it was given before.
+
+    Args:
+        unet: The UNet, of at least two levels.
+        every: Steps from one full pass to the next; 1 computes all.
+        order: 0 repeats what the deep levels said; 1 continues it in a straight line (TaylorSeer, Liu et al. 2025).
+
+    Raises:
+        ValueError: If the UNet has one level, or a number is out of range.
+    """
+    levels = len(unet.config["up_block_types"])
+    if levels < 2:
+        raise ValueError("A UNet of one level has nothing deeper to keep: deep_cache needs two.")
+    if every < 1 or order < 0:
+        raise ValueError(f"`every` must be at least 1 and `order` at least 0, got {every} and {order}.")
+    deep = "|".join(str(level) for level in range(1, levels))
+    shallower = "|".join(str(level) for level in range(levels - 2)) or "none"
+    return TaylorSeerCacheConfig(
+        cache_interval=every,
+        disable_cache_before_step=order + 1,
+        max_order=order,
+        taylor_factors_dtype=unet.dtype,
+        cache_identifiers=[rf"up_blocks\.{levels - 2}"],
+        skip_predict_identifiers=[
+            # parts of the down blocks, as a hook on a whole one would have to return its residuals too
+            rf"down_blocks\.({deep})\.(resnets\.\d+|attentions\.\d+\.transformer_blocks\.\d+)",
+            "mid_block",
+            rf"up_blocks\.({shallower})",
+        ],
+    )
+
+
+def has_cache(unet: nn.Module) -> bool:
+    """Whether one of diffusers' caches is on a model."""
+    return any(hook._is_stateful for registry in _registries(unet) for hook in registry.hooks.values())
+
+
+def restart_cache(unet: nn.Module, guided: bool = True) -> None:
+    """Empty a model's cache, before other images and where guidance begins or ends; nothing where it has none.
+
+    Raises:
+        ValueError: If it is FasterCache, which saves the unconditional half of guidance, and there is no guidance.
+    """
+    for registry in _registries(unet):
+        hooks = [hook for hook in registry.hooks.values() if hook._is_stateful]
+        if not guided and any(getattr(hook, "is_guidance_distilled", None) is False for hook in hooks):
+            raise ValueError(
+                "FasterCache saves guidance's unconditional half, and this call has no guidance. Give guidance_scale "
+                "above 1, or FasterCacheConfig(is_guidance_distilled=True) to save attention alone."
+            )
+        registry.reset_stateful_hooks(recurse=False)
+
+
+def cache_context(unet: nn.Module, cached: bool) -> AbstractContextManager[Any]:
+    """What diffusers' caches need around each call of a model that has one."""
+    return CacheMixin.cache_context(unet, "denoise") if cached else nullcontext()
+
+
+def _registries(model: nn.Module) -> Iterator[HookRegistry]:
+    return (module._diffusers_hook for module in model.modules() if hasattr(module, "_diffusers_hook"))
+
+
+def _forget_children(model: nn.Module) -> None:
+    """Make diffusers look anew for the layers with hooks; it keeps a list."""
+    for registry in _registries(model):
+        registry._child_registries_cache = None
