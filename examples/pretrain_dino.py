@@ -33,6 +33,7 @@ from diffusers_dino.training.self_distillation import (
 )
 from image_arguments import open_training_images
 from stage import Stage, StageArguments, make_accelerator
+from training_record import write_record_and_card
 
 try:
     from lightly.loss import KoLeoLoss
@@ -131,6 +132,8 @@ def main() -> None:
         diagnosis = diagnose(args, teacher, images, stage.step)
         if accelerator.is_main_process:
             save_result(args, teacher, images, large.size, diagnosis)
+            base_models = [args.pretrained_model_name_or_path]
+            write_record_and_card(args, Path(args.output_dir).resolve().name, len(images), stage.step, base_models)
     accelerator.end_training()
 
 

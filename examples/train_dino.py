@@ -31,6 +31,7 @@ from diffusers_dino.training.interruption import Interruption
 from diffusers_dino.training.progress import Progress
 from diffusers_dino.training.state import TrainingState
 from image_arguments import ImageArguments, open_training_images
+from training_record import write_record_and_card
 
 logger = logging.getLogger("train_dino")
 
@@ -178,7 +179,7 @@ def main() -> None:
     if (step := train(args, pipe, views, encode, state, total_steps)) < total_steps:
         logger.info(f"Stopped after {step} updates. Go on with --resume_from_checkpoint=latest.")
     elif accelerator.is_main_process:
-        save_result(args, pipe, state, step)
+        save_result(args, pipe, state, step, len(views.images))
     accelerator.end_training()
 
 
@@ -331,16 +332,15 @@ def save_setup(args: Arguments, pipe: DinoDiffusionPipeline, output_dir: Path) -
             getattr(pipe, name).save_pretrained(output_dir / name)
 
 
-def save_result(args: Arguments, pipe: DinoDiffusionPipeline, state: TrainingState, updates: int) -> None:
+def save_result(
+    args: Arguments, pipe: DinoDiffusionPipeline, state: TrainingState, updates: int, num_images: int
+) -> None:
     state.save_for_use(args.output_dir)
     if not args.rank:
         pipe.save_config(args.output_dir)  # model_index.json makes the folder a pipeline
     name = args.hub_model_id or Path(args.output_dir).resolve().name
-    bases = [args.pretrained_pipeline, args.pretrained_model_name_or_path, args.unet, args.vae, *(args.encoder or [])]
-    facts = {"updates": updates, **{name: value for name, value in asdict(args).items() if value not in (None, False)}}
-    hub.write_model_card(
-        args.output_dir, name, facts, base_model=filter(None, bases), datasets=args.dataset_name, lora=bool(args.rank)
-    )
+    bases = [args.pretrained_pipeline, args.pretrained_model_name_or_path, args.unet, args.vae, args.conditioner]
+    write_record_and_card(args, name, num_images, updates, bases + (args.encoder or []))
     if args.push_to_hub:
         hub.push_folder(args.output_dir, name, private=True)
     logger.info(f"The result is in {args.output_dir}")

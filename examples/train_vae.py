@@ -29,6 +29,7 @@ from diffusers_dino.sheets import contact_sheet
 from diffusers_dino.training.reconstruction import ReconstructionLoss, latent_statistics, psnr
 from image_arguments import open_training_images
 from stage import Stage, StageArguments, make_accelerator
+from training_record import write_record_and_card
 
 logger = logging.getLogger("train_vae")
 
@@ -94,6 +95,7 @@ def main() -> None:
         logger.info(f"Stopped after {stage.step} updates. Go on with --resume_from_checkpoint=latest.")
     elif accelerator.is_main_process:
         save_result(args, vae, images)
+        write_record_and_card(args, Path(args.output_dir).resolve().name, len(images), stage.step, [args.vae])
         validate(args, vae, held_out, stage.step)
     accelerator.end_training()
 

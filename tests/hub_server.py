@@ -1,9 +1,10 @@
 """A Hugging Face Hub on loopback: enough of its HTTP interface for the real `huggingface_hub` client, both ways.
 
 Repositories live in memory as a chain of commits. What a client may do: look a repository up, list and download its
-files at any revision, create it, upload files (small ones in the commit, weights through git-LFS) and ask whether a
-card is valid. Uploading needs a token. The client reads `HF_ENDPOINT` when it is imported, so it runs in a process of
-its own, with the environment that `client_environment` gives.
+files at any revision, create it, upload files (small ones in the commit, weights through git-LFS), ask whether a card
+is valid, make a branch, open a pull request. Uploading, and reading what is private, needs a token. The client reads
+`HF_ENDPOINT` when it is imported, so it runs in a process of its own, with the environment that `client_environment`
+gives.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import hashlib
 import json
 import os
 import re
+import subprocess
+import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_loopback"
 LFS_SUFFIXES = (".safetensors", ".bin")
@@ -30,6 +33,7 @@ class Repository:
 
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     references: dict[str, str] = field(default_factory=dict)
+    private: bool = False
     messages: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -100,6 +104,14 @@ class HubServer:
         }
 
 
+def run_client(code: str, environment: dict[str, str], *arguments: object) -> None:
+    """Run Python code as a process of its own; fails with its error if it does."""
+    # -I: no PYTHONPATH and no working folder, the package as it is installed
+    command = [sys.executable, "-I", "-c", code, *map(str, arguments)]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-3000:]
+
+
 class _Handler(BaseHTTPRequestHandler):
     hub: HubServer
     protocol_version = "HTTP/1.1"
@@ -114,6 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _route(self) -> None:
         path = unquote(urlsplit(self.path).path)
+        self.query = parse_qs(urlsplit(self.path).query)
         self.hub.requests.append(f"{self.command} {path}")
         method = "GET" if self.command == "HEAD" else self.command
         body = self._read_body()
@@ -131,8 +144,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _find(self, repo: str, revision: str | None = None) -> tuple[Repository, str] | None:
         """The repository and the commit; answers the request itself where there is none."""
         repository = self.hub.repositories.get(repo)
-        if repository is None:
-            self._fail(404, "RepoNotFound", f"There is no repository {repo}.")
+        if repository is None or (repository.private and not self._authorized()):  # the real one does not tell which
+            self._fail(404 if self._authorized() else 401, "RepoNotFound", f"There is no repository {repo}.")
             return None
         commit_id = repository.resolve(revision or "main")
         if commit_id is None:
@@ -147,7 +160,8 @@ class _Handler(BaseHTTPRequestHandler):
         if found := self._find(repo, revision):
             repository, commit_id = found
             siblings = [{"rfilename": path} for path in sorted(repository.files(commit_id))]
-            self._json({"id": repo, "modelId": repo, "sha": commit_id, "private": False, "siblings": siblings})
+            facts = {"id": repo, "modelId": repo, "sha": commit_id, "private": repository.private}
+            self._json({**facts, "siblings": siblings})
 
     def tree(self, _: bytes, repo: str, revision: str) -> None:
         if found := self._find(repo, revision):
@@ -176,7 +190,8 @@ class _Handler(BaseHTTPRequestHandler):
         request = json.loads(body)
         repo = f"{request.get('organization') or 'tester'}/{request['name']}"
         status = 409 if repo in self.hub.repositories else 200
-        self.hub.repositories.setdefault(repo, Repository())
+        private = bool(request.get("private") or request.get("visibility") == "private")
+        self.hub.repositories.setdefault(repo, Repository(private=private))
         self._json({"url": f"{self.hub.url}/{repo}", "name": repo, "id": repo}, status)
 
     def validate_card(self, body: bytes) -> None:
@@ -219,8 +234,21 @@ class _Handler(BaseHTTPRequestHandler):
                 changes[value["path"]] = self.hub.lfs[value["oid"]]
             elif line["key"] == "deletedFile":
                 changes[value["path"]] = None
-        commit_id = found[0].commit(changes, message, revision)
-        self._json({"commitUrl": f"{self.hub.url}/{repo}/commit/{commit_id}", "commitOid": commit_id, "success": True})
+        repository, answer = found[0], {}
+        if self.query.get("create_pr") == ["1"]:
+            number = 1 + sum(name.startswith("refs/pr/") for name in repository.references)
+            repository.references[f"refs/pr/{number}"] = found[1]
+            revision = f"refs/pr/{number}"
+            answer = {"pullRequestUrl": f"{self.hub.url}/{repo}/discussions/{number}"}
+        commit_id = repository.commit(changes, message, revision)
+        url = f"{self.hub.url}/{repo}/commit/{commit_id}"
+        self._json({"commitUrl": url, "commitOid": commit_id, "success": True, **answer})
+
+    def branch(self, _: bytes, repo: str, revision: str) -> None:
+        if found := self._find(repo):
+            exists = revision in found[0].references
+            found[0].references.setdefault(revision, found[1])
+            self._json({}, 409 if exists else 200)
 
     def _read_body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
@@ -282,4 +310,5 @@ _ROUTES = [
     ("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", _Handler.offer_lfs_uploads),
     ("PUT", "/lfs/(?P<oid>[0-9a-f]+)", _Handler.store_lfs),
     ("POST", f"/api/models/{_REPO}/commit/(?P<revision>.+)", _Handler.commit),
+    ("POST", f"/api/models/{_REPO}/branch/(?P<revision>.+)", _Handler.branch),
 ]

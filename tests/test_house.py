@@ -28,8 +28,10 @@ LAYERS = [
     {"pipelines"},
     {"training.components", "training.features", "training.progress", "training.state"},
     {"training.feature_cache"},
-    {"training.validation", "synthesis", "protocols", "hub"},
+    {"training.validation", "synthesis", "protocols", "model_folder"},
+    {"measured", "hub"},
     {
+        "model_card",
         "plots",
         "plots_memorization",
         "plots_augmentation",

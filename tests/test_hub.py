@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +10,7 @@ import pytest
 import torch
 
 import tiny
-from hub_server import HubServer
+from hub_server import HubServer, run_client
 
 PREAMBLE = """
 import json, sys
@@ -39,11 +37,12 @@ def attempt(action):
 """
 
 ONLINE = """
-from diffusers_dino.hub import push_folder, write_model_card
+from diffusers_dino.hub import push_folder
+from diffusers_dino.model_card import TrainingRecord, write_model_card
 
 DinoDiffusionPipeline.from_pretrained(folder / "first").push_to_hub("org/pushed")
 generate("pushed", "org/pushed")
-write_model_card(folder / "trained", "org/trained", {"steps": 3})
+write_model_card(folder / "trained", "org/trained", TrainingRecord({"steps": 3}))
 (folder / "repo_id").write_text(push_folder(folder / "trained", "org/trained", also=["samples/*.png"]))
 generate("trained", "org/trained")
 generate("latest", "org/name")
@@ -104,7 +103,7 @@ def hub(folder):
 def online(hub, folder):
     """What a client with an empty cache brings about."""
     first_commit = hub.repositories["org/name"].references["v1"]
-    run_client(ONLINE, folder, hub.client_environment(folder / "home"), first_commit)
+    run_client(PREAMBLE + ONLINE, hub.client_environment(folder / "home"), folder, first_commit)
     return folder
 
 
@@ -112,20 +111,13 @@ def online(hub, folder):
 def failures(hub, folder):
     """Error messages of what must not work."""
     environment = {**hub.client_environment(folder / "home_of_another"), "HF_TOKEN": "hf_wrong"}
-    run_client(FAILURES, folder, environment)
+    run_client(PREAMBLE + FAILURES, environment, folder)
     return json.loads((folder / "messages.json").read_text())
 
 
 def expected(pipe, folder):
     image = np.load(folder / "image.npy")
     return tiny.generate(pipe, image, num_inference_steps=2)
-
-
-def run_client(code, folder, environment, *arguments):
-    # -I: no PYTHONPATH and no working folder, the package as it is installed
-    command = [sys.executable, "-I", "-c", PREAMBLE + code, str(folder), *arguments]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr[-3000:]
 
 
 def load(folder, name):
@@ -153,7 +145,7 @@ def test_a_variant_downloads_its_weights_alone(hub, online):
 def test_the_cache_serves_without_a_network(hub, online):
     asked = len(hub.requests)
     environment = {**hub.client_environment(online / "home"), "HF_HUB_OFFLINE": "1"}
-    run_client(OFFLINE, online, environment)
+    run_client(PREAMBLE + OFFLINE, environment, online)
     assert len(hub.requests) == asked
     assert np.array_equal(load(online, "offline"), load(online, "latest"))
     assert np.array_equal(load(online, "cached"), load(online, "latest"))

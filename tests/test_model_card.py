@@ -1,29 +1,47 @@
 """The model card: metadata that huggingface_hub accepts, and facts without what must stay private."""
 
 import ast
+import json
+import math
 import re
+from dataclasses import replace
 
 import pytest
 from huggingface_hub import ModelCard
 
-from diffusers_dino.hub import LORA_FILE, model_card, push_folder, write_model_card
+import tiny
+from diffusers_dino.cards import private_traces, terms_notice
+from diffusers_dino.data.sources import describe_source, recorded_sources, source_names
+from diffusers_dino.measured import describe_result
+from diffusers_dino.model_card import RECORD_FILE, TrainingRecord, model_card, write_model_card
+from diffusers_dino.protocols import ReconstructionResult, RetrievalFigures
 
-TRAINING = {"steps": 1240, "learning rate": 1e-4, "resolution": "64 px", "note": "two\nlines | a bar", "unused": None}
+FACTS = {"updates": 1240, "learning rate": 1e-4, "resolution": "64 px", "note": "two\nlines | a bar", "unused": None}
+RETRIEVAL = RetrievalFigures(0.5, 0.0156, 0.02, 0.4)
+RESULT = ReconstructionResult(64, 512, (0, 1), 20, 2.0, RETRIEVAL, RETRIEVAL, 1.0, 9.0, 0.5)
 
 
 def code_blocks(text, language):
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-def test_metadata_survives_a_round_trip(tmp_path):
-    options = {
-        "base_model": "facebook/dino-vitb16",
-        "datasets": ["org/chest"],
-        "license": "apache-2.0",
-        "tags": ["cxr"],
-    }
-    path = write_model_card(tmp_path, "org/name", TRAINING, **options)
-    assert path == tmp_path / "README.md"
+def section(card, heading):
+    return card.text.split(f"## {heading}\n")[1].split("\n## ")[0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A trained pipeline."""
+    path = tmp_path_factory.mktemp("ward7") / "model"
+    tiny.tiny_pipeline().save_pretrained(path)
+    return path
+
+
+def test_metadata_survives_a_round_trip(folder):
+    record = TrainingRecord(FACTS, ["facebook/dino-vitb16"], ["org/chest"])
+    measured = [describe_result(RESULT, "phantoms")]
+    path = write_model_card(folder, "org/name", record, license="apache-2.0", tags=["cxr"], measurements=measured)
+    assert path == folder / "README.md"
     data = ModelCard.load(path).data
     assert data.library_name == "diffusers"
     assert data.pipeline_tag == "image-to-image"
@@ -31,32 +49,82 @@ def test_metadata_survives_a_round_trip(tmp_path):
     assert data.datasets == ["org/chest"]
     assert data.license == "apache-2.0"
     assert {"diffusers-dino", "dino", "diffusers:DinoDiffusionPipeline", "cxr"} <= set(data.tags)
+    by_encoder, by_pixels = data.eval_results
+    assert by_pixels.metric_value == 0.5
+    assert "N = 64" in by_pixels.metric_name
+    assert by_encoder.metric_args["num_images"] == 64
+    assert by_encoder.dataset_name == "phantoms"
 
 
 def test_facts_are_a_table():
-    text = model_card("org/name", TRAINING).text
-    assert "| steps | 1240 |" in text
+    text = model_card("org/name", TrainingRecord(FACTS)).text
+    assert "| updates | 1240 |" in text
     assert "| learning rate | 0.0001 |" in text
     assert r"| note | two lines \| a bar |" in text
     assert "unused" not in text
-    assert "Nothing is on record." in model_card("org/name", {}).text
+    assert "Nothing is on record." in model_card("org/name", TrainingRecord()).text
 
 
 def test_what_has_no_value_is_not_declared():
-    data = model_card("name", {}).data.to_dict()
-    assert not {"license", "base_model", "datasets"} & set(data)
+    data = model_card("name", TrainingRecord()).data.to_dict()
+    assert not {"license", "base_model", "datasets", "model-index"} & set(data)
+
+
+def test_figures_that_are_no_numbers_are_not_declared():
+    lost = replace(RESULT, by_pixels=replace(RETRIEVAL, generated=math.nan))
+    card = model_card("org/name", TrainingRecord(), measurements=[describe_result(lost)])
+    assert [round(one.metric_value, 2) for one in card.data.eval_results] == [0.5]
 
 
 def test_every_section_is_there():
-    headings = re.findall(r"^## (.+)$", model_card("org/name", TRAINING).text, flags=re.MULTILINE)
-    assert headings == [
+    card = model_card("org/name", TrainingRecord(FACTS), samples={"samples/variations.png": "A phantom."})
+    assert re.findall(r"^## (.+)$", card.text, flags=re.MULTILINE) == [
         "Usage",
+        "What it was trained on",
+        "Preprocessing and parts",
         "How it was trained",
+        "What was measured",
+        "Samples",
         "Intended use",
         "Limits",
         "Privacy",
         "Citation",
     ]
+    assert "![A phantom.](samples/variations.png)" in card.text
+
+
+def test_what_was_not_measured_is_said():
+    card = model_card("org/name", TrainingRecord())
+    assert "Nothing was measured." in section(card, "What was measured")
+    assert "**not measured**" in section(card, "Privacy")
+    assert "not on record" in section(card, "What it was trained on")
+
+
+def test_parts_and_preprocessing_are_those_of_the_folder(folder):
+    card = ModelCard.load(write_model_card(folder, "org/name", TrainingRecord()))
+    parts = section(card, "Preprocessing and parts")
+    assert "| encoder sees | the central square at 32 px, bicubic, antialiased |" in parts
+    assert "| encoder mean, std | 0.5, 0.5, 0.5, 0.25, 0.25, 0.25 |" in parts
+    assert "4 px to a latent of 4 channels" in parts
+    assert "prediction_type epsilon" in parts
+    assert "dinov2" in card.text.split("## Citation")[1].lower()
+    assert "ward7" not in card.text
+
+
+def test_sources_come_with_their_licences_and_what_has_to_be_signed():
+    sources = [describe_source("phantom_cxr"), describe_source("mimic_cxr_jpg")]
+    origin = section(model_card("org/name", TrainingRecord(sources=sources)), "What it was trained on")
+    assert "| [MIMIC-CXR-JPG](https://physionet.org/content/mimic-cxr-jpg/) | PhysioNet Credentialed" in origin
+    assert "**Credentialed data.** MIMIC-CXR-JPG (PhysioNet" in origin
+    assert "Phantom chest radiographs" not in origin.split("**Credentialed data.**")[1]
+    signed = {name for name in source_names() if terms_notice([describe_source(name)])}
+    assert {"mimic_cxr_jpg", "vindr_cxr", "brax", "chexpert", "padchest"} <= signed
+    assert not {"nih_chest_xray14", "montgomery", "shenzhen"} & signed
+
+
+def test_the_bundled_phantoms_say_what_they_are():
+    (source,) = recorded_sources("examples/data/phantom-cxr/phantom-cxr-train-*.tar")
+    assert source["licence"].startswith("CC BY 3.0")
 
 
 def test_local_folders_are_not_published(tmp_path):
@@ -64,46 +132,78 @@ def test_local_folders_are_not_published(tmp_path):
     secret = tmp_path / "ward7" / "vae"
     card = model_card(
         "org/name",
-        {"output": secret, "list": [str(secret)], "windows": r"C:\Users\someone\scans"},
-        base_model=[str(secret), "facebook/dino-vitb16"],
-        datasets=["/mnt/hospital/patients", "~/scans"],
+        TrainingRecord(
+            {"output": secret, "list": [str(secret)], "windows": r"C:\Users\someone\scans"},
+            base_models=[str(secret), "gone/from/here/unet", "facebook/dino-vitb16"],
+            datasets=["/mnt/hospital/patients", "~/scans"],
+        ),
     )
-    for private in (str(tmp_path), "ward7", "hospital", "someone", "~"):
-        assert private not in str(card)
-    assert "| made from | vae, facebook/dino-vitb16 |" in card.text
-    assert "| data | patients, scans |" in card.text
+    for private in (str(tmp_path), "ward7", "hospital", "someone", "~", "gone", "scans |"):
+        assert private not in str(card).replace("| windows | scans |", "")
+    assert "| made from | vae, unet, facebook/dino-vitb16 |" in card.text
     assert card.data.base_model == ["facebook/dino-vitb16"]
     assert card.data.datasets is None
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_usage_names_the_concrete_class(lora):
-    card = model_card("org/name", {}, base_model="org/base", lora=lora)
+@pytest.mark.parametrize(
+    ("text", "traces"),
+    [
+        ("see /home/anna/scans/1.png and", ["/home/anna/scans/1.png"]),
+        (r"C:\\Users\\anna\\x", [r"C:\\Users\\anna\\x"]),
+        ("file:///data/x", ["file:///data/x"]),
+        ("study 1.2.840.113619.2.55.3", ["1.2.840.113619.2.55.3"]),
+        ("torch 2.8.0, p = 0.05, https://huggingface.co/home/of, 1.2.3.4", []),
+    ],
+)
+def test_private_traces_are_known_by_their_form(text, traces):
+    assert private_traces(text) == traces
+
+
+@pytest.mark.parametrize(
+    ("kind", "loads"),
+    [
+        ("DinoDiffusionPipeline", 'DinoDiffusionPipeline.from_pretrained("org/name")'),
+        ("DinoInterpolationPipeline", 'DinoInterpolationPipeline.from_pretrained("org/name")'),
+        ("DiffSegPipeline", 'DiffSegPipeline.from_pretrained("org/name")'),
+        ("lora", 'load_lora_weights("org/name")'),
+        ("conditioner", 'DinoImageConditioner.from_pretrained("org/name")'),
+        ("AutoencoderKL", 'AutoencoderKL.from_pretrained("org/name")'),
+    ],
+)
+def test_usage_names_the_concrete_class(kind, loads):
+    card = model_card("org/name", TrainingRecord(base_models=["org/base"]), kind=kind)
     (usage,) = code_blocks(card.text, "python")
-    tree = ast.parse(usage)
-    imported = [alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names]
-    assert "DinoDiffusionPipeline" in imported
-    assert f'from_pretrained("{"org/base" if lora else "org/name"}")' in usage
-    assert ('load_lora_weights("org/name")' in usage) == lora
-    assert ("lora" in card.data.tags) == lora
+    ast.parse(usage)
+    assert loads in usage
+    assert ('DinoDiffusionPipeline.from_pretrained("org/base")' in usage) == (kind == "lora")
+    assert ("lora" in card.data.tags) == (kind == "lora")
+    with pytest.raises(ValueError, match="not 'Unet'"):
+        model_card("org/name", TrainingRecord(), kind="Unet")
 
 
-def test_citations():
-    (bibtex,) = code_blocks(model_card("org/name", {}).text, "bibtex")
-    assert re.findall(r"^@\w+\{(\w+),", bibtex, flags=re.MULTILINE) == [
-        "jimenezperez2024dinodiffusion",
-        "caron2021emerging",
-        "rombach2022high",
-    ]
-    assert bibtex.count("{") == bibtex.count("}")
+def test_citations_are_of_what_was_used():
+    def cited(**options):
+        (bibtex,) = code_blocks(model_card("org/name", TrainingRecord(), **options).text, "bibtex")
+        assert bibtex.count("{") == bibtex.count("}")
+        return set(re.findall(r"^@\w+\{(\w+),", bibtex, flags=re.MULTILINE))
+
+    always = {"jimenezperez2024dinodiffusion", "caron2021emerging", "rombach2022high"}
+    assert cited() == always
+    assert cited(kind="DiffSegPipeline") == always | {"tian2024diffuse"}
+    xrv = replace(describe_result(RESULT), works=("torchxrayvision",))
+    assert cited(measurements=[xrv]) == always | {"cohen2022torchxrayvision"}
 
 
-def test_a_folder_without_a_model_is_not_pushed(tmp_path):
-    (tmp_path / "README.md").write_text("nothing else")
-    with pytest.raises(FileNotFoundError, match=rf"model_index\.json.*{LORA_FILE}"):
-        push_folder(tmp_path, "org/name")
+def test_a_record_goes_to_a_file_and_back(tmp_path):
+    record = TrainingRecord({"updates": 3}, ["org/vae"], ["org/chest"], [describe_source("padchest")])
+    record.save(tmp_path)
+    assert TrainingRecord.load(tmp_path) == record
+    assert TrainingRecord.load(tmp_path / "nothing") == TrainingRecord()
+    (tmp_path / RECORD_FILE).write_text(json.dumps({"updates": 3}))
+    with pytest.raises(ValueError, match="no record of a training"):
+        TrainingRecord.load(tmp_path)
 
 
-def test_a_card_in_a_folder_that_is_not_there(tmp_path):
-    path = write_model_card(tmp_path / "new", "org/name", {})
-    assert path.is_file()
+def test_a_card_of_no_model(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing to upload"):
+        write_model_card(tmp_path, "org/name", TrainingRecord())

@@ -83,7 +83,7 @@ _CITATIONS = {
 
 # A user's folder on Linux, macOS or Windows; a file URL; a DICOM UID, which has at least six numbers.
 _PRIVATE = re.compile(
-    r"/(?:home|Users|root)/[^\s\"'`|)]+|\b[A-Za-z]:\\+Users\\+[^\s\"'`|)]+|\bfile://[^\s\"'`|)]+|\b[012](?:\.\d+){5,}\b"
+    r"(?<![\w.])/(?:home|Users|root)/[^\s\"'`|)]+|\b[A-Za-z]:\\+Users\\+[^\s\"'`|)]+|\bfile://[^\s\"'`|)]+|\b[012](?:\.\d+){5,}\b"
 )
 
 
@@ -128,9 +128,9 @@ def terms_notice(sources: Sequence[Mapping[str, Any]]) -> str:
         return ""
     return (
         f"**Credentialed data.** {'; '.join(signed)}: the provider gives these images to those alone who have agreed "
-        "to its terms, and they may not be passed on. Models can hold parts of what they were trained on. Whoever uses "
-        "or shares this one has to follow the terms of these sources, which may ask that derived work is shared under "
-        "the same agreement."
+        "to its terms, and they may not be passed on. Models can hold parts of what they were trained on. Whoever "
+        "uses or shares this one has to follow the terms of these sources, which may ask that derived work is shared "
+        "under the same agreement."
     )
 
 
@@ -193,9 +193,9 @@ def table_cell(value: Any) -> str:
 
 
 def listed_names(names: str | Iterable[str] | None) -> list[str]:
-    """One name, several or none as a list; local paths lose their folders."""
-    listed = [names] if isinstance(names, str) else list(names or ())
-    return [without_folders(name) for name in listed]
+    """One name, several or none as a list; what is no id of the Hub loses its folders, also another machine's."""
+    listed = [without_folders(name) for name in ([names] if isinstance(names, str) else names or ())]
+    return [name if is_hub_id(name) else PureWindowsPath(name).name for name in listed]
 
 
 def is_hub_id(name: str) -> bool:

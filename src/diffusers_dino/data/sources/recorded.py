@@ -99,7 +99,7 @@ def require_synthetic(data_dir: str | Path) -> None:
         if kind != "synthetic":
             raise ValueError(
                 f"{folder.name}: nothing says that these images are synthetic. What is shown in public has to come "
-                f"from phantoms ({PHANTOM_MANIFEST}) or from generate_dataset.py ({MANIFEST}), with the manifest beside it."
+                f"from phantoms ({PHANTOM_MANIFEST}) or from generate_dataset.py ({MANIFEST}), with its manifest."
             )
         problems = verify_shards(folder)
     if problems:

@@ -1,0 +1,189 @@
+"""What a folder of a trained model holds: of which kind it is, which files are the model, what they say of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from .cards import private_traces
+
+__all__ = ["LORA_FILE", "Content", "folder_kind", "model_files", "part_facts", "private_in", "variant_of"]
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+Content = Path | bytes  # of a file to upload: where it is, or what is in it
+
+_INDEX = "model_index.json"
+_COMPONENTS = {"DinoImageConditioner": "conditioner", "AutoencoderKL": "vae", "AutoencoderTiny": "vae"}
+_WEIGHTS = "diffusion_pytorch_model"
+# What `save_pretrained` writes into the folder of a component, also into that of Stable Diffusion's tokenizer.
+_SUFFIXES = (".json", ".safetensors")
+_NAMES = ("merges.txt",)
+
+
+def folder_kind(folder: str | Path) -> str:
+    """`"pipeline"`, `"lora"`, `"conditioner"` or `"vae"`.
+
+    Raises:
+        FileNotFoundError: If the folder holds none of them.
+    """
+    folder = Path(folder)
+    if (folder / _INDEX).is_file():
+        return "pipeline"
+    if (folder / LORA_FILE).is_file():
+        return "lora"
+    class_name = _read(folder / "config.json").get("_class_name")
+    if class_name in _COMPONENTS:
+        return _COMPONENTS[class_name]
+    found = f"a {class_name}" if class_name else "neither"
+    raise FileNotFoundError(
+        f"There is nothing to upload in {folder}: expected a pipeline ({_INDEX}), a LoRA ({LORA_FILE}), or a "
+        f"conditioner or autoencoder (config.json with {_WEIGHTS}.safetensors), found {found}."
+    )
+
+
+def model_files(folder: str | Path) -> dict[str, Content]:
+    """The files that make the model, by their path in the folder, and nothing else.
+
+    Weights are safetensors, whole or in several files with their index, also of variants. Configs lose the note of
+    where a component was loaded from (`_name_or_path`), a folder of this machine.
+
+    Raises:
+        FileNotFoundError: If the folder holds no model, or files of it are missing.
+    """
+    folder = Path(folder)
+    kind = folder_kind(folder)
+    if kind == "lora":
+        return {LORA_FILE: folder / LORA_FILE}
+    if kind != "pipeline":
+        paths = [folder / "config.json", *(path for path in _listed(folder) if path.name.startswith(_WEIGHTS))]
+        _check_weights(folder, paths)
+        return {path.name: _content(path) for path in paths}
+    files = {_INDEX: _content(folder / _INDEX)}
+    for name in _components(folder):
+        paths = _listed(folder / name)
+        if not paths:
+            raise FileNotFoundError(f"{folder} is not whole: {_INDEX} names {name!r}, which is not there.")
+        _check_weights(folder / name, paths)
+        files |= {f"{name}/{path.name}": _content(path) for path in paths}
+    return files
+
+
+def part_facts(folder: str | Path) -> dict[str, Any]:
+    """What the configs say of preprocessing, encoder, autoencoder, UNet and schedule, by name."""
+    folder = Path(folder)
+    kind = folder_kind(folder)
+    if kind == "lora":
+        return {}
+    places = {name: folder / name for name in _components(folder)} if kind == "pipeline" else {kind: folder}
+    configs = {name: _read(place / "config.json") for name, place in places.items()}
+    facts = _conditioner_facts(configs.get("conditioner", {})) | _vae_facts(configs.get("vae", {}))
+    unet = configs.get("unet", {})
+    if unet:
+        facts["UNet"] = (
+            f"{unet['sample_size']} x {unet['sample_size']} latents, levels of {unet['block_out_channels']}"
+        )
+        facts["width of the condition"] = unet.get("cross_attention_dim")
+    if "scheduler" in places:
+        schedule = _read(places["scheduler"] / "scheduler_config.json")
+        names = ("beta_schedule", "prediction_type", "num_train_timesteps", "rescale_betas_zero_snr")
+        facts["schedule"] = [f"{name} {schedule[name]}" for name in names if schedule.get(name) not in (None, False)]
+    return facts
+
+
+def private_in(files: dict[str, Content]) -> dict[str, list[str]]:
+    """What in cards, configs and headers of weights is of one machine or patient, by file: see `private_traces`."""
+    found = {path: private_traces(_readable(path, content)) for path, content in files.items()}
+    return {path: traces for path, traces in found.items() if traces}
+
+
+def variant_of(name: str) -> str | None:
+    """The variant of a weight file or its index: `fp16` of `model.fp16-00001-of-00002.safetensors`; None of others."""
+    stem = name.removesuffix(".json").removesuffix(".safetensors").replace(".safetensors.index", "")
+    _, _, variant = stem.partition(".")
+    return variant.split("-")[0] or None
+
+
+def _components(folder: Path) -> list[str]:
+    return [
+        name
+        for name, value in _read(folder / _INDEX).items()
+        if isinstance(value, list) and any(part is not None for part in value)
+    ]
+
+
+def _listed(folder: Path) -> list[Path]:
+    paths = sorted(folder.glob("*")) if folder.is_dir() else []
+    return [path for path in paths if path.is_file() and (path.suffix in _SUFFIXES or path.name in _NAMES)]
+
+
+def _check_weights(folder: Path, paths: Iterable[Path]) -> None:
+    paths = list(paths)
+    names = {path.name for path in paths}
+    for index in (path for path in paths if path.name.endswith(".json") and ".index." in path.name):
+        if missing := sorted(set(_read(index).get("weight_map", {}).values()) - names):
+            raise FileNotFoundError(f"{folder} is not whole: {index.name} names {missing[0]}, which is not there.")
+    if "config.json" in names and not any(name.endswith(".safetensors") for name in names):
+        raise FileNotFoundError(f"{folder} holds no weights as safetensors: save the model again.")
+
+
+def _content(path: Path) -> Content:
+    if path.suffix != ".json":
+        return path
+    config = _read(path)
+    if "_name_or_path" not in config:
+        return path
+    del config["_name_or_path"]
+    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _readable(path: str, content: Content) -> str:
+    """Text of a card or config, or of the header of weights; empty for pictures and vocabularies."""
+    if path.endswith(".safetensors") and isinstance(content, Path):
+        try:
+            with safe_open(str(content), framework="pt") as file:
+                return json.dumps(file.metadata() or {})
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}.") from error
+    if path.endswith((".md", "config.json", _INDEX)):
+        return content.decode() if isinstance(content, bytes) else content.read_text()
+    return ""
+
+
+def _conditioner_facts(config: dict[str, Any]) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    for number, encoder in enumerate(config.get("encoders", ())):
+        prefix = "encoder" if len(config["encoders"]) == 1 else f"encoder {number + 1}"
+        revision = f" at {encoder['revision']}" if encoder.get("revision") else ""
+        facts[prefix] = f"{encoder['source']}{revision} ({encoder['architecture']})"
+        facts[f"{prefix} sees"] = f"the central square at {encoder['size']} px, {encoder['resample']}, antialiased"
+        facts[f"{prefix} mean, std"] = [f"{value:g}" for value in (*encoder["mean"], *encoder["std"])]
+    if facts:
+        facts["condition tokens"] = config.get("tokens")
+        facts["projected to"] = config.get("projection_dim")
+    return facts
+
+
+def _vae_facts(config: dict[str, Any]) -> dict[str, Any]:
+    if not config:
+        return {}
+    levels = config.get("down_block_types") or config.get("encoder_block_out_channels") or ()
+    return {
+        "autoencoder": f"{config['_class_name']}, {config['in_channels']} channel(s) in [-1, 1], "
+        f"{2 ** (len(levels) - 1)} px to a latent of {config['latent_channels']} channels",
+        "scaling factor": config.get("scaling_factor"),
+    }
