@@ -47,7 +47,7 @@ class UNetCacheMixin:
 
         Args:
             config: `deep_cache(pipe.unet)`, or one of diffusers': `PyramidAttentionBroadcastConfig`,
-                `FasterCacheConfig` (needs guidance) or `TaylorSeerCacheConfig`. Where `current_timestep_callback` is
+                `FasterCacheConfig` (of a UNet, guidance's unconditional half alone) or `TaylorSeerCacheConfig`. Where `current_timestep_callback` is
                 left out, it is this pipeline's.
 
         Raises:
@@ -72,14 +72,12 @@ class UNetCacheMixin:
         _forget_children(self.unet)
 
     def _completed(self, config: CacheConfig) -> CacheConfig:
-        """The config with this pipeline's timestep; FasterCache's defaults are names and layouts of videos."""
+        """The config with this pipeline's timestep, and for FasterCache the layout of images, not its default videos."""
         changes: dict[str, Any] = {}
         if getattr(config, "current_timestep_callback", 0) is None:
             changes["current_timestep_callback"] = lambda: self._current_timestep
         if isinstance(config, FasterCacheConfig):
             changes["tensor_format"] = "BCHW"
-            if config.spatial_attention_block_identifiers == FasterCacheConfig.spatial_attention_block_identifiers:
-                changes["spatial_attention_block_identifiers"] = ("attn1",)
         return replace(config, **changes)
 
 
@@ -135,7 +133,7 @@ def restart_cache(unet: nn.Module, guided: bool = True) -> None:
         if not guided and any(getattr(hook, "is_guidance_distilled", None) is False for hook in hooks):
             raise ValueError(
                 "FasterCache saves guidance's unconditional half, and this call has no guidance. Give guidance_scale "
-                "above 1, or FasterCacheConfig(is_guidance_distilled=True) to save attention alone."
+                "above 1, or use another cache."
             )
         registry.reset_stateful_hooks(recurse=False)
 
