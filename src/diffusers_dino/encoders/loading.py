@@ -55,7 +55,8 @@ def load_encoder(
     Raises:
         ValueError: If the name is neither a folder nor an id, the architecture is not supported, weights are missing,
             the preprocessing cannot be reproduced, or the size is not a multiple of the patch.
-        FileNotFoundError: If the checkpoint holds no config, no preprocessing, or no weights in safetensors.
+        FileNotFoundError: If the Hub does not give the checkpoint, or it holds no config, no preprocessing, or no
+            weights in safetensors.
     """
     name = _hub_id(os.fspath(name_or_path))
     folder, commit = _fetch(name, _CONFIGS, revision, hub)
