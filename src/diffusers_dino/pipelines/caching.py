@@ -47,8 +47,8 @@ class UNetCacheMixin:
 
         Args:
             config: `deep_cache(pipe.unet)`, or one of diffusers': `PyramidAttentionBroadcastConfig`,
-                `FasterCacheConfig` (of a UNet, guidance's unconditional half alone) or `TaylorSeerCacheConfig`. Where `current_timestep_callback` is
-                left out, it is this pipeline's.
+                `FasterCacheConfig` (saves guidance's unconditional half, and of a UNet no more) or
+                `TaylorSeerCacheConfig`. Where `current_timestep_callback` is left out, it is this pipeline's.
 
         Raises:
             TypeError: If diffusers' cache is one that a UNet has no blocks for.
@@ -72,7 +72,7 @@ class UNetCacheMixin:
         _forget_children(self.unet)
 
     def _completed(self, config: CacheConfig) -> CacheConfig:
-        """The config with this pipeline's timestep, and for FasterCache the layout of images, not its default videos."""
+        """The config with this pipeline's timestep, and for FasterCache the layout of images in place of videos'."""
         changes: dict[str, Any] = {}
         if getattr(config, "current_timestep_callback", 0) is None:
             changes["current_timestep_callback"] = lambda: self._current_timestep
