@@ -6,10 +6,11 @@ SOURCES := src tests examples benchmarks
 # Processes that share the tests, a file to one of them; 0 runs them in one, with its output as it comes.
 TEST_WORKERS ?= 2
 
-.PHONY: help quickstart test lint format docs clean
+.PHONY: help quickstart demo test lint format docs clean
 
 help:
 	@echo "make quickstart   train a small model on the bundled phantoms, generate, write outputs/quickstart/report.html"
+	@echo "make demo         open the demo on the bundled model: variations, blends and segments in a browser"
 	@echo "make test         install what the tests need and run them"
 	@echo "make lint         check style; make format mends what can be mended"
 	@echo "make docs         build the documentation into site/"
@@ -17,6 +18,9 @@ help:
 quickstart: $(VENV)/.installed-train
 	@echo "== Training on the bundled phantoms; about five minutes on two cores =="
 	$(BIN)/python examples/quickstart.py --output_dir outputs/quickstart
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/python examples/app.py $(DEMO_ARGS)
 
 test: $(VENV)/.installed-dev
 	@echo "== Running the tests =="
@@ -45,7 +49,8 @@ $(BIN)/python:
 
 # A stamp is written only after its installation went through, so a broken one is done again.
 $(VENV)/.installed-train: EXTRAS = train
-$(VENV)/.installed-dev: EXTRAS = train,eval,dicom,shards,remote,ray,dev
+$(VENV)/.installed-demo: EXTRAS = demo,dicom
+$(VENV)/.installed-dev: EXTRAS = train,eval,dicom,shards,remote,ray,demo,dev
 $(VENV)/.installed-docs: EXTRAS = docs
 $(VENV)/.installed-%: $(BIN)/python pyproject.toml
 	@echo "== Installing diffusers-dino[$(EXTRAS)] into $(VENV); PyTorch is large, this takes minutes the first time =="
