@@ -206,6 +206,9 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
         Statistics belong to a choice of tokens, and so does the null condition: the new one has none and zero. Call
         `fit_normalization` before training with it.
 
+        Args:
+            tokens: `"global"`, `"cls"`, `"patch"` or `"all"`.
+
         Raises:
             ValueError: As for the class.
         """
@@ -293,6 +296,9 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
 
         Gradients flow if an image requires them; otherwise none are recorded.
 
+        Args:
+            images: One image or a list of B: PIL, array or tensor, gray or RGB, see `diffusers_dino.pixels.to_unit`.
+
         Raises:
             TypeError: If an image is of a type that is not supported.
             ValueError: If an image cannot be used, see `preprocess`.
@@ -304,6 +310,9 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
 
         It lives in the output space, is zero unless `null_tokens` is set, and is saved with the weights, so that
         training and sampling share it.
+
+        Args:
+            batch_size: How often it is repeated, without a copy.
         """
         return self.null_tokens.to(self.dtype).expand(batch_size, -1, -1)
 
@@ -343,7 +352,7 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
             head.std.copy_(std)
 
     def train(self, mode: bool = True) -> DinoImageConditioner:
-        """Nothing: a frozen encoder stays in evaluation mode."""
+        """Nothing, whatever `mode` says: a frozen encoder stays in evaluation mode."""
         return super().train(False)
 
     def _encoder_outputs(self, pixel_values: PixelValues) -> list[tuple[Tensor, Tensor]]:

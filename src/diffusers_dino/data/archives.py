@@ -85,6 +85,7 @@ class PackedKeys(Sequence[str]):
         return keys
 
     def to_bytes(self) -> bytes:
+        """What `from_bytes` reads."""
         return self._bytes.tobytes()
 
     def _unpack(self, packed: bytes) -> None:

@@ -81,10 +81,12 @@ class ShardStore:
         }
 
     def describe(self, index: int) -> str:
+        """The file in its tar, or the tar alone where the file is lost."""
         shard = self._files.show(self.shards[self._shard(index)])
         return f"{shard}:{self.keys[index]}.{self._extension(index)}" if self._image[index] >= 0 else shard
 
     def read(self, index: int) -> np.ndarray:
+        """The pixels as `read_image` gives them; raises `UnreadableImageError`."""
         (image,) = self.read_many([index])
         if isinstance(image, UnreadableImageError):
             raise image
@@ -102,6 +104,7 @@ class ShardStore:
                 yield error
 
     def companion(self, index: int, extension: str) -> bytes:
+        """Another file of a sample, such as `mask.png`; raises `KeyError` where there is none."""
         files = self._index.files(index)
         if extension not in files:
             raise KeyError(f"{self.describe(index)} has no companion {extension!r}, but {', '.join(files)}")

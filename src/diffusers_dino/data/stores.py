@@ -35,6 +35,7 @@ class ImageStore(Protocol):
 
     @property
     def shard_sizes(self) -> Sequence[int]:
+        """Samples in each shard; what has no shards is one."""
         return [len(self.keys)]
 
     def describe(self, index: int) -> str:

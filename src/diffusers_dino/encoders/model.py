@@ -114,6 +114,7 @@ class ExactBuffers(nn.Module):
     exact_buffers: tuple[str, ...] = ()  # parts of their names
 
     def is_exact(self, name: str) -> bool:
+        """Whether the buffer of this `name` stays in float32 when the module is cast."""
         return any(part in name for part in self.exact_buffers)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExactBuffers:

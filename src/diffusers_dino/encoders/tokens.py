@@ -40,10 +40,12 @@ class TokenHead(ExactBuffers):
 
     @property
     def num_tokens(self) -> int:
+        """S: tokens that an image gives."""
         return self.num_global + self.num_patches
 
     @property
     def dim(self) -> int:
+        """D: width of a token, after the projection if there is one."""
         return self.mean.shape[1] if self.projection is None else self.projection.shape[0]
 
     def select(self, global_tokens: Tensor, patch_tokens: Tensor) -> tuple[Tensor, Tensor]:

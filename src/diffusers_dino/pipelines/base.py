@@ -201,6 +201,16 @@ class DinoPipeline(DiffusionPipeline, StableDiffusionMixin, UNetLoraLoaderMixin,
 
         Noise is drawn in float32 whatever `dtype` is, so that a seed means the same noise in every precision.
 
+        Args:
+            batch_size: Images to generate, B.
+            num_channels_latents: L, of the UNet's input.
+            height: Of the images, in pixels.
+            width: Of the images, in pixels.
+            dtype: Of the latents that come back.
+            device: Where they come back.
+            generator: One for the batch, or a list of B, one for each image.
+            latents: Noise of unit variance, `(B, L, h, w)`, in place of drawing it.
+
         Returns:
             `(batch_size, num_channels_latents, height / f, width / f)` with f pixels per latent.
 

@@ -72,6 +72,10 @@ class UNetLoraLoaderMixin(LoraBaseMixin):
     ) -> tuple:
         """Read a LoRA file as diffusers does, from safetensors unless `use_safetensors=False` is said.
 
+        Args:
+            pretrained_model_name_or_path_or_dict: A folder, an id on the Hub, or a state dict.
+            kwargs: `weight_name`, `revision`, `cache_dir`, `local_files_only`, ... of diffusers.
+
         Returns:
             State dict and network alphas, and with `return_lora_metadata=True` the metadata too.
         """

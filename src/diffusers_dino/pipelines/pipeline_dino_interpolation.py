@@ -200,7 +200,7 @@ class DinoInterpolationPipeline(DinoPipeline):
         """Generate images at F points between each of P pairs of images, or M mixtures of K images.
 
         The points are generated one after the other, each in a batch of P * n: to fill a large device, give several
-        pairs. What is not listed is as in `DinoDiffusionPipeline`.
+        pairs.
 
         Args:
             source: P images of any type that `diffusers_dino.pixels.to_unit` reads, sizes may differ.
@@ -213,12 +213,24 @@ class DinoInterpolationPipeline(DinoPipeline):
             weights: `(K,)`, or `(M, K)` for M mixtures; those of a mixture sum to 1. F is M and P is 1.
             method: `"lerp"`, as in the paper, or `"slerp"`, on great circles; mixtures have `"lerp"` alone.
             restore_norm: Whether to give tokens back the norm that linear mixing takes from them.
+            height: Of the images in pixels, by default the model's.
+            width: Likewise.
+            num_inference_steps: Denoising steps of each point.
+            timesteps: Timesteps of one's own in place of `num_inference_steps`, for schedulers that take them.
+            sigmas: Noise levels of one's own, descending to 0, likewise.
+            guidance_scale: Classifier-free guidance away from the null condition; 1 or less is none, at half the cost.
+            guidance_rescale: In [0, 1], against over-exposure by guidance (arXiv 2305.08891, section 3.4).
+            eta: Stochasticity of DDIM in [0, 1]; other schedulers ignore it.
             same_noise: False continues with the generator from point to point: other noise at each.
             num_images_per_prompt: Paths (or sets of mixtures) of each pair, n, each with noise of its own.
             generator: One for the call, or a list of P * n, one for each path.
             latents: Initial noise of unit variance, `(P * n, L, h, w)`, in place of drawing it.
+            output_type: `"pil"`, `"np"`, `"pt"` or `"latent"`.
+            return_dict: False returns a tuple.
+            cross_attention_kwargs: For the attention processors; `{"scale": s}` weighs a loaded LoRA.
             callback_on_step_end: As in `DinoDiffusionPipeline`, for each point anew; `_interrupt` skips the remaining
                 steps of the current one.
+            callback_on_step_end_tensor_inputs: Tensors that the callback gets: `"latents"`, `"image_embeds"`.
 
         Returns:
             P * n * F images: path after path, each from its first fraction to its last.

@@ -65,6 +65,7 @@ class UnitRecord:
 
 
 def shard_name(number: int) -> str:
+    """The file of the shard with this number, counted from 0."""
     return f"synthetic-{number:06d}.tar"
 
 

@@ -1,0 +1,3 @@
+"""What the training script is made of: objective, components, checkpoints, feature cache, validation."""
+
+__all__ = []

@@ -17,6 +17,7 @@ class Named:
     examples: list[str] = field(default_factory=list)
 
     def add(self, name: str) -> None:
+        """Count one more; only the first few names are kept."""
         self.count += 1
         if len(self.examples) < _EXAMPLES:
             self.examples.append(name)

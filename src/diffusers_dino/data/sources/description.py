@@ -50,6 +50,7 @@ class Table:
 
     @property
     def files(self) -> tuple[str, ...]:
+        """The files of the rows, in their order."""
         return (self.file,) if isinstance(self.file, str) else tuple(self.file)
 
 
@@ -130,6 +131,7 @@ class Source:
 
     @property
     def patterns(self) -> tuple[str, ...]:
+        """Where an image may be; the first path that exists is taken."""
         return (self.image,) if isinstance(self.image, str) else tuple(self.image)
 
     def value(self, name: str) -> Value | None:

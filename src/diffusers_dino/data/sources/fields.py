@@ -98,6 +98,7 @@ class Value:
 
     @property
     def columns(self) -> tuple[str, ...]:
+        """The columns of a row that are read, one for each pair of braces."""
         return tuple(column for template in self.templates for column in template.columns)
 
     def read(self, row: Row) -> str:

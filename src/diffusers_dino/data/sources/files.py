@@ -45,6 +45,7 @@ class FileFinder:
 
     @property
     def columns(self) -> tuple[str, ...]:
+        """The columns of a row that are read, one for each pair of braces."""
         return tuple(column for template in self.templates for column in template.columns)
 
     def find(self, row: Row) -> str | None:

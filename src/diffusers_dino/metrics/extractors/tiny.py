@@ -37,6 +37,7 @@ class TinyNetwork(nn.Module):
         self.linear = nn.Linear(48 * 4 * 4, _DIM)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Features `(N, 64)` of images `(N, C, H, H)` in [0, 1]."""
         return self.linear(self.pooled(images))
 
     def pooled(self, images: Tensor) -> Tensor:

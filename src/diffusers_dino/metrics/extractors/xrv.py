@@ -46,6 +46,7 @@ class XrvNetwork(nn.Module):
         self.features.conv0 = nn.Conv2d(1, 64, kernel_size=7, stride=2, padding=3, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
+        """`features2`, `(N, 1024)`, of gray images `(N, 1, H, H)` in [0, 1]."""
         x = unit_to_xrv(images)  # (N, 1, H, H) in [-1024, 1024]
         if x.shape[-1] != _SIZE:  # as torchxrayvision.utils.fix_resolution, after the change of range
             x = F.interpolate(x, size=(_SIZE, _SIZE), mode="bilinear", antialias=True)
