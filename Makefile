@@ -6,12 +6,16 @@ SOURCES := src tests examples benchmarks
 # Processes that share the tests, a file to one of them; 0 runs them in one, with its output as it comes.
 TEST_WORKERS ?= 2
 
-.PHONY: help quickstart demo test lint format docs clean
+DEV_EXTRAS := train,eval,dicom,shards,remote,ray,demo,dev
+
+.PHONY: help quickstart demo test floors wheel lint format docs clean
 
 help:
 	@echo "make quickstart   train a small model on the bundled phantoms, generate, write outputs/quickstart/report.html"
 	@echo "make demo         open the demo on the bundled model: variations, blends and segments in a browser"
 	@echo "make test         install what the tests need and run them"
+	@echo "make floors       run the tests with the oldest versions of all packages that pyproject.toml allows"
+	@echo "make wheel        build dist/, install the wheel alone in an empty environment, run the README's code there"
 	@echo "make lint         check style; make format mends what can be mended"
 	@echo "make docs         build the documentation into site/"
 
@@ -26,6 +30,18 @@ test: $(VENV)/.installed-dev
 	@echo "== Running the tests =="
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
+floors: $(VENV)-floors/.installed
+	$(VENV)-floors/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+wheel: $(VENV)/.installed-dev
+	rm -rf build dist $(VENV)-wheel
+	$(BIN)/python -m build --quiet
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv $(VENV)-wheel
+	$(VENV)-wheel/bin/python -m pip install --quiet dist/*.whl
+	$(VENV)-wheel/bin/python tests/run_readme.py
+	@ls -l dist
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
@@ -39,7 +55,7 @@ docs: $(VENV)/.installed-docs
 	@echo "Documentation: site/index.html"
 
 clean:
-	rm -rf $(VENV) outputs site build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-floors $(VENV)-wheel outputs site build dist .pytest_cache .ruff_cache
 
 $(BIN)/python:
 	@echo "== Creating the virtual environment $(VENV) =="
@@ -50,9 +66,16 @@ $(BIN)/python:
 # A stamp is written only after its installation went through, so a broken one is done again.
 $(VENV)/.installed-train: EXTRAS = train
 $(VENV)/.installed-demo: EXTRAS = demo,dicom
-$(VENV)/.installed-dev: EXTRAS = train,eval,dicom,shards,remote,ray,demo,dev
+$(VENV)/.installed-dev: EXTRAS = $(DEV_EXTRAS)
 $(VENV)/.installed-docs: EXTRAS = docs
 $(VENV)/.installed-%: $(BIN)/python pyproject.toml
 	@echo "== Installing diffusers-dino[$(EXTRAS)] into $(VENV); PyTorch is large, this takes minutes the first time =="
 	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
+	@touch $@
+
+$(VENV)-floors/.installed: pyproject.toml
+	$(PYTHON) -m venv --clear $(VENV)-floors
+	$(VENV)-floors/bin/python -m pip install --quiet uv
+	$(VENV)-floors/bin/uv pip install --quiet --python $(VENV)-floors/bin/python --resolution lowest-direct \
+		--editable '.[$(DEV_EXTRAS)]'
 	@touch $@

@@ -1,0 +1,58 @@
+"""The wheel holds the package, the whole package and nothing else, and runs the README's code."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from pages import REPOSITORY
+
+PACKAGE = REPOSITORY / "src" / "diffusers_dino"
+BUILT_FROM = ("pyproject.toml", "README.md", "LICENSE", "src")
+MODULES_AND_DATA = {".py", ".yaml", ".safetensors", ".md", ".typed"}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """Built as for a release, from a copy, so that nothing is left in the repository."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in BUILT_FROM:
+        source = REPOSITORY / name
+        if source.is_dir():
+            ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+            shutil.copytree(source, folder / "source" / name, ignore=ignored)
+        else:
+            (folder / "source").mkdir(exist_ok=True)
+            shutil.copy(source, folder / "source" / name)
+    run_pip("wheel", "--no-deps", "--wheel-dir", folder / "dist", folder / "source")
+    (wheel,) = (folder / "dist").glob("*.whl")
+    return wheel
+
+
+def run_pip(*arguments: object) -> None:
+    command = [sys.executable, "-m", "pip", *map(str, arguments), "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    files = {path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    assert names == {path.relative_to(PACKAGE.parent).as_posix() for path in files}
+    assert {Path(name).suffix for name in names} == MODULES_AND_DATA
+
+
+@pytest.mark.slow
+def test_the_wheel_runs_the_code_of_the_readme(wheel, tmp_path):
+    run_pip("install", "--no-deps", "--target", tmp_path / "site", wheel)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, REPOSITORY / "tests" / "run_readme.py"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "site" / "diffusers_dino")
