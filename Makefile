@@ -6,7 +6,7 @@ SOURCES := src tests examples benchmarks
 # Processes that share the tests, a file to one of them; 0 runs them in one, with its output as it comes.
 TEST_WORKERS ?= 2
 
-DEV_EXTRAS := train,eval,dicom,shards,remote,ray,demo,dev
+DEV_EXTRAS := train,eval,dicom,shards,remote,ray,demo,notebooks,dev
 
 .PHONY: help quickstart demo test floors wheel lint format docs clean
 
