@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 
+from .data.atomic import sha256_of
 from .model_folder import Content, model_files, private_in, variant_of
 
-__all__ = ["files_to_push", "push_files", "push_folder"]
+__all__ = [
+    "CARD",
+    "check_pictures",
+    "check_private",
+    "files_to_push",
+    "push_files",
+    "push_folder",
+    "replaced_weights",
+    "write_files",
+]
 
 CARD = "README.md"
+CHECKSUMS = "SHA256SUMS"
+_PICTURE = re.compile(r"!\[[^\]]*\]\(\s*<?([^)>\s]+)|<img[^>]+?src\s*=\s*[\"']?([^\"'\s>]+)", re.IGNORECASE)
 
 
 def files_to_push(folder: str | os.PathLike, also: Iterable[str] = ()) -> dict[str, Content]:
@@ -42,6 +56,44 @@ def check_private(files: Mapping[str, Content]) -> None:
     """ValueError if a card, config or header of weights names a user's folder or a DICOM UID."""
     for path, traces in private_in(dict(files)).items():
         raise ValueError(f"{path} holds what should stay on this machine: {', '.join(traces[:3])}. Remove it first.")
+
+
+def check_pictures(files: Mapping[str, Content]) -> None:
+    """ValueError if the card shows a picture that is not among the files: all others could be of anybody."""
+    content = files.get(CARD, b"")
+    card = content.decode() if isinstance(content, bytes) else content.read_text()
+    shown = {match[1] or match[2] for match in _PICTURE.finditer(card)}
+    if others := sorted(path for path in shown if path.removeprefix("./") not in files):
+        raise ValueError(
+            f"The card shows {others[0][:80]}, which is none of the pictures that were verified to be of nobody. "
+            "Remove it, and let the samples be drawn."
+        )
+
+
+def write_files(files: Mapping[str, Content], folder: str | os.PathLike) -> Path:
+    """Write what would be uploaded to a folder that is to be carried, with `SHA256SUMS` for `sha256sum --check`.
+
+    Args:
+        files: By path: where each is, or what is in it.
+        folder: Made if it does not exist; nothing may be in it.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: If the folder holds something.
+        OSError: If it cannot be written.
+    """
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty: a model that is to be carried gets a folder of its own.")
+    for path, content in files.items():
+        place = folder / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(content) if isinstance(content, bytes) else shutil.copyfile(content, place)
+    lines = [f"{sha256_of(folder / path)}  {path}\n" for path in sorted(files)]
+    (folder / CHECKSUMS).write_text("".join(lines))
+    return folder
 
 
 def push_files(

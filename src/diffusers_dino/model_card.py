@@ -14,12 +14,12 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from .cards import cite, fact_table, is_hub_id, listed_names, source_table, terms_notice
 from .data.atomic import write_json
-from .model_folder import folder_kind, part_facts
+from .model_folder import class_of, folder_kind, part_facts
 
 if TYPE_CHECKING:  # its protocols take a second to import, and a training needs none
     from .measured import Measurement
 
-__all__ = ["RECORD_FILE", "TrainingRecord", "model_card", "write_model_card"]
+__all__ = ["RECORD_FILE", "TrainingRecord", "folder_card", "model_card", "write_model_card"]
 
 RECORD_FILE = "training_record.json"
 
@@ -245,8 +245,8 @@ def model_card(
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}")
 
 
-def write_model_card(folder: str | os.PathLike, model: str, record: TrainingRecord, **options: Any) -> Path:
-    """Write the card of the model in a folder as its README.md.
+def folder_card(folder: str | os.PathLike, model: str, record: TrainingRecord, **options: Any) -> ModelCard:
+    """The card of the model in a folder.
 
     Args:
         folder: A trained pipeline, LoRA, conditioner or autoencoder.
@@ -254,21 +254,19 @@ def write_model_card(folder: str | os.PathLike, model: str, record: TrainingReco
         record: How it was trained.
         options: Those of `model_card`; kind and parts are read from the folder.
 
-    Returns:
-        The path of the card.
-
     Raises:
         FileNotFoundError: If the folder holds no model.
     """
-    path = Path(folder) / "README.md"
-    model_card(model, record, kind=_kind(Path(folder)), parts=part_facts(folder), **options).save(path)
-    return path
-
-
-def _kind(folder: Path) -> str:
     kind = folder_kind(folder)
-    config = {"pipeline": "model_index.json", "vae": "config.json"}.get(kind)
-    return json.loads((folder / config).read_text())["_class_name"] if config else kind
+    kind = class_of(folder) if kind in ("pipeline", "vae") else kind
+    return model_card(model, record, kind=kind, parts=part_facts(folder), **options)
+
+
+def write_model_card(folder: str | os.PathLike, model: str, record: TrainingRecord, **options: Any) -> Path:
+    """Write `folder_card(...)` as the folder's README.md and return its path."""
+    path = Path(folder) / "README.md"
+    folder_card(folder, model, record, **options).save(path)
+    return path
 
 
 def _origin(record: TrainingRecord, datasets: Sequence[str]) -> str:

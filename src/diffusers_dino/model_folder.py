@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from .cards import private_traces
 
-__all__ = ["LORA_FILE", "Content", "folder_kind", "model_files", "part_facts", "private_in", "variant_of"]
+__all__ = ["LORA_FILE", "Content", "class_of", "folder_kind", "model_files", "part_facts", "private_in", "variant_of"]
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
@@ -44,6 +44,12 @@ def folder_kind(folder: str | Path) -> str:
         f"There is nothing to upload in {folder}: expected a pipeline ({_INDEX}), a LoRA ({LORA_FILE}), or a "
         f"conditioner or autoencoder (config.json with {_WEIGHTS}.safetensors), found {found}."
     )
+
+
+def class_of(folder: str | Path) -> str | None:
+    """Name of the class of the pipeline, conditioner or autoencoder in a folder; None of a LoRA."""
+    config = _INDEX if folder_kind(folder) == "pipeline" else "config.json"
+    return _read(Path(folder) / config).get("_class_name")
 
 
 def model_files(folder: str | Path) -> dict[str, Content]:

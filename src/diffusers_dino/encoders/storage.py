@@ -32,10 +32,13 @@ class LastingModelMixin(ModelMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
         """Load what `save_pretrained` wrote, with the options of diffusers' `ModelMixin.from_pretrained`.
 
+        Weights are read from safetensors unless `use_safetensors=False` is said.
+
         Raises:
             ValueError: If tensors are missing: diffusers would warn, and go on with what an empty model holds.
         """
         with_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("use_safetensors", True)  # else diffusers looks for a pickle where there is none
         model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         if missing := sorted(info["missing_keys"]):
             raise ValueError(
