@@ -10,7 +10,18 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 # Each layer may import from the layers above it in this list, and within its own package.
 LAYERS = [
-    {"pixels", "seeds", "fingerprints", "registration", "embeddings", "segmentation", "selection", "cards", "figures"},
+    {
+        "pixels",
+        "seeds",
+        "fingerprints",
+        "registration",
+        "embeddings",
+        "segmentation",
+        "selection",
+        "cards",
+        "figures",
+        "quantization",
+    },
     {
         "latents",
         "encoders",
