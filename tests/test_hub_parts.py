@@ -228,7 +228,7 @@ def test_failures_say_what_is_missing(hub, folder):
     assert "v9" in messages["revision"]
     assert "diffusion_pytorch_model.fp16.safetensors" in messages["variant"]
     assert "fp16" in messages["pipeline variant"]
-    assert "pytorch_lora_weights.safetensors" in messages["lora"]
+    assert "no LoRA weights of a UNet" in messages["lora"]
     assert "org/private is not a local folder" in messages["token"]
     assert "hf auth login" in messages["token"] or "`token`" in messages["token"]
     assert "401" in messages["push"]
