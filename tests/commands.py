@@ -172,6 +172,6 @@ def parse_as_script(path: Path, arguments: list[str]) -> str | None:
             runpy.run_path(str(path), run_name="__main__")
         except _Parsed as parsed:
             return str(parsed) or None
-        except SystemExit:
-            return errors.getvalue().strip() or "it ends"
+        except SystemExit as end:
+            return (errors.getvalue().strip() or "it ends") if end.code else None  # 0 is that of --help
     return "it reads no arguments"

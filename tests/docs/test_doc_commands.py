@@ -14,7 +14,7 @@ from pages import REPOSITORY, blocks, inline_code, name_of, pages
 
 SHELL_PAGES = [page for page in pages() if any(blocks(page, "bash"))]
 # Flags in running text that are of other programs
-FOREIGN_FLAGS = {"--no-index", "--find-links", "--no-deps", "--help"}
+FOREIGN_FLAGS = {"--no-index", "--find-links", "--no-deps", "--extra-index-url", "--help"}
 SCRIPTS = [
     path
     for folder in ("examples", "benchmarks")
@@ -87,6 +87,12 @@ def test_json_and_yaml_parse(page):
         json.loads(block.code)
     for block in blocks(page, "yaml"):
         assert isinstance(yaml.safe_load(block.code), dict), str(block)
+
+
+def test_the_page_of_the_installation_names_all_extras():
+    table = (REPOSITORY / "docs/installation.md").read_text(encoding="utf-8").split("| extra |")[1].split("\n\n")[0]
+    named = {name for row in table.splitlines()[2:] for name in re.findall(r"`([\w-]+)`", row.split("|")[1])}
+    assert named == commands.extras()
 
 
 @pytest.mark.parametrize(

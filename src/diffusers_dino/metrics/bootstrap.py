@@ -61,7 +61,10 @@ def bootstrap_samples(
 
     Args:
         statistic: As in `bootstrap_interval`, but it may return an array of figures.
-        n, groups, repeats, seed: As in `bootstrap_interval`.
+        n: Items, of which each draw has as many groups as there are.
+        groups: Group of each item, such as its patient, drawn whole; by default each is its own.
+        repeats: Draws.
+        seed: Of the draws.
 
     Returns:
         `(repeats, ...)` float64.
@@ -91,7 +94,10 @@ def resamples(n: int, groups: Sequence[Any] | None = None, repeats: int = 1000, 
     """Row numbers of each draw.
 
     Args:
-        n, groups, repeats, seed: As in `bootstrap_interval`.
+        n: Items, of which each draw has as many groups as there are.
+        groups: Group of each item, such as its patient, drawn whole; by default each is its own.
+        repeats: Draws.
+        seed: Of the draws.
 
     Yields:
         `(m,)` int64 in [0, n): as many groups as there are, drawn with replacement, each with all of its rows.

@@ -109,7 +109,11 @@ def typical_distances(
     up to 512 training images, spread evenly over their order.
 
     Args:
-        features, training, chunk, groups, training_groups: As in `nearest_training`.
+        features: As in `nearest_training`.
+        training: As in `nearest_training`.
+        chunk: Features compared at once.
+        groups: As in `nearest_training`.
+        training_groups: As in `nearest_training`.
 
     Raises:
         ValueError: As in `nearest_training`, or if there are fewer than 11 training images (of other groups).

@@ -54,8 +54,10 @@ class ClassifierSettings:
         validation_steps: Updates after which the weights are compared with the best so far.
         learning_rate: Peak of AdamW's, after a linear warm-up (a tenth of the updates) and before a cosine to zero.
         weight_decay: Of AdamW.
-        shear, translation: Largest shear and shift of the augmentation, as fractions of the side.
-        min_scale, max_scale: Its range of magnification.
+        shear: Largest shear of the augmentation, as a fraction of the side.
+        translation: Largest shift, likewise.
+        min_scale: Least magnification.
+        max_scale: Largest magnification.
 
     Raises:
         ValueError: If a value is out of its range.
