@@ -181,6 +181,16 @@ def test_usage_names_the_concrete_class(kind, loads):
         model_card("org/name", TrainingRecord(), kind="Unet")
 
 
+def test_limits_are_those_of_the_kind():
+    limits = {
+        kind: section(model_card("m", TrainingRecord(), kind=kind), "Limits")
+        for kind in ("lora", "conditioner", "AutoencoderKL")
+    }
+    assert "It makes images" in limits["lora"]
+    assert "Its tokens" in limits["conditioner"]
+    assert "reconstructions" in limits["AutoencoderKL"]
+
+
 def test_citations_are_of_what_was_used():
     def cited(**options):
         (bibtex,) = code_blocks(model_card("org/name", TrainingRecord(), **options).text, "bibtex")

@@ -83,6 +83,7 @@ def test_run_leaves_log_diagnosis_and_checkpoints(trained):
     assert diagnosis["token_std"] > 1e-3
     assert 2 < diagnosis["effective_rank"] < NUM_IMAGES
     assert sorted(path.name for path in trained.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+    assert f"| updates | {STEPS} |" in (trained / "README.md").read_text()
 
 
 @pytest.mark.slow

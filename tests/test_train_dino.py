@@ -88,7 +88,11 @@ def test_result_is_a_pipeline_that_generates(train, parts):
     assert pipe.scheduler.config["beta_schedule"] == "scaled_linear"
     assert not pipe.scheduler.config["clip_sample"]
     assert len(losses(folder)) == 3
-    assert "pipe = DinoDiffusionPipeline.from_pretrained" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "pipe = DinoDiffusionPipeline.from_pretrained" in card
+    assert "| updates | 3 |" in card
+    assert json.loads((folder / "training_record.json").read_text())["facts"]["updates"] == 3
+    assert str(folder.parent) not in card
     assert not any(path.name.startswith("checkpoint") for path in folder.iterdir())
 
 

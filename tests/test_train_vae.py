@@ -81,6 +81,7 @@ def test_run_leaves_picture_log_and_checkpoints(trained):
     assert losses(trained)[-1] < losses(trained)[0]
     assert sorted(path.name for path in trained.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
     assert json.loads((trained / "training_arguments.json").read_text())["max_train_steps"] == STEPS
+    assert f"| updates | {STEPS} |" in (trained / "README.md").read_text()
 
 
 @pytest.mark.slow

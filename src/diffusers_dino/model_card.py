@@ -120,18 +120,13 @@ that it makes, and nothing derived from that, may be used to diagnose or treat a
 
 ## Limits
 
-- It makes images that look like its training data, with that data's gaps and biases: scanners, projections, ages,
-  diseases. A variation keeps what the encoder's tokens hold of the source; whether that includes a given finding has
-  to be measured before labels are carried over.
-- Images of other kinds as a source give plausible images of the trained kind, without a warning.
-- Its own likeness to real images says nothing about use for a task: measure that on real, held-back data.
-
+{limits}
 ## Privacy
 
 {privacy}
 
-Diffusion models can memorise training images and give them back. If the training images are of patients, treat the
-weights and the generated images as the data's terms treat data derived from it, check generated images for
+Models can memorise training images, and diffusion models give them back. If the training images are of patients,
+treat the weights and the generated images as the data's terms treat data derived from it, check generated images for
 near-copies of training images before sharing them, and remember that a variation is made from its source: do not
 publish variations of images that you may not publish.
 
@@ -140,6 +135,27 @@ publish variations of images that you may not publish.
 ```bibtex
 {citation}```
 """
+
+_LIMITS_OF_PIPELINES = """\
+- It makes images that look like its training data, with that data's gaps and biases: scanners, projections, ages,
+  diseases. A variation keeps what the encoder's tokens hold of the source; whether that includes a given finding has
+  to be measured before labels are carried over.
+- Images of other kinds as a source give plausible images of the trained kind, without a warning.
+- Its own likeness to real images says nothing about use for a task: measure that on real, held-back data.
+"""
+
+_LIMITS = {
+    "conditioner": """\
+- Its tokens tell apart what its training images taught it to, with that data's gaps and biases. Whether they hold a
+  given finding has to be measured.
+- Images of other kinds give tokens too, without a warning.
+""",
+    "vae": """\
+- What it does not keep of an image no model on top of it can bring back: look at reconstructions of your own images,
+  and at small findings in them, first.
+- Images of other kinds are reconstructed worse, without a warning.
+""",
+}
 
 _NOT_MEASURED = (
     "Copies of training images were **not measured**. diffusers-dino has `examples/eval_memorization.py` for that."
@@ -239,6 +255,7 @@ def model_card(
         facts=fact_table({"made from": bases, **record.facts}),
         measured=_sections(one for one in measurements if not one.is_privacy) or "Nothing was measured.",
         samples=_samples(samples or {}),
+        limits=_LIMITS.get(key, _LIMITS_OF_PIPELINES),
         privacy=_sections(one for one in measurements if one.is_privacy) or _NOT_MEASURED,
         citation=cite(*_works(kind, parts or {}, measurements)),
     )
