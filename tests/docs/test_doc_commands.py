@@ -14,7 +14,18 @@ from pages import REPOSITORY, blocks, inline_code, name_of, pages
 
 SHELL_PAGES = [page for page in pages() if any(blocks(page, "bash"))]
 # Flags in running text that are of other programs
-FOREIGN_FLAGS = {"--no-index", "--find-links", "--no-deps", "--extra-index-url", "--help"}
+FOREIGN_FLAGS = {
+    *(
+        "--no-index",
+        "--find-links",
+        "--no-deps",
+        "--extra-index-url",
+        "--platform",
+        "--python-version",
+        "--only-binary",
+    ),
+    "--help",
+}
 SCRIPTS = [
     path
     for folder in ("examples", "benchmarks")
