@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
@@ -29,19 +28,17 @@ from .checks import (
     check_schedule,
     condition_width,
 )
+from .components import ComponentsPipeline
 from .guidance import guide, rescale_guidance
 from .lora import UNetLoraLoaderMixin
 from .sampling import Generators, rewind, set_timesteps, states_of, step_arguments
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 __all__ = ["DinoPipeline", "StepCallback", "callback_inputs"]
 
 StepCallback = Callable[..., dict[str, Any] | None] | PipelineCallback | MultiPipelineCallbacks
 
 
-class DinoPipeline(DiffusionPipeline, StableDiffusionMixin, UNetLoraLoaderMixin, UNetCacheMixin):
+class DinoPipeline(ComponentsPipeline, StableDiffusionMixin, UNetLoraLoaderMixin, UNetCacheMixin):
     """A latent diffusion model under the tokens of a frozen DINO encoder; what it is asked for is up to the subclass.
 
     Args:
@@ -74,18 +71,6 @@ class DinoPipeline(DiffusionPipeline, StableDiffusionMixin, UNetLoraLoaderMixin,
         self._cross_attention_kwargs = None
         self._num_timesteps = 0
         self._interrupt = False
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
-        """Load a pipeline from a folder or the Hub, from safetensors unless `use_safetensors=False` is said.
-
-        Args:
-            pretrained_model_name_or_path: A folder that `save_pretrained` wrote, or a repository `"org/name"`.
-            kwargs: As in `DiffusionPipeline.from_pretrained`: `dtype`, `revision`, `variant`, `cache_dir`,
-                `local_files_only`, components by name, ...
-        """
-        kwargs.setdefault("use_safetensors", True)
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @property
     def vae_scale_factor(self) -> int:

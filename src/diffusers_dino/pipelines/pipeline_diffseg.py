@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel, UNet2DModel
+from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,20 +20,19 @@ from ..segmentation import aggregate_attention, merge_attention, refine_segments
 from ..training.objective import add_noise as noisy
 from .caching import has_cache
 from .checks import check_choice, check_generator, check_numbers, thresholds_of, timesteps_of
+from .components import ComponentsPipeline
 from .conditions import empty_prompt, empty_prompt_xl, for_batch, noise_like
+from .lora import UNetLoraLoaderMixin
 from .pipeline_output import DiffSegPipelineOutput
 from .sampling import Generators
 from .squares import common_size, resized, stretched
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 __all__ = ["DiffSegPipeline"]
 
 _ANCHORS_PER_SIDE = 16  # the published grid
 
 
-class DiffSegPipeline(DiffusionPipeline):
+class DiffSegPipeline(ComponentsPipeline, StableDiffusionMixin, UNetLoraLoaderMixin):
     """Segment images by DiffSeg (Tian et al., CVPR 2024): merge the self-attention maps of one denoising step.
 
     Made with `from_pipe`: of a `DinoDiffusionPipeline`, the condition is the image's own tokens; of a Stable Diffusion
@@ -90,41 +89,6 @@ class DiffSegPipeline(DiffusionPipeline):
             tokenizer_2=tokenizer_2,
         )
         self._check_channels()
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
-        """Load a saved `DiffSegPipeline`, from safetensors unless `use_safetensors=False` is said.
-
-        Args:
-            pretrained_model_name_or_path: A folder that `save_pretrained` wrote, or a repository `"org/name"`.
-            kwargs: As in `DiffusionPipeline.from_pretrained`.
-        """
-        kwargs.setdefault("use_safetensors", True)
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-
-    @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **components: Any) -> Self:
-        """Share the components of another pipeline, as they are.
-
-        diffusers' own `from_pipe` casts the shared components to float32 unless it is told another type; here they
-        keep their type, and the other pipeline its memory.
-
-        Args:
-            pipeline: A `DinoDiffusionPipeline`, a Stable Diffusion (1, 2, XL), or another with a 2D UNet.
-            components: Others in place of its own, by name.
-
-        Raises:
-            ValueError: If the pipeline has no `unet` or `scheduler`, or they do not fit together.
-        """
-        names = cls._get_signature_keys(cls)[0]
-        shared = {name: part for name, part in pipeline.components.items() if name in names} | components
-        missing = {"unet", "scheduler"} - set(shared)
-        if missing:
-            raise ValueError(
-                f"{type(pipeline).__name__} has no {' and no '.join(sorted(missing))}: DiffSeg reads the "
-                "self-attention of a UNet."
-            )
-        return cls(**shared)
 
     @property
     def vae_scale_factor(self) -> int:
