@@ -2,7 +2,9 @@
 
 import ast
 import re
+import shutil
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,6 +104,10 @@ def place(tmp_path_factory):
         (root / name).mkdir()
     image_folder(root / "pictures", 3, 40)
     (root / "texts/a.png").write_text("no picture")
+    weights = Path(shutil.copytree(root / "model", root / "cut")) / "unet/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    shutil.copytree(root / "model", root / "damaged")
+    (root / "damaged/model_index.json").write_text("{")
     (root / "a file").write_text("")
     return root
 
@@ -120,6 +126,8 @@ MISTAKES = {
     "a folder that is not there": lambda place: DinoDiffusionPipeline.from_pretrained("outputs/no/model"),
     "a typo without a network": lambda place: DinoDiffusionPipeline.from_pretrained("no-org/no-model"),
     "an empty model folder": lambda place: DinoDiffusionPipeline.from_pretrained(place / "empty"),
+    "weights that were cut off": lambda place: DinoDiffusionPipeline.from_pretrained(place / "cut"),
+    "a damaged config": lambda place: DinoDiffusionPipeline.from_pretrained(place / "damaged"),
     "a pipeline for a conditioner": lambda place: DinoImageConditioner.from_pretrained(place / "model"),
     "tokens of another width": lambda place: tiny.tiny_pipeline(conditioner=tiny.tiny_conditioner(projection_dim=48)),
     "weights of half precision": lambda place: DinoDiffusionPipeline.from_pretrained(place / "model", variant="fp16"),
