@@ -1,6 +1,7 @@
 """The card of a synthetic set says how it was made, from what, and what was not measured; it keeps folders private."""
 
 import re
+import shutil
 from dataclasses import asdict
 
 import pytest
@@ -9,7 +10,7 @@ from huggingface_hub import DatasetCard
 import tiny
 from diffusers_dino.data import Preprocessing, collate, open_images
 from diffusers_dino.data.shards import write_manifest
-from diffusers_dino.data.sources import recorded_sources
+from diffusers_dino.data.sources import recorded_sources, require_synthetic
 from diffusers_dino.protocols import evaluate_memorization
 from diffusers_dino.synthesis import SynthesisSettings, plan_interpolation, plan_reconstruction, synthesise
 from diffusers_dino.synthesis.card import synthetic_card, write_synthetic_card
@@ -93,6 +94,23 @@ def test_sources_without_a_record_are_none(made, tmp_path):
     assert recorded_sources(tmp_path) == []
     (synthetic,) = recorded_sources(made.folder)
     assert made.plan.digest[:16] in synthetic["title"]
+
+
+def test_a_set_is_known_to_be_synthetic_as_long_as_it_is_what_was_written(made, tmp_path):
+    require_synthetic(made.folder)
+    write_manifest(tmp_path, Preprocessing(32), [], {"sources": [NIH]})
+    with pytest.raises(ValueError, match="nothing says that these images are synthetic"):
+        require_synthetic(tmp_path)
+    changed = shutil.copytree(made.folder, tmp_path / "changed")
+    (changed / "train-999999.tar").write_bytes(b"other images")
+    with pytest.raises(ValueError, match=r"train-999999\.tar is not in the manifest"):
+        require_synthetic(changed / "*.tar")
+
+
+def test_what_has_to_be_signed_is_said(made):
+    signed = synthetic_card(made, sources=[NIH, {"title": "MIMIC", "licence": "PhysioNet Credentialed Health Data"}])
+    assert "**Credentialed data.** MIMIC (PhysioNet" in signed.text
+    assert "Credentialed" not in synthetic_card(made, sources=[NIH]).text
 
 
 def test_privacy_figures_are_those_of_the_memorization_protocol(made):
