@@ -59,8 +59,12 @@ def test_latest_skips_what_is_not_complete_and_says_so(tmp_path, caplog, damage)
 
 
 def test_asking_for_a_checkpoint_that_is_not_there(tmp_path):
-    with pytest.raises(CheckpointError, match="checkpoint-7 is no complete checkpoint"):
+    save(tmp_path, 2)
+    save(tmp_path, 10)
+    with pytest.raises(CheckpointError, match=r"no checkpoint checkpoint-7, .* There: checkpoint-2, checkpoint-10\."):
         find_checkpoint(tmp_path, "checkpoint-7")
+    with pytest.raises(CheckpointError, match=r"There: none\."):
+        find_checkpoint(tmp_path / "empty", "checkpoint-7")
 
 
 def test_old_checkpoints_and_leftovers_go(tmp_path):

@@ -254,10 +254,13 @@ def find_checkpoint(output_dir: str | Path, name: str = "latest") -> Checkpoint 
         The newest complete checkpoint for `"latest"` (incomplete ones are named in a warning), None if there is none.
 
     Raises:
-        CheckpointError: If a checkpoint asked for by name is not complete.
+        CheckpointError: If a checkpoint asked for by name is not there, or not complete.
     """
     if name != "latest":
         inside = Path(output_dir) / name
+        if not inside.is_dir() and not Path(name).is_dir():
+            there = ", ".join(path.name for path in _checkpoint_folders(output_dir)) or "none"
+            raise CheckpointError(f"There is no checkpoint {name}, neither in {output_dir} nor here. There: {there}.")
         return read_checkpoint(inside if inside.is_dir() else name)
     for path in reversed(_checkpoint_folders(output_dir)):
         try:
