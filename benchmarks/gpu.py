@@ -65,7 +65,7 @@ def main() -> None:
     names = [name for name in PARTS if name in args.parts]  # in the order that they are written for
     for number, name in enumerate(names):
         shares = [PARTS[other][1] for other in names[number:]]
-        seconds = (end - time.monotonic()) * shares[0] / sum(shares)
+        seconds = max(0.0, end - time.monotonic()) * shares[0] / sum(shares)
         results["parts"][name] = run_part(name, bench, seconds)
         write(results, Path(args.output))
     print(f"The figures are in {args.output}")
