@@ -151,7 +151,7 @@ def test_resume_of_nothing_starts_anew_and_of_another_seed_is_refused(train):
     assert len(losses(folder)) == 4
     with pytest.raises(ValueError, match="seed 0, this one has 1"):
         train(resume_from_checkpoint="latest", seed=1)
-    with pytest.raises(ValueError, match="checkpoint-99 is no complete checkpoint"):
+    with pytest.raises(ValueError, match="There is no checkpoint checkpoint-99"):
         train(resume_from_checkpoint="checkpoint-99")
     with pytest.raises(ValueError, match="--use_ema"):
         train(resume_from_checkpoint="checkpoint-2", use_ema=True, max_train_steps=6)
