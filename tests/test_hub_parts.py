@@ -51,6 +51,8 @@ push_folder(folder / "whole", "org/replaced")
 """
 
 FETCH = """
+import huggingface_hub
+from diffusers_dino.hub import push_folder
 from huggingface_hub import snapshot_download
 
 def attempt(action):
@@ -85,7 +87,10 @@ messages = {
     "lora": attempt(lambda: pipe.load_lora_weights("org/vae")),
     "token": attempt(lambda: conditioner("org/private", token="hf_wrong", cache_dir=folder / "empty")),
     "push": attempt(lambda: DinoImageConditioner.from_pretrained(folder / "dino").push_to_hub("org/x", token="hf_no")),
+    "push_folder": attempt(lambda: push_folder(folder / "dino", "org/x", token="hf_no")),
 }
+huggingface_hub.constants.ENDPOINT = "http://127.0.0.1:9"  # where nothing listens
+messages["unreachable"] = attempt(lambda: push_folder(folder / "dino", "org/x"))
 (folder / "messages.json").write_text(json.dumps(messages))
 """
 
@@ -232,6 +237,8 @@ def test_failures_say_what_is_missing(hub, folder):
     assert "org/private is not a local folder" in messages["token"]
     assert "hf auth login" in messages["token"] or "`token`" in messages["token"]
     assert "401" in messages["push"]
+    assert "PermissionError: The Hub does not let you write to org/x: log in" in messages["push_folder"]
+    assert "cannot be reached" in messages["unreachable"]
     assert not [name for name, message in messages.items() if not message or TOKEN in message]
     assert "org/x" not in hub.repositories
 

@@ -1,4 +1,4 @@
-"""What a card tells of each protocol's figures: with N and controls, as metrics for the Hub, and no key of an image."""
+"""What a card tells of each protocol: figures with N and controls, metrics for the Hub, and no key of an image."""
 
 import json
 from dataclasses import replace

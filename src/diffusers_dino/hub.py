@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError
 
 from .data.atomic import sha256_of
 from .model_folder import Content, model_files, private_in, variant_of
@@ -26,6 +28,7 @@ __all__ = [
 
 CARD = "README.md"
 CHECKSUMS = "SHA256SUMS"
+_HTTP_ERROR = HfHubHTTPError.__mro__[1]  # base of all errors of the HTTP library that huggingface_hub has
 _PICTURE = re.compile(r"!\[[^\]]*\]\(\s*<?([^)>\s]+)|<img[^>]+?src\s*=\s*[\"']?([^\"'\s>]+)", re.IGNORECASE)
 
 
@@ -121,18 +124,20 @@ def push_files(
         The commit; `pr_url` is that of the pull request.
 
     Raises:
-        huggingface_hub.errors.HfHubHTTPError: If the token is missing, wrong, or may not write there.
+        PermissionError: If the token is missing, wrong, or may not write there.
+        ConnectionError: If the Hub cannot be reached, or offline mode is on.
     """
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None and not create_pr:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    stale = replaced_weights(api.list_repo_files(repo_id, revision=revision), files)
-    operations = [CommitOperationDelete(path) for path in stale]
-    operations += [CommitOperationAdd(path, content) for path, content in files.items()]
-    return api.create_commit(
-        repo_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr
-    )
+    with _explained(repo_id, api.endpoint):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        stale = replaced_weights(api.list_repo_files(repo_id, revision=revision), files)
+        operations = [CommitOperationDelete(path) for path in stale]
+        operations += [CommitOperationAdd(path, content) for path, content in files.items()]
+        return api.create_commit(
+            repo_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr
+        )
 
 
 def push_folder(
@@ -164,7 +169,8 @@ def push_folder(
     Raises:
         FileNotFoundError: If the folder holds no model, or a part of it is missing.
         ValueError: If a card, config or header of weights names a user's folder or a DICOM UID.
-        huggingface_hub.errors.HfHubHTTPError: If the token is missing, wrong, or may not write there.
+        PermissionError: If the token is missing, wrong, or may not write there.
+        ConnectionError: If the Hub cannot be reached, or offline mode is on.
     """
     commit = push_files(
         files_to_push(folder, also),
@@ -185,6 +191,24 @@ def replaced_weights(there: Iterable[str], files: Mapping[str, Content]) -> list
     """
     new = {_weights_of(path) for path in files} - {None}
     return sorted(path for path in there if path not in files and _weights_of(path) in new)
+
+
+@contextmanager
+def _explained(repo_id: str, endpoint: str) -> Iterator[None]:
+    """Say of an error of the Hub what to do about it."""
+    try:
+        yield
+    except HfHubHTTPError as error:
+        if error.response is None or error.response.status_code not in (401, 403):
+            raise
+        raise PermissionError(
+            f"The Hub does not let you write to {repo_id}: log in with `hf auth login`, with a token that may write."
+        ) from error
+    except _HTTP_ERROR as error:
+        raise ConnectionError(
+            f"The Hub ({endpoint}) cannot be reached: {error}. Without a network, `examples/publish.py --output_dir` "
+            "writes a folder that can be carried."
+        ) from error
 
 
 def _weights_of(path: str) -> tuple[str, str | None] | None:
