@@ -64,11 +64,11 @@ def build_page(pipe: DinoDiffusionPipeline, model: str, examples: Sequence[Image
     """
     with gr.Blocks(title="diffusers-dino", delete_cache=(CHECKED, KEPT), analytics_enabled=False) as page:
         gr.Markdown(INTRODUCTION.format(model=model))
-        with gr.Tab("Variations"):
+        with gr.Tab("Variations", elem_id="variations-tab"):
             variations_tab(pipe, model, examples)
-        with gr.Tab("Blend"):
+        with gr.Tab("Blend", elem_id="blend-tab"):
             blend_tab(pipe, model, examples)
-        with gr.Tab("Segments"):
+        with gr.Tab("Segments", elem_id="segments-tab"):
             segments_tab(pipe, examples)
         gr.Markdown(NOTE, elem_classes="note")
     return page.queue(max_size=32)
@@ -156,27 +156,29 @@ def segments_tab(pipe: DinoDiffusionPipeline, examples: Sequence[Image.Image]) -
     @told
     def segment(image, threshold, timestep, layer, opacity):
         labels = segmenter.segment(chosen(image), int(timestep), threshold, layer)
-        return (image, labels), tasks.overlay(image, labels, opacity, DISPLAY), f"{labels.max() + 1} segments"
+        count = int(labels.max()) + 1
+        return (image, labels), f"{count} segment{'s' * (count > 1)}", *paint((image, labels), opacity)
 
     def paint(segmented, opacity):
-        return None if segmented is None else tasks.overlay(*segmented, opacity, DISPLAY)
+        """The picture at once; the files follow it, and are not offered until they fit."""
+        picture = None if segmented is None else tasks.overlay(*segmented, opacity, DISPLAY)
+        return picture, gr.update(interactive=False), gr.update(interactive=False)
 
     def files(segmented, opacity):
         if segmented is None:
             return gr.skip(), gr.skip()
-        painted = tasks.overlay(*segmented, opacity)
-        return offered("mask.png", tasks.png(tasks.mask_image(segmented[1]))), offered(
-            "overlay.png", tasks.png(painted)
-        )
+        painted, numbers = tasks.overlay(*segmented, opacity), tasks.mask_image(segmented[1])
+        return offered("mask.png", tasks.png(numbers)), offered("overlay.png", tasks.png(painted))
 
-    updated = [segmented, picture, summary]
-    events = [
-        trigger(
-            segment, [image, threshold, timestep, layer, opacity], updated, trigger_mode="always_last", **ONE_AT_A_TIME
-        )
-        for trigger in (run.click, threshold.change, timestep.change, layer.change)
-    ]
-    events.append(opacity.change(paint, [segmented, opacity], picture, trigger_mode="always_last", **QUIET))
+    inputs, outputs, shown = (
+        [image, threshold, timestep, layer, opacity],
+        [segmented, summary],
+        [picture, mask, overlay],
+    )
+    latest = {"trigger_mode": "always_last"}  # while a slider moves
+    triggers = run.click, threshold.change, timestep.change, layer.change
+    events = [trigger(segment, inputs, outputs + shown, **latest, **ONE_AT_A_TIME) for trigger in triggers]
+    events.append(opacity.change(paint, [segmented, opacity], shown, **latest, **QUIET))
     for event in events:
         event.success(files, [segmented, opacity], [mask, overlay], **QUIET)
 
@@ -200,8 +202,9 @@ def image_input(examples: Sequence[Image.Image], columns: int) -> gr.State:
     def choose(event: gr.SelectData):
         return examples[event.index], examples[event.index]
 
-    read_event = file.upload(read, file, [image, picture], api_visibility="private")
-    read_event.then(None, None, file, js="() => null")  # free for the next file, also after a broken one
+    opened = file.upload(read, file, [image, picture], api_visibility="private")
+    for done in (opened.success, opened.failure):  # then free the place for the next file, also after a broken one
+        done(None, None, file, js="() => null")
     if examples:
         choices = pictures(None, columns=columns, value=list(examples), allow_preview=False, buttons=[])
         choices.select(choose, None, [image, picture], **QUIET)

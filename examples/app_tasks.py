@@ -255,7 +255,7 @@ def _made_of(pipe: DinoDiffusionPipeline, kind: type[Pipeline], scheduler: str) 
     """A pipeline of the same components under a scheduler of its own, as schedulers keep the state of a call."""
     name = SCHEDULERS[scheduler]
     own = (getattr(diffusers, name) if name else type(pipe.scheduler)).from_config(pipe.scheduler.config)
-    made = kind(**{**pipe.components, "scheduler": own})
+    made = kind.from_pipe(pipe, scheduler=own)
     made.set_progress_bar_config(disable=True)
     return made
 

@@ -1,0 +1,239 @@
+"""`examples/app.py` as a visitor meets it: started as a user starts it, in a real browser, which has no window here.
+
+`DEMO_PICTURES=docs/images python -m pytest tests/test_app.py` takes the pictures of docs/demo.md anew.
+"""
+
+import base64
+import io
+import json
+import os
+import shutil
+import signal
+import socketserver
+import threading
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import scripts
+import tiny
+
+INSTALL = "pip install diffusers-dino[demo,dev]"
+pytest.importorskip("gradio", reason=f"The demo needs Gradio: {INSTALL}")
+playwright = pytest.importorskip("playwright.sync_api", reason=f"The browser is driven by playwright: {INSTALL}")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="No Chromium to test the demo in: apt-get install chromium"),
+]
+
+# The browser's own calls home are not the page's.
+QUIET = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-gpu"]
+PATIENCE = 60_000  # ms
+PICTURES = os.environ.get("DEMO_PICTURES")
+
+
+class Demo(NamedTuple):
+    address: str
+    folder: Path  # where uploads and results lie
+    asked: list[str]  # what the server asked of the world outside
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The demo on its bundled model, in a network whose only way out is a proxy that leads nowhere."""
+    folder, asked = tmp_path_factory.mktemp("demo"), []
+
+    class NoWayOut(socketserver.StreamRequestHandler):
+        def handle(self):
+            asked.append(self.rfile.readline().decode(errors="replace"))
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), NoWayOut) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        way_out = f"http://127.0.0.1:{proxy.server_address[1]}"
+        names = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+        environment = {name: way_out for upper in names for name in (upper, upper.lower())}
+        environment |= {"GRADIO_TEMP_DIR": str(folder), "GRADIO_ANALYTICS_ENABLED": "True", "NO_PROXY": ""}
+        process = scripts.start_script("app.py", environment=environment)
+        printed = ""
+        while "Open http" not in printed:
+            line = process.stdout.readline()
+            assert line, printed
+            printed += line
+        yield Demo(printed.split("Open ")[1].split(" ")[0], folder, asked)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
+        proxy.shutdown()
+    assert not list(folder.iterdir())  # nothing of a visitor outlives the program
+
+
+@pytest.fixture(scope="module")
+def requests():
+    return []
+
+
+@pytest.fixture(scope="module")
+def page(demo, requests):
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        page = browser.new_page(viewport={"width": 1240, "height": 900})
+        page.set_default_timeout(PATIENCE)
+        playwright.expect.set_options(timeout=PATIENCE)
+        page.on("request", lambda request: requests.append(request))
+        page.goto(demo.address)
+        yield page
+        browser.close()
+
+
+def open_tab(page, name):
+    """The panel of a tab."""
+    page.get_by_role("tab", name=name).click()
+    return page.locator(f"#{name.lower()}-tab")
+
+
+def pixels(page, locator) -> np.ndarray:
+    """What an `img` of the page shows, as the server sent it."""
+    return np.asarray(Image.open(io.BytesIO(page.request.get(locator.get_attribute("src")).body())))
+
+
+def download(page, panel, name) -> bytes:
+    button = panel.get_by_role("button", name=name).or_(panel.get_by_role("link", name=name))
+    playwright.expect(button).to_be_enabled()
+    with page.expect_download() as saved:
+        button.click()
+    return Path(saved.value.path()).read_bytes()
+
+
+def take_picture(page, name):
+    if PICTURES:
+        page.mouse.move(0, 0)
+        page.wait_for_timeout(1000)  # for marks that fade
+        page.screenshot(path=Path(PICTURES) / f"demo_{name}.png", full_page=True)
+
+
+def png_of(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    array = (tiny.random_images(1, channels=1, size=60, seed=seed)[0, 0] * 255).byte().numpy()
+    Image.fromarray(array).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_variations_of_an_example_are_made_and_downloaded(page):
+    panel = open_tab(page, "Variations")
+    panel.get_by_role("button", name="Make variations").click()
+    shown = page.locator("#variations img")
+    playwright.expect(shown).to_have_count(4)
+    made = [pixels(page, shown.nth(i)) for i in range(4)]
+    assert all(picture.shape[:2] == (128, 128) and picture.std() > 10 for picture in made)
+    assert len(np.unique(np.stack(made), axis=0)) == 4
+    with zipfile.ZipFile(io.BytesIO(download(page, panel, "Download all (ZIP)"))) as files:
+        assert np.array_equal(np.asarray(Image.open(files.open("variation_seed_2.png"))), made[2])
+        assert json.loads(files.read("settings.json"))["model"] == "tiny-diffusion"
+    take_picture(page, "variations")
+
+
+def test_a_dropped_file_is_shown_used_and_not_kept(page, demo):
+    panel = open_tab(page, "Variations")
+    before = panel.locator(".picture img").first.get_attribute("src")
+    content = png_of(seed=5)
+    files = page.evaluate_handle(
+        """text => {
+            const bytes = Uint8Array.from(atob(text), c => c.charCodeAt(0)), files = new DataTransfer();
+            files.items.add(new File([bytes], "scan.png", {type: "image/png"}));
+            return files;
+        }""",
+        base64.b64encode(content).decode(),
+    )
+    panel.locator(".drop button").dispatch_event("drop", {"dataTransfer": files})
+    playwright.expect(panel.locator(".picture img").first).not_to_have_attribute("src", before)
+    seen = pixels(page, panel.locator(".picture img").first)
+    assert seen.shape[:2] == (60, 60)
+    assert (seen.min(), seen.max()) == (0, 255)
+    playwright.expect(panel.locator(".drop button")).to_be_visible()  # and free for the next file
+    assert not [path for path in demo.folder.rglob("*") if path.is_file() and path.read_bytes() == content]
+
+    old = page.locator("#variations img").first.get_attribute("src")
+    panel.get_by_label("number input for Number of variations").fill("1")
+    panel.get_by_role("button", name="Make variations").click()
+    playwright.expect(page.locator("#variations img")).to_have_count(1)
+    assert page.locator("#variations img").get_attribute("src") != old
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("note.txt", b"no image", "it is no image of a known format"),
+        ("small.png", b"", "the file is empty"),
+        ("cut.png", png_of(0)[:200], "Cannot read cut.png"),
+    ],
+)
+def test_a_broken_file_is_refused_in_words(page, name, content, message):
+    panel = open_tab(page, "Variations")
+    before = panel.locator(".picture img").first.get_attribute("src")
+    panel.locator("input[type=file]").set_input_files({"name": name, "mimeType": "", "buffer": content})
+    playwright.expect(page.get_by_text(message)).to_be_visible()
+    assert "Traceback" not in page.content()
+    assert panel.locator(".picture img").first.get_attribute("src") == before
+    page.get_by_test_id("toast-close").first.click()
+    playwright.expect(page.get_by_text(message)).to_have_count(0)
+
+
+def test_the_slider_of_a_blend_shows_another_image_without_the_server(page, requests):
+    panel = open_tab(page, "Blend")
+    panel.get_by_text("slerp").click()
+    panel.get_by_role("button", name="Blend", exact=True).click()
+    path = page.locator("#path img")
+    playwright.expect(path).to_have_count(9)
+    made = [pixels(page, path.nth(i)) for i in range(9)]
+    assert all(picture.std() > 10 for picture in made)
+    assert len(np.unique(np.stack(made), axis=0)) == 9
+    shown = page.locator("#blend img")
+    playwright.expect(shown).to_have_attribute("src", path.nth(4).get_attribute("src"))
+
+    sent = len(requests)
+    panel.get_by_label("range slider for Fraction of the way").press("ArrowRight")
+    playwright.expect(shown).to_have_attribute("src", path.nth(5).get_attribute("src"))
+    assert not [request for request in requests[sent:] if request.method == "POST"]
+    path.nth(1).click()
+    playwright.expect(shown).to_have_attribute("src", path.nth(1).get_attribute("src"))
+    with zipfile.ZipFile(io.BytesIO(download(page, panel, "Download all (ZIP)"))) as files:
+        assert np.array_equal(np.asarray(Image.open(files.open("blend_0.125.png"))), made[1])
+        assert json.loads(files.read("settings.json"))["method"] == "slerp"
+    path.nth(4).click()
+    take_picture(page, "blend")
+
+
+def test_another_threshold_gives_other_segments(page):
+    panel = open_tab(page, "Segments")
+    panel.get_by_role("button", name="Segment", exact=True).click()
+    shown = page.locator("#segments img")
+    playwright.expect(shown).to_have_count(1)
+    assert pixels(page, shown).std() > 10
+    take_picture(page, "segments")
+    counts = []
+    for threshold in ("0.05", "1"):
+        before = shown.get_attribute("src")
+        panel.get_by_label("number input for Merge threshold").fill(threshold)
+        panel.get_by_label("number input for Merge threshold").press("Enter")
+        playwright.expect(shown).not_to_have_attribute("src", before)
+        mask = np.asarray(Image.open(io.BytesIO(download(page, panel, "Download mask (PNG)"))))
+        assert mask.shape == (128, 128)
+        counts.append(mask.max() + 1)
+        playwright.expect(panel.get_by_text(f"{counts[-1]} segment")).to_be_visible()
+        assert len(np.unique(mask)) == counts[-1]
+    assert counts[0] > counts[1]
+    painted = Image.open(io.BytesIO(download(page, panel, "Download overlay (PNG)")))
+    assert (painted.size, painted.mode) == ((128, 128), "RGB")
+
+
+def test_nothing_left_this_machine(page, demo, requests):
+    addresses = [urlsplit(request.url) for request in requests]
+    outside = {address.geturl() for address in addresses if address.hostname not in (None, "127.0.0.1")}
+    assert len(addresses) > 20
+    assert not outside
+    assert not demo.asked
