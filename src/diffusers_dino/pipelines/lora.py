@@ -8,7 +8,10 @@ from typing import Any
 
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.loaders.lora_base import LoraBaseMixin
-from diffusers.utils import USE_PEFT_BACKEND
+from diffusers.utils import USE_PEFT_BACKEND, convert_unet_state_dict_to_peft
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 __all__ = ["UNetLoraLoaderMixin"]
@@ -42,9 +45,12 @@ class UNetLoraLoaderMixin(LoraBaseMixin):
 
         Raises:
             ImportError: If peft is missing.
-            ValueError: If the file holds no LoRA weights of a UNet.
+            ValueError: If the file is corrupt, holds no LoRA weights of a UNet, or those of another UNet.
+            FileNotFoundError: If it is neither a folder or file nor an id on the Hub.
         """
         _require_peft()
+        if self.unet is None:
+            raise ValueError("This pipeline has no unet to load a LoRA into.")
         low_cpu_mem_usage = kwargs.pop("low_cpu_mem_usage", True)
         state_dict, network_alphas, metadata = self.lora_state_dict(
             pretrained_model_name_or_path_or_dict, return_lora_metadata=True, **kwargs
@@ -55,6 +61,7 @@ class UNetLoraLoaderMixin(LoraBaseMixin):
                 "There are no LoRA weights of a UNet in this file: their names start with 'unet.' and contain 'lora', "
                 f"but the first names found are {sorted(state_dict)[:3]}."
             )
+        _check_fit(self.unet, weights, f"{self.unet_name}.")
         self.unet.load_lora_adapter(
             weights,
             prefix=self.unet_name,
@@ -78,9 +85,19 @@ class UNetLoraLoaderMixin(LoraBaseMixin):
 
         Returns:
             State dict and network alphas, and with `return_lora_metadata=True` the metadata too.
+
+        Raises:
+            ValueError: If the file is corrupt.
+            FileNotFoundError: If it is neither a folder or file nor an id on the Hub.
         """
         kwargs.setdefault("use_safetensors", True)
-        return StableDiffusionLoraLoaderMixin.lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
+        source = pretrained_model_name_or_path_or_dict
+        if not isinstance(source, dict) and not os.path.exists(source):
+            _check_hub_id(source)
+        try:
+            return StableDiffusionLoraLoaderMixin.lora_state_dict(source, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(f"The LoRA in {str(source)!r} is corrupt, fetch it again: {error}.") from error
 
     @classmethod
     def save_lora_weights(
@@ -103,7 +120,12 @@ class UNetLoraLoaderMixin(LoraBaseMixin):
             save_function: Another way to write a state dict.
             safe_serialization: False writes a pickle, which `load_lora_weights` will not read by itself.
             unet_lora_adapter_metadata: The adapter's `LoraConfig`, by which it is rebuilt exactly.
+
+        Raises:
+            NotADirectoryError: If `save_directory` is a file.
         """
+        if os.path.isfile(save_directory):  # diffusers would log it, and write nothing
+            raise NotADirectoryError(f"A LoRA is saved to a folder, and {save_directory} is a file.")
         StableDiffusionLoraLoaderMixin.save_lora_weights(
             save_directory,
             unet_lora_layers=unet_lora_layers,
@@ -140,3 +162,30 @@ class UNetLoraLoaderMixin(LoraBaseMixin):
 def _require_peft() -> None:
     if not USE_PEFT_BACKEND:
         raise ImportError("LoRA needs peft: pip install diffusers-dino[train]")
+
+
+def _check_hub_id(name: str | os.PathLike) -> None:
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:  # also of a `Path`
+        raise FileNotFoundError(f"{str(name)!r} is neither a folder or file nor an id on the Hub.") from error
+
+
+def _check_fit(unet: nn.Module, weights: dict[str, Tensor], prefix: str) -> None:
+    """Refuse adapters of another UNet in one sentence, where peft would take a part of them or fill a page."""
+    layers = dict(unet.named_modules())
+    own = {name.removeprefix(prefix): weight for name, weight in weights.items()}
+    for name, weight in convert_unet_state_dict_to_peft(own).items():
+        path, _, matrix = name.partition(".lora_")
+        if matrix not in ("A.weight", "B.weight"):
+            continue  # magnitudes of DoRA, scales
+        layer = getattr(layers.get(path), "base_layer", layers.get(path))
+        is_input = matrix == "A.weight"  # (r, inputs), and (outputs, r)
+        side = "in" if is_input else "out"
+        size = getattr(layer, f"{side}_features", getattr(layer, f"{side}_channels", None))
+        if weight.shape[int(is_input)] != size:
+            found = "none of that name" if size is None else f"one with {size} {side}puts"
+            raise ValueError(
+                f"This LoRA is of another UNet: it has {weight.shape[int(is_input)]} {side}puts in the layer {path}, "
+                f"and here is {found}. Load it into the pipeline that it was trained on."
+            )
