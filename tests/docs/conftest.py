@@ -1,4 +1,7 @@
-"""The folder that the code of the documentation runs in: what a reader has, at the smallest size."""
+"""The folder that the code of the documentation runs in: what a reader has, at the smallest size.
+
+What needs torch is imported where it is used: most tests of this folder read text alone.
+"""
 
 import csv
 import io
@@ -9,15 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from diffusers.utils import convert_state_dict_to_diffusers
 from PIL import Image
 
-import checkpoints
-import tiny
-from dicom_files import dicom_bytes
 from pages import REPOSITORY
-from source_layouts import LAYOUTS, picture, write
-from tiny_text import stable_diffusion
 
 # Encoders that pages name by their id on the Hub: a folder of that name comes before the Hub.
 ENCODERS = {"facebook/dino-vitb16": "dinov1", "microsoft/rad-dino": "dinov2", "facebook/dinov2-base": "dinov2"}
@@ -32,6 +29,12 @@ def phantoms(count: int) -> list[tuple[bytes, dict]]:
 
 
 def save_pipelines(root: Path) -> None:
+    from diffusers.utils import convert_state_dict_to_diffusers
+
+    import checkpoints
+    import tiny
+    from tiny_text import stable_diffusion
+
     peft = pytest.importorskip("peft")
     pipe = tiny.tiny_pipeline()
     for name in ("outputs/quickstart/model", "my-model"):
@@ -47,6 +50,9 @@ def save_pipelines(root: Path) -> None:
 
 
 def save_images(root: Path) -> None:
+    from dicom_files import dicom_bytes
+    from source_layouts import LAYOUTS, picture, write
+
     found = phantoms(16)
     for number, (png, _) in enumerate(found[:8]):
         (root / f"radiograph_{number}.png").write_bytes(png)

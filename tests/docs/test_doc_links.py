@@ -103,7 +103,7 @@ def test_a_dead_link_fails_the_build_of_the_site():
     """`make docs` builds with --strict, which makes an error of each warning."""
     config = yaml.load((REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8"), Loader=Tolerant)
     kinds = {"not_found", "anchors", "absolute_links", "unrecognized_links"}
-    assert {kind: "warn" for kind in kinds} == config["validation"]["links"]
+    assert dict.fromkeys(kinds, "warn") == config["validation"]["links"]
     assert "mkdocs build --strict" in (REPOSITORY / "Makefile").read_text(encoding="utf-8")
     assert config["theme"]["font"] is False  # nothing is fetched by who reads the site
 
