@@ -1,0 +1,39 @@
+"""What importing the package costs: no more than what diffusers and transformers bring."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+def modules_after(statement: str) -> set[str]:
+    """Names of all modules that a fresh interpreter has loaded."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", f"{statement}\nimport sys\nprint(*sys.modules)"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+def test_the_package_itself_imports_nothing():
+    assert not {"torch", "diffusers", "transformers", "numpy"} & modules_after("import diffusers_dino")
+
+
+@pytest.fixture(scope="module")
+def diffusers_own():
+    return modules_after("from diffusers import StableDiffusionPipeline")
+
+
+def test_pipelines_import_no_package_that_diffusers_does_not(diffusers_own):
+    """Only our own modules, and of transformers the encoders, come on top of Stable Diffusion's pipeline."""
+    statement = "from diffusers_dino import DinoDiffusionPipeline, DinoInterpolationPipeline, DiffSegPipeline"
+    ours = modules_after(statement)
+    assert "diffusers_dino.pipelines" in ours
+    packages = {name.split(".")[0] for name in ours - diffusers_own}
+    assert packages <= {"diffusers_dino", "diffusers", "transformers"} | set(sys.stdlib_module_names)
+    new = {name for name in ours - diffusers_own if name.split(".")[0] == "transformers"}
+    assert {name.split(".")[2] for name in new if name.count(".") > 1} <= {
+        *("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
+    }
