@@ -95,8 +95,14 @@ messages["unreachable"] = attempt(lambda: push_folder(folder / "dino", "org/x"))
 """
 
 OFFLINE = """
-generate("carried", DinoDiffusionPipeline.from_pretrained(folder / "carried"), image)
+pipe = DinoDiffusionPipeline.from_pretrained(folder / "carried")
+generate("carried", pipe, image)
+pipe.load_lora_weights("org/lora")
+generate("lora_offline", pipe, image)
 save("carried_dino", DinoImageConditioner.from_pretrained(folder / "carried_dino").encode(image))
+save("offline", DinoImageConditioner.from_pretrained("org/direct").encode(image))
+vae = AutoencoderKL.from_pretrained("org/vae", local_files_only=True)
+save("vae_offline", vae.decode(torch.zeros(1, 4, 8, 8)).sample.detach())
 """
 
 
@@ -160,12 +166,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def hub(folder):
-    """One process uploads, another with an empty cache downloads, a third has neither a network nor a cache."""
+    """One process uploads, another with an empty cache downloads, a third has its cache and no network."""
     with HubServer() as server:
         run_client(PREAMBLE + PUSH, server.client_environment(folder / "home_1"), folder)
         run_client(PREAMBLE + FETCH, server.client_environment(folder / "home_2"), folder)
         asked = len(server.requests)
-        offline = {**server.client_environment(folder / "home_3"), "HF_HUB_OFFLINE": "1"}
+        offline = {**server.client_environment(folder / "home_2"), "HF_HUB_OFFLINE": "1"}
         run_client(PREAMBLE + OFFLINE, offline, folder)
         assert len(server.requests) == asked
         yield server
@@ -182,7 +188,15 @@ def test_what_was_uploaded_comes_back_the_same_to_the_bit(hub, folder, name):
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("direct", "tokens"), ("private", "tokens"), ("carried", "sharded"), ("carried_dino", "tokens")],
+    [
+        ("direct", "tokens"),
+        ("private", "tokens"),
+        ("carried", "sharded"),
+        ("carried_dino", "tokens"),
+        ("offline", "tokens"),
+        ("lora_offline", "lora"),
+        ("vae_offline", "vae"),
+    ],
 )
 def test_other_ways_lead_to_the_same_bits(hub, folder, name, expected):
     assert same(folder, name, expected)

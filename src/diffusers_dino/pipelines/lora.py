@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
-from diffusers.loaders.lora_base import LoraBaseMixin
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
 from diffusers.utils import USE_PEFT_BACKEND, convert_unet_state_dict_to_peft
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
@@ -94,6 +95,9 @@ class UNetLoraLoaderMixin(LoraBaseMixin):
         source = pretrained_model_name_or_path_or_dict
         if not isinstance(source, dict) and not os.path.exists(source):
             _check_hub_id(source)
+            if kwargs["use_safetensors"] and (kwargs.get("local_files_only") or HF_HUB_OFFLINE):
+                # diffusers would ask the Hub for the file's name
+                kwargs["weight_name"] = kwargs.get("weight_name") or LORA_WEIGHT_NAME_SAFE
         try:
             return StableDiffusionLoraLoaderMixin.lora_state_dict(source, **kwargs)
         except SafetensorError as error:
