@@ -13,6 +13,7 @@ LANGUAGES = {"python", "bash", "yaml", "json", "text", "bibtex"}
 # Its blocks upload and download: tests/test_hub_publish.py runs them against a Hub on loopback.
 RUN_ELSEWHERE = {"docs/publish.md"}
 PAGES = [page for page in pages() if name_of(page) not in RUN_ELSEWHERE and any(blocks(page, "python"))]
+EXAMPLES = [path for path in sorted(REPOSITORY.glob("src/**/pipeline_*.py")) if any(blocks(path, "python"))]
 REFUSALS = [page for page in pages() if "\n## What it refuses\n" in page.read_text(encoding="utf-8")]
 
 
@@ -34,6 +35,15 @@ def test_the_code_of_a_page_runs(page, folder, capsys):
     names = run_code(page)
     names["printed"] = capsys.readouterr().out
     CHECKS.get(name_of(page), lambda names: None)(names)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=name_of)
+def test_the_example_of_a_docstring_runs(path, folder):
+    run_code(path)
+
+
+def test_each_pipeline_has_an_example():
+    assert len(EXAMPLES) == 3
 
 
 def check_readme(names):

@@ -58,8 +58,8 @@ class DiffSegPipeline(ComponentsPipeline, StableDiffusionMixin, UNetLoraLoaderMi
         from diffusers.utils import load_image
         from diffusers_dino import DiffSegPipeline, DinoDiffusionPipeline
 
-        pipe = DiffSegPipeline.from_pipe(DinoDiffusionPipeline.from_pretrained("path/or/hub-id"))
-        masks = pipe(load_image("radiograph.png"), timestep=300, merge_threshold=0.05).masks  # (1, H, W)
+        pipe = DiffSegPipeline.from_pipe(DinoDiffusionPipeline.from_pretrained("outputs/quickstart/model"))
+        masks = pipe(load_image("radiograph.png"), timestep=300, merge_threshold=0.5).masks  # (1, H, W)
         ```
     """
 

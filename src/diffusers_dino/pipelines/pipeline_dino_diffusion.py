@@ -36,10 +36,9 @@ class DinoDiffusionPipeline(DinoPipeline):
         from diffusers.utils import load_image
         from diffusers_dino import DinoDiffusionPipeline
 
-        pipe = DinoDiffusionPipeline.from_pretrained("path/or/hub-id")
-        variations = pipe(
-            load_image("radiograph.png"), num_images_per_prompt=4, generator=torch.Generator().manual_seed(0)
-        ).images
+        pipe = DinoDiffusionPipeline.from_pretrained("outputs/quickstart/model")  # or an id on the Hub
+        image, generator = load_image("radiograph.png"), torch.Generator().manual_seed(0)
+        variations = pipe(image, num_images_per_prompt=4, generator=generator).images
         ```
     """
 

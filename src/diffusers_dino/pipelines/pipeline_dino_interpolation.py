@@ -44,10 +44,9 @@ class DinoInterpolationPipeline(DinoPipeline):
         from diffusers.utils import load_image
         from diffusers_dino import DinoInterpolationPipeline
 
-        pipe = DinoInterpolationPipeline.from_pretrained("path/or/hub-id")
-        path = pipe(
-            load_image("healthy.png"), load_image("effusion.png"), generator=torch.Generator().manual_seed(0)
-        ).images
+        pipe = DinoInterpolationPipeline.from_pretrained("outputs/quickstart/model")  # or an id on the Hub
+        source, target = load_image("radiograph.png"), load_image("other.png")
+        path = pipe(source, target, generator=torch.Generator().manual_seed(0)).images
         ```
     """
 
