@@ -53,6 +53,7 @@ class DinoPipeline(ComponentsPipeline, StableDiffusionMixin, UNetLoraLoaderMixin
     """
 
     model_cpu_offload_seq = "conditioner->unet->vae"
+    _optional_components = ["vae", "conditioner"]  # noqa: RUF012 - the base class's form; a saved None stays None
     _callback_tensor_inputs = ["latents", "image_embeds"]  # noqa: RUF012 - the base class's form
 
     def __init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any
 
 from diffusers import DiffusionPipeline
@@ -45,7 +46,8 @@ class ComponentsPipeline(DiffusionPipeline):
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         names, _ = cls._get_signature_keys(cls)
         shared = {name: part for name, part in pipeline.components.items() if name in names} | kwargs
-        missing = set(names) - set(cls._optional_components) - set(shared)
+        arguments = signature(cls).parameters.values()
+        missing = {each.name for each in arguments if each.default is Parameter.empty} - set(shared)
         if missing:
             raise ValueError(
                 f"{type(pipeline).__name__} has no {' and no '.join(sorted(missing))}, which a {cls.__name__} needs: "

@@ -1,0 +1,65 @@
+"""The three pipelines behind one face, for tests of what diffusers asks of every pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+
+import tiny
+from diffusers_dino import DiffSegPipeline, DinoDiffusionPipeline, DinoInterpolationPipeline
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One pipeline: how it is called with a batch of images, and which outputs it has."""
+
+    pipeline: type[DiffusionPipeline]
+    call: Callable[..., Any]
+    generates: bool = True
+
+    def make(self, **components: Any) -> DiffusionPipeline:
+        pipe = self.pipeline.from_pipe(tiny.tiny_pipeline(**components))
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def run(self, pipe: DiffusionPipeline, images: torch.Tensor, **options: Any) -> np.ndarray:
+        """One result for each image, always from the same noise: an image, or maps of attention."""
+        return self.call(pipe, images, **options)
+
+
+def _seeds(count: int) -> list[torch.Generator]:
+    return tiny.generators(*range(count))
+
+
+def _generate(pipe: DiffusionPipeline, *given: Any, count: int, **options: Any) -> Any:
+    defaults = {"num_inference_steps": 2, "output_type": "np", "return_dict": False, "generator": _seeds(count)}
+    return pipe(*given, **{**defaults, **options})[0]
+
+
+def _vary(pipe: DiffusionPipeline, images: torch.Tensor, **options: Any) -> Any:
+    return _generate(pipe, images, count=len(images), **options)
+
+
+def _blend(pipe: DiffusionPipeline, images: torch.Tensor, **options: Any) -> Any:
+    """Half way from each image to a fixed one, so that a batch is its images."""
+    target = tiny.random_images(1, seed=1).expand(len(images), -1, -1, -1).to(images.dtype)
+    return _generate(pipe, images, target, [0.5], count=len(images), **options)
+
+
+def _segment(pipe: DiffusionPipeline, images: torch.Tensor, **options: Any) -> np.ndarray:
+    """The maps that the masks are made of: random weights attend almost evenly, where rounding moves masks."""
+    masks, merged, _ = pipe(images, merge_threshold=0.3, relative_threshold=True, return_dict=False, **options)
+    assert masks.shape == (len(images), 32, 32)
+    return np.stack([maps.mean(0).numpy() for maps in merged])
+
+
+KINDS = {
+    "diffusion": Kind(DinoDiffusionPipeline, _vary),
+    "interpolation": Kind(DinoInterpolationPipeline, _blend),
+    "segmentation": Kind(DiffSegPipeline, _segment, generates=False),
+}
