@@ -139,10 +139,10 @@ def segments_tab(pipe: DinoDiffusionPipeline, examples: Sequence[Image.Image]) -
     with gr.Row():
         with gr.Column(scale=2):
             image = image_input(examples, 6)
-            threshold = gr.Slider(0.02, 1, 0.25, step=0.01, label="Merge threshold", info="Higher: fewer segments")
+            threshold = gr.Slider(0.02, 1, 0.3, step=0.01, label="Merge threshold", info="Higher: fewer segments")
             last, layers = segmenter.last_timestep, segmenter.layers
-            timestep = gr.Slider(0, last, 100, step=1, label="Timestep", info="Of the noise that the model expects")
-            layer = gr.Dropdown(layers, value=segmenter.sharpest_layer, label="Self-attention of")
+            timestep = gr.Slider(0, last, 50, step=1, label="Timestep", info="Of the noise that the model expects")
+            layer = gr.Dropdown(layers, value=segmenter.finest_layer, label="Self-attention of")
             run = gr.Button("Segment", variant="primary")
         with gr.Column(scale=3):
             picture = shown_picture("segments", height=560)

@@ -149,16 +149,14 @@ class Segmenter:
 
     Attributes:
         layers: All of the UNet's self-attention, then the names of its blocks.
-        sharpest_layer: The first at the decoder's largest resolution, which alone often segments better than all.
+        finest_layer: The last one of the decoder, which often segments better than all together.
         last_timestep: The largest one.
     """
 
     def __init__(self, pipe: DinoDiffusionPipeline, kept: int = 8) -> None:
         blocks = list(dict.fromkeys(name.split(".transformer")[0] for name in self_attention_layers(pipe.unet)))
         self.layers = [ALL_LAYERS, *blocks]
-        decoder = [name for name in blocks if name.startswith("up_blocks")] or blocks
-        last_stage = decoder[-1].split(".attentions")[0]
-        self.sharpest_layer = next(name for name in decoder if name.startswith(last_stage))
+        self.finest_layer = ([name for name in blocks if name.startswith("up_blocks")] or blocks)[-1]
         self.last_timestep = pipe.scheduler.config["num_train_timesteps"] - 1
         self._pipe = DiffSegPipeline.from_pipe(pipe)
         self._kept = kept

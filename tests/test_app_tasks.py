@@ -1,10 +1,14 @@
 """What the demo computes, without its page: on tiny components, with files as visitors drop them."""
 
+import contextlib
 import importlib
 import io
 import json
+import os
+import signal
 import sys
 import zipfile
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -167,8 +171,8 @@ class TestSegments:
     def test_layers_can_be_chosen(self, tasks, pipe):
         segmenter = tasks.Segmenter(pipe)
         assert segmenter.layers[0] == tasks.ALL_LAYERS
-        assert segmenter.sharpest_layer == "up_blocks.1.attentions.0"
-        layers = tasks.ALL_LAYERS, segmenter.sharpest_layer
+        assert segmenter.finest_layer == "up_blocks.1.attentions.1"
+        layers = tasks.ALL_LAYERS, segmenter.finest_layer
         chosen = [segmenter.segment(picture(), 100, 0.1, layer) for layer in layers]
         assert not np.array_equal(*chosen)
 
@@ -209,3 +213,35 @@ def test_an_archive_holds_the_pictures_at_their_size_and_says_how_they_were_made
         "scheduler": "the model's own",
         "task": "variations",
     }
+
+
+class TestStarting:
+    @pytest.fixture
+    def app(self, tasks):
+        return importlib.import_module("app")
+
+    def test_logins_are_read_line_by_line(self, app, tmp_path):
+        (tmp_path / "logins").write_text("ann:a:b\n\nben:c\n")
+        assert app.read_logins(tmp_path / "logins") == [("ann", "a:b"), ("ben", "c")]
+        assert app.read_logins(None) is None
+
+    @pytest.mark.parametrize("content", ["", "ann\n", "ann:\n", ":secret\n"])
+    def test_a_file_that_would_let_anybody_in_is_refused(self, app, tmp_path, content):
+        (tmp_path / "logins").write_text(content)
+        with pytest.raises(ValueError, match="NAME:PASSWORD"):
+            app.read_logins(tmp_path / "logins")
+
+    def test_a_missing_gradio_names_the_extra(self, app, monkeypatch, tmp_path):
+        monkeypatch.setitem(sys.modules, "gradio", None)
+        monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+        monkeypatch.setattr(sys, "argv", ["app.py"])
+        with patch.dict(os.environ), keep_sigterm(), pytest.raises(ImportError, match=r"diffusers-dino\[demo\]"):
+            app.main()
+        assert not list(tmp_path.iterdir())
+
+
+@contextlib.contextmanager
+def keep_sigterm():
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
