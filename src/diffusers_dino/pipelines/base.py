@@ -286,7 +286,7 @@ class DinoPipeline(ComponentsPipeline, StableDiffusionMixin, UNetLoraLoaderMixin
             if guided != self.do_classifier_free_guidance:  # at the first step, and where a callback changes it
                 guided = self.do_classifier_free_guidance
                 restart_cache(self.unet, guided)
-            with cache_context(self.unet, cached):
+            with cache_context(self.unet, cached, times[i]):
                 prediction = self._predict(latents, t, image_embeds, null_embeds)
             latents = self.scheduler.step(prediction, t, latents, **step_kwargs, return_dict=False)[0]
             if callback is not None:

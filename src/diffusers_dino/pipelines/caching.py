@@ -48,7 +48,7 @@ class UNetCacheMixin:
         Args:
             config: `deep_cache(pipe.unet)`, or one of diffusers': `PyramidAttentionBroadcastConfig`,
                 `FasterCacheConfig` (saves guidance's unconditional half, and of a UNet no more) or
-                `TaylorSeerCacheConfig`. Where `current_timestep_callback` is left out, it is this pipeline's.
+                `TaylorSeerCacheConfig`. `current_timestep_callback` may be left out.
 
         Raises:
             TypeError: If diffusers' cache is one that a UNet has no blocks for.
@@ -72,10 +72,11 @@ class UNetCacheMixin:
         _forget_children(self.unet)
 
     def _completed(self, config: CacheConfig) -> CacheConfig:
-        """The config with this pipeline's timestep, and for FasterCache the layout of images in place of videos'."""
+        """The config with the timestep of the UNet, and for FasterCache the layout of images in place of videos'."""
         changes: dict[str, Any] = {}
         if getattr(config, "current_timestep_callback", 0) is None:
-            changes["current_timestep_callback"] = lambda: self._current_timestep
+            unet = self.unet  # not this pipeline: another one may sample with the same UNet
+            changes["current_timestep_callback"] = lambda: unet._cache_timestep
         if isinstance(config, FasterCacheConfig):
             changes["tensor_format"] = "BCHW"
         return replace(config, **changes)
@@ -138,9 +139,12 @@ def restart_cache(unet: nn.Module, guided: bool = True) -> None:
         registry.reset_stateful_hooks(recurse=False)
 
 
-def cache_context(unet: nn.Module, cached: bool) -> AbstractContextManager[Any]:
+def cache_context(unet: nn.Module, cached: bool, timestep: float) -> AbstractContextManager[Any]:
     """What diffusers' caches need around each call of a model that has one."""
-    return CacheMixin.cache_context(unet, "denoise") if cached else nullcontext()
+    if not cached:
+        return nullcontext()
+    unet._cache_timestep = timestep
+    return CacheMixin.cache_context(unet, "denoise")
 
 
 def _registries(model: nn.Module) -> Iterator[HookRegistry]:
