@@ -21,7 +21,6 @@ __all__ = ["LOOK", "build_page"]
 KEPT = 3600  # seconds that a visitor's images and files are kept
 CHECKED = 60  # seconds between two looks for older ones
 POINTS = 9  # images on a path
-DISPLAY = 1024  # pixels: larger images are shown smaller, and kept and downloaded as they are
 
 ONE_AT_A_TIME = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}  # for all visitors
 QUIET = {"show_progress": "hidden", "api_visibility": "private"}
@@ -151,24 +150,28 @@ def segments_tab(pipe: DinoDiffusionPipeline, examples: Sequence[Image.Image]) -
             with gr.Row():
                 mask = gr.DownloadButton("Download mask (PNG)", interactive=False)
                 overlay = gr.DownloadButton("Download overlay (PNG)", interactive=False)
-    segmented = gr.State(time_to_live=KEPT)  # image and labels, which belong together
+    segmented = gr.State(time_to_live=KEPT)  # image and maps, which belong together
 
     @told
     def segment(image, threshold, timestep, layer, opacity):
-        labels = segmenter.segment(chosen(image), int(timestep), threshold, layer)
-        count = int(labels.max()) + 1
-        return (image, labels), f"{count} segment{'s' * (count > 1)}", *paint((image, labels), opacity)
+        maps = segmenter.segment(chosen(image), int(timestep), threshold, layer)
+        return (image, maps), f"{len(maps)} segment{'s' * (len(maps) > 1)}", *paint((image, maps), opacity)
 
     def paint(segmented, opacity):
         """The picture at once; the files follow it, and are not offered until they fit."""
-        picture = None if segmented is None else tasks.overlay(*segmented, opacity, DISPLAY)
-        return picture, gr.update(interactive=False), gr.update(interactive=False)
+        off = gr.update(interactive=False)
+        if segmented is None:
+            return None, off, off
+        shown = tasks.fitted(segmented[0], tasks.DISPLAY)
+        return tasks.overlay(shown, tasks.labels_of(segmented[1], shown), opacity), off, off
 
     def files(segmented, opacity):
         if segmented is None:
             return gr.skip(), gr.skip()
-        painted, numbers = tasks.overlay(*segmented, opacity), tasks.mask_image(segmented[1])
-        return offered("mask.png", tasks.png(numbers)), offered("overlay.png", tasks.png(painted))
+        image, maps = segmented
+        labels = tasks.labels_of(maps, image)
+        numbers, painted = tasks.png(tasks.mask_image(labels)), tasks.png(tasks.overlay(image, labels, opacity))
+        return offered("mask.png", numbers), offered("overlay.png", painted)
 
     inputs, outputs, shown = (
         [image, threshold, timestep, layer, opacity],
@@ -197,7 +200,7 @@ def image_input(examples: Sequence[Image.Image], columns: int) -> gr.State:
             opened = tasks.open_image(path)
         finally:
             Path(path).unlink(missing_ok=True)
-        return opened, tasks.fitted(opened, DISPLAY)
+        return opened, tasks.fitted(opened, tasks.DISPLAY)
 
     def choose(event: gr.SelectData):
         return examples[event.index], examples[event.index]

@@ -23,6 +23,7 @@ from diffusers_dino import DiffSegPipeline, DinoDiffusionPipeline, DinoInterpola
 from diffusers_dino.attention import self_attention_layers
 from diffusers_dino.data import Preprocessing, open_images, read_image
 from diffusers_dino.pixels import to_unit, unit_to_uint8
+from diffusers_dino.segmentation import suppress
 
 # Of diffusers, by the names that a list shows; None is the scheduler that the model came with.
 SCHEDULERS = {
@@ -34,6 +35,7 @@ SCHEDULERS = {
 }
 METHODS = ("lerp", "slerp")
 ALL_LAYERS = "all"
+DISPLAY = 1024  # pixels: larger images are shown smaller, and kept and downloaded as they are
 MIN_SIDE = 32  # of an image in pixels: less has nothing to show
 _BATCH = 4  # images that are generated at a time
 _MAX_RATIO = 8  # of an image's sides
@@ -162,7 +164,7 @@ class Segmenter:
         self._kept = kept
         self._maps: OrderedDict[tuple, Tensor] = OrderedDict()
 
-    def segment(self, image: Image.Image, timestep: int, threshold: float, layer: str = ALL_LAYERS) -> np.ndarray:
+    def segment(self, image: Image.Image, timestep: int, threshold: float, layer: str = ALL_LAYERS) -> Tensor:
         """Segment an image.
 
         Args:
@@ -172,13 +174,14 @@ class Segmenter:
             layer: One of `layers`.
 
         Returns:
-            `(H, W)` uint8: numbers of the segments from 0, the largest one first.
+            `(K, s, s)`: a map of each segment, that of the largest one first; see `labels_of`.
         """
         maps = self._attention(image, timestep, layer)
-        output = self._pipe.segment(
-            maps, threshold, relative_threshold=True, refine=True, output_size=(image.height, image.width)
-        )
-        return by_area(output.masks[0].cpu().numpy())
+        width, height = fitted(image, DISPLAY).size
+        output = self._pipe.segment(maps, threshold, relative_threshold=True, refine=True, output_size=(height, width))
+        areas = torch.bincount(output.masks[0].flatten(), minlength=len(output.maps[0]))
+        order = areas.argsort(descending=True, stable=True)
+        return output.maps[0][order[: output.num_segments[0]]]
 
     def _attention(self, image: Image.Image, timestep: int, layer: str) -> Tensor:
         key = hashlib.sha256(image.tobytes()).digest(), image.size, timestep, layer
@@ -191,12 +194,9 @@ class Segmenter:
         return self._maps[key]
 
 
-def by_area(labels: np.ndarray) -> np.ndarray:
-    """Renumber segments `(H, W)` by falling area, without gaps: uint8, as there are at most 256."""
-    _, places, areas = np.unique(labels, return_inverse=True, return_counts=True)
-    rank = np.empty(len(areas), np.uint8)
-    rank[np.argsort(-areas, kind="stable")] = np.arange(len(areas))
-    return rank[places.reshape(labels.shape)]
+def labels_of(segments: Tensor, image: Image.Image) -> np.ndarray:
+    """Numbers `(H, W)` uint8 of segments at an image's size, from their maps `(K, s, s)`; K is at most 256."""
+    return suppress(segments, (image.height, image.width)).to(torch.uint8).cpu().numpy()
 
 
 def palette() -> np.ndarray:
@@ -205,11 +205,8 @@ def palette() -> np.ndarray:
     return np.array([[round(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.7, 1.0)] for hue in hues], np.uint8)
 
 
-def overlay(image: Image.Image, labels: np.ndarray, opacity: float, max_side: int | None = None) -> Image.Image:
-    """Segments in colour over an image, RGB; the longer side is at most `max_side` pixels."""
-    if max_side is not None and max(image.size) > max_side:
-        image = fitted(image, max_side)
-        labels = np.asarray(Image.fromarray(labels).resize(image.size, Image.Resampling.NEAREST))
+def overlay(image: Image.Image, labels: np.ndarray, opacity: float) -> Image.Image:
+    """Segments `(H, W)` in colour over an image of their size, RGB."""
     return Image.blend(image.convert("RGB"), Image.fromarray(palette()[labels]), opacity)
 
 
