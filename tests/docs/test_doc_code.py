@@ -10,7 +10,7 @@ import tiny
 from pages import REPOSITORY, Block, blocks, name_of, pages
 
 LANGUAGES = {"python", "bash", "yaml", "json", "text", "bibtex"}
-# Its blocks upload and download: tests/test_hub_publish.py runs them against a Hub on loopback.
+# Its blocks upload and download: `tests/test_hub_publish.py` runs them against a Hub on loopback.
 RUN_ELSEWHERE = {"docs/publish.md"}
 PAGES = [page for page in pages() if name_of(page) not in RUN_ELSEWHERE and any(blocks(page, "python"))]
 EXAMPLES = [path for path in sorted(REPOSITORY.glob("src/**/pipeline_*.py")) if any(blocks(path, "python"))]
@@ -103,6 +103,11 @@ CHECKS = {
 
 def test_the_pages_with_checks_are_run():
     assert set(CHECKS) <= {name_of(page) for page in PAGES}
+
+
+def test_pages_that_are_run_elsewhere_exist():
+    for name in RUN_ELSEWHERE:
+        assert (REPOSITORY / name).is_file()
 
 
 @pytest.mark.parametrize("page", pages(), ids=name_of)
