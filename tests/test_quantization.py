@@ -13,7 +13,7 @@ from diffusers import BitsAndBytesConfig, PipelineQuantizationConfig, UNet2DCond
 from transformers import BitsAndBytesConfig as TransformersConfig
 
 import tiny
-from checkpoints import FAMILIES, build, pixels_for, wrap
+from checkpoints import FAMILIES, checkpoint, pixels_for
 from diffusers_dino import DiffSegPipeline, DinoDiffusionPipeline, DinoImageConditioner, DinoInterpolationPipeline
 from diffusers_dino.quantization import quantize
 from diffusers_dino.training import components
@@ -104,8 +104,8 @@ def test_layers_may_be_left_and_the_config_is_not_changed():
 
 @pytest.mark.parametrize("bits", ["8", "4"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_of_encoders(family, bits):
-    conditioner = wrap(build(family))
+def test_every_family_of_encoders(family, bits, tmp_path):
+    conditioner = DinoImageConditioner.from_encoder(checkpoint(family, tmp_path), tokens="all")
     pixels = pixels_for(conditioner)
     plain = conditioner(pixels)
     before = len(layers_of(conditioner, torch.nn.Linear))
