@@ -80,7 +80,7 @@ def save_transformers(model: nn.Module, folder: Path, processor: dict[str, Any] 
 
 def save_timm(model: nn.Module, folder: Path, **pretrained_cfg: Any) -> Path:
     """A folder as timm itself publishes it."""
-    timm.models.save_for_hf(model, folder, model_args=dict(model._model_args), safe_serialization=True)
+    timm.models.save_for_hf(model, folder, model_args=timm_arguments(model), safe_serialization=True)
     config = json.loads((folder / "config.json").read_text())
     side = model.patch_embed.img_size[0]
     config["pretrained_cfg"] |= {"input_size": [3, side, side], "mean": MEAN, "std": STD, **pretrained_cfg}
@@ -90,7 +90,18 @@ def save_timm(model: nn.Module, folder: Path, **pretrained_cfg: Any) -> Path:
 
 def timm_model(family: str, patches: int = 3) -> nn.Module:
     name, patch, _ = TIMM[family]
-    return timm.create_model(name, num_classes=0, img_size=patches * patch, **TIMM_TINY)
+    return create_timm_model(name, num_classes=0, img_size=patches * patch)
+
+
+def create_timm_model(name: str, **arguments: Any) -> nn.Module:
+    """A tiny one that knows what it was created with, which timm's models themselves do from 1.0.31 on."""
+    model = timm.create_model(name, **arguments, **TIMM_TINY)
+    model.created_with = {**arguments, **TIMM_TINY}
+    return model
+
+
+def timm_arguments(model: nn.Module) -> dict[str, Any]:
+    return dict(getattr(model, "_model_args", model.created_with))
 
 
 def build(family: str) -> nn.Module:
@@ -130,6 +141,8 @@ def pixels_for(conditioner: DinoImageConditioner, count: int = 2) -> Tensor:
 
 def wrap(model: nn.Module, **options: Any) -> DinoImageConditioner:
     native = model.patch_embed.img_size[0] if hasattr(model, "patch_embed") else 32
+    if hasattr(model, "created_with"):
+        options = {"model_args": timm_arguments(model), **options}
     return DinoImageConditioner.from_model(
         model, **{"size": native, "mean": MEAN, "std": STD, "tokens": "all", **options}
     )

@@ -5,7 +5,6 @@ import shutil
 
 import PIL.Image
 import pytest
-import timm
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -15,10 +14,10 @@ from checkpoints import (
     FAMILIES,
     MEAN,
     STD,
-    TIMM_TINY,
     TINY,
     build,
     checkpoint,
+    create_timm_model,
     normalized,
     own_forward,
     pixels_for,
@@ -170,7 +169,7 @@ def test_resampling_without_a_counterpart_is_said(tmp_path, caplog):
 @pytest.mark.parametrize("num_classes", [0, 3])
 def test_timm_checkpoint_that_lacks_weights_is_refused(num_classes, tmp_path):
     """timm itself fills in random ones where the checkpoint has a classifier."""
-    model = timm.create_model("vit_small_patch16_224", img_size=32, num_classes=num_classes, **TIMM_TINY)
+    model = create_timm_model("vit_small_patch16_224", img_size=32, num_classes=num_classes)
     folder = save_timm(model, tmp_path / "whole")
     assert DinoImageConditioner.from_encoder(folder).num_tokens == 1
     weights = load_file(folder / "model.safetensors")
@@ -181,7 +180,7 @@ def test_timm_checkpoint_that_lacks_weights_is_refused(num_classes, tmp_path):
 
 
 def test_timm_model_without_class_token(tmp_path):
-    model = timm.create_model("vit_small_patch16_224", img_size=32, class_token=False, global_pool="avg", **TIMM_TINY)
+    model = create_timm_model("vit_small_patch16_224", img_size=32, class_token=False, global_pool="avg")
     conditioner = wrap(model.eval(), tokens="patch")
     assert conditioner.num_tokens == 4
     for tokens in ("global", "cls"):
