@@ -35,9 +35,9 @@ def test_another_size_interpolates_positions_the_models_own_way(family, tmp_path
     if family in TRANSFORMERS:
         model = build(family)
     else:
-        model = timm.create_model(
-            f"local-dir:{tmp_path / family}", pretrained=True, num_classes=0, img_size=size
-        ).eval()
+        weights = {"state_dict": load_file(tmp_path / family / "model.safetensors")}  # timm 1.0.20 expects a pickle
+        options = {"pretrained_cfg_overlay": weights, "num_classes": 0, "img_size": size}
+        model = timm.create_model(f"local-dir:{tmp_path / family}", pretrained=True, **options).eval()
     pixels = pixels_for(conditioner)
     assert (conditioner(pixels) - own_forward(model, pixels)).abs().max() <= 1e-5
 
