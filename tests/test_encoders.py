@@ -35,7 +35,8 @@ def test_another_size_interpolates_positions_the_models_own_way(family, tmp_path
     if family in TRANSFORMERS:
         model = build(family)
     else:
-        weights = {"state_dict": load_file(tmp_path / family / "model.safetensors")}  # timm 1.0.20 expects a pickle
+        # timm 1.0.20 by itself expects a pickle
+        weights = {"source": "", "state_dict": load_file(tmp_path / family / "model.safetensors")}
         options = {"pretrained_cfg_overlay": weights, "num_classes": 0, "img_size": size}
         model = timm.create_model(f"local-dir:{tmp_path / family}", pretrained=True, **options).eval()
     pixels = pixels_for(conditioner)
