@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import fsspec
-from fsspec.asyn import AsyncFileSystem
+from fsspec.asyn import AsyncFileSystem, reset_lock
 
 from .files import Files, Range
 
@@ -30,6 +30,10 @@ SCHEMES = ("http", "https", "s3", "gs", "hf")
 RETRY_DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0)
 _PERMANENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError, TypeError, NotImplementedError)
 _T = TypeVar("_T")
+
+if hasattr(os, "register_at_fork"):
+    # Older releases of fsspec do not do so themselves: a forked worker would wait for the thread of its parent.
+    os.register_at_fork(after_in_child=reset_lock)
 
 
 def is_remote(path: str) -> bool:
