@@ -132,15 +132,20 @@ def training(bench: Bench, result: dict[str, Any], which: int) -> None:
         batch = largest_batch(candidates, attempt, bench.device)
         ways = trainer.ways(batch, resolution)
         result |= {"resolution": resolution, "batch_size": batch, "peak_gb": {}}
-        for name, way in ways.items():
-            free_memory(bench.device)
-            way()
-            synchronize(bench.device)
-            result["peak_gb"][name] = peak_gb(bench.device)
+        measure_peaks(ways, bench.device, result["peak_gb"])
         result["speed"] = timings = SideBySide(bench.device, batch, reference="diffusers")
         timings.run(ways, bench.repeats)
     finally:
         trainer.forget()
+
+
+def measure_peaks(ways: dict[str, Callable[[], Any]], device: torch.device, peaks: dict[str, float | None]) -> None:
+    """Run each way once, and note the memory that it took at most, as it is known."""
+    for name, way in ways.items():
+        free_memory(device)
+        way()
+        synchronize(device)
+        peaks[name] = peak_gb(device)
 
 
 @dataclass
@@ -243,11 +248,7 @@ def sampling(bench: Bench, result: dict[str, Any]) -> None:
 
     ways = {"pipeline": ours(), "diffusers": text_to_image(pipe, embeds, full)}
     ways |= {"few_steps": with_scheduler, "deep_cache": with_cache, "no_guidance": ours(guidance_scale=1.0)}
-    for name, way in ways.items():
-        free_memory(bench.device)
-        way()
-        synchronize(bench.device)
-        result["peak_gb"][name] = peak_gb(bench.device)
+    measure_peaks(ways, bench.device, result["peak_gb"])
     result["speed"] = timings = SideBySide(bench.device, batch, reference="diffusers")
     timings.run(ways, bench.repeats, warmup=0)  # the peaks above were of warm-ups
 
