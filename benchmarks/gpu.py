@@ -30,6 +30,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "examples"))
 
 from command_line import flag, parse_arguments  # noqa: E402
+from devices import device_of  # noqa: E402
 from gpu_models import SIZES  # noqa: E402
 from gpu_parts import PARTS, Bench  # noqa: E402
 from gpu_timing import TimeUp, free_memory, stop_after  # noqa: E402
@@ -58,7 +59,7 @@ def main() -> None:
         sys.exit("There is no GPU here. To try the script: --size tiny; to wait for a CPU: --device cpu.")
     logging.set_verbosity_error()
     end = time.monotonic() + 60 * args.minutes
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device_of(0, args.device))
     dtype = getattr(torch, args.dtype)
     bench = Bench(SIZES[args.size], device, dtype, args.tf32, args.use_8bit_adam, args.repeats)
     results: dict[str, Any] = {"arguments": asdict(args), "machine": describe_machine(device), "parts": {}}

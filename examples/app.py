@@ -22,6 +22,7 @@ import torch
 
 import app_tasks
 from command_line import flag, parse_arguments
+from devices import device_of
 from diffusers_dino import DinoDiffusionPipeline
 from diffusers_dino.training.components import load_trained_pipeline
 
@@ -78,7 +79,7 @@ def load_pipeline(args: Arguments) -> DinoDiffusionPipeline:
     pipe = load_trained_pipeline(args.model, None if args.dtype == "float32" else getattr(torch, args.dtype))
     if args.lora:
         pipe.load_lora_weights(args.lora)
-    return pipe.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return pipe.to(device_of(0, args.device))
 
 
 def read_logins(path: str | None) -> list[tuple[str, str]] | None:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from command_line import flag, parse_arguments
+from devices import device_of
 from diffusers_dino import DinoDiffusionPipeline
 from diffusers_dino.data import ImageDataset, Preprocessing, open_images
 from diffusers_dino.data.labels import read_label_table
@@ -139,13 +140,9 @@ def list_models(args: Arguments) -> list[Model]:
     return [Model(c.path.name, str(c.path), c.step) for c in chosen]
 
 
-def device_of(args: Arguments) -> torch.device:
-    return torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
 def load(args: Arguments, path: str) -> DinoDiffusionPipeline:
     dtype = None if args.dtype == "float32" else getattr(torch, args.dtype)
-    return load_trained_pipeline(path, dtype).to(device_of(args))
+    return load_trained_pipeline(path, dtype).to(torch.device(device_of(0, args.device)))
 
 
 class Evaluation:
@@ -154,7 +151,7 @@ class Evaluation:
     def __init__(self, args: Arguments, pipe: DinoDiffusionPipeline, folder: Path) -> None:
         self.args, self.folder = args, folder
         folder.mkdir(exist_ok=True)
-        self.extractor = open_extractor(args.features, args.weights, device_of(args))
+        self.extractor = open_extractor(args.features, args.weights, torch.device(device_of(0, args.device)))
         sources, reference, patients = open_sets(args, pipe.unet.config["sample_size"] * pipe.vae_scale_factor)
         self.sources = self._of_images("sources", sources, args.data_dir)
         self.reference = self._of_images("reference", reference, args.reference_dir or args.data_dir)

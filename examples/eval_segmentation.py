@@ -21,6 +21,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from command_line import flag, parse_arguments
+from devices import device_of
 from diffusers_dino import DiffSegPipeline
 from diffusers_dino.data import sources
 from diffusers_dino.data.masks import MaskedImages, open_masked_images
@@ -128,7 +129,7 @@ def make_sweep(args: Arguments) -> Sweep:
 
 def load_models(args: Arguments) -> Iterator[tuple[str, str, DiffSegPipeline]]:
     """Method, checkpoint and pipeline of all models, one in memory at a time."""
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device_of(0, args.device))
     options = {} if args.dtype == "float32" else {"torch_dtype": getattr(torch, args.dtype)}
     named = [name_and_path(text) for text in args.pipeline]
     methods = [method for method, _ in named]

@@ -12,9 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from command_line import flag, parse_arguments
+from devices import device_of
 from diffusers_dino.data import Preprocessing, open_images
 from diffusers_dino.metrics import extract_features, open_extractor
 
@@ -42,7 +41,7 @@ def main() -> None:
     args = parse_arguments(Arguments, description=__doc__)
     if args.data is None:
         raise ValueError("Name the images: --data SOURCE.")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(0, args.device)
     extractor = open_extractor(args.extractor, args.weights, device, sha256=args.sha256)
     preprocessing = Preprocessing(args.resolution, args.remove_borders)
     images = open_images(args.data, preprocessing, split=args.split, max_unreadable=args.max_unreadable)
