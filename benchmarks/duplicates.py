@@ -20,11 +20,11 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from diffusers_dino.data import Preprocessing, open_images
-from diffusers_dino.data.duplicates import MAX_DISTANCE, near_pairs, perceptual_hash
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from command_line import flag, parse_arguments
+from duplicates import MAX_DISTANCE, near_pairs, perceptual_hash
 
 
 @dataclass

@@ -24,11 +24,11 @@ from diffusers_dino.data.labels import read_label_table
 from diffusers_dino.metrics import open_extractor
 from diffusers_dino.metrics.copy_gate import extract_views, search_copies, search_training
 from diffusers_dino.metrics.memorization import calibrate_threshold, nearest_training
-from diffusers_dino.protocols.planted_copies import PLANTED
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from command_line import flag, parse_arguments
+from protocols.planted_copies import PLANTED
 
 SLIGHT = ("exact", "mirrored", "slightly blurred (1 % of the side)")  # what must be found
 

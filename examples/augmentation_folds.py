@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from diffusers_dino.data.atomic import atomic_write
-from diffusers_dino.data.folds import assign_folds
 from diffusers_dino.data.labels import LabelTable
+from protocols.folds import assign_folds
 from shard_plan import write_csv
 
 __all__ = ["FOLD", "check_generators", "make_folds", "of_fold", "write_folds"]

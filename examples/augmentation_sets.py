@@ -7,10 +7,10 @@ from pathlib import Path
 
 from devices import device_of
 from diffusers_dino.data import Preprocessing, open_images
-from diffusers_dino.data.packed import pack_images
 from diffusers_dino.metrics.copy_gate import CopyGate
 from diffusers_dino.synthesis import Plan, synthesise
 from generate_dataset import load_pipeline
+from protocols.packed import pack_images
 
 __all__ = ["SyntheticJob", "make_synthetic", "pack_path"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from command_line import flag
 from diffusers_dino.data import ImageDataset, Preprocessing, open_images
 from diffusers_dino.data.labels import LabelTable, read_label_table, stored_labels
-from diffusers_dino.protocols.classifier import ClassifierSettings
+from protocols.classifier import ClassifierSettings
 
 __all__ = ["ClassifierArguments", "LabelledImageArguments", "classifier_settings", "open_labelled_images"]
 

@@ -35,14 +35,16 @@ from devices import count_workers, device_of
 from diffusers_dino.data import ImageDataset, Preprocessing
 from diffusers_dino.data.atomic import PARTIAL, sha256_of, write_json
 from diffusers_dino.data.labels import LabelTable
-from diffusers_dino.data.packed import PackedImages, pack_images
 from diffusers_dino.fingerprints import as_json, hash_of
 from diffusers_dino.metrics.classification import check_classes, macro_auroc
-from diffusers_dino.plots_augmentation import plot_augmentation, plot_differences
-from diffusers_dino.protocols.augmentation import summarise
-from diffusers_dino.protocols.augmentation_table import write_tables
-from diffusers_dino.protocols.classification_cells import CellResult, CellSpec, grid_of, load_cells
-from diffusers_dino.protocols.classification_run import (
+from diffusers_dino.seeds import derive_seed
+from diffusers_dino.synthesis import SynthesisSettings
+from diffusers_dino.training.checkpoints import make_writable_folder
+from plots.augmentation import plot_augmentation, plot_differences
+from protocols.augmentation import summarise
+from protocols.augmentation_table import write_tables
+from protocols.classification_cells import CellResult, CellSpec, grid_of, load_cells
+from protocols.classification_run import (
     CellJob,
     FoldSplit,
     run_cell,
@@ -50,11 +52,9 @@ from diffusers_dino.protocols.classification_run import (
     synthetic_images,
     training_images,
 )
-from diffusers_dino.protocols.classifier import ClassifierSettings, LabelledImages, make_classifier
-from diffusers_dino.protocols.regime_plans import RegimePlan, plan_regimes
-from diffusers_dino.seeds import derive_seed
-from diffusers_dino.synthesis import SynthesisSettings
-from diffusers_dino.training.checkpoints import make_writable_folder
+from protocols.classifier import ClassifierSettings, LabelledImages, make_classifier
+from protocols.packed import PackedImages, pack_images
+from protocols.regime_plans import RegimePlan, plan_regimes
 from sampling_arguments import SamplingArguments
 from shard_plan import check_same
 from workers import only_one_run, run_apart

@@ -30,9 +30,12 @@ from diffusers_dino.data.labels import read_label_table
 from diffusers_dino.fingerprints import fingerprint_pipeline, hash_of
 from diffusers_dino.metrics import FeatureSet, extract_features, open_extractor
 from diffusers_dino.metrics.estimates import Bootstrap
-from diffusers_dino.plots_fidelity import plot_fidelity
-from diffusers_dino.protocols.controls import with_fresh_unet
-from diffusers_dino.protocols.fidelity import (
+from diffusers_dino.seeds import generator_for
+from diffusers_dino.training.checkpoints import complete_checkpoints, make_writable_folder, save_atomically
+from diffusers_dino.training.components import load_trained_pipeline
+from plots.fidelity import plot_fidelity
+from protocols.controls import with_fresh_unet
+from protocols.fidelity import (
     REAL,
     UNTRAINED,
     FidelityResult,
@@ -43,12 +46,9 @@ from diffusers_dino.protocols.fidelity import (
     require_disjoint,
     score_fidelity,
 )
-from diffusers_dino.protocols.fidelity_table import format_fidelity_table
-from diffusers_dino.protocols.segmentation import split_in_halves
-from diffusers_dino.protocols.table_text import TABLE_FORMATS
-from diffusers_dino.seeds import generator_for
-from diffusers_dino.training.checkpoints import complete_checkpoints, make_writable_folder, save_atomically
-from diffusers_dino.training.components import load_trained_pipeline
+from protocols.fidelity_table import format_fidelity_table
+from protocols.segmentation import split_in_halves
+from protocols.table_text import TABLE_FORMATS
 
 logger = logging.getLogger("eval_fid")
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from command_line import flag, parse_arguments
 from diffusers_dino import DinoInterpolationPipeline
 from diffusers_dino.data import ImageDataset, Preprocessing, open_images
-from diffusers_dino.plots import plot_path
-from diffusers_dino.protocols import InterpolationResult, evaluate_interpolation
 from diffusers_dino.sheets import contact_sheet
+from plots.curves import plot_path
+from protocols import InterpolationResult, evaluate_interpolation
 
 
 @dataclass

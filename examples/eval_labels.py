@@ -28,21 +28,21 @@ from command_line import flag, parse_arguments
 from console import progress, run_resumable
 from devices import count_workers, device_of
 from diffusers_dino.data import Preprocessing, open_images
-from diffusers_dino.data.folds import assign_folds
-from diffusers_dino.data.packed import pack_images
 from diffusers_dino.metrics.classification import check_classes
-from diffusers_dino.plots_labels import plot_label_preservation
-from diffusers_dino.protocols.classifier import make_classifier
-from diffusers_dino.protocols.label_judges import Judges, SyntheticImages
-from diffusers_dino.protocols.label_preservation import (
+from diffusers_dino.synthesis import SyntheticSet
+from diffusers_dino.training.checkpoints import make_writable_folder
+from plots.labels import plot_label_preservation
+from protocols.classifier import make_classifier
+from protocols.folds import assign_folds
+from protocols.label_judges import Judges, SyntheticImages
+from protocols.label_preservation import (
     LabelPreservationResult,
     RealScores,
     evaluate_labels,
     score_real,
 )
-from diffusers_dino.protocols.label_table import write_preservation_tables
-from diffusers_dino.synthesis import SyntheticSet
-from diffusers_dino.training.checkpoints import make_writable_folder
+from protocols.label_table import write_preservation_tables
+from protocols.packed import pack_images
 from workers import only_one_run, run_apart
 
 logger = logging.getLogger("eval_labels")

@@ -19,10 +19,10 @@ from command_line import flag, parse_arguments
 from diffusers_dino.data import ImageDataset, Preprocessing, open_images
 from diffusers_dino.data.labels import read_label_table, stored_labels
 from diffusers_dino.metrics import open_extractor
-from diffusers_dino.plots_memorization import draw_closest_pairs, plot_memorization
-from diffusers_dino.protocols import MemorizationResult, evaluate_memorization
-from diffusers_dino.report import Report
 from diffusers_dino.training.checkpoints import make_writable_folder
+from plots.memorization import draw_closest_pairs, plot_memorization
+from protocols import MemorizationResult, evaluate_memorization
+from report import Report
 
 
 @dataclass

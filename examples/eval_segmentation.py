@@ -20,19 +20,19 @@ from typing import Literal
 import torch
 from diffusers import DiffusionPipeline
 
+import sources
 from command_line import flag, parse_arguments
 from devices import device_of
 from diffusers_dino import DiffSegPipeline
-from diffusers_dino.data import sources
-from diffusers_dino.data.masks import MaskedImages, open_masked_images
-from diffusers_dino.plots_segmentation import SWEEP_AXES, plot_segmentation_examples, plot_segmentation_sweep
-from diffusers_dino.protocols import SegmentationResult, Sweep, SweptSegments, evaluate_segmentation, segment_images
-from diffusers_dino.protocols.controls import with_fresh_unet
-from diffusers_dino.protocols.segmentation import chosen_masks
-from diffusers_dino.protocols.segmentation_table import format_segmentation_table
-from diffusers_dino.protocols.table_text import TABLE_FORMATS
 from diffusers_dino.training.checkpoints import make_writable_folder
 from diffusers_dino.training.components import load_trained_pipeline
+from plots.segmentation import SWEEP_AXES, plot_segmentation_examples, plot_segmentation_sweep
+from protocols import SegmentationResult, Sweep, SweptSegments, evaluate_segmentation, segment_images
+from protocols.controls import with_fresh_unet
+from protocols.segmentation import chosen_masks
+from protocols.segmentation_table import format_segmentation_table
+from protocols.table_text import TABLE_FORMATS
+from sources.masks import MaskedImages, open_masked_images
 
 logger = logging.getLogger("eval_segmentation")
 

@@ -23,7 +23,7 @@ class Arguments:
     data: str | None = flag(None, "Folder or URL of images, tars, or `datasets` folder.")
     output: str = flag("features.safetensors", "File to write.")
     # Extractor
-    extractor: str = flag("tiny", "pixels, tiny, xrv, rad-dino, dinov2, inception, timm/NAME, or a folder.")
+    extractor: str = flag("pixels", "pixels, tiny, xrv, rad-dino, dinov2, inception, timm/NAME, or a folder.")
     weights: str | None = flag(None, "File or folder of its weights.")
     sha256: str | None = flag(None, "What their SHA-256 must be.")
     device: str | None = flag(None, "Where to compute; a GPU if there is one.")

@@ -27,7 +27,6 @@ from diffusers_dino import DinoDiffusionPipeline
 from diffusers_dino.data import ImageDataset, Preprocessing, open_images
 from diffusers_dino.data.atomic import atomic_write
 from diffusers_dino.data.labels import LabelTable, read_label_table, stored_labels
-from diffusers_dino.data.sources import recorded_sources
 from diffusers_dino.metrics.copy_gate import CopyGate
 from diffusers_dino.sheets import contact_sheet
 from diffusers_dino.synthesis import (
@@ -44,6 +43,7 @@ from diffusers_dino.synthesis.card import write_synthetic_card
 from diffusers_dino.synthesis.plan_files import PLAN
 from diffusers_dino.synthesis.run import prepare_folder
 from sampling_arguments import SamplingArguments
+from sources import recorded_sources
 
 STORED = "stored"
 

@@ -23,11 +23,15 @@ from command_line import flag, parse_arguments
 from console import progress, run_resumable
 from diffusers_dino.data import Preprocessing
 from diffusers_dino.data.atomic import PARTIAL
-from diffusers_dino.data.duplicates import MAX_DISTANCE
+from diffusers_dino.data.encoding import Encoding
 from diffusers_dino.data.shards import MANIFEST, Shard, ShardError, read_manifest, verify_shards, write_manifest
 from diffusers_dino.data.splits import SplitRule
-from diffusers_dino.data.staging import (
-    Encoding,
+from diffusers_dino.training.checkpoints import make_writable_folder
+from duplicates import MAX_DISTANCE
+from shard_plan import Plan, PlanRule, check_same, configuration_of, freeze, make_plan, read_plan, write_csv
+from shard_sources import SALT_VARIABLE, open_sources, read_salt, write_key_map
+from shard_summary import describe_lineage, write_summary
+from staging import (
     Item,
     Sample,
     Unreadable,
@@ -37,10 +41,6 @@ from diffusers_dino.data.staging import (
     read_part,
     write_part,
 )
-from diffusers_dino.training.checkpoints import make_writable_folder
-from shard_plan import Plan, PlanRule, check_same, configuration_of, freeze, make_plan, read_plan, write_csv
-from shard_sources import SALT_VARIABLE, open_sources, read_salt, write_key_map
-from shard_summary import describe_lineage, write_summary
 from workers import only_one_run, run_parallel
 
 UNREADABLE = "unreadable.csv"

@@ -23,11 +23,11 @@ from torch.nn import functional as F
 
 from command_line import flag, parse_arguments
 from diffusers_dino import DinoDiffusionPipeline, DinoImageConditioner
-from diffusers_dino.data.masks import MaskedImage, MaskedImages, open_masked_images
 from diffusers_dino.embeddings import splice_patch_tokens
 from diffusers_dino.metrics.segmentation import dice
 from diffusers_dino.seeds import generator_for
 from diffusers_dino.sheets import contact_sheet
+from sources.masks import MaskedImage, MaskedImages, open_masked_images
 
 
 @dataclass

@@ -27,15 +27,15 @@ from diffusers_dino import DinoDiffusionPipeline
 from diffusers_dino.cards import needs_agreement
 from diffusers_dino.data import Preprocessing, open_images
 from diffusers_dino.data.datasets import collate
-from diffusers_dino.data.sources import describe_source, require_synthetic
 from diffusers_dino.hub import CARD, check_pictures, check_private, push_files, write_files
 from diffusers_dino.latents import decode_latents, encode_to_moments, vae_scale_factor
-from diffusers_dino.measured import read_results
 from diffusers_dino.metrics.copy_gate import CopyGate
 from diffusers_dino.model_card import TrainingRecord, folder_card
 from diffusers_dino.model_folder import Content, class_of, folder_kind, model_files, variant_of
 from diffusers_dino.pixels import unit_to_vae, vae_to_unit
 from diffusers_dino.sheets import contact_sheet
+from measured import read_results
+from sources import describe_source, require_synthetic
 
 SAMPLES = "samples/samples.png"
 

@@ -13,15 +13,16 @@ from torch import Tensor
 from diffusers_dino import DinoDiffusionPipeline
 from diffusers_dino.metrics import extract_features, open_extractor
 from diffusers_dino.metrics.estimates import Bootstrap, Estimate
-from diffusers_dino.plots_memorization import draw_closest_pairs, plot_memorization
-from diffusers_dino.protocols import MemorizationResult, evaluate_memorization
-from diffusers_dino.protocols.controls import embed_images, with_fresh_unet
-from diffusers_dino.protocols.fidelity import REAL, UNTRAINED, FidelityResult, FidelityScores, Sampling, score_fidelity
-from diffusers_dino.protocols.reconstruction import generate_variations
-from diffusers_dino.report import Report
 from eval_memorization import table_of_sets
+from plots.memorization import draw_closest_pairs, plot_memorization
+from protocols import MemorizationResult, evaluate_memorization
+from protocols.controls import embed_images, with_fresh_unet
+from protocols.fidelity import REAL, UNTRAINED, FidelityResult, FidelityScores, Sampling, score_fidelity
+from protocols.reconstruction import generate_variations
+from report import Report
 
-EXTRACTOR = "tiny"  # trained on phantoms: it needs no weights of others, and knows nothing else
+EXTRACTOR = "tiny"  # trained on phantoms, and knows nothing else
+EXTRACTOR_WEIGHTS = Path(__file__).parent / "data" / "tiny-extractor" / "tiny.safetensors"
 NUM_STEPS, SEED, GUIDANCE = 20, 0, 2.0
 NUM_PAIRS = 6
 
@@ -62,7 +63,7 @@ def measure_realism(pipe: DinoDiffusionPipeline, test: Tensor, training: Tensor)
 
 
 def score(name: str, images: Tensor, reference: Tensor, sampling: Sampling | None = None) -> FidelityScores:
-    extractor = open_extractor(EXTRACTOR)
+    extractor = open_extractor(EXTRACTOR, EXTRACTOR_WEIGHTS)
     features = extract_features(extractor, images, keys=[f"{name} {i}" for i in range(len(images))])
     training = extract_features(extractor, reference, keys=[f"training {i}" for i in range(len(reference))])
     with warnings.catch_warnings():

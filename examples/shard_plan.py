@@ -15,10 +15,11 @@ from typing import Any, Literal
 import numpy as np
 
 from diffusers_dino.data.atomic import atomic_write, write_json
-from diffusers_dino.data.duplicates import find_duplicates
+from diffusers_dino.data.encoding import Encoding
 from diffusers_dino.data.shards import PlannedShard, ShardError, plan_shards
 from diffusers_dino.data.splits import SplitRule, assign_splits, link_patients
-from diffusers_dino.data.staging import Encoding, Item, Sample
+from duplicates import find_duplicates
+from staging import Item, Sample
 
 __all__ = ["Plan", "PlanRule", "check_same", "configuration_of", "freeze", "make_plan", "read_plan", "write_csv"]
 

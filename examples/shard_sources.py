@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TextIO
 
 from diffusers_dino.data.archives import split_name
-from diffusers_dino.data.sources import Record, Source, open_source
-from diffusers_dino.data.sources.files import is_image
-from diffusers_dino.data.staging import Item
+from sources import Record, Source, open_source
+from sources.files import is_image
+from staging import Item
 
 __all__ = ["SALT_VARIABLE", "OpenedSource", "open_sources", "read_salt", "write_key_map"]
 

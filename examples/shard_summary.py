@@ -12,12 +12,12 @@ import numpy as np
 from PIL import Image
 
 import diffusers_dino
-from diffusers_dino.data import sources as catalogue
+import sources as catalogue
 from diffusers_dino.data.splits import SPLITS
-from diffusers_dino.data.staging import Sample, Unreadable, read_contents
-from diffusers_dino.report import Report
 from diffusers_dino.sheets import contact_sheet
+from report import Report
 from shard_plan import Plan
+from staging import Sample, Unreadable, read_contents
 
 __all__ = ["describe_lineage", "write_summary"]
 

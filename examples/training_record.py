@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from diffusers_dino.cards import listed_names
-from diffusers_dino.data.sources import recorded_sources
 from diffusers_dino.model_card import TrainingRecord, write_model_card
 from image_arguments import ImageArguments
+from sources import recorded_sources
 
 __all__ = ["write_record_and_card"]
 

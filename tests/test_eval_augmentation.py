@@ -14,9 +14,9 @@ import pytest
 
 import scripts
 import tiny
-from diffusers_dino.protocols.augmentation_result import AugmentationResult
-from diffusers_dino.protocols.classification_cells import load_cells
 from diffusers_dino.synthesis import SyntheticSet
+from protocols.augmentation_result import AugmentationResult
+from protocols.classification_cells import load_cells
 
 PHANTOMS = Path(__file__).parents[1] / "examples/data/phantom-cxr/phantom-cxr-test-000000.tar"
 

@@ -11,8 +11,8 @@ from diffusers import UNet2DConditionModel
 import scripts
 import tiny
 from diffusers_dino import DinoDiffusionPipeline
-from diffusers_dino.protocols.fidelity import FidelityResult
 from diffusers_dino.training.checkpoints import CheckpointError
+from protocols.fidelity import FidelityResult
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*biased upwards")
 

@@ -5,7 +5,7 @@ from PIL import Image
 
 import scripts
 import tiny
-from diffusers_dino.protocols import InterpolationResult
+from protocols import InterpolationResult
 
 
 @pytest.fixture

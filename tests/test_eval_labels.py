@@ -6,7 +6,7 @@ import pytest
 
 import scripts
 import tiny
-from diffusers_dino.protocols.label_preservation import LabelPreservationResult
+from protocols.label_preservation import LabelPreservationResult
 
 PHANTOMS = Path(__file__).parents[1] / "examples/data/phantom-cxr/phantom-cxr-test-000000.tar"
 

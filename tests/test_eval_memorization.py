@@ -11,7 +11,7 @@ from PIL import Image
 import scripts
 from diffusers_dino.data import Preprocessing, open_images
 from diffusers_dino.metrics.copy_gate import CopyGate
-from diffusers_dino.protocols import MemorizationResult
+from protocols import MemorizationResult
 
 PHANTOMS = Path(__file__).parents[1] / "examples/data/phantom-cxr"
 

@@ -12,7 +12,7 @@ import torch
 import scripts
 import tiny
 import tiny_text
-from diffusers_dino.protocols import SegmentationResult
+from protocols import SegmentationResult
 
 PHANTOMS = Path(__file__).parents[1] / "examples/data/phantom-cxr/phantom-cxr-test-000000.tar"
 

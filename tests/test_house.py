@@ -7,6 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "diffusers_dino"
 EXAMPLES = Path(__file__).parents[1] / "examples"
+# What the scripts share, from the ground up: `plots` reads results of `protocols`, and so on.
+SHARED = ("duplicates", "sources", "staging", "protocols", "plots", "report", "measured")
 
 # Each layer may import from the layers above it in this list, and within its own package.
 LAYERS = [
@@ -19,7 +21,6 @@ LAYERS = [
         "segmentation",
         "selection",
         "cards",
-        "figures",
         "quantization",
     },
     {
@@ -39,24 +40,14 @@ LAYERS = [
     {"pipelines"},
     {"training.components", "training.features", "training.progress", "training.state"},
     {"training.feature_cache"},
-    {"training.validation", "synthesis", "protocols", "model_folder"},
-    {"measured", "hub"},
-    {
-        "model_card",
-        "plots",
-        "plots_memorization",
-        "plots_augmentation",
-        "plots_fidelity",
-        "plots_labels",
-        "plots_segmentation",
-        "report",
-    },
+    {"training.validation", "synthesis", "model_folder"},
+    {"hub"},
+    {"model_card"},
 ]
 SAME_LAYER = {
     ("latents", "pixels"),
     ("conditioner", "encoders"),
     ("training.checkpoints", "data"),
-    ("protocols", "synthesis"),
     ("metrics", "data"),
     ("metrics", "encoders"),
 }
@@ -118,12 +109,47 @@ def test_the_rule_sees_an_upward_import(tmp_path, monkeypatch):
     assert floor("pipelines") > floor("pixels")
 
 
-def test_nothing_in_the_library_knows_an_argument_parser():
+def shared_files(name: str) -> list[Path]:
+    return sorted((EXAMPLES / name).rglob("*.py")) or [EXAMPLES / f"{name}.py"]
+
+
+def example_modules() -> set[str]:
+    """Scripts and packages of `examples`, by the names that they are imported by."""
+    return {path.stem for path in EXAMPLES.glob("*.py")} | {
+        path.parent.name for path in EXAMPLES.glob("*/__init__.py")
+    }
+
+
+def modules_imported(path: Path) -> set[str]:
+    """First names of all absolute imports of a file."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_what_scripts_share_knows_no_script(name):
+    above = example_modules() - set(SHARED[: SHARED.index(name) + 1])
+    for path in shared_files(name):
+        assert not modules_imported(path) & above, f"{path} imports what is above it."
+
+
+def test_the_library_knows_nothing_of_the_examples():
     for path in PACKAGE.rglob("*.py"):
+        assert not modules_imported(path) & example_modules(), f"{path} imports from examples/, which no wheel holds."
+
+
+def test_nothing_in_the_library_knows_an_argument_parser():
+    for path in [*PACKAGE.rglob("*.py"), *(path for name in SHARED for path in shared_files(name))]:
         assert "argparse" not in path.read_text(), f"{path} parses arguments: that is the scripts' work."
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "path",
+    [*MODULES, *(path for name in SHARED for path in shared_files(name))],
+    ids=lambda path: str(path.relative_to(PACKAGE if PACKAGE in path.parents else EXAMPLES)),
+)
 def test_public_modules_declare_their_names(path):
     names = [
         target.id

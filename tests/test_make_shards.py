@@ -199,7 +199,7 @@ class TestRestart:
         out = tmp_path / "out"
         times = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
         assert times
-        monkeypatch.setattr("diffusers_dino.data.staging.prepare", _stop)
+        monkeypatch.setattr("staging.prepare", _stop)
         make()
         assert times == {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
         assert not (out / ".work").exists()
@@ -242,7 +242,7 @@ class TestRestart:
         ],
     )
     def test_another_configuration_is_refused(self, make, tmp_path, monkeypatch, changed, message):
-        monkeypatch.setattr("diffusers_dino.data.staging.prepare", _stop)
+        monkeypatch.setattr("staging.prepare", _stop)
         with pytest.raises(Killed):
             make()
         monkeypatch.undo()
@@ -254,7 +254,7 @@ class TestRestart:
         assert content(tmp_path / "out") == before
 
     def test_other_images_or_another_salt_are_refused(self, make, images, tmp_path, monkeypatch):
-        monkeypatch.setattr("diffusers_dino.data.staging.prepare", _stop)
+        monkeypatch.setattr("staging.prepare", _stop)
         with pytest.raises(Killed):
             make()
         monkeypatch.undo()

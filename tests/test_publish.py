@@ -17,11 +17,11 @@ from PIL import Image
 import scripts
 import tiny
 from diffusers_dino import DinoDiffusionPipeline
-from diffusers_dino.data.sources import describe_source
 from diffusers_dino.metrics.copy_gate import CopyGate
 from diffusers_dino.model_card import TrainingRecord
-from diffusers_dino.protocols import ReconstructionResult, RetrievalFigures
 from hub_server import HubServer, run_client
+from protocols import ReconstructionResult, RetrievalFigures
+from sources import describe_source
 
 PHANTOMS = scripts.EXAMPLES / "data" / "phantom-cxr"
 RETRIEVAL = RetrievalFigures(0.5, 0.0156, 0.02, 0.4)

@@ -11,8 +11,8 @@ import yaml
 from PIL import Image
 
 from diffusers_dino import DinoDiffusionPipeline
-from diffusers_dino.protocols import MemorizationResult, ReconstructionResult
-from diffusers_dino.protocols.fidelity import REAL, UNTRAINED, FidelityResult
+from protocols import MemorizationResult, ReconstructionResult
+from protocols.fidelity import REAL, UNTRAINED, FidelityResult
 
 ROOT = Path(__file__).resolve().parents[1]
 

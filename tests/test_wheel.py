@@ -13,7 +13,8 @@ from pages import REPOSITORY
 
 PACKAGE = REPOSITORY / "src" / "diffusers_dino"
 BUILT_FROM = ("pyproject.toml", "README.md", "LICENSE", "src")
-MODULES_AND_DATA = {".py", ".yaml", ".safetensors", ".md", ".typed"}
+MODULES_AND_DATA = {".py", ".typed"}
+LARGEST = 300_000  # bytes
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     files = {path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
     assert names == {path.relative_to(PACKAGE.parent).as_posix() for path in files}
     assert {Path(name).suffix for name in names} == MODULES_AND_DATA
+    assert wheel.stat().st_size <= LARGEST
 
 
 @pytest.mark.slow

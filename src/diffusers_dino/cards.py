@@ -102,8 +102,8 @@ def source_table(sources: Sequence[Mapping[str, Any]]) -> str:
     """Data sets with their licences, as a table in Markdown.
 
     Args:
-        sources: As `data.sources.recorded_sources` gives them: `name` or `title`, and `licence`, `citation`, `url` and
-            `contains` where known.
+        sources: `name` or `title` of each, and `licence`, `citation`, `url` and `contains` where known, as
+            `examples/sources` finds them on record.
     """
     head = "| data set | licence | holds images of | cite |\n| --- | --- | --- | --- |"
     rows = []

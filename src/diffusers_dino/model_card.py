@@ -8,18 +8,15 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .cards import cite, fact_table, is_hub_id, listed_names, source_table, terms_notice
 from .data.atomic import write_json
 from .model_folder import class_of, folder_kind, part_facts
 
-if TYPE_CHECKING:  # its protocols take a second to import, and a training needs none
-    from .measured import Measurement
-
-__all__ = ["RECORD_FILE", "TrainingRecord", "folder_card", "model_card", "write_model_card"]
+__all__ = ["RECORD_FILE", "Measurement", "TrainingRecord", "folder_card", "model_card", "write_model_card"]
 
 RECORD_FILE = "training_record.json"
 
@@ -163,6 +160,25 @@ _NOT_MEASURED = (
 
 
 @dataclass(frozen=True)
+class Measurement:
+    """The figures of one result file.
+
+    Attributes:
+        heading: What was asked.
+        text: Markdown, with N and all that the figures depend on.
+        metrics: The model's own figures, without its controls; N is in `metric_args`.
+        works: What to cite besides the method, as `cards.cite` names it.
+        is_privacy: Whether it is about copies of training images.
+    """
+
+    heading: str
+    text: str
+    metrics: tuple[EvalResult, ...]
+    works: tuple[str, ...] = ()
+    is_privacy: bool = False
+
+
+@dataclass(frozen=True)
 class TrainingRecord:
     """How a model was trained and on what, kept beside it for cards that are written later.
 
@@ -170,7 +186,7 @@ class TrainingRecord:
         facts: By name: images, updates, batch size, learning rate, ...
         base_models: What it was made from: the encoder, the VAE, the UNet's start; for a LoRA, the pipeline.
         datasets: Data sets of the Hub that it was trained on.
-        sources: Data sets that the images are from, as `data.sources.recorded_sources` gives them.
+        sources: Data sets that the images are from, as `cards.source_table` takes them.
     """
 
     facts: Mapping[str, Any] = field(default_factory=dict)

@@ -122,7 +122,8 @@ def test_each_block_says_its_language(page):
 def test_the_messages_of_a_page_are_those_of_the_code(page):
     table = page.read_text(encoding="utf-8").split("\n## What it refuses\n")[1].split("\n## ")[0]
     rows = re.findall(r"^\| ([^|]+?) \|", table, flags=re.MULTILINE)[2:]
-    source = " ".join(path.read_text(encoding="utf-8") for path in REPOSITORY.glob("src/**/*.py"))
+    files = [path for folder in ("src", "examples") for path in REPOSITORY.glob(f"{folder}/**/*.py")]
+    source = " ".join(path.read_text(encoding="utf-8") for path in files)
     assert len(rows) >= 5
     for row in rows:
         assert row.split("…")[0].strip() in source, row

@@ -12,7 +12,7 @@ from diffusers_dino.cards import _CITATIONS
 from pages import REPOSITORY, anchors, blocks, links, name_of, pages
 
 SITE = REPOSITORY / "docs"
-MODULES = sorted(REPOSITORY.glob("src/**/*.py"))
+MODULES = sorted([*REPOSITORY.glob("src/**/*.py"), *REPOSITORY.glob("examples/**/*.py")])
 SOURCES = [REPOSITORY / folder for folder in ("src", "examples", "benchmarks", ".github")]
 WITHOUT_TLS = {"db.jsrt.or.jp"}
 ARXIV = re.compile(r"arxiv\.org/(?:abs|pdf)/(\d{4}\.\d{4,5})$")

@@ -12,7 +12,15 @@ import pytest
 import diffusers_dino
 
 PACKAGE = "diffusers_dino"
-MODULES = sorted([PACKAGE, *(module.name for module in pkgutil.walk_packages(diffusers_dino.__path__, f"{PACKAGE}."))])
+PACKAGES = (PACKAGE, "sources", "protocols", "plots")  # the library, and what the scripts of `examples` share
+MODULES = sorted(
+    ["duplicates", "measured", "report", "staging", *PACKAGES]
+    + [
+        module.name
+        for package in PACKAGES
+        for module in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}.")
+    ]
+)
 CLASSES = (
     diffusers_dino.DinoImageConditioner,
     diffusers_dino.DinoDiffusionPipeline,

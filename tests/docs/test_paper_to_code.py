@@ -58,7 +58,7 @@ def test_what_a_row_names_exists(row):
     for code in codes(row):
         if code.startswith(("src/", "examples/", "docs/")):
             assert (REPOSITORY / code).exists(), code
-        elif code.startswith("diffusers_dino."):
+        elif re.match(r"(diffusers_dino|sources|protocols|plots)\.", code):
             assert inspect.getdoc(find(code)), f"{code} has no docstring"
 
 

@@ -45,7 +45,7 @@ def section(title: str) -> tuple[str, str]:
 def source_texts() -> list[str]:
     """All texts of package and scripts, with `…` where a value is filled in."""
     texts = []
-    for path in sorted([*(REPOSITORY / "src").rglob("*.py"), *(REPOSITORY / "examples").glob("*.py")]):
+    for path in sorted([*(REPOSITORY / "src").rglob("*.py"), *(REPOSITORY / "examples").rglob("*.py")]):
         texts += [text for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if (text := _text(node))]
     return texts
 
@@ -54,7 +54,7 @@ def source_texts() -> list[str]:
 def file_names() -> dict[str, str]:
     """Constants that messages name files by."""
     names = {}
-    for path in sorted((REPOSITORY / "src").rglob("*.py")):
+    for path in sorted([*(REPOSITORY / "src").rglob("*.py"), *(REPOSITORY / "examples").rglob("*.py")]):
         names |= dict(re.findall(r'^(_?[A-Z]+) = "([\w.]+)"', path.read_text(encoding="utf-8"), re.MULTILINE))
     return names
 

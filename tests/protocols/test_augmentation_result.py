@@ -12,17 +12,17 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from diffusers_dino.metrics.comparison import corrected_t_test
-from diffusers_dino.plots_augmentation import plot_augmentation, plot_differences
-from diffusers_dino.protocols.augmentation import summarise
-from diffusers_dino.protocols.augmentation_result import AugmentationResult
-from diffusers_dino.protocols.augmentation_table import (
+from plots.augmentation import plot_augmentation, plot_differences
+from protocols.augmentation import summarise
+from protocols.augmentation_result import AugmentationResult
+from protocols.augmentation_table import (
     MARKS,
     format_augmentation_table,
     format_label_table,
     significance_mark,
     write_tables,
 )
-from diffusers_dino.protocols.classification_cells import CellFacts, CellResult, CellSpec, grid_of
+from protocols.classification_cells import CellFacts, CellResult, CellSpec, grid_of
 
 LABELS = ("Effusion & more", "No Finding")
 NUM_FOLDS, NUM_TEST = 5, 60

@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from diffusers_dino.protocols.classification_cells import (
+from protocols.classification_cells import (
     AUGMENTATION,
     INTERPOLATION,
     REAL,

@@ -10,26 +10,26 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from diffusers_dino.data import Preprocessing, open_images
-from diffusers_dino.data.folds import assign_folds
 from diffusers_dino.data.labels import LabelTable
-from diffusers_dino.data.packed import pack_images
 from diffusers_dino.metrics.classification import macro_auroc
-from diffusers_dino.protocols.classification_cells import AUGMENTATION, FULL_SYNTHETIC, REAL, CellResult, CellSpec
-from diffusers_dino.protocols.classification_run import (
+from protocols.classification_cells import AUGMENTATION, FULL_SYNTHETIC, REAL, CellResult, CellSpec
+from protocols.classification_run import (
     CellJob,
     run_cell,
     split_folds,
     synthetic_images,
     training_images,
 )
-from diffusers_dino.protocols.classifier import (
+from protocols.classifier import (
     ClassifierSettings,
     LabelledImages,
     make_classifier,
     predict,
     train_classifier,
 )
-from diffusers_dino.protocols.regime_plans import plan_regimes
+from protocols.folds import assign_folds
+from protocols.packed import pack_images
+from protocols.regime_plans import plan_regimes
 
 SETTINGS = ClassifierSettings(
     options='{"growth_rate": 4, "block_config": [1, 1]}',

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from diffusers_dino.plots import plot_path
-from diffusers_dino.protocols import InterpolationResult, evaluate_interpolation
-from diffusers_dino.protocols.interpolation import PathFigures, path_figures
+from plots.curves import plot_path
+from protocols import InterpolationResult, evaluate_interpolation
+from protocols.interpolation import PathFigures, path_figures
 from tiny import random_images, tiny_pipeline
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from diffusers_dino.protocols import ReconstructionResult, evaluate_reconstruction
-from diffusers_dino.protocols.controls import derangement
-from diffusers_dino.protocols.reconstruction import generate_variations
+from protocols import ReconstructionResult, evaluate_reconstruction
+from protocols.controls import derangement
+from protocols.reconstruction import generate_variations
 from tiny import random_images, tiny_pipeline
 
 

@@ -11,9 +11,9 @@ import torch
 import tiny
 from diffusers_dino.metrics import FeatureSet, extract_features, open_extractor
 from diffusers_dino.metrics.estimates import Bootstrap
-from diffusers_dino.plots_fidelity import plot_fidelity
-from diffusers_dino.protocols.controls import embed_images
-from diffusers_dino.protocols.fidelity import (
+from plots.fidelity import plot_fidelity
+from protocols.controls import embed_images
+from protocols.fidelity import (
     REAL,
     FidelityResult,
     FidelityScores,
@@ -22,7 +22,7 @@ from diffusers_dino.protocols.fidelity import (
     require_disjoint,
     score_fidelity,
 )
-from diffusers_dino.protocols.fidelity_table import format_fidelity_table
+from protocols.fidelity_table import format_fidelity_table
 
 PIXELS = open_extractor("pixels")
 SAMPLING = Sampling("DDIMScheduler", 2, 1.0, 0, 4)

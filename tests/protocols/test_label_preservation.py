@@ -10,21 +10,21 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from diffusers_dino.data import Preprocessing, open_images
-from diffusers_dino.data.folds import assign_folds
 from diffusers_dino.data.labels import LabelTable
-from diffusers_dino.data.packed import PackedImages, pack_images
 from diffusers_dino.metrics.comparison import stratified_auroc
-from diffusers_dino.plots_labels import plot_label_preservation
-from diffusers_dino.protocols.classifier import ClassifierSettings, LabelledImages, predict, train_classifier
-from diffusers_dino.protocols.label_judges import Judges, SyntheticImages, held_out_pairs
-from diffusers_dino.protocols.label_preservation import (
+from diffusers_dino.synthesis import Plan, plan_interpolation, plan_reconstruction
+from plots.labels import plot_label_preservation
+from protocols.classifier import ClassifierSettings, LabelledImages, predict, train_classifier
+from protocols.folds import assign_folds
+from protocols.label_judges import Judges, SyntheticImages, held_out_pairs
+from protocols.label_preservation import (
     JudgedSet,
     LabelPreservationResult,
     evaluate_labels,
     score_real,
 )
-from diffusers_dino.protocols.label_table import format_preservation_table, write_preservation_tables
-from diffusers_dino.synthesis import Plan, plan_interpolation, plan_reconstruction
+from protocols.label_table import format_preservation_table, write_preservation_tables
+from protocols.packed import PackedImages, pack_images
 
 LABELS = ("disc", "bar")
 NUM_REAL, SIZE = 60, 16

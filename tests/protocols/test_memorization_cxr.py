@@ -11,7 +11,7 @@ from diffusers_dino.data import Preprocessing, open_images
 from diffusers_dino.metrics import open_extractor
 from diffusers_dino.metrics.copy_gate import ImageViews, extract_views, search_copies, search_training
 from diffusers_dino.metrics.memorization import calibrate_threshold
-from diffusers_dino.protocols.planted_copies import PLANTED
+from protocols.planted_copies import PLANTED
 
 CXR = Path(__file__).parents[3] / "shared" / "cxr"
 CHANGES = ("exact", "mirrored", "slightly blurred (1 % of the side)", "mirrored and blurred")

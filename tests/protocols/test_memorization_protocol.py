@@ -8,8 +8,8 @@ import torch
 
 from diffusers_dino.data import Preprocessing, open_images
 from diffusers_dino.metrics.copy_gate import CopyGate
-from diffusers_dino.plots_memorization import draw_closest_pairs, plot_memorization
-from diffusers_dino.protocols import MemorizationResult, evaluate_memorization
+from plots.memorization import draw_closest_pairs, plot_memorization
+from protocols import MemorizationResult, evaluate_memorization
 
 FALSE_ALARMS = 0.02  # which 149 images can promise
 PHANTOMS = Path(__file__).parents[2] / "examples/data/phantom-cxr"

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from diffusers_dino.protocols.classification_cells import INTERPOLATION, RECONSTRUCTION
-from diffusers_dino.protocols.regime_plans import plan_regimes
 from diffusers_dino.synthesis import SynthesisError
+from protocols.classification_cells import INTERPOLATION, RECONSTRUCTION
+from protocols.regime_plans import plan_regimes
 
 KEYS = [f"k{i:03d}" for i in range(40)]
 LABELS = [frozenset({"ABCD"[i % 4], "ABCD"[(i // 4) % 4]}) for i in range(40)]

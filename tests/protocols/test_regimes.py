@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from diffusers_dino.protocols.regimes import check_regimes, order_balanced
+from protocols.regimes import check_regimes, order_balanced
 
 KEYS = [f"image-{i:03d}" for i in range(300)]
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusers_dino.data.masks import open_masked_images
 from diffusers_dino.metrics.segmentation import dice
-from diffusers_dino.protocols.segmentation_baselines import mean_mask_of_others, otsu_mask
+from protocols.segmentation_baselines import mean_mask_of_others, otsu_mask
+from sources.masks import open_masked_images
 
 LUNGMASK = Path(__file__).parents[3] / "shared" / "cxr" / "lungmask"
 

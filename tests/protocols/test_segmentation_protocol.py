@@ -10,20 +10,20 @@ from PIL import Image
 
 import tiny
 from diffusers_dino import DiffSegPipeline
-from diffusers_dino.data.masks import open_masked_images
 from diffusers_dino.metrics.segmentation import dice
-from diffusers_dino.plots_segmentation import SWEEP_AXES, plot_segmentation_examples, plot_segmentation_sweep
-from diffusers_dino.protocols import SegmentationResult, Sweep, evaluate_segmentation, segment_images
-from diffusers_dino.protocols.controls import with_fresh_unet
-from diffusers_dino.protocols.segmentation import (
+from plots.segmentation import SWEEP_AXES, plot_segmentation_examples, plot_segmentation_sweep
+from protocols import SegmentationResult, Sweep, evaluate_segmentation, segment_images
+from protocols.controls import with_fresh_unet
+from protocols.segmentation import (
     BEST_PAIR,
     NO_GROUND_TRUTH,
     chosen_masks,
     cross_fit,
     split_in_halves,
 )
-from diffusers_dino.protocols.segmentation_baselines import kmeans_segments, mean_mask_of_others, otsu_mask
-from diffusers_dino.protocols.segmentation_table import format_segmentation_table
+from protocols.segmentation_baselines import kmeans_segments, mean_mask_of_others, otsu_mask
+from protocols.segmentation_table import format_segmentation_table
+from sources.masks import open_masked_images
 
 NUM_IMAGES, SIZE = 5, 32
 SWEEP = Sweep(timesteps=(1, 300), thresholds=(0.5, 1.0), layers=("all", "up_blocks.1.attentions.0"), mask_size=SIZE)

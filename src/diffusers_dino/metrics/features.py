@@ -15,7 +15,7 @@ from .extractors.local_contrast import open_local_contrast
 __all__ = ["EXTRACTORS", "FeatureExtractor", "FeatureSpec", "open_extractor", "pixel_features"]
 
 EXTRACTORS = ("pixels", "local-contrast", "tiny", "xrv", "rad-dino", "dinov2", "inception", "timm/NAME")
-_BUNDLED = {"pixels": open_pixels, "local-contrast": open_local_contrast, "tiny": open_tiny}
+_WITHOUT_WEIGHTS = {"pixels": open_pixels, "local-contrast": open_local_contrast}
 _REPOSITORIES = {"rad-dino": "microsoft/rad-dino", "dinov2": "facebook/dinov2-large"}
 
 
@@ -33,13 +33,13 @@ def open_extractor(
 
             - `"pixels"`: gray values of 16 x 16 px, without weights;
             - `"local-contrast"`: the same in units of the contrast around each pixel, to find copies;
-            - `"tiny"`: a small encoder that comes with the package and knows phantoms alone;
+            - `"tiny"`: a small encoder, whose weights in `examples/data/tiny-extractor` know phantoms alone;
             - `"xrv"`: TorchXRayVision's DenseNet-121, layer `features2`;
             - `"rad-dino"`, `"dinov2"`: class token of a checkpoint of transformers;
             - `"inception"`: the one of the published FIDs;
             - `"timm/NAME"`: features of a model of timm, before its classifier;
             - a folder with a checkpoint of transformers or timm.
-        weights: File or folder of the weights, for all but the first three and the last.
+        weights: File or folder of the weights, for all but the first two and the last.
         device: Where it computes.
         sha256: What the SHA-256 of the weight file must be.
 
@@ -48,10 +48,12 @@ def open_extractor(
         FileNotFoundError: If the weights do not exist.
         ImportError: If a package that this extractor needs is not installed.
     """
-    if name in _BUNDLED:
+    if name in _WITHOUT_WEIGHTS:
         if weights is not None or sha256 is not None:
-            raise ValueError(f"The extractor {name} comes with the package: it takes neither weights nor their hash.")
-        return _BUNDLED[name](device)
+            raise ValueError(f"The extractor {name} has none: it takes neither weights nor their hash.")
+        return _WITHOUT_WEIGHTS[name](device)
+    if name == "tiny":
+        return open_tiny(weights, device, sha256)
     # the large libraries are imported for the extractors that need them alone
     if name == "xrv":
         from .extractors.xrv import open_xrv

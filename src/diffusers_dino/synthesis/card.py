@@ -116,7 +116,7 @@ def synthetic_card(
         made: The set.
         title: Of the card.
         model: Name of the model that made it; a local path is shortened to its last part.
-        sources: The data sets that its sources are from, as `recorded_sources` gives them: `name` or `title`, and
+        sources: The data sets that its sources are from, as `cards.source_table` takes them: `name` or `title`, and
             `licence`, `citation`, `url` and `contains` where known.
         privacy: What `examples/eval_memorization.py` wrote of this set, as read from its JSON.
         license: Of the set, as the Hub spells it, such as `"cc-by-4.0"`.

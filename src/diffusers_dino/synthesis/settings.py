@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from ..data.staging import Encoding
+from ..data.encoding import Encoding
 
 __all__ = ["SynthesisError", "SynthesisSettings"]
 

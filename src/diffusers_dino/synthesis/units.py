@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..data.archives import INDEX_SUFFIX
 from ..data.atomic import sha256_of, write_json
+from ..data.encoding import Encoding
 from ..data.shards import Shard, write_shard
-from ..data.staging import Encoding
 from ..embeddings import lerp
 from ..pixels import unit_to_uint8
 from ..seeds import derive_seed, generator_for

@@ -1,27 +1,31 @@
-"""The bundled encoder: a small convolutional network for runs without published weights.
+"""A small convolutional network for runs without published weights.
 
-It shares nothing with a conditioner but the phantoms it saw: another architecture, another objective, one channel.
-`tiny.md` beside this file is its card; `examples/train_tiny_extractor.py` trained it.
+Its weights lie beside the phantoms that it was trained on, `examples/data/tiny-extractor`, with their card. It shares
+nothing with a conditioner but those: another architecture, another objective, one channel.
+`examples/train_tiny_extractor.py` trained it, and trains one on your images.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...pixels import resize_unit
 from .base import FeatureExtractor, FeatureSpec
-from .files import checked_sha256
+from .files import checked_sha256, require_local
 
 __all__ = ["TinyNetwork", "open_tiny"]
 
-_WEIGHTS = Path(__file__).with_name("tiny.safetensors")
-_SHA256 = "63e65f4f3ce852d4a6be947121a090954ddb15d78befbb2cb99c0c169890cb18"
 _SIZE, _DIM = 64, 64
+_HINT = (
+    "give examples/data/tiny-extractor/tiny.safetensors of the repository, or what `python "
+    "examples/train_tiny_extractor.py` has made of your images."
+)
 
 
 class TinyNetwork(nn.Module):
@@ -48,14 +52,21 @@ class TinyNetwork(nn.Module):
         return F.avg_pool2d(x, 4).flatten(1)
 
 
-def open_tiny(device: torch.device | str = "cpu") -> FeatureExtractor:
-    """The bundled encoder as an extractor.
+def open_tiny(
+    weights: str | os.PathLike[str] | None, device: torch.device | str = "cpu", sha256: str | None = None
+) -> FeatureExtractor:
+    """The extractor, from a file that `examples/train_tiny_extractor.py` wrote.
 
     Raises:
-        ValueError: If the file that was installed with this package has changed.
+        ValueError: If no file is given, it holds something else, or its hash is not what it should be.
+        FileNotFoundError: If there is no such file.
     """
-    sha256 = checked_sha256(_WEIGHTS, _SHA256)
+    path = require_local("tiny", weights, _HINT)
+    found = checked_sha256(path, sha256)
     network = TinyNetwork()
-    network.load_state_dict({name: tensor.float() for name, tensor in load_file(_WEIGHTS).items()})
-    spec = FeatureSpec("tiny", "linear", _DIM, _SIZE, "gray, (x - 0.5) / 0.25", "bilinear, antialiased", sha256)
+    try:
+        network.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{path} does not hold the weights of the extractor tiny ({error}): {_HINT}") from error
+    spec = FeatureSpec("tiny", "linear", _DIM, _SIZE, "gray, (x - 0.5) / 0.25", "bilinear, antialiased", found)
     return FeatureExtractor(spec, network, device)

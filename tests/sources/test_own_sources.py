@@ -1,0 +1,321 @@
+"""Sources that a user describes, and everything that can be wrong with one."""
+
+import gzip
+import itertools
+import logging
+import sys
+import tracemalloc
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import yaml
+
+from source_layouts import LAYOUTS, picture, write
+from sources import (
+    OpenSource,
+    Record,
+    find_source,
+    label_prevalence,
+    lineage,
+    open_source,
+    overlaps,
+    select_labels,
+)
+from sources.description import describe
+
+REPOSITORY = Path(__file__).parents[2]
+CONFIGS = REPOSITORY / "examples" / "configs" / "sources"
+CXR = REPOSITORY.parent / "shared" / "cxr"
+
+TABLE = {"name": "own", "table": {"file": "t.csv"}, "image": "images/{file}", "id": "{file}"}
+
+
+def own(tmp_path, rows: str, images: tuple[str, ...] = ("a.png", "b.png"), **more) -> OpenSource:
+    """A source of a table `file,patient,finding` and some images."""
+    write(tmp_path / "t.csv", "file,patient,finding\n" + rows)
+    for image in images:
+        picture(tmp_path / "images" / image)
+    description = TABLE | {"patient": "{patient}", "labels": {"column": "{finding}", "none": ["none found"]}} | more
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(description))
+    return open_source(tmp_path / "own.yaml", tmp_path)
+
+
+@pytest.mark.cxr
+@pytest.mark.skipif(not CXR.is_dir(), reason=f"needs the radiographs of {CXR}")
+def test_the_subset_of_nih_is_read_by_its_configuration():
+    source = open_source(CONFIGS / "nih_subset.yaml", CXR)
+    records = list(source)
+    assert len(records) == 669
+    assert len({record.patient for record in records}) == 444
+    assert {record.view for record in records} <= {"PA", "AP"}
+    assert all(record.labels is not None and "No Finding" not in record.labels for record in records)
+    assert source.report.lines() == []
+
+
+def test_another_modality_takes_a_configuration_and_no_code(tmp_path):
+    write(
+        tmp_path / "exams.csv", "exam;view;BI-RADS;mass;calcification\nm-7;L-MLO;4;1;2\nm-8;R-CC;1;0;0\nm-9;XCCL;1;;\n"
+    )
+    picture(tmp_path / "patients/p012/m-7.png", depth=16)
+    picture(tmp_path / "patients/p012/m-8.png", depth=16)
+    picture(tmp_path / "patients/p013/m-9.png", depth=16)
+    picture(tmp_path / "masks/m-7_lesion.png")
+    one, two, three = open_source(CONFIGS / "mammograms.yaml", tmp_path)
+    image, mask = tmp_path / "patients/p012/m-7.png", tmp_path / "masks/m-7_lesion.png"
+    assert one == Record("our_mammograms", image, "m-7", "p012", ("mass",), ("calcification",), "MLO", masks=(mask,))
+    assert (two.patient, two.labels, two.view, two.masks) == ("p012", (), "CC", ())
+    assert (three.patient, three.labels, three.view) == ("p013", None, "XCCL")
+
+
+def test_a_source_of_the_catalogue_can_be_changed(tmp_path):
+    LAYOUTS["mimic_cxr_jpg"](tmp_path)
+    lines = ["aa-1,1,1,validate", "aa-2,1,1,train", "bb-1,2,2,test"]
+    write(tmp_path / "mimic-cxr-2.0.0-split.csv.gz", "dicom_id,study_id,subject_id,split\n" + "\n".join(lines))
+    source = open_source(CONFIGS / "mimic_official_split.yaml", tmp_path)
+    assert [record.split for record in source] == ["validation", "train", "test", None]
+    assert source.report.unjoined.count == 2, "bb-2 has no split, and its study no labels"
+
+
+def test_what_does_not_fit_is_counted_and_named(tmp_path, caplog):
+    rows = "a.png,1,nodule\ngone.png,1,mass\nb.png,,none found\na.png,1,mass\n"
+    source = own(tmp_path, rows, images=("a.png", "b.png", "extra.png"))
+    with caplog.at_level(logging.WARNING):
+        records = list(source)
+    assert [(record.image_id, record.patient, record.labels) for record in records] == [
+        ("a.png", "1", ("nodule",)),
+        ("b.png", "b.png", ()),
+    ]
+    report = source.report
+    assert (report.missing.count, report.missing.examples) == (1, ["images/gone.png"])
+    assert (report.unlisted.count, report.unlisted.examples) == (1, ["images/extra.png"])
+    assert (report.repeated.count, report.repeated.examples) == (1, ["a.png"])
+    assert (report.no_patient.count, report.no_patient.examples) == (1, ["b.png"])
+    for name in ("gone.png", "extra.png", "b.png", "a.png"):
+        assert name in caplog.text
+    assert OpenSource(source.source, tmp_path, find_unlisted=False).report.unlisted.count == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "stray"),
+    [
+        ("chexpert", "train/patient00009/study1/view1_frontal.jpg"),
+        ("brax", "images/id_9/Study_1/Series_1/image-9.png"),
+        ("nih_chest_xray14", "images_003/images/00009999_000.png"),
+        ("padchest", "7/stray.png"),
+        ("mimic_cxr_jpg", "files/p10/p10000009/s50000009/stray.jpg"),
+    ],
+)
+def test_a_stray_image_of_a_known_source_is_named(tmp_path, name, stray):
+    expected = LAYOUTS[name](tmp_path)
+    picture(tmp_path / stray)
+    source = open_source(name, tmp_path)
+    assert len(list(source)) == len(expected)
+    assert source.report.unlisted.examples == [stray]
+
+
+def test_label_files_are_taken_from_torchxrayvision_where_it_is_installed(tmp_path, monkeypatch):
+    if "torchxrayvision" in sys.modules:
+        pytest.skip("torchxrayvision is imported already: its own files would be read")
+    LAYOUTS["nih_chest_xray14"](tmp_path / "nih")
+    package = tmp_path / "site" / "torchxrayvision"
+    write(package / "__init__.py", "raise RuntimeError('reading a label file imports nothing')")
+    write(package / "data" / "Data_Entry_2017_v2020.csv.gz", (tmp_path / "nih/Data_Entry_2017_v2020.csv").read_text())
+    (tmp_path / "nih/Data_Entry_2017_v2020.csv").unlink()
+    if find_spec("torchxrayvision") is None:
+        with pytest.raises(FileNotFoundError, match="Data_Entry_2017_v2020"):
+            open_source("nih_chest_xray14", tmp_path / "nih")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    assert len(list(open_source("nih_chest_xray14", tmp_path / "nih"))) == 3
+
+
+def test_memory_does_not_grow_with_the_table(tmp_path):
+    count, cell = 500, "x" * 1000
+    (tmp_path / "images").mkdir()
+    for number in range(count):
+        (tmp_path / f"images/{number}.png").touch()
+    write(
+        tmp_path / "t.csv", "file,patient,finding,report\n" + "".join(f"{n}.png,{n},a,{cell}\n" for n in range(count))
+    )
+    source = OpenSource(describe(TABLE | {"patient": "{patient}", "labels": {"column": "{finding}"}}), tmp_path)
+    records = iter(source)
+    next(records)
+    tracemalloc.start()
+    sizes = [tracemalloc.get_traced_memory()[0] for _ in itertools.islice(records, count - 1)]
+    tracemalloc.stop()
+    assert len(sizes) == count - 1
+    assert (sizes[-1] - sizes[99]) / (count - 100) < 400, "bytes a row: it keeps more than hashes"
+
+
+def test_many_missing_images_are_counted_but_not_all_named(tmp_path):
+    source = own(tmp_path, "a.png,1,nodule\n" + "".join(f"x{n}.png,1,nodule\n" for n in range(50)))
+    assert len(list(source)) == 1
+    assert source.report.missing.count == 50
+    assert len(source.report.missing.examples) == 10
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_byte_order_marks_are_recognised(tmp_path, encoding):
+    source = own(tmp_path, "a.png,1,nódulo\n")
+    text = (tmp_path / "t.csv").read_text(encoding="utf-8")
+    (tmp_path / "t.csv").write_bytes(text.encode(encoding))
+    (record,) = open_source(tmp_path / "own.yaml", tmp_path, find_unlisted=False)
+    assert record.labels == ("nódulo",)
+    assert next(iter(source)).labels == ("nódulo",)
+
+
+def test_another_encoding_is_refused_until_it_is_named(tmp_path):
+    own(tmp_path, "a.png,1,x\n")
+    (tmp_path / "t.csv").write_bytes("file,patient,finding\na.png,1,nódulo\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"t\.csv.*encoding: latin-1"):
+        list(open_source(tmp_path / "own.yaml", tmp_path))
+    source = describe(TABLE | {"table": {"file": "t.csv", "encoding": "latin-1"}, "labels": {"column": "{finding}"}})
+    assert next(iter(OpenSource(source, tmp_path))).labels == ("nódulo",)
+
+
+def test_a_truncated_gz_is_named(tmp_path):
+    own(tmp_path, "")
+    (tmp_path / "t.csv").unlink()
+    whole = gzip.compress(("file,patient,finding\n" + "a.png,1,nodule\n" * 500).encode(), mtime=0)
+    (tmp_path / "t.csv.gz").write_bytes(whole[: len(whole) - 12])
+    with pytest.raises(ValueError, match=r"Cannot read .*t\.csv\.gz"):
+        list(open_source(tmp_path / "own.yaml", tmp_path))
+
+
+def test_a_row_that_is_cut_off_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"t\.csv.*line 3 has 2 cells, the header 3"):
+        list(own(tmp_path, "a.png,1,nodule\nb.png,1\n"))
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ("", "is empty"),
+        ("file,patient\na.png,1\n", r"needs the column 'finding'.*t\.csv.*file.*patient"),
+        (b"\x00\xff\x00\xfe\x80", "Cannot read"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_refused_at_once(tmp_path, content, match):
+    own(tmp_path, "")
+    (tmp_path / "t.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=match):
+        open_source(tmp_path / "own.yaml", tmp_path)
+
+
+def test_a_joined_table_needs_its_key(tmp_path):
+    write(tmp_path / "j.csv", "name,age\na.png,40\n")
+    for join in ({"file": "j.csv", "match": "{file}"}, {"file": "j.csv"}):
+        with pytest.raises(ValueError, match=r"j\.csv' is joined by .* from name, age"):
+            own(tmp_path, "a.png,1,nodule\n", join=join)
+    own(tmp_path, "a.png,1,nodule\n", join={"file": "j.csv", "match": "{file}", "key": "{name}"}, view="{age}")
+    assert next(iter(open_source(tmp_path / "own.yaml", tmp_path))).view == "40"
+
+
+def test_rows_cannot_lead_out_of_the_folder(tmp_path):
+    picture(tmp_path / "secret.png")
+    source = own(tmp_path / "root", "../../secret.png,1,nodule\n")
+    with pytest.raises(ValueError, match="out of"):
+        list(source)
+    description = describe(TABLE | {"image": "{file}"})
+    write(tmp_path / "root/t.csv", f"file\n{tmp_path / 'secret.png'}\n")
+    with pytest.raises(ValueError, match="give a folder that holds it"):
+        list(OpenSource(description, tmp_path / "root"))
+    write(tmp_path / "root/t.csv", f"file\n{tmp_path / 'root/images/a.png'}\n")
+    (record,) = OpenSource(description, tmp_path / "root", find_unlisted=False)
+    assert record.image == tmp_path / "root/images/a.png"
+
+
+def test_the_same_name_in_two_folders_is_refused(tmp_path):
+    for folder in ("part1", "part2"):
+        picture(tmp_path / folder / "a.png")
+    write(tmp_path / "t.csv", "file\na.png\n")
+    with pytest.raises(ValueError, match=r"'a\.png' is in several of the folders"):
+        list(OpenSource(describe(TABLE | {"image": "part*/{file}"}), tmp_path))
+
+
+def test_missing_folders_tables_and_images_are_told(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        open_source("padchest", tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"brax needs 'master_spreadsheet_update.csv'.*physionet.org"):
+        open_source("brax", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"No image of kermany in .*chest_xray/train"):
+        list(open_source("kermany", tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"No image of own.*2 rows have none there, the first 'images/x.png'"):
+        list(own(tmp_path, "x.png,1,nodule\ny.png,1,nodule\n", images=()))
+
+
+def test_unknown_names_bring_the_closest(tmp_path):
+    with pytest.raises(ValueError, match="Did you mean 'padchest'"):
+        open_source("padchst", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no file .*own\.yaml"):
+        open_source(tmp_path / "own.yaml", tmp_path)
+    (tmp_path / "b.yaml").write_text("base: mimic")
+    with pytest.raises(ValueError, match="no source 'mimic'"):
+        find_source(tmp_path / "b.yaml")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"pattient": "{patient}"}, "unknown key 'pattient'. Did you mean 'patient'"),
+        ({"labels": {"column": "{finding}", "columns": ["a"]}}, "exactly one of column, columns and constant"),
+        ({"labels": {"column": "{finding}", "map": {False: "x"}}}, "put them in quotes"),
+        ({"labels": "finding"}, "labels of .* must be a mapping"),
+        ({"derive": {"path": "(?P<x>"}}, "no regular expression"),
+        ({"name": "a/b"}, "no name of a source"),
+        ({"repeats": "mean"}, "repeats is any or majority"),
+        ({"raw": {"width": 0, "height": 4}}, "raw of .* at least 1 pixel"),
+        ({"image": None}, "image"),
+    ],
+)
+def test_descriptions_that_make_no_sense_are_refused(tmp_path, change, match):
+    description = {key: value for key, value in (TABLE | change).items() if value is not None}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(description))
+    with pytest.raises(ValueError, match=match):
+        find_source(tmp_path / "own.yaml")
+
+
+@pytest.mark.parametrize(("text", "match"), [("- a\n- b", "describes no source"), ("a: [", "no YAML file")])
+def test_files_that_describe_nothing_are_refused(tmp_path, text, match):
+    (tmp_path / "own.yaml").write_text(text)
+    with pytest.raises(ValueError, match=match):
+        find_source(tmp_path / "own.yaml")
+
+
+def test_cells_that_are_not_understood_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"images/a\.png.*'finding' holds 'perhaps'"):
+        list(own(tmp_path, "a.png,1,perhaps\n", labels={"columns": ["finding"]}))
+    with pytest.raises(ValueError, match=r"images/a\.png.*'holdout' is no split"):
+        list(own(tmp_path, "a.png,1,holdout\n", split="{finding}"))
+    with pytest.raises(ValueError, match="wildcard may only be in a folder"):
+        own(tmp_path, "a.png,1,x\n", image="images/{patient}/*.png")
+
+
+def test_rare_labels_are_dropped_and_their_images_become_unlabelled():
+    def record(number: int, *labels: str) -> Record:
+        return Record("x", Path("x"), str(number), "p", labels, uncertain=("rare",))
+
+    records = [record(n, "common") for n in range(20)] + [record(n, "rare") for n in range(20, 21)]
+    records += [record(n) for n in range(21, 30)] + [Record("x", Path("x"), "30", "p")]
+    assert label_prevalence(records) == pytest.approx({"common": 20 / 30, "rare": 1 / 30})
+    selected = list(select_labels(records, 0.04))
+    assert [r.labels for r in selected[19:22]] == [("common",), None, ()]
+    assert selected[0].uncertain == ()
+    assert selected[-1] == records[-1]
+    assert [r.labels for r in select_labels(records, 1 / 30)] == [r.labels for r in records], "the bound is included"
+    with pytest.raises(TypeError, match="twice"):
+        select_labels(iter(records))
+    with pytest.raises(ValueError, match="share"):
+        select_labels(records, 4)
+
+
+def test_overlaps_follow_the_lineage(tmp_path):
+    assert lineage("covid19_radiography") >= {"rsna_pneumonia", "nih_chest_xray14", "kermany", "padchest"}
+    found = overlaps(["nih_chest_xray14", "covid19_radiography", "jsrt", find_source(CONFIGS / "nih_subset.yaml")])
+    assert {(one.first, one.second) for one in found} == {
+        ("nih_chest_xray14", "covid19_radiography"),
+        ("nih_chest_xray14", "nih_subset"),
+        ("covid19_radiography", "nih_subset"),
+    }
+    assert str(overlaps(["tbx11k", "montgomery"])[0]).endswith("(of montgomery)")
+    assert overlaps(["padchest", "chexpert", "jsrt"]) == []

@@ -1,0 +1,70 @@
+"""Each data set of the catalogue, on a folder of its layout."""
+
+import pytest
+
+from diffusers_dino.data import read_image
+from source_layouts import LAYOUTS
+from sources import Record, find_source, open_source, source_names
+
+
+def test_each_source_has_a_layout_here():
+    assert sorted(LAYOUTS) == source_names()
+
+
+@pytest.mark.parametrize("name", sorted(LAYOUTS))
+def test_a_source_is_read_as_it_is_downloaded(name, tmp_path):
+    expected = LAYOUTS[name](tmp_path)
+    source = open_source(name, tmp_path)
+    records = {record.image_id: record for record in source}
+    assert sorted(records) == sorted(expected)
+    for image_id, facts in expected.items():
+        record = records[image_id]
+        wanted = {"patient": image_id, "labels": None, "uncertain": (), "view": None, "split": None, "masks": ()}
+        wanted |= {"invert": None, **facts}
+        assert {key: getattr(record, key) for key in wanted} == wanted
+        assert record.source == name
+        assert record.image.is_file()
+    assert source.report.records == len(expected)
+    assert source.report.missing.count == source.report.repeated.count == source.report.unlisted.count == 0
+    assert [record.image for record in source] == [record.image for record in records.values()], "not the same again"
+
+
+@pytest.mark.parametrize("name", sorted(LAYOUTS))
+def test_the_images_and_masks_of_a_source_can_be_read(name, tmp_path):
+    LAYOUTS[name](tmp_path)
+    for record in open_source(name, tmp_path):
+        pixels = read_image(record.image, raw=record.raw)
+        assert pixels.ndim in (2, 3)
+        if record.image.suffix == ".png" and name in ("padchest", "bimcv_covid19", "brax"):
+            assert pixels.dtype == "uint16"
+        for mask in record.masks:
+            assert read_image(mask).ndim in (2, 3)
+
+
+def test_jsrt_is_the_right_way_round(tmp_path):
+    LAYOUTS["jsrt"](tmp_path)
+    record = next(iter(open_source("jsrt", tmp_path)))
+    pixels = read_image(record.image, raw=record.raw)
+    assert pixels.shape == (2048, 2048)
+    assert pixels[0, 0] > pixels[1024, 0] > pixels[2047, 0]
+
+
+@pytest.mark.parametrize("name", source_names())
+def test_the_catalogue_says_what_people_need(name):
+    source = find_source(name)
+    assert source.title
+    assert source.modality.startswith("CXR")
+    assert source.citation
+    assert source.url.startswith("http")
+    assert source.verified
+    assert source.images is None or source.images > 100
+    assert set(source.contains) <= set(source_names()) - {name}
+
+
+def test_a_record_is_a_value(tmp_path):
+    LAYOUTS["shenzhen"](tmp_path)
+    one, two = open_source("shenzhen", tmp_path)
+    assert isinstance(one, Record)
+    assert len({one, two, next(iter(open_source("shenzhen", tmp_path)))}) == 2
+    with pytest.raises(AttributeError):
+        one.patient = "someone else"
