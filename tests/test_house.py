@@ -115,9 +115,8 @@ def shared_files(name: str) -> list[Path]:
 
 def example_modules() -> set[str]:
     """Scripts and packages of `examples`, by the names that they are imported by."""
-    return {path.stem for path in EXAMPLES.glob("*.py")} | {
-        path.parent.name for path in EXAMPLES.glob("*/__init__.py")
-    }
+    scripts = {path.stem for path in EXAMPLES.glob("*.py")}
+    return scripts | {path.parent.name for path in EXAMPLES.glob("*/__init__.py")}
 
 
 def modules_imported(path: Path) -> set[str]:
