@@ -35,6 +35,7 @@ def code_of(page):
 def folder(tmp_path_factory) -> Path:
     """What the pages name."""
     root = tmp_path_factory.mktemp("reader")
+    (root / "examples").symlink_to(REPOSITORY / "examples")
     pipe = tiny.tiny_pipeline()
     pipe.save_pretrained(root / "outputs/quickstart/model")
     save_lora(pipe, root / "outputs/scanner-lora")

@@ -233,7 +233,7 @@ def model_card(
             names of folders can tell more than is meant to be published.
         kind: Class of the pipeline, `"lora"`, `"conditioner"`, or the class of an autoencoder.
         parts: Preprocessing and components, as `model_folder.part_facts` reads them.
-        measurements: From `measured.read_results`.
+        measurements: What to tell of it; `examples/measured.py` reads them from what the protocols wrote.
         samples: Pictures in the repository by path, with their captions: of phantoms or synthetic images alone.
         license: Of the weights, as the Hub spells it, such as `"apache-2.0"`.
         tags: Further tags for the Hub's search.
