@@ -3,9 +3,10 @@
     OMP_NUM_THREADS=2 python benchmarks/offloading.py --output outputs/offloading.json
 
 On a CPU, `enable_model_cpu_offload` has nowhere to move a model to: its line is the price of its hooks. Groups of
-layers that wait on a disk, however, make a model run in less memory than its weights take. Each way runs in a process
-of its own, all of them in turn, with random weights (`gpu_models.py`); ratios are medians of neighbours in time, and
-peaks are resident memory above that of the process before it built anything. `gpu.py` measures offloading from a GPU.
+layers that wait on a disk, however, run a model in less memory than its weights take. Each way runs in a process of
+its own, all of them in turn, with random weights (`gpu_models.py`); ratios are medians of neighbours in time, peaks
+are resident memory, mapped files included, above that of the process before it built anything. Linux alone. `gpu.py`
+measures offloading from a GPU.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -60,11 +62,11 @@ WAYS: dict[str, Callable[[DinoDiffusionPipeline, str], None]] = {
 def main() -> None:
     args = parse_arguments(Arguments, description=__doc__)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in WAYS}
-    processes = multiprocessing.get_context("spawn")
+    fresh = multiprocessing.get_context("spawn")
     for _ in range(args.repeats):
         for name in WAYS:
-            with tempfile.TemporaryDirectory(dir=args.folder) as folder, processes.Pool(1) as pool:
-                runs[name].append(pool.apply(measure, (name, args, folder)))
+            with tempfile.TemporaryDirectory(dir=args.folder) as folder, ProcessPoolExecutor(1, fresh) as process:
+                runs[name].append(process.submit(measure, name, args, folder).result())
             print(name, json.dumps(runs[name][-1]), flush=True)
     rows = {name: summary(found, runs["in memory"]) for name, found in runs.items()}
     print("\n".join(table(rows)))

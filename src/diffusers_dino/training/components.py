@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, AutoModel, DDIMScheduler, UNet2DConditionModel
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
@@ -107,7 +108,7 @@ def load_trained_pipeline(name_or_path: str | Path, torch_dtype: torch.dtype | N
     run = folder.resolve().parent
     if not folder.is_dir() or (folder / "model_index.json").is_file():
         return DinoDiffusionPipeline.from_pretrained(str(name_or_path), **options)
-    if (folder / "pytorch_lora_weights.safetensors").is_file():
+    if (folder / LORA_WEIGHT_NAME_SAFE).is_file():
         base = json.loads((run / "training_arguments.json").read_text())["pretrained_pipeline"]
         pipe = DinoDiffusionPipeline.from_pretrained(base, **options)
         pipe.load_lora_weights(folder)

@@ -1,0 +1,86 @@
+"""Images that `examples/make_shards.py` cannot read, and arguments that it does not take."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from shard_runs import facts, keys_of, picture, rows_of
+
+pytest.importorskip("imagehash", reason="needs `pip install diffusers-dino[shards]`")
+
+
+class TestDamage:
+    def test_few_unreadable_images_are_reported(self, make, images, tmp_path):
+        (images / "broken.png").write_bytes((images / "Doe^02.png").read_bytes()[:200])
+        out = make(max_unreadable=0.1, write_key_map=tmp_path / "keys.csv")
+        (row,) = rows_of(out / "unreadable.csv")
+        assert row["key"] == keys_of(tmp_path / "keys.csv")["broken.png"]
+        assert row["reason"].startswith("it is damaged")
+        assert row["key"] not in facts(out)
+        assert "it is damaged" in (out / "summary.html").read_text()
+
+    def test_many_are_an_error_that_can_be_mended(self, make, images, tmp_path):
+        for number in range(6):
+            (images / f"broken{number}.png").write_bytes(b"")
+        message = r"At least 6 of 20 images cannot be read, more than the tolerated 5\.0%.*6 x 'the file is empty'"
+        with pytest.raises(ValueError, match=message):
+            make(part_size=20)
+        out = tmp_path / "out"
+        assert len(rows_of(out / "unreadable.csv")) == 6
+        assert not list(out.glob("*.tar"))
+        for number in range(6):
+            Image.fromarray(picture(50 + number)).save(images / f"broken{number}.png")
+        with pytest.raises(ValueError, match="6 of 20"):
+            make(part_size=20)
+        make(part_size=20, retry_unreadable=True)
+        assert len(facts(out)) == 20
+        assert rows_of(out / "unreadable.csv") == []
+
+    def test_work_ends_when_too_much_is_unreadable(self, make, images):
+        for path in images.glob("Doe*.png"):
+            path.write_bytes(b"")
+        with pytest.raises(ValueError, match="At least 5 of 14"):
+            make()
+
+    @pytest.mark.parametrize(
+        ("changed", "message"),
+        [
+            ({"source": None}, "Name the images"),
+            ({"source": "nowhere"}, "no folder 'nowhere'"),
+            ({"source": "padchets=nowhere"}, "Did you mean 'padchest'"),
+            ({"salt_file": None}, "Give --salt_file FILE"),
+            ({"salt_file": "out/salt"}, "Put it elsewhere"),
+            ({"write_key_map": "out/keys.csv"}, "Put it elsewhere"),
+            ({"shard_size": 0}, "--shard_size must be at least 1"),
+            ({"part_size": 0}, "--part_size must be at least 1"),
+            ({"num_workers": -1}, "--num_workers must be at least 0"),
+            ({"max_unreadable": 2}, "--max_unreadable is a fraction"),
+            ({"duplicate_distance": 16}, r"--duplicate_distance must be in \[0, 15\]"),
+            ({"test_fraction": 1}, "leave some for training"),
+            ({"quality": 101}, r"1\.\.100"),
+            ({"clip_percent": 50}, "clip_percent"),
+        ],
+    )
+    def test_bad_arguments(self, make, tmp_path, monkeypatch, changed, message):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.delenv("DIFFUSERS_DINO_SALT", raising=False)
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            make(**changed)
+
+    def test_a_folder_without_images(self, make, tmp_path):
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(FileNotFoundError, match="no image in"):
+            make(source=tmp_path / "empty")
+
+    def test_sources_have_names_of_their_own(self, make, images):
+        described = f"{tmp_source(images)}={images}"
+        with pytest.raises(ValueError, match="mine twice"):
+            make(source=[described, described])
+
+
+def tmp_source(images: Path, text: str = "") -> Path:
+    """A description of the images as a source of the name `mine`."""
+    path = images.parent / "mine.yaml"
+    path.write_text(f"name: mine\nimage: '**/*.png'\n{text}")
+    return path

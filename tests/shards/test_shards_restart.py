@@ -1,0 +1,211 @@
+"""`examples/make_shards.py` killed and started again, and as processes of its own."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import tiny
+from scripts import EXAMPLES, call_script, command_line, run_script
+from shard_runs import content, picture
+
+pytest.importorskip("imagehash", reason="needs `pip install diffusers-dino[shards]`")
+
+ROOT = EXAMPLES.parent
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+class TestRestart:
+    def test_stopped_around_any_rename(self, make, tmp_path, monkeypatch):
+        """Runs are stopped before or after their 1st to 6th rename, and each goes on where the last one stopped."""
+        expected = content(make())
+        cut, rename, runs = tmp_path / "cut", os.replace, 0
+        while not (cut / "manifest.json").exists():
+            left = iter(range(runs // 2 % 6, -1, -1))
+
+            def rename_some(source, target, left=left, before=runs % 2):
+                last = next(left) == 0
+                if last and before:
+                    raise Killed
+                rename(source, target)
+                if last:
+                    raise Killed
+
+            monkeypatch.setattr("diffusers_dino.data.atomic.os.replace", rename_some)
+            runs += 1
+            assert runs < 60
+            with suppress(Killed):
+                make(output_dir=cut)
+        monkeypatch.undo()
+        assert runs > 8
+        make(output_dir=cut)
+        assert content(cut) == expected
+
+    def test_what_is_done_is_not_done_again(self, make, tmp_path, monkeypatch):
+        monkeypatch.setattr("make_shards.write_manifest", _stop, raising=False)
+        with pytest.raises(Killed):
+            make()
+        monkeypatch.undo()
+        out = tmp_path / "out"
+        times = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+        assert times
+        monkeypatch.setattr("staging.prepare", _stop)
+        make()
+        assert times == {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+        assert not (out / ".work").exists()
+
+    def test_a_finished_shard_that_changed_is_written_anew(self, make, tmp_path, monkeypatch):
+        expected = content(make())
+        cut = tmp_path / "cut"
+        monkeypatch.setattr("make_shards.write_manifest", _stop, raising=False)
+        with pytest.raises(Killed):
+            make(output_dir=cut)
+        monkeypatch.undo()
+        shard = cut / "train-000000.tar"
+        shard.write_bytes(shard.read_bytes()[:-700])
+        (cut / "train-000001.tar").unlink()
+        make(output_dir=cut)
+        assert content(cut) == expected
+
+    def test_a_complete_folder_is_verified(self, make, flags, capsys):
+        out = make()
+        before = content(out)
+        make()
+        assert "all 14 samples" in capsys.readouterr().out
+        assert content(out) == before
+        call_script("make_shards.py", output_dir=out, verify=True)
+        (out / "train-000000.tar").write_bytes(b"")
+        for changed in ({}, {"verify": True}):
+            with pytest.raises(ValueError, match=r"train-000000\.tar has 0 bytes.*Delete manifest\.json"):
+                make(**changed)
+        (out / "manifest.json").unlink()
+        make()
+        assert content(out) == before
+
+    @pytest.mark.parametrize(
+        ("changed", "message"),
+        [
+            ({"size": 16}, "size was 32, is 16"),
+            ({"format": "png"}, "format was jpg, is png; quality was 95, is None"),
+            ({"seed": 3}, "splits_seed was 0, is 3"),
+            ({"drop_duplicates": "exact"}, "drop_duplicates was none, is exact"),
+        ],
+    )
+    def test_another_configuration_is_refused(self, make, tmp_path, monkeypatch, changed, message):
+        monkeypatch.setattr("staging.prepare", _stop)
+        with pytest.raises(Killed):
+            make()
+        monkeypatch.undo()
+        with pytest.raises(ValueError, match=message):
+            make(**changed)
+        before = content(make())
+        with pytest.raises(ValueError, match=message):
+            make(**changed)
+        assert content(tmp_path / "out") == before
+
+    def test_other_images_or_another_salt_are_refused(self, make, images, tmp_path, monkeypatch):
+        monkeypatch.setattr("staging.prepare", _stop)
+        with pytest.raises(Killed):
+            make()
+        monkeypatch.undo()
+        (tmp_path / "other").write_text("another salt of 20 bytes")
+        with pytest.raises(ValueError, match="fingerprint of images's images, labels and salt was"):
+            make(salt_file=tmp_path / "other")
+        Image.fromarray(picture(99)).save(images / "new.png")
+        with pytest.raises(ValueError, match="fingerprint of images's images"):
+            make()
+
+    def test_two_runs_at_once_are_refused(self, make, flags):
+        fcntl = pytest.importorskip("fcntl")
+        work = Path(flags["output_dir"]) / ".work"
+        work.mkdir(parents=True)
+        with open(work / "lock", "w") as other:
+            fcntl.flock(other, fcntl.LOCK_EX)
+            with pytest.raises(RuntimeError, match="Another run is at work"):
+                make()
+        make()
+
+    def test_a_full_disk_is_said_and_can_be_mended(self, make, flags, monkeypatch, tmp_path):
+        expected = content(make(size=96))
+        cut = tmp_path / "cut"
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # parts fit, shards do not
+        try:
+            with pytest.raises(OSError) as caught:
+                make(size=96, output_dir=cut, part_size=2)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        monkeypatch.syspath_prepend(str(EXAMPLES))
+        import console
+
+        assert "there is no room" in console.say_what_failed(caught.value)
+        assert not list(cut.glob(".*partial"))
+        assert len(list((cut / ".work" / "parts").glob("*.json"))) == 7
+        make(size=96, output_dir=cut, part_size=2)
+        assert content(cut) == expected
+
+
+def _stop(*_) -> None:
+    raise Killed
+
+
+@pytest.mark.slow
+class TestProcesses:
+    def test_workers_change_nothing(self, flags, tmp_path):
+        outputs = []
+        for workers in (0, 1, 3):
+            out = tmp_path / f"{workers}"
+            printed = run_script("make_shards.py", **{**flags, "num_workers": workers, "output_dir": out})
+            assert "images/s" in printed
+            outputs.append(content(out))
+        assert outputs[0] == outputs[1] == outputs[2]
+
+    def test_killed_at_random_moments(self):
+        command = [sys.executable, str(ROOT / "benchmarks" / "kill_shards.py"), "--kills", "4", "--num_images", "60"]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "4 kills: all" in result.stdout
+
+    def test_errors_are_one_line(self, flags):
+        command = [
+            sys.executable,
+            str(EXAMPLES / "make_shards.py"),
+            *command_line(None, {**flags, "source": "nowhere"}),
+        ]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 1
+        assert result.stderr.strip().splitlines()[-1].startswith("error: There is no folder 'nowhere'")
+        assert "Traceback" not in result.stderr
+
+    def test_shards_train(self, flags, tmp_path):
+        out = tmp_path / "out"
+        run_script("make_shards.py", **flags)
+        tiny.tiny_vae().save_pretrained(tmp_path / "vae")
+        tiny.tiny_conditioner().save_pretrained(tmp_path / "conditioner")
+        tiny.tiny_unet().save_config(tmp_path / "unet_config")
+        call_script(
+            "train_dino.py",
+            train_data_dir=out,
+            resolution=32,
+            output_dir=tmp_path / "model",
+            max_train_steps=2,
+            train_batch_size=2,
+            validation_steps=0,
+            checkpointing_steps=0,
+            **{name: tmp_path / name for name in ("vae", "conditioner", "unet_config")},
+        )
+        losses = [
+            json.loads(line)["loss"] for line in (tmp_path / "model" / "train_log.jsonl").read_text().splitlines()
+        ]
+        assert len(losses) == 2
+        assert torch.tensor(losses).isfinite().all()
