@@ -6,7 +6,7 @@ r"""Do synthetic images show what their labels say? A classifier that has not se
 `--synthetic` takes folders that `generate_dataset.py` or `eval_augmentation.py` made from these images, as
 NAME=FOLDER; folders of one name are taken together. Classifiers are trained on the real images, each without two folds
 of patients, and kept: the same command goes on where it was stopped, and other sets are judged by the same ones.
-docs/augmentation.md says what is measured.
+docs/labels.md says what is measured.
 """
 
 from __future__ import annotations

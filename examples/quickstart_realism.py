@@ -22,7 +22,7 @@ from protocols.reconstruction import generate_variations
 from report import Report
 
 EXTRACTOR = "tiny"  # trained on phantoms, and knows nothing else
-EXTRACTOR_WEIGHTS = Path(__file__).parent / "data" / "tiny-extractor" / "tiny.safetensors"
+EXTRACTOR_WEIGHTS = Path(__file__).resolve().parent / "data/tiny-extractor/tiny.safetensors"
 NUM_STEPS, SEED, GUIDANCE = 20, 0, 2.0
 NUM_PAIRS = 6
 

@@ -22,6 +22,7 @@ from torchvision.transforms.functional import gaussian_blur
 from command_line import flag, parse_arguments
 from diffusers_dino.data import Augmentation, Preprocessing, open_images
 from diffusers_dino.data.atomic import atomic_write, sha256_of
+from diffusers_dino.metrics.extractors.files import SIDECAR
 from diffusers_dino.metrics.extractors.tiny import TinyNetwork
 from diffusers_dino.pixels import resize_unit
 from diffusers_dino.seeds import generator_for
@@ -36,7 +37,7 @@ class Arguments:
     train_data_dir: str = flag(
         str(EXAMPLES / "data/phantom-cxr/phantom-cxr-train-*.tar"), "Images, as everywhere: folder or tars."
     )
-    output_dir: str = flag("outputs/tiny-extractor", "Where tiny.safetensors goes.")
+    output_dir: str = flag("outputs/tiny-extractor", "Where tiny.safetensors and its .sha256 go.")
     copies: int = flag(6, "Copies of each image and of each damaged image.")
     damages: int = flag(4, "Damaged forms of each image.")
     shrinkage: float = flag(0.01, "Added to the variance of copies, as a fraction of its mean.")
@@ -61,7 +62,10 @@ def main() -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(output) as file:
         file.write(save({name: value.half().contiguous() for name, value in network.state_dict().items()}))
-    print(f"{output}: {output.stat().st_size} bytes, SHA-256 {sha256_of(output)}")
+    sha256 = sha256_of(output)
+    with atomic_write(output.with_name(output.name + SIDECAR)) as file:
+        file.write(f"{sha256}  {output.name}\n".encode())
+    print(f"{output}: {output.stat().st_size} bytes, SHA-256 {sha256}")
 
 
 def load_thumbnails(source: str) -> Tensor:

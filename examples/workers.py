@@ -35,7 +35,7 @@ def run_parallel(function: Callable[..., T], jobs: Iterable[tuple[Any, ...]], nu
         for job in jobs:
             yield function(*job)
         return
-    context = _context(function)
+    context = _context()
     with ProcessPoolExecutor(num_workers, context, initializer=_start_worker) as pool:
         try:
             for future in as_completed([pool.submit(function, *job) for job in jobs]):
@@ -74,7 +74,7 @@ def run_apart(function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], num
         for number, job in enumerate(jobs):
             yield Outcome(number, *_attempt(function, 0, job))
         return
-    context = _context(function)
+    context = _context()
     waiting, running = enumerate(jobs), {}
     try:
         while True:
@@ -122,14 +122,14 @@ def _receive(pipe: Connection, process: Any) -> tuple[Any, str]:
         process.join()
 
 
-def _context(function: Callable[..., Any]) -> Any:
+def _context() -> Any:
     """Not plain fork: threads of libraries do not survive it. A fork server imports them once for all workers."""
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
-    # before Python 3.14 the server does not find the scripts, but what they import is most of the work
-    script = Path(getattr(sys.modules["__main__"], "__file__", "")).stem
+    # The library alone: before Python 3.14 the server does not look for modules beside the script, but where it was
+    # started, and would take a folder there for a module of the same name.
     loaded = [name for name in sys.modules if name == "timm" or name.split(".")[0] == "diffusers_dino"]
-    context.set_forkserver_preload(loaded + [name for name in (function.__module__, script) if name])
+    context.set_forkserver_preload(loaded)
     return context
 
 

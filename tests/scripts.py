@@ -93,7 +93,7 @@ def call_script(script: str, config: Path | None = None, **flags: Any) -> None:
     argv = [script, *command_line(config, flags)]
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        with patch.object(sys, "argv", argv), patch.object(sys, "path", [str(EXAMPLES), *sys.path]):
+        with patch.object(sys, "argv", argv):
             importlib.import_module(Path(script).stem).main()
     finally:
         for number, handler in handlers.items():

@@ -25,9 +25,7 @@ PHANTOMS = scripts.EXAMPLES / "data/phantom-cxr/phantom-cxr-test-*.tar"
 
 @pytest.fixture(scope="module")
 def tasks():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(scripts.EXAMPLES), *sys.path])
-        yield importlib.import_module("app_tasks")
+    return importlib.import_module("app_tasks")
 
 
 @pytest.fixture(scope="module")

@@ -102,7 +102,6 @@ def test_a_model_is_measured_against_the_other_half_of_the_patients(flags, run):
 
 
 def test_patients_of_the_reference_are_no_sources(flags, run, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(scripts.EXAMPLES)
     import eval_fid
 
     (tmp_path / "odd.txt").write_text("\n".join(f"{i:03d}" for i in range(13)))

@@ -15,13 +15,9 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-SHARDS = EXAMPLES / "data" / "phantom-cxr"
-sys.path.insert(0, str(EXAMPLES))
-
-import make_phantoms  # noqa: E402
-from phantoms.anatomy import LEFT, RIGHT, Chest, load_chest  # noqa: E402
-from phantoms.findings import (  # noqa: E402
+import make_phantoms
+from phantoms.anatomy import LEFT, RIGHT, Chest, load_chest
+from phantoms.findings import (
     add_effusion,
     add_nodule,
     add_pneumothorax,
@@ -29,8 +25,11 @@ from phantoms.findings import (  # noqa: E402
     enlarge_heart,
     positions,
 )
-from phantoms.projection import WATER, attenuation, deform, develop, lung_centre, project  # noqa: E402
-from phantoms.sampling import LABELS, Phantom, draw_findings, make_phantom  # noqa: E402
+from phantoms.projection import WATER, attenuation, deform, develop, lung_centre, project
+from phantoms.sampling import LABELS, Phantom, draw_findings, make_phantom
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SHARDS = EXAMPLES / "data" / "phantom-cxr"
 
 VIEW = {
     "size": 64,

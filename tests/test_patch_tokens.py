@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +19,7 @@ MASKS = ["left half", "lower half", "quadrant", "lungs", "all but lungs", "all p
 
 @pytest.fixture(scope="module")
 def script():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(scripts.EXAMPLES), *sys.path])
-        yield importlib.import_module("patch_tokens")
+    return importlib.import_module("patch_tokens")
 
 
 @pytest.fixture

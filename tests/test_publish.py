@@ -65,7 +65,7 @@ def publish(**flags):
         *scripts.command_line(None, {name: value for name, value in flags.items() if value is not True}),
     ]
     argv += [f"--{name}" for name, value in flags.items() if value is True]
-    with patch.object(sys, "argv", argv), patch.object(sys, "path", [str(scripts.EXAMPLES), *sys.path]):
+    with patch.object(sys, "argv", argv):
         importlib.import_module("publish").main()
 
 

@@ -6,17 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
-import scripts
-
-
-@pytest.fixture
-def run_apart(monkeypatch):
-    monkeypatch.syspath_prepend(scripts.EXAMPLES)
-    from workers import run_apart
-
-    return run_apart
+from workers import run_apart
 
 
 def work(place: int, what: str, folder: Path) -> str:
@@ -30,7 +20,7 @@ def work(place: int, what: str, folder: Path) -> str:
     return "x" * 200_000  # more than a pipe holds
 
 
-def test_a_worker_that_dies_takes_no_other_with_it(run_apart, tmp_path):
+def test_a_worker_that_dies_takes_no_other_with_it(tmp_path):
     jobs = [(what, tmp_path) for what in ("killed", "fails", "a", "exits", "b", "c")]
     outcomes = {outcome.number: outcome for outcome in run_apart(work, iter(jobs), 2)}
     assert sorted(outcomes) == list(range(6))
@@ -41,7 +31,7 @@ def test_a_worker_that_dies_takes_no_other_with_it(run_apart, tmp_path):
     assert {path.name[-1] for path in tmp_path.iterdir()} <= {"0", "1"}  # places
 
 
-def test_jobs_in_this_process_are_told_apart_too(run_apart, tmp_path):
+def test_jobs_in_this_process_are_told_apart_too(tmp_path):
     outcomes = list(run_apart(work, [("fails", tmp_path), ("a", tmp_path)], 0))
     assert [outcome.error for outcome in outcomes] == ["ValueError: bad image", ""]
     assert (tmp_path / "a-0").exists()
@@ -53,7 +43,7 @@ def wait_for(place: int, path: Path) -> None:
         time.sleep(0.01)
 
 
-def test_who_stops_listening_ends_the_workers(run_apart, tmp_path):
+def test_who_stops_listening_ends_the_workers(tmp_path):
     (tmp_path / "first").touch()
     running = run_apart(wait_for, [(tmp_path / "first",), (tmp_path / "second",)], 2)
     assert next(running).number == 0

@@ -1,4 +1,4 @@
-"""Where the images, labels, patients, views and splits of a provider's data set are. No image is read here."""
+"""Where the images, labels, patients, views and splits of a provider's data set are. Only `masks` reads images."""
 
 from .account import SourceReport
 from .catalogue import catalogue_page, find_source, open_source, source_names

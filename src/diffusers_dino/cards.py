@@ -138,7 +138,7 @@ def privacy_facts(privacy: Mapping[str, Any]) -> dict[str, Any]:
     """What was found of copies of training images, by name.
 
     Args:
-        privacy: A `MemorizationResult` as a dictionary.
+        privacy: What `examples/eval_memorization.py` wrote, as read from its JSON.
 
     Raises:
         ValueError: If no synthetic images were measured, or these are no such figures.

@@ -292,7 +292,7 @@ def test_pixels_are_thumbnails():
     images = random_images(3)
     assert torch.equal(extractor(images), pixel_features(images))
     assert extractor.spec.dim == 256
-    with pytest.raises(ValueError, match="neither weights"):
+    with pytest.raises(ValueError, match="has no weights"):
         open_extractor("pixels", "weights.safetensors")
 
 

@@ -145,7 +145,6 @@ class TestRestart:
                 make(size=96, output_dir=cut, part_size=2)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        monkeypatch.syspath_prepend(str(EXAMPLES))
         import console
 
         assert "there is no room" in console.say_what_failed(caught.value)
@@ -169,6 +168,11 @@ class TestProcesses:
             assert "images/s" in printed
             outputs.append(content(out))
         assert outputs[0] == outputs[1] == outputs[2]
+
+    def test_a_folder_of_a_module_s_name_is_no_module(self, flags, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        run_script("make_shards.py", **{**flags, "num_workers": 1, "output_dir": "staging"})
+        assert (tmp_path / "staging" / "manifest.json").is_file()
 
     def test_killed_at_random_moments(self):
         command = [sys.executable, str(ROOT / "benchmarks" / "kill_shards.py"), "--kills", "4", "--num_images", "60"]

@@ -16,7 +16,7 @@ PAGE = (REPOSITORY / "docs" / "sources.md").read_text(encoding="utf-8")
 def test_the_page_is_the_catalogue():
     assert catalogue_page() in PAGE, (
         "docs/sources.md is not the catalogue any more: replace its end by what "
-        '`python -c "from sources import catalogue_page; print(catalogue_page())"` prints'
+        '`PYTHONPATH=examples python -c "from sources import catalogue_page; print(catalogue_page())"` prints'
     )
 
 

@@ -50,7 +50,7 @@ def open_extractor(
     """
     if name in _WITHOUT_WEIGHTS:
         if weights is not None or sha256 is not None:
-            raise ValueError(f"The extractor {name} has none: it takes neither weights nor their hash.")
+            raise ValueError(f"The extractor {name} has no weights: it takes neither a file of them nor a hash.")
         return _WITHOUT_WEIGHTS[name](device)
     if name == "tiny":
         return open_tiny(weights, device, sha256)

@@ -31,7 +31,7 @@ def dice(prediction: Tensor, target: Tensor) -> Tensor:
     """Dice coefficient `2 |A and B| / (|A| + |B|)` of masks `(..., H, W)` bool: `(...)` float64 in [0, 1].
 
     Raises:
-        ValueError: If the shapes differ or the masks are not boolean (see `data.to_mask`).
+        ValueError: If the shapes differ or the masks are not boolean.
     """
     both, _, total = _counts(prediction, target)
     return torch.where(total > 0, 2 * both / total.clamp(min=1), 1.0)
@@ -41,7 +41,7 @@ def iou(prediction: Tensor, target: Tensor) -> Tensor:
     """Intersection over union `|A and B| / |A or B|` of masks `(..., H, W)` bool: `(...)` float64 in [0, 1].
 
     Raises:
-        ValueError: If the shapes differ or the masks are not boolean (see `data.to_mask`).
+        ValueError: If the shapes differ or the masks are not boolean.
     """
     both, either, _ = _counts(prediction, target)
     return torch.where(either > 0, both / either.clamp(min=1), 1.0)
@@ -90,7 +90,9 @@ def _counts(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]
     """Pixels in both masks, in either, and in the two together: each `(...)` float64."""
     for name, mask in (("prediction", prediction), ("target", target)):
         if mask.dtype != torch.bool:
-            raise ValueError(f"The {name} is {mask.dtype}, masks are boolean: see data.to_mask.")
+            raise ValueError(
+                f"The {name} is {mask.dtype}, masks are boolean: compare with a threshold, such as mask > 0."
+            )
     if prediction.shape != target.shape or prediction.ndim < 2:
         raise ValueError(f"Masks must have one size, got {tuple(prediction.shape)} and {tuple(target.shape)}.")
     both, either = (x.sum(dim=(-2, -1)).double() for x in (prediction & target, prediction | target))
