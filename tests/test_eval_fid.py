@@ -101,7 +101,7 @@ def test_a_model_is_measured_against_the_other_half_of_the_patients(flags, run):
     assert not (flags["output_dir"] / "best").exists()
 
 
-def test_patients_of_the_reference_are_no_sources(flags, run, tmp_path, monkeypatch):
+def test_patients_of_the_reference_are_no_sources(flags, run, tmp_path):
     import eval_fid
 
     (tmp_path / "odd.txt").write_text("\n".join(f"{i:03d}" for i in range(13)))
