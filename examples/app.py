@@ -22,6 +22,7 @@ import torch
 
 import app_tasks
 from command_line import flag, parse_arguments
+from console import run
 from devices import device_of
 from diffusers_dino import DinoDiffusionPipeline
 from diffusers_dino.training.components import load_trained_pipeline
@@ -107,4 +108,4 @@ def private_gradio() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

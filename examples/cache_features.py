@@ -21,6 +21,7 @@ from torch import nn
 
 import train_dino
 from command_line import flag, parse_arguments
+from console import run_resumable
 from diffusers_dino.training.checkpoints import make_writable_folder, save_atomically
 from diffusers_dino.training.feature_cache import Recipe, write_feature_cache
 from diffusers_dino.training.features import FeatureEncoder
@@ -77,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_resumable(main)

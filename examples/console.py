@@ -1,4 +1,4 @@
-"""What the scripts that take hours and can be stopped say on the console."""
+"""What the scripts say on the console: how far they are, and why they end."""
 
 from __future__ import annotations
 
@@ -10,9 +10,19 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-__all__ = ["progress", "run_resumable", "say_what_failed"]
+__all__ = ["progress", "run", "run_resumable", "say_what_failed"]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script: end with one line for what a user can mend; what looks like our fault keeps its traceback."""
+    try:
+        main()
+    except (ImportError, OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("Stopped.")
 
 
 def run_resumable(main: Callable[[], None]) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from command_line import flag, parse_arguments
+from console import run
 from diffusers_dino.metrics.extractors.xrv import convert_xrv_weights
 
 
@@ -30,4 +31,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import HfArgumentParser
 
 from app_tasks import overlay
+from console import run
 from diffusers_dino import DiffSegPipeline, DinoDiffusionPipeline
 from diffusers_dino.pixels import unit_to_uint8
 from diffusers_dino.sheets import contact_sheet
@@ -77,4 +78,4 @@ def stack(panels: dict[str, Image]) -> Figure:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from command_line import flag, parse_arguments
+from console import run_resumable
 from devices import device_of
 from diffusers_dino import DinoDiffusionPipeline
 from diffusers_dino.data import ImageDataset, Preprocessing, open_images
@@ -268,4 +269,4 @@ def keep_best(args: Arguments, rows: Sequence[FidelityScores], paths: dict[str, 
 
 
 if __name__ == "__main__":
-    main()
+    run_resumable(main)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from command_line import flag, parse_arguments
+from console import run
 from diffusers_dino import DinoInterpolationPipeline
 from diffusers_dino.data import ImageDataset, Preprocessing, open_images
 from diffusers_dino.sheets import contact_sheet
@@ -107,4 +108,4 @@ def print_result(result: InterpolationResult) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from command_line import flag, parse_arguments
+from console import run
 from diffusers_dino.data import ImageDataset, Preprocessing, open_images
 from diffusers_dino.data.labels import read_label_table, stored_labels
 from diffusers_dino.metrics import open_extractor
@@ -175,4 +176,4 @@ def yes(value: bool) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

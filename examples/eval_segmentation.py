@@ -22,6 +22,7 @@ from diffusers import DiffusionPipeline
 
 import sources
 from command_line import flag, parse_arguments
+from console import run_resumable
 from devices import device_of
 from diffusers_dino import DiffSegPipeline
 from diffusers_dino.training.checkpoints import make_writable_folder
@@ -176,4 +177,4 @@ def save_figure(figure, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_resumable(main)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from command_line import flag, parse_arguments
+from console import run
 from devices import device_of
 from diffusers_dino.data import Preprocessing, open_images
 from diffusers_dino.metrics import extract_features, open_extractor
@@ -53,4 +54,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

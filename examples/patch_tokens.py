@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from command_line import flag, parse_arguments
+from console import run
 from diffusers_dino import DinoDiffusionPipeline, DinoImageConditioner
 from diffusers_dino.embeddings import splice_patch_tokens
 from diffusers_dino.metrics.segmentation import dice
@@ -155,4 +156,4 @@ def travelled(result: Tensor, source: Tensor, other: Tensor, region: Tensor) -> 
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

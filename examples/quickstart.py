@@ -26,6 +26,7 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import HfArgumentParser
 
+from console import run
 from diffusers_dino import DiffSegPipeline, DinoDiffusionPipeline, DinoInterpolationPipeline
 from diffusers_dino.metrics.segmentation import best_union, dice
 from diffusers_dino.selection import lung_prior, name_lungs
@@ -274,4 +275,4 @@ class Stopwatch:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

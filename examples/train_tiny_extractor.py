@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import gaussian_blur
 
 from command_line import flag, parse_arguments
+from console import run
 from diffusers_dino.data import Augmentation, Preprocessing, open_images
 from diffusers_dino.data.atomic import atomic_write, sha256_of
 from diffusers_dino.metrics.extractors.files import SIDECAR
@@ -139,4 +140,4 @@ def shuffle_patches(images: Tensor, generator: torch.Generator, side: int = 16) 
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

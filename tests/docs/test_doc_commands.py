@@ -4,12 +4,14 @@ import json
 import os
 import re
 from functools import cache
+from itertools import pairwise
 
 import pytest
 import yaml
 
 import commands
 from commands import WrongCommandError, check_command, check_requirement, check_target, launcher_flags
+from diffusers_dino.metrics.features import EXTRACTORS
 from pages import REPOSITORY, blocks, inline_code, name_of, pages
 
 SHELL_PAGES = [page for page in pages() if any(blocks(page, "bash"))]
@@ -53,6 +55,27 @@ def test_the_commands_of_a_page_are_taken(page):
                 check_command(words, configs)
             except WrongCommandError as error:
                 pytest.fail(f"{block}: {error}")
+
+
+def extractors_without_weights(words: list[str]) -> list[str]:
+    """Feature extractors that a command names without the file that they need."""
+    pairs = dict(pairwise(words))
+    flags = {"--features": "--weights", "--extractor": "--weights", "--metric_features": "--metric_weights"}
+    named = [pairs[flag] for flag, weights in flags.items() if flag in pairs and weights not in pairs]
+    return [name for name in named if name in set(EXTRACTORS) - {"pixels", "local-contrast"}]
+
+
+@pytest.mark.parametrize("page", SHELL_PAGES, ids=name_of)
+def test_extractors_are_named_with_their_weights(page):
+    for block in blocks(page, "bash"):
+        for words in commands.commands(block.code):
+            assert not extractors_without_weights(words), block
+
+
+def test_an_extractor_without_weights_is_seen():
+    assert extractors_without_weights(["eval_fid.py", "--features", "xrv", "--model", "m"]) == ["xrv"]
+    assert not extractors_without_weights(["eval_fid.py", "--features", "xrv", "--weights", "w"])
+    assert not extractors_without_weights(["eval_fid.py", "--features", "pixels"])
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)

@@ -52,7 +52,10 @@ def require_local(name: str, weights: str | os.PathLike[str] | None, hint: str) 
         FileNotFoundError: If they do not exist.
     """
     if weights is None:
-        raise ValueError(f"The extractor {name} needs its weights from this machine, nothing is downloaded: {hint}")
+        raise ValueError(
+            f"The extractor {name} needs its weights (`--weights`, `--metric_weights`) from this machine, nothing is "
+            f"downloaded: {hint}"
+        )
     path = Path(weights)
     if not path.exists():
         raise FileNotFoundError(f"There are no weights {path} for the extractor {name}: {hint}")
