@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 from transformers import HfArgumentParser
 
+from resident import peak, start_peak
+
 
 @dataclass
 class Arguments:
@@ -68,20 +70,8 @@ def stream(count: int, dim: int, batch_size: int) -> dict[str, float]:
         "features": statistics.count,
         "seconds": seconds,
         "mb_before": before,
-        "mb_grown": status("VmHWM") - before,
+        "mb_grown": peak() - before,
     }
-
-
-def start_peak() -> float:
-    """Resident memory in MB; from here on, `VmHWM` is the peak since now (Linux alone)."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return status("VmRSS")
-
-
-def status(name: str) -> float:
-    """A figure of the process in MB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(f"{name}:"))
 
 
 def compare(n: int = 1500, m: int = 1200, dim: int = 64) -> dict[str, float]:

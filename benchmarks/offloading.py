@@ -31,9 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from command_line import flag, parse_arguments
 from diffusers_dino import DinoDiffusionPipeline
 from gpu_models import SIZES, make_pipeline, random_images
+from resident import peak, start_peak
 
 CPU = torch.device("cpu")
-GB = 1e6  # of the kB that /proc counts in
 
 
 @dataclass
@@ -80,23 +80,17 @@ def main() -> None:
 def measure(name: str, args: Arguments, folder: str) -> dict[str, float]:
     """Seconds of one image after another that warmed up, and the peak of memory of both."""
     diffusers.utils.logging.set_verbosity_error()
-    before = resident("VmRSS")
+    before = start_peak()
     size = SIZES[args.size]
     pipe = make_pipeline(size)
     WAYS[name](pipe, folder)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    start_peak()  # not of building
     image = random_images(1, size.resolutions[0])
     for _ in range(2):
         start = time.perf_counter()
         pipe(image, num_inference_steps=args.num_inference_steps, guidance_scale=1.0, output_type="pt")
         seconds = time.perf_counter() - start
-    return {"seconds": seconds, "peak_gb": (resident("VmHWM") - before) / GB}
-
-
-def resident(name: str) -> int:
-    """Resident memory of this process in kB, now (`VmRSS`) or at its peak (`VmHWM`)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith(f"{name}:")))
+    return {"seconds": seconds, "peak_gb": (peak() - before) / 1000}
 
 
 def summary(found: list[dict[str, float]], plain: list[dict[str, float]]) -> dict[str, float]:
