@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import sys
 import tarfile
 import tempfile
 from collections import Counter
@@ -32,6 +31,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
+from console import run
 from phantoms.anatomy import Chest, load_chest
 from phantoms.sampling import VERSION, Phantom, make_phantom
 
@@ -236,7 +236,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ImportError, OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    run(main)

@@ -22,8 +22,8 @@ from torchvision.transforms.functional import gaussian_blur
 from command_line import flag, parse_arguments
 from console import run
 from diffusers_dino.data import Augmentation, Preprocessing, open_images
-from diffusers_dino.data.atomic import atomic_write, sha256_of
-from diffusers_dino.metrics.extractors.files import SIDECAR
+from diffusers_dino.data.atomic import atomic_write
+from diffusers_dino.metrics.extractors.files import write_sha256
 from diffusers_dino.metrics.extractors.tiny import TinyNetwork
 from diffusers_dino.pixels import resize_unit
 from diffusers_dino.seeds import generator_for
@@ -63,10 +63,7 @@ def main() -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(output) as file:
         file.write(save({name: value.half().contiguous() for name, value in network.state_dict().items()}))
-    sha256 = sha256_of(output)
-    with atomic_write(output.with_name(output.name + SIDECAR)) as file:
-        file.write(f"{sha256}  {output.name}\n".encode())
-    print(f"{output}: {output.stat().st_size} bytes, SHA-256 {sha256}")
+    print(f"{output}: {output.stat().st_size} bytes, SHA-256 {write_sha256(output)}")
 
 
 def load_thumbnails(source: str) -> Tensor:

@@ -6,11 +6,11 @@ import hashlib
 import os
 from pathlib import Path
 
-from ...data.atomic import sha256_of
+from ...data.atomic import atomic_write, sha256_of
 
-__all__ = ["SIDECAR", "checked_sha256", "folder_sha256", "require_local"]
+__all__ = ["checked_sha256", "folder_sha256", "require_local", "write_sha256"]
 
-SIDECAR = ".sha256"  # beside a weight file: what `sha256sum FILE` prints
+_SIDECAR = ".sha256"  # beside a weight file: what `sha256sum FILE` prints
 
 
 def checked_sha256(path: Path, expected: str | None = None) -> str:
@@ -24,11 +24,19 @@ def checked_sha256(path: Path, expected: str | None = None) -> str:
         ValueError: If the hash is another.
     """
     found = sha256_of(path)
-    sidecar = path.with_name(path.name + SIDECAR)
+    sidecar = path.with_name(path.name + _SIDECAR)
     if sidecar.is_file():
         _require(path, found, sidecar.read_text().split(maxsplit=1)[0], f"{sidecar.name} says")
     if expected is not None:
         _require(path, found, expected.lower(), "asked for is")
+    return found
+
+
+def write_sha256(path: Path) -> str:
+    """Write the SHA-256 of a weight file beside it, for `checked_sha256`, and return it."""
+    found = sha256_of(path)
+    with atomic_write(path.with_name(path.name + _SIDECAR)) as file:
+        file.write(f"{found}  {path.name}\n".encode())
     return found
 
 

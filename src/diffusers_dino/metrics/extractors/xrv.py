@@ -24,7 +24,7 @@ from torchvision.models import DenseNet
 from ...data.atomic import atomic_write, sha256_of
 from ...pixels import unit_to_xrv
 from .base import FeatureExtractor, FeatureSpec
-from .files import SIDECAR, checked_sha256, require_local
+from .files import checked_sha256, require_local, write_sha256
 
 __all__ = ["PUBLISHED_SHA256", "XrvNetwork", "convert_xrv_weights", "open_xrv"]
 
@@ -107,10 +107,7 @@ def convert_xrv_weights(
     with atomic_write(output) as file:
         # one entry: several would come in any order, and the hash would change with it
         file.write(save(network.state_dict(), metadata={"source_sha256": found}))
-    converted = sha256_of(output)
-    with atomic_write(output.with_name(output.name + SIDECAR)) as file:
-        file.write(f"{converted}  {output.name}\n".encode())
-    return converted
+    return write_sha256(output)
 
 
 def _require_published(source: Path) -> None:
