@@ -35,9 +35,9 @@ from diffusers_dino.data import (
     open_images,
 )
 from diffusers_dino.training import objective
-from diffusers_dino.training.components import make_scheduler
 from diffusers_dino.training.feature_cache import Recipe, open_feature_cache, write_feature_cache
 from diffusers_dino.training.features import FeatureEncoder
+from diffusers_dino.training.models import make_scheduler
 
 VIEWS = 2
 

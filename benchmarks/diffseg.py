@@ -32,8 +32,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from transformers import HfArgumentParser
 
-from diffusers_dino.attention import capture_self_attention
-from diffusers_dino.segmentation import (
+from diffusers_dino.diffseg.attention import capture_self_attention
+from diffusers_dino.diffseg.merging import (
     aggregate_attention,
     anchor_divergence,
     merge_attention,

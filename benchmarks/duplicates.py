@@ -23,8 +23,8 @@ from diffusers_dino.data import Preprocessing, open_images
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from command_line import flag, parse_arguments
-from duplicates import MAX_DISTANCE, near_pairs, perceptual_hash
+from diffusers_dino.cli.arguments import flag, parse_arguments
+from diffusers_dino.data.sharding.duplicates import MAX_DISTANCE, near_pairs, perceptual_hash
 
 
 @dataclass

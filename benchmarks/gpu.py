@@ -29,8 +29,8 @@ from diffusers.utils import logging
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "examples"))
 
-from command_line import flag, parse_arguments  # noqa: E402
-from devices import device_of  # noqa: E402
+from diffusers_dino.cli.arguments import flag, parse_arguments  # noqa: E402
+from diffusers_dino.devices import device_of  # noqa: E402
 from gpu_models import SIZES  # noqa: E402
 from gpu_parts import PARTS, Bench  # noqa: E402
 from gpu_timing import TimeUp, free_memory, stop_after  # noqa: E402

@@ -11,7 +11,7 @@ from diffusers.models.attention_processor import Attention
 from transformers import CLIPTextConfig, CLIPTextModel, ViTConfig, ViTModel
 
 from diffusers_dino import DinoDiffusionPipeline, DinoImageConditioner
-from diffusers_dino.training.components import make_scheduler
+from diffusers_dino.training.models import make_scheduler
 
 __all__ = ["SIZES", "Size", "make_pipeline", "make_text_encoder", "random_images"]
 

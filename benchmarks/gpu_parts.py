@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from diffusers_dino import DiffSegPipeline, DinoDiffusionPipeline
 from diffusers_dino.pipelines import deep_cache
-from diffusers_dino.training.components import adapt_for_training, make_adamw
 from diffusers_dino.training.features import FeatureEncoder
+from diffusers_dino.training.models import adapt_for_training, make_adamw
 from gpu_models import PROMPT_TOKENS, Size, make_pipeline, make_text_encoder, random_images
 from gpu_timing import SideBySide, free_memory, largest_batch, peak_gb, synchronize
 from train_dino import Arguments as TrainingArguments

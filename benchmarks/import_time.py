@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from command_line import flag, parse_arguments
+from diffusers_dino.cli.arguments import flag, parse_arguments
 
 BAR = 1.15
 PAIRS = {  # ours, and diffusers'

@@ -30,7 +30,7 @@ from PIL import Image
 from transformers import HfArgumentParser
 
 from diffusers_dino.data import GlobalBatchSampler, Preprocessing, TrainingViews, load_batches, open_images
-from diffusers_dino.data.archives import write_index
+from diffusers_dino.data.stores.archives import write_index
 
 
 @dataclass

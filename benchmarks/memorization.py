@@ -23,12 +23,12 @@ from diffusers_dino.data import Preprocessing, open_images
 from diffusers_dino.data.labels import read_label_table
 from diffusers_dino.metrics import open_extractor
 from diffusers_dino.metrics.copy_gate import extract_views, search_copies, search_training
-from diffusers_dino.metrics.memorization import calibrate_threshold, nearest_training
+from diffusers_dino.metrics.neighbours import calibrate_threshold, nearest_training
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from command_line import flag, parse_arguments
-from protocols.planted_copies import PLANTED
+from diffusers_dino.cli.arguments import flag, parse_arguments
+from diffusers_dino.evaluation.memorization.planted import PLANTED
 
 SLIGHT = ("exact", "mirrored", "slightly blurred (1 % of the side)")  # what must be found
 

@@ -28,8 +28,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from command_line import flag, parse_arguments
 from diffusers_dino import DinoDiffusionPipeline
+from diffusers_dino.cli.arguments import flag, parse_arguments
 from gpu_models import SIZES, make_pipeline, random_images
 from resident import peak, start_peak
 

@@ -27,8 +27,8 @@ from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProces
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-from command_line import flag, parse_arguments  # noqa: E402
 from diffusers_dino import DinoDiffusionPipeline  # noqa: E402
+from diffusers_dino.cli.arguments import flag, parse_arguments  # noqa: E402
 from diffusers_dino.data import Preprocessing, open_images  # noqa: E402
 from diffusers_dino.metrics.distances import frechet_of_samples  # noqa: E402
 from diffusers_dino.metrics.extractors.thumbnail import pixel_features  # noqa: E402

@@ -29,7 +29,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 from bundled import untrained_pipeline  # noqa: E402
-from command_line import flag, parse_arguments  # noqa: E402
+from diffusers_dino.cli.arguments import flag, parse_arguments  # noqa: E402
 
 UNET = {  # of a size that does some work
     "sample_size": 16,

@@ -20,9 +20,12 @@ import torch
 from torch import Tensor
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from command_line import flag, parse_arguments
 from diffusers_dino import DinoImageConditioner
+from diffusers_dino.cli.arguments import flag, parse_arguments
+from diffusers_dino.cli.image_flags import open_training_images
+from diffusers_dino.cli.stage import Stage, StageArguments, make_accelerator
 from diffusers_dino.data import ImageDataset
+from diffusers_dino.hub.record import write_record_and_card
 from diffusers_dino.seeds import generator_for
 from diffusers_dino.training.self_distillation import (
     Crops,
@@ -31,9 +34,6 @@ from diffusers_dino.training.self_distillation import (
     effective_rank,
     update_teacher,
 )
-from image_arguments import open_training_images
-from stage import Stage, StageArguments, make_accelerator
-from training_record import write_record_and_card
 
 try:
     from lightly.loss import KoLeoLoss
@@ -48,8 +48,9 @@ logger = logging.getLogger("pretrain_dino")
 
 @dataclass
 class Arguments(StageArguments):
-    # Encoder
-    pretrained_model_name_or_path: str | None = flag(None, "DINOv2 with registers to continue from; else a new one.")
+    pretrained_model_name_or_path: str | None = flag(
+        None, "DINOv2 with registers to continue from; else a new one.", group="Encoder"
+    )
     patch_size: int = flag(16, "Side of a patch in pixels.")
     hidden_size: int = flag(384, "Width of the tokens.")
     num_hidden_layers: int = flag(12, "Transformer layers.")
@@ -58,8 +59,7 @@ class Arguments(StageArguments):
     num_register_tokens: int = flag(4, "Registers: with the class token they are the condition.")
     pixel_mean: float = flag(0.5, "Subtracted from pixels in [0, 1].")
     pixel_std: float = flag(0.25, "By which the difference is divided.")
-    # Views. Small crops teach what an organ looks like, large ones where it is: a condition needs both.
-    image_size: int | None = flag(None, "Side of the images the encoder sees; --resolution by default.")
+    image_size: int | None = flag(None, "Side of the images the encoder sees; --resolution by default.", group="Views")
     min_global_crop: float = flag(0.5, "Smallest area of a large crop.")
     max_global_crop: float = flag(1.0, "Largest area of a large crop.")
     local_crops: int = flag(4, "Small crops of each image; 0 for none.")
@@ -67,19 +67,18 @@ class Arguments(StageArguments):
     min_local_crop: float = flag(0.15, "Smallest area of a small crop.")
     max_local_crop: float = flag(0.5, "Largest area of a small crop.")
     exposure: float = flag(0.3, "Strength of random contrast and brightness.")
-    # Objective
-    num_prototypes: int = flag(4096, "Answers that the head chooses from, K.")
+    num_prototypes: int = flag(4096, "Answers that the head chooses from, K.", group="Objective")
     head_hidden_size: int = flag(2048, "Hidden width of the head.")
     head_bottleneck_size: int = flag(256, "Width before the answers.")
     teacher_temperature: float = flag(0.04, "Of Sinkhorn's iterations.")
     student_temperature: float = flag(0.1, "Of the student's softmax.")
     koleo_weight: float = flag(0.1, "Weight of the spread of features within the batch of a device.")
     teacher_momentum: float = flag(0.99, "Of the moving average; rises to 1 along a cosine.")
-    # Diagnosis
-    diagnosis_steps: int = flag(200, "Updates between diagnoses of collapse; 0 diagnoses at the end alone.")
+    diagnosis_steps: int = flag(
+        200, "Updates between diagnoses of collapse; 0 diagnoses at the end alone.", group="Diagnosis"
+    )
     min_effective_rank: float = flag(2.0, "Stop with an error if the features of the teacher have a lower rank.")
-    # Result
-    num_statistics_images: int = flag(1024, "Images that statistics of the tokens are taken from.")
+    num_statistics_images: int = flag(1024, "Images that statistics of the tokens are taken from.", group="Result")
     slot_offset: float = flag(1.0, "Strength of the fixed vector that tells a token's place; 0 for none.")
 
 

@@ -26,18 +26,18 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import HfArgumentParser
 
-from console import run
 from diffusers_dino import DiffSegPipeline, DinoDiffusionPipeline, DinoInterpolationPipeline
-from diffusers_dino.metrics.segmentation import best_union, dice
-from diffusers_dino.selection import lung_prior, name_lungs
+from diffusers_dino.cli.console import run
+from diffusers_dino.data.sources.masks import open_masked_images
+from diffusers_dino.diffseg.lungs import lung_prior, name_lungs
+from diffusers_dino.evaluation import ReconstructionResult, evaluate_reconstruction
+from diffusers_dino.evaluation.controls import with_fresh_unet
+from diffusers_dino.evaluation.curves import plot_loss
+from diffusers_dino.evaluation.segmentation.baselines import otsu_mask
+from diffusers_dino.metrics.dice import best_union, dice
+from diffusers_dino.report import Report
 from diffusers_dino.sheets import contact_sheet
-from plots.curves import plot_loss
-from protocols import ReconstructionResult, evaluate_reconstruction
-from protocols.controls import with_fresh_unet
-from protocols.segmentation_baselines import otsu_mask
 from quickstart_realism import add_realism, measure_realism
-from report import Report
-from sources.masks import open_masked_images
 
 EXAMPLES = Path(__file__).resolve().parent
 # What segmentation chooses from: all attention layers together, or one of the decoder's two of the largest resolution.

@@ -11,15 +11,22 @@ from PIL.Image import Image
 from torch import Tensor
 
 from diffusers_dino import DinoDiffusionPipeline
+from diffusers_dino.cli.evaluate.memorization import table_of_sets
+from diffusers_dino.evaluation import MemorizationResult, evaluate_memorization
+from diffusers_dino.evaluation.controls import embed_images, with_fresh_unet
+from diffusers_dino.evaluation.fidelity.protocol import (
+    REAL,
+    UNTRAINED,
+    FidelityResult,
+    FidelityScores,
+    Sampling,
+    score_fidelity,
+)
+from diffusers_dino.evaluation.memorization.plot import draw_closest_pairs, plot_memorization
+from diffusers_dino.evaluation.reconstruction.protocol import generate_variations
 from diffusers_dino.metrics import extract_features, open_extractor
 from diffusers_dino.metrics.estimates import Bootstrap, Estimate
-from eval_memorization import table_of_sets
-from plots.memorization import draw_closest_pairs, plot_memorization
-from protocols import MemorizationResult, evaluate_memorization
-from protocols.controls import embed_images, with_fresh_unet
-from protocols.fidelity import REAL, UNTRAINED, FidelityResult, FidelityScores, Sampling, score_fidelity
-from protocols.reconstruction import generate_variations
-from report import Report
+from diffusers_dino.report import Report
 
 EXTRACTOR = "tiny"  # trained on phantoms, and knows nothing else
 EXTRACTOR_WEIGHTS = Path(__file__).resolve().parent / "data/tiny-extractor/tiny.safetensors"

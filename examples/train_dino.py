@@ -21,17 +21,19 @@ from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 
-from command_line import flag, parse_arguments
-from diffusers_dino import DinoDiffusionPipeline, DinoImageConditioner, data, hub
+from diffusers_dino import DinoDiffusionPipeline, DinoImageConditioner, data
+from diffusers_dino.cli.arguments import flag, parse_arguments
+from diffusers_dino.cli.image_flags import ImageArguments, open_training_images
+from diffusers_dino.files import make_writable_folder
+from diffusers_dino.hub import upload
+from diffusers_dino.hub.record import write_record_and_card
 from diffusers_dino.latents import VAE
-from diffusers_dino.training import checkpoints, components, objective, validation
+from diffusers_dino.training import checkpoints, models, objective, validation
 from diffusers_dino.training.feature_cache import Recipe, open_feature_cache
 from diffusers_dino.training.features import FeatureEncoder, Views, cache_in_memory
 from diffusers_dino.training.interruption import Interruption
 from diffusers_dino.training.progress import Progress
 from diffusers_dino.training.state import TrainingState
-from image_arguments import ImageArguments, open_training_images
-from training_record import write_record_and_card
 
 logger = logging.getLogger("train_dino")
 
@@ -49,8 +51,9 @@ class Arguments(ImageArguments):
     cache_batch_size: int = flag(32, "Views encoded at once for --cache_views.")
     feature_cache: str | None = flag(None, "Folder that cache_features.py has made: train on the views in it.")
     random_flip: bool = flag(False, "Mirror half of the images. It exchanges the patient's sides.")
-    # Models
-    pretrained_model_name_or_path: str | None = flag(None, "Stable Diffusion to take VAE, UNet and scheduler from.")
+    pretrained_model_name_or_path: str | None = flag(
+        None, "Stable Diffusion to take VAE, UNet and scheduler from.", group="Models"
+    )
     revision: str | None = flag(None, "Its revision on the Hub.")
     variant: str | None = flag(None, "Its variant, such as fp16.")
     pretrained_pipeline: str | None = flag(None, "DinoDiffusionPipeline to continue from; needed for LoRA.")
@@ -68,12 +71,12 @@ class Arguments(ImageArguments):
     rescale_betas_zero_snr: bool = flag(False, "End the schedule at pure noise; needs v_prediction.")
     rank: int | None = flag(None, "Train a LoRA of this rank on --pretrained_pipeline.")
     lora_alpha: float | None = flag(None, "Scale of the LoRA; the rank by default.")
-    # Objective
-    condition_dropout: float = flag(0.1, "Fraction of samples with the null condition, for guidance.")
+    condition_dropout: float = flag(
+        0.1, "Fraction of samples with the null condition, for guidance.", group="Objective"
+    )
     snr_gamma: float | None = flag(None, "Min-SNR weighting of the loss; 5.0 is its authors' choice.")
     noise_offset: float = flag(0.0, "Strength of noise that is constant over a channel.")
-    # Optimisation
-    seed: int = flag(0, "Seed of everything random.")
+    seed: int = flag(0, "Seed of everything random.", group="Optimisation")
     train_batch_size: int = flag(16, "Images per device and forward pass.")
     gradient_accumulation_steps: int = flag(1, "Forward passes per update.")
     num_train_epochs: float = flag(100, "Length of training.")
@@ -90,15 +93,17 @@ class Arguments(ImageArguments):
     max_grad_norm: float = flag(1.0, "Gradients are clipped to this norm.")
     use_ema: bool = flag(False, "Average the weights; samples and the final pipeline use the average.")
     ema_decay: float = flag(0.9999, "Decay of the average.")
-    # Speed and memory
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(None, "In place of accelerate's configuration.")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(
+        None, "In place of accelerate's configuration.", group="Speed and memory"
+    )
     allow_tf32: bool = flag(False, "TF32 matrix products on Ampere and later.")
     gradient_checkpointing: bool = flag(False, "Save memory, compute activations twice.")
     enable_xformers_memory_efficient_attention: bool = flag(False, "xformers in place of PyTorch's attention.")
     torch_compile: bool = flag(False, "Compile the UNet.")
     channels_last: bool = flag(False, "Channels-last memory format of UNet and VAE.")
-    # Validation
-    validation_data_dir: str | None = flag(None, "Unseen images, in the forms of --train_data_dir.")
+    validation_data_dir: str | None = flag(
+        None, "Unseen images, in the forms of --train_data_dir.", group="Validation"
+    )
     validation_steps: int = flag(500, "Updates between pictures of variations; 0 draws none.")
     num_validation_images: int = flag(4, "Sources in a picture.")
     num_validation_variations: int = flag(3, "Variations of each source.")
@@ -109,8 +114,9 @@ class Arguments(ImageArguments):
     metric_weights: str | None = flag(None, "Its weights: a local file or folder.")
     metric_steps: int = flag(0, "Updates between measurements on unseen images; 0 measures nothing.")
     metric_num_images: int = flag(256, "Images to generate for a measurement.")
-    # Output
-    output_dir: str = flag("dino-diffusion", "Where pipeline, checkpoints, pictures and train_log.jsonl go.")
+    output_dir: str = flag(
+        "dino-diffusion", "Where pipeline, checkpoints, pictures and train_log.jsonl go.", group="Output"
+    )
     checkpointing_steps: int = flag(500, "Updates between checkpoints; 0 writes none.")
     checkpointing_minutes: float = flag(0.0, "Minutes between checkpoints; 0 goes by updates alone.")
     checkpoints_total_limit: int | None = flag(None, "Keep the newest checkpoints alone.")
@@ -125,11 +131,11 @@ class Arguments(ImageArguments):
 def main() -> None:
     args = parse_arguments(Arguments, description=__doc__)
     check_arguments(args)
-    output_dir = checkpoints.make_writable_folder(args.output_dir)
+    output_dir = make_writable_folder(args.output_dir)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
-        log_with=components.check_tracker(args.report_to),
+        log_with=models.check_tracker(args.report_to),
         project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(output_dir / "logs")),
     )
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -140,7 +146,7 @@ def main() -> None:
     views = open_views(args)
     with accelerator.main_process_first():  # one process downloads
         pipe = build_pipeline(args, views.images, accelerator.device)
-    components.latent_shape(pipe.vae, pipe.unet, args.resolution)  # checks the resolution
+    models.latent_shape(pipe.vae, pipe.unet, args.resolution)  # checks the resolution
     if accelerator.is_main_process:
         save_setup(args, pipe, output_dir)
     frozen_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
@@ -148,24 +154,24 @@ def main() -> None:
         recipe = Recipe.of(pipe.vae, pipe.conditioner, views, args.cache_views)
         views = open_feature_cache(args.feature_cache, recipe, views.images)
     frozen_device = "cpu" if args.feature_cache or args.cache_views else None
-    trainable = components.adapt_for_training(pipe, accelerator.device, frozen_dtype, frozen_device)
+    trainable = models.adapt_for_training(pipe, accelerator.device, frozen_dtype, frozen_device)
     if args.channels_last:
         pipe.unet.to(memory_format=torch.channels_last)
         pipe.vae.to(memory_format=torch.channels_last)
     encode = FeatureEncoder(pipe.vae, pipe.conditioner, accelerator.device)
     if args.cache_views and not args.feature_cache:
-        with components.on_device((pipe.vae, pipe.conditioner), accelerator.device):
+        with models.on_device((pipe.vae, pipe.conditioner), accelerator.device):
             views = cache_in_memory(views, encode, args.cache_views, args.cache_batch_size)
     if args.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
-        components.enable_xformers(pipe.unet)
+        models.enable_xformers(pipe.unet)
     batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     total_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(views) / batch_size)
     learning_rate = args.learning_rate * (batch_size if args.scale_lr else 1)
     betas = (args.adam_beta1, args.adam_beta2)
     adam = {"lr": learning_rate, "betas": betas, "weight_decay": args.adam_weight_decay, "eps": args.adam_epsilon}
-    optimizer = components.make_adamw(trainable, args.use_8bit_adam, **adam)
+    optimizer = models.make_adamw(trainable, args.use_8bit_adam, **adam)
     lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, None, args.lr_warmup_steps, total_steps)
     ema_decay = args.ema_decay if args.use_ema else None
     state = TrainingState(accelerator, pipe.unet, optimizer, lr_scheduler, ema_decay, lora=args.rank is not None)
@@ -284,7 +290,7 @@ def load_frozen(args: Arguments, images: data.ImageDataset, device: torch.device
     source = {"revision": args.revision, "variant": args.variant}
     if whole := args.pretrained_pipeline:
         conditioner = DinoImageConditioner.from_pretrained(whole, subfolder="conditioner", **source)
-        return components.load_vae(whole, **source), conditioner
+        return models.load_vae(whole, **source), conditioner
     if args.conditioner:
         conditioner = DinoImageConditioner.from_pretrained(args.conditioner).with_tokens(args.tokens)
     else:
@@ -294,7 +300,7 @@ def load_frozen(args: Arguments, images: data.ImageDataset, device: torch.device
         chosen = range(0, len(images), max(1, len(images) // args.normalize_tokens))
         conditioner.to(device).fit_normalization(images[i]["image"] for i in chosen)
     base = args.pretrained_model_name_or_path
-    vae = components.load_vae(args.vae) if args.vae else components.load_vae(base, **source)
+    vae = models.load_vae(args.vae) if args.vae else models.load_vae(base, **source)
     return vae, conditioner.to("cpu")
 
 
@@ -303,13 +309,13 @@ def build_pipeline(args: Arguments, images: data.ImageDataset, device: torch.dev
     if args.pretrained_pipeline:
         pipe = DinoDiffusionPipeline.from_pretrained(args.pretrained_pipeline, **source)
         if args.rank:
-            components.add_lora(pipe.unet, args.rank, args.lora_alpha)
+            models.add_lora(pipe.unet, args.rank, args.lora_alpha)
         return pipe
     base = {"base": args.pretrained_model_name_or_path, **source}
     unet = {"unet": args.unet, "unet_config": args.unet_config, "qk_init_scale": args.qk_init_scale}
     noise = {"prediction_type": args.prediction_type, "zero_snr": args.rescale_betas_zero_snr}
     parts = {"resolution": args.resolution, "scheduler": args.scheduler, **base, **unet, **noise}
-    return components.build_pipeline(*load_frozen(args, images, device), **parts)
+    return models.build_pipeline(*load_frozen(args, images, device), **parts)
 
 
 def make_validator(
@@ -342,7 +348,7 @@ def save_result(
     bases = [args.pretrained_pipeline, args.pretrained_model_name_or_path, args.unet, args.vae, args.conditioner]
     write_record_and_card(args, name, num_images, updates, bases + (args.encoder or []))
     if args.push_to_hub:
-        hub.push_folder(args.output_dir, name, private=True)
+        upload.push_folder(args.output_dir, name, private=True)
     logger.info(f"The result is in {args.output_dir}")
 
 

@@ -19,25 +19,24 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from command_line import flag, parse_arguments
+from diffusers_dino.cli.arguments import flag, parse_arguments
+from diffusers_dino.cli.image_flags import open_training_images
+from diffusers_dino.cli.stage import Stage, StageArguments, make_accelerator
 from diffusers_dino.data import Augmentation, ImageDataset, open_images
 from diffusers_dino.data.datasets import collate
+from diffusers_dino.hub.record import write_record_and_card
 from diffusers_dino.latents import vae_scale_factor
 from diffusers_dino.pixels import unit_to_vae, vae_to_unit
 from diffusers_dino.seeds import generator_for
 from diffusers_dino.sheets import contact_sheet
-from diffusers_dino.training.reconstruction import ReconstructionLoss, latent_statistics, psnr
-from image_arguments import open_training_images
-from stage import Stage, StageArguments, make_accelerator
-from training_record import write_record_and_card
+from diffusers_dino.training.autoencoder import ReconstructionLoss, latent_statistics, psnr
 
 logger = logging.getLogger("train_vae")
 
 
 @dataclass
 class Arguments(StageArguments):
-    # Model
-    vae: str | None = flag(None, "AutoencoderKL to continue from, in place of a new one.")
+    vae: str | None = flag(None, "AutoencoderKL to continue from, in place of a new one.", group="Model")
     in_channels: Literal[1, 3] = flag(1, "Channels of the images: 1 for radiographs.")
     block_out_channels: list[int] = flag(  # noqa: RUF009
         [64, 128, 128], "Channels per level; each level but the last halves the side."
@@ -47,20 +46,19 @@ class Arguments(StageArguments):
     norm_num_groups: int = flag(32, "Groups of the normalisation; divides all channels.")
     mid_block_add_attention: bool = flag(False, "Attention at the lowest level.")
     channels_last: bool = flag(True, "Channels-last memory format: faster on most devices.")
-    # Objective
-    l1_weight: float = flag(1.0, "Weight of the absolute error.")
+    l1_weight: float = flag(1.0, "Weight of the absolute error.", group="Objective")
     mse_weight: float = flag(2.0, "Weight of the squared error.")
     gradient_weight: float = flag(0.5, "Weight of the absolute error of the image's gradients.")
     kl_weight: float = flag(1e-4, "Weight of the divergence of the latents from the unit Gaussian, per element.")
-    # Augmentation
-    augment: bool = flag(True, "Show a random view of an image in each epoch.")
+    augment: bool = flag(True, "Show a random view of an image in each epoch.", group="Augmentation")
     sharpness: float = flag(0.0, "Largest weight of the random unsharp mask.")
     shear: float = flag(0.05, "Largest shear, as a fraction of the side.")
     translation: float = flag(0.05, "Largest shift, as a fraction of the side.")
     min_scale: float = flag(0.9, "Smallest magnification.")
     max_scale: float = flag(1.4, "Largest magnification.")
-    # Validation
-    validation_data_dir: str | None = flag(None, "Unseen images; else the last of --train_data_dir are held out.")
+    validation_data_dir: str | None = flag(
+        None, "Unseen images; else the last of --train_data_dir are held out.", group="Validation"
+    )
     num_validation_images: int = flag(16, "Images to reconstruct; keys in order keep a patient's images together.")
     validation_steps: int = flag(500, "Updates between validations; 0 validates at the end alone.")
     num_statistics_images: int = flag(1024, "Training images that the statistics of the latents are taken from.")

@@ -1,4 +1,4 @@
-"""Run the scripts of `examples/` on folders of made-up images: as processes, or in this one, which is faster."""
+"""Run commands and the scripts of `examples/` on folders of made-up images: as processes, or faster in this one."""
 
 import importlib
 import json
@@ -15,6 +15,8 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 import tiny
+from diffusers_dino.cli import COMMANDS
+from diffusers_dino.cli.arguments import parse_arguments
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -63,7 +65,8 @@ def start_script(
     `threads` where a run is compared with one of another number of processes.
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(EXAMPLES / script)]
+    program = [str(EXAMPLES / script)] if script.endswith(".py") else ["-m", "diffusers_dino", *script.split()]
+    command = [sys.executable, *(launcher if processes > 1 else []), *program]
     threads = threads or (torch.get_num_threads() if processes == 1 else 1)
     return subprocess.Popen(
         [*command, *command_line(config, flags)],
@@ -88,13 +91,17 @@ def losses(folder: Path) -> list[float]:
 
 
 def call_script(script: str, config: Path | None = None, **flags: Any) -> None:
-    """Run a script's `main` in this process."""
+    """Run a script's `main`, or a command, in this process; errors are raised, not printed."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     argv = [script, *command_line(config, flags)]
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        with patch.object(sys, "argv", argv):
-            importlib.import_module(Path(script).stem).main()
+        if script in COMMANDS:
+            module = COMMANDS[script].load()
+            module.main(parse_arguments(module.Arguments, argv[1:]))
+        else:
+            with patch.object(sys, "argv", argv):
+                importlib.import_module(Path(script).stem).main()
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -59,7 +59,7 @@ def demo(tmp_path_factory):
         names = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
         environment = {name: way_out for upper in names for name in (upper, upper.lower())}
         environment |= {"GRADIO_TEMP_DIR": str(folder), "GRADIO_ANALYTICS_ENABLED": "True", "NO_PROXY": ""}
-        process = scripts.start_script("app.py", environment=environment)
+        process = scripts.start_script("demo", environment=environment)
         printed = ""
         while "Open http" not in printed:
             line = process.stdout.readline()

@@ -25,7 +25,7 @@ PHANTOMS = scripts.EXAMPLES / "data/phantom-cxr/phantom-cxr-test-*.tar"
 
 @pytest.fixture(scope="module")
 def tasks():
-    return importlib.import_module("app_tasks")
+    return importlib.import_module("diffusers_dino.demo.tasks")
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +231,7 @@ def test_an_archive_holds_the_pictures_at_their_size_and_says_how_they_were_made
 class TestStarting:
     @pytest.fixture
     def app(self, tasks):
-        return importlib.import_module("app")
+        return importlib.import_module("diffusers_dino.cli.demo")
 
     def test_logins_are_read_line_by_line(self, app, tmp_path):
         (tmp_path / "logins").write_text("ann:a:b\n\nben:c\n")
@@ -247,7 +247,7 @@ class TestStarting:
     def test_a_missing_gradio_names_the_extra(self, app, monkeypatch, tmp_path):
         monkeypatch.setitem(sys.modules, "gradio", None)
         monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-        monkeypatch.setattr(sys, "argv", ["app.py"])
+        monkeypatch.setattr(sys, "argv", ["demo"])
         with patch.dict(os.environ), keep_sigterm(), pytest.raises(ImportError, match=r"diffusers-dino\[demo\]"):
             app.main()
         assert not list(tmp_path.iterdir())

@@ -13,9 +13,9 @@ from diffusers.models.attention_processor import (
 from torch import nn
 
 import tiny
-from diffusers_dino import attention
-from diffusers_dino.attention import capture_self_attention, self_attention_layers
-from diffusers_dino.segmentation import aggregate_attention
+from diffusers_dino.diffseg import attention
+from diffusers_dino.diffseg.attention import capture_self_attention, self_attention_layers
+from diffusers_dino.diffseg.merging import aggregate_attention
 
 
 def inputs(batch_size=2, side=8):

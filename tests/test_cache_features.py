@@ -45,7 +45,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_training_from_disk_equals_training_from_memory(flags, tmp_path):
     cache = tmp_path / "features"
-    scripts.call_script("cache_features.py", **flags, feature_cache=cache, storage_dtype="float32")
+    scripts.call_script("cache", **flags, feature_cache=cache, storage_dtype="float32")
     runs = {
         "memory": {},
         "disk": {"feature_cache": cache, "cache_views": 0},
@@ -63,7 +63,7 @@ def test_training_from_disk_equals_training_from_memory(flags, tmp_path):
     with pytest.raises(ValueError, match=r"shear is 0\.05 there and 0\.2 here"):
         scripts.call_script("train_dino.py", **{**flags, "feature_cache": cache, "shear": 0.2})
     with pytest.raises(ValueError, match="--feature_cache"):
-        scripts.call_script("cache_features.py", **flags)
+        scripts.call_script("cache", **flags)
 
 
 @pytest.mark.slow
@@ -72,16 +72,16 @@ def test_two_processes_or_a_kill_change_no_byte(flags, tmp_path):
     folders = {processes: tmp_path / f"{processes}" for processes in (1, 2)}
     for processes, folder in folders.items():
         options = {"processes": processes, "threads": 1}
-        scripts.run_script("cache_features.py", **options, **flags, feature_cache=folder)
+        scripts.run_script("cache", **options, **flags, feature_cache=folder)
     whole = contents(folders[1])
     assert contents(folders[2]) == whole
     assert [shard["samples"] for shard in json.loads(whole["manifest.json"])["shards"]] == [4, 4, 4]
 
     cut = tmp_path / "cut"
-    process = scripts.start_script("cache_features.py", threads=1, **flags, feature_cache=cut)
+    process = scripts.start_script("cache", threads=1, **flags, feature_cache=cut)
     while process.poll() is None and not list(cut.glob("features-*")):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    scripts.run_script("cache_features.py", threads=1, **flags, feature_cache=cut)
+    scripts.run_script("cache", threads=1, **flags, feature_cache=cut)
     assert contents(cut) == whole

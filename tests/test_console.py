@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from console import run, run_resumable
+from diffusers_dino.cli.console import run, run_resumable
 
 
 def failing(error: BaseException):

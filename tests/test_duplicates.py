@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from duplicates import (
+from diffusers_dino.data.sharding.duplicates import (
     MAX_DISTANCE,
     Duplicates,
     find_duplicates,

@@ -14,9 +14,9 @@ import pytest
 
 import scripts
 import tiny
+from diffusers_dino.evaluation.augmentation.cells import load_cells
+from diffusers_dino.evaluation.augmentation.result import AugmentationResult
 from diffusers_dino.synthesis import SyntheticSet
-from protocols.augmentation_result import AugmentationResult
-from protocols.classification_cells import load_cells
 
 PHANTOMS = Path(__file__).parents[1] / "examples/data/phantom-cxr/phantom-cxr-test-000000.tar"
 
@@ -50,7 +50,7 @@ def flags(model, tmp_path) -> dict:
 
 
 def run(flags: dict, **changed) -> Path:
-    scripts.call_script("eval_augmentation.py", **{**flags, **changed})
+    scripts.call_script("evaluate augmentation", **{**flags, **changed})
     return Path(flags["output_dir"])
 
 
@@ -69,7 +69,7 @@ def test_a_killed_experiment_continues_and_ends_as_one_that_was_not(flags, tmp_p
     assert {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()} == before
 
     flags["output_dir"] = tmp_path / "killed"
-    command = [sys.executable, str(scripts.EXAMPLES / "eval_augmentation.py")]
+    command = [sys.executable, str(scripts.EXAMPLES / "evaluate augmentation")]
     command += scripts.command_line(None, {**flags, "num_workers": 1})
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     cells = tmp_path / "killed" / "cells"

@@ -11,8 +11,8 @@ from diffusers import UNet2DConditionModel
 import scripts
 import tiny
 from diffusers_dino import DinoDiffusionPipeline
+from diffusers_dino.evaluation.fidelity.protocol import FidelityResult
 from diffusers_dino.training.checkpoints import CheckpointError
-from protocols.fidelity import FidelityResult
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*biased upwards")
 
@@ -63,7 +63,7 @@ def times(folder: Path) -> dict[str, int]:
 
 @pytest.mark.slow
 def test_checkpoints_are_measured_once_and_the_best_one_is_kept(flags, run, capsys):
-    scripts.call_script("eval_fid.py", **flags)
+    scripts.call_script("evaluate fidelity", **flags)
     out = flags["output_dir"]
     result = FidelityResult.load(out / "result.json")
     assert [row.images for row in result.rows] == ["checkpoint-1", "checkpoint-2", "untrained", "real"]
@@ -82,19 +82,19 @@ def test_checkpoints_are_measured_once_and_the_best_one_is_kept(flags, run, caps
     before = times(out)
     gone = next(path for path in (out / "features").iterdir() if path.name.startswith("checkpoint-1"))
     gone.unlink()
-    scripts.call_script("eval_fid.py", **flags)  # as after a kill
+    scripts.call_script("evaluate fidelity", **flags)  # as after a kill
     after = times(out)
     assert after.keys() == before.keys()
     assert {name for name in before if after[name] != before[name]} == {gone.name}
     assert FidelityResult.load(out / "result.json") == result
-    scripts.call_script("eval_fid.py", **{**flags, "seed": 1, "steps": [2]})
+    scripts.call_script("evaluate fidelity", **{**flags, "seed": 1, "steps": [2]})
     assert {name.rpartition("-")[0] for name in times(out).keys() - after.keys()} == {"checkpoint-2", "untrained"}
 
 
 @pytest.mark.slow
 def test_a_model_is_measured_against_the_other_half_of_the_patients(flags, run):
     flags |= {"run": None, "model": [run / "start", run / "run" / "checkpoint-2"], "training_keys": None}
-    scripts.call_script("eval_fid.py", **flags, untrained=False)
+    scripts.call_script("evaluate fidelity", **flags, untrained=False)
     result = FidelityResult.load(flags["output_dir"] / "result.json")
     assert [row.images for row in result.rows] == ["start", "checkpoint-2", "real"]
     assert {(row.num_images, row.num_reference) for row in result.rows} == {(12, 12)}
@@ -102,7 +102,7 @@ def test_a_model_is_measured_against_the_other_half_of_the_patients(flags, run):
 
 
 def test_patients_of_the_reference_are_no_sources(flags, run, tmp_path):
-    import eval_fid
+    from diffusers_dino.cli.evaluate import fidelity as eval_fid
 
     (tmp_path / "odd.txt").write_text("\n".join(f"{i:03d}" for i in range(13)))
     paths = {name: str(flags[name]) for name in ("data_dir", "table")}
@@ -118,7 +118,7 @@ def test_patients_of_the_reference_are_no_sources(flags, run, tmp_path):
 def test_what_cannot_be_evaluated_is_said_at_once(flags, run, tmp_path):
     def fails(message: str, error: type[Exception] = ValueError, **changed) -> None:
         with pytest.raises(error, match=message):
-            scripts.call_script("eval_fid.py", **{**flags, **changed})
+            scripts.call_script("evaluate fidelity", **{**flags, **changed})
 
     fails("no complete checkpoint", CheckpointError, run=run / "images")
     fails("no complete checkpoint", CheckpointError, run=tmp_path / "nowhere")

@@ -5,7 +5,7 @@ from PIL import Image
 
 import scripts
 import tiny
-from protocols import InterpolationResult
+from diffusers_dino.evaluation import InterpolationResult
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def flags(tmp_path):
 
 
 def test_figures_and_pictures_of_unseen_images(flags, tmp_path, capsys):
-    scripts.call_script("eval_interpolation.py", **flags, num_drawn=2, seeds=[0, 1])
+    scripts.call_script("evaluate interpolation", **flags, num_drawn=2, seeds=[0, 1])
     result = InterpolationResult.load(tmp_path / "out/interpolation.json")
     assert (result.num_pairs, result.num_training_images, result.seeds) == (4, 5, (0, 1))
     assert result.fractions == (0, 0.5, 1)
@@ -31,4 +31,4 @@ def test_figures_and_pictures_of_unseen_images(flags, tmp_path, capsys):
 
 def test_what_was_trained_on_must_be_said(flags):
     with pytest.raises(ValueError, match="Give --training_keys"):
-        scripts.call_script("eval_interpolation.py", **{**flags, "training_keys": None})
+        scripts.call_script("evaluate interpolation", **{**flags, "training_keys": None})

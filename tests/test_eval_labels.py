@@ -6,7 +6,7 @@ import pytest
 
 import scripts
 import tiny
-from protocols.label_preservation import LabelPreservationResult
+from diffusers_dino.evaluation.labels.protocol import LabelPreservationResult
 
 PHANTOMS = Path(__file__).parents[1] / "examples/data/phantom-cxr/phantom-cxr-test-000000.tar"
 
@@ -18,7 +18,7 @@ def sets(tmp_path_factory) -> dict[str, Path]:
     tiny.tiny_pipeline().save_pretrained(root / "model")
     for strategy in ("reconstruction", "interpolation"):
         scripts.call_script(
-            "generate_dataset.py",
+            "synthesise",
             model=root / "model",
             data_dir=PHANTOMS,
             labels="stored",
@@ -46,7 +46,7 @@ def flags(sets, tmp_path) -> dict:
 
 @pytest.mark.slow
 def test_sets_are_judged_and_classifiers_are_kept(flags, sets):
-    scripts.call_script("eval_labels.py", **flags)
+    scripts.call_script("evaluate labels", **flags)
     out = flags["output_dir"]
     assert all((out / name).is_file() for name in ("table.md", "table.tex", "table.csv", "labels.png"))
     whole = LabelPreservationResult.load(out / "result.json")
@@ -54,19 +54,19 @@ def test_sets_are_judged_and_classifiers_are_kept(flags, sets):
     assert whole.num_real == 64
     before = {path: path.stat().st_mtime_ns for path in (out / "judges").iterdir()}
     assert len(before) == 3
-    scripts.call_script("eval_labels.py", **{**flags, "synthetic": [f"other={sets['reconstruction']}"]})
+    scripts.call_script("evaluate labels", **{**flags, "synthetic": [f"other={sets['reconstruction']}"]})
     assert {path: path.stat().st_mtime_ns for path in (out / "judges").iterdir()} == before
     again = LabelPreservationResult.load(out / "result.json")
     assert again.wholes[0].macro == whole.wholes[0].macro
     with pytest.raises(RuntimeError, match="other images, labels, folds or settings"):
-        scripts.call_script("eval_labels.py", **{**flags, "max_train_steps": 3})
+        scripts.call_script("evaluate labels", **{**flags, "max_train_steps": 3})
 
 
 @pytest.mark.slow
 def test_what_cannot_be_judged_is_said_at_once(flags, tmp_path):
     def fails(message: str, error: type[Exception] = ValueError, **changed) -> None:
         with pytest.raises(error, match=message):
-            scripts.call_script("eval_labels.py", **{**flags, **changed})
+            scripts.call_script("evaluate labels", **{**flags, **changed})
 
     fails("Give the sets to judge", synthetic=None)
     fails("at least 3, got 2", num_folds=2)

@@ -10,8 +10,8 @@ from PIL import Image
 
 import scripts
 from diffusers_dino.data import Preprocessing, open_images
+from diffusers_dino.evaluation import MemorizationResult
 from diffusers_dino.metrics.copy_gate import CopyGate
-from protocols import MemorizationResult
 
 PHANTOMS = Path(__file__).parents[1] / "examples/data/phantom-cxr"
 
@@ -55,7 +55,7 @@ def flags(folder, tmp_path) -> dict:
 
 
 def test_the_report_names_the_copies_and_no_patient(flags, folder, capsys):
-    scripts.call_script("eval_memorization.py", **flags)
+    scripts.call_script("evaluate memorization", **flags)
     out = flags["output_dir"]
     result = MemorizationResult.load(out / "memorization.json")
     assert (result.training.num_images, result.held_out.num_images, result.synthetic.num_images) == (104, 24, 30)
@@ -83,7 +83,7 @@ def test_the_report_names_the_copies_and_no_patient(flags, folder, capsys):
 
 
 def test_without_synthetic_images_the_gate_is_made(flags):
-    scripts.call_script("eval_memorization.py", **{**flags, "synthetic": None, "held_out": None, "draw_pairs": False})
+    scripts.call_script("evaluate memorization", **{**flags, "synthetic": None, "held_out": None, "draw_pairs": False})
     out = flags["output_dir"]
     assert sorted(path.name for path in out.iterdir()) == [
         "distances.png",
@@ -96,7 +96,7 @@ def test_without_synthetic_images_the_gate_is_made(flags):
 def test_what_cannot_be_measured_is_said(flags, tmp_path):
     def fails(message: str, error: type[Exception] = ValueError, **changed) -> None:
         with pytest.raises(error, match=message):
-            scripts.call_script("eval_memorization.py", **{**flags, **changed})
+            scripts.call_script("evaluate memorization", **{**flags, **changed})
 
     (tmp_path / "empty").mkdir()
     fails("Give --training", training=None)

@@ -12,7 +12,7 @@ import torch
 import scripts
 import tiny
 import tiny_text
-from protocols import SegmentationResult
+from diffusers_dino.evaluation import SegmentationResult
 
 PHANTOMS = Path(__file__).parents[1] / "examples/data/phantom-cxr/phantom-cxr-test-000000.tar"
 
@@ -40,12 +40,12 @@ def flags(pipeline, tmp_path) -> dict:
 
 
 def script_command(flags: dict) -> list[str]:
-    return [sys.executable, str(scripts.EXAMPLES / "eval_segmentation.py"), *scripts.command_line(None, flags)]
+    return [sys.executable, str(scripts.EXAMPLES / "evaluate segmentation"), *scripts.command_line(None, flags)]
 
 
 @pytest.mark.slow
 def test_a_killed_evaluation_continues_and_ends_as_one_that_was_not(flags, tmp_path):
-    scripts.call_script("eval_segmentation.py", **flags)
+    scripts.call_script("evaluate segmentation", **flags)
     out = flags["output_dir"]
     for name in ("table.md", "table.tex", "table.csv", "phantoms/timestep.png", "phantoms/threshold.png"):
         assert (out / name).is_file()
@@ -66,7 +66,7 @@ def test_a_killed_evaluation_continues_and_ends_as_one_that_was_not(flags, tmp_p
     process.kill()
     process.wait()
     done = {path: os.stat(path).st_mtime_ns for path in folder.glob("*.npz")}
-    scripts.call_script("eval_segmentation.py", **flags)
+    scripts.call_script("evaluate segmentation", **flags)
     assert all(os.stat(path).st_mtime_ns == time for path, time in done.items())
     assert SegmentationResult.load(flags["output_dir"] / "phantoms" / "result.json") == whole
 
@@ -97,7 +97,7 @@ def test_checkpoints_and_stable_diffusion_stand_beside_each_other(flags, pipelin
         "max_samples": 4,
         "num_examples": 0,
     }
-    scripts.call_script("eval_segmentation.py", **flags)
+    scripts.call_script("evaluate segmentation", **flags)
     result = SegmentationResult.load(flags["output_dir"] / "phantoms" / "result.json")
     ours, theirs = result.sweeps
     assert [ours.method, theirs.method] == ["ours", "Stable Diffusion"]
@@ -110,7 +110,7 @@ def test_checkpoints_and_stable_diffusion_stand_beside_each_other(flags, pipelin
 def test_what_cannot_be_evaluated_is_said_at_once(flags, tmp_path):
     def fails(message: str, error: type[Exception] = ValueError, **changed) -> None:
         with pytest.raises(error, match=message):
-            scripts.call_script("eval_segmentation.py", **{**flags, **changed})
+            scripts.call_script("evaluate segmentation", **{**flags, **changed})
 
     fails("Give --data", data=None)
     fails("or --stable_diffusion", pipeline=None)

@@ -15,7 +15,7 @@ from diffusers_dino.synthesis import SynthesisError, SyntheticSet, load_plan
 from scripts import call_script, image_folder, run_script, start_script
 from shard_files import write_shards
 
-SCRIPT = "generate_dataset.py"
+SCRIPT = "synthesise"
 COUNT = 24
 
 

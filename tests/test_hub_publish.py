@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 import tiny
+from diffusers_dino.evaluation import ReconstructionResult, RetrievalFigures
 from hub_server import HubServer, run_client
 from pages import REPOSITORY, blocks
-from protocols import ReconstructionResult, RetrievalFigures
 from test_hub_parts import save_lora
 
 PUBLISH, AIR_GAPPED = REPOSITORY / "docs/publish.md", REPOSITORY / "docs/air_gapped.md"

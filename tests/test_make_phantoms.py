@@ -9,15 +9,12 @@ import tarfile
 from dataclasses import replace
 from pathlib import Path
 
+import make_phantoms
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from scipy import ndimage
-
-import make_phantoms
-from phantoms.anatomy import LEFT, RIGHT, Chest, load_chest
-from phantoms.findings import (
+from anatomy import LEFT, RIGHT, Chest, load_chest
+from findings import (
     add_effusion,
     add_nodule,
     add_pneumothorax,
@@ -25,8 +22,10 @@ from phantoms.findings import (
     enlarge_heart,
     positions,
 )
-from phantoms.projection import WATER, attenuation, deform, develop, lung_centre, project
-from phantoms.sampling import LABELS, Phantom, draw_findings, make_phantom
+from PIL import Image
+from projection import WATER, attenuation, deform, develop, lung_centre, project
+from sampling import LABELS, Phantom, draw_findings, make_phantom
+from scipy import ndimage
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SHARDS = EXAMPLES / "data" / "phantom-cxr"

@@ -7,10 +7,7 @@ import pytest
 from huggingface_hub import ModelCardData
 
 import tiny
-from diffusers_dino.metrics.estimates import Estimate
-from diffusers_dino.metrics.extractors.base import FeatureSpec
-from measured import describe_result, read_result, read_results
-from protocols import (
+from diffusers_dino.evaluation import (
     AugmentationResult,
     FidelityResult,
     FidelityScores,
@@ -27,8 +24,11 @@ from protocols import (
     SweepScores,
     evaluate_memorization,
 )
-from protocols.augmentation_result import Configuration
-from protocols.label_preservation import Agreement, Part, RealScores
+from diffusers_dino.evaluation.augmentation.result import Configuration
+from diffusers_dino.evaluation.labels.protocol import Agreement, Part, RealScores
+from diffusers_dino.hub.measurements import describe_result, read_result, read_results
+from diffusers_dino.metrics.estimates import Estimate
+from diffusers_dino.metrics.extractors.base import FeatureSpec
 
 RETRIEVAL = RetrievalFigures(0.5, 0.0156, 0.02, 0.4)
 SPEC = FeatureSpec("xrv", "features2", 1024, 224, "gray, [-1024, 1024]", "bilinear, antialiased", "ab" * 32)

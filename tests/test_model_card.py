@@ -10,11 +10,11 @@ import pytest
 from huggingface_hub import ModelCard
 
 import tiny
-from diffusers_dino.cards import private_traces, terms_notice
-from diffusers_dino.model_card import RECORD_FILE, TrainingRecord, model_card, write_model_card
-from measured import describe_result
-from protocols import ReconstructionResult, RetrievalFigures
-from sources import describe_source, recorded_sources, source_names
+from diffusers_dino.data.sources import describe_source, recorded_sources, source_names
+from diffusers_dino.evaluation import ReconstructionResult, RetrievalFigures
+from diffusers_dino.hub.cards import private_traces, terms_notice
+from diffusers_dino.hub.measurements import describe_result
+from diffusers_dino.hub.model_card import RECORD_FILE, TrainingRecord, model_card, write_model_card
 
 FACTS = {"updates": 1240, "learning rate": 1e-4, "resolution": "64 px", "note": "two\nlines | a bar", "unused": None}
 RETRIEVAL = RetrievalFigures(0.5, 0.0156, 0.02, 0.4)

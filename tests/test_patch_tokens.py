@@ -19,7 +19,7 @@ MASKS = ["left half", "lower half", "quadrant", "lungs", "all but lungs", "all p
 
 @pytest.fixture(scope="module")
 def script():
-    return importlib.import_module("patch_tokens")
+    return importlib.import_module("diffusers_dino.cli.splice")
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_pictures_and_figures_of_every_mask(data_dir, tmp_path, script):
     pipe = tiny.tiny_pipeline(conditioner=tiny.tiny_conditioner(tokens="all"))
     pipe.save_pretrained(tmp_path / "model")
     flags = {"model": tmp_path / "model", "data_dir": data_dir, "output_dir": tmp_path / "out"}
-    scripts.call_script("patch_tokens.py", **flags, num_noises=2, num_inference_steps=2)
+    scripts.call_script("splice", **flags, num_noises=2, num_inference_steps=2)
     assert Image.open(tmp_path / "out/reconstructions.png").size == ((1 + 2) * 32, 3 * 32)
     picture = np.array(Image.open(tmp_path / "out/splices.png"))
     assert picture.shape == (len(MASKS) * 32, (3 + 2) * 32, 3)
@@ -75,7 +75,7 @@ def test_a_model_on_global_tokens_is_refused(data_dir, tmp_path):
     tiny.tiny_pipeline().save_pretrained(tmp_path / "model")
     flags = {"model": tmp_path / "model", "data_dir": data_dir, "output_dir": tmp_path / "out"}
     with pytest.raises(ValueError, match=r"tokens='global' of 1.*--tokens all"):
-        scripts.call_script("patch_tokens.py", **flags)
+        scripts.call_script("splice", **flags)
 
 
 @pytest.mark.slow
@@ -97,5 +97,5 @@ def test_the_commands_of_the_script_from_training_on(tmp_path, monkeypatch):
     assert conditioner.num_tokens == 5 + 64
     assert conditioner.heads[0].std.ne(1).all()  # fitted
     flags = {"model": tmp_path / "model", "output_dir": tmp_path / "out", "num_noises": 1, "num_inference_steps": 2}
-    scripts.run_script("patch_tokens.py", **flags)
+    scripts.run_script("splice", **flags)
     assert list(json.loads((tmp_path / "out/splices.json").read_text())) == MASKS

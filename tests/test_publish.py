@@ -1,12 +1,9 @@
 """`examples/publish.py` as a user runs it: what it shows, uploads, writes to carry, and refuses."""
 
 import hashlib
-import importlib
 import io
 import json
 import subprocess
-import sys
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -17,11 +14,13 @@ from PIL import Image
 import scripts
 import tiny
 from diffusers_dino import DinoDiffusionPipeline
+from diffusers_dino.cli import publish as command
+from diffusers_dino.cli.arguments import parse_arguments
+from diffusers_dino.data.sources import describe_source
+from diffusers_dino.evaluation import ReconstructionResult, RetrievalFigures
+from diffusers_dino.hub.model_card import TrainingRecord
 from diffusers_dino.metrics.copy_gate import CopyGate
-from diffusers_dino.model_card import TrainingRecord
 from hub_server import HubServer, run_client
-from protocols import ReconstructionResult, RetrievalFigures
-from sources import describe_source
 
 PHANTOMS = scripts.EXAMPLES / "data" / "phantom-cxr"
 RETRIEVAL = RetrievalFigures(0.5, 0.0156, 0.02, 0.4)
@@ -60,13 +59,9 @@ def flags(trained):
 
 
 def publish(**flags):
-    argv = [
-        "publish.py",
-        *scripts.command_line(None, {name: value for name, value in flags.items() if value is not True}),
-    ]
+    argv = scripts.command_line(None, {name: value for name, value in flags.items() if value is not True})
     argv += [f"--{name}" for name, value in flags.items() if value is True]
-    with patch.object(sys, "argv", argv):
-        importlib.import_module("publish").main()
+    command.main(parse_arguments(command.Arguments, argv))
 
 
 @pytest.mark.slow
@@ -76,7 +71,7 @@ def test_a_trained_folder_is_published_in_one_command(flags, trained, tmp_path):
     with HubServer() as hub:
         environment = {**hub.client_environment(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
         output = scripts.run_script(
-            "publish.py", environment=environment, **flags, repo_id="org/model", variant="fp16", private="true"
+            "publish", environment=environment, **flags, repo_id="org/model", variant="fp16", private="true"
         )
         load = (
             "import sys, numpy as np, torch; from diffusers_dino import DinoDiffusionPipeline\n"

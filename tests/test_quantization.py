@@ -16,7 +16,7 @@ import tiny
 from checkpoints import FAMILIES, checkpoint, pixels_for
 from diffusers_dino import DiffSegPipeline, DinoDiffusionPipeline, DinoImageConditioner, DinoInterpolationPipeline
 from diffusers_dino.quantization import quantize
-from diffusers_dino.training import components
+from diffusers_dino.training import models
 from tiny import generate
 
 if importlib.util.find_spec("bitsandbytes") is None:
@@ -176,7 +176,7 @@ def test_a_lora_is_trained_and_used_on_a_quantised_unet(images, bits, tmp_path):
     pipe = wide_pipeline()
     quantize(pipe.unet, BitsAndBytesConfig(**BITS[bits]))
     plain = generate(pipe, images)
-    components.add_lora(pipe.unet, rank=4)
+    models.add_lora(pipe.unet, rank=4)
     trained = [parameter for parameter in pipe.unet.parameters() if parameter.requires_grad]
     assert {parameter.dtype for parameter in trained} == {torch.float32}
     optimizer = torch.optim.Adam(trained, lr=1e-2)
@@ -244,7 +244,7 @@ def test_what_cannot_be_quantised(pipe, monkeypatch):
 
 def test_adapters_come_afterwards(pipe):
     pytest.importorskip("peft")
-    components.add_lora(pipe.unet, rank=2)
+    models.add_lora(pipe.unet, rank=2)
     with pytest.raises(ValueError, match="has adapters: unload them"):
         quantize(pipe.unet, BitsAndBytesConfig(load_in_8bit=True))
 

@@ -11,8 +11,8 @@ import yaml
 from PIL import Image
 
 from diffusers_dino import DinoDiffusionPipeline
-from protocols import MemorizationResult, ReconstructionResult
-from protocols.fidelity import REAL, UNTRAINED, FidelityResult
+from diffusers_dino.evaluation import MemorizationResult, ReconstructionResult
+from diffusers_dino.evaluation.fidelity.protocol import REAL, UNTRAINED, FidelityResult
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -5,8 +5,8 @@ import re
 import pytest
 from PIL import Image
 
-from plots.curves import plot_loss
-from report import Report
+from diffusers_dino.evaluation.curves import plot_loss
+from diffusers_dino.report import Report
 
 
 def test_report_is_self_contained_and_escapes_its_text(tmp_path):

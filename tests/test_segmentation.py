@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusers_dino.segmentation import (
+from diffusers_dino.diffseg.merging import (
     aggregate_attention,
     anchor_divergence,
     anchor_positions,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusers_dino.selection import EllipsePrior, lung_prior, most_agreed, name_lungs, union_table
+from diffusers_dino.diffseg.lungs import EllipsePrior, lung_prior, most_agreed, name_lungs, union_table
 
 SIZE = 64
 

@@ -7,17 +7,10 @@ import pytest
 from PIL import Image
 
 from diffusers_dino.data import Preprocessing, UnreadableImageError, salted_hash
-from diffusers_dino.data.encoding import Encoding
-from diffusers_dino.data.shards import PlannedShard, ShardError
-from sources import Record
-from staging import (
-    assemble_shard,
-    is_complete,
-    list_items,
-    prepare,
-    read_part,
-    write_part,
-)
+from diffusers_dino.data.images.encoding import Encoding
+from diffusers_dino.data.sharding.parts import assemble_shard, is_complete, list_items, prepare, read_part, write_part
+from diffusers_dino.data.sharding.writing import PlannedShard, ShardError
+from diffusers_dino.data.sources import Record
 
 pytest.importorskip("imagehash", reason="needs `pip install diffusers-dino[shards]`")
 

@@ -266,7 +266,7 @@ def test_yaml_sets_flags_and_the_command_line_wins(train, tmp_path):
 
 @pytest.mark.parametrize("name", ["paper_dinov1", "paper_dinov2"])
 def test_the_papers_recipe_is_in_its_configs(name):
-    from command_line import parse_arguments
+    from diffusers_dino.cli.arguments import parse_arguments
     from train_dino import Arguments
 
     args = parse_arguments(Arguments, [str(scripts.EXAMPLES / "configs" / f"{name}.yaml"), "--train_data", "x"])

@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from workers import run_apart
+from diffusers_dino.workers import run_apart
 
 
 def work(place: int, what: str, folder: Path) -> str:

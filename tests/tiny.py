@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DCondi
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 import diffusers_dino
-from diffusers_dino.training.components import STABLE_DIFFUSION_SCHEDULE
+from diffusers_dino.training.models import STABLE_DIFFUSION_SCHEDULE
 
 diffusers.utils.logging.disable_progress_bar()
 

@@ -11,10 +11,9 @@ from dataclasses import replace
 from functools import lru_cache
 
 import torch
+from anatomy import RIGHT, Chest
 from torch import Tensor
 from torch.nn import functional as F
-
-from .anatomy import RIGHT, Chest
 
 __all__ = ["add_effusion", "add_nodule", "add_pneumothorax", "consolidate", "enlarge_heart", "positions", "sample_at"]
 

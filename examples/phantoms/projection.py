@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from anatomy import Chest
+from findings import positions, sample_at
 from torch import Tensor
 from torch.nn import functional as F
-
-from .anatomy import Chest
-from .findings import positions, sample_at
 
 __all__ = ["attenuation", "deform", "develop", "lung_centre", "project"]
 

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from anatomy import LEFT, RIGHT, Chest
+from findings import add_effusion, add_nodule, add_pneumothorax, consolidate, enlarge_heart
+from projection import attenuation, deform, develop, project
 from torch import Tensor
-
-from .anatomy import LEFT, RIGHT, Chest
-from .findings import add_effusion, add_nodule, add_pneumothorax, consolidate, enlarge_heart
-from .projection import attenuation, deform, develop, project
 
 __all__ = ["LABELS", "VERSION", "Phantom", "draw_findings", "make_phantom"]
 

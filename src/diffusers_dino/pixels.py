@@ -22,7 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ImageInput", "resize_unit", "to_unit", "unit_to_uint8", "unit_to_vae", "unit_to_xrv", "vae_to_unit"]
+__all__ = [
+    "ImageInput",
+    "resize_unit",
+    "to_unit",
+    "unit_to_uint8",
+    "unit_to_vae",
+    "unit_to_xrv",
+    "vae_to_unit",
+    "with_channels",
+]
 
 Image: TypeAlias = PIL.Image.Image | np.ndarray | Tensor
 ImageInput: TypeAlias = Image | list[Image] | tuple[Image, ...]
@@ -81,7 +90,7 @@ def unit_to_vae(x: Tensor, channels: int) -> Tensor:
     Raises:
         ValueError: If `channels` or the channels of `x` are neither 1 nor 3.
     """
-    return _with_channels(x, channels) * 2 - 1
+    return with_channels(x, channels) * 2 - 1
 
 
 def vae_to_unit(x: Tensor) -> Tensor:
@@ -96,10 +105,15 @@ def unit_to_uint8(x: Tensor) -> Tensor:
 
 def unit_to_xrv(x: Tensor) -> Tensor:
     """Bring `(..., 1 or 3, H, W)` in [0, 1] to TorchXRayVision's one channel `(..., 1, H, W)` in [-1024, 1024]."""
-    return (_with_channels(x, 1) * 2 - 1) * 1024
+    return (with_channels(x, 1) * 2 - 1) * 1024
 
 
-def _with_channels(x: Tensor, channels: int) -> Tensor:
+def with_channels(x: Tensor, channels: int) -> Tensor:
+    """Bring `(..., 1 or 3, H, W)` to 1 or 3 channels. Gray is the mean of red, green and blue, here and everywhere.
+
+    Raises:
+        ValueError: If `channels` or the channels of `x` are neither 1 nor 3.
+    """
     if x.ndim < 3 or x.shape[-3] not in (1, 3):
         raise ValueError(f"Expected images (..., 1 or 3, H, W), got shape {tuple(x.shape)}.")
     if channels not in (1, 3):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusers_dino.data.archives import PackedKeys, TarIndex, index_tar, parse_index, write_index
+from diffusers_dino.data.stores.archives import PackedKeys, TarIndex, index_tar, parse_index, write_index
 from shard_files import encode, write_tar
 
 

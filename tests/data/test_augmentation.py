@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from diffusers_dino.data import Augmentation
-from diffusers_dino.data.augmentation import sharpen
+from diffusers_dino.data.images.augmentation import sharpen
 
 IDENTITY = {"sharpness": 0, "shear": 0, "translation": 0, "scale": (1, 1)}
 

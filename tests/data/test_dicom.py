@@ -11,9 +11,9 @@ from pydicom.uid import JPEG2000MC, JPEG2000Lossless, JPEGBaseline8Bit, JPEGLSLo
 
 from dicom_files import LOSSLESS, LOSSY, dicom_bytes, dicom_dataset, lut_item, to_bytes
 from diffusers_dino.data import Preprocessing, UnreadableImageError, open_images, read_image
-from diffusers_dino.data.codestreams import FrameHeader, frame_header
-from diffusers_dino.data.dicom import read_dicom
-from diffusers_dino.data.dicom_header import parse_dicom
+from diffusers_dino.data.images.codestreams import FrameHeader, frame_header
+from diffusers_dino.data.images.dicom import read_dicom
+from diffusers_dino.data.images.dicom_header import parse_dicom
 
 CXR = Path(__file__).parents[2].parent / "shared" / "cxr"
 Y, X = np.mgrid[:40, :56]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from diffusers_dino.data import Preprocessing, read_image
-from diffusers_dino.data.preprocessing import center_crop, remove_borders, stretch_to_uint8
+from diffusers_dino.data.images.preprocessing import center_crop, remove_borders, stretch_to_uint8
 
 CXR = Path(__file__).parents[2].parent / "shared" / "cxr"
 

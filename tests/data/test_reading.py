@@ -9,7 +9,7 @@ from PIL import Image
 
 from deep_images import deep_png, deep_tiff
 from diffusers_dino.data import RawLayout, UnreadableImageError, read_image
-from diffusers_dino.data.reading import as_image
+from diffusers_dino.data.images.reading import as_image
 
 CXR = Path(__file__).parents[2].parent / "shared" / "cxr"
 GRAY = np.arange(0, 240, dtype=np.uint8).reshape(12, 20)

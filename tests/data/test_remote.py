@@ -20,9 +20,9 @@ from diffusers_dino.data import (
     load_batches,
     open_images,
 )
-from diffusers_dino.data import remote as remote_module
-from diffusers_dino.data.archives import write_index
-from diffusers_dino.data.remote import RemoteFiles, add_suffix, redact
+from diffusers_dino.data.stores import remote as remote_module
+from diffusers_dino.data.stores.archives import write_index
+from diffusers_dino.data.stores.remote import RemoteFiles, add_suffix, redact
 from hub_server import HubServer
 from range_server import RangeServer
 from shard_files import write_shards

@@ -17,8 +17,8 @@ from diffusers_dino.data import (
     collate,
     load_batches,
 )
-from diffusers_dino.data.sampling import WindowedOrder
-from diffusers_dino.data.stores import ImageStore
+from diffusers_dino.data.order import WindowedOrder
+from diffusers_dino.data.stores.store import ImageStore
 from diffusers_dino.seeds import derive_seed, generator_for
 
 

@@ -23,8 +23,8 @@ from diffusers_dino.data import (
     load_batches,
     open_images,
 )
-from diffusers_dino.data.archives import write_index
-from diffusers_dino.data.shard_store import ShardStore
+from diffusers_dino.data.stores.archives import write_index
+from diffusers_dino.data.stores.shards import ShardStore
 from shard_files import encode, write_shards, write_tar
 
 PREPARE = Preprocessing(16)

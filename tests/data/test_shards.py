@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from diffusers_dino.data import Preprocessing, verify_shards
-from diffusers_dino.data.archives import INDEX_SUFFIX
-from diffusers_dino.data.atomic import atomic_write, sha256_of
-from diffusers_dino.data.shards import ShardError, plan_shards, read_manifest, write_manifest, write_shard
+from diffusers_dino.data.sharding.writing import ShardError, plan_shards, read_manifest, write_manifest, write_shard
+from diffusers_dino.data.stores.archives import INDEX_SUFFIX
+from diffusers_dino.files import atomic_write, sha256_of
 
 KEYS = [f"set-{number:016x}" for number in range(103)]
 SPLITS = ["train"] * 80 + ["test"] * 20 + [None] * 3

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from diffusers_dino.data import Preprocessing, collate, open_images
-from diffusers_dino.data.archives import split_name
-from diffusers_dino.data.files import expand_braces
+from diffusers_dino.data.stores.archives import split_name
+from diffusers_dino.data.stores.local import expand_braces
 
 PREPARE = Preprocessing(16)
 

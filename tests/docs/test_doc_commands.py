@@ -73,9 +73,9 @@ def test_extractors_are_named_with_their_weights(page):
 
 
 def test_an_extractor_without_weights_is_seen():
-    assert extractors_without_weights(["eval_fid.py", "--features", "xrv", "--model", "m"]) == ["xrv"]
-    assert not extractors_without_weights(["eval_fid.py", "--features", "xrv", "--weights", "w"])
-    assert not extractors_without_weights(["eval_fid.py", "--features", "pixels"])
+    assert extractors_without_weights(["evaluate fidelity", "--features", "xrv", "--model", "m"]) == ["xrv"]
+    assert not extractors_without_weights(["evaluate fidelity", "--features", "xrv", "--weights", "w"])
+    assert not extractors_without_weights(["evaluate fidelity", "--features", "pixels"])
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
-from diffusers_dino.cards import _CITATIONS
+from diffusers_dino.hub.cards import _CITATIONS
 from pages import REPOSITORY, anchors, blocks, links, name_of, pages
 
 SITE = REPOSITORY / "docs"

@@ -12,14 +12,10 @@ import pytest
 import diffusers_dino
 
 PACKAGE = "diffusers_dino"
-PACKAGES = (PACKAGE, "sources", "protocols", "plots")  # the library, and what the scripts of `examples` share
 MODULES = sorted(
-    ["duplicates", "measured", "report", "staging", *PACKAGES]
-    + [
-        module.name
-        for package in PACKAGES
-        for module in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}.")
-    ]
+    module.name
+    for module in pkgutil.walk_packages(diffusers_dino.__path__, f"{PACKAGE}.")
+    if not module.name.startswith((f"{PACKAGE}.cli", f"{PACKAGE}.__main__"))
 )
 CLASSES = (
     diffusers_dino.DinoImageConditioner,

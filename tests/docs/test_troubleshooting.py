@@ -13,9 +13,10 @@ from diffusers import DiffusionPipeline
 import tiny
 from diffusers_dino import DiffSegPipeline, DinoDiffusionPipeline, DinoImageConditioner, DinoInterpolationPipeline
 from diffusers_dino.data import Preprocessing, open_images
-from diffusers_dino.data.shards import read_manifest
+from diffusers_dino.data.sharding.writing import read_manifest
+from diffusers_dino.files import make_writable_folder
 from diffusers_dino.metrics import open_extractor
-from diffusers_dino.training.checkpoints import find_checkpoint, make_writable_folder
+from diffusers_dino.training.checkpoints import find_checkpoint
 from pages import REPOSITORY
 from scripts import call_script, image_folder
 
@@ -159,12 +160,12 @@ MISTAKES = {
     "two conditions": lambda place: train(place, encoder="facebook/dino-vitb16"),
     "no images": lambda place: train(place, train_data_dir=None, dataset_name=None),
     "a resolution that does not fit": lambda place: train(place, resolution=30),
-    "no salt": lambda place: call_script("make_shards.py", source=place / "pictures", output_dir=place / "shards"),
+    "no salt": lambda place: call_script("shards", source=place / "pictures", output_dir=place / "shards"),
     "a model folder for evaluation": lambda place: call_script(
-        "eval_segmentation.py", pipeline=place / "empty", data=place / "pictures", output_dir=place / "scores"
+        "evaluate segmentation", pipeline=place / "empty", data=place / "pictures", output_dir=place / "scores"
     ),
     "interpolation without labels": lambda place: call_script(
-        "generate_dataset.py", model=place / "model", data_dir=place / "pictures",
+        "synthesise", model=place / "model", data_dir=place / "pictures",
         strategy="interpolation", output_dir=place / "set",
     ),
 }  # fmt: skip

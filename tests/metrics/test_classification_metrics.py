@@ -3,7 +3,7 @@ import logging
 import numpy as np
 import pytest
 
-from diffusers_dino.metrics.classification import SingleClassError, check_classes, label_auroc, macro_auroc
+from diffusers_dino.metrics.auroc import SingleClassError, check_classes, label_auroc, macro_auroc
 
 NAMES = ("Edema", "Effusion", "No Finding")
 

@@ -11,9 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from diffusers_dino.data import Preprocessing, open_images
+from diffusers_dino.evaluation.memorization.planted import PLANTED
 from diffusers_dino.metrics import FeatureSet, open_extractor
 from diffusers_dino.metrics.copy_gate import CopyGate, extract_views, search_training
-from protocols.planted_copies import PLANTED
 
 PHANTOMS = Path(__file__).parents[2] / "examples/data/phantom-cxr"
 

@@ -4,12 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_dino.metrics import (
-    frechet_distance,
-    kernel_distance,
-    manifold_figures,
-    vendi_score,
-)
+from diffusers_dino.metrics import frechet_distance, kernel_distance, manifold_figures, vendi_score
 from diffusers_dino.metrics.bootstrap import resamples
 from diffusers_dino.metrics.distances import polynomial_kernel
 from diffusers_dino.metrics.estimates import (

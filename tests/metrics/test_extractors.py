@@ -77,7 +77,7 @@ def test_xrv_says_what_its_features_are(xrv_weights):
 
 def test_the_command_converts_xrv_to_the_same_bytes_each_time(xrv_weights, tmp_path, capsys):
     pickled, again = xrv_weights.with_name("model.pt"), tmp_path / "xrv.safetensors"
-    scripts.call_script("convert_xrv.py", weights=pickled, output=again, sha256=sha256(pickled))
+    scripts.call_script("convert-xrv", weights=pickled, output=again, sha256=sha256(pickled))
     assert again.read_bytes() == xrv_weights.read_bytes()
     assert capsys.readouterr().out == f"{sha256(again)}  {again}\n"
     assert (tmp_path / "xrv.safetensors.sha256").read_text() == f"{sha256(again)}  xrv.safetensors\n"

@@ -137,7 +137,7 @@ def test_the_command_writes_the_features_of_the_chosen_images(folder, tmp_path):
     (tmp_path / "keys.txt").write_text("\n".join(keys))
     output = tmp_path / "features.safetensors"
     flags = {"extractor": "pixels", "resolution": 20, "remove_borders": False, "batch_size": 2}
-    scripts.call_script("extract_features.py", data=folder, output=output, keys_file=tmp_path / "keys.txt", **flags)
+    scripts.call_script("extract", data=folder, output=output, keys_file=tmp_path / "keys.txt", **flags)
     written = FeatureSet.load(output)
     assert written.keys == tuple(keys)
     expected = extract_features(open_extractor("pixels"), open_folder(folder)).select(keys)

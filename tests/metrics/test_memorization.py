@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from diffusers_dino.metrics import memorization
+from diffusers_dino.metrics import neighbours
 from diffusers_dino.metrics.extractors.local_contrast import local_contrast_features
-from diffusers_dino.metrics.memorization import (
+from diffusers_dino.metrics.neighbours import (
     authenticity,
     calibrate_threshold,
     nearest_training,
@@ -27,7 +27,7 @@ def direct(views: torch.Tensor, training: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(("chunk", "tile"), [(1024, 8192), (7, 11), (1, 50), (50, 1)])
 def test_neighbours_are_those_of_all_distances(monkeypatch, chunk, tile):
-    monkeypatch.setattr(memorization, "_TILE", tile)
+    monkeypatch.setattr(neighbours, "_TILE", tile)
     views, training = gaussian(2, 20, 16), gaussian(50, 16, seed=1)
     expected = direct(views, training).sort(dim=1)
     found = nearest_training(views, training, k=3, chunk=chunk)
@@ -39,7 +39,7 @@ def test_neighbours_are_those_of_all_distances(monkeypatch, chunk, tile):
 
 @pytest.mark.parametrize("tile", [8192, 4])
 def test_images_of_one_group_are_not_compared(monkeypatch, tile):
-    monkeypatch.setattr(memorization, "_TILE", tile)
+    monkeypatch.setattr(neighbours, "_TILE", tile)
     features = gaussian(30, 8)
     patients = [f"p{i // 3}" for i in range(30)]
     same = torch.tensor([[a == b for b in patients] for a in patients])
@@ -99,7 +99,7 @@ def test_false_alarms_are_as_rare_as_was_promised():
 def test_the_rank_of_the_threshold_equals_scipy(n, share):
     stats = pytest.importorskip("scipy.stats")
     rank = sum(stats.binom.cdf(r, n, share) <= 0.05 for r in range(n))
-    assert memorization._tolerance_rank(n, share, 0.05) == rank
+    assert neighbours._tolerance_rank(n, share, 0.05) == rank
     real = torch.arange(1.0, n + 1)
     if rank:
         assert calibrate_threshold(real, share) == rank

@@ -6,7 +6,7 @@ import pytest
 import torch
 from sklearn.metrics import f1_score, jaccard_score
 
-from diffusers_dino.metrics.segmentation import best_union, dice, iou, union_of
+from diffusers_dino.metrics.dice import best_union, dice, iou, union_of
 
 
 def random_masks(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -12,9 +12,9 @@ from PIL import Image
 
 import tiny
 from diffusers_dino import DiffSegPipeline, DinoDiffusionPipeline
-from diffusers_dino.attention import capture_self_attention
+from diffusers_dino.diffseg.attention import capture_self_attention
+from diffusers_dino.diffseg.merging import aggregate_attention, merge_attention, suppress
 from diffusers_dino.latents import encode_to_moments
-from diffusers_dino.segmentation import aggregate_attention, merge_attention, suppress
 from tiny_text import stable_diffusion, stable_diffusion_xl
 
 RELATIVE = {"merge_threshold": 0.3, "relative_threshold": True}  # random weights attend almost evenly

@@ -40,7 +40,7 @@ def make(flags):
     """Run the script in this process; flags by keyword win. Returns the output folder."""
 
     def run(**changed) -> Path:
-        call_script("make_shards.py", **{**flags, **changed})
+        call_script("shards", **{**flags, **changed})
         return Path({**flags, **changed}["output_dir"])
 
     return run

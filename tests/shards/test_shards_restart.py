@@ -41,7 +41,7 @@ class TestRestart:
                 if last:
                     raise Killed
 
-            monkeypatch.setattr("diffusers_dino.data.atomic.os.replace", rename_some)
+            monkeypatch.setattr("diffusers_dino.files.os.replace", rename_some)
             runs += 1
             assert runs < 60
             with suppress(Killed):
@@ -52,14 +52,14 @@ class TestRestart:
         assert content(cut) == expected
 
     def test_what_is_done_is_not_done_again(self, make, tmp_path, monkeypatch):
-        monkeypatch.setattr("make_shards.write_manifest", _stop, raising=False)
+        monkeypatch.setattr("diffusers_dino.cli.shards.write_manifest", _stop, raising=False)
         with pytest.raises(Killed):
             make()
         monkeypatch.undo()
         out = tmp_path / "out"
         times = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
         assert times
-        monkeypatch.setattr("staging.prepare", _stop)
+        monkeypatch.setattr("diffusers_dino.data.sharding.parts.prepare", _stop)
         make()
         assert times == {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
         assert not (out / ".work").exists()
@@ -67,7 +67,7 @@ class TestRestart:
     def test_a_finished_shard_that_changed_is_written_anew(self, make, tmp_path, monkeypatch):
         expected = content(make())
         cut = tmp_path / "cut"
-        monkeypatch.setattr("make_shards.write_manifest", _stop, raising=False)
+        monkeypatch.setattr("diffusers_dino.cli.shards.write_manifest", _stop, raising=False)
         with pytest.raises(Killed):
             make(output_dir=cut)
         monkeypatch.undo()
@@ -83,7 +83,7 @@ class TestRestart:
         make()
         assert "all 14 samples" in capsys.readouterr().out
         assert content(out) == before
-        call_script("make_shards.py", output_dir=out, verify=True)
+        call_script("shards", output_dir=out, verify=True)
         (out / "train-000000.tar").write_bytes(b"")
         for changed in ({}, {"verify": True}):
             with pytest.raises(ValueError, match=r"train-000000\.tar has 0 bytes.*Delete manifest\.json"):
@@ -102,7 +102,7 @@ class TestRestart:
         ],
     )
     def test_another_configuration_is_refused(self, make, tmp_path, monkeypatch, changed, message):
-        monkeypatch.setattr("staging.prepare", _stop)
+        monkeypatch.setattr("diffusers_dino.data.sharding.parts.prepare", _stop)
         with pytest.raises(Killed):
             make()
         monkeypatch.undo()
@@ -114,7 +114,7 @@ class TestRestart:
         assert content(tmp_path / "out") == before
 
     def test_other_images_or_another_salt_are_refused(self, make, images, tmp_path, monkeypatch):
-        monkeypatch.setattr("staging.prepare", _stop)
+        monkeypatch.setattr("diffusers_dino.data.sharding.parts.prepare", _stop)
         with pytest.raises(Killed):
             make()
         monkeypatch.undo()
@@ -145,7 +145,7 @@ class TestRestart:
                 make(size=96, output_dir=cut, part_size=2)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        import console
+        from diffusers_dino.cli import console
 
         assert "there is no room" in console.say_what_failed(caught.value)
         assert not list(cut.glob(".*partial"))
@@ -164,14 +164,14 @@ class TestProcesses:
         outputs = []
         for workers in (0, 1, 3):
             out = tmp_path / f"{workers}"
-            printed = run_script("make_shards.py", **{**flags, "num_workers": workers, "output_dir": out})
+            printed = run_script("shards", **{**flags, "num_workers": workers, "output_dir": out})
             assert "images/s" in printed
             outputs.append(content(out))
         assert outputs[0] == outputs[1] == outputs[2]
 
     def test_a_folder_of_a_module_s_name_is_no_module(self, flags, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        run_script("make_shards.py", **{**flags, "num_workers": 1, "output_dir": "staging"})
+        run_script("shards", **{**flags, "num_workers": 1, "output_dir": "staging"})
         assert (tmp_path / "staging" / "manifest.json").is_file()
 
     def test_killed_at_random_moments(self):
@@ -183,7 +183,7 @@ class TestProcesses:
     def test_errors_are_one_line(self, flags):
         command = [
             sys.executable,
-            str(EXAMPLES / "make_shards.py"),
+            str(EXAMPLES / "shards"),
             *command_line(None, {**flags, "source": "nowhere"}),
         ]
         result = subprocess.run(command, capture_output=True, text=True)
@@ -193,7 +193,7 @@ class TestProcesses:
 
     def test_shards_train(self, flags, tmp_path):
         out = tmp_path / "out"
-        run_script("make_shards.py", **flags)
+        run_script("shards", **flags)
         tiny.tiny_vae().save_pretrained(tmp_path / "vae")
         tiny.tiny_conditioner().save_pretrained(tmp_path / "conditioner")
         tiny.tiny_unet().save_config(tmp_path / "unet_config")

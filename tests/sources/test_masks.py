@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sources import Record
-from sources.masks import open_masked_images, to_mask
+from diffusers_dino.data.sources import Record
+from diffusers_dino.data.sources.masks import open_masked_images, to_mask
 
 PHANTOMS = "examples/data/phantom-cxr/phantom-cxr-test-000000.tar"
 

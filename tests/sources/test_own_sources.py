@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from source_layouts import LAYOUTS, picture, write
-from sources import (
+from diffusers_dino.data.sources import (
     OpenSource,
     Record,
     find_source,
@@ -22,7 +21,8 @@ from sources import (
     overlaps,
     select_labels,
 )
-from sources.description import describe
+from diffusers_dino.data.sources.description import describe
+from source_layouts import LAYOUTS, picture, write
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "examples" / "configs" / "sources"

@@ -1,6 +1,6 @@
 import pytest
 
-from sources.fields import (
+from diffusers_dino.data.sources.fields import (
     Finding,
     LabelRule,
     Template,

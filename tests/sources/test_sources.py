@@ -3,8 +3,8 @@
 import pytest
 
 from diffusers_dino.data import read_image
+from diffusers_dino.data.sources import Record, find_source, open_source, source_names
 from source_layouts import LAYOUTS
-from sources import Record, find_source, open_source, source_names
 
 
 def test_each_source_has_a_layout_here():

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from sources import Source, catalogue_page, source_names
-from sources.description import Table
-from sources.fields import LabelRule
+from diffusers_dino.data.sources import Source, catalogue_page, source_names
+from diffusers_dino.data.sources.description import Table
+from diffusers_dino.data.sources.fields import LabelRule
 
 REPOSITORY = Path(__file__).parents[2]
 PAGE = (REPOSITORY / "docs" / "sources.md").read_text(encoding="utf-8")

@@ -29,8 +29,8 @@ from diffusers_dino.synthesis import (
 )
 from diffusers_dino.synthesis.finish import WorkFolders, only_run
 from diffusers_dino.synthesis.run import prepare_folder
+from diffusers_dino.synthesis.shards import find_record, make_shard
 from diffusers_dino.synthesis.tokens import PlannedSources, TokenStore, encode_part, num_parts
-from diffusers_dino.synthesis.units import find_record, make_shard
 from scripts import image_folder
 
 LABELS = [{"effusion"}, {"effusion", "mass"}, {"mass"}, {"nodule"}, {"mass"}, {"nodule"}, set()]

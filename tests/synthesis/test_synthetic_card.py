@@ -9,11 +9,11 @@ from huggingface_hub import DatasetCard
 
 import tiny
 from diffusers_dino.data import Preprocessing, collate, open_images
-from diffusers_dino.data.shards import write_manifest
+from diffusers_dino.data.sharding.writing import write_manifest
+from diffusers_dino.data.sources import recorded_sources, require_synthetic
+from diffusers_dino.evaluation import evaluate_memorization
+from diffusers_dino.hub.set_card import synthetic_card, write_synthetic_card
 from diffusers_dino.synthesis import SynthesisSettings, plan_interpolation, plan_reconstruction, synthesise
-from diffusers_dino.synthesis.card import synthetic_card, write_synthetic_card
-from protocols import evaluate_memorization
-from sources import recorded_sources, require_synthetic
 
 LABELS = [{"mass"}, {"mass", "nodule"}, {"mass"}, {"effusion"}, {"effusion"}]
 SETTINGS = SynthesisSettings(num_inference_steps=1, batch_size=4, shard_size=4, threads=1, guidance_scale=1.5)

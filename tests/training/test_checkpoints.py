@@ -3,12 +3,12 @@ import shutil
 
 import pytest
 
+from diffusers_dino.files import save_atomically
 from diffusers_dino.training.checkpoints import (
     CheckpointError,
     delete_old_checkpoints,
     find_checkpoint,
     read_checkpoint,
-    save_atomically,
     saving_checkpoint,
 )
 

@@ -7,7 +7,7 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import get_peft_model_state_dict
 
 import tiny
-from diffusers_dino.training import components
+from diffusers_dino.training import models
 
 
 @pytest.fixture(scope="module")
@@ -21,33 +21,33 @@ def folder(tmp_path_factory):
 
 
 def test_parts_load_from_their_folder_and_from_a_pipeline(folder):
-    assert isinstance(components.load_unet(str(folder / "unet")), UNet2DConditionModel)
-    assert isinstance(components.load_unet(str(folder / "pipeline")), UNet2DConditionModel)
-    assert isinstance(components.load_vae(str(folder / "taesd")), AutoencoderTiny)
-    assert components.load_vae(str(folder / "pipeline")).config["latent_channels"] == tiny.LATENT_CHANNELS
+    assert isinstance(models.load_unet(str(folder / "unet")), UNet2DConditionModel)
+    assert isinstance(models.load_unet(str(folder / "pipeline")), UNet2DConditionModel)
+    assert isinstance(models.load_vae(str(folder / "taesd")), AutoencoderTiny)
+    assert models.load_vae(str(folder / "pipeline")).config["latent_channels"] == tiny.LATENT_CHANNELS
 
 
 def test_trained_pipelines_load_from_pipelines_and_checkpoints(folder, tmp_path):
     """A run is a folder with all parts but the UNet, which its checkpoints hold; or a LoRA for another pipeline."""
-    whole = components.load_trained_pipeline(folder / "pipeline")
+    whole = models.load_trained_pipeline(folder / "pipeline")
     for name in ("vae", "conditioner", "scheduler"):
         getattr(whole, name).save_pretrained(tmp_path / "run" / name)
     trained = tiny.tiny_unet()
     torch.nn.init.constant_(trained.conv_in.bias, 3.0)
     trained.save_pretrained(tmp_path / "run/checkpoint-1/unet")
-    loaded = components.load_trained_pipeline(tmp_path / "run/checkpoint-1", torch.float16)
+    loaded = models.load_trained_pipeline(tmp_path / "run/checkpoint-1", torch.float16)
     assert loaded.unet.conv_in.bias.eq(3).all()
     assert {loaded.unet.dtype, loaded.vae.dtype, loaded.conditioner.dtype} == {torch.float16}
     with pytest.raises(FileNotFoundError, match=r"no pipeline .* and no checkpoint"):
-        components.load_trained_pipeline(tmp_path / "run/vae")
+        models.load_trained_pipeline(tmp_path / "run/vae")
 
 
 def test_a_trained_lora_is_fused_into_its_pipeline(folder, tmp_path):
-    pipe = components.load_trained_pipeline(folder / "pipeline")
+    pipe = models.load_trained_pipeline(folder / "pipeline")
     before = pipe.unet.state_dict()
     name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight"
     kept = before[name].clone()
-    components.add_lora(pipe.unet, rank=2)
+    models.add_lora(pipe.unet, rank=2)
     for key, parameter in pipe.unet.named_parameters():
         if "lora_B" in key:
             torch.nn.init.constant_(parameter, 0.5)
@@ -56,25 +56,25 @@ def test_a_trained_lora_is_fused_into_its_pipeline(folder, tmp_path):
     (tmp_path / "run/training_arguments.json").write_text(
         json.dumps({"pretrained_pipeline": str(folder / "pipeline")})
     )
-    fused = components.load_trained_pipeline(tmp_path / "run/checkpoint-1").unet.state_dict()
+    fused = models.load_trained_pipeline(tmp_path / "run/checkpoint-1").unet.state_dict()
     assert not torch.equal(fused[name], kept)
     assert fused.keys() == tiny.tiny_unet().state_dict().keys()
 
 
 def test_parts_of_the_wrong_kind_or_missing(folder, tmp_path):
     with pytest.raises(ValueError, match="UNet2DConditionModel, but the VAE"):
-        components.load_vae(str(folder / "unet"))
+        models.load_vae(str(folder / "unet"))
     with pytest.raises(ValueError, match="AutoencoderTiny, but the UNet"):
-        components.load_unet(str(folder / "taesd"))
+        models.load_unet(str(folder / "taesd"))
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
-        components.load_unet(str(tmp_path))
+        models.load_unet(str(tmp_path))
     with pytest.raises(FileNotFoundError, match="the Hub gave no vae"):
-        components.load_vae("org/missing")
+        models.load_vae("org/missing")
 
 
 def test_new_unet_fits_its_neighbours(folder):
     vae = tiny.tiny_vae(latent_channels=8)
-    unet = components.new_unet(str(folder / "unet"), vae, cross_attention_dim=48, resolution=64)
+    unet = models.new_unet(str(folder / "unet"), vae, cross_attention_dim=48, resolution=64)
     config = unet.config
     assert (config["in_channels"], config["out_channels"], config["sample_size"]) == (8, 8, 16)
     assert config["cross_attention_dim"] == 48
@@ -85,42 +85,42 @@ def test_query_and_key_weights_are_scaled_and_no_others(folder):
     made = []
     for scale in (1.0, 2.0):
         torch.manual_seed(0)
-        made.append(components.new_unet(str(folder / "unet"), tiny.tiny_vae(), 32, 32, scale).state_dict())
+        made.append(models.new_unet(str(folder / "unet"), tiny.tiny_vae(), 32, 32, scale).state_dict())
     for name, weight in made[0].items():
         factor = 2 if ".to_q." in name or ".to_k." in name else 1
         assert torch.equal(weight * factor, made[1][name]), name
 
 
 def test_the_default_schedule_is_stable_diffusions():
-    scheduler = components.make_scheduler()
+    scheduler = models.make_scheduler()
     reference = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     torch.testing.assert_close(scheduler.alphas_cumprod, reference.alphas_cumprod)
     assert not scheduler.config["clip_sample"]
 
 
 def test_schedule_from_elsewhere_and_its_changes(folder):
-    from_config = components.make_scheduler(str(folder / "schedule"))
+    from_config = models.make_scheduler(str(folder / "schedule"))
     assert (from_config.config["beta_schedule"], from_config.config["prediction_type"]) == ("linear", "sample")
-    from_file = components.make_scheduler(str(folder / "schedule" / "scheduler_config.json"))
+    from_file = models.make_scheduler(str(folder / "schedule" / "scheduler_config.json"))
     assert from_file.config["beta_schedule"] == "linear"
-    assert components.make_scheduler(str(folder / "pipeline")).config["beta_schedule"] == "scaled_linear"
-    zero = components.make_scheduler(prediction_type="v_prediction", zero_snr=True)
+    assert models.make_scheduler(str(folder / "pipeline")).config["beta_schedule"] == "scaled_linear"
+    zero = models.make_scheduler(prediction_type="v_prediction", zero_snr=True)
     assert zero.alphas_cumprod[-1] == 0
     assert zero.config["timestep_spacing"] == "trailing"
     with pytest.raises(ValueError, match="v_prediction"):
-        components.make_scheduler(zero_snr=True)
+        models.make_scheduler(zero_snr=True)
 
 
 def test_resolution_must_be_halved_as_often_as_the_models_do():
-    assert components.latent_shape(tiny.tiny_vae(), tiny.tiny_unet(), 64) == (4, 16, 16)
+    assert models.latent_shape(tiny.tiny_vae(), tiny.tiny_unet(), 64) == (4, 16, 16)
     with pytest.raises(ValueError, match="multiple of 8"):
-        components.latent_shape(tiny.tiny_vae(), tiny.tiny_unet(), 60)
+        models.latent_shape(tiny.tiny_vae(), tiny.tiny_unet(), 60)
 
 
 def test_trained_weights_are_float32_and_the_others_frozen():
     pipe = tiny.tiny_pipeline()
-    components.add_lora(pipe.unet, rank=2)
-    trained = components.adapt_for_training(pipe, torch.device("cpu"), torch.bfloat16)
+    models.add_lora(pipe.unet, rank=2)
+    trained = models.adapt_for_training(pipe, torch.device("cpu"), torch.bfloat16)
     assert 0 < len(trained) < len(list(pipe.unet.parameters()))
     assert {parameter.dtype for parameter in trained} == {torch.float32}
     frozen = {p.dtype for p in pipe.unet.parameters() if not p.requires_grad}
@@ -131,7 +131,7 @@ def test_trained_weights_are_float32_and_the_others_frozen():
 
 def test_optimizer_takes_its_options():
     weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = components.make_adamw([weight], lr=0.1, weight_decay=0.0, betas=(0.5, 0.6), eps=1e-6)
+    optimizer = models.make_adamw([weight], lr=0.1, weight_decay=0.0, betas=(0.5, 0.6), eps=1e-6)
     assert optimizer.defaults["betas"] == (0.5, 0.6)
     weight.grad = torch.ones(3)
     optimizer.step()
@@ -140,5 +140,5 @@ def test_optimizer_takes_its_options():
 
 def test_eight_bit_optimizer_is_bitsandbytes():
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    optimizer = components.make_adamw([torch.nn.Parameter(torch.ones(3))], eight_bit=True, lr=0.1)
+    optimizer = models.make_adamw([torch.nn.Parameter(torch.ones(3))], eight_bit=True, lr=0.1)
     assert isinstance(optimizer, bitsandbytes.optim.AdamW8bit)

@@ -14,12 +14,7 @@ from PIL import Image
 import scripts
 import tiny
 from diffusers_dino.data import Augmentation, ImageDataset, Preprocessing, Slot, TrainingViews, open_images
-from diffusers_dino.training.feature_cache import (
-    FeatureCacheError,
-    Recipe,
-    open_feature_cache,
-    write_feature_cache,
-)
+from diffusers_dino.training.feature_cache import FeatureCacheError, Recipe, open_feature_cache, write_feature_cache
 from diffusers_dino.training.features import FeatureEncoder, cache_in_memory
 
 COUNT, VIEWS = 11, 3

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from diffusers_dino.training.reconstruction import ReconstructionLoss, gradient_l1, latent_statistics, psnr
+from diffusers_dino.training.autoencoder import ReconstructionLoss, gradient_l1, latent_statistics, psnr
 
 
 def test_loss_is_the_sum_of_its_terms():

@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 
 import tiny
-from diffusers_dino.training.components import adapt_for_training, make_adamw
+from diffusers_dino.training.models import adapt_for_training, make_adamw
 from diffusers_dino.training.state import TrainingState
 from diffusers_dino.training.validation import (
     FeatureMetric,

@@ -1,13 +1,13 @@
 """Images in: reading, preparation, augmentation and the order in which training sees them."""
 
-from .augmentation import Augmentation
 from .datasets import ImageDataset, collate, open_images
-from .dicom_header import dicom_facts, salted_hash
-from .loading import load_batches
-from .preprocessing import Preprocessing
-from .reading import RawLayout, UnreadableImageError, read_image
-from .sampling import GlobalBatchSampler, Slot
-from .shards import verify_shards
+from .images.augmentation import Augmentation
+from .images.dicom_header import dicom_facts, salted_hash
+from .images.preprocessing import Preprocessing
+from .images.reading import RawLayout, UnreadableImageError, read_image
+from .loader import load_batches
+from .order import GlobalBatchSampler, Slot
+from .sharding.writing import verify_shards
 from .views import TrainingViews
 
 __all__ = [

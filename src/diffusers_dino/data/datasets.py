@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..seeds import derive_seed
-from .preprocessing import Preprocessing
-from .reading import UnreadableImageError
-from .sampling import WindowedOrder
-from .stores import ImageStore, open_store
+from .images.preprocessing import Preprocessing
+from .images.reading import UnreadableImageError
+from .order import WindowedOrder
+from .stores.store import ImageStore, open_store
 
 __all__ = ["ImageDataset", "collate", "open_images", "to_float"]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .archives import split_name
 from .datasets import ImageDataset
-from .reading import IMAGE_EXTENSIONS
+from .images.reading import IMAGE_EXTENSIONS
+from .stores.archives import split_name
 
 __all__ = ["NO_FINDING", "LabelTable", "read_label_table", "stored_labels"]
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .augmentation import Augmentation
 from .datasets import ImageDataset
-from .sampling import Slot
+from .images.augmentation import Augmentation
+from .order import Slot
 
 __all__ = ["BatchMemory", "TrainingViews"]
 

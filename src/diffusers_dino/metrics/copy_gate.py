@@ -13,18 +13,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..data import ImageDataset
-from ..data.atomic import atomic_write
+from ..files import atomic_write
 from ..fingerprints import hash_of
 from .feature_sets import FeatureSet, extract_features
 from .features import FeatureExtractor, FeatureSpec, open_extractor
-from .memorization import (
-    Groups,
-    Neighbors,
-    calibrate_threshold,
-    nearest_training,
-    relative_distances,
-    typical_distances,
-)
+from .neighbours import Groups, Neighbors, calibrate_threshold, nearest_training, relative_distances, typical_distances
 
 __all__ = [
     "CopyGate",

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..data import ImageDataset, Slot, TrainingViews, load_batches
-from ..data.atomic import atomic_write
+from ..files import atomic_write
 from .extractors import FeatureExtractor, FeatureSpec
 
 __all__ = ["FeatureSet", "extract_features", "iterate_features"]

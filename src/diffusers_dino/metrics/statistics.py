@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..data.atomic import atomic_write
+from ..files import atomic_write
 from .extractors import FeatureSpec
 from .feature_sets import FeatureSet
 from .inputs import Features, feature_matrix

@@ -12,11 +12,11 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..attention import capture_self_attention
 from ..conditioner import DinoImageConditioner
+from ..diffseg.attention import capture_self_attention
+from ..diffseg.merging import aggregate_attention, merge_attention, refine_segments, relative_thresholds, suppress
 from ..latents import encode_to_moments, vae_scale_factor
 from ..pixels import ImageInput, to_unit, unit_to_vae
-from ..segmentation import aggregate_attention, merge_attention, refine_segments, relative_thresholds, suppress
 from ..training.objective import add_noise as noisy
 from .caching import has_cache
 from .checks import check_choice, check_generator, check_numbers, thresholds_of, timesteps_of

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data import ImageDataset, Preprocessing, open_images
-from ..data.atomic import PARTIAL, atomic_write
-from ..data.shards import MANIFEST, read_manifest, write_manifest
+from ..data.sharding.writing import MANIFEST, read_manifest, write_manifest
+from ..files import PARTIAL, atomic_write
 from .plan import LABEL_SEPARATOR, Plan, PlannedImage
 from .plan_files import load_plan
 from .settings import SynthesisError
-from .units import UnitRecord, read_record
+from .shards import UnitRecord, read_record
 
 if TYPE_CHECKING:
     from typing_extensions import Self

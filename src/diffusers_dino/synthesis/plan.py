@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ..data.archives import PackedKeys
+from ..data.stores.archives import PackedKeys
 from ..seeds import derive_seed
 from .pairs import Pair, interpolated_labels, permute, sample_pairs
 from .settings import SynthesisError, SynthesisSettings

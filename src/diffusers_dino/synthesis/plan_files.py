@@ -9,8 +9,8 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from ..data.archives import PackedKeys
-from ..data.atomic import atomic_write, write_json
+from ..data.stores.archives import PackedKeys
+from ..files import atomic_write, write_json
 from .plan import Plan
 from .settings import SynthesisError, SynthesisSettings
 

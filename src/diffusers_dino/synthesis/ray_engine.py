@@ -28,8 +28,8 @@ from .plan import Plan
 from .plan_files import PLAN, freeze_plan
 from .run import bind, check_readable, prepare_folder, progress_bar
 from .settings import SynthesisError
+from .shards import Gate, find_record, make_shard
 from .tokens import PlannedSources, TokenStore, encode_part, has_part, num_parts
-from .units import Gate, find_record, make_shard
 
 if TYPE_CHECKING:
     from ..pipelines import DinoDiffusionPipeline

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from ..data import ImageDataset
-from ..data.shards import MANIFEST
+from ..data.sharding.writing import MANIFEST
+from ..files import make_writable_folder
 from ..fingerprints import as_json, fingerprint_pipeline, hash_of
-from ..training.checkpoints import make_writable_folder
 from .finish import SyntheticSet, WorkFolders, check_left_out, complete_set, finished_set, only_run
 from .plan import Plan
 from .plan_files import freeze_plan
 from .settings import SynthesisError
+from .shards import Gate, find_record, make_shard
 from .tokens import PlannedSources, TokenStore, encode_part, has_part, num_parts
-from .units import Gate, find_record, make_shard
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from ..data.encoding import Encoding
+from ..data.images.encoding import Encoding
 
 __all__ = ["SynthesisError", "SynthesisSettings"]
 

@@ -15,8 +15,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..data import ImageDataset
-from ..data.atomic import atomic_write
 from ..data.datasets import to_float
+from ..files import atomic_write
 from .plan import Plan
 from .settings import SynthesisError
 

@@ -11,7 +11,6 @@ import json
 import logging
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
 from ..data import Preprocessing
-from ..data.atomic import sha256_of, sync
+from ..files import beside, replace_folder, sha256_of, sync_folder
 
 __all__ = [
     "Checkpoint",
@@ -33,10 +32,8 @@ __all__ = [
     "describe_file",
     "describe_run",
     "find_checkpoint",
-    "make_writable_folder",
     "read_checkpoint",
     "resume_run",
-    "save_atomically",
     "save_run",
     "saving_checkpoint",
 ]
@@ -161,7 +158,7 @@ def saving_checkpoint(
         The folder to write into. If the body raises, no checkpoint appears.
     """
     final = Path(output_dir) / f"checkpoint-{step}"
-    partial = _beside(final, "partial")
+    partial = beside(final, "partial")
     if is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -173,52 +170,14 @@ def saving_checkpoint(
             files = {name: describe_file(partial / name) for name in _list_files(partial)}
             manifest = {"format": _FORMAT, "step": step, "info": info or {}, "files": files}
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-            _sync_folder(partial)
+            sync_folder(partial)
     except BaseException:
         if is_main_process:  # what was written so far would keep a full disk full
             shutil.rmtree(partial, ignore_errors=True)
         raise
     if is_main_process:
-        _move_into_place(partial, final)
+        replace_folder(partial, final)
     wait_for_everyone()
-
-
-@contextmanager
-def save_atomically(final: str | Path) -> Iterator[Path]:
-    """Write a folder under another name and rename it when it is complete, replacing one that was there.
-
-    Yields:
-        The folder to write into. If the body raises, what was there stays.
-    """
-    final = Path(final)
-    partial = _beside(final, "partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        _sync_folder(partial)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    _move_into_place(partial, final)
-
-
-def make_writable_folder(path: str | Path) -> Path:
-    """Make a folder and try it, so that a run that could not save anything ends before it starts.
-
-    Raises:
-        PermissionError: If nothing can be written there.
-        NotADirectoryError: If a file is in the way.
-    """
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except (FileExistsError, NotADirectoryError) as error:
-        raise NotADirectoryError(f"The output folder {path} cannot be made: there is a file of that name.") from error
-    except OSError as error:
-        raise PermissionError(f"The output folder {path} is not writable: {error.strerror}.") from error
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -300,7 +259,7 @@ def delete_old_checkpoints(output_dir: str | Path, keep: int) -> None:
         raise ValueError(f"At least one checkpoint must be kept, got {keep}.")
     for path in _checkpoint_folders(output_dir)[:-keep]:
         # Renamed first: a folder that is half deleted must not look like a checkpoint.
-        doomed = _beside(path, "old")
+        doomed = beside(path, "old")
         shutil.rmtree(doomed, ignore_errors=True)
         path.rename(doomed)
         shutil.rmtree(doomed)
@@ -322,26 +281,5 @@ def _checkpoint_folders(output_dir: str | Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
-def _beside(path: Path, suffix: str) -> Path:
-    return path.with_name(f".{path.name}.{suffix}")
-
-
 def _list_files(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Force a folder and all in it to disk."""
-    for path in (*folder.rglob("*"), folder):
-        sync(path)
-
-
-def _move_into_place(partial: Path, final: Path) -> None:
-    """Give a folder that is on disk its name."""
-    old = _beside(final, "old")
-    if final.exists():  # no system call replaces a folder with content; at each moment one of the two is there
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-    partial.rename(final)
-    sync(final.parent)
-    shutil.rmtree(old, ignore_errors=True)

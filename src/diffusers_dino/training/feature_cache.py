@@ -22,7 +22,7 @@ from safetensors.torch import save
 
 from ..conditioner import DinoImageConditioner
 from ..data import ImageDataset, TrainingViews
-from ..data.atomic import PARTIAL, atomic_write, write_json
+from ..files import PARTIAL, atomic_write, write_json
 from ..fingerprints import as_json, fingerprint_model, hash_of
 from ..latents import VAE
 from .checkpoints import MANIFEST, describe_file

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ..data.atomic import atomic_write
+from ..files import atomic_write
 
 __all__ = ["Progress", "peak_memory"]
 

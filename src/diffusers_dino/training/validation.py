@@ -17,12 +17,12 @@ from PIL import Image
 from torch import Tensor
 
 from ..data import collate
+from ..files import save_atomically
 from ..metrics import FeatureSpec, frechet_distance, kernel_distance, open_extractor
 from ..pipelines import DinoDiffusionPipeline
 from ..seeds import generator_for
 from ..sheets import contact_sheet
-from .checkpoints import save_atomically
-from .components import on_device
+from .models import on_device
 from .state import TrainingState
 
 __all__ = [

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..feature_sets import FeatureSet
-from ..statistics import GaussianStatistics
+from diffusers_dino.metrics.feature_sets import FeatureSet
+from diffusers_dino.metrics.statistics import GaussianStatistics
 
 __all__ = ["FROM_FILE", "describe", "reference_features", "reference_statistics", "to_tensor"]
 

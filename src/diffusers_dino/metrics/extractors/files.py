@@ -6,7 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from ...data.atomic import atomic_write, sha256_of
+from ...files import atomic_write, sha256_of
 
 __all__ = ["checked_sha256", "folder_sha256", "require_local", "write_sha256"]
 

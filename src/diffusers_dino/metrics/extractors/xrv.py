@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import DenseNet
 
-from ...data.atomic import atomic_write, sha256_of
+from ...files import atomic_write, sha256_of
 from ...pixels import unit_to_xrv
 from .base import FeatureExtractor, FeatureSpec
 from .files import checked_sha256, require_local, write_sha256

@@ -1,0 +1,77 @@
+r"""Encode K views of every image once, so that training runs the UNet alone.
+
+    accelerate launch -m diffusers_dino cache my_training.yaml --train_data_dir /data/cxr --cache_views 4 \
+        --feature_cache /data/cxr-features
+    accelerate launch examples/train_dino.py my_training.yaml --train_data_dir /data/cxr \
+        --feature_cache /data/cxr-features
+
+The flags are those of the training run, so that both mean the same images, views and models. Stopped at any moment,
+the same command goes on where it was.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+import train_dino
+
+from ..files import make_writable_folder, save_atomically
+from ..training.feature_cache import Recipe, write_feature_cache
+from ..training.features import FeatureEncoder
+from .arguments import flag
+
+logger = logging.getLogger("cache_features")
+
+
+@dataclass
+class Arguments(train_dino.Arguments):
+    storage_dtype: Literal["float16", "float32"] = flag(
+        "float16", "Type to store; float32 takes twice the space.", group="Features"
+    )
+    samples_per_shard: int = flag(256, "Images in a file, and between two moments to go on from.")
+
+
+def main(args: Arguments) -> None:
+    if not args.feature_cache:
+        raise ValueError("Give the folder that the features go to as --feature_cache.")
+    train_dino.check_arguments(args)
+    folder = make_writable_folder(args.feature_cache)
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logger.setLevel(logging.INFO)
+
+    views = train_dino.open_views(args)
+    with accelerator.main_process_first():  # one process downloads
+        vae, conditioner = train_dino.load_frozen(args, views.images, accelerator.device)
+    recipe = Recipe.of(vae, conditioner, views, args.cache_views or 1)
+    if accelerator.is_main_process and not (folder / "conditioner").exists():
+        with save_atomically(folder / "conditioner") as place:
+            conditioner.save_pretrained(place)
+    precision = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    for model in (vae.requires_grad_(False).eval(), conditioner):
+        nn.Module.to(model, accelerator.device, precision)
+    manifest = write_feature_cache(
+        folder,
+        recipe,
+        views,
+        FeatureEncoder(vae, conditioner, accelerator.device),
+        accelerator,
+        dtype=getattr(torch, args.storage_dtype),
+        samples_per_shard=args.samples_per_shard,
+        batch_size=args.cache_batch_size,
+        num_workers=args.dataloader_num_workers,
+        say=logger.info,
+    )
+    if accelerator.is_main_process:
+        size = sum(shard["size"] for shard in manifest["shards"]) / 2**20
+        substitutes = sum(len(shard["substitutes"]) for shard in manifest["shards"])
+        note = f" {substitutes} images cannot be read; others stand in their places." if substitutes else ""
+        logger.info(f"{folder}: {manifest['num_samples']} images x {recipe.num_views} views, {size:.0f} MiB.{note}")
+        logger.info(f"Train with the same flags: train_dino.py ... --feature_cache {folder}")
+    accelerator.end_training()

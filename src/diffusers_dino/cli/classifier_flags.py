@@ -1,0 +1,94 @@
+"""Flags of scripts that classify images: which images and labels, and how a classifier is trained."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..data import ImageDataset, Preprocessing, open_images
+from ..data.labels import LabelTable, read_label_table, stored_labels
+from ..evaluation.classifier import ClassifierSettings
+from .arguments import flag
+
+__all__ = ["ClassifierArguments", "LabelledImageArguments", "classifier_settings", "open_labelled_images"]
+
+STORED = "stored"
+
+
+@dataclass
+class LabelledImageArguments:
+    data_dir: str = flag("examples/data/phantom-cxr", "Real images: a folder, or webdataset tars.", group="Data")
+    data_split: str = flag("train", "Split of a folder of shards with a manifest.")
+    keys_file: str | None = flag(None, "Text file of the keys of the images to use, one a line; by default all.")
+    labels: str = flag(STORED, f"CSV of labels and patients, or {STORED!r} for those beside images in shards.")
+    key_column: str = flag("file", "Column of the CSV: keys or file names.")
+    label_column: str = flag("findings", "Column of the CSV: labels, joined by |.")
+    patient_column: str = flag("patient", "Column of the CSV: patients, who are in one fold alone.")
+    label_names: list[str] | None = flag(None, "Labels to classify; by default the most frequent ones.")  # noqa: RUF009
+    num_labels: int = flag(4, "How many of the most frequent findings, besides 'No Finding'.")
+    remove_borders: bool = flag(True, "Cut uniform borders off the images, as in training the generator.")
+
+
+@dataclass
+class ClassifierArguments:
+    classifier: str = flag("densenet121", "Architecture of timm.", group="Classifier")
+    classifier_options: list[str] | None = flag(None, "Its options, as NAME=VALUE in JSON.")  # noqa: RUF009
+    classifier_weights: str | None = flag(None, "File of weights to start from; by default from scratch.")
+    size: int = flag(224, "Side of the images in pixels that classifiers see.")
+    channels: int = flag(1, "1 for gray, 3 for colour.")
+    train_batch_size: int = flag(32, "Images of an update.")
+    max_train_steps: int = flag(2000, "Updates of each classifier, however many images it has.")
+    validation_fraction: float = flag(0.15, "Share of the training patients that chooses a classifier's weights.")
+    validation_steps: int = flag(100, "Updates after which the weights are compared with the best so far.")
+    learning_rate: float = flag(1e-3, "Peak of AdamW's.")
+    weight_decay: float = flag(0.05, "Of AdamW.")
+
+
+def classifier_settings(args: ClassifierArguments) -> ClassifierSettings:
+    """What the flags say of a classifier.
+
+    Raises:
+        ValueError: If an option of the architecture is not NAME=VALUE, or a value is out of its range.
+    """
+    options = {}
+    for text in args.classifier_options or []:
+        name, _, value = text.partition("=")
+        try:
+            options[name] = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--classifier_options takes NAME=VALUE with a value in JSON, got {text!r}.") from error
+    return ClassifierSettings(
+        model=args.classifier,
+        options=json.dumps(options, sort_keys=True),
+        weights=args.classifier_weights,
+        size=args.size,
+        channels=args.channels,
+        batch_size=args.train_batch_size,
+        max_steps=args.max_train_steps,
+        validation_steps=args.validation_steps,
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+    )
+
+
+def open_labelled_images(args: LabelledImageArguments, size: int) -> tuple[ImageDataset, LabelTable, tuple[str, ...]]:
+    """The images, what is known of each in the same order, and the labels to classify.
+
+    Raises:
+        ValueError: If an image has no row of labels, or a label or column is missing.
+    """
+    preprocessing = Preprocessing(size, args.remove_borders)
+    images = open_images(args.data_dir, preprocessing, split=args.data_split, local_files_only=True)
+    try:
+        if args.keys_file:
+            images = images.select([key for key in Path(args.keys_file).read_text().splitlines() if key])
+        if args.labels == STORED:
+            table = stored_labels(images)
+        else:
+            table = read_label_table(args.labels, args.key_column, args.label_column, args.patient_column)
+            table = table.select(images.keys)
+    except KeyError as error:
+        raise ValueError(f"{error.args[0]}. Name files in --labels as in --data_dir, or use --keys_file.") from error
+    names = tuple(args.label_names or table.most_frequent(args.num_labels))
+    return images, table.restrict(names), names

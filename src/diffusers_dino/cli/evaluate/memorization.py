@@ -1,0 +1,172 @@
+r"""Search a synthetic set for copies of training images, and make a gate that keeps them out of the next one.
+
+    diffusers-dino evaluate memorization --training /data/cxr --training_keys training_keys.txt \
+        --held_out /data/cxr --held_out_keys held_out_keys.txt --synthetic outputs/synthetic \
+        --patients /data/cxr.csv --output_dir outputs/memorization
+
+Images are folders or webdataset tars. Without `--synthetic` the search is set up and checked, and `gate.safetensors`
+is written, which `generate_dataset.py` takes. Writes `memorization.json`, `report.html`, `distances.png` and, where
+patients may be shown, `pairs.png`. Reports name images by their keys and nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ...data import ImageDataset, Preprocessing, open_images
+from ...data.labels import read_label_table, stored_labels
+from ...evaluation import MemorizationResult, evaluate_memorization
+from ...evaluation.memorization.plot import draw_closest_pairs, plot_memorization
+from ...files import make_writable_folder
+from ...metrics import open_extractor
+from ...report import Report
+from ..arguments import flag
+
+
+@dataclass
+class Arguments:
+    training: str | None = flag(
+        None, "What the generator was trained on: a folder, or webdataset tars.", group="Images"
+    )
+    synthetic: str | None = flag(None, "What it generated, likewise.")
+    held_out: str | None = flag(None, "Real images that it was not trained on, likewise.")
+    training_keys: str | None = flag(None, "Text file of the keys of --training to use, one a line.")
+    held_out_keys: str | None = flag(None, "The same for --held_out; by default what --training_keys does not list.")
+    patients: str | None = flag(None, "CSV table with the patient of each real image, or `stored` in the shards.")
+    key_column: str = flag("file", "Its column of keys or file names.")
+    patient_column: str = flag("patient", "Its column of patients.")
+    size: int = flag(128, "Side in pixels that images are prepared at.")
+    remove_borders: bool = flag(False, "Cut uniform borders off real images, if it was done in training.")
+    extractor: str = flag("local-contrast", "Feature space: not the generator's own encoder.", group="Search")
+    weights: str | None = flag(None, "Weights of the extractor, if it has any.")
+    false_alarms: float = flag(0.01, "Share of real images that may be called copies; 0.01 takes 299 images.")
+    calibrate_on: Literal["training", "held out"] = flag("training", "Real images that the threshold comes from.")
+    batch_size: int = flag(64, "Images computed at once.")
+    device: str = flag("cpu", "Where features are computed, such as cuda.")
+    output_dir: str = flag("outputs/memorization", "Where the report and the gate go.", group="Output")
+    num_pairs: int = flag(12, "Closest pairs to list.")
+    draw_pairs: bool = flag(True, "Show them as pictures; no, where the report must not show patients.")
+
+
+def main(args: Arguments) -> None:
+    if not args.training:
+        raise ValueError("Give --training: the images that the generator was trained on.")
+    output_dir = make_writable_folder(args.output_dir)
+    training, held_out = open_real_images(args)
+    # what was generated has been prepared already
+    synthetic = open_images(args.synthetic, Preprocessing(args.size, remove_borders=False)) if args.synthetic else None
+    result, gate = evaluate_memorization(
+        training,
+        synthetic,
+        held_out,
+        extractor=open_extractor(args.extractor, args.weights, args.device),
+        training_groups=read_patients(args, training),
+        held_out_groups=read_patients(args, held_out),
+        false_alarms=args.false_alarms,
+        calibrate_on=args.calibrate_on,
+        num_pairs=args.num_pairs,
+        batch_size=args.batch_size,
+    )
+    result.save(output_dir / "memorization.json")
+    gate.save(output_dir / "gate.safetensors")
+    figure = plot_memorization(result)
+    figure.savefig(output_dir / "distances.png", dpi=150, bbox_inches="tight")
+    report = make_report(result)
+    report.add_figure(figure, "Relative distance to the nearest training image.")
+    if result.closest and args.draw_pairs:
+        pairs = draw_closest_pairs(result, synthetic, training)
+        pairs.save(output_dir / "pairs.png")
+        report.add_image(pairs, "Closest pairs, nearest first: synthetic | its nearest training image.")
+    report.save(output_dir / "report.html")
+    for row in table_of_sets(result)[1]:
+        print(*row, sep=" | ")
+    print(f"Report: {output_dir / 'report.html'}\nGate:   {output_dir / 'gate.safetensors'}")
+
+
+def open_real_images(args: Arguments) -> tuple[ImageDataset, ImageDataset | None]:
+    """Training and held-out images; what trained is never held out."""
+    preprocessing = Preprocessing(args.size, remove_borders=args.remove_borders)
+    training = open_images(args.training, preprocessing)
+    if args.training_keys:
+        training = training.select(read_keys(args.training_keys))
+    if not args.held_out:
+        return training, None
+    held_out = open_images(args.held_out, preprocessing)
+    if args.held_out_keys:
+        held_out = held_out.select(read_keys(args.held_out_keys))
+    elif args.training_keys or args.held_out == args.training:
+        trained = set(training.keys)
+        held_out = held_out.select([key for key in held_out.keys if key not in trained])
+    if not len(held_out):
+        raise ValueError("No image is held out: the training set has all keys of --held_out.")
+    return training, held_out
+
+
+def read_keys(path: str) -> list[str]:
+    return Path(path).read_text().split()
+
+
+def read_patients(args: Arguments, images: ImageDataset | None) -> tuple[str, ...] | None:
+    if not args.patients or images is None:
+        return None
+    if args.patients == "stored":
+        return stored_labels(images).patients
+    column = args.patient_column  # labels are not needed, and any column can be read as such
+    return read_label_table(args.patients, args.key_column, column, column).select(images.keys).patients
+
+
+def make_report(result: MemorizationResult) -> Report:
+    spec, training = result.spec, result.training
+    report = Report("Memorization")
+    report.add_text(
+        f"Each image is compared, itself and mirrored, with {training.num_images} training images by the extractor "
+        f"{spec.extractor} ({spec.layer}; {spec.dim} features of {spec.input_size} px, {spec.pixel_range}; weights "
+        f"{spec.weights_sha256 or 'none'}). The relative distance is that to the nearest one in units of the distance "
+        f"to the nearest tenth of them. Below {result.threshold:.3f} an image counts as a copy: "
+        f"of real images ({result.calibrated_on}), which are none, at most {result.false_alarms:.2%} do (with 95 % "
+        "confidence)."
+    )
+    report.add_text(
+        "No copy found is no proof of privacy: the search sees pictures that resemble each other as a whole, not a "
+        "detail by which a person could be known, nor what can be learned from the weights."
+    )
+    report.add_heading("What is near")
+    report.add_table(*table_of_sets(result))
+    report.add_text(
+        "AuthPct is the share of images that are farther from their nearest training image than that is from its own "
+        "nearest. It is to be compared with the one of held-out images, and is no verdict on an image."
+    )
+    report.add_heading("What the search finds")
+    header = [f"copies of {result.planted[0].num_images} training images that were planted", "share found"]
+    report.add_table(header, [(planted.change, planted.found) for planted in result.planted])
+    if result.closest:
+        report.add_heading("Closest pairs")
+        header = ["synthetic image", "training image", "relative distance", "mirrored", "copy"]
+        rows = [(x.key, x.training_key, x.relative_distance, yes(x.mirrored), yes(x.copy)) for x in result.closest]
+        report.add_table(header, rows)
+    return report
+
+
+def table_of_sets(result: MemorizationResult) -> tuple[list[str], list[list[object]]]:
+    header = ["images", "N", "copies", "share [95 %]", "AuthPct [95 %]", "nearest", "median"]
+    names = {"synthetic": result.synthetic, "held out (false alarms)": result.held_out, "training": result.training}
+    rows = [
+        [
+            name,
+            x.num_images,
+            x.copies,
+            f"{x.share:.2%} [{x.low:.2%}, {x.high:.2%}]",
+            f"{x.authentic:.1%} [{x.authentic_low:.1%}, {x.authentic_high:.1%}]",
+            x.nearest,
+            x.median,
+        ]
+        for name, x in names.items()
+        if x is not None
+    ]
+    return header, rows
+
+
+def yes(value: bool) -> str:
+    return "yes" if value else "no"

@@ -1,0 +1,229 @@
+r"""Make a data set of synthetic, labelled images from real ones: webdataset shards, labels.csv and a manifest.
+
+    accelerate launch -m diffusers_dino synthesise --model my-model --data_dir /data/cxr --labels /data/cxr.csv \
+        --strategy interpolation --ratio 5 --output_dir synthetic
+
+The plan of which images to make, from what and with which noise is frozen first. Stopped at any moment, the same
+command goes on where it was, also with another number of processes, and ends with the same shards.
+docs/synthesis.md describes what is written.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+
+from .. import DinoDiffusionPipeline
+from ..data import ImageDataset, Preprocessing, open_images
+from ..data.labels import LabelTable, read_label_table, stored_labels
+from ..data.sources import recorded_sources
+from ..files import atomic_write
+from ..hub.set_card import write_synthetic_card
+from ..metrics.copy_gate import CopyGate
+from ..sheets import contact_sheet
+from ..synthesis import (
+    Plan,
+    SynthesisSettings,
+    SyntheticSet,
+    bind,
+    load_plan,
+    plan_interpolation,
+    plan_reconstruction,
+    synthesise,
+)
+from ..synthesis.plan_files import PLAN
+from ..synthesis.run import prepare_folder
+from .arguments import flag
+from .sampling_flags import SamplingArguments
+
+STORED = "stored"
+
+
+@dataclass
+class Arguments(SamplingArguments):
+    model: str = flag(
+        "outputs/quickstart/model", "DinoDiffusionPipeline: a folder or a repository of the Hub.", group="What from"
+    )
+    data_dir: str = flag("examples/data/phantom-cxr", "Source images: a folder, or webdataset tars.")
+    data_split: str = flag("train", "Split of a folder of shards with a manifest.")
+    keys_file: str | None = flag(None, "Text file of the keys of the images to use, one a line; by default all.")
+    labels: str | None = flag(None, f"CSV of labels, or {STORED!r} for those in shards. Reconstruction needs none.")
+    key_column: str = flag("file", "Column of the CSV: keys or file names.")
+    label_column: str = flag("findings", "Column of the CSV: labels, joined by |.")
+    remove_borders: bool = flag(True, "Cut uniform borders off the sources, as in training.")
+    strategy: Literal["reconstruction", "interpolation"] = flag(
+        "reconstruction", "Variations of images, or images between two that share a label.", group="What"
+    )
+    ratio: float | None = flag(None, "Synthetic images for each source.")
+    num_images: int | None = flag(None, "Number of synthetic images, in place of --ratio.")
+    seed: int = flag(0, "Seed of the plan and of the noise.")
+    batch_size: int = flag(16, "Images sampled together by a process.")
+    threads: int | None = flag(None, "Threads of a process on the CPU; by default what PyTorch chooses at first.")
+    gate: str | None = flag(
+        None,
+        "File of a CopyGate: near-copies are drawn again. Calibrated on the sources if there is no such file.",
+        group="Gate",
+    )
+    gate_false_alarms: float = flag(0.01, "Share of unseen real images that a gate to be calibrated may refuse.")
+    patient_column: str = flag("patient", "Column of the CSV: images of one patient are no copies of each other.")
+    max_attempts: int = flag(5, "How often an image is drawn before the gate's refusal is final.")
+    max_left_out: float = flag(0.05, "Largest tolerated fraction of images that are refused in all attempts.")
+    output_dir: str = flag("synthetic", "Folder of the shards; all processes must see it.", group="Output")
+    shard_size: int = flag(1000, "Images in a shard: what a kill loses, for each process.")
+    format: Literal["png", "jpg"] = flag("png", "How images are stored.")
+    quality: int = flag(95, "Quality of JPEG.")
+    grayscale: bool = flag(False, "Store the mean of three channels.")
+    engine: Literal["local", "ray"] = flag(
+        "local", "local: this machine or accelerate's processes; ray: a Ray cluster."
+    )
+    ray_address: str | None = flag(None, "Ray cluster, such as auto; by default Ray is started on this machine.")
+    ray_workers: int | None = flag(None, "Workers on it at most; by default as many as fit.")
+    ray_gpus: float | None = flag(
+        None, "GPUs of each worker; may be a fraction. By default one if this machine has one."
+    )
+    plan_only: bool = flag(False, "Freeze the plan and stop.")
+    num_drawn: int = flag(8, "Examples beside their sources in examples.png, which then shows real images; 0: none.")
+    title: str = flag("Synthetic images", "Of the card, README.md.")
+    license: str | None = flag(None, "Of the set, as the Hub spells it, for the card.")
+    privacy_report: str | None = flag(
+        None,
+        "memorization.json of eval_memorization.py on this set, for the card: run the same command again with it.",
+    )
+
+
+def main(args: Arguments) -> None:
+    accelerator = Accelerator(
+        # nobody knows how long the slowest process will take; one that dies ends the others by the launcher
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(days=30))]
+    )
+    with accelerator.main_process_first():  # one process downloads
+        pipe = load_pipeline(args.model, args.dtype, args.scheduler)
+    size = pipe.unet.config["sample_size"] * pipe.vae_scale_factor
+    images, table = open_sources(args, size)
+    with accelerator.main_process_first():  # one process calibrates
+        gate = open_gate(args, images, table)
+    plan = make_plan(args, images, table)
+    if args.plan_only:
+        if accelerator.is_main_process:
+            prepare_folder(bind(plan, pipe, images, gate), args.output_dir)
+            print(f"{args.output_dir}: {len(plan)} images from {len(plan.keys)} sources in {plan.num_shards} shards")
+        return
+    options: dict[str, Any] = {"gate": gate, "max_left_out": args.max_left_out}
+    if args.engine == "ray":
+        if accelerator.num_processes > 1:
+            raise ValueError("Ray shares the work out by itself: start the script with python, as one process.")
+        from ..synthesis.ray_engine import RayResources, synthesise_with_ray
+
+        gpus = float(torch.cuda.is_available()) if args.ray_gpus is None else args.ray_gpus
+        resources = RayResources(args.ray_workers, gpus, args.ray_address)
+        made = synthesise_with_ray(plan, pipe, images, args.output_dir, resources=resources, **options)
+    else:
+        made = synthesise(
+            plan, pipe.to(accelerator.device), images, args.output_dir, accelerator=accelerator, **options
+        )
+    if accelerator.is_main_process:
+        if args.num_drawn:
+            draw_examples(made, images, args.num_drawn)
+        describe(made, args)
+        report(made)
+    accelerator.end_training()
+
+
+def load_pipeline(model: str, dtype: str = "float32", scheduler: str | None = None) -> DinoDiffusionPipeline:
+    """A generator, with another scheduler of diffusers if one is named."""
+    pipe = DinoDiffusionPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
+    if scheduler:
+        kind = getattr(diffusers, scheduler, None)
+        if kind is None or not hasattr(kind, "from_config"):
+            raise ValueError(f"diffusers has no scheduler {scheduler!r}: give a name like DDIMScheduler.")
+        pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    return pipe
+
+
+def open_sources(args: Arguments, size: int) -> tuple[ImageDataset, LabelTable | None]:
+    """The images, and what is known of them in the same order."""
+    preprocessing = Preprocessing(size, args.remove_borders)
+    images = open_images(args.data_dir, preprocessing, split=args.data_split, local_files_only=True)
+    try:
+        if args.keys_file:
+            images = images.select(Path(args.keys_file).read_text().splitlines())
+        if args.labels is None:
+            return images, None
+        if args.labels == STORED:
+            return images, stored_labels(images)
+        table = read_label_table(args.labels, args.key_column, args.label_column, patient_column_of(args))
+        return images, table.select(images.keys)
+    except KeyError as error:
+        raise ValueError(
+            f"{error.args[0]}. Check --keys_file, and name files in --labels as in --data_dir."
+        ) from error
+
+
+def patient_column_of(args: Arguments) -> str | None:
+    """Only a gate that is to be calibrated asks for patients."""
+    return args.patient_column if args.gate and not Path(args.gate).exists() else None
+
+
+def open_gate(args: Arguments, images: ImageDataset, table: LabelTable | None) -> CopyGate | None:
+    if args.gate is None:
+        return None
+    if not Path(args.gate).exists():
+        groups = None if table is None else table.patients
+        CopyGate.calibrate(images, groups=groups, false_alarms=args.gate_false_alarms).save(args.gate)
+    return CopyGate.load(args.gate)
+
+
+def make_plan(args: Arguments, images: ImageDataset, table: LabelTable | None) -> Plan:
+    """The plan of the flags; where the folder has one already, `synthesise` compares them."""
+    options = {entry.name: getattr(args, entry.name) for entry in fields(SynthesisSettings)}
+    if args.threads is None:
+        frozen = load_plan(args.output_dir) if (Path(args.output_dir) / PLAN).is_file() else None
+        # a launcher gives each of several processes one thread: what the first run had is part of the plan
+        options["threads"] = frozen.settings.threads if frozen else torch.get_num_threads()
+    make = {"reconstruction": plan_reconstruction, "interpolation": plan_interpolation}[args.strategy]
+    return make(
+        images.keys,
+        None if table is None else table.labels,
+        ratio=args.ratio,
+        num_images=args.num_images,
+        seed=args.seed,
+        settings=SynthesisSettings(**options),
+    )
+
+
+def draw_examples(made: SyntheticSet, images: ImageDataset, count: int) -> None:
+    """Rows of source | synthetic, or source | synthetic | source."""
+    synthetic = made.images()
+    planned = [image for image, _ in zip(made.planned(), range(count), strict=False)]
+    wanted = {key for image in planned for key in image.sources}
+    chosen = images.select(sorted(wanted))
+    place = {key: number for number, key in enumerate(chosen.keys)}
+    ends = [
+        [chosen[place[key]]["image"] for key in column] for column in zip(*(p.sources for p in planned), strict=True)
+    ]
+    columns = [ends[0], [synthetic[i]["image"] for i in range(len(planned))], *ends[1:]]
+    with atomic_write(made.folder / "examples.png") as file:
+        contact_sheet(*columns).save(file, "png")
+
+
+def describe(made: SyntheticSet, args: Arguments) -> None:
+    """Write the card."""
+    privacy = None if args.privacy_report is None else json.loads(Path(args.privacy_report).read_text())
+    sources = recorded_sources(args.data_dir)
+    write_synthetic_card(made, args.title, model=args.model, sources=sources, privacy=privacy, license=args.license)
+
+
+def report(made: SyntheticSet) -> None:
+    gate = made.manifest["lineage"]["gate"]
+    print(f"{made.folder}: {len(made)} of {len(made.plan)} images in {len(made.manifest['shards'])} shards")
+    if gate["fingerprint"]:
+        print(
+            f"The gate refused {gate['refused']}; {gate['redrawn']} passed later, {len(made.left_out)} are left out."
+        )

@@ -1,0 +1,302 @@
+"""Prepared images on their way into shards.
+
+Which shard an image belongs to follows from its duplicates, which are known only when all images are prepared. So each
+is read and prepared once, and kept with its facts in a part; shards are copied together from parts. Neither parts nor
+shards hold ids, file names or headers of the originals.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from ...files import atomic_write, sha256_of, write_json
+from ..images.dicom_header import dicom_facts, is_dicom, salted_hash
+from ..images.encoding import Encoding
+from ..images.reading import UnreadableImageError, read_image
+from ..sources import Record
+from .duplicates import perceptual_hash, pixel_digest
+from .writing import PlannedShard, Shard, ShardError, write_shard
+
+__all__ = [
+    "Item",
+    "Sample",
+    "Unreadable",
+    "assemble_shard",
+    "is_complete",
+    "list_items",
+    "prepare",
+    "read_contents",
+    "read_part",
+    "write_part",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """An image to prepare, with the names that it goes by from here on."""
+
+    key: str
+    patient: str
+    record: Record
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What is known of a prepared image, and where its bytes are. Nothing else leaves the original.
+
+    Attributes:
+        key: Source and salted hash of the image's id.
+        source: Name of the source.
+        patient: Salted hash of the patient's id.
+        labels: Findings stated as present; None: unlabelled.
+        uncertain: Findings that the provider marks as uncertain.
+        view: Such as `"PA"`; None if unknown.
+        split: The provider's.
+        modality: DICOM's term, such as `"DX"`; None if unknown.
+        spacing: mm between rows and between columns of the prepared image; None if unknown.
+        size: Height and width of the original in pixels.
+        digest: `pixel_digest` of the prepared image.
+        hash: `perceptual_hash` of it, in hexadecimal digits.
+        files: Extension -> offset and length within the part.
+        checksum: CRC-32 of those bytes.
+        part: Number of the part.
+    """
+
+    key: str
+    source: str
+    patient: str
+    labels: tuple[str, ...] | None
+    uncertain: tuple[str, ...]
+    view: str | None
+    split: str | None
+    modality: str | None
+    spacing: tuple[float, float] | None
+    size: tuple[int, int]
+    digest: str
+    hash: str
+    files: dict[str, tuple[int, int]]
+    checksum: int
+    part: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """An image that is left out, and why, in words that hold nothing of the file."""
+
+    key: str
+    source: str
+    reason: str
+
+
+_COLUMNS = [entry.name for entry in fields(Sample) if entry.name != "part"]
+
+
+def list_items(records: Iterable[Record], salt: str) -> list[Item]:
+    """Give the images of a source their names, in the order of their ids.
+
+    Raises:
+        ValueError: If two images have one id, or the salt is too short.
+    """
+    items = []
+    for record in sorted(records, key=lambda record: record.image_id):
+        key = f"{record.source}-{salted_hash(f'{record.source}/{record.image_id}', salt)}"
+        items.append(Item(key, salted_hash(f"{record.source}/{record.patient}", salt), record))
+    if len({item.key for item in items}) < len(items):
+        raise ValueError(f"Images of {items[0].record.source} share an id: an id names one image.")
+    return items
+
+
+def prepare(item: Item, encoding: Encoding, salt: str) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Read and prepare one image.
+
+    Args:
+        item: The image.
+        encoding: How it is prepared and stored.
+        salt: Secret of all hashes. Where the source knows no patients, a DICOM header's is taken, hashed.
+
+    Returns:
+        The facts of its `Sample`, and its files by extension.
+
+    Raises:
+        UnreadableImageError: If it, or its mask, cannot be read or used.
+    """
+    record = item.record
+    original = read_image(record.image, item.key, raw=record.raw, inverted=record.invert)
+    facts = _header_facts(record, salt)
+    image = encoding.preprocessing(original)
+    if image.min() == image.max():
+        raise UnreadableImageError("all its pixels are equal")
+    window = encoding.preprocessing.window(original)
+    side = window[0].stop - window[0].start
+    spacing = [round(mm * side / len(image), 4) for mm in facts["spacing"]] if "spacing" in facts else None
+    files = {encoding.format: encoding.encode(image)}
+    if record.masks:
+        mask = encoding.preprocessing.prepare_mask(_read_mask(record.masks, original.shape[:2]), window)
+        files["mask.png"] = Encoding(encoding.preprocessing, "png").encode(mask)
+    known = {
+        "key": item.key,
+        "source": record.source,
+        "patient": facts.get("patient", item.patient),
+        "labels": record.labels,
+        "uncertain": record.uncertain,
+        "view": record.view or facts.get("view"),
+        "split": record.split,
+        "modality": facts.get("modality"),
+        "spacing": spacing,
+        "size": original.shape[:2],
+        "digest": pixel_digest(image),
+        "hash": perceptual_hash(image).hex(),
+    }
+    return known, files
+
+
+def write_part(folder: Path, number: int, items: Sequence[Item], encoding: Encoding, salt: str) -> tuple[int, int]:
+    """Prepare some images and keep them as one part, which is there when its JSON is.
+
+    Args:
+        folder: Of the parts.
+        number: Of this part.
+        items: Its images.
+        encoding: How they are prepared and stored.
+        salt: See `prepare`.
+
+    Returns:
+        How many images there are, and how many of them cannot be read.
+
+    Raises:
+        OSError: If the disk is full.
+    """
+    rows: list[list[Any]] = []
+    unreadable: list[Unreadable] = []
+    with atomic_write(_blob(folder, number)) as blob:
+        for item in items:
+            try:
+                known, files = prepare(item, encoding, salt)
+            except (UnreadableImageError, ValueError, OSError) as error:
+                unreadable.append(Unreadable(item.key, item.record.source, _reason(error)))
+                continue
+            known["files"], known["checksum"] = {}, 0
+            for extension, content in files.items():
+                known["files"][extension] = (blob.tell(), len(content))
+                known["checksum"] = zlib.crc32(content, known["checksum"])
+                blob.write(content)
+            rows.append([known[column] for column in _COLUMNS])
+        size = blob.tell()
+    refused = [[one.key, one.source, one.reason] for one in unreadable]
+    write_json(_facts(folder, number), {"bytes": size, "samples": rows, "unreadable": refused}, indent=None)
+    return len(items), len(unreadable)
+
+
+def is_complete(folder: Path, number: int) -> bool:
+    """Whether a part is there and has its size."""
+    try:
+        facts = json.loads(_facts(folder, number).read_bytes())
+        return _blob(folder, number).stat().st_size == facts["bytes"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return False
+
+
+def read_part(folder: Path, number: int) -> tuple[list[Sample], list[Unreadable]]:
+    """The facts of a part's samples, and its unreadable images."""
+    content = json.loads(_facts(folder, number).read_bytes())
+    samples = [Sample(**dict(zip(_COLUMNS, row, strict=True)), part=number) for row in content["samples"]]
+    return samples, [Unreadable(*row) for row in content["unreadable"]]
+
+
+def assemble_shard(planned: PlannedShard, samples: Sequence[Sample], parts: Path, folder: Path, done: Path) -> Shard:
+    """Copy a shard together from parts, unless it is there already.
+
+    Args:
+        planned: Name and split of the shard.
+        samples: Its samples in order.
+        parts: Folder of the parts.
+        folder: Where the shard goes.
+        done: Where records of finished shards are kept. A shard that does not match its record is written anew.
+
+    Raises:
+        ShardError: If a part is damaged.
+        OSError: If the disk is full.
+    """
+    path, record = folder / planned.name, done / f"{planned.name}.json"
+    if record.is_file():
+        shard = Shard(**json.loads(record.read_bytes()))
+        if path.is_file() and path.stat().st_size == shard.bytes and sha256_of(path) == shard.sha256:
+            return shard
+    shard = write_shard(path, planned.split, _with_facts(samples, planned.split, parts))
+    write_json(record, {entry.name: getattr(shard, entry.name) for entry in fields(Shard)})
+    return shard
+
+
+def read_contents(sample: Sample, parts: Path) -> dict[str, bytes]:
+    """The prepared image of a sample, and its mask if it has one, by extension; raises `ShardError` for damage."""
+    contents, checksum = {}, 0
+    with open(_blob(parts, sample.part), "rb") as blob:
+        for extension, (offset, length) in sample.files.items():
+            blob.seek(offset)
+            contents[extension] = blob.read(length)
+            checksum = zlib.crc32(contents[extension], checksum)
+    if checksum != sample.checksum:
+        names = f"{_blob(parts, sample.part)} and {_facts(parts, sample.part).name}"
+        raise ShardError(f"A part is damaged: delete {names} and run the same command again.")
+    return contents
+
+
+def _with_facts(samples: Iterable[Sample], split: str, parts: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Key and files of each sample, with what may be told of it."""
+    told = ("source", "patient", "labels", "uncertain", "view", "modality", "spacing", "size")
+    for sample in samples:
+        facts = {name: getattr(sample, name) for name in told} | {"split": split}
+        yield sample.key, read_contents(sample, parts) | {"json": json.dumps(facts, separators=(",", ":")).encode()}
+
+
+def _header_facts(record: Record, salt: str) -> dict[str, Any]:
+    """What may be known from the header of a DICOM file; of other files nothing is."""
+    with open(record.image, "rb") as file:
+        if record.raw is not None or not is_dicom(file.read(132)):
+            return {}
+    facts = dicom_facts(record.image, salt)
+    if record.patient == record.image_id and "patient" in facts:
+        return facts | {"patient": salted_hash(f"{record.source}/{facts['patient']}", salt)}
+    return {name: value for name, value in facts.items() if name != "patient"}
+
+
+def _read_mask(paths: Sequence[Path], shape: tuple[int, ...]) -> np.ndarray:
+    """The union of masks, of the image's shape: `(H, W)` bool."""
+    union = np.zeros(shape, bool)
+    for path in paths:
+        values = read_image(path, "its mask")
+        values = values.max(axis=2) if values.ndim == 3 else values
+        height, width = values.shape
+        if height * shape[1] != width * shape[0]:  # JSRT's are half as large as its images, but of the same shape
+            raise UnreadableImageError(f"its mask is {width} x {height}, the image {shape[1]} x {shape[0]}")
+        foreground = Image.fromarray((values > values.max() // 2).astype(np.uint8))
+        union |= np.asarray(foreground.resize(shape[::-1], Image.Resampling.NEAREST)).astype(bool)
+    return union
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a file, in words that are not from the file: decoders quote what they stumble over."""
+    cause = error.__cause__ or error.__context__ or error
+    if isinstance(cause, UnreadableImageError):
+        return str(cause)
+    if isinstance(cause, UnidentifiedImageError):
+        return "it is no image of a known format"
+    if isinstance(cause, FileNotFoundError | PermissionError | IsADirectoryError):
+        return cause.strerror or type(cause).__name__
+    return f"it is damaged ({type(cause).__name__})"
+
+
+def _blob(folder: Path, number: int) -> Path:
+    return folder / f"{number:06d}.bin"
+
+
+def _facts(folder: Path, number: int) -> Path:
+    return folder / f"{number:06d}.json"

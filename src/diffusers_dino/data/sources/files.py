@@ -1,0 +1,104 @@
+"""Which file belongs to a row, and which files belong to none."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ..images.reading import IMAGE_EXTENSIONS
+from .fields import Row, Template
+
+__all__ = ["FileFinder", "is_image"]
+
+_SUFFIXES = tuple(f".{extension}" for extension in (*IMAGE_EXTENSIONS, "dcm", "dicom", "img", "npy", "npz"))
+
+
+def is_image(path: str) -> bool:
+    """Whether a file's name says that it is an image of a kind that is read here."""
+    return path.lower().endswith(_SUFFIXES)
+
+
+class FileFinder:
+    """Finds the file of a row from path templates, of which the first that leads to a file counts.
+
+    Where a folder of a template holds `*` (`images_*/images/{Image Index}`), the folders that fit are listed once.
+
+    Args:
+        root: Folder that the templates start from.
+        patterns: The templates.
+
+    Raises:
+        ValueError: If a template has a wildcard after a column or in the name of the file.
+    """
+
+    def __init__(self, root: Path, patterns: Sequence[str]) -> None:
+        self.root = root
+        self._base = os.path.abspath(root)
+        self.templates = [Template(pattern) for pattern in patterns]
+        self._folders: dict[int, dict[str, str | None]] = {}
+        for template in self.templates:
+            folder, _, name = template.text.rpartition("/")
+            if "*" in name or ("*" in folder and Template(folder).columns):
+                raise ValueError(f"{template.text!r}: a wildcard may only be in a folder, before any column")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of a row that are read, one for each pair of braces."""
+        return tuple(column for template in self.templates for column in template.columns)
+
+    def find(self, row: Row) -> str | None:
+        """The path below the root, or None if there is no such file.
+
+        Raises:
+            ValueError: If the path leads out of the root, or a name is in several folders of a wildcard.
+        """
+        for number, template in enumerate(self.templates):
+            if "*" in template.text:
+                found = self._look_up(number, Template(template.text.rpartition("/")[2]).fill(row))
+            else:
+                found = self._check(template.fill(row))
+            if found is not None:
+                return found
+        return None
+
+    def expected(self, row: Row) -> str:
+        """Where the file of a row was looked for, first of all."""
+        return self.templates[0].fill(row)
+
+    def all_images(self, inventory: Sequence[str] = ()) -> Iterator[str]:
+        """Paths below the root of all images that fit a glob of the inventory, by default that a row could lead to."""
+        for pattern in inventory or [template.wildcard() for template in self.templates]:
+            for path in glob.iglob(pattern, root_dir=self.root, recursive=True):
+                if is_image(path):
+                    yield path.replace(os.sep, "/")
+
+    def _check(self, path: str) -> str | None:
+        if not path:
+            return None
+        path = os.path.normpath(os.path.relpath(path, self._base) if os.path.isabs(path) else path)
+        if path.split(os.sep, 1)[0] == os.pardir:
+            raise ValueError(f"A row leads to {path!r}, out of {str(self.root)!r}: give a folder that holds it.")
+        return path.replace(os.sep, "/") if os.path.isfile(f"{self._base}/{path}") else None
+
+    def _look_up(self, number: int, name: str) -> str | None:
+        if number not in self._folders:
+            self._folders[number] = self._list(self.templates[number].text.rpartition("/")[0])
+        folder = self._folders[number].get(name, "")
+        if folder is None:
+            raise ValueError(
+                f"{name!r} is in several of the folders {self.templates[number].text!r} of {str(self.root)!r}: "
+                "the table cannot tell which is meant."
+            )
+        return f"{folder}/{name}" if folder else None
+
+    def _list(self, pattern: str) -> dict[str, str | None]:
+        """File name -> the folder it is in; None if it is in several."""
+        folders: dict[str, str | None] = {}
+        for folder in sorted(glob.glob(pattern, root_dir=self.root)):
+            if os.path.isdir(self.root / folder):
+                for entry in os.scandir(self.root / folder):
+                    if entry.is_file():
+                        folders[entry.name] = None if entry.name in folders else folder.replace(os.sep, "/")
+        return folders

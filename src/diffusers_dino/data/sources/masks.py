@@ -1,0 +1,243 @@
+"""Images with segmentation masks: folders, shards, and the providers' data sets that have masks.
+
+Image and mask go through one geometry: the largest centred square, then a resize, which for a mask takes the nearest
+pixel. Borders are not removed, because what is cut there depends on the pixels of the image alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..datasets import to_float
+from ..images.preprocessing import Preprocessing, center_crop
+from ..images.reading import read_image
+from ..stores.archives import split_name
+from ..stores.shards import ShardStore
+from ..stores.store import FolderStore
+from .record import Record
+
+__all__ = ["MaskedImage", "MaskedImages", "open_masked_images", "to_mask"]
+
+_MASK = "mask.png"
+
+
+@dataclass(frozen=True)
+class MaskedImage:
+    """One image with its mask.
+
+    Attributes:
+        key: Its name within the data set.
+        image: `(1 or 3, size, size)` float32 in [0, 1].
+        mask: `(mask_size, mask_size)` bool, True where the structure is.
+    """
+
+    key: str
+    image: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class _Entry:
+    key: str
+    patient: str
+    read_image: Callable[[], np.ndarray]
+    read_masks: Callable[[], list[tuple[str, np.ndarray]]]  # (name for messages, pixels)
+
+
+class MaskedImages(Sequence[MaskedImage]):
+    """Images with masks, read when they are asked for.
+
+    Attributes:
+        size: Side of the images in pixels.
+        mask_size: Side of the masks in pixels.
+    """
+
+    def __init__(self, entries: Iterable[_Entry], size: int, mask_size: int, max_scale: int = 1) -> None:
+        self._entries = list(entries)
+        self.size, self.mask_size, self._max_scale = size, mask_size, max_scale
+        self._prepare = Preprocessing(size, remove_borders=False)
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys of the samples, in order."""
+        return [entry.key for entry in self._entries]
+
+    @property
+    def patients(self) -> list[str]:
+        """Whose image each is; the key where nothing is known."""
+        return [entry.patient for entry in self._entries]
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, index: int) -> MaskedImage:  # type: ignore[override]
+        """Read one sample.
+
+        Raises:
+            UnreadableImageError: If a file is damaged.
+            ValueError: If a mask has another size than its image, or other values than two.
+        """
+        entry = self._entries[index]
+        pixels = entry.read_image()
+        mask = self._mask(entry, pixels.shape[:2])
+        return MaskedImage(entry.key, to_float(self._prepare(pixels)), mask)
+
+    def image(self, index: int) -> Tensor:
+        """The image of one sample alone, `(1 or 3, size, size)` in [0, 1]: its mask is not read."""
+        return to_float(self._prepare(self._entries[index].read_image()))
+
+    def mask(self, index: int) -> Tensor:
+        """The mask of one sample, `(mask_size, mask_size)` bool, checked against its image's size."""
+        entry = self._entries[index]
+        return self._mask(entry, entry.read_image().shape[:2])
+
+    def resized(self, size: int) -> MaskedImages:
+        """The same samples with images of another side."""
+        return MaskedImages(self._entries, size, self.mask_size, self._max_scale)
+
+    def _mask(self, entry: _Entry, image_shape: tuple[int, ...]) -> Tensor:
+        united: np.ndarray | None = None
+        for name, pixels in entry.read_masks():
+            _check_size(name, pixels.shape[:2], image_shape, self._max_scale)
+            part = to_mask(pixels if pixels.ndim == 2 else pixels.max(axis=2), name).numpy()
+            if united is not None and part.shape != united.shape:
+                raise ValueError(f"{name} is {_size(part.shape)}, the mask before it {_size(united.shape)}.")
+            united = part if united is None else united | part
+        square = Image.fromarray(center_crop(united).astype(np.uint8))
+        nearest = square.resize((self.mask_size, self.mask_size), Image.Resampling.NEAREST)
+        return torch.from_numpy(np.array(nearest)).bool()
+
+
+def open_masked_images(
+    source: str | Path | Iterable[Record], size: int, mask_size: int = 256, max_samples: int | None = None
+) -> MaskedImages:
+    """Open images with masks.
+
+    Args:
+        source: A folder with `images` and `masks`, a mask having the name of its image, with or without `_mask`; a
+            folder of `KEY.png` beside `KEY.mask.png`; webdataset tars of such pairs; or the records of a provider's
+            data set of the catalogue, whose masks, such as those of the left and of the right lung, are united.
+        size: Side of the images in pixels.
+        mask_size: Side of the masks in pixels.
+        max_samples: Use the first samples alone.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, no image in it, or an image has no mask.
+        ValueError: If no record has a mask.
+    """
+    max_scale = 1
+    if not isinstance(source, str | Path):
+        entries, max_scale = _from_records(source), 2  # JSRT's masks are half the size of its images
+    elif Path(source).is_dir() and (Path(source) / "images").is_dir():
+        entries = _from_two_folders(Path(source) / "images", Path(source) / "masks")
+    else:
+        entries = _from_companions(source)
+    return MaskedImages(entries[:max_samples], size, mask_size, max_scale)
+
+
+def to_mask(values: Any, name: str = "mask") -> Tensor:
+    """Check that an array is a mask, and make it one: `(..., H, W)` bool.
+
+    Args:
+        values: Array or tensor of booleans or numbers with at most two values, the smaller one being background. One
+            value alone is background if it is 0 and foreground if it is 1 or 255.
+        name: What to call it in an error, such as the file.
+
+    Raises:
+        ValueError: If it is not `(..., H, W)`, is empty, or has other values than two, or ones that are not finite.
+    """
+    values = values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
+    if values.ndim < 2 or values.numel() == 0:
+        raise ValueError(f"{name}: a mask is (H, W), got {tuple(values.shape)}.")
+    if values.dtype == torch.bool:
+        return values
+    found = values.unique()
+    if values.is_floating_point() and not torch.isfinite(found).all():
+        raise ValueError(f"{name}: the mask has values that are not finite.")
+    if len(found) > 2:
+        shown = ", ".join(f"{value:g}" for value in found[:4].tolist())
+        raise ValueError(
+            f"{name}: a mask has two values, this one has {len(found)} ({shown}, ...). Save masks without loss, as "
+            "PNG, one structure in each, and resize them by nearest neighbours."
+        )
+    if len(found) == 1 and found.item() not in (0, 1, 255):
+        raise ValueError(f"{name}: its only value is {found.item():g}: is it background (0) or foreground (1 or 255)?")
+    return values == found[-1] if len(found) == 2 else values != 0
+
+
+def _from_records(records: Iterable[Record]) -> list[_Entry]:
+    records = [record for record in records if record.masks]
+    if not records:
+        raise ValueError("None of the records has a mask. Those of JSRT, Montgomery and Shenzhen are extra downloads.")
+    missing = [path for record in records for path in record.masks if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{len(missing)} masks are missing, such as {missing[0]}.")
+    return [
+        _Entry(
+            record.image_id,
+            record.patient,
+            partial(read_image, record.image, raw=record.raw),
+            partial(_read_all, record.masks),
+        )
+        for record in records
+    ]
+
+
+def _from_two_folders(images: Path, masks: Path) -> list[_Entry]:
+    if not masks.is_dir():
+        raise FileNotFoundError(f"There are images in {images}, but no folder {masks} of masks.")
+    by_name = {split_name(path.relative_to(masks).as_posix())[0]: path for path in sorted(masks.rglob("*.*"))}
+    store = FolderStore(images)
+    entries = []
+    for index, key in enumerate(store.keys):
+        path = by_name.get(key) or by_name.get(f"{key}_mask")
+        if path is None:
+            raise FileNotFoundError(
+                f"{store.describe(index)} has no mask: expected {masks / key}.png or {masks / key}_mask.png."
+            )
+        entries.append(_Entry(key, key, partial(store.read, index), partial(_read_all, (path,))))
+    return entries
+
+
+def _from_companions(source: str | Path) -> list[_Entry]:
+    is_shards = str(source).endswith(".tar") or (Path(source).is_dir() and any(Path(source).glob("*.tar")))
+    if not is_shards and not Path(source).is_dir():
+        raise FileNotFoundError(f"There is no folder {str(source)!r} of images and masks.")
+    store = ShardStore(source) if is_shards else FolderStore(source)
+
+    def read_companion(index: int) -> list[tuple[str, np.ndarray]]:
+        name = f"{store.describe(index)} ({_MASK})"
+        try:
+            return [(name, read_image(store.companion(index, _MASK), name))]
+        except KeyError as error:
+            raise FileNotFoundError(f"{store.describe(index)} has no mask: expected KEY.{_MASK} beside it.") from error
+
+    read_companion(0)  # a folder without any masks is noticed now, not after the first hour
+    return [
+        _Entry(key, key, partial(store.read, index), partial(read_companion, index))
+        for index, key in enumerate(store.keys)
+    ]
+
+
+def _read_all(paths: Sequence[Path]) -> list[tuple[str, np.ndarray]]:
+    return [(str(path), read_image(path)) for path in paths]
+
+
+def _check_size(name: str, mask: tuple[int, ...], image: tuple[int, ...], max_scale: int) -> None:
+    for scale in range(1, max_scale + 1):
+        if (mask[0] * scale, mask[1] * scale) == tuple(image):
+            return
+    raise ValueError(f"{name} is {_size(mask)} pixels, but its image is {_size(image)}: a mask has its image's size.")
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return f"{shape[1]} x {shape[0]}"

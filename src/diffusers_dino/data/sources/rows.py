@@ -1,0 +1,237 @@
+"""The rows of a source, each with all its columns and the path of its image."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import json
+import os
+import re
+from array import array
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from .description import Source, Table
+from .fields import Template
+from .files import FileFinder, is_image
+from .report import SourceReport
+from .tables import OpenTable, open_table
+
+__all__ = ["Row", "RowReader"]
+
+Row = dict[str, str]
+
+Joined = tuple[Template, list[str], dict[str, tuple[str, ...]]]
+
+PATH_COLUMNS = ("path", "folder", "stem")
+
+
+class RowReader:
+    """Reads the tables of a source, or the names of its files, and finds the image of each row.
+
+    Args:
+        source: The description.
+        root: The folder that holds the data set.
+
+    Attributes:
+        label_columns: For each rule of `source.labels`, the columns of findings.
+
+    Raises:
+        FileNotFoundError: If a table that is needed is not there.
+        ValueError: If a table cannot be read or lacks a column.
+    """
+
+    def __init__(self, source: Source, root: Path) -> None:
+        self.source, self.root = source, root
+        self._images = FileFinder(root, source.patterns) if source.table else None
+        self._expressions = {column: _compile(several) for column, several in source.derive.items()}
+        self._tables = [table for table in map(self._open, source.table) if table is not None]
+        self._joins = [(table, self._open(table)) for table in source.join]
+        header = [column for table in self._tables for column in table.header if column not in table.table.columns]
+        self.label_columns = [rule.findings_columns(dict.fromkeys(header)) for rule in source.labels]
+        self._needed = self._named_columns()
+        self._sidecar_columns = self._check_columns()
+        self._blank = dict.fromkeys(self._needed, "")
+
+    def read(self, report: SourceReport) -> Iterator[Row]:
+        """Each row whose image is there, with its `path`; what does not fit goes to the report.
+
+        Raises:
+            FileNotFoundError: At the end, if there was no image at all.
+            ValueError: If a table turns out to be damaged.
+        """
+        report.absent += [table.files[0] for table, opened in self._joins if opened is None]
+        joined = self._load_joins()
+        rows = self._table_rows() if self._tables else self._file_rows()
+        empty = True
+        for row in rows:
+            _join(row, joined, report)
+            if self._is_wanted(row, report) and self._locate(row, report):
+                empty = False
+                yield row
+        if empty:
+            self._refuse_emptiness(report)
+
+    def unlisted(self, seen: array[int]) -> Iterator[str]:
+        """The images whose path's hash is not in `seen`, though some row might lead to them."""
+        hashes = np.unique(np.asarray(seen, np.int64))
+        told: set[str] = set()
+        for path in self._images.all_images(self.source.inventory) if self._images is not None else ():
+            place = np.searchsorted(hashes, hash(path))
+            if (place == len(hashes) or hashes[place] != hash(path)) and path not in told:
+                told.add(path)
+                yield path
+
+    def _open(self, table: Table) -> OpenTable | None:
+        return open_table(table, self.root, self.source.name, self.source.url)
+
+    def _named_columns(self) -> list[str]:
+        """The columns that some part of the description names."""
+        source = self.source
+        names: list[str] = [*source.where, *self._expressions]
+        templates = [*source.patterns, *source.masks, source.id or ""]
+        templates += [table.match or "" for table in source.join]
+        templates += [str(source.split.get("key", ""))] if isinstance(source.split, Mapping) else []
+        for value in (*map(Template, templates), *map(source.value, ("patient", "view", "split"))):
+            names += value.columns if value is not None else ()
+        for rule, columns in zip(source.labels, self.label_columns, strict=True):
+            names += [*rule.needs, *columns]
+        names += [source.invert["from"]] if source.invert else []
+        names += [source.rater] if source.rater else []
+        return list(dict.fromkeys(names))
+
+    def _check_columns(self) -> list[str]:
+        """Refuse columns that nothing gives. Those that a sidecar has to give are returned."""
+        derived = [name for several in self._expressions.values() for one in several for name in one.groupindex]
+        opened = [*self._tables, *(table for _, table in self._joins if table is not None)]
+        given = {*derived, *PATH_COLUMNS, "row"}.union(*(table.header for table in opened))
+        unknown = [name for name in self._needed if name not in given]
+        for table, joined in self._joins:
+            keys = Template(table.key or table.match or "").columns
+            lost = [name for name in keys if joined is not None and name not in joined.header]
+            if joined is not None and (lost or not keys):
+                known = ", ".join(filter(None, joined.header))
+                raise ValueError(f"{str(joined.path)!r} is joined by {keys}; give match, and key, from {known}.")
+        if self.source.sidecar:
+            return unknown
+        if unknown and all(table is not None for _, table in self._joins):
+            files = ", ".join(repr(str(table.path)) for table in opened) or "file names alone"
+            columns = ", ".join(filter(None, sorted(given)))
+            raise ValueError(f"{self.source.name} needs the column {unknown[0]!r}. From {files} there are {columns}.")
+        return []
+
+    def _load_joins(self) -> list[Joined]:
+        """What each joined table adds: the columns that are needed and that no table before it has."""
+        left = [name for name in self._needed if not any(name in table.header for table in self._tables)]
+        joined = []
+        for table, opened in self._joins:
+            if opened is not None:
+                joined.append(_load_join(table, opened, [name for name in left if name in opened.header]))
+                left = [name for name in left if name not in opened.header]
+        return joined
+
+    def _table_rows(self) -> Iterator[Row]:
+        number = itertools.count()
+        for table in self._tables:
+            wanted = [column for column in dict.fromkeys(table.header) if column in self._blank]
+            for cells in table.rows(wanted):
+                row = self._blank | cells
+                row["row"] = str(next(number))
+                self._derive(row, [column for column in self._expressions if column not in PATH_COLUMNS])
+                yield row
+
+    def _file_rows(self) -> Iterator[Row]:
+        """A row for each file of a source without a table, sorted by path."""
+        found = (glob.iglob(pattern, root_dir=self.root, recursive=True) for pattern in self.source.patterns)
+        paths = {path.replace(os.sep, "/") for path in itertools.chain(*found) if is_image(path)}
+        for number, path in enumerate(sorted(paths)):
+            row = self._blank | _path_columns(path) | {"row": str(number)}
+            self._derive(row, self._expressions)
+            yield row
+
+    def _derive(self, row: Row, columns: Collection[str]) -> None:
+        for column in columns:
+            for expression in self._expressions[column]:
+                row.update(dict.fromkeys(expression.groupindex, ""))
+            matches = (expression.search(row[column]) for expression in self._expressions[column])
+            match = next(filter(None, matches), None)
+            row.update(match.groupdict("") if match else {})
+
+    def _is_wanted(self, row: Row, report: SourceReport) -> bool:
+        for column, values in self.source.where.items():
+            if row[column].strip() not in ([values] if isinstance(values, str) else values):
+                report.left_out += 1
+                return False
+        return True
+
+    def _locate(self, row: Row, report: SourceReport) -> bool:
+        """Find the image of a row and complete its columns; False, and counted, if it is not there."""
+        if self._images is not None:
+            path = self._images.find(row)
+            if path is None:
+                report.missing.add(self._images.expected(row) or f"row {row['row']}")
+                return False
+            row.update(_path_columns(path))
+            self._derive(row, [column for column in self._expressions if column in PATH_COLUMNS])
+        if self._sidecar_columns:
+            row.update(self._read_sidecar(row["path"], report))
+        return True
+
+    def _read_sidecar(self, image: str, report: SourceReport) -> Row:
+        path = self.root / PurePosixPath(image).with_suffix(str(self.source.sidecar))
+        try:
+            content = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            report.no_sidecar.add(image)
+            content = {}
+        except ValueError as error:
+            raise ValueError(f"Cannot read {str(path)!r}: {error}") from error
+        return {column: _dig(content, column) for column in self._sidecar_columns}
+
+    def _refuse_emptiness(self, report: SourceReport) -> None:
+        missing, patterns = report.missing, " or ".join(map(repr, self.source.patterns))
+        rows = f" {missing.count} rows have none there, the first {missing.examples[0]!r}." if missing.count else ""
+        raise FileNotFoundError(f"No image of {self.source.name} in {str(self.root)!r}: looked for {patterns}.{rows}")
+
+
+def _load_join(table: Table, opened: OpenTable, columns: list[str]) -> Joined:
+    """The key of a row, the columns that a joined table adds, and their cells for each key."""
+    match, key = Template(table.match or ""), Template(table.key or table.match or "")
+    same: dict[tuple[str, ...], tuple[str, ...]] = {}  # most rows say the same few things: keep each once
+    rows: dict[str, tuple[str, ...]] = {}
+    for row in opened.rows(list(dict.fromkeys([*columns, *key.columns]))):
+        cells = tuple(row[column] for column in columns)
+        rows.setdefault(key.fill(row), same.setdefault(cells, cells))
+    return match, columns, rows
+
+
+def _join(row: Row, joined: Iterable[Joined], report: SourceReport) -> None:
+    for match, columns, rows in joined:
+        key = match.fill(row)
+        if key in rows:
+            row.update(zip(columns, rows[key], strict=True))
+        else:
+            report.unjoined.add(key or "a blank")
+
+
+def _path_columns(path: str) -> Row:
+    folder, _, name = path.rpartition("/")
+    return {"path": path, "folder": folder or ".", "stem": name.rpartition(".")[0] or name}
+
+
+def _compile(several: str | Iterable[str]) -> list[re.Pattern[str]]:
+    return [re.compile(one) for one in ([several] if isinstance(several, str) else several)]
+
+
+def _dig(content: object, path: str) -> str:
+    """`a.b.0` of nested mappings and lists, as text; `""` if there is none."""
+    for key in path.split("."):
+        if isinstance(content, list) and key.isdigit() and int(key) < len(content):
+            content = content[int(key)]
+        elif isinstance(content, dict) and key in content:
+            content = content[key]
+        else:
+            return ""
+    return str(content)

@@ -1,0 +1,319 @@
+"""Webdataset tars read at random: an index of each says where the bytes of every sample are.
+
+The index is a few NumPy arrays, so that a million samples cost tens of megabytes which forked workers share. It can be
+kept beside its tar (`train-000000.tar.index.npz`), so that a remote shard is opened without walking its headers.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import logging
+import re
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, overload
+
+import numpy as np
+
+from ...files import atomic_write
+
+__all__ = [
+    "INDEX_SUFFIX",
+    "Member",
+    "PackedKeys",
+    "TarIndex",
+    "index_tar",
+    "parse_index",
+    "split_name",
+    "write_index",
+]
+
+logger = logging.getLogger(__name__)
+
+INDEX_SUFFIX = ".index.npz"
+_FORMAT = 1
+_BLOCK = 512
+# Kinds of pictures that accompany an image under the same key: `KEY.mask.png` is the mask of `KEY.png`.
+_COMPANIONS = ("mask",)
+# Keys name outputs elsewhere: none may leave a folder, and none may hold the line break that parts them here.
+_UNSAFE = re.compile(r"^$|^/|^[A-Za-z]:|\\|(^|/)\.{1,2}(/|$)|[\x00-\x1f\x7f]")
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Split a file's name into key and extension: `"a/1.2.840.png"` -> `("a/1.2.840", "png")`.
+
+    webdataset splits at the first dot, which turns every DICOM UID into "1". Here the key ends at the last dot, or at
+    the one before it for companions such as `.mask.png`.
+    """
+    key, _, extension = name.rpartition(".")
+    if not key or "/" in extension:
+        return name, ""
+    for companion in _COMPANIONS:
+        if key.endswith(f".{companion}"):
+            return key.removesuffix(f".{companion}"), f"{companion}.{extension.lower()}"
+    return key, extension.lower()
+
+
+class Member(NamedTuple):
+    """Where the bytes of one file are inside a tar: `size` of them from `offset` on."""
+
+    name: str
+    offset: int
+    size: int
+
+
+class PackedKeys(Sequence[str]):
+    """Strings in two arrays: no object of its own for each, hence nothing that reading one would copy in a worker.
+
+    Args:
+        keys: Strings without line breaks.
+    """
+
+    def __init__(self, keys: Sequence[str] = ()) -> None:
+        self._unpack("".join(f"{key}\n" for key in keys).encode())
+
+    @classmethod
+    def from_bytes(cls, packed: bytes) -> PackedKeys:
+        """Keys in UTF-8, each closed by a line break, as `to_bytes` gives them."""
+        keys = cls.__new__(cls)
+        keys._unpack(packed)
+        return keys
+
+    def to_bytes(self) -> bytes:
+        """What `from_bytes` reads."""
+        return self._bytes.tobytes()
+
+    def _unpack(self, packed: bytes) -> None:
+        self._bytes = np.frombuffer(packed, np.uint8)
+        self._ends = np.flatnonzero(self._bytes == ord("\n"))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} is out of range for {len(self)} keys")
+        index %= len(self)
+        start = int(self._ends[index - 1]) + 1 if index else 0
+        return str(self._bytes.data[start : int(self._ends[index])], "utf-8")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class TarIndex:
+    """The samples of one tar, in the order of their first files.
+
+    Attributes:
+        tar_bytes: Size of the tar that is described.
+        keys: The keys of the S samples.
+        extensions: The E extensions that occur.
+        first_member: `(S + 1,)` int64. Files `first_member[i] : first_member[i + 1]` belong to sample i.
+        kinds: `(M,)` int32, the extension of each file.
+        offsets: `(M,)` int64, where its bytes start.
+        sizes: `(M,)` int64, how many there are.
+        damage: What is wrong with the tar, empty if nothing.
+    """
+
+    tar_bytes: int
+    keys: PackedKeys
+    extensions: tuple[str, ...]
+    first_member: np.ndarray
+    kinds: np.ndarray
+    offsets: np.ndarray
+    sizes: np.ndarray
+    damage: str = ""
+
+    def files(self, sample: int) -> dict[str, Member]:
+        """The files of a sample by extension."""
+        members = range(self.first_member[sample], self.first_member[sample + 1])
+        found = {self.extensions[self.kinds[m]]: (int(self.offsets[m]), int(self.sizes[m])) for m in members}
+        return {extension: Member(f"{self.keys[sample]}.{extension}", *place) for extension, place in found.items()}
+
+    def to_bytes(self) -> bytes:
+        """The content of an index file, the same for the same tar."""
+        buffer = io.BytesIO()
+        np.savez(  # not compressed: other versions of zlib would give other bytes
+            buffer,
+            header=np.array([_FORMAT, self.tar_bytes], "<i8"),
+            keys=np.frombuffer(self.keys.to_bytes(), np.uint8),
+            extensions=np.frombuffer("\n".join(self.extensions).encode(), np.uint8),
+            first_member=self.first_member.astype("<i8"),
+            kinds=self.kinds.astype("<i4"),
+            offsets=self.offsets.astype("<i8"),
+            sizes=self.sizes.astype("<i8"),
+        )
+        return buffer.getvalue()
+
+
+def write_index(tar: str | Path) -> Path:
+    """Index a finished local tar and keep the index beside it, as `NAME.tar.index.npz`.
+
+    The same tar gives the same bytes. The file is written aside, then renamed.
+
+    Args:
+        tar: The tar.
+
+    Returns:
+        The path of the index.
+
+    Raises:
+        ValueError: If the file is no tar, or is damaged: its index would hide that from those who read it.
+    """
+    tar = Path(tar)
+    with open(tar, "rb") as file:
+        index = index_tar(file, str(tar), tar.stat().st_size)
+    if index.damage:
+        raise ValueError(f"{str(tar)!r} {index.damage}. Make it anew.")
+    path = tar.with_name(tar.name + INDEX_SUFFIX)
+    with atomic_write(path) as file:
+        file.write(index.to_bytes())
+    return path
+
+
+def parse_index(content: bytes, tar_bytes: int) -> TarIndex:
+    """Read an index file; nothing in it is trusted.
+
+    Args:
+        content: Its bytes.
+        tar_bytes: Size of the tar beside it.
+
+    Raises:
+        ValueError: If the index is damaged, of another format, or of another tar. The message starts with the reason.
+    """
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            version, described = (int(value) for value in arrays["header"])
+            keys = PackedKeys.from_bytes(arrays["keys"].tobytes())
+            extensions = tuple(arrays["extensions"].tobytes().decode().split("\n"))
+            columns = [arrays[name] for name in ("first_member", "kinds", "offsets", "sizes")]
+        names = keys.to_bytes().decode().split("\n")[:-1]
+    except (ValueError, KeyError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"it is damaged: {error}") from error
+    if version != _FORMAT:
+        raise ValueError(f"its format is {version}, not {_FORMAT}")
+    if described != tar_bytes:
+        raise ValueError(f"it describes a tar of {described} bytes, not of {tar_bytes}")
+    first, kinds, offsets, sizes = columns
+    consistent = (
+        all(column.ndim == 1 and column.dtype.kind == "i" for column in columns)
+        and len(kinds) == len(offsets) == len(sizes)
+        and len(first) == len(keys) + 1
+        and first[0] == 0
+        and first[-1] == len(kinds)
+        and (np.diff(first) > 0).all()
+        and (len(kinds) == 0 or (kinds.min() >= 0 and kinds.max() < len(extensions)))
+        and ((offsets >= 0) & (sizes >= 0) & (sizes <= tar_bytes) & (offsets <= tar_bytes - sizes)).all()
+        and not any(_UNSAFE.search(name) for name in names)
+    )
+    if not consistent:
+        raise ValueError("it is damaged: its parts contradict each other")
+    return TarIndex(tar_bytes, keys, extensions, first, kinds, offsets, sizes)
+
+
+def index_tar(file: BinaryIO, name: str, size: int) -> TarIndex:
+    """Index a tar by its headers. Nothing is extracted; links, devices and names that lead elsewhere are ignored.
+
+    After a damaged header the search goes on at the next sound one. Of two files of one name the first counts.
+
+    Args:
+        file: The tar, seekable.
+        name: What to call it in a message.
+        size: Its size in bytes.
+
+    Raises:
+        ValueError: If it holds no file: it is no tar, or compressed.
+    """
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    refused: list[str] = []
+    walk = _Walk(file, size)
+    for info in walk:
+        path = info.name.removeprefix("./")  # `tar -cf x.tar .` puts it there
+        key, extension = split_name(path)
+        if not info.isreg() or info.issparse() or _UNSAFE.search(path):
+            refused += [] if info.isdir() else [path]
+        elif extension in samples.setdefault(key, {}):
+            walk.damage.append(f"holds {info.name!r} twice")
+        else:
+            samples[key][extension] = (info.offset_data, info.size)
+    if refused:
+        logger.warning(
+            "%s: %d members are links, devices or lead out of it, and are ignored: %s",
+            *(name, len(refused), ", ".join(repr(one) for one in refused[:3])),
+        )
+    samples = {key: files for key, files in samples.items() if files}
+    if not samples and not walk.sound:
+        raise ValueError(f"{name!r} is not a tar file, or is compressed or damaged.")
+    extensions = sorted({extension for files in samples.values() for extension in files})
+    number = {extension: i for i, extension in enumerate(extensions)}
+    members = [(number[e], *place) for files in samples.values() for e, place in files.items()]
+    kinds, offsets, sizes = np.array(members, np.int64).reshape(-1, 3).T
+    first = np.cumsum([0, *map(len, samples.values())], dtype=np.int64)
+    damage = "; ".join(walk.damage[:3]) + (f"; and {len(walk.damage) - 3} more" if len(walk.damage) > 3 else "")
+    arrays = first, kinds.astype(np.int32), np.ascontiguousarray(offsets), np.ascontiguousarray(sizes)
+    return TarIndex(size, PackedKeys(list(samples)), tuple(extensions), *arrays, damage)
+
+
+class _Walk:
+    """The members of a tar that are whole, in order; `damage` lists what was found between them."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self.file, self.size = file, size
+        self.damage: list[str] = []
+        self.sound = False  # whether it starts as a tar does, be it an empty one
+
+    def __iter__(self) -> Iterator[tarfile.TarInfo]:
+        end = 0  # where the next header is expected
+        try:
+            options = {"encoding": "utf-8", "errors": "backslashreplace", "ignore_zeros": True}
+            with tarfile.open(fileobj=self.file, mode="r:", **options) as tar:
+                for info in tar:
+                    tar.members = []  # tarfile keeps all that it has seen
+                    if info.offset < end or info.size < 0:
+                        self.damage.append(f"has a header that leads back, at byte {info.offset}")
+                        return
+                    self._check_gap(end, info.offset)
+                    end = info.offset_data + -(-info.size // _BLOCK) * _BLOCK
+                    if info.isreg() and info.offset_data + info.size > self.size:
+                        break
+                    self.sound = True
+                    yield info
+        # A damaged extended header makes tarfile raise almost anything; a size beyond all bounds cannot be skipped.
+        except (tarfile.TarError, ValueError, OSError, OverflowError, MemoryError, RecursionError, EOFError) as error:
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:
+                raise
+            self.damage.append(f"ends too early, or in a damaged header, after byte {end} ({error})")
+            return
+        # A finished tar closes with two blocks of zeros after the last member.
+        if end + 2 * _BLOCK > self.size:
+            self.damage.append(f"ends too early: after {self.size} bytes")
+        else:
+            self._check_gap(end, self.size)
+
+    def _check_gap(self, end: int, start: int) -> None:
+        """Between members, and after the last one, there is nothing but zeros."""
+        if start > end:
+            position = self.file.tell()
+            self.file.seek(end)
+            block = self.file.read(_BLOCK)
+            self.file.seek(position)
+            if any(block):
+                self.damage.append(f"has a damaged header at byte {end}")
+            elif end == 0:
+                self.sound = True

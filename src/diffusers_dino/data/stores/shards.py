@@ -1,0 +1,362 @@
+"""Images in webdataset tars, local or remote, behind the interface of `stores`."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from itertools import repeat
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ...files import atomic_write
+from ..images.reading import IMAGE_EXTENSIONS, UnreadableImageError, read_image
+from .archives import INDEX_SUFFIX, Member, PackedKeys, TarIndex, index_tar, parse_index
+from .local import Files, LocalFiles, Range, expand_braces, is_pattern
+from .remote import RemoteFiles, add_suffix, is_remote, url_path
+
+__all__ = ["MANIFEST", "ShardStore", "default_cache_dir"]
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+
+
+class ShardStore:
+    """The images in webdataset tars, in the order of the shards and of their members.
+
+    Each shard is indexed once: from `NAME.tar.index.npz` beside it where there is one, else by walking its headers; of
+    a remote shard the result of the walk is kept in a cache folder. Images are then read by ranges of bytes.
+
+    A `manifest.json` beside the shards says how many samples there should be. What a missing or damaged shard lacks is
+    named in a warning and keeps its place in `lost`, so that neither the length nor the order of an epoch changes.
+
+    Args:
+        pattern: A tar, a folder of tars, a glob or a brace range (`cxr-{000000..000009}.tar`), as a path or a URL.
+        split: Of a folder with a manifest: the shards of this split alone. None takes all.
+
+    Attributes:
+        shards: Their paths or URLs.
+        keys: One for each sample.
+        shard_sizes: Samples in each shard.
+        lost: By number, why a sample is known to be gone.
+        prepared_by: Fingerprint of the `Preprocessing` that all images have been through, if manifests say so.
+
+    Raises:
+        FileNotFoundError: If nothing matches, a named shard is missing, or no shard holds an image.
+        ValueError: If a file is no tar (and no manifest says what it should hold), or the manifest is damaged or has
+            no such split.
+    """
+
+    def __init__(self, pattern: str | Path, split: str | None = None) -> None:
+        pattern = str(pattern)
+        self._files: Files = RemoteFiles(pattern) if is_remote(pattern) else LocalFiles()
+        self.shards, expected = _find_shards(self._files, pattern, split)
+        if isinstance(self._files, RemoteFiles):
+            self._check_ranges()
+        with ThreadPoolExecutor(16) as pool:
+            opened = list(pool.map(lambda shard: self._open(shard, expected.get(shard)), self.shards))
+        indexes, images, reasons = zip(*opened, strict=True)
+        if not any(map(len, images)):
+            raise FileNotFoundError(f"No image in the {len(self.shards)} shard(s) of {self._files.show(pattern)!r}.")
+        self.prepared_by = _prepared_by(self._files, self.shards) if set(self.shards) == set(expected) else None
+        self.shard_sizes = [len(image) for image in images]
+        self._shard_ends = np.cumsum(self.shard_sizes)
+        self._index = _concatenate(indexes)
+        self.keys = self._index.keys
+        first = np.cumsum([0, *(len(index.kinds) for index in indexes)])
+        shifted = [np.where(image >= 0, image + start, -1) for image, start in zip(images, first, strict=False)]
+        self._image = np.concatenate(shifted)  # (S,): number of the file that is each sample's image, -1 if lost
+        self.lost = {
+            int(number): f"{self.describe(number)}: {reasons[self._shard(number)]}"
+            for number in np.flatnonzero(self._image < 0)
+        }
+
+    def describe(self, index: int) -> str:
+        """The file in its tar, or the tar alone where the file is lost."""
+        shard = self._files.show(self.shards[self._shard(index)])
+        return f"{shard}:{self.keys[index]}.{self._extension(index)}" if self._image[index] >= 0 else shard
+
+    def read(self, index: int) -> np.ndarray:
+        """The pixels as `read_image` gives them; raises `UnreadableImageError`."""
+        (image,) = self.read_many([index])
+        if isinstance(image, UnreadableImageError):
+            raise image
+        return image
+
+    def read_many(
+        self, indices: Sequence[int], out: Sequence[np.ndarray] | None = None
+    ) -> Iterator[np.ndarray | UnreadableImageError]:
+        """The pixels of several samples, or why they cannot be read; the bytes of all of them are fetched at once."""
+        contents = self._fetch([index for index in indices if index not in self.lost])
+        for index, memory in zip(indices, out or repeat(None)):  # noqa: B905
+            try:
+                yield self._decode(index, *((None, b"") if index in self.lost else next(contents)), memory)
+            except UnreadableImageError as error:
+                yield error
+
+    def companion(self, index: int, extension: str) -> bytes:
+        """Another file of a sample, such as `mask.png`; raises `KeyError` where there is none."""
+        files = self._index.files(index)
+        if extension not in files:
+            raise KeyError(f"{self.describe(index)} has no companion {extension!r}, but {', '.join(files)}")
+        member: Member = files[extension]
+        (content,) = self._files.read_ranges([Range(self.shards[self._shard(index)], member.offset, member.size)])
+        return content
+
+    def _fetch(self, indices: Sequence[int]) -> Iterator[tuple[Range, bytes]]:
+        """Where the images of samples are, and their bytes."""
+        places = self._places(indices)
+        try:
+            yield from zip(places, self._files.read_ranges(places), strict=True)
+        except (ConnectionError, PermissionError) as error:
+            names = ", ".join(self.keys[index] for index in indices[:3])
+            raise type(error)(f"{error} Samples {names} and perhaps others were wanted.") from None
+
+    def _decode(self, index: int, place: Range | None, content: bytes, out: np.ndarray | None) -> np.ndarray:
+        if place is None:
+            raise UnreadableImageError(f"Cannot read {self.lost[index]}")
+        if len(content) < place.size:
+            raise UnreadableImageError(f"Cannot read {self.describe(index)}: the shard is gone or ends within it")
+        return read_image(content, partial(self.describe, index), out=out)
+
+    def _shard(self, index: int) -> int:
+        return int(np.searchsorted(self._shard_ends, index, side="right"))
+
+    def _extension(self, index: int) -> str:
+        return self._index.extensions[self._index.kinds[self._image[index]]]
+
+    def _places(self, indices: Sequence[int]) -> list[Range]:
+        """Where the images of samples are."""
+        members = self._image[indices]
+        shards = np.searchsorted(self._shard_ends, indices, side="right").tolist()
+        offsets, sizes = self._index.offsets[members].tolist(), self._index.sizes[members].tolist()
+        return [Range(self.shards[shard], *place) for shard, *place in zip(shards, offsets, sizes, strict=True)]
+
+    def _check_ranges(self) -> None:
+        for shard in self.shards:
+            try:
+                return self._files.check_ranges(shard)
+            except FileNotFoundError:  # a missing shard tells nothing of the server
+                continue
+
+    def _open(self, shard: str, promised: _Promise | None) -> tuple[TarIndex, np.ndarray, str]:
+        """The index of a shard, the number of each sample's image among its files, and what is wrong with it."""
+        shown = self._files.show(shard)
+        expected = promised.samples if promised else None
+        try:
+            whole = _open_index(self._files, shard)
+            index, images = _keep_images(whole)
+            reason = index.damage
+            if not reason and promised and promised.bytes not in (None, whole.tar_bytes):
+                reason = f"has {whole.tar_bytes} bytes, not {promised.bytes} as its manifest says"
+            if len(whole.keys) > len(images):
+                bare = len(whole.keys) - len(images)
+                logger.warning(
+                    "Shard %s: %d of %d samples have no image, and are left out", shown, bare, len(whole.keys)
+                )
+        except (FileNotFoundError, ValueError) as error:
+            if expected is None:
+                raise
+            index, images = _keep_images(_empty_index())
+            reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be used: {error}"
+        missing = max(0, (expected or 0) - len(images))
+        if reason or missing:
+            count = f"{missing} of {expected}" if expected is not None else "an unknown number of"
+            reason = reason or "is shorter than its manifest says"
+            logger.warning("Shard %s %s: %s samples are lost, %d are used", shown, reason, count, len(images))
+        if expected is not None and len(images) > expected:
+            logger.warning("Shard %s holds %d samples, not %d as its manifest says", shown, len(images), expected)
+        keys = [f"{Path(url_path(shard)).stem}#lost-{number:06d}" for number in range(missing)]
+        return *_pad(index, images, keys), reason
+
+
+class _Promise(NamedTuple):
+    """What a manifest says of a shard."""
+
+    samples: int
+    bytes: int | None
+
+    @classmethod
+    def of(cls, entry: dict[str, Any]) -> _Promise:
+        return cls(entry["samples"], entry.get("bytes"))
+
+
+def _find_shards(files: Files, pattern: str, split: str | None) -> tuple[list[str], dict[str, _Promise]]:
+    """The shards that a pattern stands for, sorted, and what a manifest says of them."""
+    if not url_path(pattern).endswith(".tar"):
+        return _find_in_folder(files, pattern.rstrip("/"), split)
+    found: set[str] = set()
+    expected: dict[str, _Promise] = {}
+    manifests: dict[str, dict[str, _Promise]] = {}
+    for path in expand_braces(pattern):
+        folder = url_path(path).rpartition("/")[0]
+        if folder not in manifests:
+            shards = _read_manifest(files, folder)
+            manifests[folder] = {_join(folder, shard["name"]): _Promise.of(shard) for shard in shards}
+        if is_pattern(url_path(path)):
+            promised = {shard for shard in manifests[folder] if fnmatch.fnmatchcase(shard, path)}
+            matched = {*files.glob(path), *promised}
+        else:
+            promised, matched = {path} & set(manifests[folder]), {path}
+            if not promised and not _exists(files, path):
+                matched = set()
+        if not matched:
+            hint = "Give tar files, a glob or a brace range such as {000..009}."
+            raise FileNotFoundError(f"No shard {files.show(path)!r} (from {files.show(pattern)!r}). {hint}")
+        expected |= {shard: manifests[folder][shard] for shard in matched if shard in manifests[folder]}
+        found |= matched
+    return sorted(found), expected
+
+
+def _find_in_folder(files: Files, folder: str, split: str | None) -> tuple[list[str], dict[str, _Promise]]:
+    shards = _read_manifest(files, folder)
+    if not shards:
+        found = files.glob(_join(folder, "*.tar"))
+        if not found:
+            raise FileNotFoundError(f"No .tar file in {files.show(folder)!r}, and no {MANIFEST} that names some.")
+        return found, {}
+    splits = sorted({str(shard["split"]) for shard in shards if shard.get("split")})
+    if split is not None and splits:
+        shards = [shard for shard in shards if shard.get("split") == split]
+        if not shards:
+            raise ValueError(f"{files.show(folder)!r} has no split {split!r}, but {', '.join(splits)}.")
+    expected = {_join(folder, shard["name"]): _Promise.of(shard) for shard in shards}
+    return sorted(expected), expected
+
+
+def _read_manifest(files: Files, folder: str) -> list[dict]:
+    """The shards that the manifest in a folder lists; none if there is no manifest."""
+    path = _join(folder, MANIFEST)
+    hint = "Mend it, or rename it to read the shards without one."
+    try:
+        shards = json.loads(files.read(path))["shards"]
+        names = [shard["name"] for shard in shards]
+        sound = all(isinstance(shard["samples"], int) and 0 <= shard["samples"] < 2**31 for shard in shards)
+        sound = sound and all(isinstance(name, str) and name.endswith(".tar") and "/" not in name for name in names)
+    except (FileNotFoundError, PermissionError):  # a bucket that may not be listed says "forbidden" for "missing"
+        return []
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{files.show(path)!r} is no manifest of shards: {error!r}. {hint}") from error
+    if not sound or len(set(names)) < len(names):
+        raise ValueError(f"{files.show(path)!r} is no manifest of shards: a name or a count in it is wrong. {hint}")
+    return shards
+
+
+def _prepared_by(files: Files, shards: Sequence[str]) -> str | None:
+    """How the images of shards that are in a manifest were prepared, if in one way."""
+    folders = {url_path(shard).rpartition("/")[0] for shard in shards}
+    told = {json.loads(files.read(_join(folder, MANIFEST))).get("preprocessing_hash") for folder in folders}
+    return told.pop() if len(told) == 1 else None
+
+
+def _join(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
+
+
+def _exists(files: Files, path: str) -> bool:
+    try:
+        files.size(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def default_cache_dir() -> Path:
+    """Where what was learned of remote shards is kept: `$XDG_CACHE_HOME/diffusers-dino`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusers-dino"
+
+
+def _open_index(files: Files, shard: str) -> TarIndex:
+    """The index of a shard: the one beside it, one that was made before, or a new one."""
+    size = files.size(shard)
+    try:
+        return parse_index(files.read(add_suffix(shard, INDEX_SUFFIX)), size)
+    except (FileNotFoundError, PermissionError):
+        pass
+    except ValueError as error:
+        logger.warning("The index beside %s is not used: %s. Reading its headers.", files.show(shard), error)
+    if not isinstance(files, RemoteFiles):
+        with files.open(shard) as file:
+            return index_tar(file, shard, size)
+    name = hashlib.sha256(f"{files.show(shard)}\n{files.version(shard)}".encode()).hexdigest()
+    cached = default_cache_dir() / "indexes" / f"{name}.npz"
+    try:
+        return parse_index(cached.read_bytes(), size)
+    except (OSError, ValueError):
+        logger.info("Reading %s whole, once: it has no index beside it", files.show(shard))
+    with files.open(shard) as file:
+        index = index_tar(file, files.show(shard), size)
+    if not index.damage:
+        _keep(cached, index.to_bytes())
+    return index
+
+
+def _keep(path: Path, content: bytes) -> None:
+    """Write a file of the cache, if that can be written to; processes that do so at once do not disturb each other."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            file.write(content)
+    except OSError as error:
+        logger.warning("Cannot keep %s: %s", path, error)
+
+
+def _empty_index() -> TarIndex:
+    none = np.zeros(0, np.int64)
+    return TarIndex(0, PackedKeys(), (), np.zeros(1, np.int64), none.astype(np.int32), none, none)
+
+
+def _keep_images(index: TarIndex) -> tuple[TarIndex, np.ndarray]:
+    """The samples that have an image, and the number `(S,)` of the file that is it."""
+    if not len(index.keys):
+        return index, np.zeros(0, np.int64)
+    order = {extension: rank for rank, extension in enumerate(IMAGE_EXTENSIONS)}
+    ranks = np.array([order.get(extension, len(order)) for extension in index.extensions])[index.kinds]  # (M,)
+    count = len(ranks)
+    best = np.minimum.reduceat(ranks * count + np.arange(count), index.first_member[:-1])  # (S,): rank, then number
+    kept = best < len(order) * count
+    if kept.all():
+        return index, best % count
+    sizes = np.diff(index.first_member)
+    members = np.repeat(kept, sizes)
+    renumbered = np.cumsum(members) - 1
+    columns = {name: getattr(index, name)[members] for name in ("kinds", "offsets", "sizes")}
+    keys = PackedKeys([index.keys[number] for number in np.flatnonzero(kept)])
+    first = np.cumsum([0, *sizes[kept]])
+    return replace(index, keys=keys, first_member=first, **columns), renumbered[best[kept] % count]
+
+
+def _pad(index: TarIndex, images: np.ndarray, lost: list[str]) -> tuple[TarIndex, np.ndarray]:
+    """Add samples without files."""
+    if not lost:
+        return index, images
+    keys = PackedKeys.from_bytes(index.keys.to_bytes() + PackedKeys(lost).to_bytes())
+    first = np.append(index.first_member, np.full(len(lost), index.first_member[-1]))
+    return replace(index, keys=keys, first_member=first), np.append(images, np.full(len(lost), -1))
+
+
+def _concatenate(indexes: Sequence[TarIndex]) -> TarIndex:
+    """One index of the samples of all shards; offsets stay those within each shard."""
+    extensions = tuple(sorted({extension for index in indexes for extension in index.extensions}))
+    number = {extension: i for i, extension in enumerate(extensions)}
+    kinds = [np.array([number[e] for e in index.extensions], np.int32)[index.kinds] for index in indexes]
+    starts = np.cumsum([0, *(len(index.kinds) for index in indexes)])
+    first = [index.first_member[:-1] + start for index, start in zip(indexes, starts, strict=False)]
+    return TarIndex(
+        sum(index.tar_bytes for index in indexes),
+        PackedKeys.from_bytes(b"".join(index.keys.to_bytes() for index in indexes)),
+        extensions,
+        np.concatenate([*first, starts[-1:]]),
+        np.concatenate(kinds),
+        np.concatenate([index.offsets for index in indexes]),
+        np.concatenate([index.sizes for index in indexes]),
+    )

@@ -1,0 +1,262 @@
+"""The page of the demo: three tabs over `app_tasks`. Import it after Gradio's environment is set, as `app.py` does."""
+
+from __future__ import annotations
+
+import functools
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import torch
+from PIL import Image
+
+from .. import DinoDiffusionPipeline
+from . import tasks
+
+__all__ = ["LOOK", "build_page"]
+
+KEPT = 3600  # seconds that a visitor's images and files are kept
+CHECKED = 60  # seconds between two looks for older ones
+POINTS = 9  # images on a path
+
+ONE_AT_A_TIME = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}  # for all visitors
+QUIET = {"show_progress": "hidden", "api_visibility": "private"}
+
+PROGRESS = gr.Progress()  # as a default: Gradio then gives the function one of the call
+_PICTURE = {
+    "show_label": False,
+    "format": "png",  # Gradio's own is lossy
+    "interactive": False,
+    "buttons": ["download", "fullscreen"],  # and not the one that uploads to a forum
+    "elem_classes": "picture",
+}
+INTRODUCTION = "# diffusers-dino\nA diffusion model that sees an image through its DINO tokens. Model: `{model}`"
+NOTE = (
+    "What is generated here is **synthetic**. This is not a medical device: nothing it makes may be used to diagnose "
+    "or treat a patient. Images stay on the machine that serves this page and are deleted after an hour."
+)
+LOOK = {
+    # The system's fonts: a page behind a firewall cannot fetch others
+    "theme": gr.themes.Default(
+        primary_hue="teal",
+        neutral_hue="slate",
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    ),
+    "css_paths": Path(__file__).with_name("page.css"),
+}
+
+# In the browser: the image of the strip at a fraction of its length. No server is asked, so it is there at once.
+SHOW_POINT = "(fraction, strip) => strip?.length ? strip[Math.round(fraction * (strip.length - 1))].image : null"
+
+
+def build_page(pipe: DinoDiffusionPipeline, model: str, examples: Sequence[Image.Image]) -> gr.Blocks:
+    """The page on a pipeline.
+
+    Args:
+        pipe: On the device where it computes.
+        model: What to call it.
+        examples: Images to choose from; the first one is chosen already.
+    """
+    with gr.Blocks(title="diffusers-dino", delete_cache=(CHECKED, KEPT), analytics_enabled=False) as page:
+        gr.Markdown(INTRODUCTION.format(model=model))
+        with gr.Tab("Variations", elem_id="variations-tab"):
+            variations_tab(pipe, model, examples)
+        with gr.Tab("Blend", elem_id="blend-tab"):
+            blend_tab(pipe, model, examples)
+        with gr.Tab("Segments", elem_id="segments-tab"):
+            segments_tab(pipe, examples)
+        gr.Markdown(NOTE, elem_classes="note")
+    return page.queue(max_size=32)
+
+
+def variations_tab(pipe: DinoDiffusionPipeline, model: str, examples: Sequence[Image.Image]) -> None:
+    with gr.Row():
+        with gr.Column(scale=2):
+            image = image_input(examples, 6)
+            count = gr.Slider(1, 16, 4, step=1, label="Number of variations")
+            sampling = sampling_inputs()
+            run = gr.Button("Make variations", variant="primary")
+        with gr.Column(scale=3):
+            gallery = pictures("variations", columns=2)
+            download = gr.DownloadButton("Download all (ZIP)", interactive=False)
+
+    @told
+    def make(image, count, steps, guidance, seed, scheduler, progress=PROGRESS):
+        sampling = tasks.Sampling(steps, guidance, seed, scheduler)
+        made = tasks.vary(pipe, chosen(image), count, sampling, progress)
+        seeds = [sampling.seed + number for number in range(count)]
+        files = {f"variation_seed_{seed}": picture for seed, picture in zip(seeds, made, strict=True)}
+        facts = tasks.settings(model, sampling, task="variations")
+        captioned = [(picture, f"seed {seed}") for seed, picture in zip(seeds, made, strict=True)]
+        return captioned, offered("variations.zip", tasks.archive(files, facts))
+
+    run.click(make, [image, count, *sampling], [gallery, download], **ONE_AT_A_TIME)
+
+
+def blend_tab(pipe: DinoDiffusionPipeline, model: str, examples: Sequence[Image.Image]) -> None:
+    with gr.Row():
+        with gr.Column(scale=2):
+            with gr.Row():
+                with gr.Column(min_width=160):
+                    gr.Markdown("From")
+                    source = image_input(examples, 3)
+                with gr.Column(min_width=160):
+                    gr.Markdown("To")
+                    target = image_input(examples[::-1], 3)
+            method = gr.Radio(tasks.METHODS, value="lerp", label="Between the tokens", info="Straight, or on an arc")
+            sampling = sampling_inputs()
+            run = gr.Button("Blend", variant="primary")
+        with gr.Column(scale=3):
+            picture = shown_picture("blend", height=480)
+            fraction = gr.Slider(0, 1, 0.5, step=1 / (POINTS - 1), label="Fraction of the way")
+            strip = pictures("path", columns=POINTS, allow_preview=False, buttons=[])
+            download = gr.DownloadButton("Download all (ZIP)", interactive=False)
+
+    @told
+    def make(source, target, method, steps, guidance, seed, scheduler, progress=PROGRESS):
+        sampling = tasks.Sampling(steps, guidance, seed, scheduler)
+        made = tasks.blend(pipe, chosen(source), chosen(target), POINTS, method, sampling, progress)
+        files = {f"blend_{place / (POINTS - 1):.3f}": picture for place, picture in enumerate(made)}
+        facts = tasks.settings(model, sampling, task="blend", method=method)
+        return made, offered("blend.zip", tasks.archive(files, facts))
+
+    def choose(event: gr.SelectData):
+        return event.index / (POINTS - 1)
+
+    show = {"fn": None, "inputs": [fraction, strip], "outputs": picture, "js": SHOW_POINT}
+    run.click(make, [source, target, method, *sampling], [strip, download], **ONE_AT_A_TIME).success(**show)
+    fraction.change(**show)
+    strip.select(choose, None, fraction, **QUIET)
+
+
+def segments_tab(pipe: DinoDiffusionPipeline, examples: Sequence[Image.Image]) -> None:
+    segmenter = tasks.Segmenter(pipe)
+    with gr.Row():
+        with gr.Column(scale=2):
+            image = image_input(examples, 6)
+            threshold = gr.Slider(0.02, 1, 0.3, step=0.01, label="Merge threshold", info="Higher: fewer segments")
+            last, layers = segmenter.last_timestep, segmenter.layers
+            timestep = gr.Slider(0, last, 50, step=1, label="Timestep", info="Of the noise that the model expects")
+            layer = gr.Dropdown(layers, value=segmenter.finest_layer, label="Self-attention of")
+            run = gr.Button("Segment", variant="primary")
+        with gr.Column(scale=3):
+            picture = shown_picture("segments", height=560)
+            summary = gr.Markdown()
+            opacity = gr.Slider(0, 1, 0.35, step=0.05, label="Opacity")
+            with gr.Row():
+                mask = gr.DownloadButton("Download mask (PNG)", interactive=False)
+                overlay = gr.DownloadButton("Download overlay (PNG)", interactive=False)
+    segmented = gr.State(time_to_live=KEPT)  # image and maps, which belong together
+
+    @told
+    def segment(image, threshold, timestep, layer, opacity):
+        maps = segmenter.segment(chosen(image), int(timestep), threshold, layer)
+        return (image, maps), f"{len(maps)} segment{'s' * (len(maps) > 1)}", *paint((image, maps), opacity)
+
+    def paint(segmented, opacity):
+        """The picture at once; the files follow it, and are not offered until they fit."""
+        off = gr.update(interactive=False)
+        if segmented is None:
+            return None, off, off
+        shown = tasks.fitted(segmented[0], tasks.DISPLAY)
+        return tasks.overlay(shown, tasks.labels_of(segmented[1], shown), opacity), off, off
+
+    def files(segmented, opacity):
+        if segmented is None:
+            return gr.skip(), gr.skip()
+        image, maps = segmented
+        labels = tasks.labels_of(maps, image)
+        numbers, painted = tasks.png(tasks.mask_image(labels)), tasks.png(tasks.overlay(image, labels, opacity))
+        return offered("mask.png", numbers), offered("overlay.png", painted)
+
+    inputs, outputs, shown = (
+        [image, threshold, timestep, layer, opacity],
+        [segmented, summary],
+        [picture, mask, overlay],
+    )
+    latest = {"trigger_mode": "always_last"}  # while a slider moves
+    triggers = run.click, threshold.change, timestep.change, layer.change
+    events = [trigger(segment, inputs, outputs + shown, **latest, **ONE_AT_A_TIME) for trigger in triggers]
+    events.append(opacity.change(paint, [segmented, opacity], shown, **latest, **QUIET))
+    for event in events:
+        event.success(files, [segmented, opacity], [mask, overlay], **QUIET)
+
+
+def image_input(examples: Sequence[Image.Image], columns: int) -> gr.State:
+    """Where an image is dropped or chosen. It is in the state returned, 8 bits deep, in the server's memory alone."""
+    first = examples[0] if examples else None
+    image = gr.State(first, time_to_live=KEPT)
+    picture = shown_picture(None, height=240, value=first, buttons=["fullscreen"])
+    file = gr.File(show_label=False, height=60, elem_classes="drop")
+    gr.Markdown("PNG, JPEG, TIFF, NumPy or DICOM" + (", or one of these:" if examples else ""), elem_classes="note")
+
+    @told
+    def read(path):
+        try:
+            opened = tasks.open_image(path)
+        finally:
+            Path(path).unlink(missing_ok=True)
+        return opened, tasks.fitted(opened, tasks.DISPLAY)
+
+    def choose(event: gr.SelectData):
+        return examples[event.index], examples[event.index]
+
+    opened = file.upload(read, file, [image, picture], api_visibility="private")
+    for done in (opened.success, opened.failure):  # then free the place for the next file, also after a broken one
+        done(None, None, file, js="() => null")
+    if examples:
+        choices = pictures(None, columns=columns, value=list(examples), allow_preview=False, buttons=[])
+        choices.select(choose, None, [image, picture], **QUIET)
+    return image
+
+
+def sampling_inputs() -> list[gr.components.Component]:
+    """What `tasks.Sampling` takes, in its order."""
+    with gr.Accordion("Sampling", open=False):
+        return [
+            gr.Slider(1, 100, 20, step=1, label="Steps"),
+            gr.Slider(1, 10, 2, step=0.1, label="Guidance", info="1 is none"),
+            gr.Number(0, precision=0, minimum=0, maximum=2**31, label="Seed"),
+            gr.Dropdown(list(tasks.SCHEDULERS), value=tasks.Sampling().scheduler, label="Scheduler"),
+        ]
+
+
+def pictures(elem_id: str | None, **options: Any) -> gr.Gallery:
+    return gr.Gallery(elem_id=elem_id, **{**_PICTURE, **options})
+
+
+def shown_picture(elem_id: str | None, height: int, **options: Any) -> gr.Image:
+    return gr.Image(elem_id=elem_id, height=height, **{**_PICTURE, **options})
+
+
+def chosen(image: Image.Image | None) -> Image.Image:
+    """An image, or a word to the visitor who has none."""
+    if image is None:
+        raise ValueError("Drop an image, or choose an example.")
+    return image
+
+
+def offered(name: str, content: bytes) -> Any:
+    """A download of a file, which Gradio deletes after `KEPT` seconds as all files in its folder."""
+    path = Path(tempfile.mkdtemp(dir=os.environ["GRADIO_TEMP_DIR"])) / name
+    path.write_bytes(content)
+    return gr.update(value=str(path), interactive=True)
+
+
+def told(function: Callable) -> Callable:
+    """Show the visitor why a call cannot work; whatever else fails is a bug and goes to the log."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            raise gr.Error("The device has no memory left: ask for fewer images.", print_exception=False) from error
+        except (ValueError, TypeError, ImportError) as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    return wrapped

@@ -1,0 +1,270 @@
+"""What the demo does, without its page: images read, varied, blended and segmented, and files made of the results."""
+
+from __future__ import annotations
+
+import colorsys
+import hashlib
+import io
+import json
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import diffusers
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .. import DiffSegPipeline, DinoDiffusionPipeline, DinoInterpolationPipeline
+from ..data import Preprocessing, open_images, read_image
+from ..diffseg.attention import self_attention_layers
+from ..diffseg.merging import suppress
+from ..pixels import to_unit, unit_to_uint8
+
+# Of diffusers, by the names that a list shows; None is the scheduler that the model came with.
+SCHEDULERS = {
+    "the model's own": None,
+    "DPM-Solver++": "DPMSolverMultistepScheduler",
+    "UniPC": "UniPCMultistepScheduler",
+    "Euler": "EulerDiscreteScheduler",
+    "Euler, stochastic": "EulerAncestralDiscreteScheduler",
+}
+METHODS = ("lerp", "slerp")
+ALL_LAYERS = "all"
+DISPLAY = 1024  # pixels: larger images are shown smaller, and kept and downloaded as they are
+MIN_SIDE = 32  # of an image in pixels: less has nothing to show
+_BATCH = 4  # images that are generated at a time
+_MAX_RATIO = 8  # of an image's sides
+
+OnStep = Callable[[float], None]  # is told the fraction that is done
+Pipeline = TypeVar("Pipeline", DinoDiffusionPipeline, DinoInterpolationPipeline)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are sampled.
+
+    Args:
+        steps: Denoising steps.
+        guidance: Guidance scale; 1 is none.
+        seed: Of the initial noise.
+        scheduler: A key of `SCHEDULERS`.
+    """
+
+    steps: int = 20
+    guidance: float = 2.0
+    seed: int = 0
+    scheduler: str = "the model's own"
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Read a file that somebody dropped: gray or RGB of 8 bits, from its darkest to its brightest value.
+
+    Training stretches the range in the same way (`Preprocessing`), so the model sees what it knows.
+
+    Raises:
+        ValueError: If it is no image, damaged, or too small; the message names the file without its folder.
+        ImportError: If it is DICOM and the `dicom` extra is not installed.
+    """
+    name = Path(path).name
+    pixels = read_image(path, name=name)  # (H, W) or (H, W, 3)
+    height, width = pixels.shape[:2]
+    if min(height, width) < MIN_SIDE or max(height, width) > _MAX_RATIO * min(height, width):
+        raise ValueError(
+            f"{name} has {width} x {height} pixels: the shorter side must have {MIN_SIDE} at least, the longer one at "
+            f"most {_MAX_RATIO} times as many."
+        )
+    unit = to_unit(pixels.astype(np.uint16))[0]  # (3, H, W) in [0, 1]; uint16 is stretched
+    array = unit_to_uint8(unit).movedim(0, -1).numpy()
+    return Image.fromarray(array[..., 0] if pixels.ndim == 2 else array)
+
+
+def example_images(source: str | Path, size: int, count: int) -> list[Image.Image]:
+    """A few images of a folder or of shards, evenly spread, prepared as for training: `size` x `size` pixels."""
+    images = open_images(source, Preprocessing(size, remove_borders=False), local_files_only=True)
+    places = [place * len(images) // count for place in range(count)] if len(images) > count else range(len(images))
+    return [Image.fromarray(array) for _, array in images.read_many(list(places))]
+
+
+def model_size(pipe: DinoDiffusionPipeline) -> int:
+    """Side in pixels of the images that the model makes."""
+    size = pipe.unet.config["sample_size"]
+    return (size if isinstance(size, int) else min(size)) * pipe.vae_scale_factor
+
+
+def vary(
+    pipe: DinoDiffusionPipeline, image: Image.Image, count: int, sampling: Sampling, on_step: OnStep | None = None
+) -> list[Image.Image]:
+    """Variations of an image. Number i has the seed `sampling.seed + i` and does not depend on how many there are."""
+    pipe = _made_of(pipe, DinoDiffusionPipeline, sampling.scheduler)
+    embeds = pipe.encode_image(image)
+    variations: list[Image.Image] = []
+    report = _reporter(on_step, -(-count // _BATCH))
+    while len(variations) < count:
+        seeds = range(sampling.seed + len(variations), sampling.seed + min(len(variations) + _BATCH, count))
+        variations += pipe(
+            image_embeds=embeds,
+            num_images_per_prompt=len(seeds),
+            num_inference_steps=sampling.steps,
+            guidance_scale=sampling.guidance,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            callback_on_step_end=report,
+        ).images
+    return variations
+
+
+def blend(
+    pipe: DinoDiffusionPipeline,
+    source: Image.Image,
+    target: Image.Image,
+    num_points: int,
+    method: str,
+    sampling: Sampling,
+    on_step: OnStep | None = None,
+) -> list[Image.Image]:
+    """Images on the path between two images, at `num_points` even fractions from 0 to 1, from one noise."""
+    between = _made_of(pipe, DinoInterpolationPipeline, sampling.scheduler)
+    return between(
+        source,
+        target,
+        torch.linspace(0, 1, num_points),
+        method=method,
+        num_inference_steps=sampling.steps,
+        guidance_scale=sampling.guidance,
+        generator=torch.Generator().manual_seed(sampling.seed),
+        callback_on_step_end=_reporter(on_step, num_points),
+    ).images
+
+
+class Segmenter:
+    """Segments of images, with the attention maps of the last few images and timesteps kept.
+
+    The maps take the model and do not depend on the threshold, so that another threshold costs merging alone.
+
+    Args:
+        pipe: Whose UNet is read.
+        kept: How many images and timesteps are kept; each takes s^4 numbers at attention of side s (67 MB for 64).
+
+    Attributes:
+        layers: All of the UNet's self-attention, then the names of its blocks.
+        finest_layer: The last one of the decoder, which often segments better than all together.
+        last_timestep: The largest one.
+    """
+
+    def __init__(self, pipe: DinoDiffusionPipeline, kept: int = 8) -> None:
+        blocks = list(dict.fromkeys(name.split(".transformer")[0] for name in self_attention_layers(pipe.unet)))
+        self.layers = [ALL_LAYERS, *blocks]
+        self.finest_layer = ([name for name in blocks if name.startswith("up_blocks")] or blocks)[-1]
+        self.last_timestep = pipe.scheduler.config["num_train_timesteps"] - 1
+        self._pipe = DiffSegPipeline.from_pipe(pipe)
+        self._kept = kept
+        self._maps: OrderedDict[tuple, Tensor] = OrderedDict()
+
+    def segment(self, image: Image.Image, timestep: int, threshold: float, layer: str = ALL_LAYERS) -> Tensor:
+        """Segment an image.
+
+        Args:
+            image: Gray or RGB.
+            timestep: Of the denoising step whose attention is read.
+            threshold: Maps closer than this are merged, in units of the mean divergence of the image's maps.
+            layer: One of `layers`.
+
+        Returns:
+            `(K, s, s)`: a map of each segment, that of the largest one first; see `labels_of`.
+        """
+        maps = self._attention(image, timestep, layer)
+        width, height = fitted(image, DISPLAY).size
+        output = self._pipe.segment(maps, threshold, relative_threshold=True, refine=True, output_size=(height, width))
+        areas = torch.bincount(output.masks[0].flatten(), minlength=len(output.maps[0]))
+        order = areas.argsort(descending=True, stable=True)
+        return output.maps[0][order[: output.num_segments[0]]]
+
+    def _attention(self, image: Image.Image, timestep: int, layer: str) -> Tensor:
+        key = hashlib.sha256(image.tobytes()).digest(), image.size, timestep, layer
+        if key not in self._maps:
+            layers = None if layer == ALL_LAYERS else [layer]
+            self._maps[key] = self._pipe.attention_maps(image, timestep, layers=layers)
+        self._maps.move_to_end(key)
+        while len(self._maps) > self._kept:
+            self._maps.popitem(last=False)
+        return self._maps[key]
+
+
+def labels_of(segments: Tensor, image: Image.Image) -> np.ndarray:
+    """Numbers `(H, W)` uint8 of segments at an image's size, from their maps `(K, s, s)`; K is at most 256."""
+    return suppress(segments, (image.height, image.width)).to(torch.uint8).cpu().numpy()
+
+
+def palette() -> np.ndarray:
+    """256 colours `(256, 3)` uint8, neighbours far apart: hues at steps of the golden ratio."""
+    hues = (0.58 + 0.618034 * np.arange(256)) % 1
+    return np.array([[round(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.7, 1.0)] for hue in hues], np.uint8)
+
+
+def overlay(image: Image.Image, labels: np.ndarray, opacity: float) -> Image.Image:
+    """Segments `(H, W)` in colour over an image of their size, RGB."""
+    return Image.blend(image.convert("RGB"), Image.fromarray(palette()[labels]), opacity)
+
+
+def fitted(image: Image.Image, max_side: int) -> Image.Image:
+    """An image whose longer side is at most `max_side` pixels; smaller ones as they are."""
+    scale = min(1, max_side / max(image.size))
+    size = tuple(max(1, round(side * scale)) for side in image.size)
+    return image if scale == 1 else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def mask_image(labels: np.ndarray) -> Image.Image:
+    """Segments as a picture with a palette: its pixels are their numbers, and a viewer shows their colours."""
+    picture = Image.fromarray(labels)
+    picture.putpalette(palette().tobytes())
+    return picture
+
+
+def png(picture: Image.Image) -> bytes:
+    """A picture as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def archive(pictures: Mapping[str, Image.Image], facts: Mapping[str, object]) -> bytes:
+    """A ZIP of pictures by name, as PNG at their own size, and of `settings.json`, how they were made."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:  # PNG is compressed already
+        for name, picture in pictures.items():
+            file.writestr(f"{name}.png", png(picture))
+        file.writestr("settings.json", json.dumps({"synthetic": True, **facts}, indent=2) + "\n")
+    return buffer.getvalue()
+
+
+def settings(model: str, sampling: Sampling, **more: object) -> dict[str, object]:
+    """What `archive` notes of a call."""
+    return {"model": model, **asdict(sampling), **more}
+
+
+def _made_of(pipe: DinoDiffusionPipeline, kind: type[Pipeline], scheduler: str) -> Pipeline:
+    """A pipeline of the same components under a scheduler of its own, as schedulers keep the state of a call."""
+    name = SCHEDULERS[scheduler]
+    own = (getattr(diffusers, name) if name else type(pipe.scheduler)).from_config(pipe.scheduler.config)
+    made = kind.from_pipe(pipe, scheduler=own)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def _reporter(on_step: OnStep | None, num_calls: int) -> Callable | None:
+    """A callback of a pipeline that runs `num_calls` times over its steps."""
+    if on_step is None:
+        return None
+    done = 0
+
+    def report(pipe: DinoDiffusionPipeline, step: int, timestep: Tensor, tensors: dict) -> dict:
+        nonlocal done
+        done += 1
+        on_step(done / (num_calls * pipe.num_timesteps))
+        return {}
+
+    return report

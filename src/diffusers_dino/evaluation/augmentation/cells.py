@@ -1,0 +1,221 @@
+"""One cell of the classification grid: what was trained on, and its predictions of images that it has not seen.
+
+The grid has a cell for each strategy, mode, ratio, regime and fold (DiNO-Diffusion, section 2.4). A cell is a file of
+its own, written whole or not at all, and all that tables and tests need: they are made of these files alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from ...files import atomic_write
+
+__all__ = [
+    "AUGMENTATION",
+    "FULL_SYNTHETIC",
+    "INTERPOLATION",
+    "REAL",
+    "RECONSTRUCTION",
+    "CellFacts",
+    "CellResult",
+    "CellSpec",
+    "grid_of",
+    "load_cells",
+]
+
+REAL, RECONSTRUCTION, INTERPOLATION = "real", "reconstruction", "interpolation"
+AUGMENTATION, FULL_SYNTHETIC = "augmentation", "full-synthetic"
+_SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True, order=True)
+class CellSpec:
+    """Where a cell stands in the grid.
+
+    Args:
+        strategy: How synthetic images were made, `RECONSTRUCTION` or `INTERPOLATION`; `REAL` for the baseline.
+        mode: `AUGMENTATION` trains on real and synthetic images, `FULL_SYNTHETIC` on synthetic ones alone; `REAL`.
+        ratio: Synthetic images for each real one; 0 for the baseline.
+        regime: Number of real images, from which the synthetic ones are made.
+        fold: Whose patients are tested.
+
+    Raises:
+        ValueError: If strategy, mode and ratio do not fit each other.
+    """
+
+    strategy: str
+    mode: str
+    ratio: int
+    regime: int
+    fold: int
+
+    def __post_init__(self) -> None:
+        baseline = (self.strategy, self.mode, self.ratio) == (REAL, REAL, 0)
+        synthetic = self.strategy in (RECONSTRUCTION, INTERPOLATION) and self.mode in (AUGMENTATION, FULL_SYNTHETIC)
+        if not (baseline or (synthetic and self.ratio >= 1)) or self.regime < 1 or self.fold < 0:
+            raise ValueError(
+                f"There is no cell {_name(self)}: a strategy of {RECONSTRUCTION!r} or {INTERPOLATION!r} goes with a "
+                f"mode of {AUGMENTATION!r} or {FULL_SYNTHETIC!r} and a ratio of 1 or more, and {REAL!r} with {REAL!r} "
+                "and 0."
+            )
+
+    @property
+    def name(self) -> str:
+        """What the cell is called in messages and as a file."""
+        return _name(self)
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it was trained on real images alone."""
+        return self.strategy == REAL
+
+
+def _name(spec: CellSpec) -> str:
+    kind = REAL if spec.strategy == REAL else f"{spec.strategy}-{spec.mode}-1to{spec.ratio}"
+    return f"{kind}-regime{spec.regime}-fold{spec.fold}"
+
+
+@dataclass(frozen=True)
+class CellFacts:
+    """How a cell came about.
+
+    Attributes:
+        num_real: Real images that were trained on.
+        num_synthetic: Synthetic images that were trained on.
+        num_validation: Real images, of patients that are neither trained on nor tested, that chose the weights.
+        steps: Optimiser updates that were made.
+        best_step: The update after which the weights were kept.
+        validation_auroc: Macro AUROC on the validation images then; NaN without any.
+        seconds: Wall-clock time of training and prediction.
+        seed: Of the experiment.
+        settings: Digest of the experiment's settings; cells of one table have one.
+        plan: Digest of the plan of the synthetic images; empty for the baseline.
+        model: Name of the classifier's architecture, and its options.
+        device: Where it was trained.
+    """
+
+    num_real: int
+    num_synthetic: int
+    num_validation: int
+    steps: int
+    best_step: int
+    validation_auroc: float
+    seconds: float
+    seed: int
+    settings: str
+    plan: str
+    model: str
+    device: str
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """The predictions of one cell's classifier on the N images of its test fold.
+
+    Attributes:
+        spec: Where it stands in the grid.
+        labels: Names of the L labels.
+        keys: Of the images.
+        patients: Of the images.
+        probabilities: `(N, L)` float32 in [0, 1].
+        targets: `(N, L)` bool.
+        facts: How it came about.
+
+    Raises:
+        ValueError: If the shapes do not fit, or a probability is no number in [0, 1].
+    """
+
+    spec: CellSpec
+    labels: tuple[str, ...]
+    keys: tuple[str, ...]
+    patients: tuple[str, ...]
+    probabilities: np.ndarray
+    targets: np.ndarray
+    facts: CellFacts
+
+    def __post_init__(self) -> None:
+        shape = (len(self.keys), len(self.labels))
+        if not self.probabilities.shape == self.targets.shape == shape or len(self.patients) != len(self.keys):
+            raise ValueError(
+                f"{self.spec.name}: {len(self.keys)} images, {len(self.patients)} patients and {len(self.labels)} "
+                f"labels do not fit probabilities {self.probabilities.shape} and targets {self.targets.shape}."
+            )
+        # written so that a NaN does not pass
+        if not ((self.probabilities >= 0) & (self.probabilities <= 1)).all():
+            raise ValueError(f"{self.spec.name}: not all probabilities are in [0, 1]; did training diverge?")
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the cell's file into a folder, whole or not at all, and return its path."""
+        strings = {"labels": self.labels, "keys": self.keys, "patients": self.patients}
+        text = {"spec": asdict(self.spec), "facts": asdict(self.facts), **strings}
+        tensors = {"probabilities": self.probabilities.astype(np.float32), "targets": self.targets.astype(bool)}
+        path = self.path(folder, self.spec)
+        with atomic_write(path) as file:
+            file.write(save(tensors, {name: json.dumps(value) for name, value in text.items()}))
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> CellResult:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: If the file is damaged or not a cell.
+        """
+        try:
+            with safe_open(path, "numpy") as file:
+                text = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
+                probabilities, targets = file.get_tensor("probabilities"), file.get_tensor("targets")
+            strings = (tuple(text[name]) for name in ("labels", "keys", "patients"))
+            return cls(CellSpec(**text["spec"]), *strings, probabilities, targets, CellFacts(**text["facts"]))
+        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is no whole cell of a grid ({error}): delete it and run again.") from error
+
+    @staticmethod
+    def path(folder: str | Path, spec: CellSpec) -> Path:
+        """The file of a cell in a folder."""
+        return Path(folder) / f"{spec.name}{_SUFFIX}"
+
+
+def load_cells(folder: str | Path) -> list[CellResult]:
+    """All cells of a folder, in the order of the grid.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If one is damaged, or they are of different experiments.
+    """
+    cells = [CellResult.load(path) for path in sorted(Path(folder).glob(f"*{_SUFFIX}"))]
+    if not cells:
+        raise FileNotFoundError(f"There is no cell of a grid in {str(folder)!r}.")
+    first = cells[0]
+    for cell in cells:
+        if (cell.facts.settings, cell.labels) != (first.facts.settings, first.labels):
+            raise ValueError(f"{cell.spec.name} and {first.spec.name} in {str(folder)!r} are of different settings.")
+    return sorted(cells, key=lambda cell: cell.spec)
+
+
+def grid_of(
+    regimes: Sequence[int],
+    ratios: Sequence[int],
+    num_folds: int,
+    strategies: Sequence[str] = (RECONSTRUCTION, INTERPOLATION),
+    modes: Sequence[str] = (AUGMENTATION, FULL_SYNTHETIC),
+) -> list[CellSpec]:
+    """All cells of a grid: for each regime and fold the baseline, then every strategy, mode and ratio.
+
+    Raises:
+        ValueError: If a strategy, mode, ratio or regime is not one.
+    """
+    cells = []
+    for regime in sorted(set(regimes), reverse=True):
+        for fold in range(num_folds):
+            cells.append(CellSpec(REAL, REAL, 0, regime, fold))
+            kinds = [(s, m, r) for s in strategies for m in modes for r in sorted(set(ratios))]
+            cells += [CellSpec(*kind, regime, fold) for kind in kinds]
+    return cells

@@ -1,0 +1,112 @@
+"""Figures of the augmentation protocol (the paper's Fig. 4). Results are drawn, not computed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..figures import new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from .result import AugmentationResult, Configuration
+
+__all__ = ["plot_augmentation", "plot_differences"]
+
+_COLORS = {"reconstruction": "C0", "interpolation": "C1"}
+
+
+def plot_augmentation(result: AugmentationResult) -> Figure:
+    """Macro AUROC against the ratio of synthetic to real images: a row for each mode, a column for each regime.
+
+    Points are means over folds with their standard deviation; the line and band are those of real images alone.
+    Configurations that are not finished are left out.
+
+    Args:
+        result: From `protocols.augmentation.summarise`.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+        ValueError: If no configuration is finished.
+    """
+    rows = [row for row in result.configurations if row.mean is not None]
+    if not rows:
+        raise ValueError("No configuration of the grid has all its folds, so there is nothing to draw.")
+    regimes = list(dict.fromkeys(row.regime for row in rows))
+    modes = sorted({row.mode for row in rows if not row.is_baseline}) or [""]
+    ratios = sorted({row.ratio for row in rows if not row.is_baseline})
+    figure = new_figure(1.2 + 2.6 * len(regimes), 0.6 + 2.5 * len(modes))
+    panels = figure.subplots(len(modes), len(regimes), squeeze=False, sharex=True, sharey=True)
+    for mode, line in zip(modes, panels, strict=True):
+        for regime, axes in zip(regimes, line, strict=True):
+            members = [row for row in rows if row.regime == regime and (row.is_baseline or row.mode == mode)]
+            _draw_panel(axes, members, ratios)
+        line[0].set_ylabel(f"{mode}\nmacro AUROC".strip())
+    for regime, top, bottom in zip(regimes, panels[0], panels[-1], strict=True):
+        top.set_title(f"{regime} real images")
+        bottom.set_xlabel("synthetic images per real one")
+    named = {}  # a panel may lack what another one has
+    for axes in panels.flatten():
+        handles, labels = axes.get_legend_handles_labels()
+        named |= dict(zip(labels, handles, strict=True))
+    figure.legend(named.values(), named.keys(), loc="upper center", ncols=len(named), bbox_to_anchor=(0.5, 0.0))
+    figure.tight_layout()
+    return figure
+
+
+def plot_differences(result: AugmentationResult) -> Figure:
+    """Difference of each configuration to real images alone, with its 95 % intervals.
+
+    The thin line is the corrected interval over folds, that of the table; the thick one is the bootstrap interval
+    over patients. A full point is significant at 5 % after correction.
+
+    Args:
+        result: From `protocols.augmentation.summarise`.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+        ValueError: If there is no difference to draw.
+    """
+    rows = [row for row in result.configurations if row.difference is not None]
+    if not rows:
+        raise ValueError("No configuration has all its folds and those of its baseline, so there is no difference.")
+    figure = new_figure(8, 1.2 + 0.26 * len(rows))
+    axes = figure.subplots()
+    axes.axvline(0, color="black", linewidth=0.8)
+    names = []
+    for place, row in enumerate(rows):
+        d, color = row.difference, _COLORS[row.strategy]
+        axes.plot([d.low, d.high], [place, place], color=color, linewidth=1)
+        axes.plot([d.patients_low, d.patients_high], [place, place], color=color, linewidth=4, alpha=0.5)
+        face = color if d.corrected_p < 0.05 else "white"
+        axes.plot([d.mean], [place], marker="o", color=color, markerfacecolor=face)
+        names.append(f"{row.regime}, 1:{row.ratio}, {row.mode}, {row.strategy}")
+        if place and rows[place - 1].regime != row.regime:
+            axes.axhline(place - 0.5, color="grey", linewidth=0.5)
+    axes.set_yticks(range(len(names)), names, fontsize="small")
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlabel(
+        "macro AUROC less that of real images alone\nthin: 95 % over folds, corrected; thick: over patients"
+    )
+    axes.grid(alpha=0.3, axis="x")
+    figure.tight_layout()
+    return figure
+
+
+def _draw_panel(axes: Axes, rows: list[Configuration], ratios: list[int]) -> None:
+    strategies = [name for name in _COLORS if any(row.strategy == name for row in rows)]
+    for row in rows:
+        if row.is_baseline:
+            axes.axhline(row.mean, color="black", linestyle="--", linewidth=1, label="real only")
+            if row.sd is not None:
+                axes.axhspan(row.mean - row.sd, row.mean + row.sd, color="black", alpha=0.08, linewidth=0)
+    for number, strategy in enumerate(strategies):
+        own = sorted((row for row in rows if row.strategy == strategy), key=lambda row: row.ratio)
+        # ratios stand side by side as categories: 1:1 and 1:50 would not fit on one axis; strategies a little apart
+        places = [ratios.index(row.ratio) + 0.12 * (number - (len(strategies) - 1) / 2) for row in own]
+        means, spread = [row.mean for row in own], [row.sd or 0.0 for row in own]
+        color = _COLORS[strategy]
+        axes.errorbar(places, means, yerr=spread, marker="o", capsize=3, color=color, label=strategy)
+    axes.set_xticks(range(len(ratios)), [f"1:{ratio}" for ratio in ratios])
+    axes.grid(alpha=0.3)

@@ -1,0 +1,213 @@
+"""Table 1 of the paper from a result: Markdown, LaTeX or CSV. Text alone, nothing is computed."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from ...files import atomic_write
+from ..table_text import TABLE_FORMATS, escape_latex, latex_line, markdown_line, require_table_format
+from .result import AugmentationResult, Configuration, Difference, LabelFigures
+
+__all__ = ["MARKS", "format_augmentation_table", "format_label_table", "significance_mark", "write_tables"]
+
+MARKS = {0.001: "***", 0.01: "**", 0.05: "*"}  # of corrected p values
+
+
+def write_tables(result: AugmentationResult, folder: str | Path) -> list[Path]:
+    """Write `result.json`, `table.md`, `table.tex`, `table.csv` and `labels.md` into a folder.
+
+    Returns:
+        Their paths.
+    """
+    folder = Path(folder)
+    texts = {f"table.{suffix}": format_augmentation_table(result, style) for style, suffix in TABLE_FORMATS.items()}
+    texts["labels.md"] = format_label_table(result)
+    result.save(folder / "result.json")
+    for name, text in texts.items():
+        with atomic_write(folder / name) as file:
+            file.write(text.encode())
+    return [folder / "result.json", *(folder / name for name in texts)]
+
+
+def format_augmentation_table(result: AugmentationResult, style: str = "markdown") -> str:
+    """Regimes and ratios as rows, modes and strategies as columns.
+
+    A cell holds the macro AUROC (mean, standard deviation over folds) and below it the difference to real images
+    alone with its interval; where folds are missing it says how many are there.
+
+    Args:
+        result: From `augmentation.summarise`.
+        style: `"markdown"`, `"latex"` (a float with caption, needs booktabs), or `"csv"`, which has a line for each
+            configuration and label, with all figures.
+
+    Raises:
+        ValueError: If the style is unknown.
+    """
+    require_table_format(style)
+    return {"markdown": _markdown, "latex": _latex, "csv": _csv}[style](result)
+
+
+def format_label_table(result: AugmentationResult) -> str:
+    """Configurations as rows, labels as columns: mean AUROC, and difference with its interval. Markdown."""
+    header = ["regime", "ratio", "mode", "strategy", "macro", *result.labels]
+    lines = [markdown_line(header), markdown_line(["---"] * len(header))]
+    for row in result.configurations:
+        labels = {label.label: _cell(row, label, result.num_folds, _plain) for label in row.labels}
+        cells = [labels.get(name, _unfinished(row, result.num_folds)) for name in result.labels]
+        ratio = "" if row.is_baseline else f"1:{row.ratio}"
+        mode, strategy = ("real only", "") if row.is_baseline else (row.mode, row.strategy)
+        macro = _cell(row, row, result.num_folds, _plain)
+        lines.append(markdown_line([row.regime, ratio, mode, strategy, macro, *cells]))
+    positive = {label.label: label.num_positive for row in result.configurations for label in row.labels}
+    counts = ", ".join(f"{name} {number}" for name, number in positive.items())
+    return "\n".join(
+        [*lines, "", f"Test images with the label: {counts} of {result.num_images}.", "", _labels_note(result), ""]
+    )
+
+
+def significance_mark(difference: Difference | None) -> str:
+    """Stars of a corrected p value, or nothing."""
+    if difference is None:
+        return ""
+    return next((mark for bound, mark in MARKS.items() if difference.corrected_p < bound), "")
+
+
+def _note(result: AugmentationResult) -> list[str]:
+    """What a reader must know, a sentence each."""
+    marks = ", ".join(f"{mark} p < {bound:g}" for bound, mark in reversed(MARKS.items()))
+    sentences = [
+        f"Macro AUROC over {len(result.labels)} labels ({', '.join(result.labels)}): mean ± standard deviation over "
+        f"{result.num_folds} folds that keep patients whole, {result.num_images} test images of "
+        f"{result.num_patients} patients; {result.model}, seed {result.experiment_seed}.",
+        "Below it the difference to real images alone in the same regime, with its 95 % interval by the t test over "
+        "folds whose variance is corrected for shared training images (Nadeau & Bengio 2003).",
+        f"{marks}: of that test, corrected for {result.num_tests} comparisons (Holm).",
+    ]
+    if result.undefined:
+        sentences.append(f"Left out of their fold's mean, having one class there: {', '.join(result.undefined)}.")
+    if result.missing:
+        sentences.append(
+            f"Unfinished: {len(result.missing)} cells are missing; a configuration without all its folds has no mean."
+        )
+    return sentences
+
+
+def _labels_note(result: AugmentationResult) -> str:
+    tests = result.num_tests * len(result.labels)
+    return f"Stars of single labels are corrected for {tests} comparisons, those of macro for {result.num_tests}."
+
+
+def _markdown(result: AugmentationResult) -> str:
+    kinds = _kinds(result)
+    header = ["regime", "ratio", "real only", *(f"{mode}, {strategy}" for mode, strategy in kinds)]
+    lines = [markdown_line(header), markdown_line(["---"] * len(header))]
+    for regime, ratio, cells in _rows(result, kinds):
+        texts = ["" if cell is None else _cell(cell, cell, result.num_folds, _plain) for cell in cells]
+        lines.append(markdown_line([regime, ratio, *texts]))
+    return "\n".join([*lines, "", " ".join(_note(result)).replace("*", r"\*"), ""])
+
+
+def _latex(result: AugmentationResult) -> str:
+    kinds, modes = _kinds(result), [mode for mode, _ in _kinds(result)]
+    groups = [(mode, len(list(items))) for mode, items in groupby(modes)]
+    spans, rules, column = [], [], 4
+    for mode, width in groups:
+        spans.append(rf"\multicolumn{{{width}}}{{c}}{{{escape_latex(mode)}}}")
+        rules.append(rf"\cmidrule(lr){{{column}-{column + width - 1}}}")
+        column += width
+    lines = [
+        r"\begin{table}",
+        r"\centering",
+        rf"\caption{{{escape_latex(' '.join(_note(result)))}}}",
+        r"\small\setlength{\tabcolsep}{3pt}",
+        rf"\begin{{tabular}}{{rlc{'c' * len(kinds)}}}",
+        r"\toprule",
+        latex_line(["", "", "", *spans]),
+        " ".join(rules),
+        latex_line(["regime", "ratio", "real only", *(escape_latex(strategy) for _, strategy in kinds)]),
+    ]
+    for regime, ratio, cells in _rows(result, kinds):
+        lines.append(r"\midrule" if regime else r"\addlinespace")
+        texts = [("", "") if cell is None else _latex_cell(cell, result.num_folds) for cell in cells]
+        lines.append(latex_line([regime, ratio, *(figure for figure, _ in texts)]))
+        lines.append(latex_line(["", "", *(difference for _, difference in texts)]))
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
+
+
+def _kinds(result: AugmentationResult) -> list[tuple[str, str]]:
+    """Mode and strategy of the columns."""
+    kinds = [(row.mode, row.strategy) for row in result.configurations if not row.is_baseline]
+    return sorted(dict.fromkeys(kinds), key=lambda kind: kind[0])
+
+
+def _rows(
+    result: AugmentationResult, kinds: Sequence[tuple[str, str]]
+) -> Iterator[tuple[str, str, list[Configuration | None]]]:
+    """Regime (named once), ratio, and the cells: the baseline in the first row of a regime alone."""
+    for regime, members in groupby(result.configurations, key=lambda row: row.regime):
+        found = {(row.ratio, row.mode, row.strategy): row for row in members}
+        baseline = next((row for row in found.values() if row.is_baseline), None)
+        ratios = sorted({ratio for ratio, _, _ in found if ratio})
+        for place, ratio in enumerate(ratios or [0]):
+            first = place == 0
+            cells = [found.get((ratio, *kind)) for kind in kinds]
+            yield str(regime) if first else "", f"1:{ratio}" if ratio else "", [baseline if first else None, *cells]
+
+
+def _cell(
+    row: Configuration, figures: Configuration | LabelFigures, num_folds: int, show: Callable[[Difference], str]
+) -> str:
+    if figures.mean is None:
+        return _unfinished(row, num_folds) if len(row.folds) < num_folds else "one class"
+    spread = getattr(figures, "sd", None)
+    text = f"{figures.mean:.3f}" + (f" ± {spread:.3f}" if spread is not None else "")
+    return text if figures.difference is None else f"{text}<br>{show(figures.difference)}"
+
+
+def _unfinished(row: Configuration, num_folds: int) -> str:
+    return f"{len(row.folds)} of {num_folds} folds"
+
+
+def _plain(difference: Difference) -> str:
+    text = f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
+    mark = significance_mark(difference).replace("*", r"\*")
+    return f"{text} {mark}".strip()
+
+
+def _latex_cell(row: Configuration, num_folds: int) -> tuple[str, str]:
+    """The figure and, for the line below, the difference."""
+    if row.mean is None:
+        return _unfinished(row, num_folds), ""
+    figure = f"{row.mean:.3f}" + ("" if row.sd is None else rf" $\pm$ {row.sd:.3f}")
+    if row.difference is None:
+        return figure, ""
+    d = row.difference
+    mark = significance_mark(d)
+    star = rf"\textsuperscript{{{mark}}}" if mark else ""
+    return f"{figure}{star}", rf"{{\scriptsize ${d.mean:+.3f}$ [${d.low:+.3f}$, ${d.high:+.3f}$]}}"
+
+
+def _csv(result: AugmentationResult) -> str:
+    text = io.StringIO()
+    differences = list(Difference.__dataclass_fields__)
+    header = ["regime", "strategy", "mode", "ratio", "label", "images", "patients", "positive", "finished_folds"]
+    header += ["mean", "sd", "patients_low", "patients_high", *(f"difference_{name}" for name in differences)]
+    header += [f"fold_{fold}" for fold in range(result.num_folds)]
+    writer = csv.DictWriter(text, header, lineterminator="\n")
+    writer.writeheader()
+    for row in result.configurations:
+        for figures in (row, *row.labels):
+            by_fold = row.macro if figures is row else figures.folds
+            line = {name: getattr(row, name) for name in ("regime", "strategy", "mode", "ratio")}
+            line |= {"images": row.num_images, "patients": row.num_patients, "finished_folds": len(row.folds)}
+            line |= {"label": getattr(figures, "label", "macro"), "positive": getattr(figures, "num_positive", None)}
+            line |= {name: getattr(figures, name, None) for name in ("mean", "sd", "patients_low", "patients_high")}
+            if figures.difference:
+                line |= {f"difference_{name}": getattr(figures.difference, name) for name in differences}
+            line |= {f"fold_{fold}": value for fold, value in zip(row.folds, by_fold, strict=True)}
+            writer.writerow(line)
+    return text.getvalue()

@@ -1,0 +1,264 @@
+"""A multi-label classifier of images: any architecture of timm, trained for a fixed number of updates.
+
+Source: DiNO-Diffusion (arXiv 2407.11594), section 2.5: DenseNet-121. Every classifier of an experiment makes the same
+number of updates whatever the number of its images, so that more data is not more training, and validation images of
+other patients choose among its weights equally often.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..data.images.augmentation import Augmentation
+from ..data.order import GlobalBatchSampler
+from ..metrics.auroc import macro_auroc
+from ..seeds import derive_seed
+from .packed import PackedImages
+
+__all__ = [
+    "ClassifierSettings",
+    "LabelledImages",
+    "TrainedClassifier",
+    "make_classifier",
+    "predict",
+    "train_classifier",
+]
+
+_PREDICTED_TOGETHER = 256
+
+
+@dataclass(frozen=True)
+class ClassifierSettings:
+    """An architecture and how it is trained.
+
+    Args:
+        model: Name of an architecture of timm.
+        options: JSON of its further options, such as `{"growth_rate": 8, "block_config": [2, 2, 2]}`.
+        weights: A file of weights to start from (safetensors, or a checkpoint of tensors alone); else from scratch.
+        size: Side of the images in pixels.
+        channels: 1 for gray, 3 for colour.
+        batch_size: Images of an update.
+        max_steps: Updates, the same whatever the number of images.
+        validation_steps: Updates after which the weights are compared with the best so far.
+        learning_rate: Peak of AdamW's, after a linear warm-up (a tenth of the updates) and before a cosine to zero.
+        weight_decay: Of AdamW.
+        shear: Largest shear of the augmentation, as a fraction of the side.
+        translation: Largest shift, likewise.
+        min_scale: Least magnification.
+        max_scale: Largest magnification.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    model: str = "densenet121"
+    options: str = "{}"
+    weights: str | None = None
+    size: int = 224
+    channels: int = 1
+    batch_size: int = 32
+    max_steps: int = 2000
+    validation_steps: int = 100
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    shear: float = 0.05
+    translation: float = 0.05
+    min_scale: float = 0.9
+    max_scale: float = 1.1
+
+    def __post_init__(self) -> None:
+        for name in ("size", "batch_size", "max_steps", "validation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.batch_size < 2:
+            raise ValueError("batch_size must be at least 2: batch normalisation has no variance of one image.")
+        if not self.learning_rate > 0 or self.weight_decay < 0:
+            raise ValueError(
+                f"learning_rate must be positive and weight_decay not negative, got {self.learning_rate} and "
+                f"{self.weight_decay}."
+            )
+        if self.channels not in (1, 3):
+            raise ValueError(f"Images have 1 or 3 channels, got {self.channels}.")
+        if not isinstance(json.loads(self.options), dict):
+            raise ValueError(f"options are a JSON object, got {self.options}.")
+        self.augmentation()  # checks its own
+
+    @property
+    def name(self) -> str:
+        """The architecture and its options, for tables."""
+        options = ", ".join(f"{name}={value}" for name, value in json.loads(self.options).items())
+        return f"{self.model} ({options})" if options else self.model
+
+    def augmentation(self) -> Augmentation:
+        """Random views of training images: a light affine map, and no flip, which would move the heart."""
+        return Augmentation(0.0, self.shear, self.translation, (self.min_scale, self.max_scale))
+
+
+class LabelledImages(NamedTuple):
+    """Some of a file's images, with their targets.
+
+    Attributes:
+        images: The file.
+        rows: `(N,)` int64, numbers of its images.
+        targets: `(N, L)` bool.
+    """
+
+    images: PackedImages
+    rows: np.ndarray
+    targets: np.ndarray
+
+
+class TrainedClassifier(NamedTuple):
+    """A classifier and how its weights were chosen.
+
+    Attributes:
+        model: Images `(B, C, size, size)` in [0, 1] -> logits `(B, L)`; in evaluation mode.
+        best_step: The update after which the weights were taken.
+        validation_auroc: Macro AUROC on the validation images then; NaN without any.
+    """
+
+    model: nn.Module
+    best_step: int
+    validation_auroc: float
+
+
+def make_classifier(settings: ClassifierSettings, num_labels: int, seed: int = 0) -> nn.Module:
+    """Build a classifier of images in [0, 1]; the same seed gives the same weights.
+
+    Raises:
+        ValueError: If timm has no such architecture, it does not take the options, or the weights do not fit.
+        FileNotFoundError: If there is no such file of weights.
+    """
+    import timm
+
+    options: dict[str, Any] = {
+        "num_classes": num_labels,
+        "in_chans": settings.channels,
+        **json.loads(settings.options),
+    }
+    if settings.weights is not None:
+        if not Path(settings.weights).is_file():
+            raise FileNotFoundError(f"There is no file of weights {settings.weights!r}.")
+        options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": settings.weights}}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return nn.Sequential(_Centred(), timm.create_model(settings.model, **options))
+    except (AssertionError, KeyError, RuntimeError, SafetensorError, TypeError, UnpicklingError) as error:
+        close = timm.list_models(f"*{settings.model.rstrip('0123456789')}*")[:5]
+        raise ValueError(
+            f"timm does not make {settings.model!r} with {settings.options} and weights {settings.weights}: {error}. "
+            f"Similar architectures: {', '.join(close) or 'none'}."
+        ) from error
+
+
+def train_classifier(
+    train: Sequence[LabelledImages],
+    validation: LabelledImages | None,
+    settings: ClassifierSettings,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> TrainedClassifier:
+    """Train a classifier with binary cross-entropy on each label; the same arguments give the same weights.
+
+    Args:
+        train: Images to train on, all shown equally often, whichever part they are in.
+        validation: Images that choose the weights with the highest macro AUROC, the earliest of equals. Without them,
+            or if no label has both classes among them, the last weights are taken.
+        settings: Architecture and training.
+        seed: Of initial weights, order and augmentation. The weights at the start depend on nothing else of the data.
+        device: Where to train; on the CPU with as many threads as PyTorch has.
+
+    Raises:
+        ValueError: If there is no image to train on.
+    """
+    targets = torch.from_numpy(np.concatenate([part.targets for part in train])).float()  # (N, L)
+    if not len(targets):
+        raise ValueError("There is no image to train a classifier on.")
+    model = make_classifier(settings, targets.shape[1], derive_seed(seed, "weights")).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.learning_rate, total_steps=settings.max_steps, pct_start=0.1, cycle_momentum=False
+    )
+    images, augmentation = _Joined(train), settings.augmentation()
+    batches = iter(GlobalBatchSampler(len(targets), settings.batch_size, derive_seed(seed, "order")))
+    best = TrainedClassifier(model, settings.max_steps, float("nan"))
+    best_weights: dict[str, Tensor] | None = None
+    model.train()
+    for step in range(1, settings.max_steps + 1):
+        slots = next(batches)
+        keys, batch = images.load([slot.index for slot in slots], device)
+        batch = augmentation(batch, keys, derive_seed(seed, "views"), [slot.epoch for slot in slots])
+        loss = F.binary_cross_entropy_with_logits(model(batch), targets[[slot.index for slot in slots]].to(device))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if validation is not None and (step % settings.validation_steps == 0 or step == settings.max_steps):
+            auroc = macro_auroc(predict(model, validation, device), validation.targets)
+            if auroc > best.validation_auroc or (best_weights is None and auroc == auroc):
+                best = TrainedClassifier(model, step, auroc)
+                best_weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if best_weights is not None:
+        model.load_state_dict(best_weights)
+    model.eval()
+    return best
+
+
+def predict(model: nn.Module, images: LabelledImages, device: torch.device | str = "cpu") -> np.ndarray:
+    """Probabilities `(N, L)` float32 of the labels; the model is left in the mode it was in."""
+    joined, total = _Joined([images]), len(images.rows)
+    parts = [range(i, min(i + _PREDICTED_TOGETHER, total)) for i in range(0, total, _PREDICTED_TOGETHER)]
+    with torch.inference_mode(), _evaluating(model):
+        found = [model(joined.load(part, device)[1]).sigmoid().float().cpu() for part in parts]
+    return torch.cat(found).numpy() if found else np.zeros((0, images.targets.shape[1]), np.float32)
+
+
+class _Centred(nn.Module):
+    """Bring [0, 1] to about zero mean and unit variance."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images - 0.5) / 0.25
+
+
+class _Joined:
+    """Images of several files, numbered through, as batches."""
+
+    def __init__(self, parts: Sequence[LabelledImages]) -> None:
+        self._parts = parts
+        self._ends = np.cumsum([len(part.rows) for part in parts])
+
+    def load(self, indices: Sequence[int], device: torch.device | str) -> tuple[list[str], Tensor]:
+        """The keys, and the images `(B, C, size, size)` in [0, 1]."""
+        keys, arrays = [], []
+        for index in indices:
+            number = int(np.searchsorted(self._ends, index, side="right"))
+            part = self._parts[number]
+            row = int(part.rows[index - int(self._ends[number])])  # from the end of the part
+            keys.append(part.images.keys[row])
+            arrays.append(part.images.array[row])
+        stacked = torch.from_numpy(np.stack(arrays)).to(device)
+        layout = stacked[:, None] if stacked.ndim == 3 else stacked.permute(0, 3, 1, 2)
+        return keys, layout.float() / 255
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,73 @@
+"""Folds of cross-validation that keep patients whole and share out rare labels evenly."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+
+from ..seeds import derive_seed
+
+__all__ = ["assign_folds"]
+
+
+def assign_folds(targets: np.ndarray, groups: Sequence[Hashable], num_folds: int = 5, seed: int = 0) -> np.ndarray:
+    """The fold of each image: multi-label stratification (Sechidis et al. 2011) of whole groups.
+
+    Groups are placed one by one, those with the label that fewest remaining groups have first, each into the fold
+    that lacks most of that label; ties go to the fold that lacks most images, then to a draw.
+
+    Args:
+        targets: `(N, L)` bool, which image has which label.
+        groups: The patient of each of N images, who is in one fold only.
+        num_folds: Number of folds.
+        seed: Of the order of groups and of ties.
+
+    Returns:
+        `(N,)` int64 in [0, num_folds). The folds depend neither on the order of the images nor on that of the labels.
+
+    Raises:
+        ValueError: If there are fewer groups than folds, or the lengths differ.
+    """
+    if num_folds < 2:
+        raise ValueError(f"Cross-validation has two folds or more, got {num_folds}.")
+    if targets.ndim != 2 or len(targets) != len(groups):
+        raise ValueError(f"Expected targets (N, L) of {len(groups)} images, got {targets.shape}.")
+    names = sorted(set(groups), key=str)
+    if len(names) < num_folds:
+        raise ValueError(f"{len(names)} patients cannot be shared out to {num_folds} folds.")
+    number = {name: i for i, name in enumerate(names)}
+    owner = np.array([number[group] for group in groups])
+    # column 0 counts the images of a group, the others those with each label
+    counts = np.zeros((len(names), 1 + targets.shape[1]), dtype=np.int64)
+    np.add.at(counts, owner, np.column_stack([np.ones(len(targets), np.int64), targets.astype(np.int64)]))
+    if targets.shape[1]:
+        counts[:, 1:] = counts[:, 1 + np.lexsort(counts[:, 1:])]  # an order that the labels' names have no part in
+    order = np.argsort([derive_seed(seed, "folds", str(name)) for name in names])
+    fold_of = np.empty(len(names), dtype=np.int64)
+    lacking = np.tile(counts.sum(0) / num_folds, (num_folds, 1))  # (folds, 1 + L)
+    remaining = list(order)
+    while remaining:
+        label = _rarest(counts[remaining])
+        ready = [group for group in remaining if counts[group, label]]
+        ready.sort(key=lambda group: -counts[group, label])  # large ones first; equal ones stay in random order
+        for group in ready:
+            fold = _neediest(lacking, label, derive_seed(seed, "fold", str(names[group])))
+            fold_of[group] = fold
+            lacking[fold] -= counts[group]
+        remaining = [group for group in remaining if not counts[group, label]]
+    return fold_of[owner]
+
+
+def _rarest(counts: np.ndarray) -> int:
+    """The label that fewest of the groups have, or 0, all images, where none has a label."""
+    having = (counts > 0).sum(0)
+    labels = [label for label in range(1, counts.shape[1]) if having[label]]
+    return min(labels, key=lambda label: having[label], default=0)
+
+
+def _neediest(lacking: np.ndarray, label: int, draw: int) -> int:
+    best = [fold for fold in range(len(lacking)) if lacking[fold, label] == lacking[:, label].max()]
+    most = max(lacking[fold, 0] for fold in best)
+    best = [fold for fold in best if lacking[fold, 0] == most]
+    return best[draw % len(best)]

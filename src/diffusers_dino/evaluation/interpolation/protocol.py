@@ -1,0 +1,200 @@
+"""Do the images along a path leave one image and approach the other? Similarity to both ends, with controls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...metrics import pixel_features
+from ...metrics.retrieval import nearest_neighbors
+from ...pipelines import DinoInterpolationPipeline
+from ...seeds import generator_for
+from ..controls import derangement, embed_images, with_fresh_unet
+from ..results import JsonResult
+
+if TYPE_CHECKING:
+    from ...pipelines.base import DinoPipeline
+
+__all__ = ["InterpolationResult", "PathFigures", "PathSpace", "evaluate_interpolation", "path_figures"]
+
+SEVENTHS = tuple(i / 6 for i in range(7))
+
+
+@dataclass(frozen=True)
+class PathFigures:
+    """How paths leave their source and approach their target within one feature space.
+
+    Attributes:
+        to_source: Mean cosine to the source at each fraction.
+        to_target: Mean cosine to the target at each fraction.
+        monotone_paths: Share of paths in [0, 1] on which each step leaves the source and approaches the target.
+        monotone_steps: Share of single steps that do both.
+    """
+
+    to_source: tuple[float, ...]
+    to_target: tuple[float, ...]
+    monotone_paths: float
+    monotone_steps: float
+
+    @property
+    def falls_and_rises(self) -> bool:
+        """Whether the mean cosine to the source falls with each fraction, and that to the target rises."""
+        return all(a > b for a, b in pairwise(self.to_source)) and all(a < b for a, b in pairwise(self.to_target))
+
+
+@dataclass(frozen=True)
+class PathSpace:
+    """The paths of the model and of its controls within one feature space."""
+
+    generated: PathFigures
+    untrained: PathFigures
+    nearest_training_image: PathFigures
+    pixel_blend: PathFigures
+
+
+@dataclass(frozen=True)
+class InterpolationResult(JsonResult):
+    """Figures of the paths between N pairs of images that the pipeline has not seen, over all pairs and seeds.
+
+    Cosines are of features less their mean over the N images. `by_encoder` takes the pipeline's own condition tokens,
+    `by_pixels` 16 x 16 gray pixels, a space that the encoder did not shape.
+    """
+
+    num_pairs: int
+    num_training_images: int
+    fractions: tuple[float, ...]
+    seeds: tuple[int, ...]
+    num_inference_steps: int
+    guidance_scale: float
+    method: str
+    by_encoder: PathSpace
+    by_pixels: PathSpace
+
+
+def evaluate_interpolation(
+    pipe: DinoPipeline,
+    images: Tensor,
+    training_images: Tensor,
+    *,
+    fractions: Sequence[float] = SEVENTHS,
+    method: Literal["lerp", "slerp"] = "lerp",
+    seeds: Sequence[int] = (0,),
+    num_inference_steps: int = 20,
+    guidance_scale: float = 2.0,
+    batch_size: int = 64,
+) -> InterpolationResult:
+    """Generate a path from each image to another one, and measure how it leaves the first and approaches the second.
+
+    The pairs are a cycle through the images in random order: each is a source once and a target once. All images of a
+    path start from the same noise.
+
+    Controls: *untrained*, the same UNet with fresh weights; *nearest training image*, a lookup of the interpolated
+    tokens in the training set, which leaps; *pixel blend*, the two images on top of each other, which is smooth and
+    no radiograph.
+
+    Args:
+        pipe: Any trained pipeline of these components.
+        images: `(N, C, H, W)` in [0, 1]: images kept out of all training, one per patient; N >= 2.
+        training_images: `(M, C, H, W)` in [0, 1]: what the pipeline was trained on.
+        fractions: Points of a path, ascending in [0, 1].
+        method: How tokens are interpolated.
+        seeds: Seeds of the initial noise.
+        num_inference_steps: Steps of the pipeline's scheduler.
+        guidance_scale: Of the generated images; the untrained UNet goes without.
+        batch_size: Images generated at once.
+
+    Raises:
+        ValueError: If there are fewer than two images, or the fractions do not ascend.
+    """
+    if len(images) < 2 or not all(a < b for a, b in pairwise(fractions)):
+        raise ValueError(f"Expected two images or more and ascending fractions, got {len(images)} and {fractions}.")
+    between = DinoInterpolationPipeline.from_pipe(pipe)
+    between.set_progress_bar_config(disable=True)
+    fresh = with_fresh_unet(between)
+    tokens = embed_images(pipe, images, batch_size)  # (N, S, D)
+    targets = derangement(len(images), seed=0)
+    points = between.interpolate(tokens, tokens[targets], fractions, method)  # (N, F, S, D)
+    training_tokens = embed_images(pipe, training_images, batch_size).flatten(1)
+    lookup = torch.stack([nearest_neighbors(point.flatten(1), training_tokens) for point in points.unbind(1)], dim=1)
+    weights = torch.tensor(fractions)[:, None, None, None]  # (F, 1, 1, 1)
+
+    path = {"fractions": fractions, "method": method, "num_inference_steps": num_inference_steps}
+    call = {"sources": tokens, "targets": tokens[targets], "batch_size": batch_size, **path}
+    paths = {  # (seeds * N, F, C, H, W), and (N, F, C, H, W) of what is not drawn
+        "generated": torch.cat([_paths(between, seed=s, guidance_scale=guidance_scale, **call) for s in seeds]),
+        "untrained": torch.cat([_paths(fresh, seed=s, guidance_scale=1.0, **call) for s in seeds]),
+        "nearest_training_image": training_images[lookup],
+        "pixel_blend": torch.lerp(images[:, None], images[targets][:, None], weights),
+    }
+    spaces: dict[str, Callable[[Tensor], Tensor]] = {
+        "by_encoder": lambda x: embed_images(pipe, x, batch_size).flatten(1),
+        "by_pixels": pixel_features,
+    }
+    figures = {}
+    for space, embed in spaces.items():
+        ends = embed(images)  # (N, D)
+        embedded = {name: embed(path.flatten(0, 1)).unflatten(0, path.shape[:2]) for name, path in paths.items()}
+        figures[space] = PathSpace(**{name: _against(path, ends, targets) for name, path in embedded.items()})
+    return InterpolationResult(
+        num_pairs=len(images),
+        num_training_images=len(training_images),
+        fractions=tuple(fractions),
+        seeds=tuple(seeds),
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        method=method,
+        **figures,
+    )
+
+
+def path_figures(paths: Tensor, sources: Tensor, targets: Tensor) -> PathFigures:
+    """Similarity of the points of P paths to their ends.
+
+    Args:
+        paths: `(P, F, D)` features of the F images along each path, F >= 2.
+        sources: `(P, D)` of where they begin.
+        targets: `(P, D)` of where they end.
+
+    Raises:
+        ValueError: If the shapes do not fit.
+    """
+    if paths.ndim != 3 or paths.shape[1] < 2 or not sources.shape == targets.shape == paths[:, 0].shape:
+        raise ValueError(
+            f"Expected paths (P, F, D) with F >= 2 and their ends (P, D), got {tuple(paths.shape)}, "
+            f"{tuple(sources.shape)} and {tuple(targets.shape)}."
+        )
+    to_source, to_target = (F.cosine_similarity(paths, ends[:, None], dim=-1) for ends in (sources, targets))  # (P, F)
+    right_way = (to_source.diff(dim=1) < 0) & (to_target.diff(dim=1) > 0)  # (P, F - 1)
+    return PathFigures(
+        to_source=tuple(to_source.mean(0).tolist()),
+        to_target=tuple(to_target.mean(0).tolist()),
+        monotone_paths=right_way.all(1).float().mean().item(),
+        monotone_steps=right_way.float().mean().item(),
+    )
+
+
+def _against(paths: Tensor, ends: Tensor, targets: Tensor) -> PathFigures:
+    """Figures of `(K * N, F, D)` for the ends `(N, D)`, centred on their mean."""
+    center, repeats = ends.mean(0), len(paths) // len(ends)
+    ends = ends - center
+    return path_figures(paths - center, ends.repeat(repeats, 1), ends[targets].repeat(repeats, 1))
+
+
+def _paths(
+    pipe: DinoInterpolationPipeline, sources: Tensor, targets: Tensor, seed: int, batch_size: int, **call: Any
+) -> Tensor:
+    """Images `(P, F, C, H, W)` in [0, 1] between tokens `(P, S, D)`; a path has the noise of (seed, row)."""
+    rows = []
+    for start in range(0, len(sources), batch_size):
+        chunk = slice(start, min(start + batch_size, len(sources)))
+        generators = [generator_for(seed, "path", row) for row in range(chunk.start, chunk.stop)]
+        ends = {"source_embeds": sources[chunk], "target_embeds": targets[chunk]}
+        images = pipe(**ends, generator=generators, output_type="pt", **call).images
+        rows.append(images.float().cpu().unflatten(0, (len(generators), -1)))
+    return torch.cat(rows)

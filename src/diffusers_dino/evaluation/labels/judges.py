@@ -1,0 +1,232 @@
+"""The classifiers that judge synthetic images: each trained on real images without two folds of patients.
+
+An image made from patients of folds a and b needs a judge that has seen neither. With K folds there are K (K - 1) / 2
+judges, all trained on as many folds; reconstructions, whose sources are in one fold, need K of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from ...data.labels import LabelTable
+from ...files import atomic_write
+from ...fingerprints import hash_of
+from ...seeds import derive_seed
+from ...synthesis.plan import PlannedImage
+from ...synthesis.tokens import settled_arithmetic
+from ..classifier import ClassifierSettings, LabelledImages, make_classifier, predict, train_classifier
+from ..folds import assign_folds
+from ..packed import PackedImages
+from .protocol import JudgedSet
+
+__all__ = ["Judges", "SyntheticImages", "held_out_pairs"]
+
+
+@dataclass(frozen=True)
+class SyntheticImages:
+    """A set to judge.
+
+    Attributes:
+        strategy: How it was made.
+        images: Its pixels.
+        planned: Its images in the plan; those that cannot be read are left out.
+        num_sources: Different sources in the whole plan.
+    """
+
+    strategy: str
+    images: PackedImages
+    planned: Sequence[PlannedImage]
+    num_sources: int
+
+
+def held_out_pairs(folds: np.ndarray, num_folds: int) -> np.ndarray:
+    """Which two folds an image's judge must not have seen: those of its sources, or theirs and the next one.
+
+    Args:
+        folds: `(N, 2)` int64, the folds of both sources; the same one twice for a single source.
+        num_folds: How many folds there are, at least 3: a judge needs one to train on.
+
+    Returns:
+        `(N, 2)` int64, ascending and different.
+
+    Raises:
+        ValueError: If there are fewer than 3 folds, or a fold is not one of them.
+    """
+    if num_folds < 3:
+        raise ValueError(f"Two folds are held out from a judge, so there must be at least 3, got {num_folds}.")
+    if folds.ndim != 2 or folds.shape[1] != 2 or (folds < 0).any() or (folds >= num_folds).any():
+        raise ValueError(f"Expected folds (N, 2) below {num_folds}, got {folds.shape}.")
+    first, second = folds.T
+    second = np.where(first == second, (first + 1) % num_folds, second)
+    return np.sort(np.stack([first, second], axis=1), axis=1)
+
+
+@dataclass(frozen=True)
+class Judges:
+    """The real images, and where the weights of judges are kept. It travels to other processes.
+
+    Attributes:
+        real: Pixels of the real images.
+        table: Labels and patients of the N real images, in the same order.
+        labels: Names of the L labels.
+        folds: `(N,)` int64, the fold of each.
+        settings: Architecture and training.
+        folder: Where weights go, a file for each judge.
+        validation_fraction: Share of the training patients that chooses a judge's weights; 0 takes the last weights.
+        seed: Of training and of the choice of validation patients.
+
+    Raises:
+        ValueError: If table and folds are not of the real images, or the fraction is not in [0, 0.5].
+    """
+
+    real: PackedImages
+    table: LabelTable
+    labels: tuple[str, ...]
+    folds: np.ndarray
+    settings: ClassifierSettings
+    folder: Path
+    validation_fraction: float = 0.15
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.table.keys != self.real.keys or len(self.folds) != len(self.table):
+            raise ValueError(
+                f"Labels and folds must be of the {len(self.real)} real images, in their order; got {len(self.table)} "
+                f"and {len(self.folds)}."
+            )
+        if not 0 <= self.validation_fraction <= 0.5:
+            raise ValueError(f"validation_fraction is in [0, 0.5], got {self.validation_fraction}.")
+
+    @property
+    def num_folds(self) -> int:
+        """How many folds there are."""
+        return int(self.folds.max()) + 1
+
+    def pairs_for(self, sets: Sequence[SyntheticImages]) -> list[tuple[int, int]]:
+        """The folds that the judges of these sets must be trained without."""
+        pairs = [self.pairs_of(one) for one in sets]
+        return sorted({(a, b) for own in pairs for a, b in own.tolist()})
+
+    def pairs_of(self, images: SyntheticImages) -> np.ndarray:
+        """`(N, 2)` int64, the folds that are held out from the judge of each image."""
+        return held_out_pairs(self.folds[self._sources(images)], self.num_folds)
+
+    def train(self, pair: tuple[int, int], device: torch.device | str = "cpu") -> Path:
+        """Train the judge that has not seen two folds, unless it is there; returns the file of its weights.
+
+        Raises:
+            ValueError: If there is a file of another judge, or of other images or settings.
+        """
+        path = self.folder / f"judge-{pair[0]}-{pair[1]}.safetensors"
+        if path.is_file():
+            self._require_own(path, pair)
+            return path
+        rows = np.flatnonzero(~np.isin(self.folds, pair))
+        aside = np.zeros(len(rows), dtype=bool)
+        if self.validation_fraction:
+            patients = [self.table.patients[row] for row in rows.tolist()]
+            shares, seed = round(1 / self.validation_fraction), derive_seed(self.seed, "judge", *pair)
+            aside = assign_folds(self.table.targets(self.labels)[rows], patients, shares, seed) == 0
+        validation = self._labelled(rows[aside]) if aside.any() else None
+        with settled_arithmetic(threads=1):
+            train = [self._labelled(rows[~aside])]
+            model = train_classifier(train, validation, self.settings, self.seed, device).model
+        with atomic_write(path) as file:
+            weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+            file.write(save(weights, {"digest": self._digest(pair)}))
+        return path
+
+    def judge_real(self, pair: tuple[int, int], device: torch.device | str = "cpu") -> tuple[np.ndarray, np.ndarray]:
+        """Numbers `(n,)` of the real images that a judge has not seen, and their probabilities `(n, L)`."""
+        rows = np.flatnonzero(np.isin(self.folds, pair))
+        return rows, self._predict(pair, self._labelled(rows), device)
+
+    def judge(self, images: SyntheticImages, device: torch.device | str = "cpu") -> JudgedSet:
+        """Judge synthetic images and the sources whose labels they have, each by a judge that has not seen them.
+
+        Raises:
+            ValueError: If a source is not among the real images, or an image has no labels or others than its source.
+            FileNotFoundError: If a judge has not been trained.
+        """
+        pairs, ends = self.pairs_of(images), self._sources(images)
+        fractions = np.array([image.fraction for image in images.planned])
+        nearer = np.where(fractions <= 0.5, ends[:, 0], ends[:, 1])  # as `interpolated_labels` has it
+        unlabelled = [image.key for image in images.planned if image.labels is None]
+        if unlabelled:
+            raise ValueError(f"{len(unlabelled)} synthetic images have no labels to judge, such as {unlabelled[0]}.")
+        targets = np.array([[name in image.labels for name in self.labels] for image in images.planned], dtype=bool)
+        others = (targets != self.table.targets(self.labels)[nearer]).any(axis=1)
+        if others.any():
+            raise ValueError(
+                f"{int(others.sum())} of {len(others)} images of {images.images.path} have other labels than the "
+                "sources that they have them from: give the table of labels that the set was made with."
+            )
+        places = np.array([images.images.places[image.key] for image in images.planned])
+        synthetic, sources = np.empty((2, *targets.shape), np.float32)
+        for pair in sorted({(a, b) for a, b in pairs.tolist()}):
+            rows = np.flatnonzero((pairs == pair).all(axis=1))
+            synthetic[rows] = self._predict(pair, LabelledImages(images.images, places[rows], targets[rows]), device)
+            used, place = np.unique(nearer[rows], return_inverse=True)
+            sources[rows] = self._predict(pair, self._labelled(used), device)[place]
+        return JudgedSet(
+            strategy=images.strategy,
+            judges=pairs @ np.array([self.num_folds, 1]),
+            patients=tuple(self.table.patients[row] for row in nearer.tolist()),
+            fractions=fractions,
+            rounds=np.array([image.index for image in images.planned]) / images.num_sources,
+            targets=targets,
+            synthetic=synthetic,
+            sources=sources,
+        )
+
+    def _sources(self, images: SyntheticImages) -> np.ndarray:
+        """`(N, 2)` int64, numbers of the real images at both ends; one twice for a variation of it."""
+        if not len(images.planned):
+            raise ValueError(f"There is no image in {images.images.path}.")
+        missing = {key for image in images.planned for key in image.sources} - self.real.places.keys()
+        if missing:
+            raise ValueError(
+                f"{len(missing)} sources of {images.images.path} are not among the {len(self.real)} real images, such "
+                f"as {min(missing)}: give the images that the set was made from, or a judge may have seen its sources."
+            )
+        ends = [(image.sources[0], image.sources[-1]) for image in images.planned]
+        return np.array([[self.real.places[key] for key in keys] for keys in ends], dtype=np.int64)
+
+    def _labelled(self, rows: np.ndarray) -> LabelledImages:
+        return LabelledImages(self.real, rows, self.table.targets(self.labels)[rows])
+
+    def _predict(self, pair: tuple[int, int], images: LabelledImages, device: torch.device | str) -> np.ndarray:
+        path = self.folder / f"judge-{pair[0]}-{pair[1]}.safetensors"
+        self._require_own(path, pair)
+        with safe_open(path, "pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        model = make_classifier(self.settings, len(self.labels))
+        model.load_state_dict(weights)
+        with settled_arithmetic(threads=1):
+            return predict(model.to(device), images, device)
+
+    def _require_own(self, path: Path, pair: tuple[int, int]) -> None:
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no judge {path}: train it first.")
+        try:
+            with safe_open(path, "pt") as file:
+                digest = (file.metadata() or {}).get("digest")
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}): delete it and run again.") from error
+        if digest != self._digest(pair):
+            raise ValueError(
+                f"{path} was trained on other images, labels, folds or settings: delete it, or take another folder."
+            )
+
+    def _digest(self, pair: tuple[int, int]) -> str:
+        rows = zip(self.table.keys, self.table.patients, self.folds.tolist(), strict=True)
+        targets = self.table.targets(self.labels).tobytes().hex()
+        options = (self.labels, self.validation_fraction, self.seed, tuple(sorted(asdict(self.settings).items())))
+        return hash_of(pair, tuple(rows), targets, options, self.real.recipe)

@@ -1,0 +1,88 @@
+"""Figures of the memorization protocol. Results are drawn, not computed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+
+from ...data import ImageDataset
+from ...sheets import contact_sheet
+from ..figures import new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from .. import MemorizationResult
+
+__all__ = ["draw_closest_pairs", "plot_memorization"]
+
+_SETS = {"training": "training, to other groups", "held_out": "held out", "synthetic": "synthetic"}
+
+
+def plot_memorization(result: MemorizationResult) -> Figure:
+    """How near synthetic images are to training images, and how near real ones are.
+
+    Args:
+        result: From `protocols.evaluate_memorization`.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    figure = new_figure(8, 3.2)
+    axes = figure.subplots()
+    for number, (name, label) in enumerate(_SETS.items()):
+        if (of_set := getattr(result, name)) is None:
+            continue
+        counts = np.array(of_set.histogram)
+        edges = np.linspace(0, 1, len(counts) + 1)
+        axes.stairs(
+            counts / counts.sum(), edges, label=f"{label} (N = {of_set.num_images})", color=f"C{number}", linewidth=1.5
+        )
+    axes.axvline(result.threshold, color="black", linestyle="--", linewidth=1, label="threshold: copies to the left")
+    axes.set(xlabel="relative distance to the nearest training image", ylabel="share of the images", xlim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    return figure
+
+
+def draw_closest_pairs(
+    result: MemorizationResult,
+    synthetic: ImageDataset | Tensor,
+    training: ImageDataset | Tensor,
+    columns: int = 3,
+    size: tuple[int, int] | None = None,
+) -> PIL.Image.Image:
+    """The closest pairs, nearest first: a synthetic image, and its nearest training image as it was compared.
+
+    A training image is mirrored if the mirror image is what the synthetic one is near to.
+
+    Args:
+        result: From `protocols.evaluate_memorization`, with synthetic images.
+        synthetic: The images that it was given.
+        training: Likewise.
+        columns: Pairs in a row.
+        size: Width and height of an image in pixels, as in `contact_sheet`.
+
+    Raises:
+        ValueError: If the result holds no pair.
+    """
+    if not result.closest:
+        raise ValueError("The result holds no pair to draw: it is of no synthetic images, or num_pairs is 0.")
+    columns = min(columns, len(result.closest))
+    pairs = result.closest[: len(result.closest) // columns * columns]
+    groups = []
+    for column in range(columns):
+        own = pairs[column::columns]
+        groups.append([_image(synthetic, pair.key) for pair in own])
+        groups.append([_image(training, pair.training_key, pair.mirrored) for pair in own])
+    return contact_sheet(*groups, size=size)
+
+
+def _image(images: ImageDataset | Tensor, key: str, mirrored: bool = False) -> Tensor:
+    """`(C, H, W)`; images of a tensor have their numbers as keys."""
+    image = images[int(key)] if isinstance(images, Tensor) else images.select([key])[0]["image"]
+    return torch.flip(image, [-1]) if mirrored else image

@@ -1,0 +1,262 @@
+"""Does a synthetic set hold copies of training images? Measured against real images that are none.
+
+How near is too near is learned from real images: how near training images are to those of other patients. Real images
+that were kept out of training are searched in the same way, and show how often the search is wrong; so do training
+images that were tampered with, which show what it finds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...data import ImageDataset, collate
+from ...metrics.copy_gate import (
+    CopyGate,
+    Distances,
+    ImageViews,
+    extract_views,
+    known_groups,
+    search_copies,
+    search_training,
+)
+from ...metrics.features import FeatureExtractor, FeatureSpec, open_extractor
+from ...metrics.neighbours import Groups, authenticity, calibrate_threshold, share_interval
+from ..results import JsonResult
+from .planted import PLANTED
+
+__all__ = [
+    "ClosePair",
+    "MemorizationResult",
+    "MemorizationStudy",
+    "PlantedFigures",
+    "SetFigures",
+    "evaluate_memorization",
+]
+
+NUM_BINS = 50
+_NUM_PLANTED = 256
+
+Images = ImageDataset | Tensor
+
+
+@dataclass(frozen=True)
+class SetFigures:
+    """How near the N images of one set are to the training images.
+
+    Attributes:
+        num_images: N.
+        copies: How many are nearer than the threshold.
+        share: The same as a share of N.
+        low, high: Interval of the share (95 %, Wilson; as if the images were independent).
+        authentic: Share that is farther from its nearest training image than that is from its own nearest (AuthPct).
+        authentic_low, authentic_high: Interval of it.
+        nearest: The smallest relative distance.
+        median: The middle one.
+        histogram: Images by relative distance, in `NUM_BINS` equal bins of [0, 1].
+    """
+
+    num_images: int
+    copies: int
+    share: float
+    low: float
+    high: float
+    authentic: float
+    authentic_low: float
+    authentic_high: float
+    nearest: float
+    median: float
+    histogram: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PlantedFigures:
+    """What share of tampered copies of training images is found.
+
+    Attributes:
+        change: What was done to them.
+        num_images: How many there were.
+        found: Share that is nearer than the threshold.
+    """
+
+    change: str
+    num_images: int
+    found: float
+
+
+@dataclass(frozen=True)
+class ClosePair:
+    """A synthetic image and its nearest training image.
+
+    Attributes:
+        key: Of the synthetic image.
+        training_key: Of the training image.
+        relative_distance: In [0, 1].
+        mirrored: Whether the synthetic image's mirror image is the near one.
+        copy: Whether it is nearer than the threshold.
+    """
+
+    key: str
+    training_key: str
+    relative_distance: float
+    mirrored: bool
+    copy: bool
+
+
+@dataclass(frozen=True)
+class MemorizationResult(JsonResult):
+    """All figures of one synthetic set.
+
+    Attributes:
+        spec: What was compared.
+        false_alarms: Share of real images that the threshold may call copies.
+        threshold: Relative distance below which an image counts as a copy.
+        calibrated_on: Which real images the threshold comes from, `"training"` or `"held out"`.
+        gate: Fingerprint of the gate of this threshold.
+        training: Of the training images, each against those of other groups.
+        held_out: Of real images that were not trained on; None without them.
+        synthetic: Of the synthetic images; None without them.
+        planted: Of tampered copies of training images.
+        closest: The nearest synthetic images, nearest first.
+    """
+
+    spec: FeatureSpec
+    false_alarms: float
+    threshold: float
+    calibrated_on: str
+    gate: str
+    training: SetFigures
+    held_out: SetFigures | None
+    synthetic: SetFigures | None
+    planted: tuple[PlantedFigures, ...]
+    closest: tuple[ClosePair, ...]
+
+
+class MemorizationStudy(NamedTuple):
+    """Figures, and the gate that refuses what they call copies."""
+
+    result: MemorizationResult
+    gate: CopyGate
+
+
+def evaluate_memorization(
+    training: Images,
+    synthetic: Images | None = None,
+    held_out: Images | None = None,
+    *,
+    extractor: FeatureExtractor | None = None,
+    training_groups: Groups | None = None,
+    held_out_groups: Groups | None = None,
+    false_alarms: float = 0.01,
+    calibrate_on: Literal["training", "held out"] = "training",
+    num_pairs: int = 12,
+    batch_size: int = 64,
+) -> MemorizationStudy:
+    """Search a synthetic set for copies of training images, and check the search on real images.
+
+    Args:
+        training: What the generator was trained on, as a data set or `(M, C, H, H)` in [0, 1].
+        synthetic: What it generated; without it only the search itself is set up and checked.
+        held_out: Real images that it was not trained on.
+        extractor: Feature space, by default `local-contrast`. Not the generator's own encoder: what that cannot see,
+            the search could not, either.
+        training_groups: Group of each training image, such as its patient; by default each image is its own. Images
+            of one patient may resemble each other without being copies, so they are not compared.
+        held_out_groups: Group of each held-out image; needs those of the training images.
+        false_alarms: Share of real images that may be called copies.
+        calibrate_on: Which real images the threshold comes from. `"held out"` is for training sets in which it is not
+            known which images are of one patient; its false alarms are then true by construction.
+        num_pairs: Nearest pairs to keep.
+        batch_size: Images computed at once.
+
+    Raises:
+        ValueError: If there are too few images to calibrate on, or groups do not fit.
+    """
+    if held_out is None and (calibrate_on == "held out" or held_out_groups is not None):
+        raise ValueError("There are no held-out images to calibrate on, or to have groups: give them as `held_out`.")
+    if held_out_groups is not None and training_groups is None:
+        raise ValueError(
+            "Groups of held-out images are compared with those of training images: give `training_groups`."
+        )
+    extractor = extractor or open_extractor("local-contrast")
+    views = extract_views(extractor, training, batch_size)
+    groups = known_groups(views, training, training_groups)
+    own = search_training(views, groups)
+    spacing = own.neighbors.distance[:, 0]  # (M,)
+    unseen = generated = None
+    closest: tuple[ClosePair, ...] = ()
+    if held_out is not None:
+        held_out_views = extract_views(extractor, held_out, batch_size)
+        known = known_groups(held_out_views, held_out, held_out_groups)
+        unseen = search_copies(held_out_views, views, known, None if known is None else groups)
+    threshold = calibrate_threshold((own if calibrate_on == "training" else unseen).relative, false_alarms)
+    if synthetic is not None:
+        synthetic_views = extract_views(extractor, synthetic, batch_size)
+        generated = search_copies(synthetic_views, views)
+        closest = _closest(generated, synthetic_views, views, threshold, num_pairs)
+    gate = CopyGate(views.upright, threshold, extractor)
+    figures = {
+        name: None if found is None else _summarize(found, threshold, spacing)
+        for name, found in (("training", own), ("held_out", unseen), ("synthetic", generated))
+    }
+    result = MemorizationResult(
+        spec=extractor.spec,
+        false_alarms=false_alarms,
+        threshold=threshold,
+        calibrated_on=calibrate_on,
+        gate=gate.fingerprint(),
+        planted=_plant(training, views, extractor, threshold),
+        closest=closest,
+        **figures,
+    )
+    return MemorizationStudy(result, gate)
+
+
+def _summarize(found: Distances, threshold: float, spacing: Tensor) -> SetFigures:
+    n, copies = len(found.relative), int((found.relative < threshold).sum())
+    authentic = int(authenticity(found.neighbors, spacing).sum())
+    return SetFigures(
+        n,
+        copies,
+        copies / n,
+        *share_interval(copies, n),
+        authentic / n,
+        *share_interval(authentic, n),
+        found.relative.min().item(),
+        found.relative.median().item(),
+        tuple(torch.histc(found.relative, NUM_BINS, 0, 1).long().tolist()),
+    )
+
+
+def _plant(
+    training: Images, views: ImageViews, extractor: FeatureExtractor, threshold: float
+) -> tuple[PlantedFigures, ...]:
+    """Tamper with training images, evenly spread over their order, and search for them."""
+    rows = torch.linspace(0, len(training) - 1, min(len(training), _NUM_PLANTED)).round().long().tolist()
+    images = training[rows] if isinstance(training, Tensor) else collate([training[row] for row in rows])["image"]
+    figures = []
+    for change, tamper in PLANTED.items():
+        found = search_copies(extract_views(extractor, tamper(images).clamp(0, 1)), views)
+        figures.append(PlantedFigures(change, len(rows), (found.relative < threshold).double().mean().item()))
+    return tuple(figures)
+
+
+def _closest(
+    found: Distances, synthetic: ImageViews, training: ImageViews, threshold: float, count: int
+) -> tuple[ClosePair, ...]:
+    pairs = []
+    for row in found.relative.sort(stable=True).indices[:count].tolist():
+        relative = found.relative[row].item()
+        pairs.append(
+            ClosePair(
+                key=synthetic.upright.keys[row],
+                training_key=training.upright.keys[int(found.neighbors.index[row, 0])],
+                relative_distance=relative,
+                mirrored=bool(found.neighbors.view[row, 0]),
+                copy=relative < threshold,
+            )
+        )
+    return tuple(pairs)

@@ -1,0 +1,132 @@
+"""Prepared images as one array on disk, which processes that train side by side share through the page cache.
+
+A grid of classifiers reads the same images hundreds of times: decoding them once is what makes it fast.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from ..data.datasets import ImageDataset
+from ..data.images.preprocessing import Preprocessing
+from ..files import atomic_write, write_json
+
+__all__ = ["PackedImages", "pack_images"]
+
+_READ_TOGETHER = 64
+_GRAY = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow converts
+
+
+class PackedImages:
+    """Images that `pack_images` wrote, by number. It travels to other processes as a path.
+
+    Args:
+        path: The `.npy` file; its keys are beside it.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If array and keys do not fit each other.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        facts = json.loads(_facts_path(self.path).read_text())
+        self.keys: tuple[str, ...] = tuple(facts["keys"])
+        self.recipe: str = facts["recipe"]
+        self.preprocessing = Preprocessing(**facts["preprocessing"])
+        if len(self.array) != len(self.keys):
+            raise ValueError(f"{path} holds {len(self.array)} images for {len(self.keys)} keys: delete it, run again.")
+
+    @cached_property
+    def array(self) -> np.ndarray:
+        """uint8 `(N, size, size)` or `(N, size, size, 3)`, read as it is needed."""
+        return np.load(self.path, mmap_mode="r", allow_pickle=False)
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """The number of each key."""
+        return {key: place for place, key in enumerate(self.keys)}
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __reduce__(self) -> tuple[type[PackedImages], tuple[Path]]:
+        return PackedImages, (self.path,)
+
+
+def pack_images(images: ImageDataset, path: str | Path, recipe: str = "", channels: int = 1) -> PackedImages:
+    """Read all images once and write them as one array, whole or not at all; what is there already is kept.
+
+    Images that cannot be read are left out: another sample in their place would have labels that are not its own.
+
+    Args:
+        images: The images.
+        path: The `.npy` file to write.
+        recipe: What else the pixels depend on, such as the digest of a plan. A file of another recipe, of other keys
+            or another preprocessing is written anew.
+        channels: 1 for gray, 3 for colour.
+
+    Raises:
+        OSError: If the disk is full.
+        ValueError: If too many images cannot be read, or `channels` is neither 1 nor 3.
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"Images have 1 or 3 channels, got {channels}.")
+    path = Path(path)
+    wanted = _digest(recipe, images.preprocessing.fingerprint(), str(channels), *images.keys)
+    if path.is_file() and _facts_path(path).is_file():
+        packed = PackedImages(path)
+        if packed.recipe == wanted:
+            return packed
+    _facts_path(path).unlink(missing_ok=True)  # an array without facts is not there
+    size = images.preprocessing.size
+    shape = (len(images), size, size) if channels == 1 else (len(images), size, size, 3)
+    keys = []
+    with atomic_write(path) as file:
+        _write_header(file, shape)
+        for key, image in _readable(images):
+            keys.append(key)
+            file.write(_with_channels(image, channels).tobytes())
+        if len(keys) < len(images):  # the header says how many there are, and has room for fewer
+            file.seek(0)
+            _write_header(file, (len(keys), *shape[1:]))
+    write_json(
+        _facts_path(path), {"recipe": wanted, "preprocessing": vars(images.preprocessing), "keys": keys}, indent=None
+    )
+    return PackedImages(path)
+
+
+def _readable(images: ImageDataset) -> Iterator[tuple[str, np.ndarray]]:
+    names = images.keys
+    for first in range(0, len(images), _READ_TOGETHER):
+        places = range(first, min(first + _READ_TOGETHER, len(images)))
+        for place, (key, image) in zip(places, images.read_many(places), strict=True):
+            if key == names[place]:  # else another sample stands in for one that cannot be read
+                yield key, image
+
+
+def _with_channels(image: np.ndarray, channels: int) -> np.ndarray:
+    """uint8 `(H, W)` or `(H, W, 3)` -> as many channels."""
+    if channels == 3:
+        return np.ascontiguousarray(
+            np.broadcast_to(image if image.ndim == 3 else image[..., None], (*image.shape[:2], 3))
+        )
+    return image if image.ndim == 2 else (image @ _GRAY).round().astype(np.uint8)
+
+
+def _write_header(file, shape: tuple[int, ...]) -> None:
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+
+
+def _facts_path(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()

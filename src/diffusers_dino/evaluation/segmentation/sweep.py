@@ -1,0 +1,227 @@
+"""Segment a data set with a model at every setting of a sweep, once, and keep the segments on disk.
+
+Masks are not looked at here: whatever is chosen or scored afterwards starts from what this leaves. Attention maps are
+computed once for each (layers, timestep) and reused for all thresholds. A unit of work is a few images at one (layers,
+timestep); a file holds it, so a run that was killed continues with the unit it was at.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ...data.sources.masks import MaskedImages
+from ...files import atomic_write, make_writable_folder, write_json
+from ...fingerprints import fingerprint_pipeline, hash_of
+from ...pipelines import DiffSegPipeline
+from ...seeds import generator_for
+
+__all__ = ["ALL_LAYERS", "Setting", "Sweep", "SweptSegments", "segment_images"]
+
+ALL_LAYERS = "all"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The settings that a model is tried with: every combination of layers, timestep and threshold.
+
+    Attributes:
+        timesteps: Of the denoising step whose attention is read.
+        thresholds: Of merging, each used in all passes.
+        layers: `"all"`, or names of attention layers or blocks joined by `+`, such as `"up_blocks.1.attentions.0"`.
+        relative: Whether thresholds are in units of the mean divergence between an image's maps.
+        refine: Whether to refine segments by k-means.
+        num_merges: Passes of merging.
+        anchors_per_side: Of the grid of maps that merging starts from; None: 16, or as many as there are.
+        add_noise: Whether the model sees noised latents in place of clean ones.
+        size: Side in pixels that the model sees images at; None: the UNet's own.
+        mask_size: Side of the segments in pixels.
+        seed: Of the noise.
+
+    Raises:
+        ValueError: If there is no timestep, threshold or choice of layers.
+    """
+
+    timesteps: tuple[int, ...] = (1, 50, 100, 300)
+    thresholds: tuple[float, ...] = (0.2, 0.25, 0.3, 0.35, 0.4, 0.5)
+    layers: tuple[str, ...] = (ALL_LAYERS,)
+    relative: bool = True
+    refine: bool = True
+    num_merges: int = 3
+    anchors_per_side: int | None = None
+    add_noise: bool = False
+    size: int | None = None
+    mask_size: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("timesteps", "thresholds", "layers"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"A sweep needs one or more different {name}, got {list(values)}.")
+            object.__setattr__(self, name, tuple(values))  # lists, as JSON gives them, are welcome
+
+    @property
+    def views(self) -> list[tuple[str, int]]:
+        """All (layers, timestep): what attention maps are computed for."""
+        return [(layers, timestep) for layers in self.layers for timestep in self.timesteps]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One point of a sweep over the checkpoints of a model."""
+
+    checkpoint: str
+    layers: str
+    timestep: int
+    threshold: float
+
+    def __str__(self) -> str:
+        parts = [self.checkpoint] if self.checkpoint else []
+        parts += [self.layers] if self.layers != ALL_LAYERS else []
+        return ", ".join([*parts, f"t {self.timestep}", f"threshold {self.threshold:g}"])
+
+
+class SweptSegments:
+    """The segments of all images at all settings, on disk.
+
+    Args:
+        folder: Of one checkpoint's segments.
+        checkpoint: Its name.
+        sweep: The settings.
+        num_images: Of the data set.
+        chunk: Images in a file.
+    """
+
+    def __init__(self, folder: Path, checkpoint: str, sweep: Sweep, num_images: int, chunk: int) -> None:
+        self.folder, self.checkpoint, self.sweep = folder, checkpoint, sweep
+        self.num_images, self.chunk = num_images, chunk
+
+    @property
+    def settings(self) -> list[Setting]:
+        """All settings, in the order of `read`."""
+        return [
+            Setting(self.checkpoint, layers, timestep, threshold)
+            for layers, timestep in self.sweep.views
+            for threshold in self.sweep.thresholds
+        ]
+
+    def units(self) -> list[tuple[int, range]]:
+        """All (view, images) that are a file each."""
+        chunks = [
+            range(first, min(first + self.chunk, self.num_images)) for first in range(0, self.num_images, self.chunk)
+        ]
+        return [(view, images) for view in range(len(self.sweep.views)) for images in chunks]
+
+    def path(self, view: int, first: int) -> Path:
+        """The file of a unit."""
+        layers, timestep = self.sweep.views[view]
+        return self.folder / f"{layers.replace('/', '_')}-t{timestep:04d}-{first:06d}.npz"
+
+    def read(self, index: int) -> Tensor:
+        """Segments `(settings, mask_size, mask_size)` int64 of one image."""
+        first = index - index % self.chunk
+        parts = []
+        for view in range(len(self.sweep.views)):
+            with np.load(self.path(view, first)) as file:
+                parts.append(torch.from_numpy(file["segments"][:, index - first].astype(np.int64)))
+        return torch.cat(parts)
+
+
+def segment_images(
+    pipe: DiffSegPipeline,
+    images: MaskedImages,
+    sweep: Sweep,
+    folder: str | Path,
+    *,
+    checkpoint: str = "",
+    chunk: int = 8,
+    progress: bool = True,
+) -> SweptSegments:
+    """Segment all images at all settings; files that are there already are not made again.
+
+    Args:
+        pipe: The model.
+        images: Of these the masks are not read.
+        sweep: The settings.
+        folder: Where the segments go.
+        checkpoint: Name of the model's state, for the table.
+        chunk: Images in a unit of work, which the model sees at once.
+        progress: Whether to show a bar.
+
+    Raises:
+        ValueError: If `folder` holds the segments of another model, of other images or of other settings.
+    """
+    folder = make_writable_folder(folder)
+    swept = SweptSegments(folder, checkpoint, sweep, len(images), chunk)
+    identity = {
+        **asdict(sweep),
+        "chunk": chunk,
+        "images": hash_of("\n".join(images.keys))[:16],
+        "model": fingerprint_pipeline(pipe),
+    }
+    _claim(folder, identity)
+    todo = [unit for unit in swept.units() if not swept.path(unit[0], unit[1].start).is_file()]
+    shown = images.resized(sweep.size or _own_size(pipe))
+    for view, members in tqdm(todo, desc=checkpoint or folder.name, unit="unit", disable=not progress):
+        segments = np.stack(list(_segment_unit(pipe, shown, sweep, view, members)), axis=1)
+        with atomic_write(swept.path(view, members.start)) as file:
+            np.savez_compressed(file, segments=segments)
+    return swept
+
+
+def _segment_unit(
+    pipe: DiffSegPipeline, images: MaskedImages, sweep: Sweep, view: int, members: range
+) -> Iterator[np.ndarray]:
+    """Segments `(thresholds, mask_size, mask_size)` of each image of a unit."""
+    layers, timestep = sweep.views[view]
+    generators = [generator_for(sweep.seed, "segmentation", timestep, i) for i in members] if sweep.add_noise else None
+    maps = pipe.attention_maps(
+        [images.image(i) for i in members],
+        timestep,
+        size=images.size,
+        layers=None if layers == ALL_LAYERS else layers.split("+"),
+        add_noise=sweep.add_noise,
+        generator=generators,
+    )
+    for image_maps in maps:
+        results = [
+            pipe.segment(
+                image_maps[None],
+                threshold,
+                num_merges=sweep.num_merges,
+                anchors_per_side=sweep.anchors_per_side,
+                relative_threshold=sweep.relative,
+                refine=sweep.refine,
+                output_size=sweep.mask_size,
+            ).masks[0]
+            for threshold in sweep.thresholds
+        ]
+        yield torch.stack(results).cpu().numpy().astype(np.uint16)
+
+
+def _own_size(pipe: DiffSegPipeline) -> int:
+    """The side in pixels that the UNet's config says."""
+    side = pipe.unet.config["sample_size"]
+    return (side if isinstance(side, int) else max(side)) * pipe.vae_scale_factor
+
+
+def _claim(folder: Path, identity: dict) -> None:
+    """Note what the files of a folder are, or check that they are this."""
+    path = folder / "sweep.json"
+    if not path.is_file():
+        write_json(path, identity)
+        return
+    there, wanted = json.loads(path.read_text()), json.loads(json.dumps(identity))  # tuples become lists
+    other = [name for name in wanted if there.get(name) != wanted[name]]
+    if other:
+        raise ValueError(
+            f"{folder} holds segments with another {', '.join(other)}. Give another folder, or delete that one."
+        )

@@ -1,0 +1,77 @@
+"""Table 2 of the paper from results: Markdown, LaTeX or CSV. Text alone, nothing is computed."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+
+from ..table_text import escape_latex, latex_line, markdown_line, require_table_format
+from .protocol import MethodScores, SegmentationResult
+
+__all__ = ["format_segmentation_table"]
+
+
+def format_segmentation_table(results: Sequence[SegmentationResult], style: str = "markdown") -> str:
+    """Methods as rows, data sets as columns: mean Dice coefficient with its interval, and median with quartiles.
+
+    Args:
+        results: One for each data set.
+        style: `"markdown"`, `"latex"` or `"csv"`; the last has a line for each method and data set, with all figures.
+
+    Raises:
+        ValueError: If the style is unknown, or there is no result.
+    """
+    require_table_format(style)
+    if not results:
+        raise ValueError("There is no result to show.")
+    if style == "csv":
+        return _csv(results)
+    rows: dict[tuple[str, str], list[str]] = {}
+    for place, result in enumerate(results):
+        for scores in result.methods:
+            cells = rows.setdefault((scores.method, scores.selection), [""] * (2 * len(results)))
+            cells[2 * place] = f"{scores.mean:.3f} [{scores.low:.3f}, {scores.high:.3f}]"
+            cells[2 * place + 1] = f"{scores.median:.3f} ({scores.lower_quartile:.3f}, {scores.upper_quartile:.3f})"
+    header = ["method", "chosen by"]
+    for result in results:
+        header += [f"{result.dataset} (N = {len(result.keys)}): mean Dice [95 %]", "median (quartiles)"]
+    body = [[*names, *cells] for names, cells in rows.items()]
+    return _markdown(header, body, results) if style == "markdown" else _latex(header, body)
+
+
+def _markdown(header: list[str], body: list[list[str]], results: Sequence[SegmentationResult]) -> str:
+    lines = [markdown_line(header), markdown_line(["---"] * len(header)), *map(markdown_line, body)]
+    notes = [_note(result.dataset, scores) for result in results for scores in result.methods if scores.chosen]
+    heading = "Settings chosen on one half of the patients and scored on the other, both ways:"
+    return "\n".join([*lines, "", heading, "", *notes, ""]) if notes else "\n".join([*lines, ""])
+
+
+def _note(dataset: str, scores: MethodScores) -> str:
+    first, second = scores.chosen
+    settings = first if first == second else f"{first} / {second}"
+    return f"- {dataset}, {scores.method}: {settings}; the setting that is best on all gives {scores.optimistic:.3f}"
+
+
+def _latex(header: list[str], body: list[list[str]]) -> str:
+    lines = [rf"\begin{{tabular}}{{ll{'c' * (len(header) - 2)}}}", r"\toprule", _latex_line(header), r"\midrule"]
+    return "\n".join([*lines, *map(_latex_line, body), r"\bottomrule", r"\end{tabular}", ""])
+
+
+def _latex_line(cells: Sequence[str]) -> str:
+    return latex_line([escape_latex(cell) for cell in cells])
+
+
+def _csv(results: Sequence[SegmentationResult]) -> str:
+    figures = ("mean", "low", "high", "median", "lower_quartile", "upper_quartile", "optimistic")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        ["dataset", "images", "method", "chosen by", *figures, "chosen on the first half", "on the second half"]
+    )
+    for result in results:
+        for scores in result.methods:
+            values = [getattr(scores, name) for name in figures]
+            names = [result.dataset, len(result.keys), scores.method, scores.selection]
+            writer.writerow([*names, *values, *(scores.chosen or ("", ""))])
+    return text.getvalue()

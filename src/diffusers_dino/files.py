@@ -1,0 +1,162 @@
+"""Files and folders that are whole or not there at all, also after a kill or a loss of power; a lock on a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+__all__ = [
+    "PARTIAL",
+    "atomic_write",
+    "beside",
+    "lock_folder",
+    "make_writable_folder",
+    "replace_folder",
+    "save_atomically",
+    "sha256_of",
+    "sync",
+    "sync_folder",
+    "write_json",
+]
+
+PARTIAL = ".partial"
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """Write a file aside, force it to disk, then give it its name. On an error nothing is left behind.
+
+    Args:
+        path: The file; one of that name is replaced.
+
+    Yields:
+        A file to write bytes to.
+
+    Raises:
+        OSError: If the disk is full, or the folder is not writable.
+    """
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    try:
+        with open(aside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def write_json(path: str | Path, content: Any, indent: int | None = 1) -> None:
+    """Write JSON as `atomic_write` does; the same content gives the same bytes."""
+    with atomic_write(path) as file:
+        separators = (",", ":") if indent is None else None
+        file.write(json.dumps(content, indent=indent, separators=separators).encode() + b"\n")
+
+
+def sha256_of(path: str | Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def sync(path: str | Path) -> None:
+    """Force a file, or a folder's list of names, to disk: a rename is lost in a power cut without the latter."""
+    if os.name != "posix" and Path(path).is_dir():  # folders cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def save_atomically(final: str | Path) -> Iterator[Path]:
+    """Write a folder under another name and rename it when it is complete, replacing one that was there.
+
+    Yields:
+        The folder to write into. If the body raises, what was there stays.
+    """
+    final = Path(final)
+    partial = beside(final, "partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        sync_folder(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    replace_folder(partial, final)
+
+
+def make_writable_folder(path: str | Path) -> Path:
+    """Make a folder and try it, so that a run that could not save anything ends before it starts.
+
+    Raises:
+        PermissionError: If nothing can be written there.
+        NotADirectoryError: If a file is in the way.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(f"The output folder {path} cannot be made: there is a file of that name.") from error
+    except OSError as error:
+        raise PermissionError(f"The output folder {path} is not writable: {error.strerror}.") from error
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Hold a lock on a folder, which ends with this process however that ends.
+
+    Raises:
+        RuntimeError: If another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RuntimeError(f"Another run is at work in {folder}: wait for it, or stop it.") from error
+        yield
+
+
+def beside(path: Path, suffix: str) -> Path:
+    return path.with_name(f".{path.name}.{suffix}")
+
+
+def sync_folder(folder: Path) -> None:
+    """Force a folder and all in it to disk."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+
+
+def replace_folder(partial: Path, final: Path) -> None:
+    """Give a folder that is on disk its name."""
+    old = beside(final, "old")
+    if final.exists():  # no system call replaces a folder with content; at each moment one of the two is there
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+    partial.rename(final)
+    sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,56 @@
+"""The settings that a folder was begun with: noted once, and compared whenever it is gone on with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .files import write_json
+from .fingerprints import as_json
+
+__all__ = ["differences", "freeze", "require_same"]
+
+
+def freeze(
+    path: str | Path, settings: dict[str, Any], error: type[Exception] = ValueError, place: str | Path | None = None
+) -> None:
+    """Write the settings of a folder to a JSON file, or check that the file there says the same.
+
+    Args:
+        path: The file.
+        settings: All that decides over what the folder will hold; dictionaries may be nested.
+        error: What to raise where they differ.
+        place: What the message calls the folder; by default that of the file.
+
+    Raises:
+        error: If the folder was begun with other settings.
+    """
+    path = Path(path)
+    if path.is_file():
+        require_same(json.loads(path.read_bytes()), settings, place or path.parent, error)
+    else:
+        write_json(path, settings)
+
+
+def require_same(
+    begun: dict[str, Any], now: dict[str, Any], place: str | Path, error: type[Exception] = ValueError
+) -> None:
+    """Raise `error` with a line for each setting in which a folder's first run and this one differ."""
+    if lines := differences(as_json(begun), as_json(now)):
+        raise error(
+            "\n- ".join([f"{place} was begun with other settings:", *lines])
+            + "\nGo on with the settings it was begun with, or give another output folder."
+        )
+
+
+def differences(begun: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """A line for each entry in which two nested dictionaries differ."""
+    lines = []
+    for name in begun | now:
+        there, here = begun.get(name), now.get(name)
+        if isinstance(there, dict) and isinstance(here, dict):
+            lines += differences(there, here, f"{prefix}{name}: ")
+        elif there != here:
+            lines.append(f"{prefix}{name} was {there}, is {here}")
+    return lines

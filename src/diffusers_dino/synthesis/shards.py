@@ -1,0 +1,255 @@
+"""One shard of synthetic images: the unit of work, a function of the plan and its number."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.images.encoding import Encoding
+from ..data.sharding.writing import Shard, write_shard
+from ..data.stores.archives import INDEX_SUFFIX
+from ..embeddings import lerp
+from ..files import sha256_of, write_json
+from ..pixels import unit_to_uint8
+from ..seeds import derive_seed, generator_for
+from .plan import Plan
+from .settings import SynthesisError
+from .tokens import TokenStore, settled_arithmetic
+
+if TYPE_CHECKING:
+    from ..pipelines import DinoDiffusionPipeline
+
+__all__ = ["Gate", "UnitRecord", "draw_images", "find_record", "make_shard", "read_record", "shard_name"]
+
+SPLIT = "train"
+
+
+class Gate(Protocol):
+    """Says which images may pass, such as those that are no copies of training images."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images `(n, C, H, W)` in [0, 1] -> `(n,)` bool; the verdict on each depends on that image alone."""
+
+    def fingerprint(self) -> str:
+        """Equal for gates of equal verdicts alone."""
+
+
+@dataclass(frozen=True)
+class UnitRecord:
+    """What is noted of a finished shard.
+
+    Attributes:
+        plan: Digest of the plan.
+        shard: The shard's entry in the manifest.
+        refused: How many drawn images the gate refused.
+        redrawn: Numbers of the images that passed in a later attempt.
+        left_out: Numbers of the images that it refused in every attempt.
+        environment: Versions and device that they were computed with.
+    """
+
+    plan: str
+    shard: Shard
+    refused: int
+    redrawn: list[int]
+    left_out: list[int]
+    environment: dict[str, str]
+
+
+def shard_name(number: int) -> str:
+    """The file of the shard with this number, counted from 0."""
+    return f"synthetic-{number:06d}.tar"
+
+
+def make_shard(
+    plan: Plan,
+    number: int,
+    pipe: DinoDiffusionPipeline,
+    tokens: TokenStore,
+    folder: Path,
+    records: Path,
+    gate: Gate | None = None,
+    on_images: Callable[[int], None] | None = None,
+) -> UnitRecord:
+    """Generate one shard: the tar, its index and last its record appear when they are complete.
+
+    An image that the gate refuses is drawn again with other noise, in a batch of the same size with other refused ones
+    of the shard, until `max_attempts`. So every byte follows from the plan and the number.
+
+    Args:
+        plan: Bound to this model and gate.
+        number: In `range(plan.num_shards)`.
+        pipe: On the device that shall compute.
+        tokens: Of the plan's sources.
+        folder: Where the shard goes.
+        records: Where the record goes.
+        gate: Which images may pass; all by default.
+        on_images: Called with the number of images after each batch of first attempts.
+
+    Raises:
+        SynthesisError: If the gate refuses all images of the shard, or its verdicts have another form.
+        RuntimeError: If images come out with NaN or infinity.
+        OSError: If the disk is full.
+    """
+    settings = plan.settings
+    encoding = Encoding(format=settings.format, quality=settings.quality)
+    drawn: dict[int, tuple[int, Future[bytes]]] = {}
+    waiting, refused = list(plan.shard(number)), 0
+    # files are encoded while the next batch is sampled
+    with settled_arithmetic(plan.settings.threads), _quiet(pipe), ThreadPoolExecutor(1) as pool:
+        for attempt in range(settings.max_attempts):
+            again = []
+            for start in range(0, len(waiting), settings.batch_size):
+                batch = waiting[start : start + settings.batch_size]
+                images = draw_images(plan, batch, attempt, pipe, tokens)
+                passed = _verdicts(gate, images)
+                for index, image, good in zip(batch, images, passed, strict=True):
+                    if good:
+                        drawn[index] = attempt, pool.submit(encoding.encode, _as_array(image))
+                    else:
+                        again.append(index)
+                if on_images is not None and attempt == 0:
+                    on_images(len(batch))
+            waiting, refused = again, refused + len(again)
+            if not waiting:
+                break
+    if not drawn:
+        raise SynthesisError(
+            f"The gate refused all {len(waiting)} images of shard {number} in {settings.max_attempts} attempts each: "
+            "its threshold is too strict for this model, or it is of other images."
+        )
+    shard = write_shard(folder / shard_name(number), SPLIT, _samples(plan, drawn, settings.format))
+    redrawn = sorted(index for index, (attempt, _) in drawn.items() if attempt)
+    record = UnitRecord(plan.digest, shard, refused, redrawn, waiting, describe_environment(pipe))
+    write_json(_record_path(records, number), asdict(record))
+    return record
+
+
+def read_record(plan: Plan, number: int, records: Path) -> UnitRecord | None:
+    """The record of a shard; None if there is none, or of another plan."""
+    try:
+        content = json.loads(_record_path(records, number).read_bytes())
+        record = UnitRecord(shard=Shard(**content.pop("shard")), **content)
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return None
+    return record if record.plan == plan.digest else None
+
+
+def find_record(plan: Plan, number: int, folder: Path, records: Path) -> UnitRecord | None:
+    """The record of a shard that is there with the noted SHA-256, and its index; None if it has to be made."""
+    record, path = read_record(plan, number, records), folder / shard_name(number)
+    if record is None or not path.is_file() or not path.with_name(path.name + INDEX_SUFFIX).is_file():
+        return None
+    return record if path.stat().st_size == record.shard.bytes and sha256_of(path) == record.shard.sha256 else None
+
+
+def draw_images(
+    plan: Plan, indices: Sequence[int], attempt: int, pipe: DinoDiffusionPipeline, tokens: TokenStore
+) -> Tensor:
+    """Sample up to one batch of images; a smaller one is padded, as the size of a batch changes sums.
+
+    Args:
+        plan: The plan.
+        indices: Numbers of n images, at most `batch_size`.
+        attempt: From 0; each has other noise.
+        pipe: The pipeline.
+        tokens: Of the plan's sources.
+
+    Returns:
+        uint8 `(n, C, H, W)` on the CPU.
+    """
+    settings = plan.settings
+    padded = [*indices, *indices[-1:] * (settings.batch_size - len(indices))]
+    sources, fractions = plan.sources[padded], plan.fractions[padded]  # (B, 1 or 2), (B,)
+    embeds = tokens[sources[:, 0]]  # (B, S, D)
+    if plan.strategy == "interpolation":
+        # float32 holds half precision exactly, and mixes it without further rounding
+        ends, weights = (embeds.float(), tokens[sources[:, 1]].float()), torch.from_numpy(fractions).float()
+        embeds = lerp(*ends, weights, restore_norm=settings.restore_norm).to(embeds.dtype)
+    images = pipe(
+        image_embeds=embeds,
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+        guidance_rescale=settings.guidance_rescale,
+        eta=settings.eta,
+        generator=[generator_for(*_noise_of(plan, index, attempt)) for index in padded],
+        output_type="pt",
+    ).images[: len(indices)]
+    if settings.grayscale:
+        images = images.mean(1, keepdim=True)
+    return unit_to_uint8(images.float()).cpu()
+
+
+def describe_environment(pipe: DinoDiffusionPipeline) -> dict[str, str]:
+    """What the bits of a computation depend on beside its inputs."""
+    import diffusers
+    import PIL
+
+    device = pipe.unet.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"device": name, "torch": torch.__version__, "diffusers": diffusers.__version__, "pillow": PIL.__version__}
+
+
+@contextmanager
+def _quiet(pipe: DinoDiffusionPipeline) -> Iterator[None]:
+    """Without a progress bar for each batch."""
+    before = getattr(pipe, "_progress_bar_config", {})
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**before)
+
+
+def _noise_of(plan: Plan, index: int, attempt: int) -> tuple[int | str, ...]:
+    return plan.seed, "synthesis", index, attempt
+
+
+def _verdicts(gate: Gate | None, images: Tensor) -> list[bool]:
+    """Which images `(n, C, H, W)` may pass. The gate sees what is stored: whole numbers of 0..255."""
+    if gate is None:
+        return [True] * len(images)
+    verdicts = torch.as_tensor(gate(images.float() / 255))
+    if verdicts.shape != (len(images),) or verdicts.dtype != torch.bool:
+        raise SynthesisError(
+            f"The gate must answer with {len(images)} bool, one for each image, got {tuple(verdicts.shape)} of "
+            f"{verdicts.dtype}."
+        )
+    return verdicts.tolist()
+
+
+def _as_array(image: Tensor) -> np.ndarray:
+    """uint8 `(1 or 3, H, W)` as `(H, W)` or `(H, W, 3)`."""
+    return (image[0] if len(image) == 1 else image.movedim(0, -1)).numpy()
+
+
+def _samples(
+    plan: Plan, drawn: dict[int, tuple[int, Future[bytes]]], extension: str
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Key and files of each image, in the order of the plan."""
+    for index in sorted(drawn):
+        attempt, content = drawn[index]
+        planned = plan[index]
+        facts: dict[str, Any] = {
+            "source": "synthetic",
+            "labels": planned.labels,
+            "strategy": plan.strategy,
+            "sources": planned.sources,
+            "fraction": planned.fraction,
+            "seed": derive_seed(*_noise_of(plan, index, attempt)),
+            "attempt": attempt,
+            "split": SPLIT,
+        }
+        yield planned.key, {extension: content.result(), "json": json.dumps(facts, separators=(",", ":")).encode()}
+
+
+def _record_path(records: Path, number: int) -> Path:
+    return records / f"{shard_name(number)}.json"

@@ -1,0 +1,145 @@
+"""Work shared out to processes that do not outlive the script, and a lock against a second script at the same work."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing.connection import Connection, wait
+from typing import Any, NamedTuple, TypeVar
+
+__all__ = ["Outcome", "run_apart", "run_parallel"]
+
+T = TypeVar("T")
+
+
+def run_parallel(function: Callable[..., T], jobs: Iterable[tuple[Any, ...]], num_workers: int) -> Iterator[T]:
+    """Call a function on each job, and yield what it returns, in the order in which jobs are done.
+
+    Args:
+        function: A module's function: it must travel to other processes.
+        jobs: Its arguments, job by job.
+        num_workers: Processes; 0 works in this one.
+
+    Raises:
+        BrokenProcessPool: If a process was killed from outside, such as for want of memory.
+    """
+    if num_workers == 0:
+        for job in jobs:
+            yield function(*job)
+        return
+    context = _context()
+    with ProcessPoolExecutor(num_workers, context, initializer=_start_worker) as pool:
+        try:
+            for future in as_completed([pool.submit(function, *job) for job in jobs]):
+                yield future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Outcome(NamedTuple):
+    """What became of a job.
+
+    Attributes:
+        number: Which job.
+        value: What the function returned; None after an error.
+        error: What went wrong; empty if nothing did.
+    """
+
+    number: int
+    value: Any
+    error: str
+
+
+def run_apart(function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], num_workers: int) -> Iterator[Outcome]:
+    """Call a function on each job, each in a process of its own: one that fails or is killed takes no other with it.
+
+    Args:
+        function: A module's function. Its first argument is the number, in [0, num_workers), of the place that it
+            works at, such as of a GPU; two calls at a time never have the same.
+        jobs: Its other arguments, job by job.
+        num_workers: Processes at a time; 0 works in this one.
+
+    Yields:
+        One outcome for each job, in the order in which they end.
+    """
+    if num_workers == 0:
+        for number, job in enumerate(jobs):
+            yield Outcome(number, *_attempt(function, 0, job))
+        return
+    context = _context()
+    waiting, running = enumerate(jobs), {}
+    try:
+        while True:
+            for place in set(range(num_workers)) - {place for place, *_ in running.values()}:
+                if (numbered := next(waiting, None)) is not None:
+                    number, job = numbered
+                    ours, theirs = context.Pipe(duplex=False)
+                    process = context.Process(target=_work_apart, args=(theirs, function, place, job), daemon=True)
+                    process.start()
+                    theirs.close()  # else the end of the process would not be the end of the pipe
+                    running[ours] = place, number, process
+            if not running:
+                return
+            for ours in wait(list(running)):
+                _, number, process = running.pop(ours)
+                yield Outcome(number, *_receive(ours, process))
+    finally:
+        for _, _, process in running.values():
+            process.terminate()
+
+
+def _work_apart(pipe: Connection, function: Callable[..., Any], place: int, job: tuple[Any, ...]) -> None:
+    _start_worker()
+    pipe.send(_attempt(function, place, job))
+    pipe.close()
+
+
+def _attempt(function: Callable[..., Any], place: int, job: tuple[Any, ...]) -> tuple[Any, str]:
+    try:
+        return function(place, *job), ""
+    except Exception as error:
+        return None, f"{type(error).__name__}: {error}"
+
+
+def _receive(pipe: Connection, process: Any) -> tuple[Any, str]:
+    try:
+        return pipe.recv()
+    except (EOFError, OSError):
+        process.join()
+        code = process.exitcode
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return None, f"its process ended with {how}" + (", maybe for want of memory" if code == -9 else "")
+    finally:
+        pipe.close()
+        process.join()
+
+
+def _context() -> Any:
+    """Not plain fork: threads of libraries do not survive it. A fork server imports them once for all workers."""
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)
+    # The library alone: before Python 3.14 the server does not look for modules beside the script, but where it was
+    # started, and would take a folder there for a module of the same name.
+    loaded = [name for name in sys.modules if name == "timm" or name.split(".")[0] == "diffusers_dino"]
+    context.set_forkserver_preload(loaded)
+    return context
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which lets work under way finish
+    warnings.simplefilter("ignore")  # libraries quote the files that they warn of
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    """A parent that is killed cannot stop its workers, which would wait for it without end."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -1,0 +1,119 @@
+"""The memorization protocol on phantoms, with copies that were planted."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusers_dino.data import Preprocessing, open_images
+from diffusers_dino.evaluation import MemorizationResult, evaluate_memorization
+from diffusers_dino.evaluation.memorization.plot import draw_closest_pairs, plot_memorization
+from diffusers_dino.metrics.copy_gate import CopyGate
+
+FALSE_ALARMS = 0.02  # which 149 images can promise
+PHANTOMS = Path(__file__).parents[2] / "examples/data/phantom-cxr"
+
+
+@pytest.fixture(scope="module")
+def phantoms():
+    images = open_images(PHANTOMS / "phantom-cxr-train-00000[0-3].tar", Preprocessing(32))
+    return torch.stack([images[i]["image"] for i in range(len(images))])
+
+
+@pytest.fixture(scope="module")
+def study(phantoms):
+    """Half of the phantoms trained, others are "generated", and with them copies of two training images."""
+    training, others = phantoms[::2], phantoms[1::2]
+    synthetic = torch.cat([others[:60], training[7:8], training[9:10].flip(-1)])
+    return evaluate_memorization(training, synthetic, others[60:], false_alarms=FALSE_ALARMS, num_pairs=5)
+
+
+def test_planted_copies_head_the_closest_pairs(study, phantoms):
+    result, gate = study
+    first, second, third = result.closest[:3]
+    assert {(x.key, x.training_key, x.mirrored) for x in (first, second)} == {("60", "7", False), ("61", "9", True)}
+    assert first.relative_distance == second.relative_distance == 0
+    assert first.copy
+    assert third.relative_distance > 0.1
+    assert [x.copy for x in result.closest] == [x.relative_distance < result.threshold for x in result.closest]
+    assert gate.fingerprint() == result.gate
+    refused = ~gate(torch.cat([phantoms[1::2][:60], phantoms[::2][7:8], phantoms[::2][9:10].flip(-1)]))
+    assert refused.sum() == result.synthetic.copies >= 2
+
+
+def test_figures_name_their_sets_and_agree_with_each_other(study, phantoms):
+    result, _ = study
+    sets = {"training": len(phantoms[::2]), "synthetic": 62, "held_out": len(phantoms[1::2]) - 60}
+    for name, count in sets.items():
+        figures = getattr(result, name)
+        assert figures.num_images == sum(figures.histogram) == count
+        assert figures.low <= figures.share == figures.copies / count <= figures.high
+        assert figures.authentic_low <= figures.authentic <= figures.authentic_high
+        assert 0 <= figures.nearest <= figures.median <= 1
+    assert result.training.share <= result.false_alarms  # the threshold comes from these
+    found = {planted.change: planted.found for planted in result.planted}
+    assert found["exact"] == found["mirrored"] == found["slightly blurred (1 % of the side)"] == 1
+    assert found["moved by 4 % of the side"] < 0.5  # what the docs warn of
+
+
+def test_the_threshold_may_come_from_held_out_images(phantoms):
+    training, others = phantoms[::2], phantoms[1::2]
+    result, _ = evaluate_memorization(training, held_out=others, calibrate_on="held out", false_alarms=0.05)
+    assert (result.calibrated_on, result.synthetic, result.closest) == ("held out", None, ())
+    assert 0 < result.held_out.share < 0.05
+
+
+def test_images_of_the_same_patient_are_not_compared(phantoms):
+    training = phantoms[::2]
+    patients = list(range(len(training)))
+    blind = evaluate_memorization(training, held_out=training[:40], false_alarms=FALSE_ALARMS).result
+    known = evaluate_memorization(
+        training,
+        held_out=training[:40],
+        training_groups=patients,
+        held_out_groups=patients[:40],
+        false_alarms=FALSE_ALARMS,
+    ).result
+    assert blind.held_out.copies == 40  # they are the training images themselves
+    assert known.held_out.copies <= 2
+    assert known.training == blind.training
+
+
+def test_results_go_to_json_and_back(study, tmp_path):
+    for result in (study.result, replace(study.result, held_out=None, synthetic=None, closest=())):
+        result.save(tmp_path / "memorization.json")
+        assert MemorizationResult.load(tmp_path / "memorization.json") == result
+
+
+def test_the_gate_of_a_study_is_that_of_calibrate(study, phantoms):
+    assert CopyGate.calibrate(phantoms[::2], false_alarms=FALSE_ALARMS).fingerprint() == study.result.gate
+
+
+def test_results_are_drawn(study, phantoms):
+    axes = plot_memorization(study.result).axes[0]
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert "synthetic (N = 62)" in labels
+    assert len(labels) == 4
+    synthetic = torch.cat([phantoms[1::2][:60], phantoms[::2][7:8], phantoms[::2][9:10].flip(-1)])
+    sheet = draw_closest_pairs(study.result, synthetic, phantoms[::2], columns=2)
+    assert sheet.size == (4 * 32, 2 * 32)  # two pairs in a row; the fifth has no partner
+    for left in (0, 64):  # a copy and its original, mirrored as it was compared, are the same picture
+        pair = sheet.crop((left, 0, left + 32, 32)), sheet.crop((left + 32, 0, left + 64, 32))
+        assert pair[0].tobytes() == pair[1].tobytes()
+    with pytest.raises(ValueError, match="no pair to draw"):
+        draw_closest_pairs(replace(study.result, closest=()), synthetic, phantoms)
+
+
+def test_bad_sets_are_refused(phantoms):
+    training = phantoms[::2]
+    with pytest.raises(ValueError, match="nothing to compare"):
+        evaluate_memorization(training, training[:0], false_alarms=FALSE_ALARMS)
+    with pytest.raises(ValueError, match="finite"):
+        evaluate_memorization(training, training[:2] * float("nan"), false_alarms=FALSE_ALARMS)
+    with pytest.raises(ValueError, match="no held-out images"):
+        evaluate_memorization(training, calibrate_on="held out")
+    with pytest.raises(ValueError, match="training_groups"):
+        evaluate_memorization(training, held_out=training, held_out_groups=range(len(training)))
+    with pytest.raises(ValueError, match="one group an image"):
+        evaluate_memorization(training, training_groups=["p"])
