@@ -1,16 +1,14 @@
-"""Run the published DiffSeg on saved maps: what `benchmarks/diffseg.py` calls, in the Python that has TensorFlow.
+"""Run the published DiffSeg on saved maps: what `benchmarks/segmentation.py` calls, in the Python that has TensorFlow.
 
-python benchmarks/diffseg_published.py CHECKOUT MAPS.npy OUT.npz --thresholds 0.5 --dtype float16 --threads 2
+PYTHONPATH=CHECKOUT python benchmarks/diffseg_published.py MAPS.npy OUT.npz --thresholds 0.5 --dtype float16
 """
 
 import argparse
-import sys
 import time
 
 import numpy as np
 
 parser = argparse.ArgumentParser()
-parser.add_argument("checkout", help="of github.com/google/diffseg")
 parser.add_argument("maps", help="(4096, 64, 64), each of sum 1")
 parser.add_argument("out", help="merged maps of each threshold, and seconds of each merge")
 parser.add_argument("--thresholds", type=float, nargs="+", required=True)
@@ -19,9 +17,7 @@ parser.add_argument("--threads", type=int, default=2)
 args = parser.parse_args()
 
 import tensorflow as tf  # noqa: E402 - after the arguments, as it takes seconds
-
-sys.path[0] = args.checkout  # in place of this folder, whose diffseg.py has the name of the published package
-from diffseg.segmentor import DiffSeg  # noqa: E402
+from diffseg.segmentor import DiffSeg  # noqa: E402 - a checkout of github.com/google/diffseg
 
 tf.config.threading.set_intra_op_parallelism_threads(args.threads)
 tf.config.threading.set_inter_op_parallelism_threads(args.threads)

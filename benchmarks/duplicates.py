@@ -14,16 +14,12 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from diffusers_dino.data import Preprocessing, open_images
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-
 from diffusers_dino.cli.arguments import flag, parse_arguments
+from diffusers_dino.data import Preprocessing, open_images
 from diffusers_dino.data.sharding.duplicates import MAX_DISTANCE, near_pairs, perceptual_hash
 
 

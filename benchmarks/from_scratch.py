@@ -23,14 +23,12 @@ from transformers import HfArgumentParser
 
 from diffusers_dino import DinoDiffusionPipeline
 from diffusers_dino.data import ImageDataset, Preprocessing, open_images
+from diffusers_dino.evaluation import ReconstructionResult, evaluate_reconstruction
 from diffusers_dino.latents import decode_latents, encode_to_moments
 from diffusers_dino.pixels import unit_to_vae, vae_to_unit
 from diffusers_dino.training.autoencoder import psnr
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-from diffusers_dino.evaluation import ReconstructionResult, evaluate_reconstruction  # noqa: E402
 
 STAGES = {"vae": "train_vae.py", "dino": "pretrain_dino.py", "unet": "train_dino.py"}
 

@@ -26,14 +26,13 @@ from typing import Any, Literal
 import torch
 from diffusers.utils import logging
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "examples"))
+from diffusers_dino.cli.arguments import flag, parse_arguments
+from diffusers_dino.devices import device_of
+from gpu_models import SIZES
+from gpu_parts import PARTS, Bench
+from gpu_timing import TimeUp, free_memory, stop_after
 
-from diffusers_dino.cli.arguments import flag, parse_arguments  # noqa: E402
-from diffusers_dino.devices import device_of  # noqa: E402
-from gpu_models import SIZES  # noqa: E402
-from gpu_parts import PARTS, Bench  # noqa: E402
-from gpu_timing import TimeUp, free_memory, stop_after  # noqa: E402
+HERE = Path(__file__).resolve().parent
 
 PACKAGES = ("diffusers-dino", "diffusers", "transformers", "accelerate", "bitsandbytes", "xformers")
 

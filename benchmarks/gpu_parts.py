@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from diffusers_dino import DiffSegPipeline, DinoDiffusionPipeline
 from diffusers_dino.pipelines import deep_cache

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-
 from diffusers_dino.cli.arguments import flag, parse_arguments
 
 BAR = 1.15

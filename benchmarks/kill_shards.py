@@ -24,10 +24,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-from diffusers_dino.cli.arguments import flag, parse_arguments  # noqa: E402
+from diffusers_dino.cli.arguments import flag, parse_arguments
 
 
 @dataclass
@@ -83,7 +80,7 @@ def start(root: Path, name: str, args: Arguments) -> subprocess.Popen:
     """Start the script, and wait until it has listed the images."""
     options = {"output_dir": root / name, "source": root / "images", "salt_file": root / "salt", "size": 128}
     options |= {"shard_size": 10, "part_size": 8, "num_workers": args.num_workers, "test_fraction": 0.2}
-    command = [sys.executable, str(EXAMPLES / "shards")]
+    command = [sys.executable, "-m", "diffusers_dino", "shards"]
     command += [text for flag_name, value in options.items() for text in (f"--{flag_name}", str(value))]
     log = open(root / "log", "w")  # noqa: SIM115
     process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -23,11 +23,10 @@ from pathlib import Path
 
 import psutil
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
+from bundled import untrained_pipeline
+from diffusers_dino.cli.arguments import flag, parse_arguments
 
-from bundled import untrained_pipeline  # noqa: E402
-from diffusers_dino.cli.arguments import flag, parse_arguments  # noqa: E402
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 UNET = {
     "sample_size": 8,
@@ -86,7 +85,7 @@ def start(root: Path, name: str, args: Arguments, processes: int, engine: str = 
     options |= {"strategy": "interpolation", "num_images": args.num_images, "shard_size": args.shard_size}
     options |= {"num_inference_steps": 4, "batch_size": 8, "num_drawn": 4, "engine": engine, "output_dir": root / name}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(EXAMPLES / "synthesise")]
+    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "diffusers_dino", "synthesise"]
     command += [text for flag_name, value in options.items() for text in (f"--{flag_name}", str(value))]
     log = open(root / "log", "w")  # noqa: SIM115
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}

@@ -14,21 +14,17 @@ import resource
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
+from diffusers_dino.cli.arguments import flag, parse_arguments
 from diffusers_dino.data import Preprocessing, open_images
 from diffusers_dino.data.labels import read_label_table
+from diffusers_dino.evaluation.memorization.planted import PLANTED
 from diffusers_dino.metrics import open_extractor
 from diffusers_dino.metrics.copy_gate import extract_views, search_copies, search_training
 from diffusers_dino.metrics.neighbours import calibrate_threshold, nearest_training
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-
-from diffusers_dino.cli.arguments import flag, parse_arguments
-from diffusers_dino.evaluation.memorization.planted import PLANTED
 
 SLIGHT = ("exact", "mirrored", "slightly blurred (1 % of the side)")  # what must be found
 

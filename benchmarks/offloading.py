@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,8 +24,6 @@ from typing import Any, Literal
 
 import diffusers
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from diffusers_dino import DinoDiffusionPipeline
 from diffusers_dino.cli.arguments import flag, parse_arguments

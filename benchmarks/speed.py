@@ -24,15 +24,14 @@ import diffusers
 import torch
 from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProcessor
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
+from diffusers_dino import DinoDiffusionPipeline
+from diffusers_dino.cli.arguments import flag, parse_arguments
+from diffusers_dino.data import Preprocessing, open_images
+from diffusers_dino.metrics.distances import frechet_of_samples
+from diffusers_dino.metrics.extractors.thumbnail import pixel_features
+from diffusers_dino.pipelines import deep_cache
 
-from diffusers_dino import DinoDiffusionPipeline  # noqa: E402
-from diffusers_dino.cli.arguments import flag, parse_arguments  # noqa: E402
-from diffusers_dino.data import Preprocessing, open_images  # noqa: E402
-from diffusers_dino.metrics.distances import frechet_of_samples  # noqa: E402
-from diffusers_dino.metrics.extractors.thumbnail import pixel_features  # noqa: E402
-from diffusers_dino.pipelines import deep_cache  # noqa: E402
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 Pipe = DinoDiffusionPipeline
 

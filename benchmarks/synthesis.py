@@ -20,16 +20,14 @@ from typing import Any
 
 import torch
 
+from bundled import untrained_pipeline
 from diffusers_dino import DinoDiffusionPipeline
+from diffusers_dino.cli.arguments import flag, parse_arguments
 from diffusers_dino.data import ImageDataset, Preprocessing, open_images
 from diffusers_dino.seeds import generator_for
 from diffusers_dino.synthesis import Plan, SynthesisSettings, plan_reconstruction, synthesise
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-from bundled import untrained_pipeline  # noqa: E402
-from diffusers_dino.cli.arguments import flag, parse_arguments  # noqa: E402
 
 UNET = {  # of a size that does some work
     "sample_size": 16,

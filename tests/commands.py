@@ -14,10 +14,13 @@ from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
+from diffusers_dino.cli import COMMANDS, split_command
+from diffusers_dino.cli.arguments import parse_arguments
 from pages import REPOSITORY
 
 _HEREDOC = re.compile(r"<<-?\s*'?(\w+)'?([^\n]*)\n.*?\n\1$", re.DOTALL | re.MULTILINE)
 _SCRIPT = re.compile(r"(?:examples|benchmarks)/[\w/]+\.py$")
+_PROGRAM = {"diffusers-dino", "diffusers_dino"}
 _SHELL = {"for", "do", "done", "then", "if", "while"}
 
 
@@ -54,12 +57,19 @@ def check_command(words: list[str], configs: dict[str, str] | None = None) -> No
     """
     words = [word for word in words if word not in _SHELL]
     place = next((i for i, word in enumerate(words) if _SCRIPT.search(word)), None)
+    own = next((i for i, word in enumerate(words) if word in _PROGRAM), None)
     for word in words:
         if re.match(r"(?:examples|benchmarks|docs|tests|src)/[\w/.-]+$", word) and not (REPOSITORY / word).exists():
             raise WrongCommandError(f"There is no {word}.")
     if place is not None:
         _check_launcher(words[:place])
-        _check_script(words[place], words[place + 1 :], configs or {})
+        _check_program(words[place], words[place + 1 :], configs or {})
+    elif own is not None and words[own + 1 :]:
+        _check_launcher(words[:own])
+        name, arguments = split_command(words[own + 1 :])
+        if name not in COMMANDS:
+            raise WrongCommandError(f"There is no command {name!r}.")
+        _check_program(name, arguments, configs or {})
     elif "make" in words[:1]:
         check_target(words[1:])
     elif "pip" in words and "install" in words:
@@ -118,17 +128,20 @@ def launcher_flags(name: str) -> set[str] | None:
     return None
 
 
-def _check_script(script: str, arguments: list[str], configs: dict[str, str]) -> None:
-    """The script's own parser reads the arguments: names, types and choices."""
-    path = Path(script) if Path(script).is_absolute() else REPOSITORY / script
+def _check_program(program: str, arguments: list[str], configs: dict[str, str]) -> None:
+    """The parser of a script or of a command of `diffusers-dino` reads the arguments: names, types and choices."""
     if arguments and arguments[0].endswith(".yaml"):
         arguments = [_config(arguments[0], configs), *arguments[1:]]
     if "--config" in arguments[:-1]:
         place = arguments.index("--config") + 1
         arguments = [*arguments[:place], _config(arguments[place], configs), *arguments[place + 1 :]]
-    problem = parse_as_script(path, arguments)
+    if _SCRIPT.search(program):
+        path = Path(program) if Path(program).is_absolute() else REPOSITORY / program
+        problem = parse_as_script(path, arguments)
+    else:
+        problem = parse_as_command(program, arguments)
     if problem:
-        raise WrongCommandError(f"{script} does not take {' '.join(arguments)!r}: {problem}")
+        raise WrongCommandError(f"{program} does not take {' '.join(arguments)!r}: {problem}")
 
 
 def _config(name: str, configs: dict[str, str]) -> str:
@@ -138,6 +151,19 @@ def _config(name: str, configs: dict[str, str]) -> str:
     path = Path("imagined.yaml").resolve()
     path.write_text(configs.get(name, next(iter(configs.values()), "")), encoding="utf-8")
     return str(path)
+
+
+def parse_as_command(name: str, arguments: list[str]) -> str | None:
+    """What a command of `diffusers-dino` says against its arguments, or None if it takes them."""
+    if "--help" in arguments:
+        return None
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(errors):
+        try:
+            parse_arguments(COMMANDS[name].load().Arguments, arguments)
+        except (SystemExit, TypeError) as end:
+            return errors.getvalue().strip() or str(end)
+    return None
 
 
 class _Parsed(BaseException):
@@ -164,7 +190,6 @@ def parse_as_script(path: Path, arguments: list[str]) -> str | None:
     with (
         patch.object(argparse.ArgumentParser, "parse_known_args", parse_known_args),
         patch.object(sys, "argv", [path.name, *arguments]),
-        patch.object(sys, "path", [str(path.parent), *sys.path]),
         contextlib.redirect_stderr(errors),
         contextlib.redirect_stdout(errors),
     ):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import textwrap
-import unicodedata
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,30 +60,3 @@ def links(page: Path) -> list[str]:
     """The targets of a page's links and pictures."""
     text = _INLINE_CODE.sub("`code`", without_blocks(page))
     return [*_LINK.findall(text), *_REFERENCE.findall(text)]
-
-
-def anchors(page: Path) -> tuple[set[str], set[str]]:
-    """The anchors that its headings have on GitHub, and those on the site (Python-Markdown's `toc`)."""
-    headings = [_plain(line) for line in re.findall(r"^#{1,6} +(.+?) *#*$", without_blocks(page), re.MULTILINE)]
-    explicit = set(re.findall(r"(?:id|name)=\"([^\"]+)\"", without_blocks(page)))
-    github = _numbered([re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings], "-")
-    return github | explicit, _numbered([_site_slug(text) for text in headings], "_") | explicit
-
-
-def _plain(heading: str) -> str:
-    return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").replace("*", "")
-
-
-def _site_slug(text: str) -> str:
-    text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
-    return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", text).strip().lower())
-
-
-def _numbered(slugs: list[str], joint: str) -> set[str]:
-    """The second heading of a name has its number behind it."""
-    count: Counter[str] = Counter()
-    names = set()
-    for slug in slugs:
-        names.add(f"{slug}{joint}{count[slug]}" if count[slug] else slug)
-        count[slug] += 1
-    return names

@@ -1,6 +1,5 @@
 """The Python code of README and documentation runs, and the messages that pages explain are those that are raised."""
 
-import re
 import traceback
 
 import pytest
@@ -14,7 +13,6 @@ LANGUAGES = {"python", "bash", "yaml", "json", "text", "bibtex"}
 RUN_ELSEWHERE = {"docs/publish.md"}
 PAGES = [page for page in pages() if name_of(page) not in RUN_ELSEWHERE and any(blocks(page, "python"))]
 EXAMPLES = [path for path in sorted(REPOSITORY.glob("src/**/pipeline_*.py")) if any(blocks(path, "python"))]
-REFUSALS = [page for page in pages() if "\n## What it refuses\n" in page.read_text(encoding="utf-8")]
 
 
 def run_code(page):
@@ -40,10 +38,6 @@ def test_the_code_of_a_page_runs(page, folder, capsys):
 @pytest.mark.parametrize("path", EXAMPLES, ids=name_of)
 def test_the_example_of_a_docstring_runs(path, folder):
     run_code(path)
-
-
-def test_each_pipeline_has_an_example():
-    assert len(EXAMPLES) == 3
 
 
 def check_readme(names):
@@ -101,36 +95,12 @@ CHECKS = {
 }
 
 
-def test_the_pages_with_checks_are_run():
-    assert set(CHECKS) <= {name_of(page) for page in PAGES}
-
-
-def test_pages_that_are_run_elsewhere_exist():
-    for name in RUN_ELSEWHERE:
-        assert (REPOSITORY / name).is_file()
-
-
 @pytest.mark.parametrize("page", pages(), ids=name_of)
 def test_each_block_says_its_language(page):
     """A block in no language, or in one that no test reads, could say anything."""
     for block in blocks(page):
         assert block.language in LANGUAGES, f"{block} is of the language {block.language!r}"
     assert page.read_text(encoding="utf-8").count("\n```") == 2 * len(list(blocks(page))), "a fence is not closed"
-
-
-@pytest.mark.parametrize("page", REFUSALS, ids=name_of)
-def test_the_messages_of_a_page_are_those_of_the_code(page):
-    table = page.read_text(encoding="utf-8").split("\n## What it refuses\n")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| ([^|]+?) \|", table, flags=re.MULTILINE)[2:]
-    files = [path for folder in ("src", "examples") for path in REPOSITORY.glob(f"{folder}/**/*.py")]
-    source = " ".join(path.read_text(encoding="utf-8") for path in files)
-    assert len(rows) >= 5
-    for row in rows:
-        assert row.split("…")[0].strip() in source, row
-
-
-def test_the_pipelines_say_what_they_refuse():
-    assert {page.stem for page in REFUSALS} >= {"dino_diffusion", "dino_interpolation", "diffseg"}
 
 
 def test_a_block_that_fails_is_named_with_its_page_and_line(tmp_path, folder):

@@ -4,29 +4,26 @@ import json
 import os
 import re
 from functools import cache
-from itertools import pairwise
 
 import pytest
 import yaml
 
 import commands
 from commands import WrongCommandError, check_command, check_requirement, check_target, launcher_flags
-from diffusers_dino.metrics.features import EXTRACTORS
+from diffusers_dino.cli import COMMANDS
 from pages import REPOSITORY, blocks, inline_code, name_of, pages
 
 SHELL_PAGES = [page for page in pages() if any(blocks(page, "bash"))]
 # Flags in running text that are of other programs
 FOREIGN_FLAGS = {
-    *(
-        "--no-index",
-        "--find-links",
-        "--no-deps",
-        "--extra-index-url",
-        "--platform",
-        "--python-version",
-        "--only-binary",
-    ),
+    "--extra-index-url",
+    "--find-links",
     "--help",
+    "--no-deps",
+    "--no-index",
+    "--only-binary",
+    "--platform",
+    "--python-version",
 }
 SCRIPTS = [
     path
@@ -57,32 +54,14 @@ def test_the_commands_of_a_page_are_taken(page):
                 pytest.fail(f"{block}: {error}")
 
 
-def extractors_without_weights(words: list[str]) -> list[str]:
-    """Feature extractors that a command names without the file that they need."""
-    pairs = dict(pairwise(words))
-    flags = {"--features": "--weights", "--extractor": "--weights", "--metric_features": "--metric_weights"}
-    named = [pairs[flag] for flag, weights in flags.items() if flag in pairs and weights not in pairs]
-    return [name for name in named if name in set(EXTRACTORS) - {"pixels", "local-contrast"}]
+DOCSTRINGS = {path.name: path.read_text(encoding="utf-8").split('"""')[1] for path in SCRIPTS}
+DOCSTRINGS |= {name: command.load().__doc__ for name, command in COMMANDS.items()}
 
 
-@pytest.mark.parametrize("page", SHELL_PAGES, ids=name_of)
-def test_extractors_are_named_with_their_weights(page):
-    for block in blocks(page, "bash"):
-        for words in commands.commands(block.code):
-            assert not extractors_without_weights(words), block
-
-
-def test_an_extractor_without_weights_is_seen():
-    assert extractors_without_weights(["evaluate fidelity", "--features", "xrv", "--model", "m"]) == ["xrv"]
-    assert not extractors_without_weights(["evaluate fidelity", "--features", "xrv", "--weights", "w"])
-    assert not extractors_without_weights(["evaluate fidelity", "--features", "pixels"])
-
-
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_the_commands_of_a_script_are_taken(path):
-    """Those that stand indented in its docstring."""
-    docstring = path.read_text(encoding="utf-8").split('"""')[1]
-    for words in commands.commands("\n".join(re.findall(r"^    (.*)$", docstring, re.MULTILINE))):
+@pytest.mark.parametrize("name", DOCSTRINGS)
+def test_the_commands_of_a_docstring_are_taken(name):
+    """Those that stand indented in the docstring of a script or of a command."""
+    for words in commands.commands("\n".join(re.findall(r"^    (.*)$", DOCSTRINGS[name], re.MULTILINE))):
         check_command(words)
 
 
@@ -108,10 +87,13 @@ def test_what_a_page_names_in_its_text_exists(page):
 def flags_of_scripts():
     """Names of flags in dataclasses and parsers of all scripts, read without importing them, and of launchers."""
     names = launcher_flags("accelerate") | launcher_flags("torchrun")
-    for path in [*REPOSITORY.glob("examples/**/*.py"), *REPOSITORY.glob("benchmarks/*.py")]:
+    for path in (
+        each
+        for folder in ("src/diffusers_dino/cli", "examples", "benchmarks")
+        for each in (REPOSITORY / folder).rglob("*.py")
+    ):
         text = path.read_text(encoding="utf-8")
         names |= {f"--{name}" for name in re.findall(r"^    (\w+): [^=\n]+(?:=|$)", text, re.MULTILINE)}
-        names |= set(re.findall(r"add_argument\(\s*\"(--\w+)\"", text))
     return names
 
 
@@ -134,7 +116,9 @@ def test_the_page_of_the_installation_names_all_extras():
     [
         ("python examples/train_dino.py --no_such_flag 1", "no_such_flag"),
         ("python examples/train_dino.py --num_train_epochs many", "invalid"),
-        ("python examples/generate_dataset.py --strategy guess", "invalid choice"),
+        ("diffusers-dino synthesise --strategy guess", "invalid choice"),
+        ("accelerate launch -m diffusers_dino synthesise --no_such_flag", "no_such_flag"),
+        ("diffusers-dino no-such", "There is no command 'no-such'"),
         ("python examples/no_such_script.py", "There is no examples/no_such_script.py"),
         ("accelerate launch --no_such 2 examples/train_dino.py", "accelerate has no flag --no_such"),
         ("python examples/train_dino.py examples/configs/no_such.yaml", "There is no examples/configs/no_such.yaml"),
@@ -153,7 +137,7 @@ def check_all(code):
 
 
 def test_a_wrong_config_of_a_page_is_seen():
-    (words,) = commands.commands("python examples/generate_dataset.py my_set.yaml")
+    (words,) = commands.commands("diffusers-dino synthesise my_set.yaml")
     check_command(words, {"page.md": "ratio: 5\n"})
     with pytest.raises(WrongCommandError, match="no flag 'ratoi'"):
         check_command(words, {"page.md": "ratoi: 5\n"})

@@ -13,7 +13,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
 
-__all__ = ["COMMANDS", "Command", "main"]
+__all__ = ["COMMANDS", "Command", "main", "split_command"]
 
 
 class Command(NamedTuple):
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: The command line without the program's name; by default the real one.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    name, rest = _split(words)
+    name, rest = split_command(words)
     if name not in COMMANDS:
         _explain(words)
         return
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     (run_resumable if command.resumable else run)(start)
 
 
-def _split(words: list[str]) -> tuple[str, list[str]]:
+def split_command(words: list[str]) -> tuple[str, list[str]]:
     """The longest beginning that names a command, and what follows it."""
     length = 2 if " ".join(words[:2]) in COMMANDS else 1
     return " ".join(words[:length]), words[length:]

@@ -1,12 +1,12 @@
 """DiffSeg: how fast maps are captured, aggregated and merged, in how much memory, and how exact the masks are.
 
-    python benchmarks/diffseg.py --output outputs/diffseg.json
+    python benchmarks/segmentation.py --output outputs/diffseg.json
 
 Beside the published code, in the same run on the same maps (a checkout of github.com/google/diffseg, and a Python of
 its own, made with `python -m venv tf && tf/bin/pip install tensorflow-cpu scikit-learn`; not a dependency of this
 package):
 
-    python benchmarks/diffseg.py --reference ../diffseg --reference_python tf/bin/python
+    python benchmarks/segmentation.py --reference ../diffseg --reference_python tf/bin/python
 
 Capture is measured on a UNet of Stable Diffusion 1.5's architecture with random weights (860 M parameters, 3.4 GB).
 """
@@ -14,6 +14,7 @@ Capture is measured on a UNet of Stable Diffusion 1.5's architecture with random
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from transformers import HfArgumentParser
 
+import published_diffseg as published
 from diffusers_dino.diffseg.attention import capture_self_attention
 from diffusers_dino.diffseg.merging import (
     aggregate_attention,
@@ -40,9 +42,6 @@ from diffusers_dino.diffseg.merging import (
     refine_segments,
     suppress,
 )
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-import published_diffseg as published
 
 WORKER = Path(__file__).with_name("diffseg_published.py")
 PAGE = 4096
@@ -132,9 +131,10 @@ def run_published(args: Arguments, maps: Tensor, dtype: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         saved, out = Path(folder, "maps.npy"), Path(folder, "out.npz")
         np.save(saved, maps.numpy())
-        command = [args.reference_python, WORKER, args.reference, saved, out, "--dtype", dtype]
+        command = [args.reference_python, WORKER, saved, out, "--dtype", dtype]
         command += ["--thresholds", args.merge_threshold, "--threads", args.threads]
-        done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+        environment = {**os.environ, "PYTHONPATH": str(args.reference)}
+        done = subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"The published code failed; does its Python have TensorFlow?\n{done.stderr[-2000:]}")
         loaded, suffix = np.load(out), args.merge_threshold
