@@ -9,4 +9,4 @@
 set -euo pipefail
 
 # All processes end when one dies; torchrun then starts them again, and finished shards are kept.
-exec torchrun --standalone --nproc_per_node "${SLURM_GPUS:-4}" --max_restarts 3 examples/generate_dataset.py "$@"
+exec torchrun --standalone --nproc_per_node "${SLURM_GPUS:-4}" --max_restarts 3 -m diffusers_dino synthesise "$@"

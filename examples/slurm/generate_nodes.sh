@@ -11,6 +11,6 @@ head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # A machine that fails ends the step; the job is then put back into the queue, up to five times, and goes on.
 srun --kill-on-bad-exit=1 torchrun --nnodes "$SLURM_NNODES" --nproc_per_node "${SLURM_GPUS_ON_NODE:-4}" \
     --rdzv_id "$SLURM_JOB_ID" --rdzv_backend c10d --rdzv_endpoint "$head:29500" --max_restarts 3 \
-    examples/generate_dataset.py "$@" || {
+    -m diffusers_dino synthesise "$@" || {
     [ "${SLURM_RESTART_COUNT:-0}" -lt 5 ] && scontrol requeue "$SLURM_JOB_ID"
 }

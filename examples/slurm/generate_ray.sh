@@ -10,4 +10,4 @@ set -euo pipefail
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export RAY_USAGE_STATS_ENABLED=0
 srun ray symmetric-run --address "$head:6379" --min-nodes "$SLURM_NNODES" --num-cpus "$SLURM_CPUS_PER_TASK" -- \
-    python examples/generate_dataset.py "$@" --engine ray --ray_address auto --ray_gpus 1
+    diffusers-dino synthesise "$@" --engine ray --ray_address auto --ray_gpus 1

@@ -16,11 +16,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import diffusers
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
-from .. import DinoDiffusionPipeline
 from ..data import ImageDataset, Preprocessing, open_images
 from ..data.labels import LabelTable, read_label_table, stored_labels
 from ..data.sources import recorded_sources
@@ -33,6 +31,7 @@ from ..synthesis import (
     SynthesisSettings,
     SyntheticSet,
     bind,
+    load_generator,
     load_plan,
     plan_interpolation,
     plan_reconstruction,
@@ -104,7 +103,7 @@ def main(args: Arguments) -> None:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(days=30))]
     )
     with accelerator.main_process_first():  # one process downloads
-        pipe = load_pipeline(args.model, args.dtype, args.scheduler)
+        pipe = load_generator(args.model, args.dtype, args.scheduler)
     size = pipe.unet.config["sample_size"] * pipe.vae_scale_factor
     images, table = open_sources(args, size)
     with accelerator.main_process_first():  # one process calibrates
@@ -134,17 +133,6 @@ def main(args: Arguments) -> None:
         describe(made, args)
         report(made)
     accelerator.end_training()
-
-
-def load_pipeline(model: str, dtype: str = "float32", scheduler: str | None = None) -> DinoDiffusionPipeline:
-    """A generator, with another scheduler of diffusers if one is named."""
-    pipe = DinoDiffusionPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
-    if scheduler:
-        kind = getattr(diffusers, scheduler, None)
-        if kind is None or not hasattr(kind, "from_config"):
-            raise ValueError(f"diffusers has no scheduler {scheduler!r}: give a name like DDIMScheduler.")
-        pipe.scheduler = kind.from_config(pipe.scheduler.config)
-    return pipe
 
 
 def open_sources(args: Arguments, size: int) -> tuple[ImageDataset, LabelTable | None]:

@@ -4,7 +4,7 @@ from .finish import SyntheticSet
 from .pairs import Pair, interpolated_labels, sample_pairs
 from .plan import Plan, PlannedImage, plan_interpolation, plan_reconstruction
 from .plan_files import load_plan, save_plan
-from .run import bind, synthesise
+from .run import bind, load_generator, synthesise
 from .settings import SynthesisError, SynthesisSettings
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "SyntheticSet",
     "bind",
     "interpolated_labels",
+    "load_generator",
     "load_plan",
     "plan_interpolation",
     "plan_reconstruction",

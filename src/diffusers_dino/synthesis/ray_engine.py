@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..data import ImageDataset
+from ..pipelines import DinoDiffusionPipeline
 from .finish import SyntheticSet, WorkFolders, check_left_out, complete_set, finished_set, only_run
 from .plan import Plan
 from .plan_files import PLAN, freeze_plan
@@ -30,9 +31,6 @@ from .run import bind, check_readable, prepare_folder, progress_bar
 from .settings import SynthesisError
 from .shards import Gate, find_record, make_shard
 from .tokens import PlannedSources, TokenStore, encode_part, has_part, num_parts
-
-if TYPE_CHECKING:
-    from ..pipelines import DinoDiffusionPipeline
 
 __all__ = ["RayResources", "synthesise_with_ray"]
 
@@ -192,8 +190,6 @@ class _Worker:
     def pipe(self) -> DinoDiffusionPipeline:
         """The pipeline, on its device, after a check that it is the plan's."""
         from diffusers.utils.logging import disable_progress_bar
-
-        from ..pipelines import DinoDiffusionPipeline
 
         job = self.job
         disable_progress_bar()  # of loading, which Ray would repeat to the user for each worker

@@ -11,12 +11,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import diffusers
+import torch
 from tqdm.auto import tqdm
 
 from ..data import ImageDataset
 from ..data.sharding.writing import MANIFEST
 from ..files import make_writable_folder
 from ..fingerprints import as_json, fingerprint_pipeline, hash_of
+from ..pipelines import DinoDiffusionPipeline
 from .finish import SyntheticSet, WorkFolders, check_left_out, complete_set, finished_set, only_run
 from .plan import Plan
 from .plan_files import freeze_plan
@@ -27,9 +30,7 @@ from .tokens import PlannedSources, TokenStore, encode_part, has_part, num_parts
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from ..pipelines import DinoDiffusionPipeline
-
-__all__ = ["bind", "check_readable", "prepare_folder", "progress_bar", "synthesise"]
+__all__ = ["bind", "check_readable", "load_generator", "prepare_folder", "progress_bar", "synthesise"]
 
 
 def synthesise(
@@ -87,6 +88,27 @@ def synthesise(
             complete_set(plan, folders, max_left_out)
     processes.wait()
     return SyntheticSet.open(output_dir)
+
+
+def load_generator(model: str | Path, dtype: str = "float32", scheduler: str | None = None) -> DinoDiffusionPipeline:
+    """Load a pipeline that generates.
+
+    Args:
+        model: A folder, or a repository of the Hub.
+        dtype: Of the weights: `"float32"`, `"bfloat16"` or `"float16"`.
+        scheduler: Class of diffusers that takes the place of the model's scheduler, such as
+            `"DPMSolverMultistepScheduler"`.
+
+    Raises:
+        ValueError: If diffusers has no such scheduler.
+    """
+    pipe = DinoDiffusionPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
+    if scheduler:
+        kind = getattr(diffusers, scheduler, None)
+        if kind is None or not hasattr(kind, "from_config"):
+            raise ValueError(f"diffusers has no scheduler {scheduler!r}: give a name like DDIMScheduler.")
+        pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    return pipe
 
 
 def bind(plan: Plan, pipe: DinoDiffusionPipeline, images: ImageDataset, gate: Gate | None = None) -> Plan:

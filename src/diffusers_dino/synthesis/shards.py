@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,14 +19,12 @@ from ..data.sharding.writing import Shard, write_shard
 from ..data.stores.archives import INDEX_SUFFIX
 from ..embeddings import lerp
 from ..files import sha256_of, write_json
+from ..pipelines import DinoDiffusionPipeline
 from ..pixels import unit_to_uint8
 from ..seeds import derive_seed, generator_for
 from .plan import Plan
 from .settings import SynthesisError
 from .tokens import TokenStore, settled_arithmetic
-
-if TYPE_CHECKING:
-    from ..pipelines import DinoDiffusionPipeline
 
 __all__ = ["Gate", "UnitRecord", "draw_images", "find_record", "make_shard", "read_record", "shard_name"]
 

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,11 +16,9 @@ from torch import Tensor
 from ..data import ImageDataset
 from ..data.datasets import to_float
 from ..files import atomic_write
+from ..pipelines import DinoDiffusionPipeline
 from .plan import Plan
 from .settings import SynthesisError
-
-if TYPE_CHECKING:
-    from ..pipelines import DinoDiffusionPipeline
 
 __all__ = ["PlannedSources", "TokenStore", "encode_part", "has_part", "num_parts", "settled_arithmetic"]
 

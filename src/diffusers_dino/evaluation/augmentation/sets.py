@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...cli.synthesise import load_pipeline
 from ...data import Preprocessing, open_images
 from ...devices import device_of
 from ...metrics.copy_gate import CopyGate
-from ...synthesis import Plan, synthesise
+from ...synthesis import Plan, load_generator, synthesise
 from ..packed import pack_images
 
 __all__ = ["SyntheticJob", "make_synthetic", "pack_path"]
@@ -48,7 +47,7 @@ class SyntheticJob:
 
 def make_synthetic(place: int, job: SyntheticJob) -> str:
     """Make a set, or go on with it, and pack its images for classifiers. Returns the digest of its plan."""
-    pipe = load_pipeline(job.model, job.dtype, job.scheduler).to(device_of(place, job.device))
+    pipe = load_generator(job.model, job.dtype, job.scheduler).to(device_of(place, job.device))
     size = pipe.unet.config["sample_size"] * pipe.vae_scale_factor
     preprocessing = Preprocessing(size, job.remove_borders)
     sources = open_images(job.data_dir, preprocessing, split=job.data_split, local_files_only=True)
