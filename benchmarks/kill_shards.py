@@ -77,14 +77,14 @@ def make_images(folder: Path, args: Arguments) -> None:
 
 
 def start(root: Path, name: str, args: Arguments) -> subprocess.Popen:
-    """Start the script, and wait until it has listed the images."""
+    """Start the command, and wait until it has listed the images."""
     options = {"output_dir": root / name, "source": root / "images", "salt_file": root / "salt", "size": 128}
     options |= {"shard_size": 10, "part_size": 8, "num_workers": args.num_workers, "test_fraction": 0.2}
     command = [sys.executable, "-m", "diffusers_dino", "shards"]
     command += [text for flag_name, value in options.items() for text in (f"--{flag_name}", str(value))]
     log = open(root / "log", "w")  # noqa: SIM115
     process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while process.poll() is None and "source(s)" not in (root / "log").read_text():
+    while process.poll() is None and "Preparing" not in (root / "log").read_text():
         time.sleep(0.02)
     return process
 
@@ -134,7 +134,7 @@ def stage_of(output: Path) -> str:
 
 def check(process: subprocess.Popen, root: Path) -> None:
     if process.returncode != 0:
-        sys.exit(f"make_shards.py ended with {process.returncode}:\n{(root / 'log').read_text()}")
+        sys.exit(f"it ended with {process.returncode}:\n{(root / 'log').read_text()}")
 
 
 def wait_for_orphans(root: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 import tiny
-from diffusers_dino.data.sources import describe_source, recorded_sources, source_names
+from diffusers_dino.data.sharding import recorded_sources
+from diffusers_dino.data.sources import describe_source, source_names
 from diffusers_dino.evaluation import ReconstructionResult, RetrievalFigures
 from diffusers_dino.hub.cards import private_traces, terms_notice
 from diffusers_dino.hub.measurements import describe_result

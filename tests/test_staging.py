@@ -8,8 +8,8 @@ from PIL import Image
 
 from diffusers_dino.data import Preprocessing, UnreadableImageError, salted_hash
 from diffusers_dino.data.images.encoding import Encoding
+from diffusers_dino.data.sharding import ShardError
 from diffusers_dino.data.sharding.parts import assemble_shard, is_complete, list_items, prepare, read_part, write_part
-from diffusers_dino.data.sharding.writing import PlannedShard, ShardError
 from diffusers_dino.data.sources import Record
 
 pytest.importorskip("imagehash", reason="needs `pip install diffusers-dino[shards]`")
@@ -147,12 +147,12 @@ def test_parts_become_shards(tmp_path):
         write_part(tmp_path, part, several, PNG, SALT)
         assert is_complete(tmp_path, part)
     samples = [sample for part in range(2) for sample in read_part(tmp_path, part)[0]]
-    planned = PlannedShard("test-000000.tar", "test", [4, 0, 2])
+    planned = "test-000000.tar", "test"
     folders = tmp_path, tmp_path / "out", tmp_path / "done"
     for folder in folders[1:]:
         folder.mkdir()
-    chosen = [samples[n] for n in planned.samples]
-    shard = assemble_shard(planned, chosen, *folders)
+    chosen = [samples[n] for n in (4, 0, 2)]
+    shard = assemble_shard(*planned, chosen, *folders)
     path = tmp_path / "out" / "test-000000.tar"
     webdataset = pytest.importorskip("webdataset")
     read = list(webdataset.WebDataset(str(path), shardshuffle=False))
@@ -163,10 +163,10 @@ def test_parts_become_shards(tmp_path):
     assert (facts["labels"], facts["split"], facts["size"]) == (["L4"], "test", [40, 48])
 
     content, changed = path.read_bytes(), path.stat().st_mtime_ns
-    assert assemble_shard(planned, chosen, *folders) == shard
+    assert assemble_shard(*planned, chosen, *folders) == shard
     assert path.stat().st_mtime_ns == changed  # what is whole is left alone
     path.write_bytes(content[:-1] + b"x")
-    assert assemble_shard(planned, chosen, *folders) == shard
+    assert assemble_shard(*planned, chosen, *folders) == shard
     assert path.read_bytes() == content
 
 
@@ -179,5 +179,5 @@ def test_a_damaged_part_is_not_passed_on(tmp_path):
     assert is_complete(tmp_path, 0)  # its size is right
     samples, _ = read_part(tmp_path, 0)
     with pytest.raises(ShardError, match=r"delete .*000000\.bin and 000000\.json"):
-        assemble_shard(PlannedShard("x.tar", "train", [0]), samples, tmp_path, tmp_path, tmp_path)
+        assemble_shard("x.tar", "train", samples, tmp_path, tmp_path, tmp_path)
     assert not (tmp_path / "x.tar").exists()

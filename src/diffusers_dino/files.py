@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 __all__ = [
     "PARTIAL",
@@ -18,11 +20,14 @@ __all__ = [
     "beside",
     "lock_folder",
     "make_writable_folder",
+    "open_private",
+    "remove_partials",
     "replace_folder",
     "save_atomically",
     "sha256_of",
     "sync",
     "sync_folder",
+    "write_csv",
     "write_json",
 ]
 
@@ -56,11 +61,32 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     sync(path.parent)
 
 
+def remove_partials(folder: Path) -> None:
+    """Remove what killed runs of `atomic_write` left in a folder. Other runs must not be at work there."""
+    for leftover in folder.glob(f".*{PARTIAL}"):
+        leftover.unlink()
+
+
 def write_json(path: str | Path, content: Any, indent: int | None = 1) -> None:
     """Write JSON as `atomic_write` does; the same content gives the same bytes."""
     with atomic_write(path) as file:
         separators = (",", ":") if indent is None else None
         file.write(json.dumps(content, indent=indent, separators=separators).encode() + b"\n")
+
+
+def write_csv(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table as `atomic_write` does."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    with atomic_write(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def open_private(path: str | Path) -> TextIO:
+    """Open a text file for writing that no other user may read."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", newline="")
 
 
 def sha256_of(path: str | Path) -> str:

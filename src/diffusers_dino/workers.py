@@ -1,4 +1,4 @@
-"""Work shared out to processes that do not outlive the script, and a lock against a second script at the same work."""
+"""Work shared out to processes that do not outlive their parent, and a bar that shows how far it is."""
 
 from __future__ import annotations
 
@@ -13,9 +13,17 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple, TypeVar
 
-__all__ = ["Outcome", "run_apart", "run_parallel"]
+from tqdm.auto import tqdm
+
+__all__ = ["Outcome", "progress_bar", "run_apart", "run_parallel"]
 
 T = TypeVar("T")
+
+
+def progress_bar(title: str, unit: str, total: int, done: int = 0, show: bool = True) -> tqdm:
+    """A bar with the rate and the time left, on stderr; without a terminal it writes a line now and then."""
+    options = {"mininterval": 0.2 if sys.stderr.isatty() else 30, "smoothing": 0.05}
+    return tqdm(total=total, initial=done, desc=title, unit=unit, disable=not show, **options)
 
 
 def run_parallel(function: Callable[..., T], jobs: Iterable[tuple[Any, ...]], num_workers: int) -> Iterator[T]:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from diffusers_dino.data import Preprocessing, verify_shards
-from diffusers_dino.data.sharding.writing import ShardError, plan_shards, read_manifest, write_manifest, write_shard
+from diffusers_dino.data.sharding.manifest import ShardError, read_manifest, write_manifest, write_shard
+from diffusers_dino.data.sharding.plan import plan_shards
 from diffusers_dino.data.stores.archives import INDEX_SUFFIX
 from diffusers_dino.files import atomic_write, sha256_of
 

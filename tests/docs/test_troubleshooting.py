@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 import tiny
 from diffusers_dino import DiffSegPipeline, DinoDiffusionPipeline, DinoImageConditioner, DinoInterpolationPipeline
 from diffusers_dino.data import Preprocessing, open_images
-from diffusers_dino.data.sharding.writing import read_manifest
+from diffusers_dino.data.sharding.manifest import read_manifest
 from diffusers_dino.files import make_writable_folder
 from diffusers_dino.metrics import open_extractor
 from diffusers_dino.training.checkpoints import find_checkpoint

@@ -52,11 +52,11 @@ class TestDamage:
             ({"salt_file": None}, "Give --salt_file FILE"),
             ({"salt_file": "out/salt"}, "Put it elsewhere"),
             ({"write_key_map": "out/keys.csv"}, "Put it elsewhere"),
-            ({"shard_size": 0}, "--shard_size must be at least 1"),
-            ({"part_size": 0}, "--part_size must be at least 1"),
-            ({"num_workers": -1}, "--num_workers must be at least 0"),
-            ({"max_unreadable": 2}, "--max_unreadable is a fraction"),
-            ({"duplicate_distance": 16}, r"--duplicate_distance must be in \[0, 15\]"),
+            ({"shard_size": 0}, "shard_size must be at least 1"),
+            ({"part_size": 0}, "part_size must be at least 1"),
+            ({"num_workers": -1}, "num_workers must be at least 0"),
+            ({"max_unreadable": 2}, "max_unreadable is a fraction"),
+            ({"duplicate_distance": 16}, r"duplicate_distance must be in \[0, 15\]"),
             ({"test_fraction": 1}, "leave some for training"),
             ({"quality": 101}, r"1\.\.100"),
             ({"clip_percent": 50}, "clip_percent"),
@@ -75,7 +75,7 @@ class TestDamage:
 
     def test_sources_have_names_of_their_own(self, make, images):
         described = f"{tmp_source(images)}={images}"
-        with pytest.raises(ValueError, match="mine twice"):
+        with pytest.raises(ValueError, match="mine is given twice"):
             make(source=[described, described])
 
 

@@ -52,7 +52,7 @@ class TestRestart:
         assert content(cut) == expected
 
     def test_what_is_done_is_not_done_again(self, make, tmp_path, monkeypatch):
-        monkeypatch.setattr("diffusers_dino.cli.shards.write_manifest", _stop, raising=False)
+        monkeypatch.setattr("diffusers_dino.data.sharding.make.write_manifest", _stop)
         with pytest.raises(Killed):
             make()
         monkeypatch.undo()
@@ -67,7 +67,7 @@ class TestRestart:
     def test_a_finished_shard_that_changed_is_written_anew(self, make, tmp_path, monkeypatch):
         expected = content(make())
         cut = tmp_path / "cut"
-        monkeypatch.setattr("diffusers_dino.cli.shards.write_manifest", _stop, raising=False)
+        monkeypatch.setattr("diffusers_dino.data.sharding.make.write_manifest", _stop)
         with pytest.raises(Killed):
             make(output_dir=cut)
         monkeypatch.undo()
@@ -96,7 +96,7 @@ class TestRestart:
         ("changed", "message"),
         [
             ({"size": 16}, "size was 32, is 16"),
-            ({"format": "png"}, "format was jpg, is png; quality was 95, is None"),
+            ({"format": "png"}, "format was jpg, is png\n- quality was 95, is None"),
             ({"seed": 3}, "splits_seed was 0, is 3"),
             ({"drop_duplicates": "exact"}, "drop_duplicates was none, is exact"),
         ],
@@ -165,7 +165,7 @@ class TestProcesses:
         for workers in (0, 1, 3):
             out = tmp_path / f"{workers}"
             printed = run_script("shards", **{**flags, "num_workers": workers, "output_dir": out})
-            assert "images/s" in printed
+            assert "image/s" in printed
             outputs.append(content(out))
         assert outputs[0] == outputs[1] == outputs[2]
 
@@ -183,7 +183,7 @@ class TestProcesses:
     def test_errors_are_one_line(self, flags):
         command = [
             sys.executable,
-            str(EXAMPLES / "shards"),
+            *("-m", "diffusers_dino", "shards"),
             *command_line(None, {**flags, "source": "nowhere"}),
         ]
         result = subprocess.run(command, capture_output=True, text=True)

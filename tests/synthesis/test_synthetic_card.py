@@ -9,8 +9,8 @@ from huggingface_hub import DatasetCard
 
 import tiny
 from diffusers_dino.data import Preprocessing, collate, open_images
-from diffusers_dino.data.sharding.writing import write_manifest
-from diffusers_dino.data.sources import recorded_sources, require_synthetic
+from diffusers_dino.data.sharding import recorded_sources, require_synthetic
+from diffusers_dino.data.sharding.manifest import write_manifest
 from diffusers_dino.evaluation import evaluate_memorization
 from diffusers_dino.hub.set_card import synthetic_card, write_synthetic_card
 from diffusers_dino.synthesis import SynthesisSettings, plan_interpolation, plan_reconstruction, synthesise

@@ -1,4 +1,4 @@
-"""What the scripts say on the console: how far they are, and why they end."""
+"""How commands end: with one line for what a user can mend."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import errno
 import sys
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
 
-from tqdm.auto import tqdm
-
-__all__ = ["progress", "run", "run_resumable", "say_what_failed"]
+__all__ = ["run", "run_resumable", "say_what_failed"]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -42,9 +39,3 @@ def say_what_failed(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in _FULL:
         return f"there is no room ({error.strerror}). What is done stays: make room, and the same command goes on."
     return str(error)
-
-
-def progress(title: str, unit: str, total: int, done: int = 0) -> tqdm:
-    """A bar with rate and time left; where there is no terminal a line now and then."""
-    options: dict[str, Any] = {"mininterval": 0.2 if sys.stderr.isatty() else 30, "smoothing": 0.05}
-    return tqdm(total=total, initial=done, desc=title, unit=unit, **options)

@@ -25,7 +25,8 @@ import diffusers_dino
 from .. import DinoDiffusionPipeline
 from ..data import Preprocessing, open_images
 from ..data.datasets import collate
-from ..data.sources import describe_source, require_synthetic
+from ..data.sharding import require_synthetic
+from ..data.sources import describe_source
 from ..hub.cards import needs_agreement
 from ..hub.folder import Content, class_of, folder_kind, model_files, variant_of
 from ..hub.measurements import read_results

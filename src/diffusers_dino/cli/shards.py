@@ -11,38 +11,23 @@ docs/shards.md describes what is written.
 from __future__ import annotations
 
 import os
-import shutil
-import time
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+import secrets
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..data import Preprocessing
 from ..data.images.encoding import Encoding
+from ..data.sharding import PlanRule, check_shards, make_shards
 from ..data.sharding.duplicates import MAX_DISTANCE
-from ..data.sharding.inputs import SALT_VARIABLE, open_sources, read_salt, write_key_map
-from ..data.sharding.parts import (
-    Item,
-    Sample,
-    Unreadable,
-    assemble_shard,
-    is_complete,
-    list_items,
-    read_part,
-    write_part,
-)
-from ..data.sharding.plan import Plan, PlanRule, check_same, configuration_of, freeze, make_plan, read_plan, write_csv
-from ..data.sharding.summary import describe_lineage, write_summary
-from ..data.sharding.writing import MANIFEST, Shard, ShardError, read_manifest, verify_shards, write_manifest
+from ..data.sharding.make import check_outside
+from ..data.sharding.manifest import MANIFEST
+from ..data.sources import OpenSource, open_source
 from ..data.splits import SplitRule
-from ..files import PARTIAL, lock_folder, make_writable_folder
-from ..workers import run_parallel
+from ..files import open_private
 from .arguments import flag
-from .console import progress
 
-UNREADABLE = "unreadable.csv"
+SALT_VARIABLE = "DIFFUSERS_DINO_SALT"
 
 
 @dataclass
@@ -84,127 +69,56 @@ class Arguments:
 
 def main(args: Arguments) -> None:
     output = Path(args.output_dir)
-    if args.verify:
-        verify(output, args.num_workers)
-        return
-    encoding, rule = check_arguments(args)
-    make_writable_folder(output)
-    work = output / ".work" if args.work_dir is None else Path(args.work_dir) / f"{output.resolve().name}.work"
-    make_writable_folder(work)
-    with lock_folder(work):
-        try:
-            if (output / MANIFEST).is_file():
-                lineage = read_manifest(output)["lineage"]
-                check_same(lineage["configuration"], configuration_of(encoding, rule), output)
-                verify(output, args.num_workers)
-            else:
-                make_shards(args, encoding, rule, output, work)
-        finally:
-            if (output / MANIFEST).is_file():  # complete: nothing is left to go on with
-                shutil.rmtree(work)
+    complete = (output / MANIFEST).is_file()
+    manifest = check_shards(output, args.num_workers) if args.verify else run(args)
+    samples, shards = sum(shard["samples"] for shard in manifest["shards"]), len(manifest["shards"])
+    if args.verify or complete:
+        print(f"{output}: all {samples} samples in {shards} shards are as in {MANIFEST}")
+    else:
+        print(f"{samples} samples in {shards} shards. See {output / 'summary.html'}")
 
 
-def check_arguments(args: Arguments) -> tuple[Encoding, PlanRule]:
-    """Check what can be checked before anything is read."""
+def run(args: Arguments) -> dict[str, Any]:
     if not args.source:
         raise ValueError("Name the images: --source NAME=FOLDER for a known data set, or --source FOLDER.")
-    for name, least in (("shard_size", 1), ("part_size", 1), ("num_workers", 0)):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}.")
-    if not 0 <= args.max_unreadable <= 1:
-        raise ValueError(f"--max_unreadable is a fraction in [0, 1], got {args.max_unreadable}.")
-    if not 0 <= args.duplicate_distance <= MAX_DISTANCE:
-        raise ValueError(f"--duplicate_distance must be in [0, {MAX_DISTANCE}], got {args.duplicate_distance}.")
     preparation = (args.size, args.remove_borders, args.border_tolerance, args.clip_percent, args.resampling)
-    encoding = Encoding(Preprocessing(*preparation), args.format, args.quality)
     splits = SplitRule(args.validation_fraction, args.test_fraction, args.seed, args.official_splits)
-    return encoding, PlanRule(splits, args.shard_size, args.drop_duplicates, args.duplicate_distance)
-
-
-def make_shards(args: Arguments, encoding: Encoding, rule: PlanRule, output: Path, work: Path) -> None:
-    """From the sources to a complete folder. What each step has done stays on disk."""
-    parts, done = work / "parts", work / "shards"
-    for folder in (output, work, parts, done):
-        folder.mkdir(exist_ok=True)
-        for leftover in folder.glob(f".*{PARTIAL}"):
-            leftover.unlink()
-    sources = open_sources(args.source)
-    salt = read_salt(args.salt_file, output)
-    items = [item for source in sources for item in list_items(source.records, salt)]
-    print(f"{len(items)} images in {len(sources)} source(s)", flush=True)
-    freeze(configuration_of(encoding, rule), items, args.part_size, work, output)
-    if args.write_key_map:
-        write_key_map(Path(args.write_key_map), items, output)
-    samples, unreadable = prepare_all(args, encoding, items, salt, parts)
-    write_csv(output / UNREADABLE, ["key", "source", "reason"], sorted(map(astuple, unreadable)))
-    check_unreadable(args, unreadable, len(items), output)
-    plan = read_plan(work)
-    if plan is None:
-        print("Looking for duplicates", flush=True)
-        plan = make_plan(samples, rule, output, work)
-    shards = write_shards(args, plan, samples, output, parts, done)
-    lineage = describe_lineage([one.source for one in sources], plan, samples, unreadable)
-    lineage["configuration"] = configuration_of(encoding, rule)
-    write_summary(output / "summary.html", lineage, plan, samples, unreadable, parts)
-    write_manifest(output, encoding.preprocessing, shards, lineage)
-    print(f"{sum(s.samples for s in shards)} samples in {len(shards)} shards. See {output / 'summary.html'}")
-
-
-def prepare_all(
-    args: Arguments, encoding: Encoding, items: list[Item], salt: str, parts: Path
-) -> tuple[list[Sample], list[Unreadable]]:
-    """Read and prepare the images that are not yet, in parallel."""
-    numbers = range(-(-len(items) // args.part_size))
-    jobs = {n: items[n * args.part_size : (n + 1) * args.part_size] for n in numbers}
-    left = [n for n in numbers if not is_complete(parts, n) or (args.retry_unreadable and read_part(parts, n)[1])]
-    waiting = sum(len(jobs[n]) for n in left)
-    started, damaged = time.perf_counter(), 0
-    work = ((parts, number, jobs[number], encoding, salt) for number in left)
-    with progress("Preparing", "image", len(items), len(items) - waiting) as bar:
-        for prepared, refused in run_parallel(write_part, work, args.num_workers):
-            bar.update(prepared)
-            damaged += refused
-            if damaged > args.max_unreadable * len(items):
-                break  # the rest cannot mend that
-    if waiting:
-        rate = waiting / (time.perf_counter() - started)
-        print(f"Prepared {waiting} images: {rate:.1f} images/s, {args.num_workers} worker(s)", flush=True)
-    found = [read_part(parts, number) for number in numbers if is_complete(parts, number)]
-    return [sample for samples, _ in found for sample in samples], [one for _, refused in found for one in refused]
-
-
-def check_unreadable(args: Arguments, unreadable: Sequence[Unreadable], total: int, output: Path) -> None:
-    if len(unreadable) <= args.max_unreadable * total and len(unreadable) < total:
-        return
-    reasons = [f"{count} x {reason!r}" for reason, count in Counter(one.reason for one in unreadable).most_common(5)]
-    raise ShardError(
-        f"At least {len(unreadable)} of {total} images cannot be read, more than the tolerated "
-        f"{args.max_unreadable:.1%} (--max_unreadable): {', '.join(reasons)}. Their keys are in "
-        f"{output / UNREADABLE}; --write_key_map says which files those are. Mend them and add --retry_unreadable."
+    return make_shards(
+        [open_named(text) for text in args.source],
+        args.output_dir,
+        read_salt(args.salt_file, args.output_dir),
+        Encoding(Preprocessing(*preparation), args.format, args.quality),
+        PlanRule(splits, args.shard_size, args.drop_duplicates, args.duplicate_distance),
+        key_map=args.write_key_map,
+        max_unreadable=args.max_unreadable,
+        retry_unreadable=args.retry_unreadable,
+        num_workers=args.num_workers,
+        part_size=args.part_size,
+        work_dir=args.work_dir,
+        progress=True,
     )
 
 
-def write_shards(
-    args: Arguments, plan: Plan, samples: Sequence[Sample], output: Path, parts: Path, done: Path
-) -> list[Shard]:
-    """Write the shards that are not there yet, in parallel; those that are, are compared with what was noted."""
-    jobs = ((shard, [samples[number] for number in shard.samples], parts, output, done) for shard in plan.shards)
-    shards = []
-    with progress("Writing", "shard", len(plan.shards)) as bar:
-        for shard in run_parallel(assemble_shard, jobs, args.num_workers):
-            shards.append(shard)
-            bar.update()
-    order = {planned.name: number for number, planned in enumerate(plan.shards)}
-    return sorted(shards, key=lambda shard: order[shard.name])
+def open_named(text: str) -> OpenSource | str:
+    """`NAME=FOLDER` or `FILE.yaml=FOLDER` as a data set; else a folder."""
+    name, equals, folder = text.partition("=")
+    return open_source(name, folder) if equals else text
 
 
-def verify(output: Path, num_workers: int) -> None:
-    """Compare a folder with its manifest, and say what is wrong with it."""
-    problems = verify_shards(output, num_workers)
-    if problems:
-        raise ShardError(
-            f"{output} is damaged: {'; '.join(problems)}. Delete {MANIFEST} and run the command that made the folder "
-            "to make it anew."
-        )
-    shards = read_manifest(output)["shards"]
-    print(f"{output}: all {sum(s['samples'] for s in shards)} samples in {len(shards)} shards are as in {MANIFEST}")
+def read_salt(file: str | None, output_dir: str) -> str:
+    """The secret that ids are hashed with, from a file (made if new) or the environment; it is never printed."""
+    if file is None:
+        salt = os.environ.get(SALT_VARIABLE, "").strip()
+        if not salt:
+            raise ValueError(
+                "Ids of patients and images are hashed with a secret. Give --salt_file FILE, which is made if it "
+                f"does not exist, or set the variable {SALT_VARIABLE}."
+            )
+        return salt
+    path = Path(file).expanduser()
+    check_outside(path, output_dir)
+    if not path.exists():
+        with open_private(path) as written:
+            written.write(secrets.token_hex(16) + "\n")
+        print(f"Made a new salt: {path}. Keep it, and keep it secret.", flush=True)
+    return path.read_text().strip()

@@ -21,7 +21,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 
 from ..data import ImageDataset, Preprocessing, open_images
 from ..data.labels import LabelTable, read_label_table, stored_labels
-from ..data.sources import recorded_sources
+from ..data.sharding import recorded_sources
 from ..files import atomic_write
 from ..hub.set_card import write_synthetic_card
 from ..metrics.copy_gate import CopyGate

@@ -7,7 +7,7 @@ from .images.preprocessing import Preprocessing
 from .images.reading import RawLayout, UnreadableImageError, read_image
 from .loader import load_batches
 from .order import GlobalBatchSampler, Slot
-from .sharding.writing import verify_shards
+from .sharding import verify_shards
 from .views import TrainingViews
 
 __all__ = [

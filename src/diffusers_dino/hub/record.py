@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..data.sources import recorded_sources
+from ..data.sharding import recorded_sources
 from .cards import listed_names
 from .model_card import TrainingRecord, write_model_card
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data import ImageDataset, Preprocessing, open_images
-from ..data.sharding.writing import MANIFEST, read_manifest, write_manifest
+from ..data.sharding.manifest import MANIFEST, read_manifest, write_manifest
 from ..files import PARTIAL, atomic_write
 from .plan import LABEL_SEPARATOR, Plan, PlannedImage
 from .plan_files import load_plan

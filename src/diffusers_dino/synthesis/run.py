@@ -16,7 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..data import ImageDataset
-from ..data.sharding.writing import MANIFEST
+from ..data.sharding.manifest import MANIFEST
 from ..files import make_writable_folder
 from ..fingerprints import as_json, fingerprint_pipeline, hash_of
 from ..pipelines import DinoDiffusionPipeline

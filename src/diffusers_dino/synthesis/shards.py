@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..data.images.encoding import Encoding
-from ..data.sharding.writing import Shard, write_shard
+from ..data.sharding.manifest import Shard, write_shard
 from ..data.stores.archives import INDEX_SUFFIX
 from ..embeddings import lerp
 from ..files import sha256_of, write_json

@@ -23,7 +23,6 @@ import numpy as np
 
 from ...data import ImageDataset, Preprocessing
 from ...data.labels import LabelTable
-from ...data.sharding.plan import check_same
 from ...devices import count_workers, device_of
 from ...evaluation.augmentation.cells import CellResult, CellSpec, grid_of, load_cells
 from ...evaluation.augmentation.comparison import summarise
@@ -37,13 +36,13 @@ from ...evaluation.classifier import ClassifierSettings, LabelledImages, make_cl
 from ...evaluation.packed import PackedImages, pack_images
 from ...files import PARTIAL, lock_folder, make_writable_folder, sha256_of, write_json
 from ...fingerprints import as_json, hash_of
+from ...frozen import require_same
 from ...metrics.auroc import check_classes, macro_auroc
 from ...seeds import derive_seed
 from ...synthesis import SynthesisSettings
-from ...workers import run_apart
+from ...workers import progress_bar, run_apart
 from ..arguments import flag
 from ..classifier_flags import ClassifierArguments, LabelledImageArguments, classifier_settings, open_labelled_images
-from ..console import progress
 from ..sampling_flags import SamplingArguments
 
 logger = logging.getLogger("eval_augmentation")
@@ -146,7 +145,7 @@ def open_experiment(
     begun = as_json(begun)
     path = output / EXPERIMENT
     if path.is_file():
-        check_same(json.loads(path.read_bytes())["configuration"], begun, output)
+        require_same(json.loads(path.read_bytes())["configuration"], begun, output)
     generators = check_generators(table, folds, args.model, args.training_keys)
     write_json(path, {"configuration": begun, "generators": generators})
     digest = hash_of(json.dumps(begun, sort_keys=True))[:16]
@@ -194,7 +193,7 @@ def make_cells(experiment: Experiment, real: PackedImages) -> list[str]:
         for spec, kind in kind_of.items()
     )
     total = len(experiment.grid())
-    with progress("Classifiers", "cell", total, total - len(left)) as bar:
+    with progress_bar("Classifiers", "cell", total, total - len(left)) as bar:
         for outcome in run_apart(train_cell, jobs, experiment.num_workers):
             if outcome.error:
                 problems.append(f"{ready[outcome.number].name}: {outcome.error}")

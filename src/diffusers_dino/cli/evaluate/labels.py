@@ -30,10 +30,9 @@ from ...evaluation.packed import pack_images
 from ...files import lock_folder, make_writable_folder
 from ...metrics.auroc import check_classes
 from ...synthesis import SyntheticSet
-from ...workers import run_apart
+from ...workers import progress_bar, run_apart
 from ..arguments import flag
 from ..classifier_flags import ClassifierArguments, LabelledImageArguments, classifier_settings, open_labelled_images
-from ..console import progress
 
 logger = logging.getLogger("eval_labels")
 
@@ -105,7 +104,7 @@ def open_set(args: Arguments, place: int, folder: str, output: Path) -> Syntheti
 
 def train_judges(args: Arguments, judges: Judges, pairs: list[tuple[int, int]]) -> None:
     jobs, problems = [(judges, pair, args.device) for pair in pairs], []
-    with progress("Classifiers", "classifier", len(pairs)) as bar:
+    with progress_bar("Classifiers", "classifier", len(pairs)) as bar:
         for outcome in run_apart(train_judge, jobs, count_workers(args.num_workers, args.device)):
             if outcome.error:
                 problems.append(f"the classifier without folds {pairs[outcome.number]}: {outcome.error}")

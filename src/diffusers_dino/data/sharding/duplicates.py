@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from ...extras import require
+
 __all__ = ["MAX_DISTANCE", "Duplicates", "find_duplicates", "near_pairs", "perceptual_hash", "pixel_digest"]
 
 # 256 bits are 16 bands of 16: two hashes that differ in at most 15 bits share a band, by the pigeonhole principle.
@@ -68,12 +70,7 @@ def perceptual_hash(image: np.ndarray) -> bytes:
     Raises:
         ImportError: If imagehash is not installed.
     """
-    try:
-        import imagehash
-    except ImportError as error:
-        raise ImportError(
-            "Perceptual hashes need imagehash. Install it with `pip install diffusers-dino[shards]`."
-        ) from error
+    imagehash = require("imagehash", "shards", "Perceptual hashes need imagehash")
     return np.packbits(imagehash.phash(Image.fromarray(image), hash_size=16).hash).tobytes()
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..images.encoding import Encoding
 from ..images.reading import UnreadableImageError, read_image
 from ..sources import Record
 from .duplicates import perceptual_hash, pixel_digest
-from .writing import PlannedShard, Shard, ShardError, write_shard
+from .manifest import Shard, ShardError, write_shard
 
 __all__ = [
     "Item",
@@ -211,11 +211,12 @@ def read_part(folder: Path, number: int) -> tuple[list[Sample], list[Unreadable]
     return samples, [Unreadable(*row) for row in content["unreadable"]]
 
 
-def assemble_shard(planned: PlannedShard, samples: Sequence[Sample], parts: Path, folder: Path, done: Path) -> Shard:
+def assemble_shard(name: str, split: str, samples: Sequence[Sample], parts: Path, folder: Path, done: Path) -> Shard:
     """Copy a shard together from parts, unless it is there already.
 
     Args:
-        planned: Name and split of the shard.
+        name: The file of the shard.
+        split: What its samples are for.
         samples: Its samples in order.
         parts: Folder of the parts.
         folder: Where the shard goes.
@@ -225,13 +226,13 @@ def assemble_shard(planned: PlannedShard, samples: Sequence[Sample], parts: Path
         ShardError: If a part is damaged.
         OSError: If the disk is full.
     """
-    path, record = folder / planned.name, done / f"{planned.name}.json"
+    path, record = folder / name, done / f"{name}.json"
     if record.is_file():
         shard = Shard(**json.loads(record.read_bytes()))
         if path.is_file() and path.stat().st_size == shard.bytes and sha256_of(path) == shard.sha256:
             return shard
-    shard = write_shard(path, planned.split, _with_facts(samples, planned.split, parts))
-    write_json(record, {entry.name: getattr(shard, entry.name) for entry in fields(Shard)})
+    shard = write_shard(path, split, _with_facts(samples, split, parts))
+    write_json(record, asdict(shard))
     return shard
 
 

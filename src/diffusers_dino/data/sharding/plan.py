@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
+import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from ...files import atomic_write, write_json
+from ...files import write_csv, write_json
+from ...seeds import derive_seed
 from ..images.encoding import Encoding
-from ..splits import SplitRule, assign_splits, link_patients
-from .duplicates import find_duplicates
+from ..splits import SPLITS, SplitRule, assign_splits, link_patients
+from .duplicates import MAX_DISTANCE, find_duplicates
 from .parts import Item, Sample
-from .writing import PlannedShard, ShardError, plan_shards
 
-__all__ = ["Plan", "PlanRule", "check_same", "configuration_of", "freeze", "make_plan", "read_plan", "write_csv"]
+__all__ = [
+    "PlanRule",
+    "PlannedShard",
+    "ShardPlan",
+    "configuration_of",
+    "images_of",
+    "make_plan",
+    "plan_shards",
+    "read_plan",
+]
 
 _DUPLICATES = "duplicates.csv"
 _PLAN = "plan.json"
@@ -29,16 +37,43 @@ _PLAN = "plan.json"
 
 @dataclass(frozen=True)
 class PlanRule:
-    """How prepared images are shared out to shards."""
+    """How prepared images are shared out to shards.
 
-    splits: SplitRule
-    shard_size: int
-    drop_duplicates: Literal["none", "exact", "perceptual"]
-    duplicate_distance: int
+    Args:
+        splits: Which patients are kept for validation and testing.
+        shard_size: Largest number of samples in a shard.
+        drop_duplicates: Which copies of an image to leave out; the first of the copies stays.
+        duplicate_distance: Differing bits, of 256, up to which images are near duplicates, in [0, 15].
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+
+    splits: SplitRule = field(default_factory=SplitRule)
+    shard_size: int = 1000
+    drop_duplicates: Literal["none", "exact", "perceptual"] = "none"
+    duplicate_distance: int = MAX_DISTANCE
+
+    def __post_init__(self) -> None:
+        if self.shard_size < 1:
+            raise ValueError(f"shard_size must be at least 1, got {self.shard_size}")
+        if self.drop_duplicates not in ("none", "exact", "perceptual"):
+            raise ValueError(f"drop_duplicates must be none, exact or perceptual, got {self.drop_duplicates!r}")
+        if not 0 <= self.duplicate_distance <= MAX_DISTANCE:
+            raise ValueError(f"duplicate_distance must be in [0, {MAX_DISTANCE}], got {self.duplicate_distance}")
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlannedShard:
+    """Which samples go into a shard, in which order: numbers of images in the order in which the sources list them."""
+
+    name: str
+    split: str
+    samples: list[int]
+
+
+@dataclass(frozen=True)
+class ShardPlan:
     """Which sample goes into which shard, and what was found on the way.
 
     Attributes:
@@ -53,9 +88,13 @@ class Plan:
     dropped: int
     largest_group: int
 
+    def split_of(self) -> dict[int, str]:
+        """The split of each sample that is in a shard, by number."""
+        return {number: shard.split for shard in self.shards for number in shard.samples}
+
 
 def configuration_of(encoding: Encoding, rule: PlanRule) -> dict[str, Any]:
-    """All that decides over the bytes of the shards, beside the images themselves."""
+    """All that decides the bytes of the shards, except the images themselves."""
     quality = encoding.quality if encoding.format == "jpg" else None
     splits = {f"splits_{name}": value for name, value in asdict(rule.splits).items()}
     stored = {"format": encoding.format, "quality": quality, "shard_size": rule.shard_size}
@@ -63,43 +102,27 @@ def configuration_of(encoding: Encoding, rule: PlanRule) -> dict[str, Any]:
     return asdict(encoding.preprocessing) | stored | splits | duplicates
 
 
-def check_same(begun_with: dict[str, Any], now: dict[str, Any], output: Path) -> None:
-    """Refuse to go on in a folder that was begun in another way."""
-    changed = [name for name in begun_with | now if begun_with.get(name) != now.get(name)]
-    if changed:
-        details = "; ".join(f"{name} was {begun_with.get(name)}, is {now.get(name)}" for name in changed)
-        raise ShardError(
-            f"{output} was begun in another way: {details}. Go on as it was begun, or give another --output_dir."
-        )
-
-
-def freeze(configuration: dict[str, Any], items: Sequence[Item], part_size: int, work: Path, output: Path) -> None:
-    """Note what a folder is made of when it is begun, and compare when it is gone on with."""
+def images_of(items: Sequence[Item]) -> dict[str, str]:
+    """A fingerprint for each source, by which a restart notices other images, labels or another salt."""
     digests: dict[str, Any] = {}
     for item in items:
         record = item.record
         facts = (item.key, item.patient, record.labels, record.uncertain, record.view, record.split)
         digests.setdefault(record.source, hashlib.sha256()).update(repr(facts).encode())
-    images = {f"fingerprint of {name}'s images, labels and salt": d.hexdigest()[:16] for name, d in digests.items()}
-    frozen = configuration | {"part_size": part_size} | images
-    path = work / "configuration.json"
-    if path.is_file():
-        check_same(json.loads(path.read_bytes()), frozen, output)
-    else:
-        write_json(path, frozen)
+    return {f"fingerprint of {name}'s images, labels and salt": d.hexdigest()[:16] for name, d in digests.items()}
 
 
-def read_plan(work: Path) -> Plan | None:
+def read_plan(work: Path) -> ShardPlan | None:
     """The plan that an earlier run made, if it came that far."""
     path = work / _PLAN
     if not path.is_file():
         return None
     content = json.loads(path.read_bytes())
-    return Plan(**content | {"shards": [PlannedShard(**shard) for shard in content["shards"]]})
+    return ShardPlan(**content | {"shards": [PlannedShard(**shard) for shard in content["shards"]]})
 
 
-def make_plan(samples: Sequence[Sample], rule: PlanRule, output: Path, work: Path) -> Plan:
-    """Find duplicates, share patients out to splits and samples to shards."""
+def make_plan(samples: Sequence[Sample], rule: PlanRule, output: Path, work: Path) -> ShardPlan:
+    """Find duplicates, assign patients to splits and samples to shards."""
     hashes = np.frombuffer(bytes.fromhex("".join(s.hash for s in samples)), np.uint8).reshape(len(samples), -1)
     found = find_duplicates([s.digest for s in samples], hashes, rule.duplicate_distance)
     dropped = set() if rule.drop_duplicates == "none" else found.copies(near=rule.drop_duplicates == "perceptual")
@@ -113,22 +136,35 @@ def make_plan(samples: Sequence[Sample], rule: PlanRule, output: Path, work: Pat
     header = ["kind", "distance", "key", "copy", "source", "source_of_copy", "copy_dropped"]
     write_csv(output / _DUPLICATES, header, rows)
     used = [None if number in dropped else split for number, split in enumerate(splits)]
-    plan = Plan(
+    plan = ShardPlan(
         plan_shards([s.key for s in samples], used, rule.shard_size, rule.splits.seed),
         [(*key, count) for key, count in sorted(counts.items())],
         len(dropped),
         int(np.bincount(groups).max(initial=0)),
     )
-    content = {entry.name: getattr(plan, entry.name) for entry in fields(Plan)}
-    write_json(work / _PLAN, content | {"shards": [asdict(shard) for shard in plan.shards]}, indent=None)
+    write_json(work / _PLAN, asdict(plan), indent=None)
     return plan
 
 
-def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a table whole or not at all."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    with atomic_write(path) as file:
-        file.write(text.getvalue().encode())
+def plan_shards(keys: Sequence[str], splits: Sequence[str | None], shard_size: int, seed: int) -> list[PlannedShard]:
+    """Assign samples to shards.
+
+    Samples are shuffled, so that each shard holds all sources: training that shuffles within a few shards then sees a
+    mixture. Shards of a split differ by at most one sample.
+
+    Args:
+        keys: The key of each sample.
+        splits: The split of each; None leaves the sample out.
+        shard_size: Largest number of samples in a shard.
+        seed: Seed of the order, which is a function of it and the key.
+    """
+    order = {key: derive_seed(seed, "shard", key) for key in keys}
+    planned = []
+    for split in SPLITS:
+        members = [number for number, given in enumerate(splits) if given == split]
+        members.sort(key=lambda number: (order[keys[number]], keys[number]))
+        count = -(-len(members) // shard_size)
+        bounds = [len(members) * i // count for i in range(count + 1)] if count else []
+        for i, (start, end) in enumerate(itertools.pairwise(bounds)):
+            planned.append(PlannedShard(f"{split}-{i:06d}.tar", split, members[start:end]))
+    return planned

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,52 +13,26 @@ from PIL import Image
 
 from ...report import Report
 from ...sheets import contact_sheet
-from .. import sources as catalogue
 from ..splits import SPLITS
 from .parts import Sample, Unreadable, read_contents
-from .plan import Plan
+from .plan import ShardPlan
 
-__all__ = ["describe_lineage", "write_summary"]
+__all__ = ["write_summary"]
 
 _EXAMPLES = 8
 _CELL = 128
 
 
-def describe_lineage(
-    sources: Sequence[catalogue.Source], plan: Plan, samples: Sequence[Sample], unreadable: Sequence[Unreadable]
-) -> dict[str, Any]:
-    """Where the images come from, for the manifest."""
-    written = Counter(samples[number].source for shard in plan.shards for number in shard.samples)
-    readable, refused = (Counter(one.source for one in several) for several in (samples, unreadable))
-    described = [
-        {
-            **catalogue.describe_source(source),
-            "images": readable[source.name] + refused[source.name],
-            "unreadable": refused[source.name],
-            "copies_left_out": readable[source.name] - written[source.name],
-            "samples": written[source.name],
-        }
-        for source in sources
-    ]
-    return {
-        "sources": described,
-        "overlaps": [str(overlap) for overlap in catalogue.overlaps(sources)],
-        "duplicates": [list(row) for row in plan.duplicates],
-        "largest_group": plan.largest_group,
-        "version": version("diffusers-dino"),
-    }
-
-
 def write_summary(
     path: Path,
     lineage: dict[str, Any],
-    plan: Plan,
+    plan: ShardPlan,
     samples: Sequence[Sample],
     unreadable: Sequence[Unreadable],
     parts: Path,
 ) -> None:
     """Write the page. It holds no id, name or header of an original, and follows from the shards alone."""
-    split_of = {number: shard.split for shard in plan.shards for number in shard.samples}
+    split_of = plan.split_of()
     report = Report("Shards")
     report.add_text(f"{len(split_of)} samples in {len(plan.shards)} shards, by diffusers-dino {lineage['version']}.")
     _add_sources(report, lineage, _count(split_of, samples, lambda sample: [sample.source]))

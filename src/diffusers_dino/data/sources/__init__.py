@@ -2,14 +2,13 @@
 
 from .catalogue import catalogue_page, find_source, open_source, source_names
 from .description import Source
-from .lineage import Overlap, lineage, overlaps
-from .prevalence import label_prevalence, select_labels
+from .lineage import PHANTOMS, Overlap, describe_source, lineage, overlaps
 from .reader import OpenSource
-from .record import Record
-from .recorded import describe_source, recorded_sources, require_synthetic
-from .report import SourceReport
+from .records import Record, label_prevalence, select_labels
+from .rows import SourceReport
 
 __all__ = [
+    "PHANTOMS",
     "OpenSource",
     "Overlap",
     "Record",
@@ -22,8 +21,6 @@ __all__ = [
     "lineage",
     "open_source",
     "overlaps",
-    "recorded_sources",
-    "require_synthetic",
     "select_labels",
     "source_names",
 ]

@@ -1,15 +1,25 @@
-"""Which data sets hold images of which others."""
+"""Which data sets hold images of which others, and what manifests and cards say of a data set."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 from .catalogue import find_source, source_names
 from .description import Source
 
-__all__ = ["Overlap", "lineage", "overlaps"]
+__all__ = ["PHANTOMS", "Overlap", "describe_source", "lineage", "overlaps"]
+
+PHANTOMS = Source(
+    name="phantom_cxr",
+    image="*.tar",
+    title="Phantom chest radiographs of diffusers-dino",
+    licence="CC BY 3.0, as the CT scan that they are rendered from (LIDC-IDRI-0001)",
+    citation="Armato et al., Data From LIDC-IDRI, The Cancer Imaging Archive, 2015",
+    url="https://doi.org/10.7937/K9/TCIA.2015.LO9QL9SX",
+)
 
 
 @dataclass(frozen=True)
@@ -52,3 +62,21 @@ def overlaps(sources: Iterable[Source | str]) -> list[Overlap]:
     lines = [(source if isinstance(source, str) else source.name, lineage(source)) for source in sources]
     pairs = ((one, two, tuple(sorted(a & b))) for (one, a), (two, b) in combinations(lines, 2))
     return [Overlap(one, two, shared) for one, two, shared in pairs if shared]
+
+
+def describe_source(source: Source | str) -> dict[str, Any]:
+    """What manifests and cards say of a data set: name, title, licence, citation, url, contains.
+
+    Args:
+        source: A description, a name of the catalogue or a YAML file (see `find_source`); the bundled phantoms are
+            `"phantom_cxr"`.
+
+    Raises:
+        ValueError: If the name is unknown.
+        FileNotFoundError: If the YAML file is not there.
+    """
+    if source == PHANTOMS.name:
+        source = PHANTOMS
+    source = source if isinstance(source, Source) else find_source(source)
+    told = ("name", "title", "licence", "citation", "url")
+    return {name: getattr(source, name) for name in told} | {"contains": sorted(lineage(source) - {source.name})}

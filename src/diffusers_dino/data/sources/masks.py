@@ -23,7 +23,7 @@ from ..images.reading import read_image
 from ..stores.archives import split_name
 from ..stores.shards import ShardStore
 from ..stores.store import FolderStore
-from .record import Record
+from .records import Record
 
 __all__ = ["MaskedImage", "MaskedImages", "open_masked_images", "to_mask"]
 

@@ -9,10 +9,9 @@ from pathlib import Path, PurePosixPath
 
 from .description import Source
 from .fields import Finding, Template, combine, normalize_split, normalize_view
-from .files import FileFinder
-from .record import Record
-from .report import SourceReport
-from .rows import Row, RowReader
+from .finder import FileFinder
+from .records import Record
+from .rows import Row, RowReader, SourceReport
 
 __all__ = ["OpenSource"]
 

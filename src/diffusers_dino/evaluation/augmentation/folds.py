@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ...data.labels import LabelTable
-from ...data.sharding.plan import write_csv
-from ...files import atomic_write
+from ...files import atomic_write, write_csv
 from ..folds import assign_folds
 
 __all__ = ["FOLD", "check_generators", "make_folds", "of_fold", "write_folds"]

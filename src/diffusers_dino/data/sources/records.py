@@ -1,14 +1,50 @@
-"""Which labels of a source are worth learning from."""
+"""The images of a provider as its label files describe them, and which of their labels are frequent enough."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .record import Record
+if TYPE_CHECKING:
+    from ..images.reading import RawLayout
 
-__all__ = ["label_prevalence", "select_labels"]
+__all__ = ["Record", "label_prevalence", "select_labels"]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One image and what its provider says of it.
+
+    Attributes:
+        source: Name of the data set in the catalogue, such as `"padchest"`.
+        image: The file.
+        image_id: The provider's name of the image, unique within the source; may hold dots and slashes.
+        patient: The provider's patient id, **as it is**: whoever writes it anywhere hashes it first. Where there is
+            none, the image's own id.
+        labels: Findings that are stated as present. An empty tuple: looked at, and none present. None: unlabelled.
+        uncertain: Findings that the provider marks as uncertain; they are not in `labels`.
+        view: `"PA"`, `"AP"`, `"LATERAL"`, or the provider's own word where it is none of them; None if unknown.
+        split: The official split: `"train"`, `"validation"` or `"test"`; None where the provider has none.
+        masks: Files whose foreground together is the segmentation mask, such as the left and the right lung; they
+            have the image's size unless `Source.notes` says otherwise. Empty: no mask.
+        raw: How to read a file without a header; None: the file says it itself.
+        invert: Whether bone is dark in the file and the values must be turned over. None: as the file's header says.
+    """
+
+    source: str
+    image: Path
+    image_id: str
+    patient: str
+    labels: tuple[str, ...] | None = None
+    uncertain: tuple[str, ...] = ()
+    view: str | None = None
+    split: str | None = None
+    masks: tuple[Path, ...] = ()
+    raw: RawLayout | None = None
+    invert: bool | None = None
 
 
 def label_prevalence(records: Iterable[Record]) -> dict[str, float]:

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import io
-import itertools
 import json
-import tarfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ...extras import require
 from ...files import atomic_write, sha256_of, write_json
-from ...seeds import derive_seed
 from ..images.preprocessing import Preprocessing
-from ..splits import SPLITS
 from ..stores.archives import INDEX_SUFFIX, index_tar, write_index
 from ..stores.shards import MANIFEST
 
 __all__ = [
     "MANIFEST",
-    "PlannedShard",
     "Shard",
     "ShardError",
-    "plan_shards",
+    "check_shards",
     "read_manifest",
     "verify_shards",
     "write_manifest",
@@ -49,39 +44,6 @@ class Shard:
     split: str
 
 
-@dataclass(frozen=True)
-class PlannedShard:
-    """Which samples go into a shard, in which order: numbers of images in the order in which the sources list them."""
-
-    name: str
-    split: str
-    samples: list[int]
-
-
-def plan_shards(keys: Sequence[str], splits: Sequence[str | None], shard_size: int, seed: int) -> list[PlannedShard]:
-    """Share samples out to shards.
-
-    Samples are shuffled, so that each shard holds all sources: training that shuffles within a few shards then sees a
-    mixture. Shards of a split differ by one sample at most.
-
-    Args:
-        keys: The key of each sample.
-        splits: The split of each; None leaves the sample out.
-        shard_size: Largest number of samples in a shard.
-        seed: Seed of the order, which is a function of it and the key.
-    """
-    order = {key: derive_seed(seed, "shard", key) for key in keys}
-    planned = []
-    for split in SPLITS:
-        members = [number for number, given in enumerate(splits) if given == split]
-        members.sort(key=lambda number: (order[keys[number]], keys[number]))
-        count = -(-len(members) // shard_size)
-        bounds = [len(members) * i // count for i in range(count + 1)] if count else []
-        for i, (start, end) in enumerate(itertools.pairwise(bounds)):
-            planned.append(PlannedShard(f"{split}-{i:06d}.tar", split, members[start:end]))
-    return planned
-
-
 def write_shard(path: Path, split: str, samples: Iterable[tuple[str, dict[str, bytes]]]) -> Shard:
     """Write a shard and its index. The bytes follow from the samples alone: no times, no owners.
 
@@ -96,14 +58,14 @@ def write_shard(path: Path, split: str, samples: Iterable[tuple[str, dict[str, b
     Raises:
         OSError: If the disk is full, or the folder is not writable.
     """
+    webdataset = require("webdataset", "shards", "Writing shards needs webdataset")
+    plain = {"user": "", "group": "", "mode": 0o644, "mtime": 0, "encoder": False}
     count = 0
-    with atomic_write(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    with atomic_write(path) as file, webdataset.TarWriter(file, **plain) as tar:
         for key, contents in samples:
             count += 1
-            for extension, content in contents.items():
-                info = tarfile.TarInfo(f"{key}.{extension}")  # mode 644, owner 0, time 0
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
+            for extension, content in contents.items():  # one by one: of several, TarWriter sorts the extensions
+                tar.write({"__key__": key, extension: content})
     write_index(path)
     return Shard(path.name, count, path.stat().st_size, sha256_of(path), split)
 
@@ -169,6 +131,16 @@ def verify_shards(folder: str | Path, num_workers: int = 4) -> list[str]:
     known = {entry["name"] for entry in entries}
     strangers = sorted(path.name for path in folder.glob("*.tar") if path.name not in known)
     return problems + [f"{name} is not in the manifest" for name in strangers]
+
+
+def check_shards(folder: str | Path, num_workers: int = 4) -> dict[str, Any]:
+    """The manifest of a folder, if `verify_shards` finds nothing wrong; else raise `ShardError`."""
+    if problems := verify_shards(folder, num_workers):
+        raise ShardError(
+            f"{folder} is damaged: {'; '.join(problems)}. Delete {MANIFEST} and make the shards anew, with the same "
+            "settings."
+        )
+    return read_manifest(folder)
 
 
 def _problem(folder: Path, entry: dict[str, Any]) -> str | None:

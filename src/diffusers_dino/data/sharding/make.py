@@ -1,0 +1,224 @@
+"""From data sets to a complete folder of shards. What each step has done stays on disk: a restart goes on there."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+from ...files import lock_folder, make_writable_folder, open_private, remove_partials, write_csv
+from ...frozen import freeze, require_same
+from ...workers import progress_bar, run_parallel
+from ..images.encoding import Encoding
+from ..sources import OpenSource, Record, Source
+from ..sources.finder import is_image
+from ..stores.archives import split_name
+from .manifest import MANIFEST, Shard, ShardError, check_shards, read_manifest, write_manifest
+from .parts import Item, Sample, Unreadable, assemble_shard, is_complete, list_items, read_part, write_part
+from .plan import PlanRule, ShardPlan, configuration_of, images_of, make_plan, read_plan
+from .provenance import describe_lineage
+from .summary import write_summary
+
+__all__ = ["check_outside", "make_shards"]
+
+_UNREADABLE = "unreadable.csv"
+
+
+def make_shards(
+    sources: Sequence[OpenSource | str | Path],
+    output_dir: str | Path,
+    salt: str,
+    encoding: Encoding | None = None,
+    rule: PlanRule | None = None,
+    *,
+    key_map: str | Path | None = None,
+    max_unreadable: float = 0.05,
+    retry_unreadable: bool = False,
+    num_workers: int = 0,
+    part_size: int = 64,
+    work_dir: str | Path | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Turn one or several data sets into webdataset shards of prepared images, as docs/shards.md describes.
+
+    A run that is stopped at any moment goes on where it stopped when it is called again, and ends with the same
+    bytes, whatever the number of workers. A complete folder is compared with its manifest.
+
+    Args:
+        sources: Data sets (`open_source`) and folders, of which all images are taken; in a folder `KEY.mask.png` is
+            the mask of the image `KEY`, and each image is its own patient. Of copies the first one stays.
+        output_dir: Where the shards go.
+        salt: Secret of at least 16 bytes. Ids of images and patients are stored only as hashes with it.
+        encoding: How images are prepared and stored; by default `Encoding()`: JPEG of quality 95, 512 px.
+        rule: How they are assigned to splits and shards; by default `PlanRule()`.
+        key_map: CSV to write, outside of `output_dir`: which file each key stands for.
+        max_unreadable: Largest tolerated fraction of images that cannot be read, in [0, 1].
+        retry_unreadable: Whether a restart tries again what could not be read.
+        num_workers: Processes that read, prepare and write; 0 works in this one.
+        part_size: Images that a worker prepares at a time: what a kill loses, for each worker.
+        work_dir: Where prepared images wait for the plan; by default in `output_dir`.
+        progress: Whether to show progress bars.
+
+    Returns:
+        The manifest: see `read_manifest`.
+
+    Raises:
+        ValueError: If an argument is out of range, two sources have one name or two images of a source one id.
+        FileNotFoundError: If a folder is not there or holds no image.
+        ShardError: If the folder was begun with other settings or images, is damaged, or too much is unreadable.
+        RuntimeError: If another run is at work in the folder.
+        OSError: If the disk is full.
+    """
+    encoding, rule = encoding or Encoding(), rule or PlanRule()
+    if part_size < 1:
+        raise ValueError(f"part_size must be at least 1, got {part_size}")
+    if num_workers < 0:
+        raise ValueError(f"num_workers must be at least 0, got {num_workers}")
+    if not 0 <= max_unreadable <= 1:
+        raise ValueError(f"max_unreadable is a fraction in [0, 1], got {max_unreadable}")
+    if key_map is not None:
+        check_outside(key_map, output_dir)
+    output = make_writable_folder(output_dir)
+    work = output / ".work" if work_dir is None else Path(work_dir) / f"{output.resolve().name}.work"
+    configuration = configuration_of(encoding, rule)
+    with lock_folder(make_writable_folder(work)):
+        try:
+            if (output / MANIFEST).is_file():
+                require_same(read_manifest(output)["lineage"]["configuration"], configuration, output, ShardError)
+                return check_shards(output, num_workers)
+            parts, done = work / "parts", work / "shards"
+            for folder in (output, work, parts, done):
+                folder.mkdir(exist_ok=True)
+                remove_partials(folder)
+            opened = _open(sources)
+            items = [item for _, records in opened for item in list_items(records, salt)]
+            begun = configuration | {"part_size": part_size} | images_of(items)
+            freeze(work / "configuration.json", begun, ShardError, output)
+            if key_map is not None:
+                _write_key_map(Path(key_map), items)
+            groups = [items[start : start + part_size] for start in range(0, len(items), part_size)]
+            jobs = [(parts, number, group, encoding, salt) for number, group in enumerate(groups)]
+            samples, unreadable = _prepare(jobs, max_unreadable, retry_unreadable, num_workers, progress)
+            write_csv(output / _UNREADABLE, ["key", "source", "reason"], sorted(map(astuple, unreadable)))
+            _check_unreadable(unreadable, len(items), max_unreadable, output)
+            with progress_bar("Looking for duplicates", "image", len(samples), show=progress) as bar:
+                plan = read_plan(work) or make_plan(samples, rule, output, work)
+                bar.update(len(samples))
+            shards = _assemble(plan, samples, parts, output, done, num_workers, progress)
+            lineage = describe_lineage([source for source, _ in opened], plan, samples, unreadable)
+            lineage["configuration"] = configuration
+            write_summary(output / "summary.html", lineage, plan, samples, unreadable, parts)
+            write_manifest(output, encoding.preprocessing, shards, lineage)
+            return read_manifest(output)
+        finally:
+            if (output / MANIFEST).is_file():  # complete: nothing is left to go on with
+                shutil.rmtree(work)
+
+
+def check_outside(path: str | Path, folder: str | Path) -> None:
+    """Refuse a secret file in a folder that will be passed on, with ValueError."""
+    if Path(path).resolve().is_relative_to(Path(folder).resolve()):
+        raise ValueError(f"{path} would be passed on with the shards in {folder}. Put it elsewhere.")
+
+
+def _open(sources: Sequence[OpenSource | str | Path]) -> list[tuple[Source, Iterable[Record]]]:
+    """The description and the records of each source; folders are named `images`, `images2`, ..."""
+    opened: list[tuple[Source, Iterable[Record]]] = []
+    folders = 0
+    for source in sources:
+        if isinstance(source, OpenSource):
+            opened.append((source.source, source))
+        else:
+            folders += 1
+            described = Source(f"images{folders if folders > 1 else ''}", image="**/*", title="A folder of images")
+            opened.append((described, _folder_records(described.name, Path(source))))
+    names = Counter(source.name for source, _ in opened)
+    if repeated := [name for name, count in names.items() if count > 1]:
+        raise ValueError(f"The source {', '.join(repeated)} is given twice. A source has one folder.")
+    if not opened:
+        raise ValueError("Give at least one source of images.")
+    return opened
+
+
+def _folder_records(name: str, root: Path) -> Iterator[Record]:
+    """All images in a folder and its subfolders. Each is its own patient."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"There is no folder {str(root)!r} of images.")
+    empty = True
+    for path in root.rglob("*"):
+        relative = path.relative_to(root).as_posix()
+        key, extension = split_name(relative)
+        if extension.startswith("mask.") or not path.is_file() or not is_image(relative):
+            continue
+        mask = root / f"{key}.mask.png"
+        empty = False
+        yield Record(name, path, relative, relative, masks=(mask,) if mask.is_file() else ())
+    if empty:
+        raise FileNotFoundError(f"There is no image in {str(root)!r} or its subfolders.")
+
+
+def _write_key_map(path: Path, items: Iterable[Item]) -> None:
+    with open_private(path) as file:
+        writer = csv.writer(file)
+        writer.writerow(["key", "source", "image_id", "patient", "file"])
+        for item in items:
+            record = item.record
+            writer.writerow([item.key, record.source, record.image_id, record.patient, record.image])
+
+
+def _prepare(
+    jobs: Sequence[tuple[Path, int, list[Item], Encoding, str]],
+    max_unreadable: float,
+    retry_unreadable: bool,
+    num_workers: int,
+    progress: bool,
+) -> tuple[list[Sample], list[Unreadable]]:
+    """Write the parts that are not there yet, in parallel, and read all; stop when too many images are unreadable."""
+    left = [job for job in jobs if not is_complete(*job[:2]) or (retry_unreadable and read_part(*job[:2])[1])]
+    total, waiting = (sum(len(items) for _, _, items, _, _ in some) for some in (jobs, left))
+    damaged = 0
+    with progress_bar("Preparing", "image", total, total - waiting, progress) as bar:
+        for prepared, refused in run_parallel(write_part, left, num_workers):
+            bar.update(prepared)
+            damaged += refused
+            if damaged > max_unreadable * total:
+                break
+    found = [read_part(*job[:2]) for job in jobs if is_complete(*job[:2])]
+    return [sample for samples, _ in found for sample in samples], [one for _, refused in found for one in refused]
+
+
+def _check_unreadable(unreadable: Sequence[Unreadable], total: int, max_unreadable: float, output: Path) -> None:
+    if len(unreadable) <= max_unreadable * total and len(unreadable) < total:
+        return
+    reasons = [f"{count} x {reason!r}" for reason, count in Counter(one.reason for one in unreadable).most_common(5)]
+    raise ShardError(
+        f"At least {len(unreadable)} of {total} images cannot be read, more than the tolerated {max_unreadable:.1%} "
+        f"(max_unreadable): {', '.join(reasons)}. Their keys are in {output / _UNREADABLE}; a key map says which "
+        "files those are. Repair them and go on with retry_unreadable."
+    )
+
+
+def _assemble(
+    plan: ShardPlan,
+    samples: Sequence[Sample],
+    parts: Path,
+    output: Path,
+    done: Path,
+    num_workers: int,
+    progress: bool,
+) -> list[Shard]:
+    """Write, in parallel, the shards that are not there yet; those that are, are compared with their records."""
+    jobs = (
+        (shard.name, shard.split, [samples[number] for number in shard.samples], parts, output, done)
+        for shard in plan.shards
+    )
+    written = {}
+    with progress_bar("Writing", "shard", len(plan.shards), show=progress) as bar:
+        for shard in run_parallel(assemble_shard, jobs, num_workers):
+            written[shard.name] = shard
+            bar.update()
+    return [written[planned.name] for planned in plan.shards]
