@@ -6,7 +6,7 @@ SOURCES := src tests examples benchmarks
 # Processes that share the tests, a file to one of them; 0 runs them in one, with its output as it comes.
 TEST_WORKERS ?= 2
 
-DEV_EXTRAS := train,eval,dicom,shards,remote,ray,demo,notebooks,dev
+DEV_EXTRAS := train,eval,dicom,shards,remote,ray,demo,notebooks,docs,dev
 
 .PHONY: help quickstart demo test floors wheel lint format docs clean
 
@@ -15,7 +15,7 @@ help:
 	@echo "make demo         open the demo on the bundled model: variations, blends and segments in a browser"
 	@echo "make test         install what the tests need and run them"
 	@echo "make floors       run the tests with the oldest versions of all packages that pyproject.toml allows"
-	@echo "make wheel        build dist/, install the wheel alone in an empty environment, run the README's code there"
+	@echo "make wheel        build dist/, install only the wheel in an empty environment, run README and commands there"
 	@echo "make lint         check style; make format mends what can be mended"
 	@echo "make docs         build the documentation into site/"
 
@@ -24,7 +24,7 @@ quickstart: $(VENV)/.installed-train
 	$(BIN)/python examples/quickstart.py --output_dir outputs/quickstart
 
 demo: $(VENV)/.installed-demo
-	$(BIN)/python examples/app.py $(DEMO_ARGS)
+	$(BIN)/diffusers-dino demo $(DEMO_ARGS)
 
 test: $(VENV)/.installed-dev
 	@echo "== Running the tests =="
@@ -38,13 +38,14 @@ wheel: $(VENV)/.installed-dev
 	$(BIN)/python -m build --quiet
 	$(BIN)/python -m twine check --strict dist/*
 	$(PYTHON) -m venv $(VENV)-wheel
-	$(VENV)-wheel/bin/python -m pip install --quiet dist/*.whl
-	$(VENV)-wheel/bin/python tests/run_readme.py
+	$(VENV)-wheel/bin/python -m pip install --quiet "$$(echo dist/*.whl)[eval,shards]"
+	$(VENV)-wheel/bin/python tests/run_wheel.py
 	@ls -l dist
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/lint-imports
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix $(SOURCES)
