@@ -28,7 +28,7 @@ from diffusers_dino import DinoDiffusionPipeline
 from diffusers_dino.cli.arguments import flag, parse_arguments
 from diffusers_dino.data import Preprocessing, open_images
 from diffusers_dino.metrics.distances import frechet_of_samples
-from diffusers_dino.metrics.extractors.thumbnail import pixel_features
+from diffusers_dino.metrics.extractors.thumbnails import pixel_features
 from diffusers_dino.pipelines import deep_cache
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"

@@ -25,11 +25,10 @@ from diffusers_dino.evaluation.fidelity.protocol import (
 from diffusers_dino.evaluation.memorization.plot import draw_closest_pairs, plot_memorization
 from diffusers_dino.evaluation.reconstruction.protocol import generate_variations
 from diffusers_dino.metrics import extract_features, open_extractor
-from diffusers_dino.metrics.estimates import Bootstrap, Estimate
+from diffusers_dino.metrics.bootstrap import Bootstrap, Estimate
 from diffusers_dino.report import Report
 
 EXTRACTOR = "tiny"  # trained on phantoms, and knows nothing else
-EXTRACTOR_WEIGHTS = Path(__file__).resolve().parent / "data/tiny-extractor/tiny.safetensors"
 NUM_STEPS, SEED, GUIDANCE = 20, 0, 2.0
 NUM_PAIRS = 6
 
@@ -70,7 +69,7 @@ def measure_realism(pipe: DinoDiffusionPipeline, test: Tensor, training: Tensor)
 
 
 def score(name: str, images: Tensor, reference: Tensor, sampling: Sampling | None = None) -> FidelityScores:
-    extractor = open_extractor(EXTRACTOR, EXTRACTOR_WEIGHTS)
+    extractor = open_extractor(EXTRACTOR)
     features = extract_features(extractor, images, keys=[f"{name} {i}" for i in range(len(images))])
     training = extract_features(extractor, reference, keys=[f"training {i}" for i in range(len(reference))])
     with warnings.catch_warnings():

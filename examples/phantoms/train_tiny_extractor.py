@@ -1,6 +1,6 @@
 r"""Train the small encoder that measures where no published weights are at hand.
 
-    python examples/train_tiny_extractor.py --output_dir examples/data/tiny-extractor
+    python examples/phantoms/train_tiny_extractor.py --output_dir src/diffusers_dino/metrics/extractors/weights
 
 Without labels, without gradients, and without a weight of a conditioner. The convolutions are the principal components
 of image patches, each with both signs (as PCANet, arXiv 1404.3606). The linear layer is Fisher's discriminant between

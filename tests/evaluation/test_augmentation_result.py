@@ -22,7 +22,7 @@ from diffusers_dino.evaluation.augmentation.table import (
     significance_mark,
     write_tables,
 )
-from diffusers_dino.metrics.comparison import corrected_t_test
+from diffusers_dino.metrics.auroc import corrected_t_test
 
 LABELS = ("Effusion & more", "No Finding")
 NUM_FOLDS, NUM_TEST = 5, 60

@@ -22,7 +22,7 @@ from diffusers_dino.evaluation.fidelity.protocol import (
 )
 from diffusers_dino.evaluation.fidelity.table import format_fidelity_table
 from diffusers_dino.metrics import FeatureSet, extract_features, open_extractor
-from diffusers_dino.metrics.estimates import Bootstrap
+from diffusers_dino.metrics.bootstrap import Bootstrap
 
 PIXELS = open_extractor("pixels")
 SAMPLING = Sampling("DDIMScheduler", 2, 1.0, 0, 4)

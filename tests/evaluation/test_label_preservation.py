@@ -18,7 +18,7 @@ from diffusers_dino.evaluation.labels.plot import plot_label_preservation
 from diffusers_dino.evaluation.labels.protocol import JudgedSet, LabelPreservationResult, evaluate_labels, score_real
 from diffusers_dino.evaluation.labels.table import format_preservation_table, write_preservation_tables
 from diffusers_dino.evaluation.packed import PackedImages, pack_images
-from diffusers_dino.metrics.comparison import stratified_auroc
+from diffusers_dino.metrics.auroc import stratified_auroc
 from diffusers_dino.synthesis import Plan, plan_interpolation, plan_reconstruction
 
 LABELS = ("disc", "bar")

@@ -5,15 +5,15 @@ import pytest
 import torch
 
 from diffusers_dino.metrics import frechet_distance, kernel_distance, manifold_figures, vendi_score
-from diffusers_dino.metrics.bootstrap import resamples
-from diffusers_dino.metrics.distances import polynomial_kernel
-from diffusers_dino.metrics.estimates import (
+from diffusers_dino.metrics.bootstrap import (
     Bootstrap,
     estimate_frechet,
     estimate_kernel,
     estimate_manifolds,
     estimate_vendi,
+    resamples,
 )
+from diffusers_dino.metrics.distances import polynomial_kernel
 
 
 def gaussian(n: int, d: int, seed: int) -> torch.Tensor:

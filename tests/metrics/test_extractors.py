@@ -110,7 +110,7 @@ class Exploit:
 def test_xrv_runs_no_code_of_a_pickle(tmp_path):
     pytest.importorskip("torchxrayvision")
     torch.save({"features.conv0.weight": Exploit(tmp_path / "ran")}, tmp_path / "evil.pt")
-    with pytest.raises(ValueError, match="no model of torchxrayvision, or more than one"):
+    with pytest.raises(ValueError, match="not a model of torchxrayvision, or more than one"):
         convert_xrv_weights(tmp_path / "evil.pt", tmp_path / "xrv.safetensors", sha256(tmp_path / "evil.pt"))
     assert not (tmp_path / "ran").exists()
 
@@ -121,7 +121,7 @@ def test_xrv_reads_the_published_file_even_if_torch_calls_it_unsafe(xrv_weights,
     for module in model.modules():
         del module._non_persistent_buffers_set
     torch.save(model, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(ValueError, match="no model of torchxrayvision"):
+    with pytest.raises(ValueError, match="not a model of torchxrayvision"):
         convert_xrv_weights(tmp_path / "old.pt", tmp_path / "xrv.safetensors", sha256(tmp_path / "old.pt"))
     monkeypatch.setattr(xrv, "PUBLISHED_SHA256", sha256(tmp_path / "old.pt"))
     convert_xrv_weights(tmp_path / "old.pt", tmp_path / "xrv.safetensors")

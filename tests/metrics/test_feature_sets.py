@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import scripts
 from diffusers_dino.data import Preprocessing, open_images
 from diffusers_dino.metrics import FeatureSet, extract_features, open_extractor
-from diffusers_dino.metrics.feature_sets import iterate_features
+from diffusers_dino.metrics.features import iterate_features
 from tiny import random_images
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from diffusers_dino.metrics import frechet_distance, pixel_features, retrieval_accuracy
-from diffusers_dino.metrics.retrieval import nearest_neighbors
+from diffusers_dino.metrics.neighbours import nearest_by_cosine
 
 
 def gaussian(n: int, dimensions: int, seed: int) -> torch.Tensor:
@@ -55,7 +55,7 @@ def test_retrieval_counts_own_sources_only():
     gallery = torch.eye(4)
     queries = gallery[[0, 1, 3, 2]] + 0.1
     assert retrieval_accuracy(queries, gallery) == 0.5
-    assert nearest_neighbors(queries, gallery).tolist() == [0, 1, 3, 2]
+    assert nearest_by_cosine(queries, gallery).tolist() == [0, 1, 3, 2]
 
 
 def test_retrieval_ignores_what_all_images_share():
@@ -65,7 +65,7 @@ def test_retrieval_ignores_what_all_images_share():
 
 def test_retrieval_does_not_depend_on_the_other_queries():
     queries, gallery = gaussian(32, 8, seed=0), gaussian(32, 8, seed=1)
-    assert torch.equal(nearest_neighbors(queries, gallery)[:5], nearest_neighbors(queries[:5], gallery))
+    assert torch.equal(nearest_by_cosine(queries, gallery)[:5], nearest_by_cosine(queries[:5], gallery))
 
 
 def test_retrieval_refuses_unpaired_sets():

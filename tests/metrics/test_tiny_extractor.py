@@ -11,9 +11,10 @@ from torchvision.transforms.functional import gaussian_blur
 
 from diffusers_dino.data import Preprocessing, open_images
 from diffusers_dino.metrics import frechet_distance, open_extractor
+from diffusers_dino.metrics.extractors.tiny import TINY_WEIGHTS
 
 DATA = Path(__file__).parents[2] / "examples" / "data"
-PHANTOMS, WEIGHTS = DATA / "phantom-cxr", DATA / "tiny-extractor" / "tiny.safetensors"
+PHANTOMS = DATA / "phantom-cxr"
 NIH = Path(__file__).parents[3] / "shared" / "cxr" / "nih"
 
 
@@ -45,29 +46,27 @@ def near_copies(images: Tensor) -> dict[str, Tensor]:
 
 def found(images: Tensor, copies: Tensor) -> float:
     """Share of copies whose nearest image is their own."""
-    extractor = open_extractor("tiny", WEIGHTS)
+    extractor = open_extractor("tiny")
     nearest = torch.cdist(extractor(copies), extractor(images)).argmin(dim=1)
     return (nearest == torch.arange(len(images))).double().mean().item()
 
 
 def test_it_is_small_and_whole():
-    assert WEIGHTS.stat().st_size < 120_000
-    spec = open_extractor("tiny", WEIGHTS).spec
+    assert TINY_WEIGHTS.stat().st_size < 120_000
+    spec = open_extractor("tiny").spec
     assert (spec.extractor, spec.dim, spec.input_size) == ("tiny", 64, 64)
     assert spec.weights_sha256 == "63e65f4f3ce852d4a6be947121a090954ddb15d78befbb2cb99c0c169890cb18"
 
 
 def test_a_changed_file_is_refused(tmp_path):
     copy = tmp_path / "tiny.safetensors"
-    copy.write_bytes(WEIGHTS.read_bytes()[:-1] + b"\x01")
-    shutil.copy(WEIGHTS.with_name("tiny.safetensors.sha256"), tmp_path)
+    copy.write_bytes(TINY_WEIGHTS.read_bytes()[:-1] + b"\x01")
+    shutil.copy(TINY_WEIGHTS.with_name("tiny.safetensors.sha256"), tmp_path)
     with pytest.raises(ValueError, match=r"tiny\.safetensors\.sha256 says"):
         open_extractor("tiny", copy)
 
 
 def test_what_is_not_its_weights_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"examples/data/tiny-extractor/tiny\.safetensors"):
-        open_extractor("tiny")
     with pytest.raises(FileNotFoundError, match="no weights"):
         open_extractor("tiny", tmp_path / "missing")
     (tmp_path / "text.safetensors").write_text("not tensors")
@@ -84,7 +83,7 @@ def test_near_copies_of_phantoms_find_their_originals(phantoms, kind):
 
 def distance_ratios(images: Tensor, others: dict[str, Tensor]) -> dict[str, float]:
     """Fréchet distance of other images to one half, over that of the other half."""
-    extractor = open_extractor("tiny", WEIGHTS)
+    extractor = open_extractor("tiny")
     half = len(images) // 2
     first, control = extractor(images[:half]), frechet_distance(extractor(images[half:]), extractor(images[:half]))
     return {kind: frechet_distance(extractor(bad[half:]), first) / control for kind, bad in others.items()}

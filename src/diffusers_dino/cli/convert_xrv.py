@@ -3,8 +3,8 @@ r"""Turn TorchXRayVision's published weights into safetensors, once, and print t
     diffusers-dino convert-xrv --weights nih-pc-chex-mimic_ch-google-openi-kaggle-densenet121-...-best.pt \
         --output xrv.safetensors
 
-Nothing is downloaded: fetch `densenet121-res224-all` from torchxrayvision's release v1 yourself. The hash goes to
-OUTPUT.sha256, too, and is checked whenever the file is used. docs/metrics.md says more.
+Nothing is downloaded: fetch `densenet121-res224-all` from torchxrayvision's release v1 yourself. The hash also goes to
+OUTPUT.sha256, and is checked whenever the file is used. docs/metrics.md says more.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .arguments import flag
 @dataclass
 class Arguments:
     weights: str | None = flag(None, "torchxrayvision's file.")
-    output: str = flag("xrv.safetensors", "What to write.")
+    output: str = flag("xrv.safetensors", "File to write.")
     sha256: str | None = flag(None, "Of another file of the same network that you trust.")
 
 

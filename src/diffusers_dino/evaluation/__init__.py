@@ -1,40 +1,72 @@
-"""Experiments that answer one question each; results are frozen dataclasses that go to JSON and back."""
+"""Experiments that answer one question each: a function that takes a model and images, and returns a frozen result.
 
-from .augmentation.comparison import summarise
-from .augmentation.result import AugmentationResult
-from .fidelity.protocol import FidelityResult, FidelityScores, Sampling, generate_features, score_fidelity
-from .interpolation.protocol import InterpolationResult, PathFigures, PathSpace, evaluate_interpolation
-from .labels.protocol import LabelPreservationResult, evaluate_labels
-from .memorization.protocol import MemorizationResult, evaluate_memorization
-from .reconstruction.protocol import ReconstructionResult, RetrievalFigures, evaluate_reconstruction
-from .segmentation.protocol import MethodScores, SegmentationResult, SweepScores, evaluate_segmentation
-from .segmentation.sweep import Setting, Sweep, SweptSegments, segment_images
+| question | call | result |
+| --- | --- | --- |
+| does the model follow its condition? | `evaluate_reconstruction` | `ReconstructionResult` |
+| do images on a path leave one image and approach the other? | `evaluate_interpolation` | `InterpolationResult` |
+| how far are generated images from real ones? | `evaluate_fidelity` | `FidelityResult` |
+| are generated images copies of training images? | `evaluate_memorization` | `MemorizationResult`, and a gate |
+| do synthetic images show what their labels say? | `evaluate_labels` | `LabelPreservationResult` |
+| do synthetic images help a classifier? | `evaluate_augmentation` | `AugmentationResult` |
+| does the model's attention find anatomy? | `evaluate_segmentation` | `SegmentationResult`, and the segments |
 
-__all__ = [
-    "AugmentationResult",
-    "FidelityResult",
-    "FidelityScores",
-    "InterpolationResult",
-    "LabelPreservationResult",
-    "MemorizationResult",
-    "MethodScores",
-    "PathFigures",
-    "PathSpace",
-    "ReconstructionResult",
-    "RetrievalFigures",
-    "Sampling",
-    "SegmentationResult",
-    "Setting",
-    "Sweep",
-    "SweepScores",
-    "SweptSegments",
-    "evaluate_interpolation",
-    "evaluate_labels",
-    "evaluate_memorization",
-    "evaluate_reconstruction",
-    "evaluate_segmentation",
-    "generate_features",
-    "score_fidelity",
-    "segment_images",
-    "summarise",
-]
+Each question is a folder: `protocol` measures, `table` and `plot` show a result. Results go to JSON and back
+(`result.save(path)`, `type(result).load(path)`). Names are imported when they are first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_ORIGIN = {
+    "AugmentationResult": "augmentation.result",
+    "FidelityResult": "fidelity.protocol",
+    "FidelityScores": "fidelity.protocol",
+    "InterpolationResult": "interpolation.protocol",
+    "LabelPreservationResult": "labels.protocol",
+    "MemorizationResult": "memorization.protocol",
+    "MethodScores": "segmentation.protocol",
+    "PathFigures": "interpolation.protocol",
+    "PathSpace": "interpolation.protocol",
+    "ReconstructionResult": "reconstruction.protocol",
+    "RetrievalFigures": "reconstruction.protocol",
+    "Sampling": "fidelity.protocol",
+    "SegmentationResult": "segmentation.protocol",
+    "Setting": "segmentation.sweep",
+    "Sweep": "segmentation.sweep",
+    "SweepScores": "segmentation.protocol",
+    "evaluate_interpolation": "interpolation.protocol",
+    "evaluate_labels": "labels.protocol",
+    "evaluate_memorization": "memorization.protocol",
+    "evaluate_reconstruction": "reconstruction.protocol",
+    "evaluate_segmentation": "segmentation.protocol",
+    "generate_features": "fidelity.protocol",
+    "score_fidelity": "fidelity.protocol",
+    "segment_images": "segmentation.sweep",
+    "summarise": "augmentation.comparison",
+}
+
+__all__ = sorted(_ORIGIN)
+
+# ruff: noqa: F401
+if TYPE_CHECKING:
+    from .augmentation.comparison import summarise
+    from .augmentation.result import AugmentationResult
+    from .fidelity.protocol import FidelityResult, FidelityScores, Sampling, generate_features, score_fidelity
+    from .interpolation.protocol import InterpolationResult, PathFigures, PathSpace, evaluate_interpolation
+    from .labels.protocol import LabelPreservationResult, evaluate_labels
+    from .memorization.protocol import MemorizationResult, evaluate_memorization
+    from .reconstruction.protocol import ReconstructionResult, RetrievalFigures, evaluate_reconstruction
+    from .segmentation.protocol import MethodScores, SegmentationResult, SweepScores, evaluate_segmentation
+    from .segmentation.sweep import Setting, Sweep, segment_images
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ORIGIN:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_ORIGIN[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ORIGIN})

@@ -1,15 +1,14 @@
 """Figures of merit: features, then pure functions of features."""
 
-from .bootstrap import Interval, bootstrap_interval
-from .distances import frechet_distance, kernel_distance, kernel_distance_of_subsets
-from .diversity import vendi_score
-from .feature_sets import FeatureSet, extract_features
-from .features import FeatureExtractor, FeatureSpec, open_extractor, pixel_features
-from .manifolds import ManifoldFigures, manifold_figures
-from .retrieval import retrieval_accuracy
-from .statistics import GaussianStatistics
+from .bootstrap import Bootstrap, Interval, bootstrap_interval
+from .distances import GaussianStatistics, frechet_distance, kernel_distance, kernel_distance_of_subsets
+from .extractors import FeatureExtractor, FeatureSpec, open_extractor, pixel_features
+from .features import FeatureSet, extract_features
+from .manifolds import ManifoldFigures, manifold_figures, vendi_score
+from .neighbours import retrieval_accuracy
 
 __all__ = [
+    "Bootstrap",
     "FeatureExtractor",
     "FeatureSet",
     "FeatureSpec",

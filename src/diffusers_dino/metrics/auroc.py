@@ -1,22 +1,41 @@
-"""Multi-label classification, scored: the area under the ROC curve of each label, and their mean.
+"""Multi-label classifiers, scored and compared: the area under the ROC curve (AUROC) of each label.
 
 A label that all images have, or none, has no ROC curve. It is left out of the mean of that set of images, with a
 warning that names it: every method loses the same label on the same images, so methods stay comparable, and hours of
 training are not lost to a rare label. Where no label has both classes there is nothing to score: that is an error.
+
+The figure of a cross-validation is the mean over folds of each fold's AUROC. Predictions of several folds are not
+pooled: each fold has a classifier of its own, whose scores are on a scale of their own, and pooling them biases an
+AUROC downwards (Parker et al. 2007, BMC Bioinformatics 8:326).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from .comparison import auroc_draws
+from ..extras import require
+from ..seeds import derive_seed
+from .bootstrap import resamples
 
-__all__ = ["SingleClassError", "check_classes", "label_auroc", "macro_auroc"]
+__all__ = [
+    "FoldTest",
+    "SingleClassError",
+    "auroc_draws",
+    "check_classes",
+    "corrected_t_test",
+    "draw_weights",
+    "holm",
+    "label_auroc",
+    "macro_auroc",
+    "stratified_auroc",
+]
 
 logger = logging.getLogger(__name__)
+_CHUNK = 1 << 21  # weights at once
 
 
 class SingleClassError(ValueError):
@@ -72,3 +91,195 @@ def check_classes(targets: np.ndarray, labels: Sequence[str], where: str) -> tup
             ", ".join(left_out),
         )
     return left_out
+
+
+class FoldTest(NamedTuple):
+    """A difference over folds.
+
+    Attributes:
+        mean: Of the differences.
+        low, high: 95 % interval of it.
+        p: Of the hypothesis that it is 0, two-sided; not corrected for other tests.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p: float
+
+
+def auroc_draws(scores: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """Area under the ROC curve of each label, for many weightings of the same images at once.
+
+    It is the weighted share of pairs of a positive and a negative image in which the positive one has the higher
+    score, ties counting half (Hanley & McNeil 1982).
+
+    Args:
+        scores: `(N, L)`.
+        targets: `(N, L)` bool.
+        weights: `(R, N)`, how often each image was drawn in each of R draws; None is one draw of all.
+
+    Returns:
+        `(R, L)` float64; NaN where a draw lacks positive or negative images of a label.
+
+    Raises:
+        ValueError: If the shapes do not fit, or a score is not finite.
+    """
+    if scores.ndim != 2 or scores.shape != targets.shape or targets.dtype != bool:
+        raise ValueError(
+            f"Expected scores (N, L) and boolean targets of their shape, got {scores.shape} and {targets.shape} "
+            f"{targets.dtype}."
+        )
+    if not np.isfinite(scores).all():
+        raise ValueError(f"{int((~np.isfinite(scores)).sum())} scores are NaN or infinite.")
+    weights = np.ones((1, len(scores))) if weights is None else weights
+    if weights.ndim != 2 or weights.shape[1] != len(scores):
+        raise ValueError(f"Expected weights (R, {len(scores)}), got {weights.shape}.")
+    size, figures = max(1, _CHUNK // max(1, len(scores))), []
+    for start in range(0, len(weights), size):
+        chunk = np.ascontiguousarray(weights[start : start + size].T, dtype=np.float64)  # (N, draws)
+        figures.append([_auroc(*label, chunk) for label in zip(scores.T, targets.T, strict=True)])
+    return np.concatenate([np.stack(columns, axis=1) for columns in figures])
+
+
+def stratified_auroc(
+    scores: np.ndarray, targets: np.ndarray, strata: np.ndarray, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """AUROC of each label where only images of one stratum are compared, such as those that one classifier scored.
+
+    It is the weighted share of such pairs in which the positive image has the higher score: each stratum counts by
+    its number of pairs, and one with a single class not at all.
+
+    Args:
+        scores: `(N, L)`.
+        targets: `(N, L)` bool.
+        strata: `(N,)`, any integers.
+        weights: `(R, N)` as in `auroc_draws`.
+
+    Returns:
+        `(R, L)` float64; NaN where no stratum has a pair.
+
+    Raises:
+        ValueError: As for `auroc_draws`.
+    """
+    weights = np.ones((1, len(scores))) if weights is None else weights
+    wins, total = np.zeros((2, len(weights), scores.shape[1]))
+    for stratum in np.unique(strata):
+        rows = np.flatnonzero(strata == stratum)
+        own, chosen = weights[:, rows], targets[rows]
+        positive, negative = (_sums(own, kind) for kind in (chosen, ~chosen))
+        pairs = positive * negative  # (R, L)
+        wins += np.nan_to_num(auroc_draws(scores[rows], chosen, own)) * pairs
+        total += pairs
+    with np.errstate(invalid="ignore"):
+        return np.where(total > 0, wins / total, np.nan)
+
+
+def draw_weights(
+    patients: Sequence[Hashable], folds: Sequence[Hashable], repeats: int = 1000, seed: int = 0
+) -> np.ndarray:
+    """How often each image is drawn when patients are, with replacement and within their fold.
+
+    The number of patients in each fold is kept, because each fold's classifier is a different one.
+
+    Args:
+        patients: The patient of each of N images.
+        folds: The fold of each.
+        repeats: Draws R.
+        seed: Of the draws. The draws of a fold depend on nothing but the seed, the fold and its patients.
+
+    Returns:
+        `(R, N)` uint16.
+
+    Raises:
+        ValueError: If the lengths differ or a fold has fewer than two patients.
+    """
+    if len(patients) != len(folds):
+        raise ValueError(f"Each image has a patient and a fold, got {len(patients)} and {len(folds)}.")
+    owner, folds = np.asarray(patients), np.asarray(folds)
+    weights = np.empty((repeats, len(folds)), dtype=np.uint16)
+    for fold in np.unique(folds):
+        rows = np.flatnonzero(folds == fold)
+        draws = resamples(len(rows), owner[rows], repeats, derive_seed(seed, "fold", str(fold)))
+        for number, drawn in enumerate(draws):
+            weights[number, rows] = np.bincount(drawn, minlength=len(rows))
+    return weights
+
+
+def corrected_t_test(differences: Sequence[float], num_folds: int, level: float = 0.95) -> FoldTest:
+    r"""Whether a difference over the runs of a (repeated) cross-validation is zero (Nadeau & Bengio 2003).
+
+    Runs share training images, so their differences are correlated and a plain paired t test finds too much. The
+    variance of the mean of J of them is taken as
+
+    .. math:: \left(\frac{1}{J} + \frac{n_\text{test}}{n_\text{train}}\right) s^2, \qquad
+              \frac{n_\text{test}}{n_\text{train}} = \frac{1}{K - 1}
+
+    for K folds, with J - 1 degrees of freedom; J may be a multiple of K (Bouckaert & Frank 2004).
+
+    Args:
+        differences: J of them, one for each run.
+        num_folds: K, how many folds the data was cut into, which is more than J where runs are missing.
+        level: Probability mass of the interval.
+
+    Raises:
+        ImportError: If scipy is missing.
+        ValueError: If there are fewer than two differences or folds, or one is not finite.
+    """
+    t = require("scipy.stats", "eval", "Tests of significance need scipy").t
+    values = np.asarray(differences, dtype=np.float64)
+    if values.ndim != 1 or len(values) < 2 or num_folds < 2:
+        raise ValueError(f"A test over folds needs two of them or more, got {values.shape} of {num_folds} folds.")
+    if not np.isfinite(values).all():
+        raise ValueError(f"Differences must be finite, got {values.tolist()}.")
+    mean = float(values.mean())
+    error = float(np.sqrt((1 / len(values) + 1 / (num_folds - 1)) * values.var(ddof=1)))
+    if error == 0:  # all differences are one number
+        return FoldTest(mean, mean, mean, 1.0 if mean == 0 else 0.0)
+    reach = float(t.ppf((1 + level) / 2, len(values) - 1)) * error
+    p = 2 * float(t.sf(abs(mean) / error, len(values) - 1))
+    return FoldTest(mean, mean - reach, mean + reach, p)
+
+
+def holm(p_values: Sequence[float | None]) -> tuple[float | None, ...]:
+    """p values corrected for there being several, so that the chance of any false finding is bounded (Holm 1979).
+
+    It needs no assumption of how the tests depend on each other.
+
+    Args:
+        p_values: Of the whole family. None is a test that is planned and has not been made: it counts as one, so
+            that what is significant in a part of a table stays so in the whole.
+
+    Returns:
+        In the order given, None where None was.
+
+    Raises:
+        ValueError: If a value is not in [0, 1].
+    """
+    if any(p is not None and not 0 <= p <= 1 for p in p_values):
+        raise ValueError(f"p values are in [0, 1], got {list(p_values)}.")
+    corrected: list[float | None] = [None] * len(p_values)
+    known = sorted((i for i, p in enumerate(p_values) if p is not None), key=lambda i: p_values[i])
+    largest = 0.0
+    for rank, i in enumerate(known):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = largest
+    return tuple(corrected)
+
+
+def _sums(weights: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Weight of the chosen images: `(R, n)` and `(n, L)` give `(R, L)` float64; counts to 2^24 are exact."""
+    return (weights.astype(np.float32) @ chosen.astype(np.float32)).astype(np.float64)
+
+
+def _auroc(scores: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """One label's: `(N,)`, `(N,)` and `(N, R)` give `(R,)`."""
+    positive, negative = np.flatnonzero(targets), np.flatnonzero(~targets)
+    negative = negative[np.argsort(scores[negative])]
+    below = np.zeros((len(negative) + 1, weights.shape[1]))  # weight of the first k negative images
+    np.cumsum(weights[negative], axis=0, out=below[1:])
+    first, last = (np.searchsorted(scores[negative], scores[positive], side) for side in ("left", "right"))
+    wins = (weights[positive] * (below[first] + below[last])).sum(axis=0) / 2  # half of what is tied
+    pairs = below[-1] * weights[positive].sum(axis=0)
+    with np.errstate(invalid="ignore"):
+        return np.where(pairs > 0, wins / pairs, np.nan)

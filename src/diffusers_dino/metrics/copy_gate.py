@@ -15,8 +15,8 @@ from torch import Tensor
 from ..data import ImageDataset
 from ..files import atomic_write
 from ..fingerprints import hash_of
-from .feature_sets import FeatureSet, extract_features
-from .features import FeatureExtractor, FeatureSpec, open_extractor
+from .extractors import FeatureExtractor, FeatureSpec, open_extractor
+from .features import FeatureSet, extract_features
 from .neighbours import Groups, Neighbors, calibrate_threshold, nearest_training, relative_distances, typical_distances
 
 __all__ = [

@@ -4,17 +4,147 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
-from .inputs import Features, comparable
-from .statistics import GaussianStatistics
+from ..files import atomic_write
+from .extractors import FeatureSpec
+from .features import Features, FeatureSet, comparable, feature_matrix
 
-__all__ = ["KERNEL_DEGREE", "frechet_distance", "kernel_distance", "kernel_distance_of_subsets"]
+__all__ = [
+    "KERNEL_DEGREE",
+    "GaussianStatistics",
+    "frechet_distance",
+    "kernel_distance",
+    "kernel_distance_of_subsets",
+]
 
 KERNEL_DEGREE = 3
 _KERNEL_ENTRIES = 1 << 22  # of the kernel matrix that are in memory at once
+_ROWS = 1024  # features that become float64 at once
+
+
+class GaussianStatistics:
+    """Number, mean and scatter of feature vectors, updated by pairwise formulas (Chan, Golub & LeVeque 1979).
+
+    These do not subtract large sums from each other, so features far from zero lose no digits. Memory is that of a few
+    D x D matrices, whatever the number of features.
+
+    Args:
+        dim: Width of the features, D.
+        spec: How they were computed, if it is known; then other features are refused.
+
+    Attributes:
+        count: Number of features so far.
+        mean: `(D,)` float64.
+        scatter: `(D, D)` float64, the sum of outer products of the features less their mean.
+    """
+
+    def __init__(self, dim: int, spec: FeatureSpec | None = None) -> None:
+        if spec is not None and spec.dim != dim:
+            raise ValueError(f"The description says {spec.dim} dimensions, the statistics shall have {dim}.")
+        self.spec = spec
+        self.count = 0
+        self.mean = torch.zeros(dim, dtype=torch.float64)
+        self.scatter = torch.zeros(dim, dim, dtype=torch.float64)
+
+    @classmethod
+    def of(cls, features: Features) -> GaussianStatistics:
+        """Statistics of features `(N, D)`, N >= 1, with their description if they have one."""
+        spec = features.spec if isinstance(features, FeatureSet) else None
+        return cls(feature_matrix(features, at_least=1).shape[1], spec).update(features)
+
+    @property
+    def dim(self) -> int:
+        """Width of the features."""
+        return len(self.mean)
+
+    @property
+    def covariance(self) -> Tensor:
+        """`(D, D)` float64, unbiased.
+
+        Raises:
+            ValueError: If there are fewer than two features.
+        """
+        if self.count < 2:
+            raise ValueError(f"A covariance needs two features at least, got {self.count}.")
+        return self.scatter / (self.count - 1)
+
+    def update(self, features: Features) -> GaussianStatistics:
+        """Count features `(N, D)` in; N may be 0. Returns itself.
+
+        Raises:
+            ValueError: If they are of another width or extractor, or not finite.
+        """
+        matrix = feature_matrix(features, at_least=0)
+        self.require_same(matrix.shape[1], features.spec if isinstance(features, FeatureSet) else None)
+        for rows in matrix.split(_ROWS):
+            if len(rows):
+                rows = rows.double()  # (n, D)
+                mean = rows.mean(dim=0)
+                centred = rows - mean
+                self._add(len(rows), mean, centred.T @ centred)
+        return self
+
+    def merge(self, other: GaussianStatistics) -> GaussianStatistics:
+        """Count in what another one has seen, such as that of another process. Returns itself.
+
+        Raises:
+            ValueError: If the other one is of another width or extractor.
+        """
+        self.require_same(other.dim, other.spec)
+        self._add(other.count, other.mean, other.scatter)
+        return self
+
+    def require_same(self, dim: int, spec: FeatureSpec | None) -> None:
+        """Refuse features of another extractor or width; raises `ValueError` that names what differs."""
+        if self.spec is not None and spec is not None:
+            self.spec.require_same(spec)
+        if dim != self.dim:
+            raise ValueError(f"Features of {dim} and of {self.dim} dimensions do not compare.")
+
+    def save(self, path: str | Path) -> None:
+        """Write one `.safetensors` file, whole or not at all.
+
+        Raises:
+            OSError: If the disk is full, or the folder is not writable.
+        """
+        tensors = {"count": torch.tensor(self.count), "mean": self.mean, "scatter": self.scatter}
+        metadata = None if self.spec is None else {"spec": self.spec.to_json()}
+        with atomic_write(path) as file:
+            file.write(save(tensors, metadata=metadata))
+
+    @classmethod
+    def load(cls, path: str | Path) -> GaussianStatistics:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is another kind of file, or damaged.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                spec = (file.metadata() or {}).get("spec")
+                statistics = cls(len(file.get_tensor("mean")), spec and FeatureSpec.from_json(spec))
+                statistics.count = int(file.get_tensor("count"))
+                statistics.mean, statistics.scatter = file.get_tensor("mean"), file.get_tensor("scatter")
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"{path} is not a file of statistics, or is damaged: {error}.") from error
+        return statistics
+
+    def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+        total = self.count + count
+        if not count:
+            return
+        shift = mean - self.mean
+        # (n1 n2 / n) d d^T is the scatter of the two means around the common one
+        self.scatter.add_(scatter).addr_(shift, shift, alpha=self.count * count / total)
+        self.mean = self.mean + shift * (count / total)
+        self.count = total
 
 
 def frechet_distance(features: Features | GaussianStatistics, reference: Features | GaussianStatistics) -> float:
@@ -22,8 +152,8 @@ def frechet_distance(features: Features | GaussianStatistics, reference: Feature
 
     .. math:: |\mu_1 - \mu_2|^2 + \operatorname{tr}(\Sigma_1 + \Sigma_2 - 2 (\Sigma_1 \Sigma_2)^{1/2})
 
-    It falls as sets grow (Chong & Forsyth 2020), so it compares with figures of the same two sizes alone. Sets that
-    are not larger than the feature are warned of: their covariance is singular, and `kernel_distance` says more.
+    It falls as sets grow (Chong & Forsyth 2020), so compare it only with figures of sets of the same two sizes. Sets
+    that are not larger than the feature are warned of: their covariance is singular, and `kernel_distance` says more.
 
     Args:
         features: `(N, D)`, N >= 2, or their statistics.
@@ -33,12 +163,12 @@ def frechet_distance(features: Features | GaussianStatistics, reference: Feature
         ValueError: If the sets do not compare, or a feature is not finite.
     """
     if isinstance(features, GaussianStatistics) or isinstance(reference, GaussianStatistics):
-        pair = tuple(
+        first, second = (
             x if isinstance(x, GaussianStatistics) else GaussianStatistics.of(x) for x in (features, reference)
         )
-        _check_statistics(*pair)
-        _warn_of_few(pair[0].count, pair[1].count, pair[0].dim)
-        return frechet_of_statistics(*pair)
+        first.require_same(second.dim, second.spec)
+        _warn_of_few(first.count, second.count, first.dim)
+        return frechet_of_statistics(first, second)
     pair = comparable(features, reference)
     _warn_of_few(len(pair[0]), len(pair[1]), pair[0].shape[1])
     return frechet_of_samples(*pair)
@@ -59,7 +189,8 @@ def frechet_of_samples(features: Tensor, reference: Tensor) -> float:
 def frechet_of_statistics(first: GaussianStatistics, second: GaussianStatistics) -> float:
     """`frechet_distance` of statistics without checks or a warning."""
     covariance_1, covariance_2 = first.covariance, second.covariance
-    root_1 = _symmetric_root(covariance_1)
+    values, vectors = torch.linalg.eigh(covariance_1)
+    root_1 = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     # tr (S1 S2)^(1/2) = tr (S1^(1/2) S2 S1^(1/2))^(1/2): the right side is symmetric, so its eigenvalues are real
     eigenvalues = torch.linalg.eigvalsh(root_1 @ covariance_2 @ root_1)
     cross = eigenvalues.clamp(min=0).sqrt().sum()
@@ -144,18 +275,6 @@ def _scaled_samples(features: Tensor) -> tuple[Tensor, Tensor]:
     features = features.double()
     mean = features.mean(dim=0)
     return mean, (features - mean) / (len(features) - 1) ** 0.5
-
-
-def _symmetric_root(matrix: Tensor) -> Tensor:
-    eigenvalues, eigenvectors = torch.linalg.eigh(matrix)
-    return (eigenvectors * eigenvalues.clamp(min=0).sqrt()) @ eigenvectors.T
-
-
-def _check_statistics(first: GaussianStatistics, second: GaussianStatistics) -> None:
-    if first.spec is not None and second.spec is not None:
-        first.spec.require_same(second.spec)
-    if first.dim != second.dim:
-        raise ValueError(f"Features of {first.dim} and of {second.dim} dimensions do not compare.")
 
 
 def _warn_of_few(count: int, reference_count: int, dim: int) -> None:

@@ -1,97 +1,191 @@
-"""From images to feature vectors, by name."""
+"""Features of a collection of images: computed, kept in files with their keys and description, and compared."""
 
 from __future__ import annotations
 
 import json
-import os
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
 
-from .extractors import FeatureExtractor, FeatureSpec, open_pixels, open_tiny, pixel_features
-from .extractors.files import require_local
-from .extractors.local_contrast import open_local_contrast
+from ..data import ImageDataset, Slot, TrainingViews, load_batches
+from ..files import atomic_write
+from .extractors import FeatureExtractor, FeatureSpec
 
-__all__ = ["EXTRACTORS", "FeatureExtractor", "FeatureSpec", "open_extractor", "pixel_features"]
+__all__ = ["FeatureSet", "Features", "comparable", "extract_features", "feature_matrix", "iterate_features"]
 
-EXTRACTORS = ("pixels", "local-contrast", "tiny", "xrv", "rad-dino", "dinov2", "inception", "timm/NAME")
-_WITHOUT_WEIGHTS = {"pixels": open_pixels, "local-contrast": open_local_contrast}
-_REPOSITORIES = {"rad-dino": "microsoft/rad-dino", "dinov2": "facebook/dinov2-large"}
+logger = logging.getLogger(__name__)
 
 
-def open_extractor(
-    name: str,
-    weights: str | os.PathLike[str] | None = None,
-    device: torch.device | str = "cpu",
-    *,
-    sha256: str | None = None,
-) -> FeatureExtractor:
-    """Open a feature extractor. Nothing is ever downloaded: weights are a file or a folder on this machine.
+@dataclass(frozen=True)
+class FeatureSet:
+    """Features of N images.
 
-    Args:
-        name: One of
-
-            - `"pixels"`: gray values of 16 x 16 px, without weights;
-            - `"local-contrast"`: the same in units of the contrast around each pixel, to find copies;
-            - `"tiny"`: a small encoder, whose weights in `examples/data/tiny-extractor` know phantoms alone;
-            - `"xrv"`: TorchXRayVision's DenseNet-121, layer `features2`;
-            - `"rad-dino"`, `"dinov2"`: class token of a checkpoint of transformers;
-            - `"inception"`: the one of the published FIDs;
-            - `"timm/NAME"`: features of a model of timm, before its classifier;
-            - a folder with a checkpoint of transformers or timm.
-        weights: File or folder of the weights, for all but the first two and the last.
-        device: Where it computes.
-        sha256: What the SHA-256 of the weight file must be.
+    Attributes:
+        features: `(N, D)` float32, finite.
+        keys: The images' keys, in order.
+        spec: How they were computed.
 
     Raises:
-        ValueError: If the name is not known, weights are lacking or of no use, or their hash is wrong.
-        FileNotFoundError: If the weights do not exist.
-        ImportError: If a package that this extractor needs is not installed.
+        ValueError: If the three do not fit together, or a feature is not finite.
     """
-    if name in _WITHOUT_WEIGHTS:
-        if weights is not None or sha256 is not None:
-            raise ValueError(f"The extractor {name} has no weights: it takes neither a file of them nor a hash.")
-        return _WITHOUT_WEIGHTS[name](device)
-    if name == "tiny":
-        return open_tiny(weights, device, sha256)
-    # the large libraries are imported for the extractors that need them alone
-    if name == "xrv":
-        from .extractors.xrv import open_xrv
 
-        return open_xrv(weights, device, sha256)
-    if name == "inception":
-        from .extractors.inception import open_inception
+    features: Tensor
+    keys: tuple[str, ...]
+    spec: FeatureSpec
 
-        return open_inception(weights, device, sha256)
-    if name in _REPOSITORIES:
-        from .extractors.transformer import open_transformer
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keys", tuple(self.keys))
+        expected = (len(self.keys), self.spec.dim)
+        if tuple(self.features.shape) != expected:
+            raise ValueError(
+                f"{len(self.keys)} keys and features of {self.spec.dim} dimensions ask for a tensor {expected}, got "
+                f"{tuple(self.features.shape)}."
+            )
+        if not self.features.is_floating_point() or not torch.isfinite(self.features).all():
+            raise ValueError("Features are floating numbers, none of them NaN or infinite.")
 
-        hint = f"`hf download {_REPOSITORIES[name]} --local-dir {name}`, then give the folder {name}."
-        return open_transformer(name, require_local(name, weights, hint), device, sha256)
-    if name.startswith("timm/"):
-        from .extractors.timm_model import open_timm
+    def __len__(self) -> int:
+        return len(self.keys)
 
-        hint = f"`hf download {name} --local-dir FOLDER`, then give the folder."
-        return open_timm(name.removeprefix("timm/"), require_local(name, weights, hint), device, sha256)
-    if Path(name).is_dir():
-        return _open_folder(Path(name), weights, device, sha256)
-    raise ValueError(
-        f"There is no feature extractor {name!r}: give one of {', '.join(EXTRACTORS)}, or a folder with a checkpoint."
-    )
+    def require_same_spec(self, other: FeatureSet) -> None:
+        """Refuse to compare with features of another extractor; raises `ValueError` that names what differs."""
+        self.spec.require_same(other.spec)
+
+    def select(self, keys: Sequence[str]) -> FeatureSet:
+        """The features of these images, in the order of `keys`.
+
+        Raises:
+            KeyError: If a key is not in the set.
+        """
+        rows = {key: row for row, key in enumerate(self.keys)}
+        if missing := [key for key in keys if key not in rows]:
+            raise KeyError(f"{len(missing)} keys have no features, such as {', '.join(missing[:3])}")
+        return FeatureSet(self.features[[rows[key] for key in keys]], tuple(keys), self.spec)
+
+    def save(self, path: str | Path) -> None:
+        """Write one `.safetensors` file, whole or not at all; the same set gives the same bytes.
+
+        Raises:
+            OSError: If the disk is full, or the folder is not writable.
+        """
+        keys = torch.frombuffer(bytearray(json.dumps(self.keys).encode()), dtype=torch.uint8)
+        tensors = {"features": self.features.float().contiguous(), "keys": keys}
+        with atomic_write(path) as file:
+            file.write(save(tensors, metadata={"spec": self.spec.to_json()}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> FeatureSet:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is another kind of file, or damaged.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                spec = FeatureSpec.from_json((file.metadata() or {})["spec"])
+                keys = json.loads(bytes(file.get_tensor("keys").tolist()))
+                return cls(file.get_tensor("features"), tuple(keys), spec)
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} is not a file of features, or is damaged: {error}.") from error
 
 
-def _open_folder(
-    folder: Path, weights: str | os.PathLike[str] | None, device: torch.device | str, sha256: str | None
-) -> FeatureExtractor:
-    if weights is not None:
-        raise ValueError(f"{folder} holds its own weights: give a folder or a name with `weights`, not both.")
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} is not a checkpoint of transformers or timm: it has no config.json.")
-    config = json.loads((folder / "config.json").read_text())
-    if "architecture" in config:
-        from .extractors.timm_model import open_timm
+Features: TypeAlias = Tensor | FeatureSet
 
-        return open_timm(config["architecture"], folder, device, sha256)
-    from .extractors.transformer import open_transformer
 
-    return open_transformer(config.get("model_type", folder.name), folder, device, sha256)
+def feature_matrix(features: Features, name: str = "features", at_least: int = 2) -> Tensor:
+    """Checked features `(N, D)` on the CPU, in the type that they came in.
+
+    Raises:
+        ValueError: If they are no matrix, fewer than `at_least`, or not finite.
+    """
+    matrix = features.features if isinstance(features, FeatureSet) else features
+    if not isinstance(matrix, Tensor) or matrix.ndim != 2 or len(matrix) < at_least or not matrix.shape[1]:
+        found = tuple(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
+        raise ValueError(f"`{name}` must be a tensor (N, D) with N >= {at_least}, got {found}.")
+    if not torch.isfinite(matrix).all():
+        raise ValueError(f"`{name}` holds NaN or infinite values.")
+    return matrix.detach().cpu()  # float64 is not to be had on every device
+
+
+def comparable(features: Features, reference: Features, at_least: int = 2) -> tuple[Tensor, Tensor]:
+    """Both sets as checked matrices `(N, D)` and `(M, D)`.
+
+    Raises:
+        ValueError: As `feature_matrix`, or if they are of different extractors or widths.
+    """
+    if isinstance(features, FeatureSet) and isinstance(reference, FeatureSet):
+        features.require_same_spec(reference)
+    pair = feature_matrix(features, "features", at_least), feature_matrix(reference, "reference", at_least)
+    if pair[0].shape[1] != pair[1].shape[1]:
+        raise ValueError(f"Features of {pair[0].shape[1]} and of {pair[1].shape[1]} dimensions do not compare.")
+    return pair
+
+
+def extract_features(
+    extractor: FeatureExtractor,
+    images: ImageDataset | Tensor,
+    batch_size: int = 64,
+    *,
+    keys: Sequence[str] | None = None,
+    num_workers: int = 0,
+) -> FeatureSet:
+    """Features of a whole collection; the images pass through memory a batch at a time.
+
+    Args:
+        extractor: What computes them.
+        images: A data set (see `data.open_images`), or `(N, C, H, H)` in [0, 1].
+        batch_size: Images computed at once.
+        keys: Of a tensor's images; by default their numbers.
+        num_workers: Processes that load a data set.
+
+    Returns:
+        Features of all images but those that cannot be read, in order.
+
+    Raises:
+        ValueError: As of the extractor, or if `keys` are not one an image.
+    """
+    if isinstance(images, Tensor):
+        names = [str(i) for i in range(len(images))] if keys is None else list(keys)
+        if len(names) != len(images):
+            raise ValueError(f"Give one key an image: {len(names)} keys for {len(images)} images.")
+        parts = [extractor(images[first : first + batch_size]) for first in range(0, len(images), batch_size)]
+        return FeatureSet(_joined(parts, extractor.spec.dim), tuple(names), extractor.spec)
+    if keys is not None:
+        raise ValueError("A data set has its own keys: choose among them with its `select`.")
+    pieces = list(iterate_features(extractor, images, batch_size, num_workers))
+    features = _joined((part for part, _ in pieces), extractor.spec.dim)
+    return FeatureSet(features, tuple(key for _, names in pieces for key in names), extractor.spec)
+
+
+def iterate_features(
+    extractor: FeatureExtractor, images: ImageDataset, batch_size: int = 64, num_workers: int = 0
+) -> Iterator[tuple[Tensor, list[str]]]:
+    """As `extract_features`, a batch at a time, for what keeps no features: statistics of large sets.
+
+    Yields:
+        Features `(n, D)` of the next n images, and their keys.
+    """
+    wanted = images.keys
+    blocks = [
+        [Slot(0, 0, index) for index in range(first, min(first + batch_size, len(wanted)))]
+        for first in range(0, len(wanted), batch_size)
+    ]
+    views = TrainingViews(images, None)  # the images as they are
+    for block, batch in zip(blocks, load_batches(views, blocks, num_workers, extractor.device), strict=True):
+        # another image stands in for one that cannot be read, and must not count twice
+        own = [row for row, slot in enumerate(block) if batch["key"][row] == wanted[slot.index]]
+        if len(own) < len(block):
+            logger.warning("%d images cannot be read and have no features.", len(block) - len(own))
+        yield extractor(batch["image"][own]), [batch["key"][row] for row in own]
+
+
+def _joined(parts: Iterable[Tensor], dim: int) -> Tensor:
+    return torch.cat([torch.empty(0, dim), *parts])

@@ -1,4 +1,8 @@
-"""Do generated features lie among the real ones, and everywhere among them? Balls to the nearest neighbours tell."""
+"""Where generated features lie: among the real ones, everywhere among them, and how many different ones there are.
+
+Precision, recall, density and coverage count balls that reach to nearest neighbours; the Vendi score needs no
+reference.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .inputs import Features, comparable
+from .features import Features, comparable, feature_matrix
 
-__all__ = ["ManifoldFigures", "ManifoldHits", "manifold_figures", "manifold_hits"]
+__all__ = ["ManifoldFigures", "ManifoldHits", "manifold_figures", "manifold_hits", "vendi_score"]
 
 _ENTRIES = 1 << 22  # distances in memory at once
+_ROWS = 4096  # features that become float64 at once
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ def manifold_figures(features: Features, reference: Features, k: int = 5) -> Man
     Args:
         features: `(N, D)` of the generated images, N > k.
         reference: `(M, D)` of the real ones, M > k.
-        k: The neighbour that balls reach to. Figures of one k compare alone.
+        k: The neighbour that balls reach to. Compare only figures of one k.
 
     Raises:
         ValueError: If the sets do not compare or are too small for k, or a feature is not finite.
@@ -83,7 +88,7 @@ def manifold_hits(features: Features, reference: Features, k: int = 5) -> Manifo
     recalled = torch.zeros(len(real), dtype=torch.bool)
     covered = torch.zeros(len(real), dtype=torch.bool)
     counts = []
-    for rows, distances in _squared_distances(generated, real):  # (n, M)
+    for rows, distances in _blocks_of_distances(generated, real):  # (n, M)
         inside = distances <= radii_real
         counts.append(inside.sum(dim=1))
         covered |= inside.any(dim=0)
@@ -92,21 +97,59 @@ def manifold_hits(features: Features, reference: Features, k: int = 5) -> Manifo
     return ManifoldHits((balls > 0).double(), recalled.double(), balls.double() / k, covered.double(), k)
 
 
+def vendi_score(features: Features) -> float:
+    r"""Vendi score (Friedman & Dieng 2023) with the cosine kernel: an effective number of distinct features.
+
+    .. math:: \exp\Bigl(-\sum_i \lambda_i \log \lambda_i\Bigr)
+
+    of the eigenvalues of K / N. It is 1 for equal features and N for orthogonal ones, and it grows with N: compare it
+    with that of as many real images. The eigenvalues are taken of the smaller of the N x N and the D x D Gram matrix,
+    which have the same.
+
+    Args:
+        features: `(N, D)`, N >= 1, no row of zeros.
+
+    Raises:
+        ValueError: If a feature is not finite, or has no direction.
+    """
+    matrix = feature_matrix(features, at_least=1)
+    if len(matrix) <= matrix.shape[1]:
+        directions = _directions(matrix)
+        gram = directions @ directions.T  # (N, N)
+    else:
+        gram = torch.zeros(matrix.shape[1], matrix.shape[1], dtype=torch.float64)  # (D, D)
+        for rows in matrix.split(_ROWS):
+            part = _directions(rows)
+            gram.addmm_(part.T, part)
+    eigenvalues = torch.linalg.eigvalsh(gram / len(matrix)).clamp(min=0)
+    return torch.special.entr(eigenvalues).sum().exp().item()
+
+
 def _neighbor_radii(features: Tensor, k: int) -> Tensor:
     """Squared distance of each row to its k-th nearest other row: `(N,)`."""
     radii = []
-    for rows, distances in _squared_distances(features, features):
+    for rows, distances in _blocks_of_distances(features, features):
         distances[torch.arange(len(distances)), torch.arange(rows.start, rows.stop)] = torch.inf
         radii.append(distances.kthvalue(k, dim=1).values)
     return torch.cat(radii)
 
 
-def _squared_distances(rows: Tensor, columns: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def _blocks_of_distances(rows: Tensor, columns: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Blocks `(n, M)` of squared Euclidean distances, with the slice of rows that each is of."""
     lengths = columns.square().sum(dim=1)  # (M,)
     step = max(1, _ENTRIES // len(columns))
     for start in range(0, len(rows), step):
         part = slice(start, min(start + step, len(rows)))
         block = rows[part]
+        # Symmetric in rows and columns also in rounding, so that a copy of a ball's rim lies in that ball:
+        # `neighbours` adds in another order, which saves a matrix and keeps no ties
         distances = block.square().sum(dim=1, keepdim=True) + lengths - 2 * (block @ columns.T)
         yield part, distances.clamp_(min=0)
+
+
+def _directions(features: Tensor) -> Tensor:
+    features = features.double()
+    lengths = features.norm(dim=1, keepdim=True)
+    if not (lengths > 0).all():
+        raise ValueError(f"{int((lengths == 0).sum())} features are zero and have no direction: no cosine is defined.")
+    return features / lengths

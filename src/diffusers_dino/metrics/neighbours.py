@@ -16,16 +16,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from .bootstrap import Interval
+from torch.nn import functional as F
 
 __all__ = [
     "Neighbors",
     "authenticity",
     "calibrate_threshold",
+    "nearest_by_cosine",
     "nearest_training",
     "relative_distances",
-    "share_interval",
+    "retrieval_accuracy",
     "typical_distances",
 ]
 
@@ -195,14 +195,44 @@ def authenticity(neighbors: Neighbors, spacing: Tensor) -> Tensor:
     return neighbors.distance[:, 0] > spacing[neighbors.index[:, 0]]
 
 
-def share_interval(count: int, n: int) -> Interval:
-    """95 % interval of a share of n independent images (Wilson 1927), which is not empty for 0 of n."""
-    if not 0 <= count <= n or n < 1:
-        raise ValueError(f"A share is of at least one image and at most all, got {count} of {n}.")
-    z = 1.959963984540054  # 97.5 % quantile of the normal distribution
-    center, spread = count / n + z * z / (2 * n), z * math.sqrt(count * (n - count) / n**3 + z * z / (4 * n * n))
-    low, high = ((center + sign * spread) / (1 + z * z / n) for sign in (-1, 1))
-    return Interval(max(low, 0.0) if count else 0.0, min(high, 1.0) if count < n else 1.0)
+def nearest_by_cosine(queries: Tensor, gallery: Tensor) -> Tensor:
+    """Index of each query's nearest gallery item by the cosine of features centred on the gallery's mean.
+
+    Args:
+        queries: `(N, D)`.
+        gallery: `(M, D)`, M >= 2.
+
+    Returns:
+        `(N,)` int64, indices into the gallery.
+
+    Raises:
+        ValueError: The shapes do not fit.
+    """
+    if queries.ndim != 2 or gallery.ndim != 2 or queries.shape[1] != gallery.shape[1] or len(gallery) < 2:
+        raise ValueError(
+            f"Expected queries (N, D) and a gallery (M, D) with M >= 2, "
+            f"got {tuple(queries.shape)} and {tuple(gallery.shape)}."
+        )
+    # One centre for both sides, so that a query's answer does not depend on the other queries
+    center = gallery.float().mean(dim=0)
+    similarity = F.normalize(queries.float() - center, dim=1) @ F.normalize(gallery.float() - center, dim=1).T
+    return similarity.argmax(dim=1)
+
+
+def retrieval_accuracy(queries: Tensor, gallery: Tensor) -> float:
+    """Share of queries in [0, 1] whose nearest gallery item is their own source, item i being the source of query i.
+
+    Args:
+        queries: `(N, D)` features of generated images.
+        gallery: `(N, D)` features of the images they were generated from. Chance is 1 / N.
+
+    Raises:
+        ValueError: The shapes do not fit, or the numbers of queries and sources differ.
+    """
+    if len(queries) != len(gallery):
+        raise ValueError(f"Each query needs its source: got {len(queries)} queries and {len(gallery)} sources.")
+    hits = nearest_by_cosine(queries, gallery) == torch.arange(len(gallery), device=queries.device)
+    return hits.float().mean().item()
 
 
 def _tolerance_rank(n: int, share: float, risk: float) -> int:
@@ -253,11 +283,11 @@ def _slices(n: int, size: int) -> Iterator[slice]:
     return (slice(first, min(first + size, n)) for first in range(0, n, size))
 
 
-def _squared_distances(views: Tensor, training: Tensor) -> Tensor:
-    """`|x - y|^2 = |x|^2 + |y|^2 - 2 xy`, of `(V, n, D)` and `(m, D)`: `(V, n, m)`."""
-    products = views @ training.T
-    lengths = training.square().sum(dim=1)
-    return products.mul_(-2).add_(lengths).add_(views.square().sum(dim=2, keepdim=True)).clamp_(min=0)
+def _squared_distances(rows: Tensor, columns: Tensor) -> Tensor:
+    """`|x - y|^2 = |x|^2 + |y|^2 - 2 xy`, of `(..., n, D)` and `(m, D)`: `(..., n, m)`, up to rounding."""
+    products = rows @ columns.T
+    lengths = columns.square().sum(dim=1)
+    return products.mul_(-2).add_(lengths).add_(rows.square().sum(dim=-1, keepdim=True)).clamp_(min=0)
 
 
 def _candidates(

@@ -45,7 +45,7 @@ from ...evaluation.table_text import TABLE_FORMATS
 from ...files import make_writable_folder, save_atomically
 from ...fingerprints import fingerprint_pipeline, hash_of
 from ...metrics import FeatureSet, extract_features, open_extractor
-from ...metrics.estimates import Bootstrap
+from ...metrics.bootstrap import Bootstrap
 from ...seeds import generator_for
 from ...training.checkpoints import complete_checkpoints
 from ...training.models import load_trained_pipeline

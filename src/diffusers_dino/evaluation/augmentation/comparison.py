@@ -23,8 +23,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ...metrics.auroc import auroc_draws, corrected_t_test, draw_weights, holm
 from ...metrics.bootstrap import percentile_interval
-from ...metrics.comparison import auroc_draws, corrected_t_test, draw_weights, holm
 from .cells import INTERPOLATION, CellResult, CellSpec
 from .result import AugmentationResult, Configuration, Difference, LabelFigures
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ...data import ImageDataset
 from ...metrics import FeatureExtractor, FeatureSet, FeatureSpec
-from ...metrics.estimates import (
+from ...metrics.bootstrap import (
     Bootstrap,
     Estimate,
     estimate_frechet,
@@ -223,7 +223,7 @@ def score_fidelity(
     neighbors: int = 5,
     bootstrap: Bootstrap | None = None,
 ) -> FidelityScores:
-    """All figures of one set of images, with their intervals (see `metrics.estimates`).
+    """All figures of one set of images, with their intervals (see `metrics.bootstrap`).
 
     Args:
         images: What they are, for the table.

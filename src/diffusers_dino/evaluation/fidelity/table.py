@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 
-from ...metrics.estimates import Estimate
+from ...metrics.bootstrap import Estimate
 from ..table_text import escape_latex, latex_line, markdown_line, require_table_format
 from .protocol import FidelityResult, FidelityScores
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...metrics import pixel_features
-from ...metrics.retrieval import nearest_neighbors
+from ...metrics.neighbours import nearest_by_cosine
 from ...pipelines import DinoInterpolationPipeline
 from ...seeds import generator_for
 from ..controls import derangement, embed_images, with_fresh_unet
@@ -121,7 +121,7 @@ def evaluate_interpolation(
     targets = derangement(len(images), seed=0)
     points = between.interpolate(tokens, tokens[targets], fractions, method)  # (N, F, S, D)
     training_tokens = embed_images(pipe, training_images, batch_size).flatten(1)
-    lookup = torch.stack([nearest_neighbors(point.flatten(1), training_tokens) for point in points.unbind(1)], dim=1)
+    lookup = torch.stack([nearest_by_cosine(point.flatten(1), training_tokens) for point in points.unbind(1)], dim=1)
     weights = torch.tensor(fractions)[:, None, None, None]  # (F, 1, 1, 1)
 
     path = {"fractions": fractions, "method": method, "num_inference_steps": num_inference_steps}

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...metrics.auroc import draw_weights, stratified_auroc
 from ...metrics.bootstrap import percentile_interval
-from ...metrics.comparison import draw_weights, stratified_auroc
 from ...seeds import derive_seed
 from ..results import JsonResult
 

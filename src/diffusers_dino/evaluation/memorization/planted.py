@@ -9,19 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...metrics.extractors.thumbnails import gaussian_blur
+
 __all__ = ["PLANTED"]
 
 
-def _blur(images: Tensor, share: float) -> Tensor:
-    """Gaussian blur with a deviation of this share of the side."""
-    sigma = share * images.shape[-1]
-    radius = max(1, round(3 * sigma))
-    steps = torch.arange(-radius, radius + 1, dtype=images.dtype)
-    kernel = torch.exp(-steps.square() / (2 * sigma**2))
-    kernel = (kernel / kernel.sum()).expand(images.shape[1], 1, 1, -1)
-    channels = images.shape[1]
-    wide = F.pad(images, 4 * (radius,), mode="replicate")
-    return F.conv2d(F.conv2d(wide, kernel, groups=channels), kernel.transpose(2, 3), groups=channels)
+def _blur(images: Tensor) -> Tensor:
+    """Gaussian blur with a deviation of 1 % of the side."""
+    return gaussian_blur(images, 0.01 * images.shape[-1], "replicate")
 
 
 def _window(images: Tensor, scale: float = 1.0, shift: float = 0.0) -> Tensor:
@@ -36,8 +31,8 @@ PLANTED: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
     {
         "exact": lambda images: images,
         "mirrored": lambda images: images.flip(-1),
-        "slightly blurred (1 % of the side)": lambda images: _blur(images, 0.01),
-        "mirrored and blurred": lambda images: _blur(images.flip(-1), 0.01),
+        "slightly blurred (1 % of the side)": _blur,
+        "mirrored and blurred": lambda images: _blur(images.flip(-1)),
         "gamma 1.3": lambda images: images**1.3,
         "contrast x 1.25": lambda images: (0.5 + 1.25 * (images - 0.5)).clamp(0, 1),
         "2 % cut off each side": lambda images: _window(images, scale=0.96),

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from ...data import ImageDataset, collate
+from ...metrics import FeatureExtractor, FeatureSpec, open_extractor
+from ...metrics.bootstrap import share_interval
 from ...metrics.copy_gate import (
     CopyGate,
     Distances,
@@ -23,8 +25,7 @@ from ...metrics.copy_gate import (
     search_copies,
     search_training,
 )
-from ...metrics.features import FeatureExtractor, FeatureSpec, open_extractor
-from ...metrics.neighbours import Groups, authenticity, calibrate_threshold, share_interval
+from ...metrics.neighbours import Groups, authenticity, calibrate_threshold
 from ..results import JsonResult
 from .planted import PLANTED
 

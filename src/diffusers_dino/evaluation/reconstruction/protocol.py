@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...metrics import frechet_distance, pixel_features, retrieval_accuracy
-from ...metrics.retrieval import nearest_neighbors
+from ...metrics.neighbours import nearest_by_cosine
 from ...seeds import generator_for
 from ..controls import derangement, embed_images, with_fresh_unet
 from ..results import JsonResult
@@ -80,7 +80,7 @@ def evaluate_reconstruction(
     untrained_pipe = with_fresh_unet(pipe)
     tokens = embed_images(pipe, images, batch_size)  # (N, S, D)
     training_tokens = embed_images(pipe, training_images, batch_size)  # (M, S, D)
-    lookup = nearest_neighbors(tokens.flatten(1), training_tokens.flatten(1))  # (N,)
+    lookup = nearest_by_cosine(tokens.flatten(1), training_tokens.flatten(1))  # (N,)
     thumbnails = pixel_features(images)
 
     encoder_figures, pixel_figures, frechet = [], [], []

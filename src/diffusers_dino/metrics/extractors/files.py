@@ -61,8 +61,7 @@ def require_local(name: str, weights: str | os.PathLike[str] | None, hint: str) 
     """
     if weights is None:
         raise ValueError(
-            f"The extractor {name} needs its weights (`--weights`, `--metric_weights`) from this machine, nothing is "
-            f"downloaded: {hint}"
+            f"The extractor {name} needs its weights (`weights`) from this machine, nothing is downloaded: {hint}"
         )
     path = Path(weights)
     if not path.exists():

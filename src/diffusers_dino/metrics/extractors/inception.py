@@ -12,7 +12,8 @@ import pickle
 import torch
 from torch import Tensor, nn
 
-from ...pixels import unit_to_uint8
+from ...extras import require
+from ...pixels import unit_to_uint8, with_channels
 from .base import FeatureExtractor, FeatureSpec
 from .files import checked_sha256, require_local
 
@@ -32,7 +33,7 @@ class _Inception(nn.Module):
         self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.network(unit_to_uint8(images.expand(-1, 3, -1, -1)))[0]
+        return self.network(unit_to_uint8(with_channels(images, 3)))[0]
 
 
 def open_inception(
@@ -52,13 +53,11 @@ def open_inception(
     """
     path = require_local("inception", weights, _HINT)
     found = checked_sha256(path, sha256 or _PUBLISHED_SHA256)
-    try:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except ImportError as error:
-        raise ImportError("The extractor inception needs torch-fidelity: pip install diffusers-dino[eval]") from error
+    module = "torch_fidelity.feature_extractor_inceptionv3"
+    make = require(module, "eval", "The extractor inception needs torch-fidelity").FeatureExtractorInceptionV3
     try:
         torch.load(path, map_location="cpu", weights_only=True)  # torch-fidelity would also unpickle code
-        network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
+        network = make("inception", ["2048"], feature_extractor_weights_path=str(path))
     except (pickle.UnpicklingError, RuntimeError) as error:
         raise ValueError(f"{path} does not hold the weights of this Inception: {error}") from error
     resize = "bilinear as in TensorFlow 1, not antialiased"

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ...pixels import resize_unit
+from ...pixels import resize_unit, with_channels
 from .base import FeatureExtractor, FeatureSpec
 from .files import checked_sha256
 
@@ -32,8 +32,7 @@ class _Pooled(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        channels = self.mean.shape[1]
-        x = images.mean(dim=1, keepdim=True) if channels == 1 else images.expand(-1, channels, -1, -1)
+        x = with_channels(images, self.mean.shape[1])
         return self.model((resize_unit(x, self.size, self.resample) - self.mean) / self.std)
 
 

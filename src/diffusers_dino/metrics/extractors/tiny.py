@@ -1,13 +1,13 @@
 """A small convolutional network for runs without published weights.
 
-Its weights lie beside the phantoms that it was trained on, `examples/data/tiny-extractor`, with their card. It shares
-nothing with a conditioner but those: another architecture, another objective, one channel.
-`examples/train_tiny_extractor.py` trained it, and trains one on your images.
+Its own weights are in this package, `weights/tiny.safetensors`, with a card. It shares nothing with the bundled
+conditioner but the phantoms that both were trained on: another architecture, another objective, one channel.
 """
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -15,17 +15,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...pixels import resize_unit
+from ...pixels import resize_unit, with_channels
 from .base import FeatureExtractor, FeatureSpec
 from .files import checked_sha256, require_local
 
-__all__ = ["TinyNetwork", "open_tiny"]
+__all__ = ["TINY_WEIGHTS", "TinyNetwork", "open_tiny"]
 
+TINY_WEIGHTS = Path(__file__).parent / "weights" / "tiny.safetensors"
 _SIZE, _DIM = 64, 64
-_HINT = (
-    "give examples/data/tiny-extractor/tiny.safetensors of the repository, or what `python "
-    "examples/train_tiny_extractor.py` has made of your images."
-)
+_HINT = "give a file of this network, or none for the weights that come with this package."
 
 
 class TinyNetwork(nn.Module):
@@ -46,22 +44,21 @@ class TinyNetwork(nn.Module):
 
     def pooled(self, images: Tensor) -> Tensor:
         """What the linear layer sees, `(N, 768)`."""
-        gray = images.mean(dim=1, keepdim=True)
-        x = (resize_unit(gray, _SIZE, "bilinear") - 0.5) / 0.25  # (N, 1, 64, 64)
+        x = (resize_unit(with_channels(images, 1), _SIZE, "bilinear") - 0.5) / 0.25  # (N, 1, 64, 64)
         x = F.relu(self.second(F.relu(self.first(x))))  # (N, 48, 16, 16)
         return F.avg_pool2d(x, 4).flatten(1)
 
 
 def open_tiny(
-    weights: str | os.PathLike[str] | None, device: torch.device | str = "cpu", sha256: str | None = None
+    weights: str | os.PathLike[str] | None = None, device: torch.device | str = "cpu", sha256: str | None = None
 ) -> FeatureExtractor:
-    """The extractor, from a file that `examples/train_tiny_extractor.py` wrote.
+    """The extractor, from a file of its weights or those that come with this package.
 
     Raises:
-        ValueError: If no file is given, it holds something else, or its hash is not what it should be.
+        ValueError: If the file holds something else, or its hash is not what it should be.
         FileNotFoundError: If there is no such file.
     """
-    path = require_local("tiny", weights, _HINT)
+    path = TINY_WEIGHTS if weights is None else require_local("tiny", weights, _HINT)
     found = checked_sha256(path, sha256)
     network = TinyNetwork()
     try:

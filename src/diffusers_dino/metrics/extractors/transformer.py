@@ -10,7 +10,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from ...encoders import Encoder, EncoderSpec, load_encoder
-from ...pixels import resize_unit
+from ...pixels import resize_unit, with_channels
 from .base import FeatureExtractor, FeatureSpec
 from .files import folder_sha256
 
@@ -28,7 +28,7 @@ class _ClassToken(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         spec = self.encoder.spec
-        prefix, patches = self.encoder(resize_unit(images.expand(-1, 3, -1, -1), spec.size, spec.resample))
+        prefix, patches = self.encoder(resize_unit(with_channels(images, 3), spec.size, spec.resample))
         return prefix[:, 0] if self.encoder.has_class_token else patches.mean(dim=1)
 
 

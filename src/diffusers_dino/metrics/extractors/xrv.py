@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import DenseNet
 
+from ...extras import require
 from ...files import atomic_write, sha256_of
 from ...pixels import unit_to_xrv
 from .base import FeatureExtractor, FeatureSpec
@@ -32,9 +33,7 @@ __all__ = ["PUBLISHED_SHA256", "XrvNetwork", "convert_xrv_weights", "open_xrv"]
 # bytes) in torchxrayvision's release v1. The authors publish no hash; projects that use the file agree on this one.
 PUBLISHED_SHA256 = "56524913dd16a906422e8d8b66a7a5c46be1d82eb7ac012d8103776f1aa68899"
 _SIZE, _DIM = 224, 1024
-_HINT = (
-    "fetch torchxrayvision's published file, convert it with `python examples/convert_xrv.py`, and give the result."
-)
+_HINT = "fetch torchxrayvision's published file, convert it with `convert_xrv_weights`, and give the result."
 
 
 class XrvNetwork(nn.Module):
@@ -64,7 +63,7 @@ def open_xrv(
     """
     path = require_local("xrv", weights, _HINT)
     if path.suffix != ".safetensors":
-        raise ValueError(f"The extractor xrv reads safetensors alone, got {path.name}: {_HINT}")
+        raise ValueError(f"The extractor xrv reads only safetensors, got {path.name}: {_HINT}")
     found = checked_sha256(path, sha256)
     network = XrvNetwork()
     try:
@@ -120,11 +119,8 @@ def _require_published(source: Path) -> None:
 
 
 def _unpickle(path: Path, found: str) -> Any:
-    """The model, by torch's reader that builds known classes alone. The published file may be read by any means."""
-    try:
-        from torchxrayvision import models
-    except ImportError as error:
-        raise ImportError("Reading torchxrayvision's file needs it: pip install diffusers-dino[eval]") from error
+    """The model, by torch's reader, which builds only known classes. The published file may be read by any means."""
+    models = require("torchxrayvision.models", "eval", "Reading torchxrayvision's file needs it")
     known = [value for value in vars(models).values() if isinstance(value, type) and issubclass(value, nn.Module)]
     known += [value for value in vars(nn).values() if isinstance(value, type)] + [set]
     try:
@@ -132,7 +128,7 @@ def _unpickle(path: Path, found: str) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
         if found != PUBLISHED_SHA256:
-            raise ValueError(f"{path} is no model of torchxrayvision, or more than one: {error}") from error
+            raise ValueError(f"{path} is not a model of torchxrayvision, or more than one: {error}") from error
         return torch.load(path, map_location="cpu", weights_only=False)  # what torchxrayvision itself does with it
 
 
@@ -146,7 +142,7 @@ def _tensors_of(model: Any) -> dict[str, Tensor]:
 
 
 def _load(network: XrvNetwork, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Fill the network; the classifier is of no use here."""
+    """Fill the network; the classifier is not needed here."""
     state = {name: value for name, value in tensors.items() if name.startswith("features.")}
     try:
         network.load_state_dict(state)

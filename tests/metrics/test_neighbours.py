@@ -5,13 +5,13 @@ import torch
 from torch.nn import functional as F
 
 from diffusers_dino.metrics import neighbours
-from diffusers_dino.metrics.extractors.local_contrast import local_contrast_features
+from diffusers_dino.metrics.bootstrap import share_interval
+from diffusers_dino.metrics.extractors.thumbnails import local_contrast_features
 from diffusers_dino.metrics.neighbours import (
     authenticity,
     calibrate_threshold,
     nearest_training,
     relative_distances,
-    share_interval,
     typical_distances,
 )
 

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from diffusers_dino.metrics.comparison import auroc_draws, corrected_t_test, draw_weights, holm
+from diffusers_dino.metrics.auroc import auroc_draws, corrected_t_test, draw_weights, holm
 
 
 def coarse_predictions(n: int = 80, labels: int = 2, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -58,7 +58,7 @@ def test_draws_in_pieces_are_those_of_one_piece(monkeypatch):
     scores, targets = coarse_predictions()
     weights = np.random.default_rng(1).integers(0, 4, (7, len(scores)))
     whole = auroc_draws(scores, targets, weights)
-    monkeypatch.setattr("diffusers_dino.metrics.comparison._CHUNK", 2 * len(scores))
+    monkeypatch.setattr("diffusers_dino.metrics.auroc._CHUNK", 2 * len(scores))
     np.testing.assert_array_equal(auroc_draws(scores, targets, weights), whole)
 
 

@@ -1,0 +1,89 @@
+"""What the evaluation modules share: their description, rows of features in, a reference from memory or a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusers_dino.metrics import FeatureSet, GaussianStatistics
+
+__all__ = ["FeatureModule", "reference_features", "reference_statistics", "to_tensor"]
+
+_FROM_FILE = "from_file"  # configuration of a module whose reference is a file
+_REFERENCES = """
+    references: features of as many real images, (N, D). With evaluate.load(path, "from_file") they are left out.
+    reference_file: then, a file of a `FeatureSet`{statistics}."""
+
+
+class FeatureModule(evaluate.Metric):
+    """A figure of features. The docstring of a module says what it measures.
+
+    Attributes:
+        published: Where it was published.
+        returns: The names of its figures.
+        arguments: Lines on arguments of its own.
+        paired: Whether it has references at all.
+        takes_statistics: Whether a reference may be a file of `GaussianStatistics`.
+    """
+
+    published: str
+    returns: str
+    arguments = ""
+    paired = True
+    takes_statistics = False
+
+    def _info(self) -> evaluate.MetricInfo:
+        row = datasets.Sequence(datasets.Value("float32"))
+        columns = {"predictions": row}
+        if self.paired and self.config_name != _FROM_FILE:
+            columns["references"] = row
+        statistics = " or of `GaussianStatistics`" if self.takes_statistics else ""
+        references = _REFERENCES.format(statistics=statistics) if self.paired else ""
+        usage = f"Args:\n    predictions: features of the generated images, (N, D).{references}{self.arguments}"
+        return evaluate.MetricInfo(
+            description=type(self).__doc__,
+            citation=self.published,
+            inputs_description=f"{usage}\nReturns:\n    {self.returns}.\n",
+            features=datasets.Features(columns),
+        )
+
+
+def to_tensor(rows: Any) -> Tensor:
+    """Rows as `evaluate` hands them over, as a tensor `(N, D)`.
+
+    Raises:
+        ValueError: If the rows differ in length.
+    """
+    lengths = {len(row) for row in rows}
+    if len(lengths) > 1:
+        raise ValueError(f"All features have one width, got rows of {', '.join(map(str, sorted(lengths)))} numbers.")
+    return torch.from_numpy(np.stack([np.asarray(row, np.float32) for row in rows]))
+
+
+def reference_features(references: Any, reference_file: str | Path | None) -> Tensor:
+    """The reference from its rows, or from a `FeatureSet` file.
+
+    Raises:
+        ValueError: If neither or both are given.
+    """
+    if references is None and reference_file is None:
+        raise ValueError(f"compute() of the configuration {_FROM_FILE!r} needs `reference_file`, a file of features.")
+    if references is not None and reference_file is not None:
+        raise ValueError(f'For a reference from a file, load the module with evaluate.load(path, "{_FROM_FILE}").')
+    return to_tensor(references) if references is not None else FeatureSet.load(reference_file).features
+
+
+def reference_statistics(references: Any, reference_file: str | Path | None) -> GaussianStatistics | Tensor:
+    """As `reference_features`, but the file may be one of `GaussianStatistics`, too."""
+    if references is None and reference_file is not None:
+        try:
+            return GaussianStatistics.load(reference_file)
+        except ValueError:
+            pass  # another kind of file
+    return reference_features(references, reference_file)
