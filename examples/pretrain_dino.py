@@ -1,4 +1,4 @@
-"""Pretrain a small DINO encoder from unlabelled images by self-distillation, for sites that start from nothing else.
+"""Pretrain a small DINO encoder from unlabelled images by self-distillation, for sites that have nothing else.
 
     accelerate launch examples/pretrain_dino.py examples/configs/tiny_dino.yaml --train_data_dir /data/cxr
 
@@ -22,11 +22,18 @@ from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from diffusers_dino import DinoImageConditioner
 from diffusers_dino.cli.arguments import flag, parse_arguments
-from diffusers_dino.cli.image_flags import open_training_images
-from diffusers_dino.cli.stage import Stage, StageArguments, make_accelerator
+from diffusers_dino.cli.training_flags import (
+    ImageArguments,
+    RunArguments,
+    make_accelerator,
+    make_run,
+    open_training_images,
+)
 from diffusers_dino.data import ImageDataset
+from diffusers_dino.extras import require
 from diffusers_dino.hub.record import write_record_and_card
 from diffusers_dino.seeds import generator_for
+from diffusers_dino.training.features import evenly_spread
 from diffusers_dino.training.self_distillation import (
     Crops,
     DistillationNetwork,
@@ -35,19 +42,17 @@ from diffusers_dino.training.self_distillation import (
     update_teacher,
 )
 
-try:
-    from lightly.loss import KoLeoLoss
-    from lightly.loss.swav_loss import sinkhorn
-    from lightly.models.modules import DINOProjectionHead
-    from lightly.utils.scheduler import cosine_schedule
-except ImportError as error:
-    raise ImportError("Pretraining an encoder needs lightly: pip install diffusers-dino[train]") from error
+require("lightly.loss", "train", "Pretraining an encoder needs lightly")
+from lightly.loss import KoLeoLoss  # noqa: E402
+from lightly.loss.swav_loss import sinkhorn  # noqa: E402
+from lightly.models.modules import DINOProjectionHead  # noqa: E402
+from lightly.utils.scheduler import cosine_schedule  # noqa: E402
 
 logger = logging.getLogger("pretrain_dino")
 
 
 @dataclass
-class Arguments(StageArguments):
+class Arguments(RunArguments, ImageArguments):
     pretrained_model_name_or_path: str | None = flag(
         None, "DINOv2 with registers to continue from; else a new one.", group="Encoder"
     )
@@ -75,7 +80,7 @@ class Arguments(StageArguments):
     koleo_weight: float = flag(0.1, "Weight of the spread of features within the batch of a device.")
     teacher_momentum: float = flag(0.99, "Of the moving average; rises to 1 along a cosine.")
     diagnosis_steps: int = flag(
-        200, "Updates between diagnoses of collapse; 0 diagnoses at the end alone.", group="Diagnosis"
+        200, "Updates between diagnoses of collapse; 0 diagnoses only at the end.", group="Diagnosis"
     )
     min_effective_rank: float = flag(2.0, "Stop with an error if the features of the teacher have a lower rank.")
     num_statistics_images: int = flag(1024, "Images that statistics of the tokens are taken from.", group="Result")
@@ -91,10 +96,10 @@ def main() -> None:
     student, teacher = make_networks(args, config)
     teacher.to(accelerator.device)
     koleo = KoLeoLoss()
-    stage = Stage(args, accelerator, student, images, augmentation=None, companions=(teacher,))
+    run = make_run(args, accelerator, student, images, companions=(teacher,))
     logger.info(
         f"Training {sum(p.numel() for p in teacher.encoder.parameters()) / 1e6:.2f} M weights on {len(images)} "
-        f"images: {stage.total} updates of {stage.batch_size} images"
+        f"images: {run.total} updates of {run.images_per_update} images"
     )
 
     def compute_loss(pixels: Tensor, generator: torch.Generator) -> Tensor:
@@ -105,34 +110,34 @@ def main() -> None:
         with torch.no_grad(), accelerator.autocast():
             answers = teacher(views[:1])[1].float()
         targets = sinkhorn(answers, epsilon=args.teacher_temperature, gather_distributed=True)
-        features, logits = stage.model(views)
+        features, logits = run.model(views)
         spread = sum(koleo(view.float()) for view in features.split(num_images)) / 2
         distillation = cross_view_loss(logits, targets, num_images, args.student_temperature)
         return distillation + args.koleo_weight * spread
 
-    for batches in stage.updates():
+    for batches in run.updates():
         losses = []
         for batch in batches:
             pixels = batch["image"].to(accelerator.device, non_blocking=True)
-            # Draws depend on (seed, place in the run) alone, so that a resumed run repeats them.
+            # Draws depend only on (seed, place in the run), so that a resumed run repeats them.
             generator = generator_for(args.seed, "crops", batch["position"][0])
-            with accelerator.accumulate(stage.model):
+            with accelerator.accumulate(run.model):
                 loss = compute_loss(pixels, generator)
                 accelerator.backward(loss)
             losses.append(loss.detach())
-        stage.update(losses, batches[-1]["key"])
-        momentum = cosine_schedule(stage.step, stage.total, args.teacher_momentum, 1.0)
-        update_teacher(teacher, accelerator.unwrap_model(stage.model), momentum)
-        if args.diagnosis_steps and stage.step % args.diagnosis_steps == 0:
-            diagnose(args, teacher, images, stage.step)
-    if stage.step < stage.total:
-        logger.info(f"Stopped after {stage.step} updates. Go on with --resume_from_checkpoint=latest.")
+        run.update(losses, batches[-1]["key"])
+        momentum = cosine_schedule(run.step, run.total, args.teacher_momentum, 1.0)
+        update_teacher(teacher, accelerator.unwrap_model(run.model), momentum)
+        if args.diagnosis_steps and run.step % args.diagnosis_steps == 0:
+            diagnose(args, teacher, images, run.step)
+    if run.step < run.total:
+        logger.info(f"Stopped after {run.step} updates. Go on with --resume_from_checkpoint=latest.")
     else:
-        diagnosis = diagnose(args, teacher, images, stage.step)
+        diagnosis = diagnose(args, teacher, images, run.step)
         if accelerator.is_main_process:
             save_result(args, teacher, images, large.size, diagnosis)
             base_models = [args.pretrained_model_name_or_path]
-            write_record_and_card(args, Path(args.output_dir).resolve().name, len(images), stage.step, base_models)
+            write_record_and_card(args, Path(args.output_dir).resolve().name, len(images), run.step, base_models)
     accelerator.end_training()
 
 
@@ -154,7 +159,7 @@ def make_crops(args: Arguments, patch_size: int) -> tuple[Crops, Crops]:
     image_size = args.image_size or args.resolution
     for name, size in (("--image_size", image_size), ("--local_crop_size", args.local_crop_size)):
         if size % patch_size:
-            raise ValueError(f"{name} {size} is no multiple of --patch_size {patch_size}.")
+            raise ValueError(f"{name} {size} is not a multiple of --patch_size {patch_size}.")
     large = Crops(image_size, (args.min_global_crop, args.max_global_crop), exposure=args.exposure)
     small = Crops(args.local_crop_size, (args.min_local_crop, args.max_local_crop), exposure=args.exposure)
     return large, small
@@ -188,9 +193,8 @@ def diagnose(args: Arguments, teacher: DistillationNetwork, images: ImageDataset
     """
     device = next(teacher.parameters()).device
     size = args.image_size or args.resolution
-    chosen = [images[i]["image"] for i in range(0, len(images), max(1, len(images) // 256))]
     whole = Crops(size, (1.0, 1.0), ratio=1.0, exposure=0.0)
-    views = [whole(image[None].to(device), torch.Generator()) for image in chosen]
+    views = [whole(image[None].to(device), torch.Generator()) for image in evenly_spread(images, 256)]
     features = torch.cat([teacher.embed(view).float().cpu() for view in views])
     finding = {
         "step": step,
@@ -202,7 +206,7 @@ def diagnose(args: Arguments, teacher: DistillationNetwork, images: ImageDataset
     logger.info(
         f"step {step}: std of the tokens over images {finding['token_std']:.3f}, effective rank "
         f"{finding['effective_rank']:.1f} of {features.shape[1]} features (a loss of ln K = {finding['ln_k']:.2f} "
-        "means that the student knows nothing yet)"
+        "is what an untrained student has)"
     )
     if not finding["token_std"] > 1e-2 or finding["effective_rank"] < args.min_effective_rank:
         raise RuntimeError(
@@ -224,8 +228,7 @@ def save_result(
         std=[args.pixel_std] * 3,
         source=Path(args.output_dir).resolve().name,
     )
-    chosen = range(0, len(images), max(1, len(images) // args.num_statistics_images))
-    conditioner.fit_normalization((images[i]["image"] for i in chosen), args.slot_offset)
+    conditioner.fit_normalization(evenly_spread(images, args.num_statistics_images), args.slot_offset)
     conditioner.save_pretrained(args.output_dir)
     Path(args.output_dir, "diagnosis.json").write_text(json.dumps(diagnosis, indent=1))
     logger.info(f"The conditioner is in {args.output_dir}: {conditioner.num_tokens} tokens of {conditioner.token_dim}")

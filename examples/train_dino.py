@@ -21,53 +21,49 @@ from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 
-from diffusers_dino import DinoDiffusionPipeline, DinoImageConditioner, data
+from diffusers_dino import DinoDiffusionPipeline, data
 from diffusers_dino.cli.arguments import flag, parse_arguments
-from diffusers_dino.cli.image_flags import ImageArguments, open_training_images
+from diffusers_dino.cli.training_flags import (
+    FeatureArguments,
+    RunArguments,
+    check_frozen_models,
+    load_frozen,
+    open_views,
+)
 from diffusers_dino.files import make_writable_folder
 from diffusers_dino.hub import upload
 from diffusers_dino.hub.record import write_record_and_card
-from diffusers_dino.latents import VAE
-from diffusers_dino.training import checkpoints, models, objective, validation
+from diffusers_dino.training import checkpoints, models, objective, optim, validation
 from diffusers_dino.training.feature_cache import Recipe, open_feature_cache
 from diffusers_dino.training.features import FeatureEncoder, Views, cache_in_memory
 from diffusers_dino.training.interruption import Interruption
-from diffusers_dino.training.progress import Progress
+from diffusers_dino.training.progress import Progress, check_tracker
 from diffusers_dino.training.state import TrainingState
 
 logger = logging.getLogger("train_dino")
 
 
 @dataclass
-class Arguments(ImageArguments):
-    resolution: int = flag(512, "Side of the images in pixels.")
-    augment: bool = flag(True, "Show a random view of an image in each epoch.")
-    sharpness: float = flag(1.0, "Largest weight of the random unsharp mask.")
-    shear: float = flag(0.05, "Largest shear, as a fraction of the side.")
-    translation: float = flag(0.05, "Largest shift, as a fraction of the side.")
-    min_scale: float = flag(0.9, "Smallest magnification.")
-    max_scale: float = flag(1.4, "Largest magnification.")
-    cache_views: int = flag(0, "Encode this many views of each image once, in memory; 0 makes new ones each epoch.")
-    cache_batch_size: int = flag(32, "Views encoded at once for --cache_views.")
-    feature_cache: str | None = flag(None, "Folder that cache_features.py has made: train on the views in it.")
-    random_flip: bool = flag(False, "Mirror half of the images. It exchanges the patient's sides.")
-    pretrained_model_name_or_path: str | None = flag(
-        None, "Stable Diffusion to take VAE, UNet and scheduler from.", group="Models"
+class Arguments(RunArguments, FeatureArguments):
+    """Flags of images, views and frozen models, then those of the run, then these; a repeated one sets its default."""
+
+    learning_rate: float = flag(1e-4, "After warm-up.")
+    lr_scheduler: str = flag("constant_with_warmup", "One of diffusers', such as constant, cosine, linear.")
+    lr_warmup_steps: int = flag(500, "Updates of warm-up.")
+    adam_beta2: float = flag(0.999, "Second moment's decay.")
+    adam_weight_decay: float = flag(1e-2, "Weight decay.")
+    output_dir: str = flag(
+        "dino-diffusion", "Where pipeline, checkpoints, pictures and train_log.jsonl go.", group="Output"
     )
-    revision: str | None = flag(None, "Its revision on the Hub.")
-    variant: str | None = flag(None, "Its variant, such as fp16.")
-    pretrained_pipeline: str | None = flag(None, "DinoDiffusionPipeline to continue from; needed for LoRA.")
-    vae: str | None = flag(None, "VAE, in place of the pretrained model's.")
-    unet: str | None = flag(None, "UNet, in place of the pretrained model's.")
+    push_to_hub: bool = flag(False, "Upload the result and its card, with the token of `hf auth login` or HF_TOKEN.")
+    hub_model_id: str | None = flag(None, "Repository (private if new); by default named as --output_dir.")
+    report_to: str | None = flag(None, "Tracker: tensorboard, wandb, or all that are installed.")
+    tracker_project_name: str = flag("diffusers-dino", "Project name for the tracker.")
+    unet: str | None = flag(None, "UNet, in place of the pretrained model's.", group="UNet and noise schedule")
     unet_config: str | None = flag(None, "Train a new UNet of this config (JSON file, folder or Hub id).")
     qk_init_scale: float = flag(1.0, "Factor of a new UNet's query and key weights.")
-    conditioner: str | None = flag(None, "Saved DinoImageConditioner.")
-    encoder: list[str] | None = flag(None, "DINO encoder(s) to make a conditioner of.")  # noqa: RUF009
-    tokens: Literal["global", "cls", "patch", "all"] | None = flag(None, "By default global, or --conditioner's.")
-    projection_dim: int | None = flag(None, "Project the tokens of --encoder to this width.")
-    normalize_tokens: int = flag(0, "Standardise tokens with statistics of this many training images; 0 does not.")
     scheduler: str | None = flag(None, "Config of the noise schedule, in place of Stable Diffusion's.")
-    prediction_type: str | None = flag(None, "epsilon, v_prediction or sample, in place of the schedule's.")
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = flag(None, "In place of the schedule's.")
     rescale_betas_zero_snr: bool = flag(False, "End the schedule at pure noise; needs v_prediction.")
     rank: int | None = flag(None, "Train a LoRA of this rank on --pretrained_pipeline.")
     lora_alpha: float | None = flag(None, "Scale of the LoRA; the rank by default.")
@@ -76,27 +72,14 @@ class Arguments(ImageArguments):
     )
     snr_gamma: float | None = flag(None, "Min-SNR weighting of the loss; 5.0 is its authors' choice.")
     noise_offset: float = flag(0.0, "Strength of noise that is constant over a channel.")
-    seed: int = flag(0, "Seed of everything random.", group="Optimisation")
-    train_batch_size: int = flag(16, "Images per device and forward pass.")
-    gradient_accumulation_steps: int = flag(1, "Forward passes per update.")
-    num_train_epochs: float = flag(100, "Length of training.")
-    max_train_steps: int | None = flag(None, "Length of training in updates, in place of epochs.")
-    learning_rate: float = flag(1e-4, "After warm-up.")
-    scale_lr: bool = flag(False, "Multiply the learning rate by the number of images per update.")
-    lr_scheduler: str = flag("constant_with_warmup", "One of diffusers', such as constant, cosine, linear.")
-    lr_warmup_steps: int = flag(500, "Updates of warm-up.")
+    scale_lr: bool = flag(
+        False, "Multiply the learning rate by the number of images per update.", group="More of the optimisation"
+    )
     use_8bit_adam: bool = flag(False, "bitsandbytes' AdamW.")
-    adam_beta1: float = flag(0.9, "First moment's decay.")
-    adam_beta2: float = flag(0.999, "Second moment's decay.")
-    adam_weight_decay: float = flag(1e-2, "Weight decay.")
     adam_epsilon: float = flag(1e-8, "Epsilon of Adam.")
-    max_grad_norm: float = flag(1.0, "Gradients are clipped to this norm.")
     use_ema: bool = flag(False, "Average the weights; samples and the final pipeline use the average.")
     ema_decay: float = flag(0.9999, "Decay of the average.")
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(
-        None, "In place of accelerate's configuration.", group="Speed and memory"
-    )
-    allow_tf32: bool = flag(False, "TF32 matrix products on Ampere and later.")
+    allow_tf32: bool = flag(False, "TF32 matrix products on Ampere and later.", group="Speed and memory")
     gradient_checkpointing: bool = flag(False, "Save memory, compute activations twice.")
     enable_xformers_memory_efficient_attention: bool = flag(False, "xformers in place of PyTorch's attention.")
     torch_compile: bool = flag(False, "Compile the UNet.")
@@ -114,18 +97,6 @@ class Arguments(ImageArguments):
     metric_weights: str | None = flag(None, "Its weights: a local file or folder.")
     metric_steps: int = flag(0, "Updates between measurements on unseen images; 0 measures nothing.")
     metric_num_images: int = flag(256, "Images to generate for a measurement.")
-    output_dir: str = flag(
-        "dino-diffusion", "Where pipeline, checkpoints, pictures and train_log.jsonl go.", group="Output"
-    )
-    checkpointing_steps: int = flag(500, "Updates between checkpoints; 0 writes none.")
-    checkpointing_minutes: float = flag(0.0, "Minutes between checkpoints; 0 goes by updates alone.")
-    checkpoints_total_limit: int | None = flag(None, "Keep the newest checkpoints alone.")
-    resume_from_checkpoint: str | None = flag(None, "A checkpoint, or `latest`: the newest complete one.")
-    logging_steps: int = flag(50, "Updates between lines of progress where there is no terminal.")
-    report_to: str | None = flag(None, "Tracker: tensorboard, wandb, or all that are installed.")
-    tracker_project_name: str = flag("diffusers-dino", "Project name for the tracker.")
-    push_to_hub: bool = flag(False, "Upload the result and its card, with the token of `hf auth login` or HF_TOKEN.")
-    hub_model_id: str | None = flag(None, "Repository (private if new); by default named as --output_dir.")
 
 
 def main() -> None:
@@ -135,7 +106,7 @@ def main() -> None:
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
-        log_with=models.check_tracker(args.report_to),
+        log_with=check_tracker(args.report_to),
         project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(output_dir / "logs")),
     )
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -166,15 +137,27 @@ def main() -> None:
         pipe.unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
         models.enable_xformers(pipe.unet)
-    batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    total_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(views) / batch_size)
-    learning_rate = args.learning_rate * (batch_size if args.scale_lr else 1)
-    betas = (args.adam_beta1, args.adam_beta2)
-    adam = {"lr": learning_rate, "betas": betas, "weight_decay": args.adam_weight_decay, "eps": args.adam_epsilon}
-    optimizer = models.make_adamw(trainable, args.use_8bit_adam, **adam)
-    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, None, args.lr_warmup_steps, total_steps)
-    ema_decay = args.ema_decay if args.use_ema else None
-    state = TrainingState(accelerator, pipe.unet, optimizer, lr_scheduler, ema_decay, lora=args.rank is not None)
+    images_per_update = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    total_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(views) / images_per_update)
+    optimizer = optim.make_adamw(
+        trainable,
+        lr=args.learning_rate * (images_per_update if args.scale_lr else 1),
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+        eight_bit=args.use_8bit_adam,
+    )
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=total_steps
+    )
+    state = TrainingState(
+        accelerator,
+        pipe.unet,
+        optimizer,
+        lr_scheduler,
+        ema_decay=args.ema_decay if args.use_ema else None,
+        lora=args.rank is not None,
+    )
     if args.torch_compile:
         pipe.unet.compile()
     accelerator.init_trackers(args.tracker_project_name, {name: str(value) for name, value in asdict(args).items()})
@@ -182,7 +165,8 @@ def main() -> None:
         f"Training {sum(p.numel() for p in trainable) / 1e6:.2f} M weights on {len(views)} images: {total_steps} "
         f"steps of {accelerator.num_processes} x {args.train_batch_size} x {args.gradient_accumulation_steps}"
     )
-    if (step := train(args, pipe, views, encode, state, total_steps)) < total_steps:
+    step = train(args, pipe, views, encode, state, total_steps)
+    if step < total_steps:
         logger.info(f"Stopped after {step} updates. Go on with --resume_from_checkpoint=latest.")
     elif accelerator.is_main_process:
         save_result(args, pipe, state, step, len(views.images))
@@ -195,50 +179,67 @@ def train(
     views: Views,
     encode: FeatureEncoder,
     state: TrainingState,
-    total: int,
+    total_steps: int,
 ) -> int:
-    """The loop. Returns the number of updates done, less than `total` if a signal asked to stop."""
+    """The loop. Returns the number of updates done, less than `total_steps` if a signal asked to stop."""
     accelerator, trainable = state.accelerator, list(state.trainable.values())
     step, position, stop = 0, 0, False  # updates of the weights, and images that they were made from
     provenance = checkpoints.describe_run(args.seed, views.images.preprocessing, args.shuffle_window_shards)
     if args.resume_from_checkpoint:
-        found = checkpoints.resume_run(accelerator, args.output_dir, args.resume_from_checkpoint, **provenance)
+        found = checkpoints.resume_run(accelerator, args.output_dir, args.resume_from_checkpoint, provenance)
         step, position = (found.step, found.info["position"]) if found else (0, 0)
         logger.info(f"Continuing from {found.path}" if found else "There is no checkpoint: starting anew")
     # The loader stays out of `accelerator.prepare`: its sampler already gives each process its own share.
-    processes = accelerator.num_processes, accelerator.process_index
-    order = views.images.order(args.shuffle_window_shards)
-    sampler = data.GlobalBatchSampler(len(views), args.train_batch_size, args.seed, *processes, position, order=order)
+    sampler = data.GlobalBatchSampler(
+        len(views),
+        args.train_batch_size,
+        args.seed,
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+        start=position,
+        order=views.images.order(args.shuffle_window_shards),
+    )
     batches = data.load_batches(views, sampler, args.dataloader_num_workers, accelerator.device)
     validator = make_validator(args, pipe, state, views.images)
-    log_file = Path(args.output_dir, "train_log.jsonl")
-    batch_size = sampler.global_batch_size * args.gradient_accumulation_steps
-    progress = Progress(accelerator, log_file, total, step, batch_size, args.logging_steps)
+    images_per_update = sampler.global_batch_size * args.gradient_accumulation_steps
+    progress = Progress(
+        accelerator,
+        Path(args.output_dir, "train_log.jsonl"),
+        total_steps,
+        start=step,
+        images_per_step=images_per_update,
+        every=args.logging_steps,
+    )
     interruption = Interruption(args.checkpointing_minutes if accelerator.is_main_process else 0)
-    while step < total and not stop:
-        loss = torch.zeros((), device=accelerator.device)
+    while step < total_steps and not stop:
+        loss_sum = torch.zeros((), device=accelerator.device)
         for _ in range(args.gradient_accumulation_steps):
             batch = next(batches)
             with accelerator.accumulate(state.model):
-                part = compute_loss(args, pipe, state.model, encode, batch)
-                accelerator.backward(part)
-                loss += part.detach() / args.gradient_accumulation_steps
+                loss = compute_loss(args, pipe, state.model, encode, batch)
+                accelerator.backward(loss)
+                loss_sum += loss.detach() / args.gradient_accumulation_steps
         # One exchange tells all processes the loss, and whether one of them wishes to stop or to save.
-        facts = torch.stack([loss, *loss.new_tensor(interruption.wishes())])
-        loss, stop, due = accelerator.reduce(facts, "mean").tolist()
+        exchanged = torch.stack([loss_sum, *loss_sum.new_tensor(interruption.wishes())])
+        mean_loss, stop, due = accelerator.reduce(exchanged, "mean").tolist()
         norm = accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
-        objective.check_finite(step + 1, loss, norm, batch["key"], accelerator.mixed_precision)
+        objective.check_finite(step + 1, mean_loss, norm, batch["key"], accelerator.mixed_precision)
         lr = state.lr_scheduler.get_last_lr()[0]
         state.optimizer.step()
         state.lr_scheduler.step()
         state.optimizer.zero_grad()
         state.update_average()
-        step, position = step + 1, position + batch_size
-        progress.update(loss, lr)
-        accelerator.log({"loss": loss, "lr": lr}, step=step)
+        step, position = step + 1, position + images_per_update
+        progress.update(mean_loss, lr)
+        accelerator.log({"loss": mean_loss, "lr": lr}, step=step)
         if stop or due or (args.checkpointing_steps and step % args.checkpointing_steps == 0):
-            facts = {"position": position, **provenance}
-            checkpoints.save_run(accelerator, args.output_dir, step, args.checkpoints_total_limit, **facts)
+            checkpoints.save_run(
+                accelerator,
+                args.output_dir,
+                step,
+                keep=args.checkpoints_total_limit,
+                info={"position": position, **provenance},
+            )
             interruption.saved()
         validator.run(step, progress.say)
     progress.close()
@@ -252,70 +253,61 @@ def compute_loss(
     encode: FeatureEncoder,
     batch: dict[str, Any],
 ) -> Tensor:
+    """The weighted squared error of what `model`, the UNet, predicts for a batch: a scalar."""
+    scheduler = pipe.scheduler
     mean, std, tokens = encode(batch)
-    num_timesteps, prediction_type = (pipe.scheduler.config[k] for k in ("num_train_timesteps", "prediction_type"))
-    draws = objective.draw_for_training(batch["position"], mean.shape[1:], num_timesteps, args.seed, args.noise_offset)
-    a = pipe.scheduler.alphas_cumprod[draws.timesteps].to(mean.device)
-    draws = draws.to(mean.device)
+    draws = objective.draw_for_training(
+        batch["position"],
+        latent_shape=mean.shape[1:],
+        num_train_timesteps=scheduler.config["num_train_timesteps"],
+        seed=args.seed,
+        noise_offset=args.noise_offset,
+    ).to(mean.device)
     latents = mean + std * draws.latent_noise
     null_tokens = pipe.conditioner.null_condition(1)
     tokens = objective.drop_condition(tokens, null_tokens, draws.drop, args.condition_dropout)
-    noisy = objective.add_noise(latents, draws.noise, a)
+    noisy = scheduler.add_noise(latents, draws.noise, draws.timesteps)
     prediction = model(noisy, draws.timesteps, encoder_hidden_states=tokens, return_dict=False)[0]
-    target = objective.prediction_target(latents, draws.noise, a, prediction_type)
-    weights = None if args.snr_gamma is None else objective.min_snr_weights(a, args.snr_gamma, prediction_type)
+    target = objective.prediction_target(scheduler, latents, draws.noise, draws.timesteps)
+    if args.snr_gamma is None:
+        return objective.weighted_mse(prediction, target)
+    alphas_cumprod = scheduler.alphas_cumprod[draws.timesteps]
+    weights = objective.min_snr_weights(alphas_cumprod, args.snr_gamma, scheduler.config["prediction_type"])
     return objective.weighted_mse(prediction, target, weights)
 
 
 def check_arguments(args: Arguments) -> None:
-    if [args.pretrained_pipeline, args.conditioner, args.encoder].count(None) != 2:
-        raise ValueError("Give one of --conditioner (a saved one), --encoder (to make one) and --pretrained_pipeline.")
+    check_frozen_models(args)
     if args.rank and not args.pretrained_pipeline:
         raise ValueError("A LoRA (--rank) is trained on a whole pipeline: give --pretrained_pipeline.")
-    if not (args.vae or args.pretrained_model_name_or_path or args.pretrained_pipeline):
-        raise ValueError("There is no VAE: give --vae, --pretrained_model_name_or_path or --pretrained_pipeline.")
     if args.metric_steps and not args.validation_data_dir:
         raise ValueError("Measuring (--metric_steps) needs unseen images: give --validation_data_dir.")
     args.in_memory &= args.feature_cache is None  # with a cache, hardly an image is read
 
 
-def open_views(args: Arguments) -> data.TrainingViews:
-    images = open_training_images(args)
-    scale = (args.min_scale, args.max_scale)
-    augmentation = data.Augmentation(args.sharpness, args.shear, args.translation, scale, 0.5 * args.random_flip)
-    return data.TrainingViews(images, augmentation if args.augment else None, args.seed)
-
-
-def load_frozen(args: Arguments, images: data.ImageDataset, device: torch.device) -> tuple[VAE, DinoImageConditioner]:
-    source = {"revision": args.revision, "variant": args.variant}
-    if whole := args.pretrained_pipeline:
-        conditioner = DinoImageConditioner.from_pretrained(whole, subfolder="conditioner", **source)
-        return models.load_vae(whole, **source), conditioner
-    if args.conditioner:
-        conditioner = DinoImageConditioner.from_pretrained(args.conditioner).with_tokens(args.tokens)
-    else:
-        options = {"tokens": args.tokens or "global", "projection_dim": args.projection_dim}
-        conditioner = DinoImageConditioner.from_encoder(args.encoder, **options)
-    if args.normalize_tokens:
-        chosen = range(0, len(images), max(1, len(images) // args.normalize_tokens))
-        conditioner.to(device).fit_normalization(images[i]["image"] for i in chosen)
-    base = args.pretrained_model_name_or_path
-    vae = models.load_vae(args.vae) if args.vae else models.load_vae(base, **source)
-    return vae, conditioner.to("cpu")
-
-
 def build_pipeline(args: Arguments, images: data.ImageDataset, device: torch.device) -> DinoDiffusionPipeline:
-    source = {"revision": args.revision, "variant": args.variant}
     if args.pretrained_pipeline:
-        pipe = DinoDiffusionPipeline.from_pretrained(args.pretrained_pipeline, **source)
+        pipe = DinoDiffusionPipeline.from_pretrained(
+            args.pretrained_pipeline, revision=args.revision, variant=args.variant
+        )
         if args.rank:
             models.add_lora(pipe.unet, args.rank, args.lora_alpha)
         return pipe
-    base = {"base": args.pretrained_model_name_or_path, **source}
-    unet = {"unet": args.unet, "unet_config": args.unet_config, "qk_init_scale": args.qk_init_scale}
-    noise = {"prediction_type": args.prediction_type, "zero_snr": args.rescale_betas_zero_snr}
-    parts = {"resolution": args.resolution, "scheduler": args.scheduler, **base, **unet, **noise}
-    return models.build_pipeline(*load_frozen(args, images, device), **parts)
+    vae, conditioner = load_frozen(args, images, device)
+    return models.build_pipeline(
+        vae,
+        conditioner,
+        resolution=args.resolution,
+        base=args.pretrained_model_name_or_path,
+        revision=args.revision,
+        variant=args.variant,
+        unet=args.unet,
+        unet_config=args.unet_config,
+        qk_init_scale=args.qk_init_scale,
+        scheduler=args.scheduler,
+        prediction_type=args.prediction_type,
+        zero_snr=args.rescale_betas_zero_snr,
+    )
 
 
 def make_validator(
@@ -323,11 +315,23 @@ def make_validator(
 ) -> validation.Validator:
     if args.validation_data_dir:
         images = data.open_images(args.validation_data_dir, images.preprocessing, max_unreadable=args.max_unreadable)
-    grid = validation.GridPlan(args.validation_steps, args.num_validation_images, args.num_validation_variations)
     metric = validation.open_metric(args.metric, args.metric_features, args.metric_weights, state.accelerator.device)
-    metric = validation.MetricPlan(args.metric_steps, args.metric_num_images, metric)
-    sampling = (args.train_batch_size, args.seed, args.validation_guidance_scale, args.validation_inference_steps)
-    return validation.Validator(pipe, state, args.output_dir, images, grid, metric, *sampling)
+    return validation.Validator(
+        pipe,
+        state,
+        args.output_dir,
+        images,
+        metric=metric,
+        grid_steps=args.validation_steps,
+        num_sources=args.num_validation_images,
+        num_variations=args.num_validation_variations,
+        metric_steps=args.metric_steps,
+        num_metric_images=args.metric_num_images,
+        batch_size=args.train_batch_size,
+        seed=args.seed,
+        guidance_scale=args.validation_guidance_scale,
+        num_inference_steps=args.validation_inference_steps,
+    )
 
 
 def save_setup(args: Arguments, pipe: DinoDiffusionPipeline, output_dir: Path) -> None:
@@ -339,14 +343,14 @@ def save_setup(args: Arguments, pipe: DinoDiffusionPipeline, output_dir: Path) -
 
 
 def save_result(
-    args: Arguments, pipe: DinoDiffusionPipeline, state: TrainingState, updates: int, num_images: int
+    args: Arguments, pipe: DinoDiffusionPipeline, state: TrainingState, num_updates: int, num_images: int
 ) -> None:
     state.save_for_use(args.output_dir)
     if not args.rank:
         pipe.save_config(args.output_dir)  # model_index.json makes the folder a pipeline
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     bases = [args.pretrained_pipeline, args.pretrained_model_name_or_path, args.unet, args.vae, args.conditioner]
-    write_record_and_card(args, name, num_images, updates, bases + (args.encoder or []))
+    write_record_and_card(args, name, num_images, num_updates, bases + (args.encoder or []))
     if args.push_to_hub:
         upload.push_folder(args.output_dir, name, private=True)
     logger.info(f"The result is in {args.output_dir}")

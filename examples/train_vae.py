@@ -1,4 +1,4 @@
-"""Train the autoencoder of a latent diffusion model from unlabelled images, for sites that start from nothing else.
+"""Train the autoencoder of a latent diffusion model from unlabelled images, for sites that have nothing else.
 
     accelerate launch examples/train_vae.py examples/configs/tiny_vae.yaml --train_data_dir /data/cxr
 
@@ -20,10 +20,16 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from diffusers_dino.cli.arguments import flag, parse_arguments
-from diffusers_dino.cli.image_flags import open_training_images
-from diffusers_dino.cli.stage import Stage, StageArguments, make_accelerator
-from diffusers_dino.data import Augmentation, ImageDataset, open_images
-from diffusers_dino.data.datasets import collate
+from diffusers_dino.cli.training_flags import (
+    AugmentationArguments,
+    ImageArguments,
+    RunArguments,
+    make_accelerator,
+    make_augmentation,
+    make_run,
+    open_training_images,
+)
+from diffusers_dino.data import ImageDataset, collate, open_images
 from diffusers_dino.hub.record import write_record_and_card
 from diffusers_dino.latents import vae_scale_factor
 from diffusers_dino.pixels import unit_to_vae, vae_to_unit
@@ -35,7 +41,8 @@ logger = logging.getLogger("train_vae")
 
 
 @dataclass
-class Arguments(StageArguments):
+class Arguments(RunArguments, AugmentationArguments, ImageArguments):
+    sharpness: float = flag(0.0, "Largest weight of the random unsharp mask.")
     vae: str | None = flag(None, "AutoencoderKL to continue from, in place of a new one.", group="Model")
     in_channels: Literal[1, 3] = flag(1, "Channels of the images: 1 for radiographs.")
     block_out_channels: list[int] = flag(  # noqa: RUF009
@@ -50,17 +57,11 @@ class Arguments(StageArguments):
     mse_weight: float = flag(2.0, "Weight of the squared error.")
     gradient_weight: float = flag(0.5, "Weight of the absolute error of the image's gradients.")
     kl_weight: float = flag(1e-4, "Weight of the divergence of the latents from the unit Gaussian, per element.")
-    augment: bool = flag(True, "Show a random view of an image in each epoch.", group="Augmentation")
-    sharpness: float = flag(0.0, "Largest weight of the random unsharp mask.")
-    shear: float = flag(0.05, "Largest shear, as a fraction of the side.")
-    translation: float = flag(0.05, "Largest shift, as a fraction of the side.")
-    min_scale: float = flag(0.9, "Smallest magnification.")
-    max_scale: float = flag(1.4, "Largest magnification.")
     validation_data_dir: str | None = flag(
         None, "Unseen images; else the last of --train_data_dir are held out.", group="Validation"
     )
     num_validation_images: int = flag(16, "Images to reconstruct; keys in order keep a patient's images together.")
-    validation_steps: int = flag(500, "Updates between validations; 0 validates at the end alone.")
+    validation_steps: int = flag(500, "Updates between validations; 0 validates only at the end.")
     num_statistics_images: int = flag(1024, "Training images that the statistics of the latents are taken from.")
 
 
@@ -70,31 +71,29 @@ def main() -> None:
     images, held_out = split_images(args, open_training_images(args))
     vae = make_vae(args)
     loss_function = ReconstructionLoss(args.l1_weight, args.mse_weight, args.gradient_weight, args.kl_weight)
-    scale = (args.min_scale, args.max_scale)
-    augmentation = Augmentation(args.sharpness, args.shear, args.translation, scale) if args.augment else None
-    stage = Stage(args, accelerator, AutoencodingNetwork(vae), images, augmentation)
+    run = make_run(args, accelerator, AutoencodingNetwork(vae), images, make_augmentation(args))
     logger.info(
         f"Training {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M weights on {len(images)} images, "
-        f"{len(held_out)} held out: {stage.total} updates of {stage.batch_size} images"
+        f"{len(held_out)} held out: {run.total} updates of {run.images_per_update} images"
     )
-    for batches in stage.updates():
+    for batches in run.updates():
         losses = []
         for batch in batches:
             pixels = unit_to_vae(batch["image"].to(accelerator.device, non_blocking=True), args.in_channels)
             noise = posterior_noise(vae, args, batch["position"]).to(accelerator.device)
-            with accelerator.accumulate(stage.model):
-                loss = loss_function(*stage.model(pixels, noise))
+            with accelerator.accumulate(run.model):
+                loss = loss_function(*run.model(pixels, noise))
                 accelerator.backward(loss)
             losses.append(loss.detach())
-        stage.update(losses, batches[-1]["key"])
-        if args.validation_steps and stage.step % args.validation_steps == 0 and accelerator.is_main_process:
-            validate(args, vae, held_out, stage.step)
-    if stage.step < stage.total:
-        logger.info(f"Stopped after {stage.step} updates. Go on with --resume_from_checkpoint=latest.")
+        run.update(losses, batches[-1]["key"])
+        if args.validation_steps and run.step % args.validation_steps == 0 and accelerator.is_main_process:
+            validate(args, vae, held_out, run.step)
+    if run.step < run.total:
+        logger.info(f"Stopped after {run.step} updates. Go on with --resume_from_checkpoint=latest.")
     elif accelerator.is_main_process:
         save_result(args, vae, images)
-        write_record_and_card(args, Path(args.output_dir).resolve().name, len(images), stage.step, [args.vae])
-        validate(args, vae, held_out, stage.step)
+        write_record_and_card(args, Path(args.output_dir).resolve().name, len(images), run.step, [args.vae])
+        validate(args, vae, held_out, run.step)
     accelerator.end_training()
 
 
@@ -152,12 +151,14 @@ def make_vae(args: Arguments) -> AutoencoderKL:
             scaling_factor=1.0,
         )
     if args.resolution % vae_scale_factor(vae):
-        raise ValueError(f"--resolution {args.resolution} is no multiple of the VAE's {vae_scale_factor(vae)} pixels.")
+        raise ValueError(
+            f"--resolution {args.resolution} is not a multiple of the VAE's {vae_scale_factor(vae)} pixels."
+        )
     return vae.to(memory_format=torch.channels_last) if args.channels_last else vae
 
 
 def posterior_noise(vae: AutoencoderKL, args: Arguments, positions: list[int]) -> Tensor:
-    """Noise `(B, L, h, w)` that depends on (seed, place in the run) alone, so that a resumed run repeats it."""
+    """Noise `(B, L, h, w)` that depends only on (seed, place in the run), so that a resumed run repeats it."""
     side = args.resolution // vae_scale_factor(vae)
     shape = (vae.config["latent_channels"], side, side)
     return torch.stack([torch.randn(shape, generator=generator_for(args.seed, "posterior", p)) for p in positions])

@@ -1,12 +1,12 @@
-r"""Encode K views of every image once, so that training runs the UNet alone.
+r"""Encode K views of every image once, so that training runs only the UNet.
 
     accelerate launch -m diffusers_dino cache my_training.yaml --train_data_dir /data/cxr --cache_views 4 \
         --feature_cache /data/cxr-features
     accelerate launch examples/train_dino.py my_training.yaml --train_data_dir /data/cxr \
         --feature_cache /data/cxr-features
 
-The flags are those of the training run, so that both mean the same images, views and models. Stopped at any moment,
-the same command goes on where it was.
+The YAML file is that of the training run, so that both mean the same images, views and models; what only training
+needs is left out. Stopped at any moment, the same command goes on where it was.
 """
 
 from __future__ import annotations
@@ -19,36 +19,39 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-import train_dino
-
 from ..files import make_writable_folder, save_atomically
 from ..training.feature_cache import Recipe, write_feature_cache
 from ..training.features import FeatureEncoder
 from .arguments import flag
+from .training_flags import FeatureArguments, check_frozen_models, load_frozen, open_views
 
-logger = logging.getLogger("cache_features")
+logger = logging.getLogger("diffusers_dino.cache")
 
 
 @dataclass
-class Arguments(train_dino.Arguments):
-    storage_dtype: Literal["float16", "float32"] = flag(
-        "float16", "Type to store; float32 takes twice the space.", group="Features"
-    )
+class Arguments(FeatureArguments):
+    cache_views: int = flag(1, "Views of each image to encode.", group="Cached features")
+    cache_batch_size: int = flag(32, "Views encoded at once.")
+    feature_cache: str | None = flag(None, "Folder that the features go to.")
+    storage_dtype: Literal["float16", "float32"] = flag("float16", "Type to store; float32 takes twice the space.")
     samples_per_shard: int = flag(256, "Images in a file, and between two moments to go on from.")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(
+        None, "Of the frozen models, in place of accelerate's configuration."
+    )
 
 
 def main(args: Arguments) -> None:
     if not args.feature_cache:
         raise ValueError("Give the folder that the features go to as --feature_cache.")
-    train_dino.check_arguments(args)
+    check_frozen_models(args)
     folder = make_writable_folder(args.feature_cache)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logger.setLevel(logging.INFO)
 
-    views = train_dino.open_views(args)
+    views = open_views(args)
     with accelerator.main_process_first():  # one process downloads
-        vae, conditioner = train_dino.load_frozen(args, views.images, accelerator.device)
+        vae, conditioner = load_frozen(args, views.images, accelerator.device)
     recipe = Recipe.of(vae, conditioner, views, args.cache_views or 1)
     if accelerator.is_main_process and not (folder / "conditioner").exists():
         with save_atomically(folder / "conditioner") as place:
@@ -73,5 +76,5 @@ def main(args: Arguments) -> None:
         substitutes = sum(len(shard["substitutes"]) for shard in manifest["shards"])
         note = f" {substitutes} images cannot be read; others stand in their places." if substitutes else ""
         logger.info(f"{folder}: {manifest['num_samples']} images x {recipe.num_views} views, {size:.0f} MiB.{note}")
-        logger.info(f"Train with the same flags: train_dino.py ... --feature_cache {folder}")
+        logger.info(f"Train with the same config: train_dino.py ... --feature_cache {folder}")
     accelerator.end_training()

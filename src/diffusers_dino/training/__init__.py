@@ -1,3 +1,3 @@
-"""What the training script is made of: objective, components, checkpoints, feature cache, validation."""
+"""What training scripts are made of: objective, models, optimizers, checkpoints, cached features, validation."""
 
 __all__ = []

@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 
 from ..data import Preprocessing
 from ..files import beside, replace_folder, sha256_of, sync_folder
+from ..frozen import require_same
 
 __all__ = [
     "Checkpoint",
@@ -64,7 +65,7 @@ class Checkpoint:
 
 
 def save_run(
-    accelerator: Accelerator, output_dir: str | Path, step: int, keep: int | None = None, **info: Any
+    accelerator: Accelerator, output_dir: str | Path, step: int, *, info: dict[str, Any], keep: int | None = None
 ) -> None:
     """Write `checkpoint-STEP` with all that accelerate knows of a run; every process must call this.
 
@@ -72,8 +73,8 @@ def save_run(
         accelerator: Has prepared the model and the optimizer, and registered what else belongs to the run.
         output_dir: Folder of the run.
         step: Number of updates so far.
+        info: What to note in the manifest: `position`, and what `describe_run` says.
         keep: How many checkpoints to keep; None keeps all.
-        info: What to note in the manifest, such as `position` and `seed`.
 
     Raises:
         CheckpointError: If it cannot be written, for example because the disk is full. Older ones are untouched.
@@ -106,14 +107,16 @@ def describe_run(seed: int, preprocessing: Preprocessing, shuffle_window_shards:
     return {"seed": seed, "preprocessing": preprocessing.fingerprint(), "shuffle_window_shards": window}
 
 
-def resume_run(accelerator: Accelerator, output_dir: str | Path, name: str, **expected: Any) -> Checkpoint | None:
+def resume_run(
+    accelerator: Accelerator, output_dir: str | Path, name: str, expected: dict[str, Any]
+) -> Checkpoint | None:
     """Load a checkpoint that `save_run` wrote; every process must call this.
 
     Args:
         accelerator: Prepared as for `save_run`.
         output_dir: Folder of the run.
         name: As in `find_checkpoint`.
-        expected: Entries that the manifest must have, such as `seed=0`.
+        expected: What the manifest must have noted, from `describe_run`.
 
     Returns:
         The checkpoint that was loaded; None if there is none.
@@ -126,13 +129,8 @@ def resume_run(accelerator: Accelerator, output_dir: str | Path, name: str, **ex
         found = [find_checkpoint(output_dir, name)]
     checkpoint = broadcast_object_list(found)[0]
     if checkpoint is not None:
-        for key, value in expected.items():
-            if checkpoint.info.get(key) != value:
-                theirs = checkpoint.info.get(key)
-                raise CheckpointError(
-                    f"{checkpoint.path} is of a run with {key} {theirs}, this one has {value}: give the flags of that "
-                    "run, or another --output_dir."
-                )
+        begun = {name: checkpoint.info.get(name) for name in expected}
+        require_same(begun, expected, checkpoint.path, CheckpointError)
         accelerator.load_state(str(checkpoint.path))
     return checkpoint
 
@@ -191,7 +189,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         manifest = json.loads((path / MANIFEST).read_text())
         step, files, info = manifest["step"], manifest["files"], manifest["info"]
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is no complete checkpoint: it has no {MANIFEST}") from error
+        raise CheckpointError(f"{path} is not a complete checkpoint: it has no {MANIFEST}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"The {MANIFEST} of {path} is damaged: {error!r}") from error
     for name, expected in files.items():
@@ -221,12 +219,7 @@ def find_checkpoint(output_dir: str | Path, name: str = "latest") -> Checkpoint 
             there = ", ".join(path.name for path in _checkpoint_folders(output_dir)) or "none"
             raise CheckpointError(f"There is no checkpoint {name}, neither in {output_dir} nor here. There: {there}.")
         return read_checkpoint(inside if inside.is_dir() else name)
-    for path in reversed(_checkpoint_folders(output_dir)):
-        try:
-            return read_checkpoint(path)
-        except CheckpointError as error:
-            logger.warning("Skipped a checkpoint: %s", error)
-    return None
+    return next(_readable(reversed(_checkpoint_folders(output_dir))), None)
 
 
 def complete_checkpoints(output_dir: str | Path) -> list[Checkpoint]:
@@ -235,16 +228,10 @@ def complete_checkpoints(output_dir: str | Path) -> list[Checkpoint]:
     Raises:
         CheckpointError: If there is none.
     """
-    found = []
-    for path in _checkpoint_folders(output_dir):
-        try:
-            found.append(read_checkpoint(path))
-        except CheckpointError as error:
-            logger.warning("Skipped a checkpoint: %s", error)
+    found = list(_readable(_checkpoint_folders(output_dir)))
     if not found:
         raise CheckpointError(
-            f"There is no complete checkpoint-STEP in {output_dir}: train_dino.py writes one every "
-            "--checkpointing_steps, and keeps all of them without --checkpoints_total_limit."
+            f"There is no complete checkpoint-STEP in {output_dir}. Let the training write some, and keep all of them."
         )
     return found
 
@@ -269,6 +256,15 @@ def delete_old_checkpoints(output_dir: str | Path, keep: int) -> None:
 def describe_file(path: Path) -> dict[str, Any]:
     """Size and SHA-256 of a file: `{"size": ..., "sha256": ...}`."""
     return {"size": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def _readable(paths: Iterable[Path]) -> Iterator[Checkpoint]:
+    """The complete ones; a warning names the others."""
+    for path in paths:
+        try:
+            yield read_checkpoint(path)
+        except CheckpointError as error:
+            logger.warning("Skipped a checkpoint: %s", error)
 
 
 def _delete_leftovers(output_dir: str | Path) -> None:

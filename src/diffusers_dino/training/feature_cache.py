@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from ..conditioner import DinoImageConditioner
 from ..data import ImageDataset, TrainingViews
 from ..files import PARTIAL, atomic_write, write_json
 from ..fingerprints import as_json, fingerprint_model, hash_of
+from ..frozen import differences, require_same
 from ..latents import VAE
 from .checkpoints import MANIFEST, describe_file
 from .features import CachedViews, FeatureEncoder, Features, concatenate, encode_views, samples_per_batch
@@ -75,19 +76,6 @@ class Recipe:
             num_views=num_views,
         )
 
-    def differences(self, theirs: Recipe) -> list[str]:
-        """One line for each setting in which another recipe differs from this one."""
-        lines = []
-        for name in (field.name for field in fields(self)):
-            here, there = getattr(self, name), getattr(theirs, name)
-            if isinstance(here, dict) and isinstance(there, dict):
-                inside = [key for key in {**here, **there} if here.get(key) != there.get(key)]
-                inside = [key for key in inside if key != "fingerprint"] or inside  # it says no more than the others
-                lines += [f"{name}: {key} is {there.get(key)} there and {here.get(key)} here" for key in inside]
-            elif here != there:
-                lines.append(f"{name}: {there} there and {here} here")
-        return lines
-
 
 def write_feature_cache(
     folder: str | Path,
@@ -130,7 +118,9 @@ def write_feature_cache(
     if repeated := len(keys) - len(set(keys)):
         raise ValueError(f"{repeated} samples have the key of another one: features are found by their key.")
     facts = {"format": _FORMAT, "recipe": asdict(recipe), "dtype": str(dtype).removeprefix("torch.")}
-    if manifest := _find_complete(folder, recipe, facts["dtype"], keys):
+    if (folder / MANIFEST).is_file():
+        manifest = _read_manifest(folder)
+        _require_same(manifest, {**facts, "keys_sha256": _hash_lines(keys)}, folder)
         return manifest
     if accelerator.is_main_process:
         for leftover in folder.glob(f".*{PARTIAL}"):  # of a run that was killed
@@ -182,18 +172,18 @@ def open_feature_cache(folder: str | Path, recipe: Recipe, images: ImageDataset)
     manifest = _read_manifest(folder)
     theirs = Recipe(**manifest["recipe"])
     recipe = replace(recipe, seed=theirs.seed, num_views=recipe.num_views or theirs.num_views)
-    differences = recipe.differences(theirs)
+    lines = differences(asdict(theirs), asdict(recipe))
     known, keys = (folder / KEYS).read_text().split("\n")[:-1], images.keys
     if missing := sorted(set(keys) - set(known)):
-        differences.append(f"samples: {len(missing)} of {len(keys)} are not there, such as {', '.join(missing[:3])}")
-    _refuse_differences(folder, differences)
+        lines.append(f"samples: {len(missing)} of {len(keys)} are not there, such as {', '.join(missing[:3])}")
+    _refuse(folder, lines)
     probes = {key: manifest["probes"][key] for key in set(keys) & set(manifest["probes"])}
     if changed := [key for key, value in _probe(images, probes).items() if value != probes[key]]:
-        _refuse_differences(folder, [f"images: {', '.join(changed)} shows something else there than here"])
+        _refuse(folder, [f"images: {', '.join(changed)} shows something else there than here"])
     paths = [folder / shard["name"] for shard in manifest["shards"]]
     for path, shard in zip(paths, manifest["shards"], strict=True):
         if not path.is_file() or path.stat().st_size != shard["size"]:
-            raise FeatureCacheError(f"{path} is missing or cut short. Run examples/cache_features.py again.")
+            raise FeatureCacheError(f"{path} is missing or cut short. Make the cache again: it keeps what is whole.")
     substituted = _substituted(manifest)
     shown = [images[index]["key"] if key in substituted else key for index, key in enumerate(keys)]
     row_of = {key: row for row, key in enumerate(known)}
@@ -218,17 +208,6 @@ class _MappedShards(Sequence[Features]):
 
     def __getstate__(self) -> dict[str, Any]:
         return {"paths": self.paths, "_opened": {}}  # loader workers that are spawned map for themselves
-
-
-def _find_complete(folder: Path, recipe: Recipe, dtype: str, keys: list[str]) -> dict[str, Any] | None:
-    """The manifest, if all is there already; None if there is none."""
-    if not (folder / MANIFEST).is_file():
-        return None
-    manifest = _read_manifest(folder)
-    _refuse_differences(folder, recipe.differences(Recipe(**manifest["recipe"])))
-    if manifest["keys_sha256"] != _hash_lines(keys) or manifest["dtype"] != dtype:
-        raise FeatureCacheError(f"{folder} holds features of other samples, or of another type. Give another folder.")
-    return manifest
 
 
 def _write_shard(
@@ -263,9 +242,7 @@ def _read_header(path: Path, expected: dict[str, Any]) -> dict[str, Any] | None:
     except (SafetensorError, KeyError, ValueError):
         logger.warning("%s is damaged and is made anew.", path)
         return None
-    _refuse_differences(path, Recipe(**expected["recipe"]).differences(Recipe(**header["recipe"])))
-    if any(header[name] != value for name, value in expected.items()):
-        raise FeatureCacheError(f"{path} holds other samples, or another type. Give another folder.")
+    _require_same(header, expected, path)
     return {"substitutes": header["substitutes"]}
 
 
@@ -276,25 +253,31 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             return manifest
     except FileNotFoundError as error:
         raise FeatureCacheError(
-            f"{folder} holds no complete features: it has no {MANIFEST}. Let examples/cache_features.py finish."
+            f"{folder} does not hold complete features: it has no {MANIFEST}. Let the run that makes them finish."
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise FeatureCacheError(f"The {MANIFEST} of {folder} is damaged: {error!r}") from error
     raise FeatureCacheError(f"{folder} is of format {manifest['format']}, this version reads {_FORMAT}. Make it anew.")
 
 
-def _refuse_differences(place: Path, differences: list[str]) -> None:
+def _require_same(begun: dict[str, Any], now: dict[str, Any], place: Path) -> None:
+    """Refuse to write where features of other settings, or of other samples (`keys_sha256`), are."""
+    require_same({name: begun.get(name) for name in now}, now, place, FeatureCacheError)
+
+
+def _refuse(folder: Path, differences: list[str]) -> None:
+    """Refuse to train on features that are not those of the run."""
     if not differences:
         return
-    advice = "Give the flags that the features were made with, or make others with examples/cache_features.py."
+    advice = "Train with the settings that the features were made with, or make others."
     if any(line.startswith("conditioner") for line in differences):
-        advice += f" The conditioner that they were made with is in {place / 'conditioner'}."
-    lines = "\n- ".join([f"The features in {place} are not of this run:", *differences])
+        advice += f" The conditioner that they were made with is in {folder / 'conditioner'}."
+    lines = "\n- ".join([f"The features in {folder} are not of this run:", *differences])
     raise FeatureCacheError(f"{lines}\n{advice}")
 
 
 def _substituted(manifest: dict[str, Any]) -> set[str]:
-    """Keys of the samples that could not be read. What is stored in their place may be no part of a smaller set."""
+    """Keys of the samples that could not be read. What is stored in their place need not be part of a smaller set."""
     return {key for shard in manifest["shards"] for key in shard["substitutes"]}
 
 

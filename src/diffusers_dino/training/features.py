@@ -14,7 +14,15 @@ from ..data import ImageDataset, Slot, TrainingViews, load_batches
 from ..latents import VAE, encode_to_moments
 from ..pixels import unit_to_vae
 
-__all__ = ["CachedViews", "FeatureEncoder", "Features", "Views", "cache_in_memory", "encode_views"]
+__all__ = [
+    "CachedViews",
+    "FeatureEncoder",
+    "Features",
+    "Views",
+    "cache_in_memory",
+    "encode_views",
+    "evenly_spread",
+]
 
 
 class Features(NamedTuple):
@@ -154,3 +162,9 @@ def cache_in_memory(
     """Encode a few views of every image now, for arguments as in `encode_views`."""
     encoded = encode_views(views, encoder, range(len(views)), num_views, batch_size)
     return CachedViews(views.images, [concatenate(features for features, _ in encoded)])
+
+
+def evenly_spread(images: ImageDataset, count: int) -> Iterator[Tensor]:
+    """About `count` images `(C, H, W)` in [0, 1] from the whole of a set, such as for statistics."""
+    for index in range(0, len(images), max(1, len(images) // count)):
+        yield images[index]["image"]

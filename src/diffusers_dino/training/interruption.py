@@ -16,8 +16,8 @@ class Interruption:
     update.
 
     Args:
-        minutes: Wish for a checkpoint after this long; 0 never does. Give it to one process alone, whose clock then
-            decides for all.
+        minutes: Wish for a checkpoint after this long; 0 never does. Give it to only one process: its clock
+            then decides for all.
 
     Raises:
         ValueError: If `minutes` is negative.

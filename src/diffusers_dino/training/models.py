@@ -1,8 +1,7 @@
-"""Find or build the four parts of a pipeline that is to be trained."""
+"""Load or build the four parts of a pipeline, to train it or to use what a training left."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from ..conditioner import DinoImageConditioner
+from ..extras import require
 from ..latents import VAE, vae_scale_factor
 from ..pipelines import DinoDiffusionPipeline
 
@@ -24,17 +24,14 @@ __all__ = [
     "adapt_for_training",
     "add_lora",
     "build_pipeline",
-    "check_tracker",
     "enable_xformers",
     "latent_shape",
     "load_trained_pipeline",
     "load_unet",
     "load_vae",
-    "make_adamw",
     "make_scheduler",
     "new_unet",
     "on_device",
-    "require",
 ]
 
 # diffusers' bare schedulers are not Stable Diffusion's: theirs is linear and clips samples.
@@ -92,10 +89,10 @@ def build_pipeline(
 
 
 def load_trained_pipeline(name_or_path: str | Path, torch_dtype: torch.dtype | None = None) -> DinoDiffusionPipeline:
-    """Load a pipeline, or a checkpoint (or `best`) of `train_dino.py`, whose other parts lie in the folder above it.
+    """Load a pipeline, or a checkpoint (or `best`) of a training run, whose other parts lie in the folder above it.
 
-    Of a run with an average, checkpoints hold the averaged weights in `unet/`, and these are loaded. A LoRA is fused
-    into the weights of the pipeline that it was trained on.
+    If the run averaged its weights, `unet/` of a checkpoint holds the average, which is loaded. A LoRA is fused into
+    the weights of the pipeline that it was trained on.
 
     Args:
         name_or_path: A pipeline's folder or repository, or `RUN/checkpoint-500`.
@@ -117,12 +114,15 @@ def load_trained_pipeline(name_or_path: str | Path, torch_dtype: torch.dtype | N
         return pipe
     if not (folder / "unet").is_dir() or not (run / "conditioner").is_dir():
         raise FileNotFoundError(
-            f"{name_or_path} is no pipeline (it has no model_index.json) and no checkpoint in a run of train_dino.py "
+            f"{name_or_path} is not a pipeline (it has no model_index.json) and not a checkpoint of a training run "
             "(unet/ in it, and conditioner/ beside it)."
         )
-    conditioner = DinoImageConditioner.from_pretrained(run, subfolder="conditioner")
-    parts = {"vae": load_vae(str(run)), "unet": load_unet(str(folder)), "scheduler": make_scheduler(str(run))}
-    pipe = DinoDiffusionPipeline(conditioner=conditioner, **parts)
+    pipe = DinoDiffusionPipeline(
+        vae=load_vae(str(run)),
+        conditioner=DinoImageConditioner.from_pretrained(run, subfolder="conditioner"),
+        unet=load_unet(str(folder)),
+        scheduler=make_scheduler(str(run)),
+    )
     return pipe if torch_dtype is None else pipe.to(torch_dtype)
 
 
@@ -130,7 +130,7 @@ def load_vae(name_or_path: str, **hub: Any) -> VAE:
     """Load an autoencoder from its own folder or repository, or from the `vae` of a pipeline.
 
     Raises:
-        ValueError: If it is no autoencoder that this package can use.
+        ValueError: If it is not an autoencoder that this package can use.
     """
     vae = _load(name_or_path, "vae", **hub)
     if not isinstance(vae, AutoencoderKL | AutoencoderTiny):
@@ -144,7 +144,7 @@ def load_unet(name_or_path: str, **hub: Any) -> UNet2DConditionModel:
     """Load a UNet from its own folder or repository, or from the `unet` of a pipeline.
 
     Raises:
-        ValueError: If it is no `UNet2DConditionModel`.
+        ValueError: If it is not a `UNet2DConditionModel`.
     """
     unet = _load(name_or_path, "unet", **hub)
     if not isinstance(unet, UNet2DConditionModel):
@@ -167,7 +167,7 @@ def _load(name_or_path: str, subfolder: str, **hub: Any) -> torch.nn.Module:
             return AutoModel.from_pretrained(name_or_path, **hub)
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
-                f"{name_or_path!r} is no folder, and the Hub gave no {subfolder} for it: {error}"
+                f"{name_or_path!r} is not a folder, and the Hub gave no {subfolder} for it: {error}"
             ) from in_subfolder
 
 
@@ -259,13 +259,15 @@ def add_lora(unet: UNet2DConditionModel, rank: int, alpha: float | None = None) 
     Raises:
         ImportError: If peft is not installed.
     """
-    require("peft", "train")
-    from peft import LoraConfig
-
+    peft = require("peft", "train", "A LoRA needs peft")
     unet.requires_grad_(False)
-    targets = ["to_q", "to_k", "to_v", "to_out.0"]
     unet.add_adapter(
-        LoraConfig(r=rank, lora_alpha=alpha or rank, init_lora_weights="gaussian", target_modules=targets)
+        peft.LoraConfig(
+            r=rank,
+            lora_alpha=alpha or rank,
+            init_lora_weights="gaussian",
+            target_modules=["to_q", "to_k", "to_v", "to_out.0"],
+        )
     )
 
 
@@ -311,43 +313,5 @@ def on_device(models: Sequence[nn.Module], device: torch.device | str) -> Iterat
 
 def enable_xformers(unet: UNet2DConditionModel) -> None:
     """Use xformers' attention in place of PyTorch's; ImportError names the extra if it is not installed."""
-    require("xformers", "xformers")
+    require("xformers", "xformers", "This attention needs xformers")
     unet.enable_xformers_memory_efficient_attention()
-
-
-def make_adamw(parameters: list[nn.Parameter], eight_bit: bool = False, **options: Any) -> torch.optim.Optimizer:
-    """AdamW, fused where PyTorch has it, or the 8-bit one of bitsandbytes.
-
-    Args:
-        parameters: What to optimise.
-        eight_bit: Keep the moments in 8 bits.
-        options: `lr`, `betas`, `weight_decay`, `eps`.
-
-    Raises:
-        ImportError: If bitsandbytes is asked for and not installed.
-    """
-    if not eight_bit:
-        return torch.optim.AdamW(parameters, **options, fused=parameters[0].device.type in ("cpu", "cuda"))
-    require("bitsandbytes", "train")
-    import bitsandbytes
-
-    return bitsandbytes.optim.AdamW8bit(parameters, **options)
-
-
-def check_tracker(name: str | None) -> str | None:
-    """Give a tracker's name back if it is installed; accelerate would leave it out without a word.
-
-    Raises:
-        ImportError: If it is missing.
-    """
-    if name == "tensorboard":
-        require("tensorboard", "train")
-    elif name == "wandb" and importlib.util.find_spec("wandb") is None:
-        raise ImportError("wandb is not installed: pip install wandb")
-    return name
-
-
-def require(module: str, extra: str) -> None:
-    """Name the extra to install where an optional module is missing, with an ImportError."""
-    if importlib.util.find_spec(module) is None:
-        raise ImportError(f"{module} is not installed: pip install diffusers-dino[{extra}]")

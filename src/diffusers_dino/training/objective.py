@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor
 
 from ..seeds import generator_for
@@ -58,7 +59,7 @@ def draw_for_training(
     seed: int = 0,
     noise_offset: float = 0.0,
 ) -> TrainingDraws:
-    """Draw for a batch; each sample's draws depend on (seed, its global position) and on nothing else.
+    """Draw for a batch; each sample's draws depend only on (seed, its global position).
 
     Args:
         positions: The B places in the global order of the run (see `GlobalBatchSampler`).
@@ -94,8 +95,8 @@ def add_noise(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:
     return a.sqrt() * latents + (1 - a).sqrt() * noise
 
 
-def prediction_target(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor, prediction_type: str) -> Tensor:
-    """What the UNet is to predict, for arguments as in `add_noise`.
+def prediction_target(scheduler: DDIMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """What the UNet is to predict from `scheduler.add_noise(latents, noise, timesteps)`, as its config says.
 
     For `epsilon` the noise, for `sample` the clean latents, for `v_prediction` (Salimans & Ho 2022)
     `sqrt(a) e - sqrt(1 - a) z`.
@@ -103,13 +104,11 @@ def prediction_target(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor, pr
     Raises:
         ValueError: If the prediction type is unknown.
     """
+    prediction_type = scheduler.config["prediction_type"]
     _check_prediction_type(prediction_type)
-    if prediction_type == "epsilon":
-        return noise
-    if prediction_type == "sample":
-        return latents
-    a = alphas_cumprod.to(latents.dtype).view(-1, 1, 1, 1)
-    return a.sqrt() * noise - (1 - a).sqrt() * latents
+    if prediction_type == "v_prediction":
+        return scheduler.get_velocity(latents, noise, timesteps)
+    return noise if prediction_type == "epsilon" else latents
 
 
 def min_snr_weights(alphas_cumprod: Tensor, gamma: float, prediction_type: str) -> Tensor:
@@ -177,8 +176,8 @@ def check_finite(step: int, loss: float, norm: Tensor | float, keys: Sequence[st
     if not math.isfinite(loss) or (mixed_precision != "fp16" and not math.isfinite(norm)):
         raise FloatingPointError(
             f"Update {step}: the loss is {loss}, the gradient's norm {norm:.3g}. No weight was changed. "
-            f"Images at hand: {', '.join(keys[:4])}. Lower --learning_rate or use bf16 rather than fp16, and go on "
-            "from the last checkpoint with --resume_from_checkpoint=latest."
+            f"Images at hand: {', '.join(keys[:4])}. Lower the learning rate or use bf16 rather than fp16, and resume "
+            "from the latest checkpoint."
         )
 
 

@@ -11,11 +11,13 @@ from typing import TextIO
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import is_wandb_available
 from tqdm.auto import tqdm
 
+from ..extras import require
 from ..files import atomic_write
 
-__all__ = ["Progress", "peak_memory"]
+__all__ = ["Progress", "check_tracker", "peak_memory"]
 
 
 class Progress:
@@ -99,6 +101,19 @@ def peak_memory(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 2**10 if sys.platform != "darwin" else 1  # ru_maxrss counts KiB on Linux, bytes on macOS
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def check_tracker(name: str | None) -> str | None:
+    """Give a tracker's name back if it is installed; accelerate would leave it out without a word.
+
+    Raises:
+        ImportError: If it is missing.
+    """
+    if name == "tensorboard":
+        require("tensorboard", "train", "This tracker needs tensorboard")
+    elif name == "wandb" and not is_wandb_available():
+        raise ImportError("wandb is not installed: pip install wandb")
+    return name
 
 
 def _open_log(path: Path, start: int) -> TextIO:

@@ -141,7 +141,9 @@ class TrainingState:
 
 def _copy_by_name(file: Path, targets: dict[str, Tensor]) -> None:
     if not file.is_file():
-        raise CheckpointError(f"The checkpoint lacks {file.name}: was it written with the same --use_ema and --rank?")
+        raise CheckpointError(
+            f"The checkpoint lacks {file.name}: its run had another setting of averaged weights, or of a LoRA."
+        )
     tensors = load_file(file)
     if not targets.keys() <= tensors.keys() or any(tensors[n].shape != t.shape for n, t in targets.items()):
         raise CheckpointError(f"{file} holds the weights of another model: the UNet or the rank has changed.")

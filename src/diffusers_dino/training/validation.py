@@ -6,18 +6,19 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor
 
 from ..data import collate
-from ..files import save_atomically
+from ..files import save_atomically, write_json
 from ..metrics import FeatureSpec, frechet_distance, kernel_distance, open_extractor
 from ..pipelines import DinoDiffusionPipeline
 from ..seeds import generator_for
@@ -28,10 +29,8 @@ from .state import TrainingState
 __all__ = [
     "DISTANCES",
     "FeatureMetric",
-    "GridPlan",
-    "MetricPlan",
     "Validator",
-    "generate_variations",
+    "generate_for_validation",
     "log_images",
     "measure",
     "open_metric",
@@ -81,7 +80,7 @@ def open_metric(
     return FeatureMetric(f"{distance}_{extractor}", features, DISTANCES[distance], features.spec)
 
 
-def generate_variations(
+def generate_for_validation(
     pipe: DinoDiffusionPipeline,
     sources: Tensor,
     indices: Sequence[int],
@@ -90,7 +89,7 @@ def generate_variations(
     seed: int = 0,
     **call: Any,
 ) -> Tensor:
-    """Generate from images, each with noise that depends on (seed, its index, the variation) alone.
+    """Generate from images, each with noise that depends only on (seed, its index, the variation).
 
     Args:
         pipe: The pipeline.
@@ -163,7 +162,7 @@ def measure(
     generated, reference = torch.empty(0), torch.empty(0)
     if mine:
         sources = collate([{"key": "", "image": real[i]} for i in mine])["image"]
-        images = generate_variations(pipe, sources, mine, batch_size=batch_size, seed=seed, **call)
+        images = generate_for_validation(pipe, sources, mine, batch_size=batch_size, seed=seed, **call)
         generated, reference = (
             torch.cat([metric.features(batch) for batch in part.split(batch_size)]) for part in (images[:, 0], sources)
         )
@@ -177,27 +176,7 @@ def _gather(accelerator: Accelerator, features: Tensor) -> Tensor:
     """Rows of all processes, whose numbers may differ."""
     if accelerator.num_processes == 1:
         return features
-    from accelerate.utils import gather_object
-
     return torch.cat([part.cpu() for part in gather_object([features]) if len(part)])
-
-
-@dataclass(frozen=True)
-class GridPlan:
-    """When to draw a picture of variations, and how large. `every` 0 draws none."""
-
-    every: int = 500
-    num_sources: int = 4
-    num_variations: int = 3
-
-
-@dataclass(frozen=True)
-class MetricPlan:
-    """When to measure, on how many images, and what. `every` 0 measures nothing."""
-
-    every: int = 0
-    num_images: int = 256
-    metric: FeatureMetric = field(default_factory=open_metric)
 
 
 class Validator:
@@ -211,8 +190,12 @@ class Validator:
         state: Its state.
         output_dir: Folder of the run.
         images: Data set of `{"key", "image"}`; its first images are used.
-        grid: When and what to draw.
-        metric: When and what to measure, without guidance.
+        grid_steps: Updates between pictures of variations; 0 draws none.
+        num_sources: Sources in a picture.
+        num_variations: Variations of each source.
+        metric: What to measure, without guidance.
+        metric_steps: Updates between measurements; 0 measures nothing.
+        num_metric_images: Images to generate for a measurement.
         batch_size: Images generated at once.
         seed: Seed of the noise, the same at every look.
         guidance_scale: Guidance of the pictures.
@@ -225,8 +208,13 @@ class Validator:
         state: TrainingState,
         output_dir: str | Path,
         images: Any,
-        grid: GridPlan,
-        metric: MetricPlan,
+        *,
+        metric: FeatureMetric,
+        grid_steps: int = 500,
+        num_sources: int = 4,
+        num_variations: int = 3,
+        metric_steps: int = 0,
+        num_metric_images: int = 256,
         batch_size: int = 16,
         seed: int = 0,
         guidance_scale: float = 2.0,
@@ -234,14 +222,15 @@ class Validator:
     ) -> None:
         self.pipe, self.state, self.accelerator, self.images = pipe, state, state.accelerator, images
         self.output_dir = Path(output_dir)
-        self.grid, self.metric = grid, metric
+        self.grid_steps, self.num_sources, self.num_variations = grid_steps, num_sources, num_variations
+        self.metric, self.metric_steps, self.num_metric_images = metric, metric_steps, num_metric_images
         self.guidance_scale = guidance_scale
-        self.call = {"batch_size": batch_size, "seed": seed, "num_inference_steps": num_inference_steps}
+        self.sampling = {"batch_size": batch_size, "seed": seed, "num_inference_steps": num_inference_steps}
 
     def run(self, step: int, say: Callable[[str], None] = print) -> None:
         """Do what is due after this update."""
-        draw = bool(self.grid.every) and step % self.grid.every == 0 and self.accelerator.is_main_process
-        judge = bool(self.metric.every) and step % self.metric.every == 0
+        draw = bool(self.grid_steps) and step % self.grid_steps == 0 and self.accelerator.is_main_process
+        judge = bool(self.metric_steps) and step % self.metric_steps == 0
         if draw or judge:
             frozen = (self.pipe.vae, self.pipe.conditioner)
             with on_device(frozen, self.accelerator.device), self.state.averaged_weights():
@@ -251,9 +240,15 @@ class Validator:
                     self._judge(step, say)
 
     def _draw(self, step: int) -> None:
-        sources = collate(self._first(self.grid.num_sources))["image"]
-        options = {"guidance_scale": self.guidance_scale, **self.call}
-        variations = generate_variations(self.pipe, sources, range(len(sources)), self.grid.num_variations, **options)
+        sources = collate(self._first(self.num_sources))["image"]
+        variations = generate_for_validation(
+            self.pipe,
+            sources,
+            range(len(sources)),
+            self.num_variations,
+            guidance_scale=self.guidance_scale,
+            **self.sampling,
+        )
         picture = contact_sheet(sources, variations.flatten(0, 1))
         folder = self.output_dir / "validation"
         folder.mkdir(exist_ok=True)
@@ -261,9 +256,9 @@ class Validator:
         log_images(self.accelerator, "source | variations", picture, step)
 
     def _judge(self, step: int, say: Callable[[str], None]) -> None:
-        metric = self.metric.metric
-        real = [sample["image"] for sample in self._first(self.metric.num_images)]
-        value = measure(metric, self.pipe, real, self.accelerator, guidance_scale=1.0, **self.call)
+        metric = self.metric
+        real = [sample["image"] for sample in self._first(self.num_metric_images)]
+        value = measure(metric, self.pipe, real, self.accelerator, guidance_scale=1.0, **self.sampling)
         self.accelerator.log({metric.name: value}, step=step)
         if not self.accelerator.is_main_process:
             return
@@ -277,7 +272,7 @@ class Validator:
         facts = {"metric": metric.name, "value": value, "step": step, "num_images": len(real), "features": spec}
         with save_atomically(best) as folder:
             self.state.save_for_use(folder)
-            (folder / "metric.json").write_text(json.dumps(facts, indent=1))
+            write_json(folder / "metric.json", facts)
         say(f"{note}; the best so far)")
 
     def _first(self, count: int) -> list[dict[str, Any]]:

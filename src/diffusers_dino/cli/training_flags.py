@@ -1,0 +1,245 @@
+"""Flags that several trainings share, and what they open.
+
+The dataclass of a program inherits them. A field that it declares again keeps its place and gets another default.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+
+from .. import data
+from ..conditioner import DinoImageConditioner
+from ..files import make_writable_folder
+from ..latents import VAE
+from ..training.features import evenly_spread
+from ..training.models import load_vae
+from ..training.run import TrainingRun
+from .arguments import flag
+
+logger = logging.getLogger("diffusers_dino")
+
+
+@dataclass
+class ImageArguments:
+    """Which images a training sees, and in which order."""
+
+    train_data_dir: str | None = flag(
+        None, "Folder or URL of images, tars, or `datasets` folder.", aliases=["--train_data"], group="Data"
+    )
+    dataset_name: str | None = flag(None, "Data set of the Hugging Face Hub, in place of a local one.")
+    dataset_config_name: str | None = flag(None, "Its configuration.")
+    dataset_split: str = flag("train", "Split of a `datasets` set, or of a folder of shards with a manifest.")
+    image_column: str = flag("image", "Column of images of a `datasets` set.")
+    keys_file: str | None = flag(None, "Text file of sample keys, one a line: train only on these.")
+    max_train_samples: int | None = flag(None, "Train only on the first samples.")
+    in_memory: bool = flag(False, "Prepare all images once and keep them in memory: for small sets.")
+    max_unreadable: float = flag(0.05, "Largest tolerated fraction of images that cannot be read.")
+    shuffle_window_shards: int = flag(
+        0, "Shuffle within windows of this many shards: for remote or huge sets; 0 is full."
+    )
+    dataloader_num_workers: int = flag(0, "Processes that load data; 0 loads in the main process.")
+    resolution: int = flag(256, "Side of the images in pixels.")
+    remove_borders: bool = flag(True, "Cut uniform borders off.")
+    seed: int = flag(0, "Seed of everything random.")
+
+
+@dataclass
+class AugmentationArguments:
+    """Random views of the images."""
+
+    augment: bool = flag(True, "Show a random view of an image in each epoch.", group="Augmentation")
+    sharpness: float = flag(1.0, "Largest weight of the random unsharp mask.")
+    shear: float = flag(0.05, "Largest shear, as a fraction of the side.")
+    translation: float = flag(0.05, "Largest shift, as a fraction of the side.")
+    min_scale: float = flag(0.9, "Smallest magnification.")
+    max_scale: float = flag(1.4, "Largest magnification.")
+    random_flip: bool = flag(False, "Mirror half of the images. It exchanges the patient's sides.")
+
+
+@dataclass
+class FeatureArguments(AugmentationArguments, ImageArguments):
+    """All that decides over the features that a UNet is trained on: images, views, frozen models."""
+
+    resolution: int = flag(512, "Side of the images in pixels.")
+    pretrained_model_name_or_path: str | None = flag(
+        None, "Stable Diffusion to take VAE, UNet and scheduler from.", group="Frozen models"
+    )
+    revision: str | None = flag(None, "Its revision on the Hub.")
+    variant: str | None = flag(None, "Its variant, such as fp16.")
+    pretrained_pipeline: str | None = flag(None, "DinoDiffusionPipeline to continue from; needed for LoRA.")
+    vae: str | None = flag(None, "VAE, in place of the pretrained model's.")
+    conditioner: str | None = flag(None, "Saved DinoImageConditioner.")
+    encoder: list[str] | None = flag(None, "DINO encoder(s) to make a conditioner of.")  # noqa: RUF009
+    tokens: Literal["global", "cls", "patch", "all"] | None = flag(None, "By default global, or --conditioner's.")
+    projection_dim: int | None = flag(None, "Project the tokens of --encoder to this width.")
+    normalize_tokens: int = flag(0, "Standardise tokens with statistics of this many training images; 0 does not.")
+    cache_views: int = flag(
+        0,
+        "Encode this many views of each image once; 0 makes new ones each epoch. They stay in memory, or in "
+        "--feature_cache.",
+        group="Cached features",
+    )
+    cache_batch_size: int = flag(32, "Views encoded at once for --cache_views.")
+    feature_cache: str | None = flag(None, "Folder that `diffusers-dino cache` makes: train on the views in it.")
+
+
+@dataclass
+class RunArguments:
+    """How long and how fast to learn, and what to keep of it."""
+
+    train_batch_size: int = flag(16, "Images per device and forward pass.", group="Optimisation")
+    gradient_accumulation_steps: int = flag(1, "Forward passes per update.")
+    num_train_epochs: float = flag(100, "Length of training.")
+    max_train_steps: int | None = flag(None, "Length of training in updates, in place of epochs.")
+    learning_rate: float = flag(1e-3, "After warm-up.")
+    lr_scheduler: str = flag("cosine", "One of diffusers', such as constant, cosine, linear.")
+    lr_warmup_steps: int = flag(100, "Updates of warm-up.")
+    adam_beta1: float = flag(0.9, "First moment's decay.")
+    adam_beta2: float = flag(0.99, "Second moment's decay.")
+    adam_weight_decay: float = flag(1e-2, "Weight decay, only of matrices and kernels.")
+    max_grad_norm: float = flag(1.0, "Gradients are clipped to this norm.")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(None, "In place of accelerate's configuration.")
+    output_dir: str = flag("outputs", "Where the model, checkpoints and train_log.jsonl go.", group="Output")
+    checkpointing_steps: int = flag(500, "Updates between checkpoints; 0 writes none.")
+    checkpointing_minutes: float = flag(0.0, "Minutes between checkpoints; 0 counts only updates.")
+    checkpoints_total_limit: int | None = flag(None, "Keep only the newest checkpoints.")
+    resume_from_checkpoint: str | None = flag(None, "A checkpoint, or `latest`: the newest complete one.")
+    logging_steps: int = flag(50, "Updates between lines of progress where there is no terminal.")
+
+
+def open_training_images(args: ImageArguments) -> data.ImageDataset:
+    """Open what the flags name; ValueError unless it is one local source or one data set of the Hub."""
+    if (args.train_data_dir is None) == (args.dataset_name is None):
+        raise ValueError("Give the images as --train_data_dir or as --dataset_name.")
+    images = data.open_images(
+        args.train_data_dir or args.dataset_name,
+        data.Preprocessing(args.resolution, args.remove_borders),
+        split=args.dataset_split,
+        image_column=args.image_column,
+        config_name=args.dataset_config_name,
+        local_files_only=args.dataset_name is None,
+        in_memory=args.in_memory,
+        max_unreadable=args.max_unreadable,
+    )
+    if args.keys_file:
+        images = images.select(Path(args.keys_file).read_text().splitlines())
+    return images.select(images.keys[: args.max_train_samples]) if args.max_train_samples else images
+
+
+def make_augmentation(args: AugmentationArguments) -> data.Augmentation | None:
+    if not args.augment:
+        return None
+    return data.Augmentation(
+        sharpness=args.sharpness,
+        shear=args.shear,
+        translation=args.translation,
+        scale=(args.min_scale, args.max_scale),
+        flip=0.5 * args.random_flip,
+    )
+
+
+def open_views(args: FeatureArguments) -> data.TrainingViews:
+    return data.TrainingViews(open_training_images(args), make_augmentation(args), args.seed)
+
+
+def check_frozen_models(args: FeatureArguments) -> None:
+    """Raise ValueError unless the flags name one VAE and one source of the condition."""
+    if [args.pretrained_pipeline, args.conditioner, args.encoder].count(None) != 2:
+        raise ValueError("Give one of --conditioner (a saved one), --encoder (to make one) and --pretrained_pipeline.")
+    if not (args.vae or args.pretrained_model_name_or_path or args.pretrained_pipeline):
+        raise ValueError("There is no VAE: give --vae, --pretrained_model_name_or_path or --pretrained_pipeline.")
+
+
+def load_frozen(
+    args: FeatureArguments, images: data.ImageDataset, device: torch.device
+) -> tuple[VAE, DinoImageConditioner]:
+    """The autoencoder and the conditioner that the flags name, on the CPU.
+
+    Args:
+        args: The flags.
+        images: Where the statistics of --normalize_tokens come from.
+        device: Where to compute them.
+    """
+    if whole := args.pretrained_pipeline:
+        conditioner = DinoImageConditioner.from_pretrained(
+            whole, subfolder="conditioner", revision=args.revision, variant=args.variant
+        )
+        return load_vae(whole, revision=args.revision, variant=args.variant), conditioner
+    if args.conditioner:
+        conditioner = DinoImageConditioner.from_pretrained(args.conditioner).with_tokens(args.tokens)
+    else:
+        conditioner = DinoImageConditioner.from_encoder(
+            args.encoder, tokens=args.tokens or "global", projection_dim=args.projection_dim
+        )
+    if args.normalize_tokens:
+        conditioner.to(device).fit_normalization(evenly_spread(images, args.normalize_tokens))
+    if args.vae:
+        vae = load_vae(args.vae)
+    else:
+        vae = load_vae(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant)
+    return vae, conditioner.to("cpu")
+
+
+def make_accelerator(args: Any, script: logging.Logger) -> Accelerator:
+    """Set up processes, precision, seed and logging, and note the arguments beside the result.
+
+    Args:
+        args: Has the fields of `RunArguments` and `ImageArguments`.
+        script: The script's own logger.
+    """
+    make_writable_folder(args.output_dir)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.gradient_accumulation_steps
+    )
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
+    for chatty in (logger, script):
+        chatty.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    set_seed(args.seed)
+    if accelerator.is_main_process:
+        Path(args.output_dir, "training_arguments.json").write_text(json.dumps(asdict(args), indent=1))
+    return accelerator
+
+
+def make_run(
+    args: Any,
+    accelerator: Accelerator,
+    model: nn.Module,
+    images: data.ImageDataset,
+    augmentation: data.Augmentation | None = None,
+    companions: tuple[Any, ...] = (),
+) -> TrainingRun:
+    """The `TrainingRun` of the flags."""
+    return TrainingRun(
+        accelerator,
+        model,
+        images,
+        augmentation,
+        output_dir=args.output_dir,
+        seed=args.seed,
+        batch_size=args.train_batch_size,
+        num_epochs=args.num_train_epochs,
+        max_steps=args.max_train_steps,
+        learning_rate=args.learning_rate,
+        lr_schedule=args.lr_scheduler,
+        warmup_steps=args.lr_warmup_steps,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        max_grad_norm=args.max_grad_norm,
+        shuffle_window_shards=args.shuffle_window_shards,
+        num_workers=args.dataloader_num_workers,
+        checkpointing_steps=args.checkpointing_steps,
+        checkpointing_minutes=args.checkpointing_minutes,
+        keep_checkpoints=args.checkpoints_total_limit,
+        resume_from=args.resume_from_checkpoint,
+        logging_steps=args.logging_steps,
+        companions=companions,
+    )
