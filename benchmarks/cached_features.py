@@ -129,12 +129,12 @@ def batches_of(args: Arguments, views: Any) -> Iterator[dict[str, Any]]:
 def make_step(unet: UNet2DConditionModel) -> Callable[[list[int], Tensor, Tensor, Tensor], None]:
     """One update from features, as `examples/train_dino.py` makes it."""
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, fused=True)
-    alphas = make_scheduler().alphas_cumprod
+    scheduler = make_scheduler()
 
     def step(positions: list[int], mean: Tensor, std: Tensor, tokens: Tensor) -> None:
-        draws = objective.draw_for_training(positions, mean.shape[1:], len(alphas))
+        draws = objective.draw_for_training(positions, mean.shape[1:], len(scheduler))
         latents = mean + std * draws.latent_noise
-        noisy = objective.add_noise(latents, draws.noise, alphas[draws.timesteps])
+        noisy = scheduler.add_noise(latents, draws.noise, draws.timesteps)
         prediction = unet(noisy, draws.timesteps, encoder_hidden_states=tokens, return_dict=False)[0]
         objective.weighted_mse(prediction, draws.noise).backward()
         optimizer.step()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,13 +19,14 @@ from torch import Tensor, nn
 from diffusers_dino import DiffSegPipeline, DinoDiffusionPipeline
 from diffusers_dino.pipelines import deep_cache
 from diffusers_dino.training.features import FeatureEncoder
-from diffusers_dino.training.models import adapt_for_training, make_adamw
+from diffusers_dino.training.models import adapt_for_training
+from diffusers_dino.training.optim import make_adamw
 from gpu_models import PROMPT_TOKENS, Size, make_pipeline, make_text_encoder, random_images
 from gpu_timing import SideBySide, free_memory, largest_batch, peak_gb, synchronize
-from train_dino import Arguments as TrainingArguments
-from train_dino import compute_loss
 
 __all__ = ["PARTS", "Bench"]
+
+TRAINING_SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train_dino.py"
 
 TOLERANCE = 2e-3  # of float32 on another device, in the mean size of what is compared
 SAME_PIXELS = 0.98
@@ -144,6 +149,15 @@ def measure_peaks(ways: dict[str, Callable[[], Any]], device: torch.device, peak
         peaks[name] = peak_gb(device)
 
 
+def load_training_script() -> ModuleType:
+    """The script whose loss is measured; it is in no package."""
+    spec = importlib.util.spec_from_file_location("train_dino", TRAINING_SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their types up there
+    spec.loader.exec_module(module)
+    return module
+
+
 @dataclass
 class Trainer:
     """Updates of one UNet by one optimizer, from different losses."""
@@ -153,11 +167,12 @@ class Trainer:
     updates: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self.optimizer = make_adamw(self.trainable, self.bench.eight_bit_adam, lr=1e-5)
+        self.optimizer = make_adamw(self.trainable, lr=1e-5, eight_bit=self.bench.eight_bit_adam)
         self.text_encoder = make_text_encoder(self.bench.size).to(self.bench.device, self.bench.dtype)
         self.encode = FeatureEncoder(self.bench.pipe.vae, self.bench.pipe.conditioner, self.bench.device)
         self.schedule = DDPMScheduler.from_config(self.bench.pipe.scheduler.config)
-        self.arguments = TrainingArguments()
+        self.script = load_training_script()
+        self.arguments = self.script.Arguments()
 
     def forget(self) -> None:
         """Free the gradients."""
@@ -174,7 +189,7 @@ class Trainer:
         prompts = pinned(prompts, bench.device)
 
         def ours(batch: dict[str, Any]) -> Tensor:
-            return compute_loss(self.arguments, pipe, self.denoise, self.encode, batch)
+            return self.script.compute_loss(self.arguments, pipe, self.denoise, self.encode, batch)
 
         return {
             "online": lambda: self.update(lambda: ours({"image": images, "position": positions})),

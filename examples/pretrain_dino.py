@@ -30,7 +30,6 @@ from diffusers_dino.cli.training_flags import (
     open_training_images,
 )
 from diffusers_dino.data import ImageDataset
-from diffusers_dino.extras import require
 from diffusers_dino.hub.record import write_record_and_card
 from diffusers_dino.seeds import generator_for
 from diffusers_dino.training.features import evenly_spread
@@ -42,11 +41,13 @@ from diffusers_dino.training.self_distillation import (
     update_teacher,
 )
 
-require("lightly.loss", "train", "Pretraining an encoder needs lightly")
-from lightly.loss import KoLeoLoss  # noqa: E402
-from lightly.loss.swav_loss import sinkhorn  # noqa: E402
-from lightly.models.modules import DINOProjectionHead  # noqa: E402
-from lightly.utils.scheduler import cosine_schedule  # noqa: E402
+try:
+    from lightly.loss import KoLeoLoss
+    from lightly.loss.swav_loss import sinkhorn
+    from lightly.models.modules import DINOProjectionHead
+    from lightly.utils.scheduler import cosine_schedule
+except ImportError as error:
+    raise ImportError("Pretraining an encoder needs lightly: pip install diffusers-dino[train]") from error
 
 logger = logging.getLogger("pretrain_dino")
 

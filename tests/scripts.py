@@ -98,7 +98,8 @@ def call_script(script: str, config: Path | None = None, **flags: Any) -> None:
     try:
         if script in COMMANDS:
             module = COMMANDS[script].load()
-            module.main(parse_arguments(module.Arguments, argv[1:]))
+            shares_config = COMMANDS[script].shares_config
+            module.main(parse_arguments(module.Arguments, argv[1:], skip_foreign_keys=shares_config))
         else:
             with patch.object(sys, "argv", argv):
                 importlib.import_module(Path(script).stem).main()

@@ -133,7 +133,7 @@ def test_goes_on_from_an_encoder(flags, tmp_path):
         ({"train_data_dir": None}, ValueError, "--train_data_dir"),
         ({"train_data_dir": "nowhere"}, FileNotFoundError, "nowhere"),
         ({"train_batch_size": 25}, ValueError, "needs 25 images .* there are 24"),
-        ({"patch_size": 7}, ValueError, "--image_size 32 is no multiple of --patch_size 7"),
+        ({"patch_size": 7}, ValueError, "--image_size 32 is not a multiple of --patch_size 7"),
         ({"local_crop_size": 12}, ValueError, "--local_crop_size 12"),
         ({"min_global_crop": 1.5}, ValueError, "scale of crops"),
         ({"min_effective_rank": 20.0}, RuntimeError, "has collapsed at update 3"),

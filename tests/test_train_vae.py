@@ -122,7 +122,7 @@ def test_goes_on_from_an_autoencoder_in_bf16(trained, flags):
         ({"train_data_dir": "nowhere"}, FileNotFoundError, "nowhere"),
         ({"train_batch_size": 21}, ValueError, "needs 21 images .* there are 20"),
         ({"num_validation_images": 24}, ValueError, "cannot be held out"),
-        ({"resolution": 30}, ValueError, "no multiple of the VAE's 4"),
+        ({"resolution": 30}, ValueError, "not a multiple of the VAE's 4"),
         ({"norm_num_groups": 3}, ValueError, "does not divide"),
         ({"l1_weight": -1.0}, ValueError, "negative"),
         ({"learning_rate": 1e30, "max_train_steps": 4}, FloatingPointError, "No weight was changed"),
@@ -155,7 +155,7 @@ def test_misspelt_key_of_a_config_names_the_right_one(flags, tmp_path, capsys):
 
 def test_another_seed_does_not_continue_a_run(trained, flags):
     shutil.copytree(trained / "checkpoint-3", flags["output_dir"] / "checkpoint-3")
-    with pytest.raises(ValueError, match="seed 0, this one has 1"):
+    with pytest.raises(ValueError, match="seed was 0, is 1"):
         scripts.call_script("train_vae.py", **flags, resume_from_checkpoint="latest", seed=1)
 
 

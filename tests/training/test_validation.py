@@ -6,14 +6,13 @@ import torch
 from accelerate import Accelerator
 
 import tiny
-from diffusers_dino.training.models import adapt_for_training, make_adamw
+from diffusers_dino.training.models import adapt_for_training
+from diffusers_dino.training.optim import make_adamw
 from diffusers_dino.training.state import TrainingState
 from diffusers_dino.training.validation import (
     FeatureMetric,
-    GridPlan,
-    MetricPlan,
     Validator,
-    generate_variations,
+    generate_for_validation,
     measure,
     open_metric,
 )
@@ -35,12 +34,12 @@ def dataset() -> list[dict]:
 def test_variations_depend_on_seed_and_index_alone(pipe):
     sources = tiny.random_images(3, channels=1)
     options = {"num_variations": 2, "num_inference_steps": 2, "guidance_scale": 2.0}
-    together = generate_variations(pipe, sources, [4, 5, 6], batch_size=16, **options)
+    together = generate_for_validation(pipe, sources, [4, 5, 6], batch_size=16, **options)
     assert together.shape == (3, 2, 1, 32, 32)
-    one_by_one = generate_variations(pipe, sources[1:], [5, 6], batch_size=1, **options)
+    one_by_one = generate_for_validation(pipe, sources[1:], [5, 6], batch_size=1, **options)
     torch.testing.assert_close(together[1:], one_by_one, atol=1e-4, rtol=0)
     assert not torch.allclose(together[0, 0], together[0, 1])
-    assert not torch.allclose(together, generate_variations(pipe, sources, [4, 5, 6], seed=1, **options))
+    assert not torch.allclose(together, generate_for_validation(pipe, sources, [4, 5, 6], seed=1, **options))
 
 
 def test_distance_of_the_generated_to_the_real(pipe, dataset):
@@ -67,22 +66,28 @@ def test_any_distance_in_the_space_of_any_extractor(pipe, dataset, distance):
         open_metric(distance, "vgg")
 
 
-def test_a_best_value_of_other_features_is_no_measure(pipe, state, dataset, tmp_path):
+@pytest.fixture
+def make_validator(pipe, state, dataset, tmp_path):
+    def make(metric: FeatureMetric | None = None, num_metric_images: int = 3, **options) -> Validator:
+        options = {"num_metric_images": num_metric_images, "num_inference_steps": 1, **options}
+        return Validator(pipe, state, tmp_path, dataset, metric=metric or open_metric(), **options)
+
+    return make
+
+
+def test_a_best_value_of_other_features_is_not_compared(make_validator, tmp_path):
     other = FeatureMetric("frechet_pixels", lambda images: images.flatten(1), lambda generated, real: -1.0)
     for metric, expected in ((other, None), (open_metric(), "pixels")):
-        validator = Validator(
-            pipe, state, tmp_path, dataset, GridPlan(0), MetricPlan(1, 3, metric), num_inference_steps=1
-        )
+        validator = make_validator(metric=metric, grid_steps=0, metric_steps=1)
         validator.run(1, lambda message: None)
         features = json.loads((tmp_path / "best" / "metric.json").read_text())["features"]
         assert (features and features["extractor"]) == expected
 
 
-def test_lowest_value_is_kept(pipe, state, dataset, tmp_path):
+def test_lowest_value_is_kept(make_validator, tmp_path):
     values = iter([3.0, 5.0, math.nan, 2.0])
     metric = FeatureMetric("given", lambda images: images.flatten(1), lambda generated, real: next(values))
-    plans = GridPlan(every=0), MetricPlan(every=10, num_images=4, metric=metric)
-    validator = Validator(pipe, state, tmp_path, dataset, *plans, num_inference_steps=1)
+    validator = make_validator(metric=metric, grid_steps=0, metric_steps=10, num_metric_images=4)
     said = []
     kept = []
     for step in (5, 10, 20, 30, 40):
@@ -95,12 +100,12 @@ def test_lowest_value_is_kept(pipe, state, dataset, tmp_path):
     assert "best so far 3" in said[1]
 
 
-def test_looking_leaves_weights_and_mode_as_they_were(pipe, state, dataset, tmp_path):
+def test_looking_leaves_weights_and_mode_as_they_were(pipe, state, make_validator, tmp_path):
     with torch.no_grad():
         for parameter in state.trainable.values():
             parameter.add_(0.1)
     before = {name: p.detach().clone() for name, p in state.trainable.items()}
-    validator = Validator(pipe, state, tmp_path, dataset, GridPlan(1, 2, 1), MetricPlan(1, 3), num_inference_steps=1)
+    validator = make_validator(grid_steps=1, num_sources=2, num_variations=1, metric_steps=1)
     pipe.unet.train()
     validator.run(1, lambda message: None)
     assert all(torch.equal(before[name], p) for name, p in state.trainable.items())

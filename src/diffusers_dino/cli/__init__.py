@@ -23,11 +23,13 @@ class Command(NamedTuple):
         module: Where it is, below `diffusers_dino.cli`.
         summary: What it does, in one line.
         resumable: Whether the same command goes on with what a stopped run has done.
+        shares_config: Whether its YAML file may be one of a training, with keys that it does not know.
     """
 
     module: str
     summary: str
     resumable: bool = False
+    shares_config: bool = False
 
     def load(self) -> ModuleType:
         return import_module(f"{__name__}.{self.module}")
@@ -36,7 +38,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "shards": Command("shards", "Turn folders of images or public data sets into webdataset shards", True),
     "sources": Command("sources", "List the public data sets that `shards` knows, or describe one"),
-    "cache": Command("cache", "Encode the images once, so that training runs the UNet alone", True),
+    "cache": Command("cache", "Encode the images once, so that training runs only the UNet", True, shares_config=True),
     "synthesise": Command("synthesise", "Make a labelled set of synthetic images from real ones", True),
     "evaluate fidelity": Command("evaluate.fidelity", "Distance of generated images from real ones", True),
     "evaluate memorization": Command("evaluate.memorization", "Copies of training images, and a gate against them"),
@@ -71,7 +73,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def start() -> None:
         module = command.load()
-        args = parse_arguments(module.Arguments, rest, module.__doc__, f"diffusers-dino {name}", _owner_of)
+        args = parse_arguments(
+            module.Arguments,
+            rest,
+            module.__doc__,
+            prog=f"diffusers-dino {name}",
+            owner_of=_owner_of,
+            skip_foreign_keys=command.shares_config,
+        )
         module.main(args)
 
     (run_resumable if command.resumable else run)(start)

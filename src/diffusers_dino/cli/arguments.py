@@ -55,11 +55,12 @@ def parse_arguments(
     description: str | None = "",
     prog: str | None = None,
     owner_of: Callable[[str], str | None] = lambda name: None,
+    skip_foreign_keys: bool = False,
 ) -> Arguments:
     """Read flags, and before them a YAML file if one is named: `script.py config.yaml --learning_rate 1e-4`.
 
-    The file is the first argument or follows `--config`; flags of the command line win over it. A name that is not
-    known ends the program with the closest known one.
+    The file is the first argument or follows `--config`; flags of the command line win over it. An unknown name ends
+    the program with the closest known one.
 
     Args:
         kind: A dataclass whose fields are flag, type, default and help.
@@ -67,25 +68,37 @@ def parse_arguments(
         description: Shown above the flags by `--help`.
         prog: Name of the program in messages; by default the script's.
         owner_of: Which other command has a flag of a given name, for a config that was written for it.
+        skip_foreign_keys: Leave out keys of the file that are not nearly a flag, for a config that other programs
+            read, too. One line on standard error names them.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     usage = "%(prog)s [CONFIG.yaml] [--FLAG VALUE ...]"
     parser = _Parser(kind, prog=prog, usage=usage, allow_abbrev=False, description=description, formatter_class=_Help)
-    config = None
+    known = [option.lstrip("-") for option in parser._option_string_actions]
+
+    def refuse(name: str, place: str = "") -> NoReturn:
+        parser.error(f"{place}there is no flag {name}{_suggest(name.strip('-'), known, owner_of)}")
+
+    path = None
     if argv and not argv[0].startswith("-"):
-        config, argv = argv[0], argv[1:]
-    elif "--config" in argv and not any(field.name == "config" for field in dataclasses.fields(kind)):
+        path, argv = argv[0], argv[1:]
+    elif "--config" in argv and "config" not in known:
         place = argv.index("--config")
         if place + 1 == len(argv):
             parser.error("--config needs the path of a YAML file")
-        config, argv = argv[place + 1], argv[:place] + argv[place + 2 :]
-    known = [option.lstrip("-") for option in parser._option_string_actions]
-    if config is not None:
-        argv = _flags_of(_read_yaml(config, parser), known, config, parser, owner_of) + argv
+        path, argv = argv[place + 1], argv[:place] + argv[place + 2 :]
+    if path is not None:
+        config = _read_yaml(path, parser)
+        foreign = [key for key in config if key not in known]
+        wrong = [key for key in foreign if _closest(key, known, 0.85)] if skip_foreign_keys else foreign
+        if wrong:
+            refuse(wrong[0], f"{path}: ")
+        if foreign:
+            print(f"{path}: left out, since they are not for this command: {', '.join(foreign)}", file=sys.stderr)
+        argv = [word for key, value in config.items() if key in known for word in _as_flag(key, value)] + argv
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
-        name = next((text for text in unknown if text.startswith("--")), unknown[0])
-        parser.error(f"there is no flag {name}{_suggest(name.lstrip('-').partition('=')[0], known, owner_of)}")
+        refuse(next((text for text in unknown if text.startswith("--")), unknown[0]).partition("=")[0])
     return kind(**vars(arguments))
 
 
@@ -97,28 +110,27 @@ def _read_yaml(path: str, parser: _Parser) -> dict[str, Any]:
         parser.error(f"cannot read the config {path}: {error}")
     if not isinstance(content, dict):
         parser.error(f"the config {path} must be a mapping of flags to values")
-    return content
+    return {str(key): value for key, value in content.items()}
 
 
-def _flags_of(
-    config: dict[str, Any], known: list[str], path: str, parser: _Parser, owner_of: Callable[[str], str | None]
-) -> list[str]:
-    """Spell a config as flags, so that the same rules check it."""
-    flags: list[str] = []
-    for key, value in config.items():
-        if key not in known:
-            parser.error(f"{path}: there is no flag {key!r}{_suggest(str(key), known, owner_of)}")
-        if value is None:
-            continue
-        if isinstance(value, list):
-            flags += [f"--{key}", *map(str, value)]
-        else:
-            flags.append(f"--{key}={value}")  # a value may begin with a dash
-    return flags
+def _as_flag(key: str, value: Any) -> list[str]:
+    """An entry of a config as words of a command line, so that the same rules check it."""
+    if value is None:
+        return []
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)]
+    return [f"--{key}={value}"]  # a value may begin with a dash
 
 
 def _suggest(name: str, known: list[str], owner_of: Callable[[str], str | None]) -> str:
-    close = [word for word in known if name and word.startswith(name)] or difflib.get_close_matches(name, known, n=1)
-    if close:
-        return f". Did you mean {close[0]}?"
-    return f". It is a flag of `{owner}`" if (owner := owner_of(name)) else ""
+    if close := _closest(name, known, 0.85):
+        return f". Did you mean {close}?"
+    if owner := owner_of(name):
+        return f". It is a flag of `{owner}`"
+    return f". Did you mean {close}?" if (close := _closest(name, known, 0.6)) else ""
+
+
+def _closest(name: str, known: list[str], cutoff: float) -> str | None:
+    """The known name that begins with this one, or that is most like it; None if none is."""
+    beginning = [word for word in known if name and word.startswith(name)]
+    return next(iter(beginning or difflib.get_close_matches(name, known, n=1, cutoff=cutoff)), None)

@@ -261,8 +261,10 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _require_same(begun: dict[str, Any], now: dict[str, Any], place: Path) -> None:
-    """Refuse to write where features of other settings, or of other samples (`keys_sha256`), are."""
-    require_same({name: begun.get(name) for name in now}, now, place, FeatureCacheError)
+    """Refuse to write where features of other settings or of other samples are."""
+    names = {name: {"keys_sha256": "hash of the samples' keys"}.get(name, name) for name in now}
+    theirs, ours = ({names[name]: settings.get(name) for name in now} for settings in (begun, now))
+    require_same(theirs, ours, place, FeatureCacheError)
 
 
 def _refuse(folder: Path, differences: list[str]) -> None:

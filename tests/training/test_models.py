@@ -7,7 +7,7 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import get_peft_model_state_dict
 
 import tiny
-from diffusers_dino.training import models
+from diffusers_dino.training import models, optim
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_trained_pipelines_load_from_pipelines_and_checkpoints(folder, tmp_path)
     loaded = models.load_trained_pipeline(tmp_path / "run/checkpoint-1", torch.float16)
     assert loaded.unet.conv_in.bias.eq(3).all()
     assert {loaded.unet.dtype, loaded.vae.dtype, loaded.conditioner.dtype} == {torch.float16}
-    with pytest.raises(FileNotFoundError, match=r"no pipeline .* and no checkpoint"):
+    with pytest.raises(FileNotFoundError, match=r"not a pipeline .* and not a checkpoint"):
         models.load_trained_pipeline(tmp_path / "run/vae")
 
 
@@ -131,7 +131,7 @@ def test_trained_weights_are_float32_and_the_others_frozen():
 
 def test_optimizer_takes_its_options():
     weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = models.make_adamw([weight], lr=0.1, weight_decay=0.0, betas=(0.5, 0.6), eps=1e-6)
+    optimizer = optim.make_adamw([weight], lr=0.1, weight_decay=0.0, betas=(0.5, 0.6), eps=1e-6)
     assert optimizer.defaults["betas"] == (0.5, 0.6)
     weight.grad = torch.ones(3)
     optimizer.step()
@@ -140,5 +140,5 @@ def test_optimizer_takes_its_options():
 
 def test_eight_bit_optimizer_is_bitsandbytes():
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    optimizer = models.make_adamw([torch.nn.Parameter(torch.ones(3))], eight_bit=True, lr=0.1)
+    optimizer = optim.make_adamw([torch.nn.Parameter(torch.ones(3))], eight_bit=True, lr=0.1)
     assert isinstance(optimizer, bitsandbytes.optim.AdamW8bit)
