@@ -141,5 +141,5 @@ class TestVerification:
         with pytest.raises(ShardError, match="is damaged"):
             verify_shards(tmp_path)
         (tmp_path / "manifest.json").write_text(json.dumps({"format": 2, "shards": []}))
-        with pytest.raises(ShardError, match="no manifest of format 1"):
+        with pytest.raises(ShardError, match="not a manifest of format 1"):
             verify_shards(tmp_path)

@@ -260,8 +260,8 @@ def test_unknown_names_bring_the_closest(tmp_path):
         ({"labels": {"column": "{finding}", "columns": ["a"]}}, "exactly one of column, columns and constant"),
         ({"labels": {"column": "{finding}", "map": {False: "x"}}}, "put them in quotes"),
         ({"labels": "finding"}, "labels of .* must be a mapping"),
-        ({"derive": {"path": "(?P<x>"}}, "no regular expression"),
-        ({"name": "a/b"}, "no name of a source"),
+        ({"derive": {"path": "(?P<x>"}}, "not a regular expression"),
+        ({"name": "a/b"}, "not a name of a source"),
         ({"repeats": "mean"}, "repeats is any or majority"),
         ({"raw": {"width": 0, "height": 4}}, "raw of .* at least 1 pixel"),
         ({"image": None}, "image"),
@@ -274,7 +274,7 @@ def test_descriptions_that_make_no_sense_are_refused(tmp_path, change, match):
         find_source(tmp_path / "own.yaml")
 
 
-@pytest.mark.parametrize(("text", "match"), [("- a\n- b", "describes no source"), ("a: [", "no YAML file")])
+@pytest.mark.parametrize(("text", "match"), [("- a\n- b", "does not describe a source"), ("a: [", "not a YAML file")])
 def test_files_that_describe_nothing_are_refused(tmp_path, text, match):
     (tmp_path / "own.yaml").write_text(text)
     with pytest.raises(ValueError, match=match):
@@ -284,7 +284,7 @@ def test_files_that_describe_nothing_are_refused(tmp_path, text, match):
 def test_cells_that_are_not_understood_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"images/a\.png.*'finding' holds 'perhaps'"):
         list(own(tmp_path, "a.png,1,perhaps\n", labels={"columns": ["finding"]}))
-    with pytest.raises(ValueError, match=r"images/a\.png.*'holdout' is no split"):
+    with pytest.raises(ValueError, match=r"images/a\.png.*'holdout' is not a split"):
         list(own(tmp_path, "a.png,1,holdout\n", split="{finding}"))
     with pytest.raises(ValueError, match="wildcard may only be in a folder"):
         own(tmp_path, "a.png,1,x\n", image="images/{patient}/*.png")
@@ -304,7 +304,7 @@ def test_rare_labels_are_dropped_and_their_images_become_unlabelled():
     assert [r.labels for r in select_labels(records, 1 / 30)] == [r.labels for r in records], "the bound is included"
     with pytest.raises(TypeError, match="twice"):
         select_labels(iter(records))
-    with pytest.raises(ValueError, match="share"):
+    with pytest.raises(ValueError, match="fraction"):
         select_labels(records, 4)
 
 

@@ -45,7 +45,7 @@ def test_splits(cell, split):
 
 
 def test_a_word_that_is_no_split_is_refused():
-    with pytest.raises(ValueError, match="'fold 3' is no split"):
+    with pytest.raises(ValueError, match="'fold 3' is not a split"):
         normalize_split("fold 3")
 
 

@@ -2,14 +2,14 @@
 
     diffusers-dino sources --name nih_chest_xray14
 
-A description of your own is a YAML file; docs/sources.md says what stands in it.
+A YAML file describes a data set of your own: docs/sources.md says how.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..data.sources import find_source, source_names
+from ..data.sources import find_source, layout_facts, source_names
 from .arguments import flag
 
 
@@ -19,6 +19,13 @@ class Arguments:
 
 
 def main(args: Arguments) -> None:
-    for name in source_names() if args.name is None else [args.name]:
-        source = find_source(name)
-        print(f"{source.name:24}{source.title}" if args.name is None else source)
+    if args.name is None:
+        for source in map(find_source, source_names()):
+            images = f"{source.images:,}" if source.images else "?"
+            print(f"{source.name:22}{images:>9}  {source.title}")
+        return
+    source = find_source(args.name)
+    images = f"{source.images:,} images" if source.images else "number of images unknown"
+    print(f"{source.name}: {source.title or 'no title'}, {images}\n{source.url}".rstrip())
+    for name, text in layout_facts(source).items():
+        print(f"{name}: {text}")

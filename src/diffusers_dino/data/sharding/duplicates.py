@@ -20,7 +20,7 @@ _ONES = np.array([value.bit_count() for value in range(1 << 16)], np.uint8)
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Pairs of images that are the same; of many equal ones each is paired with the first.
+    """Pairs of images that are the same. Where many are equal, each is paired with the first.
 
     Attributes:
         pairs: `(P, 2)` int64, numbers of images, the earlier one first; sorted.
@@ -32,17 +32,17 @@ class Duplicates:
 
     @property
     def exact(self) -> np.ndarray:
-        """`(P,)` bool, whether all pixels are equal."""
+        """`(P,)` bool: all pixels are equal."""
         return self.distance < 0
 
     def copies(self, near: bool = False) -> set[int]:
         """The images to leave out so that none occurs twice; the first of equal ones stays.
 
         Args:
-            near: Whether near duplicates count: an image goes if one that stays comes before it and is near it.
+            near: Leave out near duplicates, too: those of an earlier image that stays.
         """
         left_out = set(self.pairs[self.exact, 1].tolist())
-        if near:  # pairs are sorted, so what becomes of the first image is settled before it stands for others
+        if near:  # pairs are sorted: whether `first` stays is known by then
             for first, second in self.pairs[~self.exact].tolist():
                 if first not in left_out:
                     left_out.add(second)
@@ -57,18 +57,10 @@ def pixel_digest(image: np.ndarray) -> str:
 
 
 def perceptual_hash(image: np.ndarray) -> bytes:
-    """The signs of an image's 16 x 16 lowest DCT coefficients about their median: imagehash's `phash`.
+    """imagehash's `phash` of a uint8 image `(H, W)` or `(H, W, 3)`: 32 bytes.
 
-    The usual 8 x 8 are too few for radiographs, which all resemble each other: see docs/shards.md.
-
-    Args:
-        image: uint8 `(H, W)` or `(H, W, 3)`.
-
-    Returns:
-        32 bytes.
-
-    Raises:
-        ImportError: If imagehash is not installed.
+    Its bits say which of the 16 x 16 lowest DCT coefficients are above their median. The usual 8 x 8 are too few for
+    radiographs, which all resemble each other: docs/shards.md has the figures.
     """
     imagehash = require("imagehash", "shards", "Perceptual hashes need imagehash")
     return np.packbits(imagehash.phash(Image.fromarray(image), hash_size=16).hash).tobytes()
@@ -86,9 +78,9 @@ def find_duplicates(digests: list[str], hashes: np.ndarray, max_distance: int = 
     numbers = np.arange(len(digests))
     copies = numbers[first[group] != numbers]
     exact = np.stack([first[group[copies]], copies], axis=1)
-    alone = np.sort(first)  # one of each group
-    near, distance = near_pairs(hashes[alone], max_distance)
-    pairs = np.concatenate([exact, alone[near]])
+    unique = np.sort(first)  # one of each group
+    near, distance = near_pairs(hashes[unique], max_distance)
+    pairs = np.concatenate([exact, unique[near]])
     distance = np.concatenate([np.full(len(exact), -1), distance])
     order = np.lexsort((pairs[:, 1], pairs[:, 0]))
     return Duplicates(pairs[order], distance[order])
@@ -97,8 +89,8 @@ def find_duplicates(digests: list[str], hashes: np.ndarray, max_distance: int = 
 def near_pairs(hashes: np.ndarray, max_distance: int) -> tuple[np.ndarray, np.ndarray]:
     """All pairs of hashes that differ in few bits, by multi-index hashing (Norouzi et al., CVPR 2012).
 
-    Only hashes that share one of 16 bands are compared, and equal hashes are compared once, so a million take minutes
-    where all pairs would take days. Among equal hashes each is paired with the first.
+    Only hashes that share one of 16 bands are compared, and equal hashes only once: a million hashes take minutes
+    instead of days. Of equal hashes each is paired with the first.
 
     Args:
         hashes: `(N, 32)` uint8.
@@ -108,7 +100,7 @@ def near_pairs(hashes: np.ndarray, max_distance: int) -> tuple[np.ndarray, np.nd
         `(P, 2)` int64, pairs of numbers with the smaller first, and `(P,)` int64, their differing bits.
 
     Raises:
-        ValueError: If the distance is out of range: beyond it pairs would be missed silently.
+        ValueError: If the distance is out of range. Beyond it, pairs would be missed silently.
     """
     if not 0 <= max_distance <= MAX_DISTANCE:
         raise ValueError(f"The distance of near duplicates must be in [0, {MAX_DISTANCE}] bits, got {max_distance}")
@@ -131,9 +123,9 @@ def near_pairs(hashes: np.ndarray, max_distance: int) -> tuple[np.ndarray, np.nd
 
 
 def _bands(hashes: np.ndarray) -> np.ndarray:
-    """`(U, 32)` uint8 -> `(U, 16)` uint16: one bit of each row and of each column of the DCT in each band.
+    """`(U, 32)` uint8 -> `(U, 16)` uint16. Each band has one bit of each row and each column of the DCT.
 
-    Low frequencies look alike in all radiographs: a band of them alone would put most images into a few buckets.
+    Low frequencies look alike in all radiographs: a band of only those would put most images into a few buckets.
     """
     bits = np.unpackbits(hashes, axis=1).reshape(-1, 16, 16)
     diagonals = np.stack([np.roll(bits[:, row], row, axis=1) for row in range(16)], axis=2)  # (U, band, 16)
@@ -143,8 +135,8 @@ def _bands(hashes: np.ndarray) -> np.ndarray:
 def _pairs_in_band(words: np.ndarray, band: np.ndarray, max_distance: int) -> tuple[np.ndarray, np.ndarray]:
     """Pairs that share a band's value and differ little elsewhere: `(P, 2)` and `(P,)`.
 
-    With hashes sorted by the value, those of one bucket are neighbours: first each is compared with the next, then
-    with the one after, and so on, while any bucket is that large. Memory is linear in the number of hashes.
+    Sorted by the band's value, the hashes of a bucket are neighbours. Each is compared with the next one, then with
+    the one after, and so on up to the size of the largest bucket. Memory is linear in the number of hashes.
     """
     order = np.argsort(band, kind="stable")
     value = band[order]

@@ -1,4 +1,4 @@
-"""Webdataset shards whose bytes follow from their content, and the manifest that says what a folder must hold."""
+"""Webdataset shards whose bytes depend only on their content, and the manifest that lists the shards of a folder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _FORMAT = 1
 
 
 class ShardError(ValueError):
-    """A folder of shards is not what it should be. The message names the file and says what to do."""
+    """A folder of shards is damaged, or was begun with other settings. The message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -45,18 +45,12 @@ class Shard:
 
 
 def write_shard(path: Path, split: str, samples: Iterable[tuple[str, dict[str, bytes]]]) -> Shard:
-    """Write a shard and its index. The bytes follow from the samples alone: no times, no owners.
+    """Write a shard and its index. The bytes depend only on the samples: no times, no owners.
 
     Args:
-        path: The tar. It appears under this name when it is complete, and its index after it.
+        path: The tar. It gets this name when it is complete; its index is written after it.
         split: What its samples are for.
         samples: Key and `{extension: content}` of each sample.
-
-    Returns:
-        The shard's entry in the manifest.
-
-    Raises:
-        OSError: If the disk is full, or the folder is not writable.
     """
     webdataset = require("webdataset", "shards", "Writing shards needs webdataset")
     plain = {"user": "", "group": "", "mode": 0o644, "mtime": 0, "encoder": False}
@@ -76,9 +70,9 @@ def write_manifest(
     """Write `manifest.json`, which makes a folder of shards complete.
 
     Args:
-        folder: Where the shards are.
+        folder: Folder of the shards.
         preprocessing: How their images were prepared.
-        shards: All of them.
+        shards: All shards.
         lineage: Where the images come from, and what was done to them.
     """
     content = {
@@ -95,7 +89,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest of a folder of shards.
 
     Raises:
-        FileNotFoundError: If there is none: the folder is incomplete, or no work of `write_manifest`.
+        FileNotFoundError: If there is none: the folder is incomplete.
         ShardError: If it cannot be read.
     """
     path = Path(folder) / MANIFEST
@@ -106,7 +100,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     except ValueError as error:
         raise ShardError(f"{str(path)!r} is damaged: {error}") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT or "shards" not in content:
-        raise ShardError(f"{str(path)!r} is no manifest of format {_FORMAT}.")
+        raise ShardError(f"{str(path)!r} is not a manifest of format {_FORMAT}.")
     return content
 
 
@@ -114,11 +108,11 @@ def verify_shards(folder: str | Path, num_workers: int = 4) -> list[str]:
     """Compare all shards of a folder, byte for byte, with the manifest.
 
     Args:
-        folder: Where the shards and the manifest are.
+        folder: Folder of the shards and the manifest.
         num_workers: How many files to read at once.
 
     Returns:
-        What is wrong, one sentence a file; empty if nothing is.
+        What is wrong, one sentence for each file; empty if nothing is.
 
     Raises:
         FileNotFoundError: If there is no manifest.
@@ -126,7 +120,7 @@ def verify_shards(folder: str | Path, num_workers: int = 4) -> list[str]:
     """
     folder = Path(folder)
     entries = read_manifest(folder)["shards"]
-    with ThreadPoolExecutor(max(1, num_workers)) as pool:  # hashing lets go of the interpreter's lock
+    with ThreadPoolExecutor(max(1, num_workers)) as pool:  # hashing releases the GIL
         problems = [problem for problem in pool.map(lambda entry: _problem(folder, entry), entries) if problem]
     known = {entry["name"] for entry in entries}
     strangers = sorted(path.name for path in folder.glob("*.tar") if path.name not in known)
@@ -150,7 +144,7 @@ def _problem(folder: Path, entry: dict[str, Any]) -> str | None:
     if path.stat().st_size != entry["bytes"]:
         return f"{path.name} has {path.stat().st_size} bytes, not {entry['bytes']}"
     if sha256_of(path) != entry["sha256"]:
-        return f"{path.name} has changed: its SHA-256 is another one"
+        return f"{path.name} has changed: its SHA-256 differs"
     index = path.with_name(path.name + INDEX_SUFFIX)
     with open(path, "rb") as tar:
         expected = index_tar(tar, path.name, entry["bytes"])

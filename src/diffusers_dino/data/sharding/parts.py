@@ -1,8 +1,10 @@
 """Prepared images on their way into shards.
 
-Which shard an image belongs to follows from its duplicates, which are known only when all images are prepared. So each
-is read and prepared once, and kept with its facts in a part; shards are copied together from parts. Neither parts nor
+The shard of an image depends on its duplicates, which are known only when all images are prepared. So each image is
+read and prepared once and kept with its facts in a part; shards are copied together from parts. Neither parts nor
 shards hold ids, file names or headers of the originals.
+
+A part is two files: `000000.bin` holds the bytes of its images, `000000.json`, written last, their facts.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """An image to prepare, with the names that it goes by from here on."""
+    """An image to prepare. From here on, salted hashes stand for its id (`key`) and its patient."""
 
     key: str
     patient: str
@@ -50,16 +52,11 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What is known of a prepared image, and where its bytes are. Nothing else leaves the original.
+    """What is known of a prepared image, and where its bytes are. Nothing else of the original is kept.
 
     Attributes:
-        key: Source and salted hash of the image's id.
-        source: Name of the source.
-        patient: Salted hash of the patient's id.
-        labels: Findings stated as present; None: unlabelled.
-        uncertain: Findings that the provider marks as uncertain.
-        view: Such as `"PA"`; None if unknown.
-        split: The provider's.
+        key, patient: See `Item`.
+        source, labels, uncertain, view, split: See `Record`.
         modality: DICOM's term, such as `"DX"`; None if unknown.
         spacing: mm between rows and between columns of the prepared image; None if unknown.
         size: Height and width of the original in pixels.
@@ -89,7 +86,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """An image that is left out, and why, in words that hold nothing of the file."""
+    """An image that is left out, and the reason, which quotes nothing from the file."""
 
     key: str
     source: str
@@ -100,7 +97,7 @@ _COLUMNS = [entry.name for entry in fields(Sample) if entry.name != "part"]
 
 
 def list_items(records: Iterable[Record], salt: str) -> list[Item]:
-    """Give the images of a source their names, in the order of their ids.
+    """The images of a source in the order of their ids, with hashes for names.
 
     Raises:
         ValueError: If two images have one id, or the salt is too short.
@@ -115,15 +112,9 @@ def list_items(records: Iterable[Record], salt: str) -> list[Item]:
 
 
 def prepare(item: Item, encoding: Encoding, salt: str) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Read and prepare one image.
+    """Read and prepare one image: the facts of its `Sample`, and its files by extension.
 
-    Args:
-        item: The image.
-        encoding: How it is prepared and stored.
-        salt: Secret of all hashes. Where the source knows no patients, a DICOM header's is taken, hashed.
-
-    Returns:
-        The facts of its `Sample`, and its files by extension.
+    If the source has no patient ids, the patient is that of the DICOM header, hashed with the salt.
 
     Raises:
         UnreadableImageError: If it, or its mask, cannot be read or used.
@@ -159,20 +150,10 @@ def prepare(item: Item, encoding: Encoding, salt: str) -> tuple[dict[str, Any], 
 
 
 def write_part(folder: Path, number: int, items: Sequence[Item], encoding: Encoding, salt: str) -> tuple[int, int]:
-    """Prepare some images and keep them as one part, which is there when its JSON is.
-
-    Args:
-        folder: Of the parts.
-        number: Of this part.
-        items: Its images.
-        encoding: How they are prepared and stored.
-        salt: See `prepare`.
+    """Prepare some images and write them as one part.
 
     Returns:
         How many images there are, and how many of them cannot be read.
-
-    Raises:
-        OSError: If the disk is full.
     """
     rows: list[list[Any]] = []
     unreadable: list[Unreadable] = []
@@ -196,7 +177,7 @@ def write_part(folder: Path, number: int, items: Sequence[Item], encoding: Encod
 
 
 def is_complete(folder: Path, number: int) -> bool:
-    """Whether a part is there and has its size."""
+    """Whether a part is there and has the right size."""
     try:
         facts = json.loads(_facts(folder, number).read_bytes())
         return _blob(folder, number).stat().st_size == facts["bytes"]
@@ -220,11 +201,10 @@ def assemble_shard(name: str, split: str, samples: Sequence[Sample], parts: Path
         samples: Its samples in order.
         parts: Folder of the parts.
         folder: Where the shard goes.
-        done: Where records of finished shards are kept. A shard that does not match its record is written anew.
+        done: Folder of the records of finished shards. A shard that does not match its record is written anew.
 
     Raises:
         ShardError: If a part is damaged.
-        OSError: If the disk is full.
     """
     path, record = folder / name, done / f"{name}.json"
     if record.is_file():
@@ -237,7 +217,7 @@ def assemble_shard(name: str, split: str, samples: Sequence[Sample], parts: Path
 
 
 def read_contents(sample: Sample, parts: Path) -> dict[str, bytes]:
-    """The prepared image of a sample, and its mask if it has one, by extension; raises `ShardError` for damage."""
+    """The prepared image of a sample, and its mask if it has one, by extension; `ShardError` if they are damaged."""
     contents, checksum = {}, 0
     with open(_blob(parts, sample.part), "rb") as blob:
         for extension, (offset, length) in sample.files.items():
@@ -251,15 +231,15 @@ def read_contents(sample: Sample, parts: Path) -> dict[str, bytes]:
 
 
 def _with_facts(samples: Iterable[Sample], split: str, parts: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Key and files of each sample, with what may be told of it."""
-    told = ("source", "patient", "labels", "uncertain", "view", "modality", "spacing", "size")
+    """Key and files of each sample, with the facts that a shard may hold."""
+    shared = ("source", "patient", "labels", "uncertain", "view", "modality", "spacing", "size")
     for sample in samples:
-        facts = {name: getattr(sample, name) for name in told} | {"split": split}
+        facts = {name: getattr(sample, name) for name in shared} | {"split": split}
         yield sample.key, read_contents(sample, parts) | {"json": json.dumps(facts, separators=(",", ":")).encode()}
 
 
 def _header_facts(record: Record, salt: str) -> dict[str, Any]:
-    """What may be known from the header of a DICOM file; of other files nothing is."""
+    """What is taken from the header of a DICOM file. Nothing is taken from other files."""
     with open(record.image, "rb") as file:
         if record.raw is not None or not is_dicom(file.read(132)):
             return {}
@@ -284,7 +264,7 @@ def _read_mask(paths: Sequence[Path], shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong with a file, in words that are not from the file: decoders quote what they stumble over."""
+    """What is wrong with a file, without its content: decoders quote it in their messages."""
     cause = error.__cause__ or error.__context__ or error
     if isinstance(cause, UnreadableImageError):
         return str(cause)

@@ -122,4 +122,4 @@ def _wrong_phantoms(folder: Path) -> list[str]:
     present = {path.name: path for path in folder.glob("*.tar")}
     strangers = [f"{name} is not in the manifest" for name in sorted(set(present) - set(entries))]
     changed = [name for name, path in sorted(present.items()) if name in entries and sha256_of(path) != entries[name]]
-    return strangers + [f"{name} has changed: its SHA-256 is another one" for name in changed]
+    return strangers + [f"{name} has changed: its SHA-256 differs" for name in changed]

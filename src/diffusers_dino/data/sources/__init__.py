@@ -1,6 +1,6 @@
-"""Where the images, labels, patients, views and splits of a provider's data set are. Only `masks` reads images."""
+"""Data sets as their providers distribute them: where images, labels, patients, views, splits and masks are."""
 
-from .catalogue import catalogue_page, find_source, open_source, source_names
+from .catalogue import catalogue_page, find_source, layout_facts, open_source, source_names
 from .description import Source
 from .lineage import PHANTOMS, Overlap, describe_source, lineage, overlaps
 from .reader import OpenSource
@@ -18,6 +18,7 @@ __all__ = [
     "describe_source",
     "find_source",
     "label_prevalence",
+    "layout_facts",
     "lineage",
     "open_source",
     "overlaps",

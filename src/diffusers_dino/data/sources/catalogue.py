@@ -1,4 +1,4 @@
-"""The data sets that are known, and how to open them or one's own."""
+"""The known data sets, and how to open them or your own."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 from .description import Source, describe, read_yaml
 from .reader import OpenSource
 
-__all__ = ["DESCRIPTIONS", "catalogue_page", "find_source", "open_source", "source_names"]
+__all__ = ["catalogue_page", "find_source", "layout_facts", "open_source", "source_names"]
 
-DESCRIPTIONS = Path(__file__).parent / "descriptions"
+_DESCRIPTIONS = Path(__file__).parent / "descriptions"
 
 
 def source_names() -> list[str]:
-    """Names of the sources of the catalogue, sorted."""
-    return sorted(path.stem for path in DESCRIPTIONS.glob("*.yaml"))
+    """The names in the catalogue, sorted."""
+    return sorted(path.stem for path in _DESCRIPTIONS.glob("*.yaml"))
 
 
 def find_source(name_or_yaml: str | Path) -> Source:
@@ -25,10 +25,10 @@ def find_source(name_or_yaml: str | Path) -> Source:
 
     Args:
         name_or_yaml: A name of the catalogue, or a YAML file with the attributes of `Source`. In the file,
-            `base: NAME` takes those of a source of the catalogue, over which the file's own win.
+            `base: NAME` takes those of a source of the catalogue; the file's own override them.
 
     Raises:
-        ValueError: If the name is unknown, or the file describes no source. The message suggests the closest name.
+        ValueError: If the name is unknown, with the closest ones in the message, or the file is wrong.
         FileNotFoundError: If the YAML file is not there.
     """
     text = str(name_or_yaml)
@@ -44,40 +44,20 @@ def find_source(name_or_yaml: str | Path) -> Source:
 
 
 def open_source(name_or_yaml: str | Path, root: str | Path, find_unlisted: bool = True) -> OpenSource:
-    """Open a data set as users get it when they download it: an iterable of `Record`. No image is read.
+    """Open a data set as it is downloaded: an iterable of `Record`. No image is read.
 
     Args:
-        name_or_yaml: What it is: see `find_source`.
-        root: The folder it was unpacked in.
-        find_unlisted: Whether to look for images that no row of the tables belongs to: see `OpenSource`.
-
-    Raises:
-        ValueError: If the source is unknown or badly described, or a table does not fit.
-        FileNotFoundError: If the folder or a table that is needed is not there.
+        name_or_yaml: See `find_source`, also for what it raises.
+        root, find_unlisted: See `OpenSource`, also for what it raises.
     """
     return OpenSource(find_source(name_or_yaml), root, find_unlisted)
 
 
-def catalogue_page() -> str:
-    """The catalogue for people, in Markdown: a table, and a section for each source."""
-    sources = [_built_in(name) for name in source_names()]
-    head = "| name | data set | images | patients | labels | split | masks | holds images of |"
-    rows = [head, "|" + " --- |" * (head.count("|") - 1), *map(_table_line, sources)]
-    return "\n".join([*rows, "", *map(_section, sources)])
-
-
-def _table_line(source: Source) -> str:
-    facts = [source.patient, source.labels, source.split, source.masks]
-    images = f"{source.images:,}" if source.images else "?"
-    held = ", ".join(f"`{name}`" for name in source.contains)
-    cells = [f"`{source.name}`", f"[{source.title}]({source.url})", images, *("yes" if x else "" for x in facts), held]
-    return f"| {' | '.join(cells)} |"
-
-
-def _section(source: Source) -> str:
+def layout_facts(source: Source) -> dict[str, str]:
+    """How a data set is laid out and described, by heading; what is unknown is left out."""
     files = [" or ".join(f"`{name}`" for name in table.files) for table in (*source.table, *source.join)]
     references = [source.doi and f"doi:{source.doi}", source.arxiv and f"arXiv:{source.arxiv}"]
-    lines = {
+    facts = {
         "Images": " or ".join(f"`{pattern}`" for pattern in source.patterns),
         "Tables": "; ".join(files),
         "Pixels": source.pixels,
@@ -87,9 +67,23 @@ def _section(source: Source) -> str:
         "Layout checked": source.verified,
         "Note": source.notes,
     }
-    return "\n".join(
-        [f"### {source.name}", "", *(f"- **{name}**: {text}" for name, text in lines.items() if text), ""]
-    )
+    return {name: text for name, text in facts.items() if text}
+
+
+def catalogue_page() -> str:
+    """The catalogue in Markdown: a table, and a section for each source."""
+    sources = [_built_in(name) for name in source_names()]
+    lines = ["| name | data set | images | patients | labels | split | masks | holds images of |"]
+    lines.append("|" + " --- |" * (lines[0].count("|") - 1))
+    for source in sources:
+        facts = [source.patient, source.labels, source.split, source.masks]
+        cells = [f"`{source.name}`", f"[{source.title}]({source.url})", f"{source.images:,}" if source.images else "?"]
+        cells += ["yes" if fact else "" for fact in facts] + [", ".join(f"`{name}`" for name in source.contains)]
+        lines.append(f"| {' | '.join(cells)} |")
+    for source in sources:
+        facts = [f"- **{name}**: {text}" for name, text in layout_facts(source).items()]
+        lines += ["", f"### {source.name}", "", *facts]
+    return "\n".join([*lines, ""])
 
 
 @lru_cache
@@ -103,4 +97,4 @@ def _built_in_mapping(name: str) -> dict[str, Any]:
         close = difflib.get_close_matches(name, names, n=2, cutoff=0.4)
         hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else f"Known are {', '.join(names)}."
         raise ValueError(f"There is no source {name!r}. {hint} Your own is given as a YAML file.")
-    return read_yaml(DESCRIPTIONS / f"{name}.yaml")
+    return read_yaml(_DESCRIPTIONS / f"{name}.yaml")

@@ -1,4 +1,4 @@
-"""What a data set is and how it lies on disk: one description for the built-in sources and for a user's own."""
+"""What a data set is and how it lies on disk: one form of description for the catalogue and for your own data."""
 
 from __future__ import annotations
 
@@ -19,22 +19,21 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Table:
-    """A file with one row an image, or, in `join`, with more columns for the rows.
+    """A file with one row for each image, or, in `join`, with more columns for the rows.
 
     Attributes:
         file: Path below the root, or several of which the first that exists is taken. `*` is a wildcard.
-        format: `"csv"` (also `.tsv`, and either as `.gz`), `"coco"` (a row an image: `file_name`, `id`, `categories`
-            separated by `|`) or `"openi"` (a folder or `.tgz` of report XMLs: `image`, `report`, `mesh` separated by
-            `|`).
-        delimiter: What separates the cells of a CSV; by default a tab in `.tsv`, else a comma.
+        format: `"csv"` (also `.tsv`, and either as `.gz`), `"coco"` (columns `file_name`, `id` and `categories`,
+            separated by `|`) or `"openi"` (a folder or `.tgz` of report XMLs; columns `image`, `report` and `mesh`,
+            separated by `|`).
+        delimiter: Separator of the cells of a CSV; by default a tab in `.tsv`, else a comma.
         encoding: Of a CSV; a byte order mark is recognised.
         skip_rows: Lines before the header.
         columns: Columns to add with the same value in each row, such as `{split: train}`.
         match: In `join`: a template of the rows' columns, such as `"{study_id}"`, that finds the row to add.
         key: In `join`: the same template in this table's columns, where they have other names.
         optional: Whether the source can be read without this file; its columns are then blank.
-        torchxrayvision: File of that name in torchxrayvision's package, taken where the root has none and the package
-            is installed.
+        torchxrayvision: File in the package torchxrayvision, if installed, to use where the root has none.
     """
 
     file: str | Sequence[str]
@@ -65,30 +64,30 @@ class Source:
     Attributes:
         name: How to call it: letters, digits and `_`.
         image: Template(s) of the image's path below the root; the first that exists is taken. Folders may hold `*`.
-            Without `table` it is a glob, and each file that fits is an image.
+            Without `table` it is a glob, and each file that matches is an image.
         inventory: Glob(s) of all images, to find those without a row; by default `image` with `*` for each column.
         table: File(s) with the rows, one after the other.
         join: Further files, whose columns are added.
-        derive: Column -> regular expression(s); the named groups of the first that fits become columns.
+        derive: Column -> regular expression(s); the named groups of the first that matches become columns.
         where: Column -> value(s): other rows are left out, and counted.
         id: Template of the provider's name of the image; by default its path without the extension.
         patient: Patient id (see `fields.Value`). Without it, each image is its own patient.
-        labels: One `fields.LabelRule`, or several whose findings are put together. Without it: unlabelled.
+        labels: One `fields.LabelRule`, or several whose findings are joined. Without it: unlabelled.
         view: The view (see `fields.Value`); normalised.
         split: The official split (see `fields.Value`); normalised. Or `{lists: {split: file}, key: template}`: files
-            that name the images of a split, a line each, by the template; by default by the id.
+            that name the images of a split, one on each line, by the template; by default by the id.
         masks: Template(s) of mask files; those that exist together are the mask.
         raw: How to read a headerless file (`RawLayout`).
         invert: `{"from": column, "values": [...]}`: for which values the file holds dark bones.
         sidecar: Extension of a JSON file beside each image whose values become columns, named by their path in it,
             such as `00280004.Value.0`.
-        repeats: Several rows of one image: None counts them as an error and keeps the first; `"any"` puts their
-            findings together; `"majority"` keeps what more than half of the raters state.
-        rater: With `repeats`: column that says who stated a row; by default each row is another one.
+        repeats: Several rows of one image: None counts them as an error and keeps the first; `"any"` joins their
+            findings; `"majority"` keeps what more than half of the raters state.
+        rater: With `repeats`: column that names the rater of a row; by default each row has its own.
         contains: Names of other sources, some of whose images this one holds.
         title, images, modality, pixels, views, licence, citation, arxiv, doi, url, notes, verified: For people: number
-            of images, polarity and bit depth, what to know, and where the layout was checked. What is unknown is left
-            out.
+            of images, polarity and bit depth, what to know, and what the layout was compared with. What is unknown is
+            left out.
     """
 
     name: str
@@ -125,7 +124,7 @@ class Source:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w+", self.name):
-            raise ValueError(f"{self.name!r} is no name of a source: use letters, digits and _")
+            raise ValueError(f"{self.name!r} is not a name of a source: use letters, digits and _")
         if self.repeats not in (None, "any", "majority"):
             raise ValueError(f"repeats is any or majority, got {self.repeats!r}")
 
@@ -150,7 +149,7 @@ def describe(mapping: Mapping[str, Any], where: str = "the description") -> Sour
         where: What to call it in messages, such as the file's name.
 
     Raises:
-        ValueError: If a key is unknown or missing, or a value does not fit. The message names it.
+        ValueError: If a key is unknown or missing, or a value is wrong. The message names it.
     """
     values = dict(mapping)
     for key in ("table", "join"):
@@ -165,20 +164,20 @@ def describe(mapping: Mapping[str, Any], where: str = "the description") -> Sour
         try:
             re.compile(expression)
         except re.error as error:
-            raise ValueError(f"derive of {where}: {expression!r} is no regular expression: {error}") from error
+            raise ValueError(f"derive of {where}: {expression!r} is not a regular expression: {error}") from error
     return source
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file; raises ValueError, naming it, if it is none."""
+    """The mapping in a YAML file; raises ValueError if the file holds anything else."""
     import yaml  # comes with transformers and accelerate
 
     try:
         mapping = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{str(path)!r} is no YAML file: {error}") from error
+        raise ValueError(f"{str(path)!r} is not a YAML file: {error}") from error
     if not isinstance(mapping, dict):
-        raise ValueError(f"{str(path)!r} describes no source: it must be a mapping with at least name and image.")
+        raise ValueError(f"{str(path)!r} does not describe a source: give a mapping with at least name and image.")
     return mapping
 
 

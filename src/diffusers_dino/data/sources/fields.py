@@ -1,4 +1,4 @@
-"""From the cells of a row to the facts of an image: templates, views, splits and labels. Strings in, strings out."""
+"""From the cells of a row to the facts of an image: templates, views, splits and labels."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SPLIT_OF = {word: split for split, words in _SPLITS.items() for word in words}
 
 
 def is_blank(value: str) -> bool:
-    """Whether a cell says nothing: it is empty, or what pandas and others write for nothing (`nan`, `None`, ...)."""
+    """Whether a cell is empty, or holds what pandas and others write for a missing value (`nan`, `None`, ...)."""
     value = value.strip()
     return len(value) < 5 and value.lower() in _BLANK
 
@@ -48,16 +48,12 @@ def normalize_split(value: str) -> str | None:
     if word in _BLANK:
         return None
     if word not in _SPLIT_OF:
-        raise ValueError(f"{value!r} is no split: give train, validation or test, or map it to one of them")
+        raise ValueError(f"{value!r} is not a split: give train, validation or test, or map it to one of them")
     return _SPLIT_OF[word]
 
 
 class Template:
-    """Text with columns in braces, such as `"images/{Image Index}"`.
-
-    Args:
-        text: The text. What is in braces is the name of a column, as it is; there is no way to write a brace itself.
-    """
+    """Text with names of columns in braces, such as `"images/{Image Index}"`. A brace itself cannot be written."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -66,7 +62,7 @@ class Template:
         self.columns = tuple(parts[1::2])
 
     def fill(self, row: Row) -> str:
-        """The text with the cells in their places; `""` if one of them is blank."""
+        """The text with the row's cells filled in; `""` if one of them is blank."""
         if len(self.columns) == 1 and self._literals == ["", ""]:  # a bare column is the usual case
             value = row[self.columns[0]].strip()
             return "" if is_blank(value) else value
@@ -98,7 +94,7 @@ class Value:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns of a row that are read, one for each pair of braces."""
+        """The columns of a row that are read."""
         return tuple(column for template in self.templates for column in template.columns)
 
     def read(self, row: Row) -> str:
@@ -109,7 +105,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Finding:
-    """What one row says: findings present, findings uncertain, and whether it says anything at all."""
+    """What one row says: findings present, findings uncertain, and whether it says anything."""
 
     present: tuple[str, ...] = ()
     uncertain: tuple[str, ...] = ()
@@ -122,15 +118,15 @@ class LabelRule:
 
     Attributes:
         column: A template whose value is one label, or several with `separator` or `list`.
-        separator: What is between the labels of `column`, such as `"|"`.
-        list: Whether `column` is a list of quoted words (`"['nodule', 'normal']"`), as Python, numpy or MIDS write it.
-        head: What sets a label of `column` off from its qualifiers (`"/"` in `Opacity/lung/base`), which are dropped.
+        separator: Separator of the labels of `column`, such as `"|"`.
+        list: Whether `column` is a list of quoted words (`"['nodule', 'normal']"`), as Python, NumPy or MIDS write it.
+        head: Separator of a label of `column` and its qualifiers (`"/"` in `Opacity/lung/base`), which are dropped.
         map: Value of `column` -> label, or `[]` for no finding; the key `"*"` stands for any other value, `""` for a
             blank. A value that is not in the map is left as it is.
         columns: Names of columns with one finding each, or `"*"` for all that are not in `exclude`.
-        exclude: Columns that are no findings, if `columns` is `"*"`.
+        exclude: Columns that are not findings, if `columns` is `"*"`.
         positive, negative, uncertain: Cells of `columns` that state, deny or doubt a finding; numbers compare as
-            numbers (`1` is `1.0`). Any other cell but a blank is an error.
+            numbers (`1` is `1.0`). Any other cell that is not blank is an error.
         none: Labels that mean that nothing was found, such as `No Finding`.
         unlabelled: Labels that say nothing of the image, such as PadChest's `unchanged`.
         rename: Label -> label.
@@ -161,7 +157,7 @@ class LabelRule:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The columns that it reads, but for `columns: "*"`."""
+        """The columns that it reads, except for `columns: "*"`."""
         if self.column:
             return _template(self.column).columns
         return () if isinstance(self.columns, str) else tuple(self.columns)
@@ -220,11 +216,11 @@ class LabelRule:
 
 
 def combine(findings: Sequence[Finding], majority: bool = False) -> Finding:
-    """Several statements on one image as one.
+    """Join several statements about one image, such as those of several radiologists.
 
     Args:
-        findings: One or more, such as those of several radiologists.
-        majority: Keep what more than half of those that say anything state; else what any of them states.
+        findings: One or more.
+        majority: Keep what more than half of those that say anything state; otherwise what any of them states.
     """
     if len(findings) == 1:
         return findings[0]

@@ -1,4 +1,4 @@
-"""Which file belongs to a row, and which files belong to none."""
+"""Which file belongs to a row, and which files have no row."""
 
 from __future__ import annotations
 
@@ -16,18 +16,14 @@ _SUFFIXES = tuple(f".{extension}" for extension in (*IMAGE_EXTENSIONS, "dcm", "d
 
 
 def is_image(path: str) -> bool:
-    """Whether a file's name says that it is an image of a kind that is read here."""
+    """Whether a file has the extension of an image that can be read."""
     return path.lower().endswith(_SUFFIXES)
 
 
 class FileFinder:
-    """Finds the file of a row from path templates, of which the first that leads to a file counts.
+    """Finds the file of a row by path templates below a root. The first template that leads to a file counts.
 
-    Where a folder of a template holds `*` (`images_*/images/{Image Index}`), the folders that fit are listed once.
-
-    Args:
-        root: Folder that the templates start from.
-        patterns: The templates.
+    If a folder of a template holds `*` (`images_*/images/{Image Index}`), the folders that match are listed once.
 
     Raises:
         ValueError: If a template has a wildcard after a column or in the name of the file.
@@ -45,7 +41,7 @@ class FileFinder:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns of a row that are read, one for each pair of braces."""
+        """The columns of a row that are read."""
         return tuple(column for template in self.templates for column in template.columns)
 
     def find(self, row: Row) -> str | None:
@@ -64,11 +60,11 @@ class FileFinder:
         return None
 
     def expected(self, row: Row) -> str:
-        """Where the file of a row was looked for, first of all."""
+        """The first path at which the file of a row was looked for."""
         return self.templates[0].fill(row)
 
     def all_images(self, inventory: Sequence[str] = ()) -> Iterator[str]:
-        """Paths below the root of all images that fit a glob of the inventory, by default that a row could lead to."""
+        """All images, below the root, that match a glob of the inventory; by default those a row could lead to."""
         for pattern in inventory or [template.wildcard() for template in self.templates]:
             for path in glob.iglob(pattern, root_dir=self.root, recursive=True):
                 if is_image(path):

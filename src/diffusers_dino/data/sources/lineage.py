@@ -28,7 +28,7 @@ class Overlap:
 
     Attributes:
         first, second: Their names.
-        through: Sets that both hold images of; one of the two itself, if it is held by the other.
+        through: Sets whose images both hold. It may be one of the two, if the other holds its images.
     """
 
     first: str
@@ -40,7 +40,7 @@ class Overlap:
 
 
 def lineage(source: Source | str) -> set[str]:
-    """The names of a source and of all whose images it holds, also by way of others."""
+    """The names of a source and of all sources whose images it holds, directly or through others."""
     source = source if isinstance(source, Source) else find_source(source)
     known = set(source_names())
     found: set[str] = {source.name}
@@ -54,10 +54,10 @@ def lineage(source: Source | str) -> set[str]:
 
 
 def overlaps(sources: Iterable[Source | str]) -> list[Overlap]:
-    """The pairs among the chosen sources that may hold the same images.
+    """The pairs of the chosen sources that may hold the same images.
 
-    Whether they do, the duplicates of a set of shards tell; a split by patient cannot, since such copies have other
-    patient ids or none.
+    The search for duplicates in `make_shards` shows whether they do. A split by patient does not keep such copies
+    together, since they have other patient ids or none.
     """
     lines = [(source if isinstance(source, str) else source.name, lineage(source)) for source in sources]
     pairs = ((one, two, tuple(sorted(a & b))) for (one, a), (two, b) in combinations(lines, 2))
@@ -68,12 +68,7 @@ def describe_source(source: Source | str) -> dict[str, Any]:
     """What manifests and cards say of a data set: name, title, licence, citation, url, contains.
 
     Args:
-        source: A description, a name of the catalogue or a YAML file (see `find_source`); the bundled phantoms are
-            `"phantom_cxr"`.
-
-    Raises:
-        ValueError: If the name is unknown.
-        FileNotFoundError: If the YAML file is not there.
+        source: A description, or what `find_source` takes; `"phantom_cxr"` are the bundled phantoms.
     """
     if source == PHANTOMS.name:
         source = PHANTOMS

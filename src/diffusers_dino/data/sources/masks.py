@@ -1,7 +1,7 @@
-"""Images with segmentation masks: folders, shards, and the providers' data sets that have masks.
+"""Images with segmentation masks: folders, shards, and data sets of the catalogue that have masks.
 
-Image and mask go through one geometry: the largest centred square, then a resize, which for a mask takes the nearest
-pixel. Borders are not removed, because what is cut there depends on the pixels of the image alone.
+Image and mask are cut to the largest centred square and resized, masks by nearest neighbour. Borders are not removed,
+because they are found in the pixels of the image.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class _Entry:
 
 
 class MaskedImages(Sequence[MaskedImage]):
-    """Images with masks, read when they are asked for.
+    """Images with masks, read on access.
 
     Attributes:
         size: Side of the images in pixels.
@@ -73,7 +73,7 @@ class MaskedImages(Sequence[MaskedImage]):
 
     @property
     def patients(self) -> list[str]:
-        """Whose image each is; the key where nothing is known."""
+        """The patient of each sample; its key if unknown."""
         return [entry.patient for entry in self._entries]
 
     def __len__(self) -> int:
@@ -84,7 +84,7 @@ class MaskedImages(Sequence[MaskedImage]):
 
         Raises:
             UnreadableImageError: If a file is damaged.
-            ValueError: If a mask has another size than its image, or other values than two.
+            ValueError: If a mask does not have its image's size, or has more than two values.
         """
         entry = self._entries[index]
         pixels = entry.read_image()
@@ -92,16 +92,16 @@ class MaskedImages(Sequence[MaskedImage]):
         return MaskedImage(entry.key, to_float(self._prepare(pixels)), mask)
 
     def image(self, index: int) -> Tensor:
-        """The image of one sample alone, `(1 or 3, size, size)` in [0, 1]: its mask is not read."""
+        """Only the image of a sample, `(1 or 3, size, size)` in [0, 1]."""
         return to_float(self._prepare(self._entries[index].read_image()))
 
     def mask(self, index: int) -> Tensor:
-        """The mask of one sample, `(mask_size, mask_size)` bool, checked against its image's size."""
+        """Only the mask of a sample, `(mask_size, mask_size)` bool, checked against its image's size."""
         entry = self._entries[index]
         return self._mask(entry, entry.read_image().shape[:2])
 
     def resized(self, size: int) -> MaskedImages:
-        """The same samples with images of another side."""
+        """The same samples with images of another size."""
         return MaskedImages(self._entries, size, self.mask_size, self._max_scale)
 
     def _mask(self, entry: _Entry, image_shape: tuple[int, ...]) -> Tensor:
@@ -123,12 +123,12 @@ def open_masked_images(
     """Open images with masks.
 
     Args:
-        source: A folder with `images` and `masks`, a mask having the name of its image, with or without `_mask`; a
-            folder of `KEY.png` beside `KEY.mask.png`; webdataset tars of such pairs; or the records of a provider's
-            data set of the catalogue, whose masks, such as those of the left and of the right lung, are united.
+        source: A folder with `images` and `masks`, where a mask has the name of its image, with or without `_mask`;
+            a folder of `KEY.png` beside `KEY.mask.png`; webdataset tars of such pairs; or the records of a data set
+            of the catalogue, whose masks, such as those of the left and the right lung, are united.
         size: Side of the images in pixels.
         mask_size: Side of the masks in pixels.
-        max_samples: Use the first samples alone.
+        max_samples: Use only the first ones.
 
     Raises:
         FileNotFoundError: If there is no such folder, no image in it, or an image has no mask.
@@ -148,12 +148,12 @@ def to_mask(values: Any, name: str = "mask") -> Tensor:
     """Check that an array is a mask, and make it one: `(..., H, W)` bool.
 
     Args:
-        values: Array or tensor of booleans or numbers with at most two values, the smaller one being background. One
-            value alone is background if it is 0 and foreground if it is 1 or 255.
+        values: Array or tensor of booleans or numbers with at most two values, of which the smaller one is
+            background. A single value is background if it is 0 and foreground if it is 1 or 255.
         name: What to call it in an error, such as the file.
 
     Raises:
-        ValueError: If it is not `(..., H, W)`, is empty, or has other values than two, or ones that are not finite.
+        ValueError: If it is not `(..., H, W)`, is empty, has more than two values, or values that are not finite.
     """
     values = values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
     if values.ndim < 2 or values.numel() == 0:
@@ -221,7 +221,7 @@ def _from_companions(source: str | Path) -> list[_Entry]:
         except KeyError as error:
             raise FileNotFoundError(f"{store.describe(index)} has no mask: expected KEY.{_MASK} beside it.") from error
 
-    read_companion(0)  # a folder without any masks is noticed now, not after the first hour
+    read_companion(0)  # a folder without masks is an error now, not after the first hour
     return [
         _Entry(key, key, partial(store.read, index), partial(read_companion, index))
         for index, key in enumerate(store.keys)

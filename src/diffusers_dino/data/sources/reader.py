@@ -19,20 +19,20 @@ logger = logging.getLogger(__name__)
 
 
 class OpenSource:
-    """The records of a data set. It can be iterated over again and again, and reads its tables anew each time.
+    """The records of a data set. Each iteration reads its tables anew.
 
     Args:
         source: Its description.
         root: The folder that holds it.
-        find_unlisted: Whether to look, at the end, for images that no row belongs to. It lists all folders, which
-            takes a while on a network drive.
+        find_unlisted: Whether to look, at the end, for images without a row. This lists all folders, which takes a
+            while on a network drive.
 
     Attributes:
         report: What did not fit in the latest iteration; also logged as warnings at its end.
 
     Raises:
-        FileNotFoundError: If the folder or a table that is needed is not there; when iterated, if there is no image.
-        ValueError: If a table cannot be read or lacks a column; when iterated, if a cell does not fit.
+        FileNotFoundError: If the folder or a required table is not there; during iteration, if there is no image.
+        ValueError: If a table cannot be read or lacks a column; during iteration, if a cell has an unknown value.
     """
 
     def __init__(self, source: Source, root: str | Path, find_unlisted: bool = True) -> None:
@@ -48,7 +48,7 @@ class OpenSource:
     def __iter__(self) -> Iterator[Record]:
         self.report = report = SourceReport()
         self._lists = self._load_lists()
-        seen = array("q")  # hashes: the paths of 868k images would take twenty times as much
+        seen = array("q")  # hashes: 868,000 paths would take twenty times as much memory
         yield from self._grouped(seen) if self.source.repeats else self._single(seen)
         if self.find_unlisted:
             for path in self._rows.unlisted(seen):
@@ -69,7 +69,7 @@ class OpenSource:
             yield record
 
     def _grouped(self, seen: array[int]) -> Iterator[Record]:
-        """Records of images with several rows each. It keeps all rows: sets with many raters are small."""
+        """Records of images with several rows each. All rows are kept in memory: sets with many raters are small."""
         rows: dict[str, Row] = {}
         raters: dict[str, dict[str, list[Finding]]] = {}
         for row in self._rows.read(self.report):
@@ -121,7 +121,7 @@ class OpenSource:
             raise ValueError(f"{self.source.name}, {row['path']}: {error}") from error
 
     def _load_lists(self) -> dict[str, str | None] | None:
-        """Image -> split, from files that name an image a line."""
+        """Image -> split, from files that name one image on each line."""
         if not isinstance(self.source.split, Mapping) or "lists" not in self.source.split:
             return None
         splits: dict[str, str | None] = {}

@@ -22,16 +22,16 @@ class Record:
         source: Name of the data set in the catalogue, such as `"padchest"`.
         image: The file.
         image_id: The provider's name of the image, unique within the source; may hold dots and slashes.
-        patient: The provider's patient id, **as it is**: whoever writes it anywhere hashes it first. Where there is
-            none, the image's own id.
-        labels: Findings that are stated as present. An empty tuple: looked at, and none present. None: unlabelled.
+        patient: The provider's patient id, **not hashed**: hash it before you write it anywhere. The image's id if the
+            provider gives none.
+        labels: Findings stated as present. An empty tuple: looked at, and none present. None: unlabelled.
         uncertain: Findings that the provider marks as uncertain; they are not in `labels`.
-        view: `"PA"`, `"AP"`, `"LATERAL"`, or the provider's own word where it is none of them; None if unknown.
-        split: The official split: `"train"`, `"validation"` or `"test"`; None where the provider has none.
-        masks: Files whose foreground together is the segmentation mask, such as the left and the right lung; they
-            have the image's size unless `Source.notes` says otherwise. Empty: no mask.
-        raw: How to read a file without a header; None: the file says it itself.
-        invert: Whether bone is dark in the file and the values must be turned over. None: as the file's header says.
+        view: `"PA"`, `"AP"`, `"LATERAL"`, `"FRONTAL"` or the provider's own word; None if unknown.
+        split: The official split: `"train"`, `"validation"` or `"test"`; None if the provider has none.
+        masks: Files that together are the segmentation mask, such as those of the left and the right lung. They have
+            the image's size unless `Source.notes` says otherwise.
+        raw: How to read a file without a header; None if it has one.
+        invert: Whether bone is dark in the file, so that the values must be inverted. None: as the file's header says.
     """
 
     source: str
@@ -48,14 +48,7 @@ class Record:
 
 
 def label_prevalence(records: Iterable[Record]) -> dict[str, float]:
-    """Share of the labelled records that have each label, most frequent first.
-
-    Args:
-        records: Records; those without labels are not counted.
-
-    Returns:
-        Label -> a number in (0, 1].
-    """
+    """Label -> fraction of the labelled records that have it, in (0, 1]; the most frequent first."""
     counts: Counter[str] = Counter()
     labelled = 0
     for record in records:
@@ -66,25 +59,22 @@ def label_prevalence(records: Iterable[Record]) -> dict[str, float]:
 
 
 def select_labels(records: Iterable[Record], minimum_prevalence: float = 0.04) -> Iterator[Record]:
-    """Keep the labels that are frequent enough, as the paper does for MIMIC-CXR (4 % or more).
+    """Each record with only its frequent labels, as the paper does for MIMIC-CXR (4 % or more).
 
-    An image whose findings are all rare becomes unlabelled: it is not one without findings.
+    An image whose findings are all rare becomes unlabelled: it is not an image without findings.
 
     Args:
-        records: A source or a list. It is gone through twice.
-        minimum_prevalence: Smallest share of the labelled records that must have a label, in [0, 1].
-
-    Yields:
-        Each record, with the frequent ones of its labels.
+        records: A source or a list. It is iterated over twice.
+        minimum_prevalence: Smallest fraction of the labelled records that must have a label, in [0, 1].
 
     Raises:
         ValueError: If the minimum is not in [0, 1].
-        TypeError: If the records can be gone through only once.
+        TypeError: If the records can be iterated over only once.
     """
     if not 0 <= minimum_prevalence <= 1:
-        raise ValueError(f"minimum_prevalence is a share in [0, 1], got {minimum_prevalence}")
+        raise ValueError(f"minimum_prevalence is a fraction in [0, 1], got {minimum_prevalence}")
     if iter(records) is records:
-        raise TypeError("select_labels goes through the records twice: give a source or a list, not an iterator")
+        raise TypeError("select_labels iterates over the records twice: give a source or a list, not an iterator")
     kept = {label for label, share in label_prevalence(records).items() if share >= minimum_prevalence}
     return (_keep(record, kept) for record in records)
 

@@ -49,13 +49,13 @@ class SourceReport:
 
     Attributes:
         records: Records that were given.
-        missing: Rows whose image is not there, by the path that was expected.
-        unlisted: Images that no row belongs to, by path.
+        missing: Rows without an image, by the expected path.
+        unlisted: Images without a row, by path.
         repeated: Rows of an image that had one before, by image id.
-        no_patient: Images without a patient id though the source has them; each is taken as its own patient.
-        left_out: Rows that the description's `where` leaves out.
+        no_patient: Images without a patient id though the source has them; each counts as a patient.
         no_sidecar: Images without their JSON file.
         unjoined: Rows without a counterpart in a joined table, by their key.
+        left_out: Rows that the description's `where` leaves out.
         absent: Optional files that were not there.
     """
 
@@ -64,13 +64,13 @@ class SourceReport:
     unlisted: Named = field(default_factory=Named)
     repeated: Named = field(default_factory=Named)
     no_patient: Named = field(default_factory=Named)
-    left_out: int = 0
     no_sidecar: Named = field(default_factory=Named)
     unjoined: Named = field(default_factory=Named)
+    left_out: int = 0
     absent: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        """What did not fit, a sentence each; empty if all did."""
+        """What did not fit, one sentence each; empty if all did."""
         sentences = {
             "rows have no image": self.missing,
             "images have no row, and were left out": self.unlisted,
@@ -86,15 +86,11 @@ class SourceReport:
 class RowReader:
     """Reads the tables of a source, or the names of its files, and finds the image of each row.
 
-    Args:
-        source: The description.
-        root: The folder that holds the data set.
-
     Attributes:
         label_columns: For each rule of `source.labels`, the columns of findings.
 
     Raises:
-        FileNotFoundError: If a table that is needed is not there.
+        FileNotFoundError: If a required table is not there.
         ValueError: If a table cannot be read or lacks a column.
     """
 
@@ -114,8 +110,8 @@ class RowReader:
         """Each row whose image is there, with its `path`; what does not fit goes to the report.
 
         Raises:
-            FileNotFoundError: At the end, if there was no image at all.
-            ValueError: If a table turns out to be damaged.
+            FileNotFoundError: At the end, if there was no image.
+            ValueError: If a table is damaged.
         """
         report.absent += [table.files[0] for table, opened in self._joins if opened is None]
         joined = self._load_joins()
@@ -130,13 +126,13 @@ class RowReader:
             self._refuse_emptiness(report)
 
     def unlisted(self, seen: array[int]) -> Iterator[str]:
-        """The images whose path's hash is not in `seen`, though some row might lead to them."""
+        """The images to which a row could lead, but whose path's hash is not in `seen`."""
         hashes = np.unique(np.asarray(seen, np.int64))
-        told: set[str] = set()
+        found: set[str] = set()
         for path in self._images.all_images(self.source.inventory) if self._images is not None else ():
             place = np.searchsorted(hashes, hash(path))
-            if (place == len(hashes) or hashes[place] != hash(path)) and path not in told:
-                told.add(path)
+            if (place == len(hashes) or hashes[place] != hash(path)) and path not in found:
+                found.add(path)
                 yield path
 
     def _open(self, table: Table) -> OpenTable | None:
@@ -158,7 +154,7 @@ class RowReader:
         return list(dict.fromkeys(names))
 
     def _check_columns(self) -> list[str]:
-        """Refuse columns that nothing gives. Those that a sidecar has to give are returned."""
+        """Refuse columns that no table has. Those that a sidecar has to give are returned."""
         derived = [name for several in self._expressions.values() for one in several for name in one.groupindex]
         opened = [*self._tables, *(table for _, table in self._joins if table is not None)]
         given = {*derived, *PATH_COLUMNS, "row"}.union(*(table.header for table in opened))

@@ -1,4 +1,4 @@
-"""Label files as rows: CSV and its relatives, COCO's JSON, OpenI's reports."""
+"""Label files as rows: CSV and its variants, COCO's JSON, OpenI's reports."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def find_table(table: Table, root: Path) -> Path | None:
     """The file of a table: below the root, or in torchxrayvision's package, or None.
 
     Raises:
-        ValueError: If a pattern fits several files.
+        ValueError: If a pattern matches several files.
     """
     for name in table.files:
         found = sorted(root.glob(name)) or sorted(root.glob(f"{name}.gz"))
         if len(found) > 1:
             names = ", ".join(path.name for path in found)
-            raise ValueError(f"Several files in {str(root)!r} fit {name!r}: {names}. Leave the one to read.")
+            raise ValueError(f"Several files in {str(root)!r} match {name!r}: {names}. Keep only the one to read.")
         if found:
             return found[0]
     package = find_spec("torchxrayvision") if table.torchxrayvision else None
@@ -43,15 +43,7 @@ def find_table(table: Table, root: Path) -> Path | None:
 
 
 class OpenTable:
-    """The columns and rows of a file.
-
-    Args:
-        table: Its description.
-        path: The file.
-
-    Raises:
-        ValueError: If it cannot be read. The message names the file and the reason.
-    """
+    """The columns and rows of a file. Raises ValueError, with file and reason, if it cannot be read."""
 
     def __init__(self, table: Table, path: Path) -> None:
         self.table, self.path = table, path
@@ -63,7 +55,7 @@ class OpenTable:
             raise ValueError(f"A table's format is csv, {' or '.join(_READERS)}, got {table.format!r}")
 
     def rows(self, wanted: Sequence[str]) -> Iterator[dict[str, str]]:
-        """The wanted columns of each row, read as they are asked for; each of them must be in `header`."""
+        """The wanted columns of each row, which must be in `header`; rows are read one by one."""
         added = {column: str(self.table.columns[column]) for column in wanted if column in self.table.columns}
         stored = [column for column in wanted if column not in added]
         try:
@@ -114,9 +106,7 @@ class OpenTable:
     def _unreadable(self, error: Exception) -> ValueError:
         hint = ""
         if isinstance(error, UnicodeError):
-            hint = (
-                f" It is not {self.table.encoding}: say which encoding it has in its description (encoding: latin-1)."
-            )
+            hint = f" It is not {self.table.encoding}: name its encoding in the description (encoding: latin-1)."
         return ValueError(f"Cannot read {str(self.path)!r}: {error}.{hint}")
 
 
@@ -124,7 +114,7 @@ def open_table(table: Table, root: Path, source: str, url: str = "") -> OpenTabl
     """Find and open a table; None if it is optional and not there.
 
     Raises:
-        FileNotFoundError: If it is needed and not there. The message says where it was looked for and where to get it.
+        FileNotFoundError: If it is required and not there. The message says where to get it.
         ValueError: If it cannot be read.
     """
     path = find_table(table, root)
@@ -138,7 +128,7 @@ def open_table(table: Table, root: Path, source: str, url: str = "") -> OpenTabl
 
 
 def _coco_rows(path: Path) -> Iterator[dict[str, str]]:
-    """A row an image of a COCO file, with the names of the categories of its boxes."""
+    """A row for each image of a COCO file, with the names of the categories of its boxes."""
     content = json.loads(path.read_bytes())
     try:
         names = {category["id"]: category["name"] for category in content["categories"]}
@@ -153,7 +143,7 @@ def _coco_rows(path: Path) -> Iterator[dict[str, str]]:
 
 
 def _openi_rows(path: Path) -> Iterator[dict[str, str]]:
-    """A row an image of OpenI's reports, a folder or a tar of XML files, with the major MeSH terms of its report."""
+    """A row for each image of OpenI's reports (a folder or tar of XML files), with the report's major MeSH terms."""
     for report in _openi_reports(path):
         identifier = report.find("uId")
         terms = "|".join((node.text or "").strip() for node in report.findall(".//MeSH/major"))
