@@ -32,7 +32,7 @@ from diffusers_dino.data.sources.masks import open_masked_images
 from diffusers_dino.diffseg.lungs import lung_prior, name_lungs
 from diffusers_dino.evaluation import ReconstructionResult, evaluate_reconstruction
 from diffusers_dino.evaluation.controls import with_fresh_unet
-from diffusers_dino.evaluation.curves import plot_loss
+from diffusers_dino.evaluation.figures import plot_loss
 from diffusers_dino.evaluation.segmentation.baselines import otsu_mask
 from diffusers_dino.metrics.dice import best_union, dice
 from diffusers_dino.report import Report

@@ -11,9 +11,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 from diffusers_dino import DinoDiffusionPipeline
-from diffusers_dino.cli.evaluate.memorization import table_of_sets
 from diffusers_dino.evaluation import MemorizationResult, evaluate_memorization
-from diffusers_dino.evaluation.controls import embed_images, with_fresh_unet
+from diffusers_dino.evaluation.controls import with_fresh_unet
 from diffusers_dino.evaluation.fidelity.protocol import (
     REAL,
     UNTRAINED,
@@ -22,8 +21,9 @@ from diffusers_dino.evaluation.fidelity.protocol import (
     Sampling,
     score_fidelity,
 )
+from diffusers_dino.evaluation.generation import embed_images, generate_variations
 from diffusers_dino.evaluation.memorization.plot import draw_closest_pairs, plot_memorization
-from diffusers_dino.evaluation.reconstruction.protocol import generate_variations
+from diffusers_dino.evaluation.memorization.table import table_of_sets
 from diffusers_dino.metrics import extract_features, open_extractor
 from diffusers_dino.metrics.bootstrap import Bootstrap, Estimate
 from diffusers_dino.report import Report

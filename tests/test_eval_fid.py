@@ -107,7 +107,7 @@ def test_patients_of_the_reference_are_no_sources(flags, run, tmp_path):
     (tmp_path / "odd.txt").write_text("\n".join(f"{i:03d}" for i in range(13)))
     paths = {name: str(flags[name]) for name in ("data_dir", "table")}
     args = eval_fid.Arguments(**paths, training_keys=str(tmp_path / "odd.txt"), num_reference=5)
-    sources, reference, patients = eval_fid.open_sets(args, 32)
+    sources, reference, patients, _ = eval_fid.open_sets(args, 32)
     assert sources.keys == [f"{i:03d}" for i in range(14, 24)]  # 013 is of the patient of 012
     assert len(reference) == 5
     assert not {patients[key] for key in sources.keys} & {patients[key] for key in reference.keys}

@@ -5,7 +5,7 @@ import re
 import pytest
 from PIL import Image
 
-from diffusers_dino.evaluation.curves import plot_loss
+from diffusers_dino.evaluation.figures import plot_loss
 from diffusers_dino.report import Report
 
 

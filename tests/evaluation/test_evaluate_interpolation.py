@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffusers_dino.evaluation import InterpolationResult, evaluate_interpolation
-from diffusers_dino.evaluation.curves import plot_path
+from diffusers_dino.evaluation.interpolation.plot import plot_path
 from diffusers_dino.evaluation.interpolation.protocol import PathFigures, path_figures
 from tiny import random_images, tiny_pipeline
 

@@ -5,7 +5,7 @@ import torch
 
 from diffusers_dino.evaluation import ReconstructionResult, evaluate_reconstruction
 from diffusers_dino.evaluation.controls import derangement
-from diffusers_dino.evaluation.reconstruction.protocol import generate_variations
+from diffusers_dino.evaluation.generation import generate_variations
 from tiny import random_images, tiny_pipeline
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import tiny
-from diffusers_dino.evaluation.controls import embed_images
 from diffusers_dino.evaluation.fidelity.plot import plot_fidelity
 from diffusers_dino.evaluation.fidelity.protocol import (
     REAL,
@@ -17,10 +16,11 @@ from diffusers_dino.evaluation.fidelity.protocol import (
     FidelityScores,
     Sampling,
     generate_features,
-    require_disjoint,
     score_fidelity,
 )
+from diffusers_dino.evaluation.fidelity.sets import require_disjoint
 from diffusers_dino.evaluation.fidelity.table import format_fidelity_table
+from diffusers_dino.evaluation.generation import embed_images
 from diffusers_dino.metrics import FeatureSet, extract_features, open_extractor
 from diffusers_dino.metrics.bootstrap import Bootstrap
 

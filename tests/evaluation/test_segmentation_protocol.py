@@ -11,8 +11,8 @@ from PIL import Image
 import tiny
 from diffusers_dino import DiffSegPipeline
 from diffusers_dino.data.sources.masks import open_masked_images
-from diffusers_dino.evaluation import SegmentationResult, Sweep, evaluate_segmentation, segment_images
-from diffusers_dino.evaluation.controls import with_fresh_unet
+from diffusers_dino.evaluation import SegmentationResult, SegmentationStudy, Sweep, evaluate_segmentation
+from diffusers_dino.evaluation.controls import split_in_halves, with_fresh_unet
 from diffusers_dino.evaluation.segmentation.baselines import kmeans_segments, mean_mask_of_others, otsu_mask
 from diffusers_dino.evaluation.segmentation.plot import SWEEP_AXES, plot_segmentation_examples, plot_segmentation_sweep
 from diffusers_dino.evaluation.segmentation.protocol import (
@@ -20,8 +20,8 @@ from diffusers_dino.evaluation.segmentation.protocol import (
     NO_GROUND_TRUTH,
     chosen_masks,
     cross_fit,
-    split_in_halves,
 )
+from diffusers_dino.evaluation.segmentation.sweep import segment_images
 from diffusers_dino.evaluation.segmentation.table import format_segmentation_table
 from diffusers_dino.metrics.dice import dice
 
@@ -55,16 +55,19 @@ def diffseg():
 
 
 @pytest.fixture(scope="module")
-def swept(diffseg, images, tmp_path_factory):
-    return segment_images(diffseg, images, SWEEP, tmp_path_factory.mktemp("swept"), chunk=2, progress=False)
+def study(diffseg, images, tmp_path_factory) -> SegmentationStudy:
+    folder = tmp_path_factory.mktemp("study")
+    return evaluate_segmentation(diffseg, images, folder, SWEEP, dataset="discs", batch_size=2, progress=False)
 
 
 @pytest.fixture(scope="module")
-def result(diffseg, images, swept, tmp_path_factory):
-    fresh = tmp_path_factory.mktemp("fresh")
-    untrained = segment_images(with_fresh_unet(diffseg, seed=1), images, SWEEP, fresh, chunk=3, progress=False)
-    models = {"model": [swept], "model, untrained": [untrained]}
-    return evaluate_segmentation(models, images, dataset="discs", progress=False)
+def swept(study):
+    return study.swept["model"][0]
+
+
+@pytest.fixture(scope="module")
+def result(study) -> SegmentationResult:
+    return study.result
 
 
 def test_segments_are_those_of_the_pipeline(diffseg, images, swept):
@@ -114,14 +117,14 @@ def test_maps_are_computed_once_for_all_thresholds(diffseg, images, tmp_path, mo
 
 
 def test_segments_of_another_model_or_sweep_are_not_mixed(diffseg, images, swept):
-    with pytest.raises(ValueError, match="another model"):
+    with pytest.raises(ValueError, match="begun with other settings:\n- model: "):
         segment_images(with_fresh_unet(diffseg, seed=5), images, SWEEP, swept.folder, chunk=2, progress=False)
     sweep = Sweep(timesteps=(2,), thresholds=SWEEP.thresholds, layers=SWEEP.layers, mask_size=SIZE)
-    with pytest.raises(ValueError, match="another timesteps, chunk"):
+    with pytest.raises(ValueError, match=r"timesteps was \[1, 300\], is \[2\]\n- chunk was 2, is 3"):
         segment_images(diffseg, images, sweep, swept.folder, chunk=3, progress=False)
-    with pytest.raises(ValueError, match="needs one or more different timesteps"):
+    with pytest.raises(ValueError, match="needs one or more timesteps, all different"):
         Sweep(timesteps=())
-    with pytest.raises(ValueError, match=r"different thresholds, got \[0.5, 0.5\]"):
+    with pytest.raises(ValueError, match=r"thresholds, all different, got \[0.5, 0.5\]"):
         Sweep(thresholds=(0.5, 0.5))
 
 
@@ -162,9 +165,9 @@ def test_otsu_finds_dark_discs(result):
     assert ones.mean < 0.6
 
 
-def test_the_masks_of_a_row_have_its_scores(result, swept, images):
-    for row in result.methods[:2]:
-        masks = chosen_masks(result, row, [swept], images, range(NUM_IMAGES))
+def test_the_masks_of_a_row_have_its_scores(study, images):
+    for row in study.result.methods[:2]:
+        masks = chosen_masks(study, row, images, range(NUM_IMAGES))
         scores = [dice(mask, images.mask(i)).item() for i, mask in enumerate(masks)]
         assert scores == pytest.approx(row.dice)
 

@@ -21,27 +21,30 @@ _ORIGIN = {
     "AugmentationResult": "augmentation.result",
     "FidelityResult": "fidelity.protocol",
     "FidelityScores": "fidelity.protocol",
+    "FidelitySets": "fidelity.sets",
     "InterpolationResult": "interpolation.protocol",
     "LabelPreservationResult": "labels.protocol",
     "MemorizationResult": "memorization.protocol",
     "MethodScores": "segmentation.protocol",
+    "Model": "generation",
     "PathFigures": "interpolation.protocol",
     "PathSpace": "interpolation.protocol",
     "ReconstructionResult": "reconstruction.protocol",
     "RetrievalFigures": "reconstruction.protocol",
     "Sampling": "fidelity.protocol",
     "SegmentationResult": "segmentation.protocol",
+    "SegmentationStudy": "segmentation.protocol",
     "Setting": "segmentation.sweep",
     "Sweep": "segmentation.sweep",
     "SweepScores": "segmentation.protocol",
+    "choose_sets": "fidelity.sets",
+    "evaluate_fidelity": "fidelity.protocol",
     "evaluate_interpolation": "interpolation.protocol",
     "evaluate_labels": "labels.protocol",
     "evaluate_memorization": "memorization.protocol",
     "evaluate_reconstruction": "reconstruction.protocol",
     "evaluate_segmentation": "segmentation.protocol",
-    "generate_features": "fidelity.protocol",
-    "score_fidelity": "fidelity.protocol",
-    "segment_images": "segmentation.sweep",
+    "load_models": "generation",
     "summarise": "augmentation.comparison",
 }
 
@@ -51,13 +54,21 @@ __all__ = sorted(_ORIGIN)
 if TYPE_CHECKING:
     from .augmentation.comparison import summarise
     from .augmentation.result import AugmentationResult
-    from .fidelity.protocol import FidelityResult, FidelityScores, Sampling, generate_features, score_fidelity
+    from .fidelity.protocol import FidelityResult, FidelityScores, Sampling, evaluate_fidelity
+    from .fidelity.sets import FidelitySets, choose_sets
+    from .generation import Model, load_models
     from .interpolation.protocol import InterpolationResult, PathFigures, PathSpace, evaluate_interpolation
     from .labels.protocol import LabelPreservationResult, evaluate_labels
     from .memorization.protocol import MemorizationResult, evaluate_memorization
     from .reconstruction.protocol import ReconstructionResult, RetrievalFigures, evaluate_reconstruction
-    from .segmentation.protocol import MethodScores, SegmentationResult, SweepScores, evaluate_segmentation
-    from .segmentation.sweep import Setting, Sweep, segment_images
+    from .segmentation.protocol import (
+        MethodScores,
+        SegmentationResult,
+        SegmentationStudy,
+        SweepScores,
+        evaluate_segmentation,
+    )
+    from .segmentation.sweep import Setting, Sweep
 
 
 def __getattr__(name: str) -> Any:

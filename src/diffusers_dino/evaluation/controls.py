@@ -1,23 +1,19 @@
-"""What experiments compare a pipeline with, and how they embed its images."""
+"""What experiments compare a model with: itself before training, shuffled pairs, halves of the patients."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from ..pipelines.base import DinoPipeline
+from ..seeds import generator_for
 
-__all__ = ["derangement", "embed_images", "with_fresh_unet"]
+__all__ = ["derangement", "split_in_halves", "with_fresh_unet"]
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
-
-
-def embed_images(pipe: DinoPipeline, images: Tensor, batch_size: int = 64) -> Tensor:
-    """Condition tokens `(N, S, D)`, float32 on the CPU, of images `(N, C, H, W)` in [0, 1]."""
-    return torch.cat([pipe.encode_image(chunk).float().cpu() for chunk in images.split(batch_size)])
 
 
 def with_fresh_unet(pipe: Pipeline, seed: int = 0) -> Pipeline:
@@ -39,3 +35,17 @@ def derangement(n: int, seed: int) -> Tensor:
     cycle = torch.empty_like(order)
     cycle[order] = order.roll(1)
     return cycle
+
+
+def split_in_halves(patients: Sequence[str], seed: int = 0) -> Tensor:
+    """Whether each image is in the first half of the patients: `(N,)` bool. A patient is in one half only.
+
+    Raises:
+        ValueError: If there is only one patient.
+    """
+    names = sorted(set(patients))
+    if len(names) < 2:
+        raise ValueError(f"Choosing on one half and scoring on the other needs two patients, got {len(names)}.")
+    order = torch.randperm(len(names), generator=generator_for(seed, "halves")).tolist()
+    first = {names[i] for i in order[: len(names) // 2]}
+    return torch.tensor([patient in first for patient in patients])

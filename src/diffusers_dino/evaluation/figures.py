@@ -1,13 +1,16 @@
-"""Where figures of matplotlib come from."""
+"""Where figures of matplotlib come from, and the one of a training loss."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from ..extras import require
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["new_figure"]
+__all__ = ["new_figure", "plot_loss"]
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -16,8 +19,30 @@ def new_figure(width: float, height: float) -> Figure:
     Raises:
         ImportError: If matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Figures need matplotlib: pip install diffusers-dino[eval]") from error
-    return Figure(figsize=(width, height))
+    return require("matplotlib.figure", "eval", "Figures need matplotlib").Figure(figsize=(width, height))
+
+
+def plot_loss(steps: Sequence[int], losses: Sequence[float], window: int = 50) -> Figure:
+    """Training loss against the step, with its moving average.
+
+    Args:
+        steps: Optimizer steps, ascending.
+        losses: Loss at each of them.
+        window: Number of steps that the moving average takes in.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+        ValueError: If there is nothing to draw, or the lengths differ.
+    """
+    if not steps or len(steps) != len(losses):
+        raise ValueError(f"Expected as many losses as steps and at least one, got {len(losses)} and {len(steps)}.")
+    figure = new_figure(8, 3)
+    axes = figure.subplots()
+    axes.plot(steps, losses, alpha=0.3, linewidth=0.8, label="each step")
+    window = min(window, len(losses))
+    averages = [sum(losses[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(losses))]
+    axes.plot(steps, averages, label=f"mean of {window} steps")
+    axes.set(xlabel="optimizer step", ylabel="training loss", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure

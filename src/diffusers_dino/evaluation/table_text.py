@@ -1,10 +1,23 @@
-"""Lines of tables in Markdown and LaTeX (booktabs)."""
+"""Tables in Markdown and LaTeX (booktabs), and files of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-__all__ = ["TABLE_FORMATS", "escape_latex", "latex_line", "markdown_line", "require_table_format"]
+__all__ = [
+    "TABLE_FORMATS",
+    "csv_text",
+    "escape_latex",
+    "latex_line",
+    "latex_table",
+    "markdown_line",
+    "markdown_table",
+    "require_table_format",
+    "write_tables",
+]
 
 TABLE_FORMATS = {"markdown": "md", "latex": "tex", "csv": "csv"}
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
@@ -31,3 +44,30 @@ def latex_line(cells: Sequence[str]) -> str:
 def escape_latex(text: str) -> str:
     """Text as LaTeX that prints it."""
     return "".join(_LATEX.get(sign, sign) for sign in text)
+
+
+def markdown_table(header: Sequence[object], body: Sequence[Sequence[object]]) -> str:
+    """A Markdown table, without a newline at its end."""
+    return "\n".join(map(markdown_line, [header, ["---"] * len(header), *body]))
+
+
+def latex_table(header: Sequence[str], body: Sequence[Sequence[str]], columns: str) -> str:
+    """A LaTeX table of plain text, which is escaped, without a newline at its end; `columns` as in `tabular`."""
+    first, *rows = (latex_line([escape_latex(cell) for cell in row]) for row in (header, *body))
+    begin, end = rf"\begin{{tabular}}{{{columns}}}", r"\end{tabular}"
+    return "\n".join([begin, r"\toprule", first, r"\midrule", *rows, r"\bottomrule", end])
+
+
+def csv_text(header: Sequence[object], body: Sequence[Sequence[object]]) -> str:
+    """A CSV table."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *body])
+    return text.getvalue()
+
+
+def write_tables(folder: str | Path, text_of: Callable[[str], str]) -> str:
+    """Write `table.md`, `table.tex` and `table.csv`, and return the first. `text_of` makes the text of a format."""
+    texts = {style: text_of(style) for style in TABLE_FORMATS}
+    for style, text in texts.items():
+        (Path(folder) / f"table.{TABLE_FORMATS[style]}").write_text(text)
+    return texts["markdown"]

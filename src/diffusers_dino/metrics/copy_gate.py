@@ -57,9 +57,9 @@ class Distances(NamedTuple):
 
 
 class CopyGate:
-    """Says which images may pass: those that are no near-copies of training images, nor of their mirror images.
+    """Says which images may pass: those that are not near-copies of training images, nor of their mirror images.
 
-    The verdict on an image is a function of that image alone: features are computed for one image at a time. A gate
+    The verdict on an image depends on that image only: features are computed for one image at a time. A gate
     holds features of training images, which show what they show; keep its file where they may be.
 
     Args:
@@ -90,12 +90,12 @@ class CopyGate:
         false_alarms: float = 0.01,
         batch_size: int = 64,
     ) -> CopyGate:
-        """Make a gate from training images alone, with a threshold from how near they are to each other.
+        """Make a gate from training images, with a threshold from how near they are to each other.
 
         Args:
             training: The images, or `(M, C, H, H)` in [0, 1].
             extractor: By default `local-contrast`.
-            groups: Group of each image, such as its patient: images of one patient are no copies and not compared.
+            groups: Group of each image, such as its patient: images of one patient are not compared.
             false_alarms: Share of unseen real images that the gate may refuse; to promise 0.01 takes 299 images (see
                 `calibrate_threshold`).
             batch_size: Images computed at once.
@@ -123,7 +123,7 @@ class CopyGate:
         return relative_distances(neighbors, typical_distances(views, self._training)).round(decimals=12)
 
     def fingerprint(self) -> str:
-        """A short hash that is equal for gates of equal verdicts alone."""
+        """A short hash that is equal only for gates of equal verdicts."""
         return hash_of(json.dumps(self._description(), sort_keys=True), self._training)[:16]
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -167,14 +167,16 @@ class CopyGate:
         return {"format": _FORMAT, "threshold": self.threshold, "spec": self.extractor.spec.to_dict()}
 
 
-def extract_views(extractor: FeatureExtractor, images: ImageDataset | Tensor, batch_size: int = 64) -> ImageViews:
+def extract_views(
+    extractor: FeatureExtractor, images: ImageDataset | Tensor, batch_size: int = 64, progress: bool = False
+) -> ImageViews:
     """Features of a collection of images (or `(N, C, H, H)` in [0, 1]) and of their mirror images, in one pass."""
     dim = extractor.spec.dim
     both = FeatureExtractor(
         replace(extractor.spec, dim=2 * dim),
         lambda batch: torch.cat([extractor(side) for side in _sides(batch)], dim=1),
     )
-    found = extract_features(both, images, batch_size)
+    found = extract_features(both, images, batch_size, progress=progress)
     upright = FeatureSet(found.features[:, :dim].contiguous(), found.keys, extractor.spec)
     return ImageViews(upright, torch.stack([upright.features, found.features[:, dim:]]))
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -13,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+from tqdm import tqdm
 
 from ..data import ImageDataset, Slot, TrainingViews, load_batches
 from ..files import atomic_write
@@ -136,6 +138,7 @@ def extract_features(
     *,
     keys: Sequence[str] | None = None,
     num_workers: int = 0,
+    progress: bool = False,
 ) -> FeatureSet:
     """Features of a whole collection; the images pass through memory a batch at a time.
 
@@ -145,6 +148,7 @@ def extract_features(
         batch_size: Images computed at once.
         keys: Of a tensor's images; by default their numbers.
         num_workers: Processes that load a data set.
+        progress: Whether to show a bar.
 
     Returns:
         Features of all images but those that cannot be read, in order.
@@ -152,17 +156,19 @@ def extract_features(
     Raises:
         ValueError: As of the extractor, or if `keys` are not one an image.
     """
+    bar = partial(tqdm, total=-(-len(images) // batch_size), unit="batch", leave=False, disable=not progress)
     if isinstance(images, Tensor):
         names = [str(i) for i in range(len(images))] if keys is None else list(keys)
         if len(names) != len(images):
             raise ValueError(f"Give one key an image: {len(names)} keys for {len(images)} images.")
-        parts = [extractor(images[first : first + batch_size]) for first in range(0, len(images), batch_size)]
-        return FeatureSet(_joined(parts, extractor.spec.dim), tuple(names), extractor.spec)
-    if keys is not None:
+        parts = [extractor(images[first : first + batch_size]) for first in bar(range(0, len(images), batch_size))]
+    elif keys is not None:
         raise ValueError("A data set has its own keys: choose among them with its `select`.")
-    pieces = list(iterate_features(extractor, images, batch_size, num_workers))
-    features = _joined((part for part, _ in pieces), extractor.spec.dim)
-    return FeatureSet(features, tuple(key for _, names in pieces for key in names), extractor.spec)
+    else:
+        pieces = list(bar(iterate_features(extractor, images, batch_size, num_workers)))
+        parts, names = [part for part, _ in pieces], [key for _, keys in pieces for key in keys]
+    features = torch.cat([torch.empty(0, extractor.spec.dim), *parts])
+    return FeatureSet(features, tuple(names), extractor.spec)
 
 
 def iterate_features(
@@ -180,12 +186,8 @@ def iterate_features(
     ]
     views = TrainingViews(images, None)  # the images as they are
     for block, batch in zip(blocks, load_batches(views, blocks, num_workers, extractor.device), strict=True):
-        # another image stands in for one that cannot be read, and must not count twice
+        # another image stands in for one that cannot be read, but must not count twice
         own = [row for row, slot in enumerate(block) if batch["key"][row] == wanted[slot.index]]
         if len(own) < len(block):
             logger.warning("%d images cannot be read and have no features.", len(block) - len(own))
         yield extractor(batch["image"][own]), [batch["key"][row] for row in own]
-
-
-def _joined(parts: Iterable[Tensor], dim: int) -> Tensor:
-    return torch.cat([torch.empty(0, dim), *parts])

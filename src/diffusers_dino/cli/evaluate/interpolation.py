@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ... import DinoInterpolationPipeline
-from ...data import ImageDataset, Preprocessing, open_images
-from ...evaluation import InterpolationResult, evaluate_interpolation
-from ...evaluation.curves import plot_path
-from ...sheets import contact_sheet
+from ...data import Preprocessing, open_images
+from ...evaluation import evaluate_interpolation
+from ...evaluation.generation import image_size, stack_images
+from ...evaluation.interpolation.plot import draw_paths, plot_path
+from ...evaluation.interpolation.table import format_interpolation_table
+from ...files import make_writable_folder
 from ..arguments import flag
 
 
@@ -43,63 +44,26 @@ class Arguments:
 def main(args: Arguments) -> None:
     if not args.training_keys:
         raise ValueError("Give --training_keys: what is not listed there counts as unseen.")
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    output_dir = make_writable_folder(args.output_dir)
     pipe = DinoInterpolationPipeline.from_pretrained(args.model).to(args.device)
-    size = pipe.unet.config["sample_size"] * pipe.vae_scale_factor
-    images = open_images(args.data_dir, Preprocessing(size, remove_borders=args.remove_borders))
+    images = open_images(args.data_dir, Preprocessing(image_size(pipe), remove_borders=args.remove_borders))
     training_keys = read_keys(args.training_keys)
     others = sorted(set(images.keys) - set(training_keys))
-    held_out = stack(images, (read_keys(args.held_out_keys) if args.held_out_keys else others)[: args.num_images])
-    result = evaluate_interpolation(
-        pipe,
-        held_out,
-        stack(images, training_keys),
-        fractions=[i / (args.num_points - 1) for i in range(args.num_points)],
-        method=args.method,
-        seeds=args.seeds,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-    )
+    held_out_keys = read_keys(args.held_out_keys) if args.held_out_keys else others
+    held_out = stack_images(images.select(held_out_keys[: args.num_images]))
+    path = {
+        "fractions": [i / (args.num_points - 1) for i in range(args.num_points)],
+        "method": args.method,
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": args.guidance_scale,
+    }
+    result = evaluate_interpolation(pipe, held_out, images.select(training_keys), seeds=args.seeds, **path)
     result.save(output_dir / "interpolation.json")
     plot_path(result).savefig(output_dir / "interpolation.png", dpi=150, bbox_inches="tight")
-    draw_paths(args, pipe, held_out).save(output_dir / "paths.png")
-    print_result(result)
+    generator = torch.Generator().manual_seed(args.seeds[0])
+    draw_paths(pipe, held_out, args.num_drawn, generator=generator, **path).save(output_dir / "paths.png")
+    print(format_interpolation_table(result))
 
 
 def read_keys(path: str) -> list[str]:
     return Path(path).read_text().split()
-
-
-def stack(images: ImageDataset, keys: list[str]) -> Tensor:
-    """`(N, C, size, size)` in [0, 1]."""
-    chosen = images.select(keys)
-    return torch.stack([chosen[i]["image"] for i in range(len(chosen))])
-
-
-def draw_paths(args: Arguments, pipe: DinoInterpolationPipeline, images: Tensor):
-    """Rows of source | path | target, from each image to the next."""
-    sources, targets = images[: args.num_drawn], images.roll(-1, 0)[: args.num_drawn]
-    paths = pipe(
-        sources,
-        targets,
-        fractions=[i / (args.num_points - 1) for i in range(args.num_points)],
-        method=args.method,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-        generator=torch.Generator().manual_seed(args.seeds[0]),
-    ).images
-    return contact_sheet(sources, paths, targets)
-
-
-def print_result(result: InterpolationResult) -> None:
-    points = " ".join(f"{fraction:6.2f}" for fraction in result.fractions)
-    for space in ("by_encoder", "by_pixels"):
-        print(f"\nmean cosine {space.replace('_', ' '):25}{points}   falls and rises, paths, steps the right way")
-        for name in ("generated", "untrained", "nearest_training_image", "pixel_blend"):
-            figures = getattr(getattr(result, space), name)
-            ends = {"source": figures.to_source, "target": figures.to_target}
-            for end, values in ends.items():
-                cells = " ".join(f"{value:6.2f}" for value in values)
-                print(f"{name.replace('_', ' '):28} {end}  {cells}", end="\n" if end == "source" else "")
-            print(f"   {figures.falls_and_rises!s:5} {figures.monotone_paths:.2f} {figures.monotone_steps:.2f}")

@@ -5,7 +5,7 @@ r"""Search a synthetic set for copies of training images, and make a gate that k
         --patients /data/cxr.csv --output_dir outputs/memorization
 
 Images are folders or webdataset tars. Without `--synthetic` the search is set up and checked, and `gate.safetensors`
-is written, which `generate_dataset.py` takes. Writes `memorization.json`, `report.html`, `distances.png` and, where
+is written, which `synthesise --copy_gate` takes. Writes `memorization.json`, `report.html`, `distances.png` and, where
 patients may be shown, `pairs.png`. Reports name images by their keys and nothing else.
 """
 
@@ -17,11 +17,11 @@ from typing import Literal
 
 from ...data import ImageDataset, Preprocessing, open_images
 from ...data.labels import read_label_table, stored_labels
-from ...evaluation import MemorizationResult, evaluate_memorization
+from ...evaluation import evaluate_memorization
 from ...evaluation.memorization.plot import draw_closest_pairs, plot_memorization
+from ...evaluation.memorization.table import make_report, table_of_sets
 from ...files import make_writable_folder
 from ...metrics import open_extractor
-from ...report import Report
 from ..arguments import flag
 
 
@@ -115,58 +115,3 @@ def read_patients(args: Arguments, images: ImageDataset | None) -> tuple[str, ..
         return stored_labels(images).patients
     column = args.patient_column  # labels are not needed, and any column can be read as such
     return read_label_table(args.patients, args.key_column, column, column).select(images.keys).patients
-
-
-def make_report(result: MemorizationResult) -> Report:
-    spec, training = result.spec, result.training
-    report = Report("Memorization")
-    report.add_text(
-        f"Each image is compared, itself and mirrored, with {training.num_images} training images by the extractor "
-        f"{spec.extractor} ({spec.layer}; {spec.dim} features of {spec.input_size} px, {spec.pixel_range}; weights "
-        f"{spec.weights_sha256 or 'none'}). The relative distance is that to the nearest one in units of the distance "
-        f"to the nearest tenth of them. Below {result.threshold:.3f} an image counts as a copy: "
-        f"of real images ({result.calibrated_on}), which are none, at most {result.false_alarms:.2%} do (with 95 % "
-        "confidence)."
-    )
-    report.add_text(
-        "No copy found is no proof of privacy: the search sees pictures that resemble each other as a whole, not a "
-        "detail by which a person could be known, nor what can be learned from the weights."
-    )
-    report.add_heading("What is near")
-    report.add_table(*table_of_sets(result))
-    report.add_text(
-        "AuthPct is the share of images that are farther from their nearest training image than that is from its own "
-        "nearest. It is to be compared with the one of held-out images, and is no verdict on an image."
-    )
-    report.add_heading("What the search finds")
-    header = [f"copies of {result.planted[0].num_images} training images that were planted", "share found"]
-    report.add_table(header, [(planted.change, planted.found) for planted in result.planted])
-    if result.closest:
-        report.add_heading("Closest pairs")
-        header = ["synthetic image", "training image", "relative distance", "mirrored", "copy"]
-        rows = [(x.key, x.training_key, x.relative_distance, yes(x.mirrored), yes(x.copy)) for x in result.closest]
-        report.add_table(header, rows)
-    return report
-
-
-def table_of_sets(result: MemorizationResult) -> tuple[list[str], list[list[object]]]:
-    header = ["images", "N", "copies", "share [95 %]", "AuthPct [95 %]", "nearest", "median"]
-    names = {"synthetic": result.synthetic, "held out (false alarms)": result.held_out, "training": result.training}
-    rows = [
-        [
-            name,
-            x.num_images,
-            x.copies,
-            f"{x.share:.2%} [{x.low:.2%}, {x.high:.2%}]",
-            f"{x.authentic:.1%} [{x.authentic_low:.1%}, {x.authentic_high:.1%}]",
-            x.nearest,
-            x.median,
-        ]
-        for name, x in names.items()
-        if x is not None
-    ]
-    return header, rows
-
-
-def yes(value: bool) -> str:
-    return "yes" if value else "no"

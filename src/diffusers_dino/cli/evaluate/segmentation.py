@@ -3,7 +3,7 @@ r"""Zero-shot segmentation by DiffSeg, measured: the paper's Table 2 and Figs 9-
     diffusers-dino evaluate segmentation --pipeline outputs/model --data /data/lungs --output_dir outputs/segmentation
 
 `--data` takes folders with `images` and `masks`, webdataset tars, or `NAME=FOLDER`, where NAME may be a data set of
-the catalogue (jsrt, montgomery, shenzhen). `--pipeline` takes pipelines, checkpoints of `train_dino.py`, or
+the catalogue (jsrt, montgomery, shenzhen). `--pipeline` takes pipelines, checkpoints of a training run, or
 `NAME=PATH`, where paths of one name are checkpoints of one model. Segments are kept in `--output_dir`: the same
 command continues after a kill. What is chosen with the help of masks is chosen on other patients than it is scored on.
 """
@@ -11,7 +11,6 @@ command continues after a kill. What is chosen with the help of masks is chosen 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,21 +19,17 @@ from typing import Literal
 import torch
 from diffusers import DiffusionPipeline
 
-from ... import DiffSegPipeline
 from ...data import sources
 from ...data.sources.masks import MaskedImages, open_masked_images
 from ...devices import device_of
-from ...evaluation import SegmentationResult, Sweep, SweptSegments, evaluate_segmentation, segment_images
-from ...evaluation.controls import with_fresh_unet
-from ...evaluation.segmentation.plot import SWEEP_AXES, plot_segmentation_examples, plot_segmentation_sweep
-from ...evaluation.segmentation.protocol import chosen_masks
+from ...evaluation import Sweep, evaluate_segmentation
+from ...evaluation.generation import Model, load_models
+from ...evaluation.segmentation.plot import draw_segmentation
+from ...evaluation.segmentation.protocol import file_name
 from ...evaluation.segmentation.table import format_segmentation_table
-from ...evaluation.table_text import TABLE_FORMATS
+from ...evaluation.table_text import write_tables
 from ...files import make_writable_folder
-from ...training.models import load_trained_pipeline
 from ..arguments import flag
-
-logger = logging.getLogger("eval_segmentation")
 
 
 @dataclass
@@ -45,7 +40,7 @@ class Arguments:
     device: str | None = flag(None, "Where to compute; a GPU if there is one.")
     dtype: Literal["float32", "bfloat16", "float16"] = flag("float32", "Type of the weights.")
     data: list[str] = flag([], "Images and masks, as FOLDER, TARS or NAME=FOLDER.", group="Data")  # noqa: RUF009
-    max_samples: int | None = flag(None, "Use the first images of a data set alone.")
+    max_samples: int | None = flag(None, "Use only the first images of a data set.")
     mask_size: int = flag(256, "Side in pixels that Dice coefficients are taken at.")
     size: int | None = flag(None, "Side in pixels that the models see images at; by default their own.", group="Sweep")
     timesteps: list[int] = flag([1, 50, 100, 300], "Timesteps of the attention that is read.")  # noqa: RUF009
@@ -63,41 +58,36 @@ class Arguments:
 
 def main(args: Arguments) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logger.setLevel(logging.INFO)
+    logging.getLogger("diffusers_dino.evaluation").setLevel(logging.INFO)
     output_dir = make_writable_folder(args.output_dir)
     if not args.data or not (args.pipeline or args.stable_diffusion):
         raise ValueError("Give --data, and --pipeline or --stable_diffusion.")
     data_sets = {name: open_data(name, path, args) for name, path in map(name_and_path, args.data)}
     if len(data_sets) < len(args.data):
         raise ValueError(f"Two of {args.data} have one name: give them as NAME=PATH.")
-    swept: dict[str, dict[str, list[SweptSegments]]] = {name: {} for name in data_sets}
-    for method, checkpoint, pipe in load_models(args):
-        for name, images in data_sets.items():
-            folder = output_dir / file_name(name) / "segments" / file_name(method) / (file_name(checkpoint) or "model")
-            logger.info(f"{name}: {method} {checkpoint}")
-            segments = segment_images(
-                pipe, images, make_sweep(args), folder, checkpoint=checkpoint, chunk=args.batch_size
-            )
-            swept[name].setdefault(method, []).append(segments)
     results = []
     for name, images in data_sets.items():
-        result = evaluate_segmentation(swept[name], images, dataset=name, seed=args.seed)
-        result.save(output_dir / file_name(name) / "result.json")
-        draw(args, result, swept[name], images, output_dir / file_name(name))
-        results.append(result)
-    for style, suffix in TABLE_FORMATS.items():
-        (output_dir / f"table.{suffix}").write_text(format_segmentation_table(results, style))
-    print((output_dir / "table.md").read_text())
+        folder = output_dir / file_name(name)
+        study = evaluate_segmentation(
+            open_models(args),
+            images,
+            folder / "segments",
+            make_sweep(args),
+            dataset=name,
+            untrained=args.untrained,
+            batch_size=args.batch_size,
+            seed=args.seed,
+        )
+        study.result.save(folder / "result.json")
+        draw_segmentation(study, images, folder, args.num_examples)
+        results.append(study.result)
+    print(write_tables(output_dir, lambda style: format_segmentation_table(results, style)))
 
 
 def name_and_path(text: str) -> tuple[str, str]:
     """`NAME=PATH` or `PATH`, which is called as its last part."""
     name, sign, path = text.partition("=")
     return (name, path) if sign else (Path(text).name or text, text)
-
-
-def file_name(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", name)
 
 
 def open_data(name: str, path: str, args: Arguments) -> MaskedImages:
@@ -122,49 +112,15 @@ def make_sweep(args: Arguments) -> Sweep:
     )
 
 
-def load_models(args: Arguments) -> Iterator[tuple[str, str, DiffSegPipeline]]:
-    """Method, checkpoint and pipeline of all models, one in memory at a time."""
+def open_models(args: Arguments) -> Iterator[Model]:
+    """All models, one in memory at a time."""
     device = torch.device(device_of(0, args.device))
-    options = {} if args.dtype == "float32" else {"torch_dtype": getattr(torch, args.dtype)}
+    dtype = None if args.dtype == "float32" else getattr(torch, args.dtype)
     named = [name_and_path(text) for text in args.pipeline]
-    methods = [method for method, _ in named]
-    for place, (method, path) in enumerate(named):
-        pipe = DiffSegPipeline.from_pipe(load_trained_pipeline(path, **options)).to(device)
-        yield method, Path(path).name if methods.count(method) > 1 else "", pipe
-        if args.untrained and method not in methods[:place]:
-            yield f"{method}, untrained", "", with_fresh_unet(pipe)
+    names = [name for name, _ in named]
+    for model, (name, path) in zip(load_models(named, device=device, dtype=dtype), named, strict=True):
+        yield model._replace(checkpoint=Path(path).name if names.count(name) > 1 else "")
     if args.stable_diffusion:
+        options = {} if dtype is None else {"torch_dtype": dtype}
         pipe = DiffusionPipeline.from_pretrained(args.stable_diffusion, use_safetensors=True, **options)
-        yield "Stable Diffusion", "", DiffSegPipeline.from_pipe(pipe).to(device)
-
-
-def draw(
-    args: Arguments,
-    result: SegmentationResult,
-    swept: dict[str, list[SweptSegments]],
-    images: MaskedImages,
-    folder: Path,
-) -> None:
-    """Curves over each axis that has been swept, and each model's best and worst images."""
-    for axis in SWEEP_AXES:
-        if any(len({getattr(s, axis) for s in sweep.settings}) > 1 for sweep in result.sweeps):
-            save_figure(plot_segmentation_sweep(result, axis), folder / f"{axis}.png")
-    if not args.num_examples:
-        return
-    for scores in result.methods:
-        if scores.method not in swept:
-            continue
-        order = sorted(range(len(images)), key=lambda i: scores.dice[i])
-        for kind, chosen in (("failures", order[: args.num_examples]), ("examples", order[-args.num_examples :])):
-            predictions = chosen_masks(result, scores, swept[scores.method], images, chosen)
-            figure = plot_segmentation_examples(
-                [images.image(i).mean(dim=0) for i in chosen],
-                [images.mask(i) for i in chosen],
-                predictions,
-                [f"Dice {scores.dice[i]:.2f}" for i in chosen],
-            )
-            save_figure(figure, folder / f"{kind}-{file_name(scores.method)}-{file_name(scores.selection)}.png")
-
-
-def save_figure(figure, path: Path) -> None:
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+        yield Model("Stable Diffusion", pipe.to(device))

@@ -10,17 +10,21 @@ one number of images:
 
 from __future__ import annotations
 
+import json
+import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from ...data import ImageDataset
-from ...metrics import FeatureExtractor, FeatureSet, FeatureSpec
+from ...files import make_writable_folder, save_atomically
+from ...fingerprints import fingerprint_pipeline, hash_of
+from ...metrics import FeatureExtractor, FeatureSet, FeatureSpec, extract_features, open_extractor
 from ...metrics.bootstrap import (
     Bootstrap,
     Estimate,
@@ -29,11 +33,13 @@ from ...metrics.bootstrap import (
     estimate_manifolds,
     estimate_vendi,
 )
-from ...seeds import generator_for
-from ..controls import embed_images
+from ..controls import with_fresh_unet
+from ..generation import Model, embed_images, generate_batches, models_of
 from ..results import JsonResult
+from .sets import FidelitySets, require_disjoint
 
 if TYPE_CHECKING:
+    from ...data import ImageDataset
     from ...pipelines import DinoDiffusionPipeline
 
 __all__ = [
@@ -42,11 +48,13 @@ __all__ = [
     "FidelityResult",
     "FidelityScores",
     "Sampling",
-    "encode_sources",
+    "evaluate_fidelity",
     "generate_features",
-    "require_disjoint",
+    "keep_best",
     "score_fidelity",
 ]
+
+logger = logging.getLogger(__name__)
 
 REAL, UNTRAINED = "real", "untrained"
 
@@ -78,7 +86,7 @@ class FidelityScores(JsonResult):
 
     Attributes:
         images: What they are: the name of a model or checkpoint, `UNTRAINED` or `REAL`.
-        step: Updates of the checkpoint; None for what is none.
+        step: Updates of the checkpoint; None for what is not one.
         num_images: N.
         num_reference: M.
         features: Extractor, layer, pixel range, resize and hash of the weights.
@@ -149,25 +157,148 @@ class FidelityResult(JsonResult):
         return min(self.checkpoints, key=lambda row: getattr(row, metric).value)
 
 
-def require_disjoint(sources: FeatureSet, reference: FeatureSet) -> None:
-    """Refuse sources that are in the reference: a model would be rewarded for copying them.
+def evaluate_fidelity(
+    models: DinoDiffusionPipeline | Iterable[Model],
+    sets: FidelitySets,
+    *,
+    extractor: FeatureExtractor | None = None,
+    folder: str | Path | None = None,
+    untrained: bool = True,
+    num_inference_steps: int = 25,
+    guidance_scale: float = 1.0,
+    neighbors: int = 5,
+    bootstrap_repeats: int = 200,
+    batch_size: int = 64,
+    seed: int = 0,
+    progress: bool = True,
+) -> FidelityResult:
+    """Generate an image from each source, by each model, and compare the sets with the reference.
+
+    Args:
+        models: A pipeline, or models of different names. An iterator such as `load_models` keeps one in memory.
+        sets: Sources and reference: see `choose_sets`.
+        extractor: Feature space, by default `pixels`.
+        folder: Where features are kept, under a name that follows from weights, images and settings: another call
+            with these computes only what is missing.
+        untrained: Whether to add a row of the last model's UNet before training.
+        num_inference_steps: Of each model's own scheduler.
+        guidance_scale: 1 is none.
+        neighbors: The neighbour that balls of precision, recall, density and coverage reach to.
+        bootstrap_repeats: Draws of the intervals.
+        batch_size: Images at once.
+        seed: Of noise and bootstrap.
+        progress: Whether to show bars.
+
+    Returns:
+        Rows of the models, of `UNTRAINED` and of `REAL`.
 
     Raises:
-        ValueError: If an image of one key has the same features in both sets.
+        ValueError: If sources are in the reference, or a set is too small.
+        RuntimeError: If a model generates NaN.
     """
-    shared = sorted(set(sources.keys) & set(reference.keys))
-    if shared and (sources.select(shared).features == reference.select(shared).features).all(dim=1).any():
-        raise ValueError(
-            f"Images are in the reference and among the sources, such as {shared[0]!r} ({len(shared)} keys are in "
-            "both): give other sources."
-        )
+    extractor = extractor or open_extractor("pixels")
+    cache = _FeatureFiles(None if folder is None else make_writable_folder(folder), extractor.spec)
+
+    def of_images(name: str, images: ImageDataset, place: str) -> FeatureSet:
+        facts = place, images.preprocessing.fingerprint(), images.keys
+        return cache.get(name, facts, lambda: extract_features(extractor, images, batch_size, progress=progress))
+
+    sources = of_images("sources", sets.sources, sets.places[0])
+    reference = of_images("reference", sets.reference, sets.places[1])
+    require_disjoint(sources, reference)
+    images = sets.sources.select(sources.keys)  # without what cannot be read
+    groups = [[sets.patients[k] for k in one.keys] if sets.patients else None for one in (sources, reference)]
+    bootstrap = Bootstrap(bootstrap_repeats, seed, 0.95, *groups)
+    tokens: dict[str, Tensor] = {}  # by the fingerprint of the conditioner, which checkpoints share
+    logger.info("%d sources, %d real images of others as the reference", len(sources), len(reference))
+
+    def generated(pipe: DinoDiffusionPipeline, name: str, sampling: Sampling) -> FeatureSet:
+        parts = fingerprint_pipeline(pipe)
+
+        def compute() -> FeatureSet:
+            if parts["conditioner"] not in tokens:
+                tokens[parts["conditioner"]] = embed_images(pipe, images, batch_size)
+            return generate_features(pipe, tokens[parts["conditioner"]], sources.keys, extractor, sampling, progress)
+
+        shown = sets.places[0], images.preprocessing.fingerprint(), sources.keys
+        return cache.get(name, (parts, dict(pipe.scheduler.config), sampling, *shown), compute)
+
+    def row(model: Model) -> FidelityScores:
+        dtype = str(model.pipe.unet.dtype).removeprefix("torch.")
+        settings = (num_inference_steps, guidance_scale, seed, batch_size, dtype)
+        sampling = Sampling(type(model.pipe.scheduler).__name__, *settings)
+        return scored(model.name, generated(model.pipe, model.name, sampling), model.step, sampling)
+
+    def scored(
+        name: str, features: FeatureSet, step: int | None = None, sampling: Sampling | None = None
+    ) -> FidelityScores:
+        options = {"step": step, "sampling": sampling, "neighbors": neighbors, "bootstrap": bootstrap}
+        scores = score_fidelity(name, features, reference, **options)
+        frechet, kernel = scores.frechet.value, scores.kernel.value
+        logger.info("%s: Fréchet distance %.4g, kernel distance %.4g", name, frechet, kernel)
+        return scores
+
+    rows, model = [], None
+    for model in models_of(models):
+        rows.append(row(model))
+    if model is None:
+        raise ValueError("There is no model to measure.")
+    if untrained:
+        rows.append(row(Model(UNTRAINED, with_fresh_unet(model.pipe))))
+    return FidelityResult((*rows, scored(REAL, sources)))
 
 
-def encode_sources(pipe: DinoDiffusionPipeline, images: ImageDataset, batch_size: int = 64) -> Tensor:
-    """Condition tokens `(N, S, D)` of all images, float32 on the CPU; they serve all checkpoints."""
-    chunks = (range(i, min(i + batch_size, len(images))) for i in range(0, len(images), batch_size))
-    tokens = [embed_images(pipe, torch.stack([images[i]["image"] for i in chunk]), batch_size) for chunk in chunks]
-    return torch.cat(tokens)
+def keep_best(
+    result: FidelityResult,
+    paths: Mapping[str, str | PathLike[str]],
+    folder: str | Path,
+    metric: Literal["frechet", "kernel"] = "frechet",
+) -> FidelityScores:
+    """Write the checkpoint with the lowest distance as a whole pipeline, with `metric.json` as training's `best` has.
+
+    Args:
+        result: With one checkpoint at least.
+        paths: Where the checkpoints are, by name.
+        folder: What to write; a folder that is there is replaced.
+        metric: Which distance.
+
+    Returns:
+        The row of the checkpoint.
+
+    Raises:
+        ValueError: If there is no checkpoint.
+    """
+    from ...training.models import load_trained_pipeline
+
+    best = result.best_checkpoint(metric)
+    facts = {
+        "metric": f"{metric}_{best.features.extractor}",
+        "value": getattr(best, metric).value,
+        "step": best.step,
+        "num_images": best.num_images,
+        "num_reference": best.num_reference,
+        "features": best.features.to_dict(),
+    }
+    with save_atomically(folder) as partial:
+        load_trained_pipeline(paths[best.images]).save_pretrained(partial)
+        (partial / "metric.json").write_text(json.dumps(facts, indent=1))
+    logger.info("%s has the lowest %s distance; it is kept in %s", best.images, metric, folder)
+    return best
+
+
+class _FeatureFiles:
+    """Features in files whose names follow from all that they depend on; kept nowhere without a folder."""
+
+    def __init__(self, folder: Path | None, spec: FeatureSpec) -> None:
+        self.folder, self.spec = folder, spec
+
+    def get(self, name: str, facts: tuple[object, ...], compute: Callable[[], FeatureSet]) -> FeatureSet:
+        if self.folder is None:
+            return compute()
+        path = self.folder / f"{name}-{hash_of(self.spec, *facts)[:16]}.safetensors"
+        if not path.is_file():
+            compute().save(path)
+        return FeatureSet.load(path)
 
 
 def generate_features(
@@ -183,7 +314,7 @@ def generate_features(
     Args:
         pipe: The pipeline; its scheduler is the one that `sampling` names.
         tokens: `(N, S, D)`, condition tokens of the sources.
-        keys: Of the sources. Noise depends on (seed, key) alone.
+        keys: Of the sources. Noise depends only on (seed, key).
         extractor: What computes features.
         sampling: How to generate.
         progress: Whether to show a bar.
@@ -198,19 +329,18 @@ def generate_features(
         raise ValueError(
             f"The pipeline has a {type(pipe.scheduler).__name__}, not the {sampling.scheduler} asked for."
         )
-    pipe.set_progress_bar_config(disable=True)
-    features = []
-    for start in tqdm(range(0, len(keys), sampling.batch_size), unit="batch", leave=False, disable=not progress):
-        chunk = slice(start, start + sampling.batch_size)
-        images = pipe(
-            image_embeds=tokens[chunk],
-            generator=[generator_for(sampling.seed, "fidelity", key) for key in keys[chunk]],
-            num_inference_steps=sampling.num_inference_steps,
-            guidance_scale=sampling.guidance_scale,
-            output_type="pt",
-        ).images
-        features.append(extractor(images.float()))
-    return FeatureSet(torch.cat([torch.empty(0, extractor.spec.dim), *features]), tuple(keys), extractor.spec)
+    batches = generate_batches(
+        pipe,
+        tokens,
+        keys,
+        (sampling.seed, "fidelity"),
+        sampling.batch_size,
+        progress,
+        num_inference_steps=sampling.num_inference_steps,
+        guidance_scale=sampling.guidance_scale,
+    )
+    features = torch.cat([torch.empty(0, extractor.spec.dim), *map(extractor, batches)])
+    return FeatureSet(features, tuple(keys), extractor.spec)
 
 
 def score_fidelity(

@@ -1,17 +1,28 @@
-"""Figures of fidelity as a table: Markdown, LaTeX or CSV. Text alone, nothing is computed."""
+"""Figures of fidelity as a table: Markdown, LaTeX or CSV. Results are shown, not computed."""
 
 from __future__ import annotations
 
-import csv
-import io
+from dataclasses import fields
 
+from ...metrics import FeatureSpec
 from ...metrics.bootstrap import Estimate
-from ..table_text import escape_latex, latex_line, markdown_line, require_table_format
-from .protocol import FidelityResult, FidelityScores
+from ..table_text import csv_text, latex_table, markdown_table, require_table_format
+from .protocol import FidelityResult, Sampling
 
 __all__ = ["format_fidelity_table"]
 
 _FIGURES = ("frechet", "kernel", "precision", "recall", "density", "coverage", "vendi")
+_PLAIN = [
+    "images",
+    "step",
+    "num_images",
+    "num_reference",
+    "neighbors",
+    "repeats",
+    "bootstrap_seed",
+    "level",
+    "by_patient",
+]
 _HEADER = ("Fréchet", "kernel (KID)", "precision", "recall", "density", "coverage", "Vendi")
 
 
@@ -37,12 +48,8 @@ def format_fidelity_table(result: FidelityResult, style: str = "markdown") -> st
         for row in result.rows
     ]
     if style == "markdown":
-        lines = [header, ["---"] * len(header), *body]
-        return "\n".join([*map(markdown_line, lines), "", _note(result), ""])
-    escaped = [latex_line([escape_latex(cell) for cell in row]) for row in (header, *body)]
-    begin = rf"\begin{{tabular}}{{l{'c' * (len(header) - 1)}}}"
-    lines = [begin, r"\toprule", escaped[0], r"\midrule", *escaped[1:], r"\bottomrule", r"\end{tabular}"]
-    return "\n".join([*lines, f"% {_note(result)}", ""])
+        return f"{markdown_table(header, body)}\n\n{_note(result)}\n"
+    return f"{latex_table(header, body, 'l' + 'c' * (len(header) - 1))}\n% {_note(result)}\n"
 
 
 def _cell(estimate: Estimate) -> str:
@@ -69,39 +76,20 @@ def _note(result: FidelityResult) -> str:
 
 
 def _csv(result: FidelityResult) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    parts = ("", " low", " high", " excess")
-    spec_names = list(result.rows[0].features.to_dict())
-    sampling_names = ["scheduler", "num_inference_steps", "guidance_scale", "seed", "batch_size", "dtype"]
-    plain = [
-        "images",
-        "step",
-        "num_images",
-        "num_reference",
-        "neighbors",
-        "repeats",
-        "bootstrap_seed",
-        "level",
-        "by_patient",
+    parts = ("value", "low", "high", "excess")
+    header = [
+        *_PLAIN,
+        *(field.name for field in fields(FeatureSpec)),
+        *(field.name for field in fields(Sampling)),
+        *(f"{figure} {part}" if part != "value" else figure for figure in _FIGURES for part in parts),
     ]
-    writer.writerow([*plain, *spec_names, *sampling_names, *(f"{f}{part}" for f in _FIGURES for part in parts)])
-    for row in result.rows:
-        writer.writerow(
-            [
-                *(getattr(row, name) for name in plain),
-                *row.features.to_dict().values(),
-                *_settings(row, sampling_names),
-                *_values(row),
-            ]
-        )
-    return text.getvalue()
-
-
-def _settings(row: FidelityScores, names: list[str]) -> list[object]:
-    return ["" if row.sampling is None else getattr(row.sampling, name) for name in names]
-
-
-def _values(row: FidelityScores) -> list[float]:
-    estimates = [getattr(row, name) for name in _FIGURES]
-    return [value for e in estimates for value in (e.value, e.low, e.high, e.excess)]
+    body = [
+        [
+            *(getattr(row, name) for name in _PLAIN),
+            *row.features.to_dict().values(),
+            *("" if row.sampling is None else getattr(row.sampling, field.name) for field in fields(Sampling)),
+            *(getattr(getattr(row, figure), part) for figure in _FIGURES for part in parts),
+        ]
+        for row in result.rows
+    ]
+    return csv_text(header, body)

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
+from ...data import ImageDataset
 from ...metrics import pixel_features
 from ...metrics.neighbours import nearest_by_cosine
 from ...pipelines import DinoInterpolationPipeline
 from ...seeds import generator_for
-from ..controls import derangement, embed_images, with_fresh_unet
+from ..controls import derangement, with_fresh_unet
+from ..generation import embed_images, stack_images
 from ..results import JsonResult
 
 if TYPE_CHECKING:
@@ -79,8 +82,8 @@ class InterpolationResult(JsonResult):
 
 def evaluate_interpolation(
     pipe: DinoPipeline,
-    images: Tensor,
-    training_images: Tensor,
+    images: ImageDataset | Tensor,
+    training_images: ImageDataset | Tensor,
     *,
     fractions: Sequence[float] = SEVENTHS,
     method: Literal["lerp", "slerp"] = "lerp",
@@ -88,6 +91,7 @@ def evaluate_interpolation(
     num_inference_steps: int = 20,
     guidance_scale: float = 2.0,
     batch_size: int = 64,
+    progress: bool = True,
 ) -> InterpolationResult:
     """Generate a path from each image to another one, and measure how it leaves the first and approaches the second.
 
@@ -95,25 +99,27 @@ def evaluate_interpolation(
     path start from the same noise.
 
     Controls: *untrained*, the same UNet with fresh weights; *nearest training image*, a lookup of the interpolated
-    tokens in the training set, which leaps; *pixel blend*, the two images on top of each other, which is smooth and
-    no radiograph.
+    tokens in the training set, which leaps; *pixel blend*, the two images on top of each other, which is smooth but
+    not a radiograph.
 
     Args:
         pipe: Any trained pipeline of these components.
-        images: `(N, C, H, W)` in [0, 1]: images kept out of all training, one per patient; N >= 2.
-        training_images: `(M, C, H, W)` in [0, 1]: what the pipeline was trained on.
+        images: Images kept out of all training, one per patient: a data set, or `(N, C, H, W)` in [0, 1]; N >= 2.
+        training_images: What the pipeline was trained on: a data set, or `(M, C, H, W)` in [0, 1].
         fractions: Points of a path, ascending in [0, 1].
         method: How tokens are interpolated.
         seeds: Seeds of the initial noise.
         num_inference_steps: Steps of the pipeline's scheduler.
         guidance_scale: Of the generated images; the untrained UNet goes without.
-        batch_size: Images generated at once.
+        batch_size: Paths generated at once.
+        progress: Whether to show a bar.
 
     Raises:
         ValueError: If there are fewer than two images, or the fractions do not ascend.
     """
     if len(images) < 2 or not all(a < b for a, b in pairwise(fractions)):
         raise ValueError(f"Expected two images or more and ascending fractions, got {len(images)} and {fractions}.")
+    images, training_images = stack_images(images), stack_images(training_images)
     between = DinoInterpolationPipeline.from_pipe(pipe)
     between.set_progress_bar_config(disable=True)
     fresh = with_fresh_unet(between)
@@ -125,7 +131,7 @@ def evaluate_interpolation(
     weights = torch.tensor(fractions)[:, None, None, None]  # (F, 1, 1, 1)
 
     path = {"fractions": fractions, "method": method, "num_inference_steps": num_inference_steps}
-    call = {"sources": tokens, "targets": tokens[targets], "batch_size": batch_size, **path}
+    call = {"sources": tokens, "targets": tokens[targets], "batch_size": batch_size, "progress": progress, **path}
     paths = {  # (seeds * N, F, C, H, W), and (N, F, C, H, W) of what is not drawn
         "generated": torch.cat([_paths(between, seed=s, guidance_scale=guidance_scale, **call) for s in seeds]),
         "untrained": torch.cat([_paths(fresh, seed=s, guidance_scale=1.0, **call) for s in seeds]),
@@ -187,11 +193,18 @@ def _against(paths: Tensor, ends: Tensor, targets: Tensor) -> PathFigures:
 
 
 def _paths(
-    pipe: DinoInterpolationPipeline, sources: Tensor, targets: Tensor, seed: int, batch_size: int, **call: Any
+    pipe: DinoInterpolationPipeline,
+    sources: Tensor,
+    targets: Tensor,
+    seed: int,
+    batch_size: int,
+    progress: bool,
+    **call: Any,
 ) -> Tensor:
     """Images `(P, F, C, H, W)` in [0, 1] between tokens `(P, S, D)`; a path has the noise of (seed, row)."""
     rows = []
-    for start in range(0, len(sources), batch_size):
+    starts = range(0, len(sources), batch_size)
+    for start in tqdm(starts, desc=f"paths, seed {seed}", unit="batch", leave=False, disable=not progress):
         chunk = slice(start, min(start + batch_size, len(sources)))
         generators = [generator_for(seed, "path", row) for row in range(chunk.start, chunk.stop)]
         ends = {"source_embeds": sources[chunk], "target_embeds": targets[chunk]}

@@ -16,7 +16,7 @@ from ..figures import new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from .. import MemorizationResult
+    from .protocol import MemorizationResult
 
 __all__ = ["draw_closest_pairs", "plot_memorization"]
 
@@ -27,7 +27,7 @@ def plot_memorization(result: MemorizationResult) -> Figure:
     """How near synthetic images are to training images, and how near real ones are.
 
     Args:
-        result: From `protocols.evaluate_memorization`.
+        result: From `evaluate_memorization`.
 
     Raises:
         ImportError: If matplotlib is missing.
@@ -61,7 +61,7 @@ def draw_closest_pairs(
     A training image is mirrored if the mirror image is what the synthetic one is near to.
 
     Args:
-        result: From `protocols.evaluate_memorization`, with synthetic images.
+        result: From `evaluate_memorization`, with synthetic images.
         synthetic: The images that it was given.
         training: Likewise.
         columns: Pairs in a row.

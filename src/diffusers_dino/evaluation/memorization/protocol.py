@@ -1,4 +1,4 @@
-"""Does a synthetic set hold copies of training images? Measured against real images that are none.
+"""Does a synthetic set hold copies of training images? Measured against real images, which are not copies.
 
 How near is too near is learned from real images: how near training images are to those of other patients. Real images
 that were kept out of training are searched in the same way, and show how often the search is wrong; so do training
@@ -155,6 +155,7 @@ def evaluate_memorization(
     calibrate_on: Literal["training", "held out"] = "training",
     num_pairs: int = 12,
     batch_size: int = 64,
+    progress: bool = True,
 ) -> MemorizationStudy:
     """Search a synthetic set for copies of training images, and check the search on real images.
 
@@ -172,6 +173,7 @@ def evaluate_memorization(
             known which images are of one patient; its false alarms are then true by construction.
         num_pairs: Nearest pairs to keep.
         batch_size: Images computed at once.
+        progress: Whether to show bars.
 
     Raises:
         ValueError: If there are too few images to calibrate on, or groups do not fit.
@@ -183,19 +185,19 @@ def evaluate_memorization(
             "Groups of held-out images are compared with those of training images: give `training_groups`."
         )
     extractor = extractor or open_extractor("local-contrast")
-    views = extract_views(extractor, training, batch_size)
+    views = extract_views(extractor, training, batch_size, progress)
     groups = known_groups(views, training, training_groups)
     own = search_training(views, groups)
     spacing = own.neighbors.distance[:, 0]  # (M,)
     unseen = generated = None
     closest: tuple[ClosePair, ...] = ()
     if held_out is not None:
-        held_out_views = extract_views(extractor, held_out, batch_size)
+        held_out_views = extract_views(extractor, held_out, batch_size, progress)
         known = known_groups(held_out_views, held_out, held_out_groups)
         unseen = search_copies(held_out_views, views, known, None if known is None else groups)
     threshold = calibrate_threshold((own if calibrate_on == "training" else unseen).relative, false_alarms)
     if synthetic is not None:
-        synthetic_views = extract_views(extractor, synthetic, batch_size)
+        synthetic_views = extract_views(extractor, synthetic, batch_size, progress)
         generated = search_copies(synthetic_views, views)
         closest = _closest(generated, synthetic_views, views, threshold, num_pairs)
     gate = CopyGate(views.upright, threshold, extractor)

@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ...data import ImageDataset
 from ...metrics import frechet_distance, pixel_features, retrieval_accuracy
 from ...metrics.neighbours import nearest_by_cosine
-from ...seeds import generator_for
-from ..controls import derangement, embed_images, with_fresh_unet
+from ..controls import derangement, with_fresh_unet
+from ..generation import embed_images, generate_variations, stack_images
 from ..results import JsonResult
 
 if TYPE_CHECKING:
     from ...pipelines import DinoDiffusionPipeline
 
-__all__ = ["ReconstructionResult", "RetrievalFigures", "evaluate_reconstruction", "generate_variations"]
+__all__ = ["ReconstructionResult", "RetrievalFigures", "evaluate_reconstruction"]
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,14 @@ class ReconstructionResult(JsonResult):
 
 def evaluate_reconstruction(
     pipe: DinoDiffusionPipeline,
-    images: Tensor,
-    training_images: Tensor,
+    images: ImageDataset | Tensor,
+    training_images: ImageDataset | Tensor,
     *,
     seeds: Sequence[int] = (0, 1, 2),
     num_inference_steps: int = 20,
     guidance_scale: float = 2.0,
     batch_size: int = 64,
+    progress: bool = True,
 ) -> ReconstructionResult:
     """Generate one variation of each image per seed and ask whether it finds its source among all of them.
 
@@ -69,14 +71,16 @@ def evaluate_reconstruction(
 
     Args:
         pipe: The trained pipeline.
-        images: `(N, C, H, W)` in [0, 1]: images kept out of all training, one per patient.
-        training_images: `(M, C, H, W)` in [0, 1]: what the pipeline was trained on.
+        images: Images kept out of all training, one per patient: a data set, or `(N, C, H, W)` in [0, 1].
+        training_images: What the pipeline was trained on: a data set, or `(M, C, H, W)` in [0, 1].
         seeds: Seeds of the initial noise; the figures are means over them.
         num_inference_steps: Steps of the pipeline's scheduler.
         guidance_scale: For retrieval; the Fréchet distances are measured without guidance.
         batch_size: Images generated at once.
+        progress: Whether to show bars.
     """
-    sampling = {"num_inference_steps": num_inference_steps, "batch_size": batch_size}
+    images, training_images = stack_images(images), stack_images(training_images)
+    sampling = {"num_inference_steps": num_inference_steps, "batch_size": batch_size, "progress": progress}
     untrained_pipe = with_fresh_unet(pipe)
     tokens = embed_images(pipe, images, batch_size)  # (N, S, D)
     training_tokens = embed_images(pipe, training_images, batch_size)  # (M, S, D)
@@ -118,31 +122,6 @@ def evaluate_reconstruction(
         by_pixels=RetrievalFigures(**_mean(pixel_figures)),
         **_mean(frechet),
     )
-
-
-def generate_variations(
-    pipe: DinoDiffusionPipeline,
-    tokens: Tensor,
-    seed: int,
-    *,
-    num_inference_steps: int = 20,
-    guidance_scale: float = 2.0,
-    batch_size: int = 64,
-) -> Tensor:
-    """One image per row of `tokens` `(N, S, D)`, a function of (row, seed) alone: `(N, C, H, W)` in [0, 1]."""
-    images = []
-    for start in range(0, len(tokens), batch_size):
-        chunk = tokens[start : start + batch_size]
-        generators = [generator_for(seed, "variation", start + i) for i in range(len(chunk))]
-        output = pipe(
-            image_embeds=chunk,
-            generator=generators,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            output_type="pt",
-        )
-        images.append(output.images.float().cpu())
-    return torch.cat(images)
 
 
 def _frechet(images: Tensor, reference: Tensor) -> float:

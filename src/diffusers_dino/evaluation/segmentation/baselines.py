@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...extras import require
+
 __all__ = ["kmeans_segments", "mean_mask_of_others", "otsu_mask"]
 
 
 def otsu_mask(image: Tensor) -> Tensor:
-    """Pixels `(H, W)` bool that are darker than Otsu's threshold (1979), for lungs are.
+    """Pixels `(H, W)` bool that are darker than Otsu's threshold (1979), as lungs are.
 
     Args:
         image: `(H, W)` in [0, 1].
@@ -40,17 +42,14 @@ def kmeans_segments(image: Tensor, num_segments: int, position_weight: float, si
     Raises:
         ImportError: If scikit-learn is missing.
     """
-    try:
-        from sklearn.cluster import KMeans
-    except ImportError as error:
-        raise ImportError("k-means needs scikit-learn: pip install diffusers-dino[eval]") from error
+    cluster = require("sklearn.cluster", "eval", "k-means needs scikit-learn")
     small = F.interpolate(image[None, None], size=(side, side), mode="bilinear", antialias=True).flatten().numpy()
     line = np.linspace(-1, 1, side) * np.sqrt(3 * (side - 1) / (side + 1))  # standard deviation 1
     y, x = (axis.flatten() for axis in np.meshgrid(line, line, indexing="ij"))
     brightness = (small - small.mean()) / max(small.std(), 1e-6)
     points = np.stack([brightness, position_weight * y, position_weight * x], axis=1)
     distinct = len(np.unique(points, axis=0))
-    labels = KMeans(min(num_segments, distinct), n_init=1, random_state=seed).fit_predict(points)
+    labels = cluster.KMeans(min(num_segments, distinct), n_init=1, random_state=seed).fit_predict(points)
     labels = torch.from_numpy(labels.reshape(1, 1, side, side).astype(np.float32))
     return F.interpolate(labels, size=image.shape, mode="nearest")[0, 0].long()
 

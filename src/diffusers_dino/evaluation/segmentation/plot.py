@@ -3,28 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
+from ...data.sources.masks import MaskedImages
 from ..figures import new_figure
+from .protocol import SegmentationResult, SegmentationStudy, SweepScores, chosen_masks, file_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from .. import SegmentationResult, SweepScores
-
-__all__ = ["SWEEP_AXES", "plot_segmentation_examples", "plot_segmentation_sweep"]
+__all__ = ["SWEEP_AXES", "draw_segmentation", "plot_segmentation_examples", "plot_segmentation_sweep"]
 
 SWEEP_AXES = ("checkpoint", "layers", "timestep", "threshold")
 _CONTOUR = {"reference": "tab:green", "prediction": "tab:red"}
 
 
+def draw_segmentation(
+    study: SegmentationStudy, images: MaskedImages, folder: str | Path, num_examples: int = 6
+) -> None:
+    """Write curves over each axis that was swept, and each model's best and worst images, as PNGs.
+
+    Args:
+        study: Figures and segments.
+        images: The images.
+        folder: Where the pictures go.
+        num_examples: Best and worst images of each model; 0 draws no patient.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+
+    def save(figure: Figure, name: str) -> None:
+        figure.savefig(Path(folder) / f"{name}.png", dpi=120, bbox_inches="tight")
+
+    for axis in SWEEP_AXES:
+        if any(len({getattr(s, axis) for s in sweep.settings}) > 1 for sweep in study.result.sweeps):
+            save(plot_segmentation_sweep(study.result, axis), axis)
+    if not num_examples:
+        return
+    for scores in study.result.methods:
+        if scores.method not in study.swept:
+            continue
+        order = sorted(range(len(images)), key=lambda i: scores.dice[i])
+        for kind, chosen in (("failures", order[:num_examples]), ("examples", order[-num_examples:])):
+            figure = plot_segmentation_examples(
+                [images.image(i).mean(dim=0) for i in chosen],
+                [images.mask(i) for i in chosen],
+                chosen_masks(study, scores, images, chosen),
+                [f"Dice {scores.dice[i]:.2f}" for i in chosen],
+            )
+            save(figure, f"{kind}-{file_name(scores.method)}-{file_name(scores.selection)}")
+
+
 def plot_segmentation_sweep(result: SegmentationResult, axis: str) -> Figure:
     """Dice coefficient against one axis of the sweep: mean, median and quartiles over images, one panel a model.
 
-    At each value the other axes are where the mean is best, so a curve shows what the axis alone can cost.
+    At each value the other axes are where the mean is best, so a curve shows what this axis can cost.
 
     Args:
         result: Of one data set.

@@ -1,22 +1,26 @@
 """Zero-shot segmentation, scored: section 2.4 and Table 2 of the paper, without its optimism.
 
-The segments of a model at all settings of a sweep come from `segment_sweep`. Two ways of choosing are reported:
+The segments of a model at all settings come from `sweep.segment_images`. Two ways of choosing are reported:
 
 - *best pair*: of each image the union of one or two segments with the largest Dice coefficient, which looks at the
   reference mask, as the paper does. Checkpoint, layers, timestep and threshold are chosen on half of the patients and
   scored on the other half, both ways, so no image is scored at settings that were chosen on it.
-- *no ground truth*: segments and settings of each image are chosen by `diffusers_dino.selection` from the image alone.
+- *no ground truth*: segments and settings of each image are chosen by `diffseg.lungs` from the image only.
 
 Next to them stands what needs no diffusion model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,20 +28,26 @@ from ...data.sources.masks import MaskedImages
 from ...diffseg.lungs import lung_prior, most_agreed, name_lungs
 from ...metrics.bootstrap import bootstrap_interval
 from ...metrics.dice import best_union, dice, union_of
-from ...seeds import generator_for
+from ...pipelines import DiffSegPipeline
+from ..controls import split_in_halves, with_fresh_unet
+from ..generation import Model, models_of
 from ..results import JsonResult
 from .baselines import kmeans_segments, mean_mask_of_others, otsu_mask
-from .sweep import Setting, SweptSegments
+from .sweep import Setting, Sweep, SweptSegments, segment_images
 
 __all__ = [
     "MethodScores",
     "SegmentationResult",
+    "SegmentationStudy",
     "SweepScores",
     "chosen_masks",
     "cross_fit",
     "evaluate_segmentation",
-    "split_in_halves",
+    "file_name",
+    "score_segments",
 ]
+
+logger = logging.getLogger(__name__)
 
 BEST_PAIR, NO_GROUND_TRUTH, NOTHING = "best pair", "no ground truth", "nothing to choose"
 _POSITION_WEIGHTS = (0.0, 0.5, 1.0)
@@ -109,7 +119,72 @@ class SegmentationResult(JsonResult):
     sweeps: tuple[SweepScores, ...]
 
 
+class SegmentationStudy(NamedTuple):
+    """Figures, and the segments behind them.
+
+    Attributes:
+        result: All figures.
+        swept: The segments of each model, one entry for each of its checkpoints.
+    """
+
+    result: SegmentationResult
+    swept: dict[str, list[SweptSegments]]
+
+
 def evaluate_segmentation(
+    models: DiffusionPipeline | Iterable[Model],
+    images: MaskedImages,
+    folder: str | Path,
+    sweep: Sweep | None = None,
+    *,
+    dataset: str = "",
+    untrained: bool = True,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: bool = True,
+) -> SegmentationStudy:
+    """Segment a data set with each model at all settings of a sweep, and score the segments beside the baselines.
+
+    Args:
+        models: A pipeline of this package or a Stable Diffusion (with the empty prompt), or several models; those of
+            one name are checkpoints of one model. An iterator may load one after the other.
+        images: Images with masks; masks are read only once all segments are made.
+        folder: Where segments are kept: another call with it computes only what is missing.
+        sweep: The settings.
+        dataset: Name of the data set.
+        untrained: Whether to sweep the UNet before training, too, for each model of this package.
+        batch_size: Images that a model sees at once.
+        seed: Of the split in halves, the bootstrap and k-means.
+        progress: Whether to show bars.
+
+    Raises:
+        ValueError: If there are not at least two patients, a mask does not fit its image, or `folder` was begun with
+            another model, other images or other settings.
+    """
+    split_in_halves(images.patients, seed)  # says at once if there is one patient only
+    sweep = sweep or Sweep()
+    swept: dict[str, list[SweptSegments]] = {}
+
+    def add(name: str, pipe: DiffSegPipeline, checkpoint: str = "") -> None:
+        logger.info("%s: %s", ", ".join(filter(None, (dataset, name))), checkpoint or "all settings")
+        place = Path(folder) / file_name(name) / (file_name(checkpoint) or "model")
+        options = {"checkpoint": checkpoint, "chunk": batch_size, "progress": progress}
+        swept.setdefault(name, []).append(segment_images(pipe, images, sweep, place, **options))
+
+    for model in models_of(models):
+        pipe, is_first = DiffSegPipeline.from_pipe(model.pipe), model.name not in swept
+        add(model.name, pipe, model.checkpoint)
+        if untrained and is_first and pipe.conditioner is not None:
+            add(f"{model.name}, untrained", with_fresh_unet(pipe))
+    return SegmentationStudy(score_segments(swept, images, dataset=dataset, seed=seed, progress=progress), swept)
+
+
+def file_name(name: str) -> str:
+    """A name of a model or data set as that of a file."""
+    return re.sub(r"[^\w.-]+", "_", name)
+
+
+def score_segments(
     models: Mapping[str, Sequence[SweptSegments]],
     images: MaskedImages,
     *,
@@ -164,50 +239,30 @@ def evaluate_segmentation(
 
 
 def chosen_masks(
-    result: SegmentationResult,
-    scores: MethodScores,
-    swept: Sequence[SweptSegments],
-    images: MaskedImages,
-    indices: Sequence[int],
+    study: SegmentationStudy, scores: MethodScores, images: MaskedImages, indices: Sequence[int]
 ) -> list[Tensor]:
     """The masks behind a row of scores, for figures.
 
     Args:
-        result: What `evaluate_segmentation` returned.
+        study: Figures and segments.
         scores: One of its rows, of a model.
-        swept: The segments of that model.
         images: The images.
         indices: Which of them.
 
     Returns:
         A mask `(mask_size, mask_size)` bool for each index.
     """
+    swept = study.swept[scores.method]
     if scores.selection == NO_GROUND_TRUTH:
         gray = _gray_images(images, indices)
-        return [
-            _choose_unsupervised(_read_all(swept, index), image) for index, image in zip(indices, gray, strict=True)
-        ]
-    sweep = next(sweep for sweep in result.sweeps if sweep.method == scores.method)
-    fitted = cross_fit(torch.tensor(sweep.dice), split_in_halves(images.patients, result.seed))
+        return [_choose_unsupervised(_read_all(swept, i), image) for i, image in zip(indices, gray, strict=True)]
+    sweep = next(sweep for sweep in study.result.sweeps if sweep.method == scores.method)
+    fitted = cross_fit(torch.tensor(sweep.dice), split_in_halves(images.patients, study.result.seed))
     masks = []
     for index in indices:
         segments = _read_all(swept, index)[fitted.indices[index]]
         masks.append(union_of(segments, best_union(segments, images.mask(index)).segments))
     return masks
-
-
-def split_in_halves(patients: Sequence[str], seed: int = 0) -> Tensor:
-    """Whether each image is in the first half of the patients: `(N,)` bool. A patient is in one half alone.
-
-    Raises:
-        ValueError: If there is only one patient.
-    """
-    names = sorted(set(patients))
-    if len(names) < 2:
-        raise ValueError(f"Choosing on one half and scoring on the other needs two patients, got {len(names)}.")
-    order = torch.randperm(len(names), generator=generator_for(seed, "halves")).tolist()
-    first = {names[i] for i in order[: len(names) // 2]}
-    return torch.tensor([patient in first for patient in patients])
 
 
 class CrossFit(NamedTuple):

@@ -7,7 +7,6 @@ timestep); a file holds it, so a run that was killed continues with the unit it 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,14 +17,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...data.sources.masks import MaskedImages
-from ...files import atomic_write, make_writable_folder, write_json
+from ...files import atomic_write, make_writable_folder
 from ...fingerprints import fingerprint_pipeline, hash_of
+from ...frozen import freeze
 from ...pipelines import DiffSegPipeline
 from ...seeds import generator_for
+from ..generation import image_size
 
-__all__ = ["ALL_LAYERS", "Setting", "Sweep", "SweptSegments", "segment_images"]
+__all__ = ["Setting", "Sweep", "SweptSegments", "segment_images"]
 
-ALL_LAYERS = "all"
+_ALL_LAYERS = "all"
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Sweep:
 
     timesteps: tuple[int, ...] = (1, 50, 100, 300)
     thresholds: tuple[float, ...] = (0.2, 0.25, 0.3, 0.35, 0.4, 0.5)
-    layers: tuple[str, ...] = (ALL_LAYERS,)
+    layers: tuple[str, ...] = (_ALL_LAYERS,)
     relative: bool = True
     refine: bool = True
     num_merges: int = 3
@@ -65,7 +66,7 @@ class Sweep:
         for name in ("timesteps", "thresholds", "layers"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
-                raise ValueError(f"A sweep needs one or more different {name}, got {list(values)}.")
+                raise ValueError(f"A sweep needs one or more {name}, all different, got {list(values)}.")
             object.__setattr__(self, name, tuple(values))  # lists, as JSON gives them, are welcome
 
     @property
@@ -85,7 +86,7 @@ class Setting:
 
     def __str__(self) -> str:
         parts = [self.checkpoint] if self.checkpoint else []
-        parts += [self.layers] if self.layers != ALL_LAYERS else []
+        parts += [self.layers] if self.layers != _ALL_LAYERS else []
         return ", ".join([*parts, f"t {self.timestep}", f"threshold {self.threshold:g}"])
 
 
@@ -167,9 +168,9 @@ def segment_images(
         "images": hash_of("\n".join(images.keys))[:16],
         "model": fingerprint_pipeline(pipe),
     }
-    _claim(folder, identity)
+    freeze(folder / "sweep.json", identity)
     todo = [unit for unit in swept.units() if not swept.path(unit[0], unit[1].start).is_file()]
-    shown = images.resized(sweep.size or _own_size(pipe))
+    shown = images.resized(sweep.size or image_size(pipe))
     for view, members in tqdm(todo, desc=checkpoint or folder.name, unit="unit", disable=not progress):
         segments = np.stack(list(_segment_unit(pipe, shown, sweep, view, members)), axis=1)
         with atomic_write(swept.path(view, members.start)) as file:
@@ -187,7 +188,7 @@ def _segment_unit(
         [images.image(i) for i in members],
         timestep,
         size=images.size,
-        layers=None if layers == ALL_LAYERS else layers.split("+"),
+        layers=None if layers == _ALL_LAYERS else layers.split("+"),
         add_noise=sweep.add_noise,
         generator=generators,
     )
@@ -205,23 +206,3 @@ def _segment_unit(
             for threshold in sweep.thresholds
         ]
         yield torch.stack(results).cpu().numpy().astype(np.uint16)
-
-
-def _own_size(pipe: DiffSegPipeline) -> int:
-    """The side in pixels that the UNet's config says."""
-    side = pipe.unet.config["sample_size"]
-    return (side if isinstance(side, int) else max(side)) * pipe.vae_scale_factor
-
-
-def _claim(folder: Path, identity: dict) -> None:
-    """Note what the files of a folder are, or check that they are this."""
-    path = folder / "sweep.json"
-    if not path.is_file():
-        write_json(path, identity)
-        return
-    there, wanted = json.loads(path.read_text()), json.loads(json.dumps(identity))  # tuples become lists
-    other = [name for name in wanted if there.get(name) != wanted[name]]
-    if other:
-        raise ValueError(
-            f"{folder} holds segments with another {', '.join(other)}. Give another folder, or delete that one."
-        )

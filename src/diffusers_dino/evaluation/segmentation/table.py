@@ -1,12 +1,10 @@
-"""Table 2 of the paper from results: Markdown, LaTeX or CSV. Text alone, nothing is computed."""
+"""Table 2 of the paper from results: Markdown, LaTeX or CSV. Results are shown, not computed."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 
-from ..table_text import escape_latex, latex_line, markdown_line, require_table_format
+from ..table_text import csv_text, latex_table, markdown_table, require_table_format
 from .protocol import MethodScores, SegmentationResult
 
 __all__ = ["format_segmentation_table"]
@@ -37,14 +35,11 @@ def format_segmentation_table(results: Sequence[SegmentationResult], style: str 
     for result in results:
         header += [f"{result.dataset} (N = {len(result.keys)}): mean Dice [95 %]", "median (quartiles)"]
     body = [[*names, *cells] for names, cells in rows.items()]
-    return _markdown(header, body, results) if style == "markdown" else _latex(header, body)
-
-
-def _markdown(header: list[str], body: list[list[str]], results: Sequence[SegmentationResult]) -> str:
-    lines = [markdown_line(header), markdown_line(["---"] * len(header)), *map(markdown_line, body)]
+    if style == "latex":
+        return f"{latex_table(header, body, 'll' + 'c' * (len(header) - 2))}\n"
     notes = [_note(result.dataset, scores) for result in results for scores in result.methods if scores.chosen]
     heading = "Settings chosen on one half of the patients and scored on the other, both ways:"
-    return "\n".join([*lines, "", heading, "", *notes, ""]) if notes else "\n".join([*lines, ""])
+    return "\n".join([markdown_table(header, body), *(["", heading, "", *notes] if notes else []), ""])
 
 
 def _note(dataset: str, scores: MethodScores) -> str:
@@ -53,25 +48,16 @@ def _note(dataset: str, scores: MethodScores) -> str:
     return f"- {dataset}, {scores.method}: {settings}; the setting that is best on all gives {scores.optimistic:.3f}"
 
 
-def _latex(header: list[str], body: list[list[str]]) -> str:
-    lines = [rf"\begin{{tabular}}{{ll{'c' * (len(header) - 2)}}}", r"\toprule", _latex_line(header), r"\midrule"]
-    return "\n".join([*lines, *map(_latex_line, body), r"\bottomrule", r"\end{tabular}", ""])
-
-
-def _latex_line(cells: Sequence[str]) -> str:
-    return latex_line([escape_latex(cell) for cell in cells])
-
-
 def _csv(results: Sequence[SegmentationResult]) -> str:
     figures = ("mean", "low", "high", "median", "lower_quartile", "upper_quartile", "optimistic")
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ["dataset", "images", "method", "chosen by", *figures, "chosen on the first half", "on the second half"]
-    )
-    for result in results:
-        for scores in result.methods:
-            values = [getattr(scores, name) for name in figures]
-            names = [result.dataset, len(result.keys), scores.method, scores.selection]
-            writer.writerow([*names, *values, *(scores.chosen or ("", ""))])
-    return text.getvalue()
+    names = ["dataset", "images", "method", "chosen by"]
+    body = [
+        [
+            *(result.dataset, len(result.keys), scores.method, scores.selection),
+            *(getattr(scores, name) for name in figures),
+            *(scores.chosen or ("", "")),
+        ]
+        for result in results
+        for scores in result.methods
+    ]
+    return csv_text([*names, *figures, "chosen on the first half", "on the second half"], body)

@@ -1,0 +1,147 @@
+"""What protocols do with a model: load it, embed images by it, and generate images of reproducible noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+from tqdm import tqdm
+
+from ..data import ImageDataset, collate
+from ..seeds import generator_for
+
+if TYPE_CHECKING:
+    from ..pipelines import DinoDiffusionPipeline
+    from ..pipelines.base import DinoPipeline
+
+__all__ = [
+    "Model",
+    "embed_images",
+    "generate_batches",
+    "generate_variations",
+    "image_size",
+    "load_models",
+    "models_of",
+    "stack_images",
+]
+
+
+class Model(NamedTuple):
+    """A model to measure.
+
+    Attributes:
+        name: For tables.
+        pipe: Its pipeline.
+        step: Updates after which a checkpoint of a run was saved.
+        checkpoint: Name of this state of the model, where several states of one model are swept.
+    """
+
+    name: str
+    pipe: DiffusionPipeline
+    step: int | None = None
+    checkpoint: str = ""
+
+
+def models_of(models: DiffusionPipeline | Iterable[Model]) -> Iterable[Model]:
+    """The models to measure: several, or a single pipeline, which is called "model"."""
+    return [Model("model", models)] if isinstance(models, DiffusionPipeline) else models
+
+
+def load_models(
+    paths: Iterable[tuple[str, str | PathLike[str]]],
+    steps: Mapping[str, int] | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Iterator[Model]:
+    """Load pipelines, or checkpoints of a run, one after the other.
+
+    Args:
+        paths: Name and folder of each.
+        steps: Updates of those that are checkpoints.
+        device: Where they compute.
+        dtype: Of their weights.
+
+    Raises:
+        FileNotFoundError: If a part of a model is missing.
+    """
+    from ..training.models import load_trained_pipeline
+
+    for name, path in paths:
+        yield Model(name, load_trained_pipeline(path, dtype).to(device), (steps or {}).get(name))
+
+
+def image_size(pipe: DiffusionPipeline) -> int:
+    """The side in pixels of the images that a pipeline was trained on, by its UNet's config; the longer one of two."""
+    side = pipe.unet.config["sample_size"]
+    return (side if isinstance(side, int) else max(side)) * pipe.vae_scale_factor
+
+
+def stack_images(images: ImageDataset | Tensor) -> Tensor:
+    """All images of a data set as `(N, C, size, size)` in [0, 1]; a tensor is returned as it is."""
+    return images if isinstance(images, Tensor) else collate([images[i] for i in range(len(images))])["image"]
+
+
+def embed_images(pipe: DinoPipeline, images: ImageDataset | Tensor, batch_size: int = 64) -> Tensor:
+    """Condition tokens `(N, S, D)`, float32 on the CPU, of a data set or of `(N, C, H, W)` in [0, 1].
+
+    Images of a data set pass through memory a batch at a time.
+    """
+    if isinstance(images, Tensor):
+        batches: Iterable[Tensor] = images.split(batch_size)
+    else:
+        starts = range(0, len(images), batch_size)
+        batches = (
+            torch.stack([images[i]["image"] for i in range(start, min(start + batch_size, len(images)))])
+            for start in starts
+        )
+    return torch.cat([pipe.encode_image(batch).float().cpu() for batch in batches])
+
+
+def generate_batches(
+    pipe: DinoDiffusionPipeline,
+    tokens: Tensor,
+    keys: Sequence[int | str],
+    noise: tuple[int, str],
+    batch_size: int,
+    progress: bool = True,
+    **call: Any,
+) -> Iterator[Tensor]:
+    """One image from each row of `tokens`, a batch at a time.
+
+    Args:
+        pipe: The pipeline.
+        tokens: `(N, S, D)`.
+        keys: Of the rows. The noise of an image depends only on `noise` and its key.
+        noise: Seed and purpose of the draw.
+        batch_size: Images generated at once.
+        progress: Whether to show a bar.
+        call: Further arguments of the pipeline, such as `num_inference_steps` and `guidance_scale`.
+
+    Yields:
+        `(n, C, H, W)` float32 in [0, 1].
+    """
+    pipe.set_progress_bar_config(disable=True)
+    for start in tqdm(range(0, len(keys), batch_size), unit="batch", leave=False, disable=not progress):
+        chunk = slice(start, start + batch_size)
+        generators = [generator_for(*noise, key) for key in keys[chunk]]
+        yield pipe(image_embeds=tokens[chunk], generator=generators, output_type="pt", **call).images.float()
+
+
+def generate_variations(
+    pipe: DinoDiffusionPipeline,
+    tokens: Tensor,
+    seed: int,
+    *,
+    num_inference_steps: int = 20,
+    guidance_scale: float = 2.0,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> Tensor:
+    """One image from each row of `tokens` `(N, S, D)`, which depends only on (row, seed): `(N, C, H, W)` in [0, 1]."""
+    call = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    batches = generate_batches(pipe, tokens, range(len(tokens)), (seed, "variation"), batch_size, progress, **call)
+    return torch.cat([images.cpu() for images in batches])
