@@ -22,6 +22,7 @@ from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from diffusers_dino import DinoImageConditioner
 from diffusers_dino.cli.arguments import flag, parse_arguments
+from diffusers_dino.cli.record import write_record_and_card
 from diffusers_dino.cli.training_flags import (
     ImageArguments,
     RunArguments,
@@ -30,7 +31,6 @@ from diffusers_dino.cli.training_flags import (
     open_training_images,
 )
 from diffusers_dino.data import ImageDataset
-from diffusers_dino.hub.record import write_record_and_card
 from diffusers_dino.seeds import generator_for
 from diffusers_dino.training.features import evenly_spread
 from diffusers_dino.training.self_distillation import (

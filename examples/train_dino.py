@@ -23,6 +23,7 @@ from torch import Tensor
 
 from diffusers_dino import DinoDiffusionPipeline, data
 from diffusers_dino.cli.arguments import flag, parse_arguments
+from diffusers_dino.cli.record import write_record_and_card
 from diffusers_dino.cli.training_flags import (
     FeatureArguments,
     RunArguments,
@@ -31,8 +32,7 @@ from diffusers_dino.cli.training_flags import (
     open_views,
 )
 from diffusers_dino.files import make_writable_folder
-from diffusers_dino.hub import upload
-from diffusers_dino.hub.record import write_record_and_card
+from diffusers_dino.hub import push_folder
 from diffusers_dino.training import checkpoints, models, objective, optim, validation
 from diffusers_dino.training.feature_cache import Recipe, open_feature_cache
 from diffusers_dino.training.features import FeatureEncoder, Views, cache_in_memory
@@ -352,7 +352,7 @@ def save_result(
     bases = [args.pretrained_pipeline, args.pretrained_model_name_or_path, args.unet, args.vae, args.conditioner]
     write_record_and_card(args, name, num_images, num_updates, bases + (args.encoder or []))
     if args.push_to_hub:
-        upload.push_folder(args.output_dir, name, private=True)
+        push_folder(args.output_dir, name, private=True)
     logger.info(f"The result is in {args.output_dir}")
 
 

@@ -20,6 +20,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from diffusers_dino.cli.arguments import flag, parse_arguments
+from diffusers_dino.cli.record import write_record_and_card
 from diffusers_dino.cli.training_flags import (
     AugmentationArguments,
     ImageArguments,
@@ -30,7 +31,6 @@ from diffusers_dino.cli.training_flags import (
     open_training_images,
 )
 from diffusers_dino.data import ImageDataset, collate, open_images
-from diffusers_dino.hub.record import write_record_and_card
 from diffusers_dino.latents import vae_scale_factor
 from diffusers_dino.pixels import unit_to_vae, vae_to_unit
 from diffusers_dino.seeds import generator_for

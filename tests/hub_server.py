@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import diffusers_dino
+
 TOKEN = "hf_loopback"
 LFS_SUFFIXES = (".safetensors", ".bin")
 
@@ -106,7 +108,8 @@ class HubServer:
 
 def run_client(code: str, environment: dict[str, str], *arguments: object) -> None:
     """Run Python code as a process of its own; fails with its error if it does."""
-    # -I: no PYTHONPATH and no working folder, the package as it is installed
+    # -I: neither PYTHONPATH nor the working folder, only the package that is tested
+    code = f"import sys; sys.path.insert(0, {str(Path(diffusers_dino.__file__).parents[1])!r})\n{code}"
     command = [sys.executable, "-I", "-c", code, *map(str, arguments)]
     process = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-3000:]

@@ -37,8 +37,7 @@ def attempt(action):
 """
 
 ONLINE = """
-from diffusers_dino.hub import push_folder
-from diffusers_dino.model_card import TrainingRecord, write_model_card
+from diffusers_dino.hub import TrainingRecord, push_folder, write_model_card
 
 DinoDiffusionPipeline.from_pretrained(folder / "first").push_to_hub("org/pushed")
 generate("pushed", "org/pushed")

@@ -9,9 +9,9 @@ from diffusers.utils import convert_state_dict_to_diffusers
 
 import tiny
 from diffusers_dino import DiffSegPipeline, DinoInterpolationPipeline
+from diffusers_dino.hub import TrainingRecord, files_to_push, push_folder
 from diffusers_dino.hub.folder import variant_of
-from diffusers_dino.hub.model_card import TrainingRecord
-from diffusers_dino.hub.upload import files_to_push, push_folder, replaced_weights
+from diffusers_dino.hub.upload import replaced_weights
 from hub_server import TOKEN, HubServer, run_client
 
 PREAMBLE = """

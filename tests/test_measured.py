@@ -115,7 +115,7 @@ def test_the_models_own_figures_are_declared_and_not_its_controls():
     assert [metric.metric_type for metric in told.metrics] == ["fid", "kid"]
     assert told.metrics[0].metric_value == 12.5
     assert told.metrics[0].metric_args["features"]["layer"] == "features2"
-    assert told.works == ("torchxrayvision",)
+    assert told.works == ("cohen2022torchxrayvision",)
     (dice,) = describe_result(segmentation()).metrics
     assert "ours" in dice.metric_name
     assert "untrained" not in dice.metric_name
@@ -128,7 +128,7 @@ def test_copies_are_counted_and_false_alarms_named():
     assert told.metrics[0].metric_args["copies"] == 6
     assert "| near-copies of training images | 6 (100.00 %" in told.text
     assert "10.00 % false alarms" in told.text
-    with pytest.raises(ValueError, match="of no synthetic images"):
+    with pytest.raises(ValueError, match="no synthetic images"):
         describe_result(replace(memorization(), synthetic=None))
 
 
@@ -148,5 +148,5 @@ def test_what_holds_no_result_is_refused(tmp_path):
         read_results([tmp_path / "nothing"])
     (tmp_path / "config.json").write_text(json.dumps({"num_images": 3}))
     for path in (tmp_path, tmp_path / "config.json"):
-        with pytest.raises(ValueError, match="holds no result of a protocol"):
+        with pytest.raises(ValueError, match="holds no result of an evaluation"):
             read_results([path])

@@ -13,9 +13,11 @@ import tiny
 from diffusers_dino.data.sharding import recorded_sources
 from diffusers_dino.data.sources import describe_source, source_names
 from diffusers_dino.evaluation import ReconstructionResult, RetrievalFigures
-from diffusers_dino.hub.cards import private_traces, terms_notice
+from diffusers_dino.hub import TrainingRecord, model_card, write_model_card
+from diffusers_dino.hub.markdown import needs_agreement
 from diffusers_dino.hub.measurements import describe_result
-from diffusers_dino.hub.model_card import RECORD_FILE, TrainingRecord, model_card, write_model_card
+from diffusers_dino.hub.privacy import private_traces
+from diffusers_dino.hub.record import RECORD_FILE
 
 FACTS = {"updates": 1240, "learning rate": 1e-4, "resolution": "64 px", "note": "two\nlines | a bar", "unused": None}
 RETRIEVAL = RetrievalFigures(0.5, 0.0156, 0.02, 0.4)
@@ -118,7 +120,7 @@ def test_sources_come_with_their_licences_and_what_has_to_be_signed():
     assert "| [MIMIC-CXR-JPG](https://physionet.org/content/mimic-cxr-jpg/) | PhysioNet Credentialed" in origin
     assert "**Credentialed data.** MIMIC-CXR-JPG (PhysioNet" in origin
     assert "Phantom chest radiographs" not in origin.split("**Credentialed data.**")[1]
-    signed = {name for name in source_names() if terms_notice([describe_source(name)])}
+    signed = {name for name in source_names() if needs_agreement(describe_source(name))}
     assert {"mimic_cxr_jpg", "vindr_cxr", "brax", "chexpert", "padchest"} <= signed
     assert not {"nih_chest_xray14", "montgomery", "shenzhen"} & signed
 
@@ -201,7 +203,7 @@ def test_citations_are_of_what_was_used():
     always = {"jimenezperez2024dinodiffusion", "caron2021emerging", "rombach2022high"}
     assert cited() == always
     assert cited(kind="DiffSegPipeline") == always | {"tian2024diffuse"}
-    xrv = replace(describe_result(RESULT), works=("torchxrayvision",))
+    xrv = replace(describe_result(RESULT), works=("cohen2022torchxrayvision",))
     assert cited(measurements=[xrv]) == always | {"cohen2022torchxrayvision"}
 
 
@@ -211,7 +213,7 @@ def test_a_record_goes_to_a_file_and_back(tmp_path):
     assert TrainingRecord.load(tmp_path) == record
     assert TrainingRecord.load(tmp_path / "nothing") == TrainingRecord()
     (tmp_path / RECORD_FILE).write_text(json.dumps({"updates": 3}))
-    with pytest.raises(ValueError, match="no record of a training"):
+    with pytest.raises(ValueError, match="not a record of a training"):
         TrainingRecord.load(tmp_path)
 
 

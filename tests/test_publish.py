@@ -18,7 +18,7 @@ from diffusers_dino.cli import publish as command
 from diffusers_dino.cli.arguments import parse_arguments
 from diffusers_dino.data.sources import describe_source
 from diffusers_dino.evaluation import ReconstructionResult, RetrievalFigures
-from diffusers_dino.hub.model_card import TrainingRecord
+from diffusers_dino.hub import TrainingRecord
 from diffusers_dino.metrics.copy_gate import CopyGate
 from hub_server import HubServer, run_client
 
@@ -212,8 +212,8 @@ def test_credentialed_sources_are_not_made_public_unasked(flags):
         ({"repo_id": "a/b/c"}, "Repo id must"),
         ({"variant": "int8"}, "fp16 or bf16"),
         ({"results": "nowhere"}, "no results at nowhere"),
-        ({"results": PHANTOMS}, "holds no result of a protocol"),
-        ({"num_samples": 1000}, "--num_samples 1000 of"),
+        ({"results": PHANTOMS}, "holds no result of an evaluation"),
+        ({"num_samples": 1000}, "1000 samples were asked for"),
     ],
 )
 def test_what_is_wrong_is_said(flags, changes, message):
@@ -230,7 +230,7 @@ def test_the_samples_of_a_lora_need_its_pipeline(flags, trained, tmp_path):
     layers = convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(pipe.unet))
     pipe.save_lora_weights(tmp_path / "lora", layers)
     lora = {**flags, "model": tmp_path / "lora"}
-    with pytest.raises(ValueError, match="give --lora_base"):
+    with pytest.raises(ValueError, match="give lora_base"):
         publish(**lora, dry_run=True)
     with pytest.raises(ValueError, match="A LoRA has no variants"):
         publish(**lora, variant="fp16", dry_run=True)

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-from dataclasses import asdict
 
 import pytest
 from huggingface_hub import DatasetCard
@@ -12,7 +11,8 @@ from diffusers_dino.data import Preprocessing, collate, open_images
 from diffusers_dino.data.sharding import recorded_sources, require_synthetic
 from diffusers_dino.data.sharding.manifest import write_manifest
 from diffusers_dino.evaluation import evaluate_memorization
-from diffusers_dino.hub.set_card import synthetic_card, write_synthetic_card
+from diffusers_dino.hub import dataset_card, write_dataset_card
+from diffusers_dino.hub.measurements import describe_result
 from diffusers_dino.synthesis import SynthesisSettings, plan_interpolation, plan_reconstruction, synthesise
 
 LABELS = [{"mass"}, {"mass", "nodule"}, {"mass"}, {"effusion"}, {"effusion"}]
@@ -40,7 +40,7 @@ def sections(card):
 
 
 def test_metadata_is_what_the_hub_reads(made):
-    path = write_synthetic_card(made, "Chests", license="cc-by-4.0", tags=["cxr"])
+    path = write_dataset_card(made, "Chests", license="cc-by-4.0", tags=["cxr"])
     assert path == made.folder / "README.md"
     data = DatasetCard.load(path).data.to_dict()
     assert data["license"] == "cc-by-4.0"
@@ -49,11 +49,11 @@ def test_metadata_is_what_the_hub_reads(made):
     assert data["task_categories"] == ["image-classification"]
     assert {"synthetic", "webdataset", "cxr"} <= set(data["tags"])
     assert data["configs"] == [{"config_name": "default", "data_files": [{"split": "train", "path": "*.tar"}]}]
-    assert "license" not in synthetic_card(made).data.to_dict()
+    assert "license" not in dataset_card(made).data.to_dict()
 
 
 def test_the_card_says_how_the_set_was_made_and_counts_its_labels(made):
-    found = sections(synthetic_card(made, model="/home/someone/models/chest-v2"))
+    found = sections(dataset_card(made, model="/home/someone/models/chest-v2"))
     recipe = found["How it was made"]
     facts = {"model": "chest-v2", "strategy": "interpolation", "sampling steps": 1, "guidance": 1.5, "seed": 7}
     for name, value in facts.items():
@@ -66,11 +66,11 @@ def test_the_card_says_how_the_set_was_made_and_counts_its_labels(made):
 
 
 def test_no_folder_of_this_machine_is_in_the_card(made):
-    assert "ward7" not in str(synthetic_card(made, model=str(made.folder.parent / "model")))
+    assert "ward7" not in str(dataset_card(made, model=str(made.folder.parent / "model")))
 
 
 def test_what_is_not_known_is_said(made):
-    found = sections(synthetic_card(made))
+    found = sections(dataset_card(made))
     assert "not on record" in found["What it was made from"]
     assert "**not measured**" in found["Privacy"]
     assert "No gate" in found["Privacy"]
@@ -82,8 +82,8 @@ def test_sources_come_with_licence_and_lineage(made, tmp_path):
     assert [source["title"] for source in sources] == ["NIH ChestX-ray14"]
     assert recorded_sources(tmp_path / "train-*.tar") == sources
     row = f"| [NIH ChestX-ray14]({NIH['url']}) | No restriction of use | chest_xray8 | Wang et al., 2017 |"
-    assert row in sections(synthetic_card(made, sources=sources))["What it was made from"]
-    unlicensed = synthetic_card(made, sources=[{"name": "ours"}])
+    assert row in sections(dataset_card(made, sources=sources))["What it was made from"]
+    unlicensed = dataset_card(made, sources=[{"name": "ours"}])
     assert "| ours | not on record |" in unlicensed.text
 
 
@@ -108,9 +108,9 @@ def test_a_set_is_known_to_be_synthetic_as_long_as_it_is_what_was_written(made, 
 
 
 def test_what_has_to_be_signed_is_said(made):
-    signed = synthetic_card(made, sources=[NIH, {"title": "MIMIC", "licence": "PhysioNet Credentialed Health Data"}])
+    signed = dataset_card(made, sources=[NIH, {"title": "MIMIC", "licence": "PhysioNet Credentialed Health Data"}])
     assert "**Credentialed data.** MIMIC (PhysioNet" in signed.text
-    assert "Credentialed" not in synthetic_card(made, sources=[NIH]).text
+    assert "Credentialed" not in dataset_card(made, sources=[NIH]).text
 
 
 def test_privacy_figures_are_those_of_the_memorization_protocol(made):
@@ -118,16 +118,11 @@ def test_privacy_figures_are_those_of_the_memorization_protocol(made):
     images = tiny.random_images(40, channels=1, seed=3)
     generated = collate([real[i] for i in range(6)])["image"]
     result, _ = evaluate_memorization(images[:30], generated, images[30:], false_alarms=0.1)
-    figures = asdict(result)
-    privacy = sections(synthetic_card(made, privacy=figures))["Privacy"]
+    privacy = sections(dataset_card(made, measurements=[describe_result(result)]))["Privacy"]
     assert "| images compared with the training images | 6 |" in privacy
-    assert f"| {result.synthetic.copies} (" in privacy.replace("near-copies of training images ", "")
+    assert f"| near-copies of training images | {result.synthetic.copies} (" in privacy
     assert f"| feature space | {result.spec.extractor} |" in privacy
     assert "not measured" not in privacy
-    with pytest.raises(ValueError, match="of no synthetic images"):
-        synthetic_card(made, privacy={**figures, "synthetic": None})
-    with pytest.raises(ValueError, match="no figures of eval_memorization"):
-        synthetic_card(made, privacy={"auc": 0.9})
 
 
 def test_a_gate_and_what_it_refused_are_named(pipe, sources, tmp_path):
@@ -147,18 +142,18 @@ def test_a_gate_and_what_it_refused_are_named(pipe, sources, tmp_path):
 
     plan = plan_reconstruction(sources.keys, num_images=4, settings=SETTINGS)
     made = synthesise(plan, pipe, sources, tmp_path / "set", gate=EveryOther(), max_left_out=1.0, progress=False)
-    found = sections(synthetic_card(made))
+    found = sections(dataset_card(made))
     refused = made.manifest["lineage"]["gate"]["refused"]
     assert refused > 0
     assert f"A gate (`half of them`) refused {refused} drawn images" in found["Privacy"]
     assert "no labels" in found["Labels"]
-    assert synthetic_card(made).data.task_categories == ["unconditional-image-generation"]
+    assert dataset_card(made).data.task_categories == ["unconditional-image-generation"]
 
 
 def test_the_first_example_of_the_card_reads_the_set(made, tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets", reason="datasets is not installed: pip install 'diffusers-dino[train]'")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
-    (example, _) = re.findall(r"```python\n(.*?)```", synthetic_card(made).text, flags=re.DOTALL)
+    (example, _) = re.findall(r"```python\n(.*?)```", dataset_card(made).text, flags=re.DOTALL)
     monkeypatch.chdir(made.folder)
     namespace = {}
     exec(example, namespace)

@@ -11,31 +11,20 @@ from __future__ import annotations
 
 import io
 import tempfile
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import diffusers
-import torch
 from huggingface_hub.utils import validate_repo_id
-from torch import Tensor
 
-import diffusers_dino
-
-from .. import DinoDiffusionPipeline
-from ..data import Preprocessing, open_images
-from ..data.datasets import collate
-from ..data.sharding import require_synthetic
 from ..data.sources import describe_source
-from ..hub.cards import needs_agreement
-from ..hub.folder import Content, class_of, folder_kind, model_files, variant_of
+from ..hub.cards import CARD, folder_card
+from ..hub.folder import half_precision_files, model_files
+from ..hub.markdown import needs_agreement
 from ..hub.measurements import read_results
-from ..hub.model_card import TrainingRecord, folder_card
-from ..hub.upload import CARD, check_pictures, check_private, push_files, write_files
-from ..latents import decode_latents, encode_to_moments, vae_scale_factor
-from ..metrics.copy_gate import CopyGate
-from ..pixels import unit_to_vae, vae_to_unit
-from ..sheets import contact_sheet
+from ..hub.privacy import Content, check_pictures, check_private
+from ..hub.record import TrainingRecord
+from ..hub.samples import draw_samples
+from ..hub.upload import push_files, write_files
 from .arguments import flag
 
 SAMPLES = "samples/samples.png"
@@ -83,20 +72,18 @@ def main(args: Arguments) -> None:
     check_arguments(args)
     folder = Path(args.model)
     record = open_record(args, folder)
-    with ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as aside:
         files = model_files(folder)
         if args.variant:
-            files |= variant_files(args, folder, Path(stack.enter_context(tempfile.TemporaryDirectory())))
-        samples = {SAMPLES: draw_samples(args, folder)} if args.samples else {}
-        files |= samples
-        files[CARD] = (
-            (folder / CARD).read_bytes() if args.keep_card else write_card(args, folder, record, list(samples))
-        )
+            files |= half_precision_files(folder, args.variant, aside)
+        samples = {SAMPLES: picture_of_samples(args)} if args.samples else {}
+        card = (folder / CARD).read_text() if args.keep_card else write_card(args, folder, record, list(samples))
+        files |= {**samples, CARD: card.encode()}
         check_private(files)
-        check_pictures(files)
+        check_pictures(card, samples)
         show(files, folder)
         if args.dry_run:
-            print(f"\n{files[CARD].decode()}\nNothing was uploaded (--dry_run).")
+            print(f"\n{card}\nNothing was uploaded (--dry_run).")
         elif args.output_dir:
             print(f"Written to {write_files(files, args.output_dir)}")
         else:
@@ -113,8 +100,6 @@ def check_arguments(args: Arguments) -> None:
         raise ValueError("Say where it should go: --repo_id org/name, or --output_dir for a folder to carry.")
     if args.repo_id is not None:
         validate_repo_id(args.repo_id)
-    if args.variant not in (None, "fp16", "bf16"):
-        raise ValueError(f"--variant is fp16 or bf16, not {args.variant}.")
     if args.keep_card and not Path(args.model, CARD).is_file():
         raise FileNotFoundError(f"--keep_card: there is no {CARD} in {args.model}.")
     if args.keep_card and args.results:
@@ -135,27 +120,13 @@ def check_terms(args: Arguments, record: TrainingRecord) -> None:
     signed = [source["title"] for source in record.sources if needs_agreement(source)]
     if signed and not (args.private or args.terms_checked):
         raise ValueError(
-            f"It was trained on {', '.join(signed)}, which are given to those alone who signed their terms. Upload it "
-            "with --private, or with --terms_checked if you have read that the terms allow a public model."
+            f"It was trained on {', '.join(signed)}, which only those may use who signed their terms. Upload it with "
+            "--private, or with --terms_checked if you have read that the terms allow a public model."
         )
 
 
-def variant_files(args: Arguments, folder: Path, aside: Path) -> dict[str, Content]:
-    """The weights in half precision, written aside."""
-    kind, name = folder_kind(folder), class_of(folder)
-    if kind == "lora":
-        raise ValueError("A LoRA has no variants: it is cast to its pipeline's type when it is loaded.")
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[args.variant]
-    library = diffusers if kind == "vae" else diffusers_dino
-    model = getattr(library, name).from_pretrained(folder, torch_dtype=dtype)
-    model.save_pretrained(aside, variant=args.variant)
-    return {
-        path: content for path, content in model_files(aside).items() if variant_of(Path(path).name) == args.variant
-    }
-
-
-def write_card(args: Arguments, folder: Path, record: TrainingRecord, samples: list[str]) -> bytes:
-    shown = f"Left: {args.num_samples} images that are not of anybody. Right: what the model makes of them."
+def write_card(args: Arguments, folder: Path, record: TrainingRecord, samples: list[str]) -> str:
+    shown = f"Left: {args.num_samples} images that do not show real people. Right: what the model makes of them."
     card = folder_card(
         folder,
         args.repo_id or folder.resolve().name,
@@ -165,52 +136,15 @@ def write_card(args: Arguments, folder: Path, record: TrainingRecord, samples: l
         license=args.license,
         tags=args.tags or (),
     )
-    return str(card).encode()
+    return str(card)
 
 
-@torch.no_grad()
-def draw_samples(args: Arguments, folder: Path) -> bytes:
-    """A PNG of sources that are verified to be synthetic, each beside variations or its reconstruction."""
-    require_synthetic(args.samples)
-    kind = folder_kind(folder)
-    if kind == "conditioner":
-        raise ValueError("A conditioner makes no images: leave --samples out.")
-    if kind == "vae":
-        vae = getattr(diffusers, class_of(folder)).from_pretrained(folder).to(args.device)
-        sources = open_sources(args, vae.config["sample_size"])
-        pixels = unit_to_vae(sources.to(args.device), vae.config["in_channels"])
-        drawn = vae_to_unit(decode_latents(vae, encode_to_moments(vae, pixels)[0])).cpu()
-    else:
-        pipe = load_pipeline(args, folder, kind).to(args.device)
-        pipe.set_progress_bar_config(disable=True)
-        sources = open_sources(args, pipe.unet.config["sample_size"] * vae_scale_factor(pipe.vae))
-        sampling = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
-        sampling |= {"num_images_per_prompt": args.num_variations, "output_type": "pt"}
-        drawn = pipe(sources, generator=torch.Generator().manual_seed(args.seed), **sampling).images.float().cpu()
-    if args.gate and (refused := int((~CopyGate.load(args.gate)(drawn)).sum())):
-        raise ValueError(f"{refused} of {len(drawn)} samples are near-copies of training images: try another --seed.")
+def picture_of_samples(args: Arguments) -> bytes:
+    names = ("num_samples", "num_variations", "num_inference_steps", "guidance_scale", "seed")
+    options = {name: getattr(args, name) for name in (*names, "gate", "lora_base", "device")}
     buffer = io.BytesIO()
-    contact_sheet(sources, drawn).save(buffer, "png")
+    draw_samples(args.model, args.samples, **options).save(buffer, "png")
     return buffer.getvalue()
-
-
-def load_pipeline(args: Arguments, folder: Path, kind: str) -> DinoDiffusionPipeline:
-    if kind == "pipeline":
-        return DinoDiffusionPipeline.from_pretrained(folder)
-    if args.lora_base is None:
-        raise ValueError("Samples of a LoRA are drawn with the pipeline that it is for: give --lora_base.")
-    pipe = DinoDiffusionPipeline.from_pretrained(args.lora_base)
-    pipe.load_lora_weights(folder)
-    return pipe
-
-
-def open_sources(args: Arguments, size: int) -> Tensor:
-    """`(N, C, size, size)` in [0, 1], spread over the set."""
-    images = open_images(args.samples, Preprocessing(size, remove_borders=False))
-    if len(images) < args.num_samples:
-        raise ValueError(f"--num_samples {args.num_samples} of {len(images)} images.")
-    stride = len(images) // args.num_samples
-    return collate([images[number * stride] for number in range(args.num_samples)])["image"]
 
 
 def show(files: dict[str, Content], folder: Path) -> None:

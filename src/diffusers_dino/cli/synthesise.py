@@ -11,7 +11,6 @@ docs/synthesis.md describes what is written.
 from __future__ import annotations
 
 import datetime
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +22,8 @@ from ..data import ImageDataset, Preprocessing, open_images
 from ..data.labels import LabelTable, read_label_table, stored_labels
 from ..data.sharding import recorded_sources
 from ..files import atomic_write
-from ..hub.set_card import write_synthetic_card
+from ..hub.cards import write_dataset_card
+from ..hub.measurements import read_results
 from ..metrics.copy_gate import CopyGate
 from ..sheets import contact_sheet
 from ..synthesis import (
@@ -203,9 +203,14 @@ def draw_examples(made: SyntheticSet, images: ImageDataset, count: int) -> None:
 
 def describe(made: SyntheticSet, args: Arguments) -> None:
     """Write the card."""
-    privacy = None if args.privacy_report is None else json.loads(Path(args.privacy_report).read_text())
-    sources = recorded_sources(args.data_dir)
-    write_synthetic_card(made, args.title, model=args.model, sources=sources, privacy=privacy, license=args.license)
+    write_dataset_card(
+        made,
+        args.title,
+        model=args.model,
+        sources=recorded_sources(args.data_dir),
+        measurements=[] if args.privacy_report is None else read_results([args.privacy_report]),
+        license=args.license,
+    )
 
 
 def report(made: SyntheticSet) -> None:

@@ -1,228 +1,280 @@
-"""What the cards of models and of synthetic sets have in common: sources, copies, citations, no private paths."""
+"""The cards of a trained model and of a synthetic set: templates filled from the run and from what was measured."""
 
 from __future__ import annotations
 
+import math
 import os
-import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path, PureWindowsPath
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
+
+from ..files import atomic_write
+from .folder import class_of, folder_kind, part_facts
+from .markdown import cite, fact_table, origin, table
+from .privacy import is_hub_id, listed_names
+from .record import TrainingRecord
+
+if TYPE_CHECKING:
+    from ..synthesis.finish import SyntheticSet
 
 __all__ = [
-    "cite",
-    "fact_table",
-    "is_hub_id",
-    "listed_names",
-    "needs_agreement",
-    "percent",
-    "privacy_facts",
-    "private_traces",
-    "source_table",
-    "table_cell",
-    "terms_notice",
-    "without_folders",
+    "CARD",
+    "Measurement",
+    "dataset_card",
+    "folder_card",
+    "model_card",
+    "write_dataset_card",
+    "write_model_card",
 ]
 
-_CITATIONS = {
-    "dino_diffusion": """\
-@article{jimenezperez2024dinodiffusion,
-  title   = {{DiNO-Diffusion}. Scaling Medical Diffusion via Self-Supervised Pre-Training},
-  author  = {Jimenez-Perez, Guillermo and Osorio, Pedro and Cersovsky, Josef and Montalt-Tordera, Javier and
-             Hooge, Jens and Vogler, Steffen and Mohammadi, Sadegh},
-  journal = {arXiv preprint arXiv:2407.11594},
-  year    = {2024}
+CARD = "README.md"
+_TEMPLATES = Path(__file__).with_name("templates")
+# What a card can be of, and its task on the Hub.
+_TASKS = {
+    "DinoDiffusionPipeline": "image-to-image",
+    "DinoInterpolationPipeline": "image-to-image",
+    "DiffSegPipeline": "image-segmentation",
+    "lora": "image-to-image",
+    "conditioner": "image-feature-extraction",
+    "vae": None,
 }
-""",
-    "dino": """\
-@inproceedings{caron2021emerging,
-  title     = {Emerging Properties in Self-Supervised Vision Transformers},
-  author    = {Caron, Mathilde and Touvron, Hugo and Misra, Ishan and J\\'egou, Herv\\'e and Mairal, Julien and
-               Bojanowski, Piotr and Joulin, Armand},
-  booktitle = {IEEE/CVF International Conference on Computer Vision (ICCV)},
-  year      = {2021}
-}
-""",
-    "stable_diffusion": """\
-@inproceedings{rombach2022high,
-  title     = {High-Resolution Image Synthesis with Latent Diffusion Models},
-  author    = {Rombach, Robin and Blattmann, Andreas and Lorenz, Dominik and Esser, Patrick and Ommer, Bj\\"orn},
-  booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
-  year      = {2022}
-}
-""",
-    "dinov2": """\
-@article{oquab2024dinov2,
-  title   = {{DINOv2}: Learning Robust Visual Features without Supervision},
-  author  = {Oquab, Maxime and Darcet, Timoth\\'ee and Moutakanni, Th\\'eo and others},
-  journal = {Transactions on Machine Learning Research},
-  year    = {2024}
-}
-""",
-    "diffseg": """\
-@inproceedings{tian2024diffuse,
-  title     = {Diffuse, Attend, and Segment: Unsupervised Zero-Shot Segmentation using {Stable Diffusion}},
-  author    = {Tian, Junjiao and Aggarwal, Lavisha and Colaco, Andrea and Kira, Zsolt and Gonzalez-Franco, Mar},
-  booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
-  year      = {2024}
-}
-""",
-    "torchxrayvision": """\
-@inproceedings{cohen2022torchxrayvision,
-  title     = {{TorchXRayVision}: A library of chest {X}-ray datasets and models},
-  author    = {Cohen, Joseph Paul and Viviano, Joseph D. and Bertin, Paul and Morrison, Paul and Torabian, Parsa and
-               Guarrera, Matteo and Lungren, Matthew P. and Chaudhari, Akshay and Brooks, Rupert and
-               Hashir, Mohammad and Bertrand, Hadrien},
-  booktitle = {Medical Imaging with Deep Learning (MIDL)},
-  year      = {2022}
-}
-""",
-}
-
-# A user's folder on Linux, macOS or Windows; a file URL; a DICOM UID, which has at least six numbers.
-_PRIVATE = re.compile(
-    r"(?<![\w.])/(?:home|Users|root)/[^\s\"'`|)]+|\b[A-Za-z]:\\+Users\\+[^\s\"'`|)]+|\bfile://[^\s\"'`|)]+|\b[012](?:\.\d+){5,}\b"
-)
+# Numbers of samples, and what the Hub calls sets of fewer.
+_SIZES = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M", 10**7: "1M<n<10M"}
 
 
-def cite(*works: str) -> str:
-    """BibTeX of the method, and of what else was used.
+@dataclass(frozen=True)
+class Measurement:
+    """What a card tells of one result.
+
+    Attributes:
+        heading: What was asked.
+        text: Markdown, with N and all that the figures depend on.
+        metrics: The model's own figures, without its controls; N is in `metric_args`.
+        works: What to cite besides the method, by BibTeX key.
+        is_privacy: Whether it is about copies of training images.
+    """
+
+    heading: str
+    text: str
+    metrics: tuple[EvalResult, ...] = ()
+    works: tuple[str, ...] = ()
+    is_privacy: bool = False
+
+
+def model_card(
+    model: str,
+    record: TrainingRecord,
+    *,
+    kind: str = "DinoDiffusionPipeline",
+    parts: Mapping[str, Any] | None = None,
+    measurements: Sequence[Measurement] = (),
+    samples: Mapping[str, str] | None = None,
+    license: str | None = None,
+    tags: Iterable[str] = (),
+) -> ModelCard:
+    """Describe a trained model.
 
     Args:
-        works: Of `dino`, `dinov2`, `stable_diffusion`, `diffseg`, `torchxrayvision`; the paper of the method and those
-            that it stands on, DINO and Stable Diffusion, are always there.
+        model: Its Hub id, or a name.
+        record: How it was trained. Only the last part of a local path is told, and nothing of local data sets, since
+            names of folders can tell more than should be published.
+        kind: Class of the pipeline, `"lora"`, `"conditioner"`, or the class of an autoencoder.
+        parts: Preprocessing and components, as `folder.part_facts` reads them.
+        measurements: As `measurements.read_results` reads them.
+        samples: Pictures in the repository by path, with their captions; only of phantoms or synthetic images.
+        license: Of the weights, as the Hub spells it, such as `"apache-2.0"`.
+        tags: Further tags for the Hub's search.
+
+    Returns:
+        A card whose `data` holds the metadata; `str()` of it is the README.
+
+    Raises:
+        ValueError: If the kind is unknown.
     """
-    wanted = {"dino_diffusion", "dino", "stable_diffusion", *works}
-    return "".join(entry for name, entry in _CITATIONS.items() if name in wanted)
-
-
-def source_table(sources: Sequence[Mapping[str, Any]]) -> str:
-    """Data sets with their licences, as a table in Markdown.
-
-    Args:
-        sources: `name` or `title` of each, and `licence`, `citation`, `url` and `contains` where known, as
-            `examples/sources` finds them on record.
-    """
-    head = "| data set | licence | holds images of | cite |\n| --- | --- | --- | --- |"
-    rows = []
-    for source in sources:
-        title = table_cell(_title(source))
-        named = f"[{title}]({source['url']})" if source.get("url") else title
-        cells = [table_cell(source.get(name) or "") for name in ("licence", "contains", "citation")]
-        cells[0] = cells[0] or "not on record"
-        rows.append(f"| {named} | {' | '.join(cells)} |")
-    return "\n".join([head, *rows])
-
-
-def needs_agreement(source: Mapping[str, Any]) -> bool:
-    """Whether the licence of a data set is one that each user signs or is credentialed for."""
-    return re.search(r"credentialed|restricted|agreement", source.get("licence") or "", re.IGNORECASE) is not None
-
-
-def terms_notice(sources: Sequence[Mapping[str, Any]]) -> str:
-    """What to heed where a source is given to those alone who have signed its terms; empty where none is."""
-    signed = [f"{_title(source)} ({source['licence']})" for source in sources if needs_agreement(source)]
-    if not signed:
-        return ""
-    return (
-        f"**Credentialed data.** {'; '.join(signed)}: the provider gives these images to those alone who have agreed "
-        "to its terms, and they may not be passed on. Models can hold parts of what they were trained on. Whoever "
-        "uses or shares this one has to follow the terms of these sources, which may ask that derived work is shared "
-        "under the same agreement."
+    key = "vae" if kind.startswith("Autoencoder") else kind
+    if key not in _TASKS:
+        raise ValueError(f"A card is of {', '.join(_TASKS)}, not {kind!r}.")
+    bases, datasets = listed_names(record.base_models), list(filter(is_hub_id, listed_names(record.datasets)))
+    title = model.split("/")[-1]
+    metrics = [one for measurement in measurements for one in measurement.metrics if math.isfinite(one.metric_value)]
+    metadata = ModelCardData(
+        model_name=title if metrics else None,
+        eval_results=metrics or None,
+        library_name="diffusers",
+        pipeline_tag=_TASKS[key],
+        license=license,
+        base_model=[name for name in bases if is_hub_id(name)] or None,
+        datasets=datasets or None,
+        tags=["diffusers", "diffusers-dino", "dino", f"diffusers:{kind}" if "Pipeline" in kind else key, *tags],
+    )
+    origins = [f"Data sets of the Hub: {', '.join(f'`{name}`' for name in datasets)}."] if datasets else []
+    if record.sources or not datasets:
+        origins.append(origin(record.sources, "model"))
+    return _fill(
+        ModelCard,
+        "model_card.md",
+        metadata,
+        measurements,
+        works=_works(kind, parts or {}),
+        title=title,
+        kind=key,
+        class_name=kind,
+        model=model,
+        base=next(iter(bases), "org/base-pipeline"),
+        origin="\n\n".join(origins),
+        parts=fact_table(parts or {}),
+        facts=fact_table({"made from": bases, **record.facts}),
+        samples=samples or {},
     )
 
 
-def privacy_facts(privacy: Mapping[str, Any]) -> dict[str, Any]:
-    """What was found of copies of training images, by name.
+def folder_card(folder: str | os.PathLike, model: str, record: TrainingRecord, **options: Any) -> ModelCard:
+    """The card of the model in a folder.
 
     Args:
-        privacy: What `examples/eval_memorization.py` wrote, as read from its JSON.
+        folder: A trained pipeline, LoRA, conditioner or autoencoder.
+        model: Its Hub id, or a name.
+        record: How it was trained.
+        options: Those of `model_card`; kind and parts are read from the folder.
 
     Raises:
-        ValueError: If no synthetic images were measured, or these are no such figures.
+        FileNotFoundError: If the folder holds no model.
     """
-    try:
-        found, real = privacy["synthetic"], privacy["held_out"]
-        if found is None:
-            raise ValueError(
-                "The privacy figures are of no synthetic images: run eval_memorization.py with --synthetic."
-            )
-        return {
-            "images compared with the training images": found["num_images"],
-            "near-copies of training images": _share_text(found),
-            "the same of real images that were not trained on": None if real is None else _share_text(real),
-            "farther from their nearest training image than that is from its own (AuthPct)": percent(
-                found["authentic"]
-            ),
-            "threshold": f"calibrated for {percent(privacy['false_alarms'])} false alarms on real images",
-            "feature space": privacy["spec"]["extractor"],
-        }
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"These are no figures of eval_memorization.py: {error!r}.") from error
+    kind = folder_kind(folder)
+    kind = class_of(folder) if kind in ("pipeline", "vae") else kind
+    return model_card(model, record, kind=kind, parts=part_facts(folder), **options)
 
 
-def private_traces(text: str) -> list[str]:
-    """What in a text is of one machine or one patient: folders of users, DICOM UIDs. Empty if nothing was seen.
+def write_model_card(folder: str | os.PathLike, model: str, record: TrainingRecord, **options: Any) -> Path:
+    """Write `folder_card(...)` as the folder's README.md and return its path."""
+    return _write(folder_card(folder, model, record, **options), folder)
 
-    It knows forms, not names: what a person has written has to be read by a person.
+
+def dataset_card(
+    made: SyntheticSet,
+    title: str = "Synthetic images",
+    *,
+    model: str | None = None,
+    sources: Sequence[Mapping[str, Any]] = (),
+    measurements: Sequence[Measurement] = (),
+    license: str | None = None,
+    tags: Iterable[str] = (),
+) -> DatasetCard:
+    """Describe a finished synthetic set.
+
+    Args:
+        made: The set.
+        title: Of the card.
+        model: Name of the model that made it; a local path is shortened to its last part.
+        sources: The data sets of its real images, as `diffusers_dino.data.sharding.recorded_sources` reads them.
+        measurements: As `measurements.read_results` reads them.
+        license: Of the set, as the Hub spells it, such as `"cc-by-4.0"`.
+        tags: Further tags for the Hub's search.
+
+    Returns:
+        A card whose `data` holds the metadata; `str()` of it is the README.
     """
-    return sorted({match[0] for match in _PRIVATE.finditer(text)})
+    plan = made.plan
+    metadata = DatasetCardData(
+        license=license,
+        pretty_name=title,
+        annotations_creators=["machine-generated"],
+        source_datasets=["extended"],
+        size_categories=[next((name for limit, name in _SIZES.items() if len(made) < limit), "n>10M")],
+        task_categories=["image-classification"] if plan.label_sets else ["unconditional-image-generation"],
+        tags=["synthetic", "webdataset", "diffusers-dino", *tags],
+        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "*.tar"}]}],
+    )
+    return _fill(
+        DatasetCard,
+        "dataset_card.md",
+        metadata,
+        measurements,
+        title=title,
+        count=len(made),
+        side=plan.made_with["image_size"],
+        num_sources=len(plan.keys),
+        format=plan.settings.format,
+        recipe=fact_table(_recipe(made, model)),
+        origin=origin(sources, "set"),
+        strategy=plan.strategy,
+        labels=table(["label", "images"], _count_labels(made)) if plan.label_sets else "",
+        gate=made.manifest["lineage"]["gate"],
+    )
 
 
-def percent(share: float) -> str:
-    """A share in [0, 1] as `12.34 %`."""
-    return f"{share:.2%}".replace("%", " %")
+def write_dataset_card(made: SyntheticSet, title: str = "Synthetic images", **options: Any) -> Path:
+    """Write `dataset_card(...)` as the set's README.md and return its path."""
+    return _write(dataset_card(made, title, **options), made.folder)
 
 
-def fact_table(facts: Mapping[str, Any]) -> str:
-    """Facts by name as a table in Markdown; those without a value are left out."""
-    known = {name: value for name, value in facts.items() if value not in (None, [], "")}
-    rows = [f"| {table_cell(name)} | {table_cell(value)} |" for name, value in known.items()]
-    return "\n".join(["| | |", "| --- | --- |", *rows]) if rows else "Nothing is on record."
+def _fill(
+    card: type[ModelCard | DatasetCard],
+    template: str,
+    metadata: ModelCardData | DatasetCardData,
+    measurements: Sequence[Measurement],
+    works: Iterable[str] = (),
+    **content: Any,
+) -> Any:
+    def sections(is_privacy: bool) -> str:
+        return "\n\n".join(f"### {m.heading}\n\n{m.text}" for m in measurements if m.is_privacy == is_privacy)
+
+    return card.from_template(
+        metadata,
+        template_str=(_TEMPLATES / template).read_text(encoding="utf-8") + "\n",  # Jinja drops the last end of a line
+        measured=sections(False),
+        privacy=sections(True),
+        citation=cite(*works, *(work for measurement in measurements for work in measurement.works)),
+        **content,
+    )
 
 
-def table_cell(value: Any) -> str:
-    """A value, or the values of a list, on one line of a table; local paths lose their folders."""
-    if isinstance(value, (list, tuple)):
-        text = ", ".join(str(without_folders(item)) for item in value)
-    else:
-        text = str(without_folders(value))
-    return " ".join(text.split()).replace("|", "\\|")
+def _write(card: ModelCard | DatasetCard, folder: str | os.PathLike) -> Path:
+    path = Path(folder) / CARD
+    with atomic_write(path) as file:
+        file.write(str(card).encode())
+    return path
 
 
-def listed_names(names: str | Iterable[str] | None) -> list[str]:
-    """One name, several or none as a list; what is no id of the Hub loses its folders, also another machine's."""
-    listed = [without_folders(name) for name in ([names] if isinstance(names, str) else names or ())]
-    return [name if is_hub_id(name) else PureWindowsPath(name).name for name in listed]
+def _works(kind: str, parts: Mapping[str, Any]) -> list[str]:
+    works = ["tian2024diffuse"] if kind == "DiffSegPipeline" else []
+    return works + ["oquab2024dinov2"] * any("dinov2" in str(value) for value in parts.values())
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether a name can be a repository's: `org/name`, and no file or folder here."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return name.count("/") == 1
+def _recipe(made: SyntheticSet, model: str | None) -> dict[str, Any]:
+    plan, lineage = made.plan, made.manifest["lineage"]
+    settings = plan.settings
+    versions = sorted({f"torch {e['torch']}, diffusers {e['diffusers']}" for e in lineage["environments"]})
+    return {
+        "model": model,
+        "fingerprints": [f"{name} {value}" for name, value in plan.made_with["model"].items()],
+        "strategy": plan.strategy,
+        "real images used": len(plan.keys),
+        "synthetic images for each": f"{len(plan) / len(plan.keys):.3g}",
+        "sampling steps": settings.num_inference_steps,
+        "guidance": settings.guidance_scale,
+        "rescaled guidance": settings.guidance_rescale or None,
+        "eta": settings.eta or None,
+        "images computed together": settings.batch_size,
+        "seed": plan.seed,
+        "plan": plan.digest,
+        "computed with": [*versions, f"diffusers-dino {lineage['diffusers_dino']}"],
+        "computed on": sorted({environment["device"] for environment in lineage["environments"]}),
+    }
 
 
-def without_folders(value: Any) -> Any:
-    """A local path reduced to its last part, as folder names can tell more than is meant; anything else as it is."""
-    if not isinstance(value, (str, Path)):
-        return value
-    text = str(value)
-    windows = PureWindowsPath(text)
-    local = isinstance(value, Path) or os.path.isabs(text) or windows.drive or text.startswith(("~", ".", "file:"))
-    if not local and not (len(text) < 1024 and os.path.exists(text)):
-        return value
-    return windows.name or text
-
-
-def _title(source: Mapping[str, Any]) -> str:
-    return str(source.get("title") or source.get("name") or "unknown")
-
-
-def _share_text(figures: Mapping[str, Any]) -> str:
-    interval = f"{percent(figures['low'])} to {percent(figures['high'])}"
-    return f"{figures['copies']} ({percent(figures['share'])}; 95 % interval {interval})"
+def _count_labels(made: SyntheticSet) -> list[tuple[str, str]]:
+    """Images of each label, the most frequent first."""
+    plan = made.plan
+    sets = Counter(plan.labels.tolist())
+    sets.subtract(plan.labels[list(made.left_out)].tolist())
+    counts: Counter[str] = Counter()
+    for number, count in sets.items():
+        for label in plan.label_sets[number] or ("(none)",) if number >= 0 else ("(unknown)",):
+            counts[label] += count
+    ordered = sorted(((label, n) for label, n in counts.items() if n), key=lambda item: (-item[1], item[0]))
+    return [(label, f"{n:,}") for label, n in ordered]

@@ -1,4 +1,4 @@
-"""What a folder of a trained model holds: of which kind it is, which files are the model, what they say of it."""
+"""What a folder of a trained model holds: its kind, the files of the model, and what their configs say of it."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import diffusers
+import torch
 
-from .cards import private_traces
+import diffusers_dino
 
-__all__ = ["LORA_FILE", "Content", "class_of", "folder_kind", "model_files", "part_facts", "private_in", "variant_of"]
+from .privacy import Content
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
-
-Content = Path | bytes  # of a file to upload: where it is, or what is in it
+__all__ = ["class_of", "folder_kind", "half_precision_files", "model_files", "part_facts", "variant_of"]
 
 _INDEX = "model_index.json"
+_LORA = "pytorch_lora_weights.safetensors"
 _COMPONENTS = {"DinoImageConditioner": "conditioner", "AutoencoderKL": "vae", "AutoencoderTiny": "vae"}
 _WEIGHTS = "diffusion_pytorch_model"
 # What `save_pretrained` writes into the folder of a component, also into that of Stable Diffusion's tokenizer.
@@ -34,14 +34,14 @@ def folder_kind(folder: str | Path) -> str:
     folder = Path(folder)
     if (folder / _INDEX).is_file():
         return "pipeline"
-    if (folder / LORA_FILE).is_file():
+    if (folder / _LORA).is_file():
         return "lora"
     class_name = _read(folder / "config.json").get("_class_name")
     if class_name in _COMPONENTS:
         return _COMPONENTS[class_name]
     found = f"a {class_name}" if class_name else "neither"
     raise FileNotFoundError(
-        f"There is nothing to upload in {folder}: expected a pipeline ({_INDEX}), a LoRA ({LORA_FILE}), or a "
+        f"There is nothing to upload in {folder}: expected a pipeline ({_INDEX}), a LoRA ({_LORA}), or a "
         f"conditioner or autoencoder (config.json with {_WEIGHTS}.safetensors), found {found}."
     )
 
@@ -64,7 +64,7 @@ def model_files(folder: str | Path) -> dict[str, Content]:
     folder = Path(folder)
     kind = folder_kind(folder)
     if kind == "lora":
-        return {LORA_FILE: folder / LORA_FILE}
+        return {_LORA: folder / _LORA}
     if kind != "pipeline":
         paths = [folder / "config.json", *(path for path in _listed(folder) if path.name.startswith(_WEIGHTS))]
         _check_weights(folder, paths)
@@ -77,6 +77,29 @@ def model_files(folder: str | Path) -> dict[str, Content]:
         _check_weights(folder / name, paths)
         files |= {f"{name}/{path.name}": _content(path) for path in paths}
     return files
+
+
+def half_precision_files(folder: str | Path, variant: str, aside: str | Path) -> dict[str, Content]:
+    """Write the weights of a model in half precision, and list the files that this adds to the model's.
+
+    Args:
+        folder: The trained model.
+        variant: `"fp16"` or `"bf16"`.
+        aside: Where to write them; it has to last until the files are used.
+
+    Raises:
+        ValueError: If the variant is unknown, or the folder holds a LoRA.
+    """
+    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
+    if variant not in dtypes:
+        raise ValueError(f"The variant is fp16 or bf16, not {variant}.")
+    kind = folder_kind(folder)
+    if kind == "lora":
+        raise ValueError("A LoRA has no variants: it is cast to its pipeline's type when it is loaded.")
+    model_class = getattr(diffusers if kind == "vae" else diffusers_dino, class_of(folder))
+    dtype = {"dtype" if kind == "pipeline" else "torch_dtype": dtypes[variant]}
+    model_class.from_pretrained(folder, **dtype).save_pretrained(aside, variant=variant)
+    return {path: content for path, content in model_files(aside).items() if variant_of(Path(path).name) == variant}
 
 
 def part_facts(folder: str | Path) -> dict[str, Any]:
@@ -99,12 +122,6 @@ def part_facts(folder: str | Path) -> dict[str, Any]:
         names = ("beta_schedule", "prediction_type", "num_train_timesteps", "rescale_betas_zero_snr")
         facts["schedule"] = [f"{name} {schedule[name]}" for name in names if schedule.get(name) not in (None, False)]
     return facts
-
-
-def private_in(files: dict[str, Content]) -> dict[str, list[str]]:
-    """What in cards, configs and headers of weights is of one machine or patient, by file: see `private_traces`."""
-    found = {path: private_traces(_readable(path, content)) for path, content in files.items()}
-    return {path: traces for path, traces in found.items() if traces}
 
 
 def variant_of(name: str) -> str | None:
@@ -155,19 +172,6 @@ def _read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}.") from error
     return content if isinstance(content, dict) else {}
-
-
-def _readable(path: str, content: Content) -> str:
-    """Text of a card or config, or of the header of weights; empty for pictures and vocabularies."""
-    if path.endswith(".safetensors") and isinstance(content, Path):
-        try:
-            with safe_open(str(content), framework="pt") as file:
-                return json.dumps(file.metadata() or {})
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}.") from error
-    if path.endswith((".md", "config.json", _INDEX)):
-        return content.decode() if isinstance(content, bytes) else content.read_text()
-    return ""
 
 
 def _conditioner_facts(config: dict[str, Any]) -> dict[str, Any]:

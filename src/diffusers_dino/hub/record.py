@@ -1,52 +1,52 @@
-"""What the training scripts write down of a run for the card of its model: the recipe, the sources, no folder."""
+"""How a model was trained and on what, kept beside it for cards that are written later."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..data.sharding import recorded_sources
-from .cards import listed_names
-from .model_card import TrainingRecord, write_model_card
+from ..files import write_json
 
-__all__ = ["write_record_and_card"]
+__all__ = ["RECORD_FILE", "TrainingRecord"]
 
-# Listed is what may be told. Folders, trackers and what only concerns the machine are not.
-_VIEWS = ("resolution", "remove_borders", "augment", "sharpness", "shear", "translation", "random_flip", "cache_views")
-_SCALE = ("min_scale", "max_scale")
-_VAE = ("in_channels", "block_out_channels", "layers_per_block", "latent_channels")
-_VAE_LOSS = ("l1_weight", "mse_weight", "gradient_weight", "kl_weight")
-_ENCODER = ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_register_tokens")
-_CONDITION = ("tokens", "projection_dim", "normalize_tokens", "condition_dropout")
-_UNET = ("qk_init_scale", "rank", "lora_alpha", "use_ema", "ema_decay")
-_NOISE = ("prediction_type", "rescale_betas_zero_snr", "snr_gamma", "noise_offset")
-_UPDATES = ("seed", "train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "mixed_precision")
-_RATE = ("learning_rate", "lr_scheduler", "lr_warmup_steps")
-_ADAM = ("use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon")
-_RECIPE = _VIEWS + _SCALE + _VAE + _VAE_LOSS + _ENCODER + _CONDITION + _UNET + _NOISE + _UPDATES + _RATE + _ADAM
+RECORD_FILE = "training_record.json"
 
 
-def write_record_and_card(
-    args: Any, model: str, num_images: int, updates: int, base_models: Iterable[str | None] = ()
-) -> None:
-    """Write `training_record.json` and `README.md` into `args.output_dir`, which holds the finished model.
+@dataclass(frozen=True)
+class TrainingRecord:
+    """How a model was trained and on what.
 
-    Args:
-        args: The flags of the run.
-        model: Its Hub id, or a name.
-        num_images: Images that it was trained on.
-        updates: Of its weights.
-        base_models: What it was made from; None is nothing.
+    Attributes:
+        facts: By name, as a card may tell them: images, updates, batch size, learning rate, ...
+        base_models: What it was made from: the encoder, the VAE, the UNet's start; for a LoRA, the pipeline.
+        datasets: Data sets of the Hub that it was trained on.
+        sources: Data sets that the images are from, as `diffusers_dino.data.sharding.recorded_sources` reads them.
     """
-    flags = asdict(args)
-    recipe = {name.replace("_", " "): flags[name] for name in _RECIPE if flags.get(name) not in (None, False)}
-    record = TrainingRecord(
-        facts={"training images": num_images, "updates": updates, **recipe},
-        base_models=listed_names(filter(None, base_models)),
-        datasets=listed_names(args.dataset_name),
-        sources=recorded_sources(args.train_data_dir) if args.train_data_dir else [],
-    )
-    record.save(Path(args.output_dir))
-    write_model_card(args.output_dir, model, record)
+
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    base_models: Sequence[str] = ()
+    datasets: Sequence[str] = ()
+    sources: Sequence[Mapping[str, Any]] = ()
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write `training_record.json`."""
+        write_json(Path(folder) / RECORD_FILE, asdict(self))
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> TrainingRecord:
+        """Read what `save` wrote; an empty record if there is none.
+
+        Raises:
+            ValueError: If the file is damaged.
+        """
+        path = Path(folder) / RECORD_FILE
+        try:
+            return cls(**json.loads(path.read_text()))
+        except FileNotFoundError:
+            return cls()
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is not a record of a training: {error}.") from error

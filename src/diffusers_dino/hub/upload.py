@@ -1,9 +1,8 @@
-"""Publish a trained model: an upload of nothing but the model, its card and samples."""
+"""Upload a trained model, or write what would be uploaded to a folder: only the model, its card and samples."""
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,23 +12,14 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..files import sha256_of
-from .folder import Content, model_files, private_in, variant_of
+from .cards import CARD
+from .folder import model_files, variant_of
+from .privacy import Content, check_private
 
-__all__ = [
-    "CARD",
-    "check_pictures",
-    "check_private",
-    "files_to_push",
-    "push_files",
-    "push_folder",
-    "replaced_weights",
-    "write_files",
-]
+__all__ = ["files_to_push", "push_files", "push_folder", "replaced_weights", "write_files"]
 
-CARD = "README.md"
 CHECKSUMS = "SHA256SUMS"
 _HTTP_ERROR = HfHubHTTPError.__mro__[1]  # base of all errors of the HTTP library that huggingface_hub has
-_PICTURE = re.compile(r"!\[[^\]]*\]\(\s*<?([^)>\s]+)|<img[^>]+?src\s*=\s*[\"']?([^\"'\s>]+)", re.IGNORECASE)
 
 
 def files_to_push(folder: str | os.PathLike, also: Iterable[str] = ()) -> dict[str, Content]:
@@ -53,24 +43,6 @@ def files_to_push(folder: str | os.PathLike, also: Iterable[str] = ()) -> dict[s
     files |= {path.relative_to(folder).as_posix(): path for path in further if path.is_file()}
     check_private(files)
     return files
-
-
-def check_private(files: Mapping[str, Content]) -> None:
-    """ValueError if a card, config or header of weights names a user's folder or a DICOM UID."""
-    for path, traces in private_in(dict(files)).items():
-        raise ValueError(f"{path} holds what should stay on this machine: {', '.join(traces[:3])}. Remove it first.")
-
-
-def check_pictures(files: Mapping[str, Content]) -> None:
-    """ValueError if the card shows a picture that is not among the files: all others could be of anybody."""
-    content = files.get(CARD, b"")
-    card = content.decode() if isinstance(content, bytes) else content.read_text()
-    shown = {match[1] or match[2] for match in _PICTURE.finditer(card)}
-    if others := sorted(path for path in shown if path.removeprefix("./") not in files):
-        raise ValueError(
-            f"The card shows {others[0][:80]}, which is none of the pictures that were verified to be of nobody. "
-            "Remove it, and let the samples be drawn."
-        )
 
 
 def write_files(files: Mapping[str, Content], folder: str | os.PathLike) -> Path:
@@ -206,8 +178,7 @@ def _explained(repo_id: str, endpoint: str) -> Iterator[None]:
         ) from error
     except _HTTP_ERROR as error:
         raise ConnectionError(
-            f"The Hub ({endpoint}) cannot be reached: {error}. Without a network, `examples/publish.py --output_dir` "
-            "writes a folder that can be carried."
+            f"The Hub ({endpoint}) cannot be reached: {error}. Without a network, write a folder that can be carried."
         ) from error
 
 

@@ -1,0 +1,52 @@
+"""The record and the card of a model, from the flags of the script that trained it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+from ..data.sharding import recorded_sources
+from ..hub.cards import write_model_card
+from ..hub.privacy import listed_names
+from ..hub.record import TrainingRecord
+
+__all__ = ["write_record_and_card"]
+
+# An allow-list: folders, trackers and what concerns only the machine are not told.
+_VIEWS = ("resolution", "remove_borders", "augment", "sharpness", "shear", "translation", "random_flip", "cache_views")
+_SCALE = ("min_scale", "max_scale")
+_VAE = ("in_channels", "block_out_channels", "layers_per_block", "latent_channels")
+_VAE_LOSS = ("l1_weight", "mse_weight", "gradient_weight", "kl_weight")
+_ENCODER = ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_register_tokens")
+_CONDITION = ("tokens", "projection_dim", "normalize_tokens", "condition_dropout")
+_UNET = ("qk_init_scale", "rank", "lora_alpha", "use_ema", "ema_decay")
+_NOISE = ("prediction_type", "rescale_betas_zero_snr", "snr_gamma", "noise_offset")
+_UPDATES = ("seed", "train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "mixed_precision")
+_RATE = ("learning_rate", "lr_scheduler", "lr_warmup_steps")
+_ADAM = ("use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon")
+_RECIPE = _VIEWS + _SCALE + _VAE + _VAE_LOSS + _ENCODER + _CONDITION + _UNET + _NOISE + _UPDATES + _RATE + _ADAM
+
+
+def write_record_and_card(
+    args: Any, model: str, num_images: int, updates: int, base_models: Iterable[str | None] = ()
+) -> None:
+    """Write `training_record.json` and `README.md` into `args.output_dir`, which holds the finished model.
+
+    Args:
+        args: The flags of the run, a dataclass. Those in the list above are told if they are on.
+        model: Its Hub id, or a name.
+        num_images: Images that it was trained on.
+        updates: Of its weights.
+        base_models: What it was made from; None is skipped.
+    """
+    flags = asdict(args)
+    recipe = {name.replace("_", " "): flags[name] for name in _RECIPE if flags.get(name) not in (None, False)}
+    record = TrainingRecord(
+        facts={"training images": num_images, "updates": updates, **recipe},
+        base_models=listed_names(filter(None, base_models)),
+        datasets=listed_names(args.dataset_name),
+        sources=recorded_sources(args.train_data_dir) if args.train_data_dir else [],
+    )
+    record.save(args.output_dir)
+    write_model_card(args.output_dir, model, record)
