@@ -6,6 +6,8 @@ Speed: the same bytes are decoded to arrays (and resized, for sizes other than 5
 worker of `load_batches`, in turn in one run; the figure is the ratio of the median rates. `ratio_to_decoder` is that
 to a loop which leaves the pixels inside Pillow. The first batches of a worker, while it starts, are not counted.
 
+Transport: two workers of `load_batches` and of a plain `DataLoader` that stacks the same images, in turn.
+
 Memory: one worker streams many small images of many shards; its resident set and what of it is its own are read from
 the system as it goes.
 """
@@ -15,11 +17,12 @@ from __future__ import annotations
 import io
 import json
 import multiprocessing
+import os
 import statistics
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,9 +30,18 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 from transformers import HfArgumentParser
 
-from diffusers_dino.data import GlobalBatchSampler, Preprocessing, TrainingViews, load_batches, open_images
+from diffusers_dino.data import (
+    GlobalBatchSampler,
+    ImageDataset,
+    Preprocessing,
+    Slot,
+    TrainingViews,
+    load_batches,
+    open_images,
+)
 from diffusers_dino.data.stores.archives import write_index
 
 
@@ -52,6 +64,7 @@ def main() -> None:
         images = [radiograph_like(number, 512) for number in range(args.num_images)]
         write_shards(Path(folder), images, 128, size=512)
         figures["speed"] = {str(size): measure_speed(folder, images, size, args) for size in args.sizes}
+        figures["transport"] = measure_transport(folder, args)
     if args.num_samples:
         figures["memory"] = measure_memory(args)
     print(json.dumps(figures, indent=1))
@@ -131,6 +144,74 @@ def measure_speed(folder: str, images: list[bytes], size: int, args: Arguments) 
         "images_per_s": {name: [round(value) for value in values] for name, values in rates.items()},
         "kib_per_image": len(images[0]) // 1024,
     }
+
+
+class PlainBatches(Dataset[dict[str, Any]]):
+    """Batches as a plain `DataLoader` moves them: each in new memory, which travels through `/dev/shm`."""
+
+    def __init__(self, images: ImageDataset) -> None:
+        self.images = images
+
+    def __getitems__(self, slots: Sequence[Slot]) -> dict[str, Any]:
+        keys, arrays = zip(*self.images.read_many([slot.index for slot in slots]), strict=True)
+        return {"key": list(keys), "image": torch.from_numpy(np.stack(arrays)[:, None])}
+
+
+def measure_transport(folder: str, args: Arguments) -> dict[str, Any]:
+    """Two workers at 512 px: `load_batches` against a plain `DataLoader`, which pins its memory if there is a GPU.
+
+    The two take turns in random order, so that other work on the machine disturbs both. Ratios are those of each
+    turn; the time on a core of all processes and threads is less noisy than the rate. Figures are the quartiles.
+    """
+    dataset = open_images(folder, Preprocessing(512))
+    sampler = GlobalBatchSampler(len(dataset), args.batch_size)
+    options = {"collate_fn": as_it_is, "num_workers": 2, "pin_memory": torch.cuda.is_available()}
+    plain = DataLoader(PlainBatches(dataset), batch_sampler=sampler, generator=torch.Generator(), **options)
+    arms = {
+        "ours": lambda: load_batches(TrainingViews(dataset, None), sampler, num_workers=2),
+        "plain": lambda: ({**batch, "image": batch["image"] / 255} for batch in plain),
+    }
+    started: dict[str, tuple[Iterator[Any], list[int]]] = {}
+    for name, start in arms.items():
+        before = set(multiprocessing.active_children())
+        batches = start()
+        next(batches)
+        workers = set(multiprocessing.active_children()) - before
+        started[name] = batches, [os.getpid(), *(worker.pid for worker in workers)]
+    rates: dict[str, list[float]] = {name: [] for name in arms}
+    costs: dict[str, list[float]] = {name: [] for name in arms}
+    count = args.num_images // args.batch_size
+    order = np.random.default_rng(0)
+    for _ in range(args.repeats):
+        for name in order.permutation(list(arms)):
+            batches, processes = started[name]
+            for _ in range(6):  # those that were prepared during the other arm
+                next(batches)
+            clock, busy = time.perf_counter(), core_seconds(processes)
+            for _ in range(count):
+                next(batches)
+            rates[name].append(count * args.batch_size / (time.perf_counter() - clock))
+            costs[name].append(1000 * (core_seconds(processes) - busy) / count / args.batch_size)
+    return {
+        "plain_over_ours": quartiles(np.divide(rates["plain"], rates["ours"])),
+        "plain_over_ours_by_core_time": quartiles(np.divide(costs["ours"], costs["plain"])),
+        "images_per_s": {name: quartiles(values) for name, values in rates.items()},
+        "core_ms_per_image": {name: quartiles(values) for name, values in costs.items()},
+    }
+
+
+def as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def quartiles(values: Any) -> list[float]:
+    return np.percentile(values, [25, 50, 75]).round(3).tolist()
+
+
+def core_seconds(processes: list[int]) -> float:
+    """Time on a core of all threads of processes, from /proc."""
+    threads = [thread for process in processes for thread in Path(f"/proc/{process}/task").iterdir()]
+    return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads) / 1e9
 
 
 def measure_memory(args: Arguments) -> dict[str, Any]:
