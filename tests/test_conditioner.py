@@ -224,7 +224,7 @@ def test_null_condition_is_zero_until_set_and_is_saved(tmp_path):
     conditioner.null_tokens.copy_(null)
     conditioner.save_pretrained(tmp_path)
     for dtype in (torch.float32, torch.bfloat16):
-        again = DinoImageConditioner.from_pretrained(tmp_path, torch_dtype=dtype)
+        again = DinoImageConditioner.from_pretrained(tmp_path, dtype=dtype)
         assert torch.equal(again.null_tokens, null)
         assert torch.equal(again.null_condition(2), null.to(dtype).expand(2, -1, -1))
 
@@ -259,7 +259,7 @@ def test_statistics_survive_half_precision(dtype, tmp_path):
     conditioner.fit_normalization(IMAGES.split(8))
     exact = dict(conditioner.state_dict())
     conditioner.save_pretrained(tmp_path)
-    loaded = DinoImageConditioner.from_pretrained(tmp_path, torch_dtype=dtype)
+    loaded = DinoImageConditioner.from_pretrained(tmp_path, dtype=dtype)
     for half in (loaded, tiny.tiny_conditioner(projection_dim=8).to(dtype)):
         assert half.dtype == dtype
         assert {b.dtype for b in half.buffers()} == {torch.float32}
@@ -389,7 +389,7 @@ def test_as_part_of_a_pipeline(tmp_path):
     half = pipe.conditioner.encode(IMAGES[:2])
     pipe.save_pretrained(tmp_path, variant="bf16")
     assert (tmp_path / "conditioner" / "diffusion_pytorch_model.bf16.safetensors").is_file()
-    again = diffusers_dino.DinoDiffusionPipeline.from_pretrained(tmp_path, variant="bf16", torch_dtype=torch.bfloat16)
+    again = diffusers_dino.DinoDiffusionPipeline.from_pretrained(tmp_path, variant="bf16", dtype=torch.bfloat16)
     assert torch.equal(again.conditioner.encode(IMAGES[:2]), half)
     assert (half.float() - expected).abs().mean() <= 0.05 * expected.abs().mean()
 

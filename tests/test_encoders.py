@@ -123,7 +123,7 @@ def test_half_precision(family, dtype, tmp_path):
     pixels = pixels_for(exact)
     expected = exact(pixels)
     exact.save_pretrained(tmp_path)
-    loaded = DinoImageConditioner.from_pretrained(tmp_path, torch_dtype=dtype)
+    loaded = DinoImageConditioner.from_pretrained(tmp_path, dtype=dtype)
     cast = wrap(build(family)).to(dtype)
     for half in (loaded, cast):
         assert half.dtype == dtype
@@ -137,7 +137,7 @@ def test_half_precision(family, dtype, tmp_path):
 def test_rotary_positions_stay_float32(family, tmp_path):
     exact = wrap(build(family))
     exact.save_pretrained(tmp_path)
-    half = DinoImageConditioner.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    half = DinoImageConditioner.from_pretrained(tmp_path, dtype=torch.bfloat16)
     rotary = {name: buffer for name, buffer in exact.named_buffers() if "rope" in name}
     assert rotary
     for name, buffer in half.to(torch.float16).named_buffers():

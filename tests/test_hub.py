@@ -48,12 +48,12 @@ generate("latest", "org/name")
 generate("by_tag", "org/name", revision="v1")
 generate("by_commit", "org/name", revision=sys.argv[2])
 generate("cached", "org/name", local_files_only=True)
-generate("half", "org/half", variant="fp16", torch_dtype=torch.float16)
+generate("half", "org/half", variant="fp16", dtype=torch.float16)
 """
 
 OFFLINE = """
 generate("offline", "org/name")
-generate("offline_half", "org/half", variant="fp16", torch_dtype=torch.float16)
+generate("offline_half", "org/half", variant="fp16", dtype=torch.float16)
 """
 
 FAILURES = """
@@ -92,7 +92,7 @@ def hub(folder):
         pipe.save_pretrained(folder / "pickles", safe_serialization=False)
         server.add_folder("org/pickles", folder / "pickles")
         server.add_folder("org/half", folder / "second")
-        half = type(pipe).from_pretrained(folder / "second", torch_dtype=torch.float16)
+        half = type(pipe).from_pretrained(folder / "second", dtype=torch.float16)
         half.save_pretrained(folder / "half", variant="fp16")
         server.add_folder("org/half", folder / "half")
         yield server

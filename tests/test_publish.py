@@ -79,7 +79,7 @@ def test_a_trained_folder_is_published_in_one_command(flags, trained, tmp_path):
             "images = pipe(np.load(sys.argv[1] + '/image.npy'), generator=torch.Generator().manual_seed(0),\n"
             "              num_inference_steps=2, output_type='np').images\n"
             "np.save(sys.argv[1] + '/images.npy', images)\n"
-            "half = DinoDiffusionPipeline.from_pretrained('org/model', variant='fp16', torch_dtype=torch.float16)\n"
+            "half = DinoDiffusionPipeline.from_pretrained('org/model', variant='fp16', dtype=torch.float16)\n"
             "assert half.unet.dtype == torch.float16\n"
         )
         run_client(load, hub.client_environment(tmp_path / "another_home"), tmp_path)

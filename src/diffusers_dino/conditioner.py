@@ -25,7 +25,7 @@ from .encoders import (
     load_encoder,
     semi_orthogonal,
 )
-from .pixels import ImageInput, resize_unit, to_unit
+from .pixels import ImageInput, center_square, resize_unit, to_unit
 from .seeds import generator_for
 
 __all__ = ["DinoImageConditioner"]
@@ -250,7 +250,7 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
             ValueError: If there is no image, or one has a wrong layout, values outside its range, NaN, or is smaller
                 than a patch.
         """
-        squares = [_center_square(unit) for unit in to_unit(images)]
+        squares = [center_square(unit) for unit in to_unit(images)]
         patch = max(encoder.patch for encoder in self.image_encoders)
         for square in squares:
             if square.shape[-1] < patch:
@@ -291,19 +291,20 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
         ]
         return torch.cat(tokens, dim=1).to(self.dtype)  # (B, S, D)
 
-    def encode(self, images: ImageInput) -> Tensor:
-        """Tokens `(B, num_tokens, token_dim)` of images of any type and size, on this module's device.
+    def encode(self, images: ImageInput, device: torch.device | None = None) -> Tensor:
+        """Tokens `(B, num_tokens, token_dim)` of images of any type and size.
 
         Gradients flow if an image requires them; otherwise none are recorded.
 
         Args:
             images: One image or a list of B: PIL, array or tensor, gray or RGB, see `diffusers_dino.pixels.to_unit`.
+            device: Where to compute, which a module that is offloaded does not know; by default where it is.
 
         Raises:
             TypeError: If an image is of a type that is not supported.
             ValueError: If an image cannot be used, see `preprocess`.
         """
-        return self._without_graph(self, self.preprocess(images))
+        return self._without_graph(self, self.preprocess(images), device)
 
     def null_condition(self, batch_size: int) -> Tensor:
         """The condition of guidance's unconditional half, `(batch_size, num_tokens, token_dim)`.
@@ -359,10 +360,12 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
         batches = (pixel_values,) if isinstance(pixel_values, Tensor) else pixel_values
         return [encoder(batch) for encoder, batch in zip(self.image_encoders, batches, strict=True)]
 
-    def _without_graph(self, function: Callable[[PixelValues], Any], pixel_values: PixelValues) -> Any:
-        """Call with pixel values on this module's device, recording a graph only if they require it."""
+    def _without_graph(
+        self, function: Callable[[PixelValues], Any], pixel_values: PixelValues, device: torch.device | None = None
+    ) -> Any:
+        """Call with pixel values on a device, recording a graph only if they require it."""
         # Not `self.device`: under sequential offloading that is where the parameters wait, the buffers say more.
-        device = self.null_tokens.device
+        device = self.null_tokens.device if device is None else device
         single = isinstance(pixel_values, Tensor)
         batches = tuple(batch.to(device) for batch in ((pixel_values,) if single else pixel_values))
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(batch.requires_grad for batch in batches)):
@@ -382,14 +385,6 @@ def _check_encoders(encoders: nn.ModuleList, tokens: str, projection_dim: int | 
             raise ValueError(f"The encoder {encoder.spec.source} has no class token: use tokens='patch'.")
         if tokens == "global" and not encoder.num_global:
             raise ValueError(f"The encoder {encoder.spec.source} has no global tokens: use tokens='patch'.")
-
-
-def _center_square(image: Tensor) -> Tensor:
-    """The central square of `(3, H, W)`."""
-    height, width = image.shape[-2:]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return image[..., top : top + side, left : left + side]
 
 
 def _for_each(value: Any, names: list[Any], what: str) -> list[Any]:

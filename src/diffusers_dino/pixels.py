@@ -24,6 +24,7 @@ from torch import Tensor
 
 __all__ = [
     "ImageInput",
+    "center_square",
     "resize_unit",
     "to_unit",
     "unit_to_uint8",
@@ -64,20 +65,28 @@ def to_unit(images: ImageInput) -> list[Tensor]:
     return units
 
 
-def resize_unit(squares: Tensor, size: int, resample: str) -> Tensor:
-    """Bring `(N, C, H, H)` in [0, 1] to `(N, C, size, size)` in [0, 1]; bicubic's overshoot is clipped.
+def center_square(image: Tensor) -> Tensor:
+    """The central square of images `(..., H, W)`."""
+    height, width = image.shape[-2:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return image[..., top : top + side, left : left + side]
+
+
+def resize_unit(images: Tensor, size: int, resample: str) -> Tensor:
+    """Bring `(N, C, H, W)` in [0, 1] to squares `(N, C, size, size)` in [0, 1]; bicubic's overshoot is clipped.
 
     Args:
-        squares: Square images.
+        images: Squares; other images are stretched.
         size: Side of the result in pixels.
         resample: `"nearest"`, or antialiased `"bilinear"` or `"bicubic"`.
     """
-    if squares.shape[-1] == size:
-        return squares
+    if images.shape[-2:] == (size, size):
+        return images
     smooth = resample != "nearest"
     options = {"align_corners": False, "antialias": True} if smooth else {}
     mode = resample if smooth else "nearest-exact"
-    return F.interpolate(squares, size=(size, size), mode=mode, **options).clamp(0, 1)
+    return F.interpolate(images, size=(size, size), mode=mode, **options).clamp(0, 1)
 
 
 def unit_to_vae(x: Tensor, channels: int) -> Tensor:

@@ -55,7 +55,7 @@ def _segment(pipe: DiffusionPipeline, images: torch.Tensor, **options: Any) -> n
     """The maps that the masks are made of: random weights attend almost evenly, where rounding moves masks."""
     masks, merged, _ = pipe(images, merge_threshold=0.3, relative_threshold=True, return_dict=False, **options)
     assert masks.shape == (len(images), 32, 32)
-    return np.stack([maps.mean(0).numpy() for maps in merged])
+    return np.stack([maps.mean(0).cpu().numpy() for maps in merged])
 
 
 KINDS = {

@@ -114,5 +114,5 @@ def test_latents_that_overflow(diffseg, images):
 def test_a_number_of_inputs_that_does_not_fit(diffseg, images):
     with pytest.raises(ValueError, match="for 3 images, and there are 4"):
         diffseg(images, image_embeds=torch.zeros(3, 5, tiny.TOKEN_DIM))
-    with pytest.raises(ValueError, match="4 images, 2 generators"):
+    with pytest.raises(ValueError, match="4 are asked for, 2 generators"):
         diffseg(images, add_noise=True, generator=tiny.generators(0, 1))

@@ -155,20 +155,23 @@ def test_interpolated_tokens(between, images):
 
 
 def test_mixtures_of_several_images(pipe, between, images):
-    mixtures = walk(between, image=images[:3], weights=[[1, 0, 0], [0, 0, 1], [0.2, 0.3, 0.5]])
-    np.testing.assert_allclose(mixtures[0], generate(pipe, images[:1])[0], atol=1e-5)  # encoded in a batch of three
     embeds = pipe.encode_image(images[:3])
-    np.testing.assert_array_equal(mixtures[:1], generate(pipe, image_embeds=embeds[:1]))
-    np.testing.assert_array_equal(mixtures[1:2], generate(pipe, image_embeds=embeds[2:]))
-    blend = (embeds * torch.tensor([0.2, 0.3, 0.5])[:, None, None]).sum(0, keepdim=True)
-    np.testing.assert_allclose(mixtures[2:], generate(pipe, image_embeds=blend), atol=1e-5)
-    one = walk(between, image_embeds=embeds, weights=[0.2, 0.3, 0.5], num_images_per_prompt=2)
-    assert one.shape == (2, 32, 32, 1)
+    tokens = between.mix(embeds, [[1, 0, 0], [0, 0, 1], [0.2, 0.3, 0.5]])
+    assert torch.equal(tokens[:2], embeds[[0, 2]])
+    blend = (embeds * torch.tensor([0.2, 0.3, 0.5])[:, None, None]).sum(0)
+    torch.testing.assert_close(tokens[2], blend)
+    assert torch.equal(between.mix(embeds.bfloat16(), [0.0, 1.0, 0.0]), embeds[1:2].bfloat16())
+    mixtures = generate(pipe, image_embeds=tokens, generator=generators(0, 0, 0))  # under the same noise
+    np.testing.assert_allclose(mixtures[:1], generate(pipe, images[:1], generator=generators(0)), atol=1e-5)
+    np.testing.assert_allclose(mixtures[1:2], generate(pipe, images[2:3], generator=generators(0)), atol=1e-5)
 
 
 def test_a_mixture_of_two_is_a_point_of_their_path(between, images):
-    mixture = walk(between, image=images[:2], weights=[0.3, 0.7])
-    np.testing.assert_allclose(mixture, walk(between, images[:1], images[1:2], fractions=0.7), atol=1e-5)
+    a, b = embeds = between.encode_image(images[:2])
+    for restore_norm in (False, True):
+        mixture = between.mix(embeds, [0.3, 0.7], restore_norm)
+        point = between.interpolate(a[None], b[None], 0.7, restore_norm=restore_norm)
+        torch.testing.assert_close(mixture, point[:, 0])
 
 
 @pytest.mark.parametrize("fractions", [[0, 1.2], -0.1, [float("nan")], [[0.5, 2.0]]])
@@ -196,7 +199,7 @@ def test_fractions_of_another_shape(between, images, fractions):
 )
 def test_weights_that_are_no_weights(between, images, weights, message):
     with pytest.raises(ValueError, match=message):
-        walk(between, image=images[:2], weights=weights)
+        between.mix(between.encode_image(images[:2]), weights)
 
 
 def test_arguments_that_do_not_go_together(between, images):
@@ -206,18 +209,10 @@ def test_arguments_that_do_not_go_together(between, images):
         walk(between, target=b)
     with pytest.raises(ValueError, match="either `target` or `target_embeds`"):
         walk(between, a, b, target_embeds=embeds)
-    with pytest.raises(ValueError, match="needs their `weights`"):
-        walk(between, image=images)
-    with pytest.raises(ValueError, match="`fractions` was given too"):
-        walk(between, image=images[:2], weights=[0.5, 0.5], fractions=[0.5])
-    with pytest.raises(ValueError, match="`source` was given too"):
-        walk(between, a, b, weights=[0.5, 0.5])
     with pytest.raises(ValueError, match="Each source needs its target"):
         walk(between, images[:2], b)
     with pytest.raises(ValueError, match="`method` must be one of"):
         walk(between, a, b, method="cubic")
-    with pytest.raises(ValueError, match="'lerp' for mixtures"):
-        walk(between, image=images[:2], weights=[0.5, 0.5], method="slerp")
     with pytest.raises(ValueError, match=r"`source_embeds` must have shape \(B, 5, 32\)"):
         walk(between, source_embeds=embeds[:, :3], target=b)
     with pytest.raises(TypeError, match="`target_embeds` must be a tensor"):

@@ -77,7 +77,7 @@ def test_a_wrong_component_at_loading_is_refused(pipe, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_loading_in_half_precision(pipe, images, tmp_path, dtype):
     pipe.save_pretrained(tmp_path)
-    loaded = DinoDiffusionPipeline.from_pretrained(tmp_path, torch_dtype=dtype)
+    loaded = DinoDiffusionPipeline.from_pretrained(tmp_path, dtype=dtype)
     loaded.set_progress_bar_config(disable=True)
     assert {loaded.unet.dtype, loaded.vae.dtype, loaded.conditioner.dtype} == {dtype}
     assert np.abs(generate(loaded, images) - generate(pipe, images)).mean() < 0.02

@@ -16,7 +16,7 @@ from ..seeds import generator_for
 
 if TYPE_CHECKING:
     from ..pipelines import DinoDiffusionPipeline
-    from ..pipelines.base import DinoPipeline
+    from ..pipelines import DinoDiffusionPipeline
 
 __all__ = [
     "Model",
@@ -85,7 +85,7 @@ def stack_images(images: ImageDataset | Tensor) -> Tensor:
     return images if isinstance(images, Tensor) else collate([images[i] for i in range(len(images))])["image"]
 
 
-def embed_images(pipe: DinoPipeline, images: ImageDataset | Tensor, batch_size: int = 64) -> Tensor:
+def embed_images(pipe: DinoDiffusionPipeline, images: ImageDataset | Tensor, batch_size: int = 64) -> Tensor:
     """Condition tokens `(N, S, D)`, float32 on the CPU, of a data set or of `(N, C, H, W)` in [0, 1].
 
     Images of a data set pass through memory a batch at a time.

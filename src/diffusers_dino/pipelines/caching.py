@@ -123,26 +123,36 @@ def has_cache(unet: nn.Module) -> bool:
     return any(hook._is_stateful for registry in _registries(unet) for hook in registry.hooks.values())
 
 
-def restart_cache(unet: nn.Module, guided: bool = True) -> None:
-    """Empty a model's cache, before other images and where guidance begins or ends; nothing where it has none.
+def restart_cache(unet: nn.Module) -> None:
+    """Empty a model's cache before and after sampling; nothing happens without one."""
+    unet._cache_guided = None
+    for registry in _registries(unet):
+        registry.reset_stateful_hooks(recurse=False)
+
+
+def cache_context(unet: nn.Module, cached: bool, timestep: float, guided: bool) -> AbstractContextManager[Any]:
+    """What diffusers' caches need around each call of a model that has one; empties it when guidance begins or ends.
+
+    Args:
+        unet: The model.
+        cached: Whether it has a cache, as `has_cache` says.
+        timestep: Of the call.
+        guided: Whether the null condition is evaluated beside the condition.
 
     Raises:
-        ValueError: If it is FasterCache, which saves the unconditional half of guidance, and there is no guidance.
+        ValueError: If the cache is FasterCache, which saves the unconditional half of guidance, without guidance.
     """
-    for registry in _registries(unet):
-        hooks = [hook for hook in registry.hooks.values() if hook._is_stateful]
+    if not cached:
+        return nullcontext()
+    if guided != unet._cache_guided:
+        hooks = [hook for registry in _registries(unet) for hook in registry.hooks.values()]
         if not guided and any(getattr(hook, "is_guidance_distilled", None) is False for hook in hooks):
             raise ValueError(
                 "FasterCache saves guidance's unconditional half, and this call has no guidance. Give guidance_scale "
                 "above 1, or use another cache."
             )
-        registry.reset_stateful_hooks(recurse=False)
-
-
-def cache_context(unet: nn.Module, cached: bool, timestep: float) -> AbstractContextManager[Any]:
-    """What diffusers' caches need around each call of a model that has one."""
-    if not cached:
-        return nullcontext()
+        restart_cache(unet)
+        unet._cache_guided = guided
     unet._cache_timestep = timestep
     return CacheMixin.cache_context(unet, "denoise")
 

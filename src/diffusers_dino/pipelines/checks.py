@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from numbers import Integral, Real
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from ..conditioner import DinoImageConditioner
 
 __all__ = [
-    "OUTPUT_TYPES",
+    "Generators",
     "check_choice",
     "check_components",
     "check_embeds",
@@ -26,12 +25,9 @@ __all__ = [
     "check_numbers",
     "check_schedule",
     "condition_width",
-    "thresholds_of",
-    "timesteps_of",
 ]
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-
+Generators = torch.Generator | list[torch.Generator] | None
 _EXTRA_CONDITIONS = ("addition_embed_type", "class_embed_type", "num_class_embeds", "time_cond_proj_dim")
 
 
@@ -134,20 +130,30 @@ def check_embeds(embeds: Tensor, num_tokens: int | None, width: int, name: str =
         raise ValueError(f"`{name}` contains NaN or infinity.")
 
 
-def check_finite(images: Tensor) -> None:
-    """Refuse decoded images with NaN, which would silently turn black, with a RuntimeError that names causes."""
-    if not torch.isfinite(images).all():
+def check_finite(tensor: Tensor, name: str) -> None:
+    """Refuse NaN, which would silently turn black, with a RuntimeError that names causes."""
+    if not torch.isfinite(tensor).all():
         raise RuntimeError(
-            "The generated images contain NaN or infinity. Autoencoders can overflow in float16: use bfloat16, or "
-            "call pipe.vae.to(torch.float32). In float32, suspect the weights or the noise schedule."
+            f"The {name} contain NaN or infinity. Autoencoders can overflow in float16: use bfloat16, or call "
+            "pipe.vae.to(torch.float32). In float32, suspect the weights or the noise schedule."
         )
 
 
-def check_generator(generator: Any) -> None:
-    """Refuse what is neither None, a generator, nor a list of generators with a TypeError."""
+def check_generator(generator: Any, batch_size: int | None = None) -> None:
+    """Refuse what is neither None, a generator, nor a list of generators: one for each image of a batch.
+
+    Raises:
+        TypeError: If it is something else.
+        ValueError: If it is a list of another length than `batch_size`.
+    """
     listed = generator if isinstance(generator, list) else [] if generator is None else [generator]
     if not all(isinstance(item, torch.Generator) for item in listed):
         raise TypeError(f"`generator` must be a torch.Generator or a list of them, got {generator!r}.")
+    if isinstance(generator, list) and batch_size not in (None, len(generator)):
+        raise ValueError(
+            f"A list of generators needs one for each image: {batch_size} are asked for, {len(generator)} generators "
+            "were given."
+        )
 
 
 def check_choice(choices: tuple[str, ...], **values: str) -> None:
@@ -163,31 +169,3 @@ def check_numbers(multiple_of: int = 1, **numbers: int) -> None:
         if isinstance(value, bool) or not isinstance(value, Integral) or value < 1 or value % multiple_of:
             kind = f"multiple of {multiple_of}" if multiple_of > 1 else "integer"
             raise ValueError(f"`{name}` must be a positive {kind}, got {value!r}.")
-
-
-def thresholds_of(merge_threshold: float | Sequence[float], num_merges: int) -> list[float]:
-    """One threshold a pass: the same `num_merges` times, or those that were given.
-
-    Raises:
-        ValueError: If there is none, or one is not above 0.
-    """
-    check_numbers(num_merges=num_merges)
-    thresholds = [merge_threshold] * num_merges if isinstance(merge_threshold, Real) else list(merge_threshold)
-    if not thresholds or not all(threshold > 0 for threshold in thresholds):  # also refuses NaN
-        raise ValueError(f"`merge_threshold` must be above 0, got {merge_threshold!r}: at 0 no maps are similar.")
-    return [float(threshold) for threshold in thresholds]
-
-
-def timesteps_of(timestep: int | Sequence[int], num_train_timesteps: int) -> list[int]:
-    """The timesteps of a call that takes one or several.
-
-    Raises:
-        ValueError: If there is none, or one is not an integer of the schedule.
-    """
-    timesteps = list(timestep) if isinstance(timestep, Sequence) else [timestep]
-    whole = all(isinstance(t, Integral) and not isinstance(t, bool) for t in timesteps)
-    if not timesteps or not whole or not all(0 <= t < num_train_timesteps for t in timesteps):
-        raise ValueError(
-            f"`timestep` must be an integer from 0 to {num_train_timesteps - 1}, or several of them, got {timestep!r}."
-        )
-    return [int(t) for t in timesteps]

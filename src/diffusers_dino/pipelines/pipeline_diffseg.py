@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDPMScheduler,
+    DiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,23 +25,20 @@ from ..conditioner import DinoImageConditioner
 from ..diffseg.attention import capture_self_attention
 from ..diffseg.merging import aggregate_attention, merge_attention, refine_segments, relative_thresholds, suppress
 from ..latents import encode_to_moments, vae_scale_factor
-from ..pixels import ImageInput, to_unit, unit_to_vae
-from ..training.objective import add_noise as noisy
+from ..pixels import ImageInput, resize_unit, to_unit, unit_to_vae
 from .caching import has_cache
-from .checks import check_choice, check_generator, check_numbers, thresholds_of, timesteps_of
-from .components import ComponentsPipeline
-from .conditions import empty_prompt, empty_prompt_xl, for_batch, noise_like
+from .checks import Generators, check_choice, check_finite, check_generator, check_numbers
+from .empty_prompt import empty_prompt, empty_prompt_xl
+from .loading import ComponentLoadingMixin
 from .lora import UNetLoraLoaderMixin
 from .pipeline_output import DiffSegPipelineOutput
-from .sampling import Generators
-from .squares import common_size, resized, stretched
 
 __all__ = ["DiffSegPipeline"]
 
 _ANCHORS_PER_SIDE = 16  # the published grid
 
 
-class DiffSegPipeline(ComponentsPipeline, StableDiffusionMixin, UNetLoraLoaderMixin):
+class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionMixin, UNetLoraLoaderMixin):
     """Segment images by DiffSeg (Tian et al., CVPR 2024): merge the self-attention maps of one denoising step.
 
     Made with `from_pipe`: of a `DinoDiffusionPipeline`, the condition is the image's own tokens; of a Stable Diffusion
@@ -115,7 +121,7 @@ class DiffSegPipeline(ComponentsPipeline, StableDiffusionMixin, UNetLoraLoaderMi
                 "The UNet has a cache (enable_cache), which leaves out layers whose attention is read here: call "
                 "disable_cache() of the pipeline that it belongs to."
             )
-        timesteps_of(timestep, self.scheduler.config["num_train_timesteps"])
+        _timesteps(timestep, self.scheduler.config["num_train_timesteps"])
         check_numbers(self.vae_scale_factor, size=self._size(size))
         check_generator(generator)
         if image_embeds is not None and not isinstance(image_embeds, Tensor):
@@ -142,9 +148,7 @@ class DiffSegPipeline(ComponentsPipeline, StableDiffusionMixin, UNetLoraLoaderMi
         if not self._is_conditional:
             return {}
         if self.conditioner is not None:
-            pixels = self.conditioner.preprocess(images)
-            pixels = tuple(p.to(device) for p in pixels) if isinstance(pixels, tuple) else pixels.to(device)
-            return {"encoder_hidden_states": self.conditioner(pixels)}
+            return {"encoder_hidden_states": self.conditioner.encode(images, device)}
         encoders = [(self.text_encoder, self.tokenizer), (self.text_encoder_2, self.tokenizer_2)]
         if self.unet.config.get("addition_embed_type") == "text_time":
             return empty_prompt_xl([pair for pair in encoders if pair[0] is not None], self._size(size), device)
@@ -164,14 +168,12 @@ class DiffSegPipeline(ComponentsPipeline, StableDiffusionMixin, UNetLoraLoaderMi
             RuntimeError: If the latents come out with NaN or infinity.
         """
         size, model = self._size(size), self.vae if self.vae is not None else self.unet
-        pixels = unit_to_vae(torch.cat([resized(image, size) for image in images]), model.config["in_channels"])
+        pixels = unit_to_vae(
+            torch.cat([resize_unit(image[None], size, "bicubic") for image in images]), model.config["in_channels"]
+        )
         pixels = pixels.to(self._execution_device, model.dtype)
         latents = pixels if self.vae is None else encode_to_moments(self.vae, pixels)[0]
-        if not torch.isfinite(latents).all():
-            raise RuntimeError(
-                "The VAE's latents contain NaN or infinity. Autoencoders can overflow in float16: use bfloat16, or "
-                "call pipe.vae.to(torch.float32)."
-            )
+        check_finite(latents, "latents")
         return latents.to(self.unet.dtype)
 
     @torch.no_grad()
@@ -198,18 +200,21 @@ class DiffSegPipeline(ComponentsPipeline, StableDiffusionMixin, UNetLoraLoaderMi
             `(B, s * s, s, s)` float32, each map of sum 1, on the UNet's device; s is the largest side.
         """
         self.check_inputs(timestep, size, generator, image_embeds, unet_kwargs)
-        images = [stretched(unit) for unit in to_unit(image)]
+        images = [resize_unit(unit[None], max(unit.shape[-2:]), "bicubic")[0] for unit in to_unit(image)]
+        check_generator(generator, len(images))
         given = dict(unet_kwargs or {}) | ({} if image_embeds is None else {"encoder_hidden_states": image_embeds})
         condition = given if "encoder_hidden_states" in given else self.encode_condition(images, size) | given
         latents = self.prepare_latents(images, size)
-        condition = for_batch(condition, len(images), latents.dtype, latents.device)
-        noise = noise_like(latents, generator) if add_noise else None
+        condition = _for_batch(condition, len(images), latents.dtype, latents.device)
+        if add_noise:  # drawn in float32, so that a seed means the same in every precision
+            noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=torch.float32)
+            noise = noise.to(latents.dtype)
+            schedule = DDPMScheduler.from_config(self.scheduler.config)  # other schedulers scale noisy latents otherwise
         with capture_self_attention(self.unet, sides, layers) as attention:
-            for t in timesteps_of(timestep, self.scheduler.config["num_train_timesteps"]):
+            for t in _timesteps(timestep, self.scheduler.config["num_train_timesteps"]):
                 steps = torch.full((len(latents),), t, device=latents.device)
-                if add_noise:
-                    inputs = noisy(latents, noise, self.scheduler.alphas_cumprod.to(steps.device)[steps])
-                self.unet(inputs if add_noise else latents, steps, **condition, return_dict=False)
+                inputs = schedule.add_noise(latents, noise, steps) if add_noise else latents
+                self.unet(inputs, steps, **condition, return_dict=False)
         maps = [
             aggregate_attention({side: means[i : i + 1] for side, means in attention.items()}, weights=weights)
             for i in range(len(images))
@@ -232,18 +237,12 @@ class DiffSegPipeline(ComponentsPipeline, StableDiffusionMixin, UNetLoraLoaderMi
 
         Args:
             maps: `(B, s * s, s, s)`, as `attention_maps` gives them.
-            merge_threshold: See `__call__`.
-            num_merges: See `__call__`.
-            anchors_per_side: See `__call__`.
-            relative_threshold: See `__call__`.
-            refine: See `__call__`.
             output_size: Height and width of the masks, or the side of square ones; by default s.
-            output_type: See `__call__`.
 
         Returns:
             Masks, merged maps and numbers of segments of B images.
         """
-        thresholds = thresholds_of(merge_threshold, num_merges)
+        thresholds = _thresholds(merge_threshold, num_merges)
         anchors_per_side = min(_ANCHORS_PER_SIDE, maps.shape[-1]) if anchors_per_side is None else anchors_per_side
         check_numbers(anchors_per_side=anchors_per_side)
         check_choice(("pt", "np"), output_type=output_type)
@@ -315,10 +314,10 @@ class DiffSegPipeline(ComponentsPipeline, StableDiffusionMixin, UNetLoraLoaderMi
                 a side that was asked for, or images of different sizes come without an `output_size`.
             RuntimeError: If the latents come out with NaN or infinity.
         """
-        thresholds_of(merge_threshold, num_merges)  # refused before the model runs
+        _thresholds(merge_threshold, num_merges)  # refused before the model runs
         check_choice(("pt", "np"), output_type=output_type)
         images = to_unit(image)
-        output_size = common_size(images) if output_size is None else output_size
+        output_size = _common_size(images) if output_size is None else output_size
         maps = self.attention_maps(
             images,
             timestep,
@@ -367,3 +366,58 @@ class DiffSegPipeline(ComponentsPipeline, StableDiffusionMixin, UNetLoraLoaderMi
                 f"The VAE's latents have {makes} channels, but the UNet takes {takes}: they are of different models, "
                 "or the UNet (of inpainting, say) needs more than latents."
             )
+
+
+def _common_size(images: list[Tensor]) -> tuple[int, int]:
+    """Height and width of images `(3, H, W)` that share them.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    sizes = sorted({tuple(image.shape[-2:]) for image in images})
+    if len(sizes) > 1:
+        raise ValueError(
+            f"The images have different sizes, {sizes}, and masks of one batch have one: give `output_size`, or call "
+            "once for each size."
+        )
+    return sizes[0]
+
+
+def _for_batch(value: Any, batch_size: int, dtype: torch.dtype, device: torch.device) -> Any:
+    """Tensors, also in dictionaries, of one image repeated for the batch, on the model's device and in its type."""
+    if isinstance(value, Mapping):
+        return {name: _for_batch(item, batch_size, dtype, device) for name, item in value.items()}
+    if not isinstance(value, Tensor):
+        return value
+    value = value.to(device, dtype) if value.is_floating_point() else value.to(device)
+    if len(value) not in (1, batch_size):
+        raise ValueError(f"An input of the UNet is for {len(value)} images, and there are {batch_size}.")
+    return value.expand(batch_size, *value.shape[1:])
+
+
+def _thresholds(merge_threshold: float | Sequence[float], num_merges: int) -> list[float]:
+    """One threshold a pass: the same `num_merges` times, or those that were given.
+
+    Raises:
+        ValueError: If there is none, or one is not above 0.
+    """
+    check_numbers(num_merges=num_merges)
+    thresholds = [merge_threshold] * num_merges if isinstance(merge_threshold, Real) else list(merge_threshold)
+    if not thresholds or not all(threshold > 0 for threshold in thresholds):  # also refuses NaN
+        raise ValueError(f"`merge_threshold` must be above 0, got {merge_threshold!r}: at 0 no maps are similar.")
+    return [float(threshold) for threshold in thresholds]
+
+
+def _timesteps(timestep: int | Sequence[int], num_train_timesteps: int) -> list[int]:
+    """The timesteps of a call that takes one or several.
+
+    Raises:
+        ValueError: If there is none, or one is not an integer of the schedule.
+    """
+    timesteps = list(timestep) if isinstance(timestep, Sequence) else [timestep]
+    whole = all(isinstance(t, Integral) and not isinstance(t, bool) for t in timesteps)
+    if not timesteps or not whole or not all(0 <= t < num_train_timesteps for t in timesteps):
+        raise ValueError(
+            f"`timestep` must be an integer from 0 to {num_train_timesteps - 1}, or several of them, got {timestep!r}."
+        )
+    return [int(t) for t in timesteps]

@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, UNet2DConditionModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg, retrieve_timesteps
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ..conditioner import DinoImageConditioner
+from ..latents import decode_latents, vae_scale_factor
 from ..pixels import ImageInput
-from .base import DinoPipeline, StepCallback, callback_inputs
+from .caching import UNetCacheMixin, cache_context, has_cache, restart_cache
+from .checks import (
+    Generators,
+    check_choice,
+    check_components,
+    check_embeds,
+    check_finite,
+    check_generator,
+    check_numbers,
+    check_schedule,
+    condition_width,
+)
+from .loading import ComponentLoadingMixin
+from .lora import UNetLoraLoaderMixin
 from .pipeline_output import DinoDiffusionPipelineOutput
-from .sampling import Generators
 
-__all__ = ["DinoDiffusionPipeline"]
+__all__ = ["DinoDiffusionPipeline", "StepCallback"]
+
+StepCallback = Callable[..., dict[str, Any] | None] | PipelineCallback | MultiPipelineCallbacks
 
 
-class DinoDiffusionPipeline(DinoPipeline):
+class DinoDiffusionPipeline(
+    ComponentLoadingMixin, DiffusionPipeline, StableDiffusionMixin, UNetLoraLoaderMixin, UNetCacheMixin
+):
     """Generate semantic variations of images, as in DiNO-Diffusion (arXiv 2407.11594, section 2.3, reconstruction).
 
     The image takes the place that the prompt has in Stable Diffusion: its DINO tokens are the UNet's condition.
@@ -27,8 +54,8 @@ class DinoDiffusionPipeline(DinoPipeline):
         scheduler: Any of diffusers' `KarrasDiffusionSchedulers`, with the noise schedule of the UNet's training.
 
     Raises:
-        ValueError: If the components do not fit together. A component may be None, for a pipeline that does not need
-            it: no `vae` for latents out, no `conditioner` for `image_embeds` in and no guidance.
+        ValueError: If the components do not fit together. A component may be None if the calls do not need it: no
+            `vae` for latents out, no `conditioner` for `image_embeds` in and no guidance.
 
     Example:
         ```python
@@ -41,6 +68,75 @@ class DinoDiffusionPipeline(DinoPipeline):
         variations = pipe(image, num_images_per_prompt=4, generator=generator).images
         ```
     """
+
+    model_cpu_offload_seq = "conditioner->unet->vae"
+    _optional_components = ["vae", "conditioner"]  # noqa: RUF012 - the base class's form; a saved None stays None
+    _callback_tensor_inputs = ["latents", "image_embeds"]  # noqa: RUF012 - the base class's form
+
+    def __init__(
+        self,
+        vae: AutoencoderKL | AutoencoderTiny,
+        conditioner: DinoImageConditioner,
+        unet: UNet2DConditionModel,
+        scheduler: KarrasDiffusionSchedulers,
+    ) -> None:
+        super().__init__()
+        check_components(vae, conditioner, unet)
+        self.register_modules(vae=vae, conditioner=conditioner, unet=unet, scheduler=scheduler)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self._guidance_scale = 1.0
+        self._guidance_rescale = 0.0
+        self._cross_attention_kwargs = None
+        self._num_timesteps = 0
+        self._interrupt = False
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent along each side; 8, Stable Diffusion's, without a VAE."""
+        return vae_scale_factor(self.vae) if self.vae is not None else 8
+
+    @property
+    def guidance_scale(self) -> float:
+        """The scale of the current call. A callback may set `_guidance_scale` to change it between steps."""
+        return self._guidance_scale
+
+    @property
+    def guidance_rescale(self) -> float:
+        """The rescale of the current call."""
+        return self._guidance_rescale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the null condition is evaluated beside the condition."""
+        return self._guidance_scale > 1
+
+    @property
+    def cross_attention_kwargs(self) -> dict[str, Any] | None:
+        """Those of the current call."""
+        return self._cross_attention_kwargs
+
+    @property
+    def num_timesteps(self) -> int:
+        """Model calls of the current sampling, for callbacks that work with a share of them."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """A callback may set `_interrupt = True`: the remaining steps are skipped."""
+        return self._interrupt
+
+    def encode_image(self, image: ImageInput) -> Tensor:
+        """Encode images to condition tokens, for `image_embeds`.
+
+        Args:
+            image: B images of any type that `diffusers_dino.pixels.to_unit` reads, sizes may differ.
+
+        Returns:
+            Tokens `(B, S, D)`, class token first, on the device that the pipeline computes on.
+        """
+        if self.conditioner is None:
+            raise ValueError("This pipeline has no conditioner to encode `image` with. Give `image_embeds`.")
+        return self.conditioner.encode(image, self._execution_device)
 
     def check_inputs(
         self,
@@ -56,24 +152,100 @@ class DinoDiffusionPipeline(DinoPipeline):
         generator: Generators = None,
         output_type: str = "pil",
         callback_on_step_end_tensor_inputs: list[str] | None = None,
+        name: str = "image",
     ) -> None:
         """Refuse what cannot work before any work is done; arguments as in `__call__`.
+
+        Args:
+            name: What messages call `image`.
 
         Raises:
             TypeError: If an argument has the wrong type.
             ValueError: If an argument has the wrong value, or the components do not fit together or are missing.
         """
-        self._check_components(guidance_scale, output_type)
-        self._check_condition("image", image, image_embeds)
-        self._check_sampling(
-            height,
-            width,
-            num_inference_steps=num_inference_steps,
-            guidance_rescale=guidance_rescale,
-            num_images_per_prompt=num_images_per_prompt,
-            generator=generator,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-        )
+        check_choice(("pil", "np", "pt", "latent"), output_type=output_type)
+        if self.unet is None or self.scheduler is None:
+            raise ValueError("This pipeline has no unet or no scheduler; both are needed to generate.")
+        if self.vae is None and output_type != "latent":
+            raise ValueError(f"output_type={output_type!r} needs a VAE and this pipeline has none: ask for 'latent'.")
+        if self.conditioner is None and guidance_scale > 1:
+            raise ValueError(
+                f"guidance_scale={guidance_scale} needs the conditioner's null condition, and this pipeline has no "
+                "conditioner. Give guidance_scale=1, or load the conditioner."
+            )
+        check_components(self.vae, self.conditioner, self.unet)
+        check_schedule(self.scheduler.config)
+        if (image is None) == (image_embeds is None):
+            raise ValueError(f"Give either `{name}` or `{name}_embeds`, and not both.")
+        if image_embeds is not None:
+            num_tokens = None if self.conditioner is None else self.conditioner.num_tokens
+            check_embeds(image_embeds, num_tokens, condition_width(self.unet), f"{name}_embeds")
+        check_numbers(self.vae_scale_factor, height=height, width=width)
+        check_numbers(num_inference_steps=num_inference_steps, num_images_per_prompt=num_images_per_prompt)
+        check_generator(generator)
+        if not 0 <= guidance_rescale <= 1:
+            raise ValueError(f"`guidance_rescale` must be in [0, 1], got {guidance_rescale}.")
+        if unknown := set(callback_on_step_end_tensor_inputs or ()) - set(self._callback_tensor_inputs):
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, got "
+                f"{sorted(unknown)}."
+            )
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        num_channels_latents: int,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+    ) -> Tensor:
+        """Draw the initial noise, or take it from `latents`, and scale it to what the scheduler starts from.
+
+        Args:
+            batch_size: Images to generate, B.
+            num_channels_latents: L, of the UNet's input.
+            height: Of the images, in pixels.
+            width: Of the images, in pixels.
+            dtype: Of the latents that are returned.
+            device: Where they are returned.
+            generator: One for the batch, or a list of B, one for each image.
+            latents: Noise of unit variance, `(B, L, h, w)`, in place of drawing it.
+
+        Returns:
+            `(batch_size, num_channels_latents, height / f, width / f)` with f pixels per latent.
+
+        Raises:
+            ValueError: If the number of generators is not `batch_size`, or `latents` has another shape.
+        """
+        f = self.vae_scale_factor
+        shape = (batch_size, num_channels_latents, height // f, width // f)
+        check_generator(generator, batch_size)
+        if latents is None:  # in float32, so that a seed means the same noise in every precision
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}.")
+        return latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
+
+    def prepare_extra_step_kwargs(self, generator: Generators, eta: float, batch_size: int) -> dict[str, Any]:
+        """Those of `generator` and `eta` that the scheduler's `step` takes, for all its steps.
+
+        DPMSolverSDEScheduler takes neither: it draws its noise from Brownian trees. They get one seed for each sample
+        here, so that the noise follows `generator` as it does in the other schedulers.
+
+        Args:
+            generator: As in `__call__`.
+            eta: As in `__call__`.
+            batch_size: Samples that are denoised together.
+        """
+        config = self.scheduler.config
+        if "noise_sampler_seed" in config and config["noise_sampler_seed"] is None:
+            sources = generator if isinstance(generator, list) else [generator] * batch_size
+            self.scheduler.noise_sampler_seed = None if generator is None else [_random_seed(each) for each in sources]
+        accepted = inspect.signature(self.scheduler.step).parameters
+        return {name: value for name, value in (("generator", generator), ("eta", eta)) if name in accepted}
 
     @torch.no_grad()
     def __call__(
@@ -105,22 +277,23 @@ class DinoDiffusionPipeline(DinoPipeline):
             height: Of the generated images in pixels; by default what the UNet's config or `latents` say.
             width: As `height`.
             num_inference_steps: Denoising steps.
-            timesteps: Timesteps of one's own in place of `num_inference_steps`, for schedulers that take them.
-            sigmas: Noise levels of one's own, descending to 0, likewise.
-            guidance_scale: Classifier-free guidance away from the null condition; 1 or less is none, at half the cost.
-                A model that was trained without dropping its condition does not know the null condition: use 1.
+            timesteps: Your own timesteps in place of `num_inference_steps`, for schedulers that take them.
+            sigmas: Your own noise levels, descending to 0, likewise.
+            guidance_scale: Classifier-free guidance away from the null condition, as in Imagen (arXiv 2205.11487,
+                eq. 2): 1 or less is none, at half the cost. Use 1 for a model that was trained without dropping its
+                condition: it does not know the null condition.
             guidance_rescale: In [0, 1], against over-exposure by guidance; 0.7 with zero terminal SNR (Lin et al.,
                 arXiv 2305.08891, section 3.4).
             num_images_per_prompt: Variations of each image, n.
             eta: Stochasticity of DDIM in [0, 1]; other schedulers ignore it.
-            generator: One for the call, or a list of B * n: then each image depends on its own generator and source
-                alone, not on the batch or its place there. CPU generators give the same noise on every device.
+            generator: One for the call, or a list of B * n: then each image depends only on its own generator and
+                source, not on the batch or its place there. CPU generators give the same noise on every device.
             latents: Initial noise of unit variance, `(B * n, L, h, w)`, in place of drawing it.
             output_type: `"pil"`, `"np"`, `"pt"` or `"latent"`.
             return_dict: False returns a tuple.
             cross_attention_kwargs: For the attention processors; `{"scale": s}` weighs a loaded LoRA.
-            callback_on_step_end: Called as `f(pipe, step, timestep, tensors)` after each step; returns a dict, by
-                whose entries the tensors are replaced.
+            callback_on_step_end: Called as `f(pipe, step, timestep, tensors)` after each step; the tensors in the dict
+                that it returns replace those of the loop.
             callback_on_step_end_tensor_inputs: Which tensors it gets: `"latents"` (the default) and
                 `"image_embeds"`, the condition tokens `(B * n, S, D)`.
 
@@ -132,7 +305,11 @@ class DinoDiffusionPipeline(DinoPipeline):
             ValueError: If an argument has the wrong value, or the components do not fit together or are missing.
             RuntimeError: If the images come out with NaN or infinity.
         """
-        callback_on_step_end_tensor_inputs = callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        # 1. Check
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        elif callback_on_step_end_tensor_inputs is None:
+            callback_on_step_end_tensor_inputs = ["latents"]
         height, width = self._default_size(height, width, latents)
         self.check_inputs(
             image,
@@ -147,25 +324,92 @@ class DinoDiffusionPipeline(DinoPipeline):
             output_type=output_type,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
+        self._guidance_scale = guidance_scale
+        self._guidance_rescale = guidance_rescale
+        self._cross_attention_kwargs = cross_attention_kwargs
+        self._interrupt = False
+        device, dtype = self._execution_device, self.unet.dtype
+
+        # 2. Encode
         if image_embeds is None:
             image_embeds = self.encode_image(image)
-        conditions = [image_embeds.repeat_interleave(num_images_per_prompt, dim=0)]  # (B * n, S, D)
-        latents = self._sample(
-            conditions,
-            height,
-            width,
-            num_inference_steps=num_inference_steps,
-            timesteps=timesteps,
-            sigmas=sigmas,
-            guidance_scale=guidance_scale,
-            guidance_rescale=guidance_rescale,
-            eta=eta,
-            generator=generator,
-            latents=latents,
-            cross_attention_kwargs=cross_attention_kwargs,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-        )
-        images = self._to_images(latents, output_type)
+        image_embeds = image_embeds.repeat_interleave(num_images_per_prompt, dim=0).to(device, dtype)  # (B * n, S, D)
+        batch_size, null_embeds = len(image_embeds), None
+        if self.conditioner is not None:  # also without guidance, which a callback may start later
+            null_embeds = self.conditioner.null_condition(batch_size).to(device, dtype)
+
+        # 3. Prepare timesteps, noise, and what the scheduler's step takes
+        timesteps, _ = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
+        self._num_timesteps = len(timesteps)
+        channels = self.unet.config.in_channels
+        latents = self.prepare_latents(batch_size, channels, height, width, dtype, device, generator, latents)
+        step_kwargs = self.prepare_extra_step_kwargs(generator, eta, batch_size)
+
+        # 4. Denoise
+        times, cached = timesteps.tolist(), has_cache(self.unet)
+        restart_cache(self.unet)
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+                self._current_timestep = times[i]
+                guided = self.do_classifier_free_guidance
+                inputs = torch.cat([latents] * 2) if guided else latents
+                inputs = self.scheduler.scale_model_input(inputs, t)
+                with cache_context(self.unet, cached, times[i], guided):
+                    prediction = self.unet(
+                        inputs,
+                        t.expand(len(inputs)).to(device),  # one each, as FasterCache splits the batch
+                        encoder_hidden_states=torch.cat([null_embeds, image_embeds]) if guided else image_embeds,
+                        cross_attention_kwargs=self.cross_attention_kwargs,
+                        return_dict=False,
+                    )[0]
+
+                if guided:
+                    null, conditional = prediction.chunk(2)
+                    prediction = null + self.guidance_scale * (conditional - null)
+                    if self.guidance_rescale > 0:
+                        prediction = rescale_noise_cfg(prediction, conditional, self.guidance_rescale)
+                latents = self.scheduler.step(prediction, t, latents, **step_kwargs, return_dict=False)[0]
+
+                if callback_on_step_end is not None:
+                    tensors = {"latents": latents, "image_embeds": image_embeds}
+                    given = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    tensors.update(callback_on_step_end(self, i, t, given) or {})
+                    latents, image_embeds = tensors["latents"], tensors["image_embeds"]
+                progress_bar.update()
+        restart_cache(self.unet)  # and keep nothing in memory
+        self._current_timestep = None
+
+        # 5. Decode
+        images = latents if output_type == "latent" else self._decode(latents)
+        images = self.image_processor.postprocess(images, output_type)
         self.maybe_free_model_hooks()
         return DinoDiffusionPipelineOutput(images=images) if return_dict else (images,)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Latents `(B, L, h, w)` to pixels `(B, C, H, W)` float32 of nominal range [-1, 1]."""
+        pixels = decode_latents(self.vae, latents.to(self.vae.dtype)).float()
+        check_finite(pixels, "generated images")
+        return pixels
+
+    def _default_size(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int]:
+        """Fill in the size that was not given: of `latents`, else of the UNet's config."""
+        if height is not None and width is not None:
+            return height, width
+        if self.unet is None:
+            raise ValueError("This pipeline has no unet, which is needed to generate.")
+        size = self.unet.config.get("sample_size")
+        if latents is not None:
+            if not isinstance(latents, Tensor):
+                raise TypeError(f"`latents` must be a tensor (B * n, L, h, w), got {type(latents).__name__}.")
+            size = tuple(latents.shape[-2:])
+        if size is None:
+            raise ValueError("The UNet's config has no sample_size: give `height` and `width` in pixels.")
+        rows, columns = (size, size) if isinstance(size, int) else size
+        default_height, default_width = rows * self.vae_scale_factor, columns * self.vae_scale_factor
+        return default_height if height is None else height, default_width if width is None else width
+
+
+def _random_seed(generator: torch.Generator) -> int:
+    return int(torch.randint(2**31, (), generator=generator, device=generator.device))

@@ -88,7 +88,7 @@ def build_pipeline(
     return DinoDiffusionPipeline(vae=vae, conditioner=conditioner, unet=denoiser, scheduler=schedule)
 
 
-def load_trained_pipeline(name_or_path: str | Path, torch_dtype: torch.dtype | None = None) -> DinoDiffusionPipeline:
+def load_trained_pipeline(name_or_path: str | Path, dtype: torch.dtype | None = None) -> DinoDiffusionPipeline:
     """Load a pipeline, or a checkpoint (or `best`) of a training run, whose other parts lie in the folder above it.
 
     If the run averaged its weights, `unet/` of a checkpoint holds the average, which is loaded. A LoRA is fused into
@@ -96,12 +96,12 @@ def load_trained_pipeline(name_or_path: str | Path, torch_dtype: torch.dtype | N
 
     Args:
         name_or_path: A pipeline's folder or repository, or `RUN/checkpoint-500`.
-        torch_dtype: Of the weights; as they are stored by default.
+        dtype: Of the weights; as they are stored by default.
 
     Raises:
         FileNotFoundError: If a part is missing.
     """
-    folder, options = Path(name_or_path), {} if torch_dtype is None else {"torch_dtype": torch_dtype}
+    folder, options = Path(name_or_path), {} if dtype is None else {"dtype": dtype}
     run = folder.resolve().parent
     if not folder.is_dir() or (folder / "model_index.json").is_file():
         return DinoDiffusionPipeline.from_pretrained(str(name_or_path), **options)
@@ -123,7 +123,7 @@ def load_trained_pipeline(name_or_path: str | Path, torch_dtype: torch.dtype | N
         unet=load_unet(str(folder)),
         scheduler=make_scheduler(str(run)),
     )
-    return pipe if torch_dtype is None else pipe.to(torch_dtype)
+    return pipe if dtype is None else pipe.to(dtype)
 
 
 def load_vae(name_or_path: str, **hub: Any) -> VAE:

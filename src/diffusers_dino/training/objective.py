@@ -19,7 +19,6 @@ from ..seeds import generator_for
 __all__ = [
     "PREDICTION_TYPES",
     "TrainingDraws",
-    "add_noise",
     "check_finite",
     "draw_for_training",
     "drop_condition",
@@ -81,18 +80,6 @@ def draw_for_training(
         offset = torch.randn(latent_shape[0], 1, 1, generator=generator)
         draws.append((noise + noise_offset * offset if noise_offset else noise, latent_noise, timestep, drop))
     return TrainingDraws(*(torch.stack(column) for column in zip(*draws, strict=True)))
-
-
-def add_noise(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """Noisy latents `z_t`.
-
-    Args:
-        latents: `(B, L, h, w)` clean.
-        noise: `(B, L, h, w)`, standard normal.
-        alphas_cumprod: `(B,)`, the schedule's value at each sample's timestep.
-    """
-    a = alphas_cumprod.to(latents.dtype).view(-1, 1, 1, 1)
-    return a.sqrt() * latents + (1 - a).sqrt() * noise
 
 
 def prediction_target(scheduler: DDIMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

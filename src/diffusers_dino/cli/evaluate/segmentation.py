@@ -121,6 +121,6 @@ def open_models(args: Arguments) -> Iterator[Model]:
     for model, (name, path) in zip(load_models(named, device=device, dtype=dtype), named, strict=True):
         yield model._replace(checkpoint=Path(path).name if names.count(name) > 1 else "")
     if args.stable_diffusion:
-        options = {} if dtype is None else {"torch_dtype": dtype}
+        options = {} if dtype is None else {"dtype": dtype}
         pipe = DiffusionPipeline.from_pretrained(args.stable_diffusion, use_safetensors=True, **options)
         yield Model("Stable Diffusion", pipe.to(device))

@@ -16,14 +16,14 @@ from ..figures import new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ...pipelines.base import DinoPipeline
+    from ...pipelines import DinoDiffusionPipeline
     from .protocol import InterpolationResult
 
 __all__ = ["draw_paths", "plot_path"]
 
 
 def draw_paths(
-    pipe: DinoPipeline, images: Tensor, count: int, fractions: Sequence[float], **call: Any
+    pipe: DinoDiffusionPipeline, images: Tensor, count: int, fractions: Sequence[float], **call: Any
 ) -> PIL.Image.Image:
     """Rows of source | path | target, from each of the first images to the next one.
 

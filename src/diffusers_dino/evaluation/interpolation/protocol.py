@@ -22,7 +22,7 @@ from ..generation import embed_images, stack_images
 from ..results import JsonResult
 
 if TYPE_CHECKING:
-    from ...pipelines.base import DinoPipeline
+    from ...pipelines import DinoDiffusionPipeline
 
 __all__ = ["InterpolationResult", "PathFigures", "PathSpace", "evaluate_interpolation", "path_figures"]
 
@@ -81,7 +81,7 @@ class InterpolationResult(JsonResult):
 
 
 def evaluate_interpolation(
-    pipe: DinoPipeline,
+    pipe: DinoDiffusionPipeline,
     images: ImageDataset | Tensor,
     training_images: ImageDataset | Tensor,
     *,

@@ -11,15 +11,15 @@ from diffusers import DiffusionPipeline
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["ComponentsPipeline"]
+__all__ = ["ComponentLoadingMixin"]
 
 
-class ComponentsPipeline(DiffusionPipeline):
-    """A `DiffusionPipeline` that reads no pickles unasked, and shares components as they are."""
+class ComponentLoadingMixin:
+    """`from_pretrained` and `from_pipe`: pickles are read only if asked for, parts are shared as they are."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
-        """Load a pipeline from a folder or the Hub, from safetensors unless `use_safetensors=False` is said.
+        """Load a pipeline from a folder or the Hub, from safetensors unless `use_safetensors=False` is given.
 
         Args:
             pretrained_model_name_or_path: A folder that `save_pretrained` wrote, or a repository `"org/name"`.
@@ -33,7 +33,7 @@ class ComponentsPipeline(DiffusionPipeline):
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
         """Share the components of another pipeline, with their adapters.
 
-        diffusers' own `from_pipe` casts the shared components to float32 unless it is told another type; here they
+        diffusers' own `from_pipe` casts the shared components to float32 unless another type is given; here they
         keep their type, and the other pipeline its memory.
 
         Args:

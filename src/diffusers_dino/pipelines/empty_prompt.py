@@ -1,18 +1,14 @@
-"""What a UNet is given beside latents: the empty prompt of text-conditioned ones, noise, inputs for a batch."""
+"""The condition that a Stable Diffusion's UNet gets for an empty prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .sampling import Generators
-
-__all__ = ["empty_prompt", "empty_prompt_xl", "for_batch", "noise_like"]
+__all__ = ["empty_prompt", "empty_prompt_xl"]
 
 
 def empty_prompt(text_encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Tensor:
@@ -43,28 +39,6 @@ def empty_prompt_xl(
         "encoder_hidden_states": tokens,
         "added_cond_kwargs": {"text_embeds": outputs[-1].text_embeds, "time_ids": time_ids},
     }
-
-
-def for_batch(value: Any, batch_size: int, dtype: torch.dtype, device: torch.device) -> Any:
-    """Tensors, also in dictionaries, of one image repeated for the batch, on the model's device and in its type."""
-    if isinstance(value, Mapping):
-        return {name: for_batch(item, batch_size, dtype, device) for name, item in value.items()}
-    if not isinstance(value, Tensor):
-        return value
-    value = value.to(device, dtype) if value.is_floating_point() else value.to(device)
-    if len(value) not in (1, batch_size):
-        raise ValueError(f"An input of the UNet is for {len(value)} images, and there are {batch_size}.")
-    return value.expand(batch_size, *value.shape[1:])
-
-
-def noise_like(latents: Tensor, generator: Generators) -> Tensor:
-    """Noise drawn in float32, so that a seed means the same in every precision."""
-    if isinstance(generator, list) and len(generator) != len(latents):
-        raise ValueError(
-            f"A list of generators needs one for each image: {len(latents)} images, {len(generator)} generators."
-        )
-    noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=torch.float32)
-    return noise.to(latents.dtype)
 
 
 def _inputs(
