@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from diffusers import UNet2DModel
 from diffusers.models.attention_processor import (
     AttnProcessor,
     AttnProcessor2_0,
@@ -31,22 +30,6 @@ def inputs(batch_size=2, side=8):
 def run(unet, **given):
     with torch.no_grad():
         return unet(**(given or inputs())).sample
-
-
-def tiny_unconditional():
-    config = {
-        "sample_size": 16,
-        "in_channels": 1,
-        "out_channels": 1,
-        "layers_per_block": 1,
-        "block_out_channels": (16, 32),
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-        "norm_num_groups": 4,
-        "attention_head_dim": 8,
-    }
-    with tiny.seeded(0):
-        return UNet2DModel(**config).eval()
 
 
 def maps_by_processor(unet, **given):
@@ -93,10 +76,10 @@ def test_layers_count_by_their_heads():
 
 def test_an_unconditional_unet():
     given = {"sample": torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(0)), "timestep": 10}
-    with capture_self_attention(unet := tiny_unconditional()) as maps:
+    with capture_self_attention(unet := tiny.tiny_unconditional_unet()) as maps:
         output = run(unet, **given)
     assert torch.equal(output, run(unet, **given))
-    expected = maps_by_processor(tiny_unconditional(), **given)
+    expected = maps_by_processor(tiny.tiny_unconditional_unet(), **given)
     assert set(maps) == set(expected) == {8}
     assert torch.allclose(maps[8], expected[8].mean(dim=1), atol=1e-6)
 

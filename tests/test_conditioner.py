@@ -3,7 +3,6 @@
 import json
 
 import accelerate
-import numpy as np
 import PIL.Image
 import pytest
 import torch
@@ -11,7 +10,6 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import diffusers_dino
 import tiny
 from diffusers_dino.conditioner import DinoImageConditioner
 from diffusers_dino.encoders import EncoderSpec, semi_orthogonal
@@ -65,11 +63,6 @@ def test_trained_pooler_follows_the_class_token():
         output = model(pixels * 2 - 1)
     expected = torch.stack([output.last_hidden_state[:, 0], output.pooler_output], dim=1)
     assert (conditioner(pixels) - expected).abs().max() <= 1e-5
-
-
-def test_unknown_tokens():
-    with pytest.raises(ValueError, match=r"global, cls, patch, all, got 'register'"):
-        tiny.tiny_conditioner(tokens="register")
 
 
 @pytest.mark.parametrize("tokens", ["global", "all"])
@@ -296,43 +289,9 @@ def test_downsizing_is_antialiased():
     assert (pixels[..., 2:-2] - 0.5).abs().max() <= 0.02
 
 
-@pytest.mark.parametrize(
-    "image",
-    [
-        PIL.Image.new("RGBA", (40, 40), (255, 0, 0, 128)),
-        PIL.Image.new("P", (40, 40)),
-        PIL.Image.fromarray(np.arange(1600, dtype=np.uint16).reshape(40, 40) * 40),
-        np.zeros((40, 50), np.uint8),
-        np.random.default_rng(0).random((40, 50, 3)),
-        torch.rand(1, 40, 50),
-    ],
-    ids=["rgba", "palette", "16-bit", "gray-array", "float-array", "gray-tensor"],
-)
-def test_images_of_all_types(image):
-    assert tiny.tiny_conditioner().encode(image).shape == (1, 5, 32)
-
-
-def test_a_grayscale_image_is_its_rgb_copy():
-    conditioner = tiny.tiny_conditioner()
-    gray = IMAGES[:1, :1]
-    assert torch.equal(conditioner.encode(gray), conditioner.encode(gray.expand(-1, 3, -1, -1)))
-
-
-@pytest.mark.parametrize(
-    ("image", "error", "message"),
-    [
-        (torch.rand(3, 7, 100), ValueError, "smaller than a patch.*7 pixels, a patch 8"),
-        (torch.full((3, 32, 32), torch.nan), ValueError, "NaN"),
-        (torch.rand(2, 32, 32), ValueError, "channels"),
-        (IMAGES * 255, ValueError, r"in \[0, 1\]"),
-        ([], ValueError, "no image"),
-        ("scan.png", TypeError, "str"),
-    ],
-    ids=["small", "nan", "channels", "range", "empty", "path"],
-)
-def test_bad_images(image, error, message):
-    with pytest.raises(error, match=message):
-        tiny.tiny_conditioner().encode(image)
+def test_images_smaller_than_a_patch():
+    with pytest.raises(ValueError, match=r"smaller than a patch.*7 pixels, a patch 8"):
+        tiny.tiny_conditioner().encode(torch.rand(3, 7, 100))
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 40, 40), (1, 1, 32, 32), (3, 32, 32), (1, 3, 32, 31)])
@@ -377,30 +336,6 @@ def test_config_records_preprocessing_and_source(tmp_path):
         "source": "tiny-dino",
         "revision": None,
     }
-
-
-def test_as_part_of_a_pipeline(tmp_path):
-    pipe = tiny.tiny_pipeline(conditioner=tiny.tiny_conditioner(tokens="all"))
-    pipe.conditioner.fit_normalization(IMAGES.split(8))
-    expected = pipe.conditioner.encode(IMAGES[:2])
-    pipe.to(torch.bfloat16)
-    assert pipe.conditioner.dtype == torch.bfloat16
-    assert pipe.conditioner.null_condition(1).dtype == torch.bfloat16
-    half = pipe.conditioner.encode(IMAGES[:2])
-    pipe.save_pretrained(tmp_path, variant="bf16")
-    assert (tmp_path / "conditioner" / "diffusion_pytorch_model.bf16.safetensors").is_file()
-    again = diffusers_dino.DinoDiffusionPipeline.from_pretrained(tmp_path, variant="bf16", dtype=torch.bfloat16)
-    assert torch.equal(again.conditioner.encode(IMAGES[:2]), half)
-    assert (half.float() - expected).abs().mean() <= 0.05 * expected.abs().mean()
-
-
-def test_group_offloading_keeps_the_tokens():
-    conditioner = tiny.tiny_conditioner()
-    expected = conditioner.encode(IMAGES[:2])
-    conditioner.enable_group_offload(
-        onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level"
-    )
-    assert torch.equal(conditioner.encode(IMAGES[:2]), expected)
 
 
 def test_sequential_offloading_keeps_the_tokens():

@@ -61,10 +61,6 @@ def test_dinov1_pooler_that_the_checkpoint_does_not_hold_is_not_made_up(tmp_path
     assert torch.equal(first(pixels), second(pixels))
 
 
-def test_dinov2_class_token_is_not_given_twice(tmp_path):
-    assert DinoImageConditioner.from_encoder(checkpoint("dinov2", tmp_path)).num_tokens == 1
-
-
 def test_classification_checkpoint_loads_without_its_head(tmp_path):
     model = transformers.Dinov2ForImageClassification(transformers.Dinov2Config(**TINY, num_labels=3)).eval()
     conditioner = DinoImageConditioner.from_encoder(save_transformers(model, tmp_path / "classifier"), tokens="all")

@@ -42,6 +42,12 @@ def test_the_package_itself_imports_nothing():
     assert not {"torch", "diffusers", "transformers", "numpy"} & modules_after("import diffusers_dino")
 
 
+@pytest.mark.parametrize("module", ["diffusers_dino", "diffusers_dino.conditioner"])
+def test_using_a_name_registers_the_package(module):
+    table = "from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES as table"
+    modules_after(f"from {module} import DinoImageConditioner\n{table}\nassert 'diffusers_dino' in table")
+
+
 @pytest.fixture(scope="module")
 def diffusers_own():
     return modules_after("from diffusers import StableDiffusionPipeline")

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import logging
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -237,7 +238,7 @@ def test_what_cannot_be_quantised(pipe, monkeypatch):
         quantize(pipe.unet, config)
     with pytest.raises(ValueError, match="Casting a quantized model"):
         pipe.unet.to(torch.bfloat16)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ImportError, match=r"pip install diffusers-dino\[train\]"):
         quantize(pipe.conditioner, config)
 

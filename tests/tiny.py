@@ -11,7 +11,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel, UNet2DModel
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 import diffusers_dino
@@ -50,6 +50,22 @@ def tiny_unet(**overrides: Any) -> UNet2DConditionModel:
     }
     with seeded(0):
         return UNet2DConditionModel(**{**config, **overrides}).eval()
+
+
+def tiny_unconditional_unet() -> UNet2DModel:
+    """A UNet without a condition, on 16 px images of one channel, with self-attention on its 8 x 8 level."""
+    with seeded(0):
+        return UNet2DModel(
+            sample_size=16,
+            in_channels=1,
+            out_channels=1,
+            layers_per_block=1,
+            block_out_channels=(16, 32),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            norm_num_groups=4,
+            attention_head_dim=8,
+        ).eval()
 
 
 def tiny_vae(channels: int = 1, **overrides: Any) -> AutoencoderKL:

@@ -112,7 +112,7 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
             dtype: Type of the encoders' weights.
             token: Credential for gated repositories, as in huggingface_hub.
             cache_dir: Folder for downloads.
-            local_files_only: Use downloaded files alone.
+            local_files_only: Use only downloaded files.
 
         Raises:
             ValueError: If the architecture is not supported, or an option does not fit it.
@@ -184,7 +184,7 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
         projection_dim: int | None,
         projection_seed: int,
     ) -> DinoImageConditioner:
-        """Build from the config alone, as `from_pretrained` will, then take the weights over without a copy."""
+        """Build from only the config, as `from_pretrained` will, then take the weights over without a copy."""
         with init_empty_weights():
             conditioner = cls(
                 encoders=[spec.to_dict() for spec, _ in loaded],
@@ -282,13 +282,8 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
         Raises:
             ValueError: If there is not one batch for each encoder, or one has another shape.
         """
-        batches = (pixel_values,) if isinstance(pixel_values, Tensor) else tuple(pixel_values)
-        if len(batches) != len(self.image_encoders):
-            raise ValueError(f"Expected pixel values for {len(self.image_encoders)} encoders, got {len(batches)}.")
-        tokens = [
-            head(*encoder(batch))
-            for encoder, head, batch in zip(self.image_encoders, self.heads, batches, strict=True)
-        ]
+        outputs = self._encoder_outputs(pixel_values)
+        tokens = [head(*output) for head, output in zip(self.heads, outputs, strict=True)]
         return torch.cat(tokens, dim=1).to(self.dtype)  # (B, S, D)
 
     def encode(self, images: ImageInput, device: torch.device | None = None) -> Tensor:
@@ -357,7 +352,10 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
         return super().train(False)
 
     def _encoder_outputs(self, pixel_values: PixelValues) -> list[tuple[Tensor, Tensor]]:
-        batches = (pixel_values,) if isinstance(pixel_values, Tensor) else pixel_values
+        """Global and patch tokens of each encoder."""
+        batches = (pixel_values,) if isinstance(pixel_values, Tensor) else tuple(pixel_values)
+        if len(batches) != len(self.image_encoders):
+            raise ValueError(f"Expected pixel values for {len(self.image_encoders)} encoders, got {len(batches)}.")
         return [encoder(batch) for encoder, batch in zip(self.image_encoders, batches, strict=True)]
 
     def _without_graph(

@@ -40,18 +40,8 @@ def lerp(source: Tensor, target: Tensor, fraction: float | Tensor, restore_norm:
 def slerp(source: Tensor, target: Tensor, fraction: float | Tensor) -> Tensor:
     """Spherical interpolation (Shoemake 1985): the great circle between directions, norms interpolated linearly.
 
-    Tokens that are parallel, opposite or zero have no single great circle and are interpolated linearly.
-
-    Args:
-        source: `(..., S, D)`, returned bit for bit at fraction 0.
-        target: The same shape, returned bit for bit at fraction 1.
-        fraction: In [0, 1]: one number, or a tensor of the leading dimensions.
-
-    Returns:
-        `(..., S, D)`.
-
-    Raises:
-        ValueError: If the shapes differ, or a fraction is outside [0, 1].
+    Tokens that are parallel, opposite or zero have no single great circle and are interpolated linearly. Arguments,
+    result and errors are as in `lerp`.
     """
     weight = _weight(source, target, fraction)
     from_unit, to_unit = source / _norm(source), target / _norm(target)

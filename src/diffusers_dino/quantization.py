@@ -7,13 +7,14 @@ there already: on a machine without a GPU, after a LoRA was fused, to a conditio
 
 from __future__ import annotations
 
-import importlib.util
 from copy import deepcopy
 
 import torch
 from diffusers import BitsAndBytesConfig, ModelMixin
 from diffusers.quantizers import DiffusersAutoQuantizer
 from torch import nn
+
+from .extras import require
 
 __all__ = ["quantize"]
 
@@ -27,7 +28,7 @@ def quantize(
 
     Convolutions, norms and embeddings keep their type, and so do the few linear layers that bitsandbytes cannot
     replace: `qkv` of timm's BEiT and EVA-02, which use its weight without calling it; and in 4 bits on a CPU, layers
-    whose number of inputs is no multiple of 64.
+    whose number of inputs is not a multiple of 64.
 
     Args:
         model: A UNet, a `DinoImageConditioner` or another model of diffusers; changed. Load adapters afterwards.
@@ -43,8 +44,7 @@ def quantize(
         TypeError: If the model or the config is of another kind.
         ValueError: If the model is quantised already, or has adapters.
     """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ImportError("Quantisation needs bitsandbytes: pip install diffusers-dino[train]")
+    require("bitsandbytes", "train", "Quantisation needs bitsandbytes")
     _check(model, quantization_config)
     device = model.device if device is None else torch.device(device)
     linear = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}

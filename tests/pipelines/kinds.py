@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 import tiny
 from diffusers_dino import DiffSegPipeline, DinoDiffusionPipeline, DinoInterpolationPipeline
@@ -56,6 +56,17 @@ def _segment(pipe: DiffusionPipeline, images: torch.Tensor, **options: Any) -> n
     masks, merged, _ = pipe(images, merge_threshold=0.3, relative_threshold=True, return_dict=False, **options)
     assert masks.shape == (len(images), 32, 32)
     return np.stack([maps.mean(0).cpu().numpy() for maps in merged])
+
+
+def bare_stable_diffusion(pipe: DiffusionPipeline) -> StableDiffusionPipeline:
+    """diffusers' own pipeline on the same UNet, VAE and schedule: an independent implementation of the sampling."""
+    empty = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    made = StableDiffusionPipeline(
+        pipe.vae, unet=pipe.unet, scheduler=scheduler, **empty, requires_safety_checker=False
+    )
+    made.set_progress_bar_config(disable=True)
+    return made
 
 
 KINDS = {

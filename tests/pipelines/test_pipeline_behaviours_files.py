@@ -13,11 +13,6 @@ HALF = [torch.float16, torch.bfloat16]
 MODELS = ("vae", "conditioner", "unet")
 
 
-@pytest.fixture(params=KINDS)
-def kind(request):
-    return KINDS[request.param]
-
-
 def dtypes(pipe):
     return {name: getattr(pipe, name).dtype for name in MODELS}
 

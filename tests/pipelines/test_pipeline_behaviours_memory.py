@@ -4,19 +4,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.utils import is_xformers_available
-from kinds import KINDS
+from kinds import KINDS, bare_stable_diffusion
 
 import tiny
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(params=KINDS)
-def kind(request):
-    return KINDS[request.param]
 
 
 def offload_sequentially(pipe):
@@ -46,6 +41,44 @@ def test_offloading_changes_nothing_twice(kind, images, way):
     OFFLOADING[way](pipe)
     for _ in range(2):
         np.testing.assert_allclose(kind.run(pipe, images), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", OFFLOADING)
+def test_embeddings_may_be_encoded_before(pipe, images, way):
+    expected = tiny.generate(pipe, images, guidance_scale=3.0)
+    OFFLOADING[way](pipe)
+    embeds = pipe.encode_image(images)
+    np.testing.assert_allclose(tiny.generate(pipe, image_embeds=embeds, guidance_scale=3.0), expected, atol=1e-5)
+
+
+def test_sequential_offloading_leaves_no_weights_in_memory(pipe, images):
+    offload_sequentially(pipe)
+    tiny.generate(pipe, images)
+    for name in ("conditioner", "unet", "vae"):
+        assert {parameter.device.type for parameter in getattr(pipe, name).parameters()} == {"meta"}
+    assert pipe.conditioner.null_condition(2).device.type == "cpu"
+
+
+def test_models_stay_where_they_are_from_point_to_point_of_a_path(images, monkeypatch):
+    pipe, calls = KINDS["interpolation"].make(), []
+    pipe.enable_model_cpu_offload(device="cpu")
+    monkeypatch.setattr(pipe, "enable_model_cpu_offload", lambda **options: calls.append(options))  # frees them all
+    pipe(images[:1], images[1:2], num_inference_steps=1)
+    assert len(calls) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("way", ["model", "sequential", "group"])
+def test_offloading_on_a_gpu(images, way, dtype):
+    expected = tiny.generate(tiny.tiny_pipeline(), images, guidance_scale=3.0)
+    pipe = tiny.tiny_pipeline().to(dtype)
+    if way == "group":
+        pipe.enable_group_offload(onload_device=torch.device("cuda"), offload_type="leaf_level")
+    else:
+        getattr(pipe, f"enable_{way}_cpu_offload")()
+    result = tiny.generate(pipe, images, guidance_scale=3.0)
+    assert np.abs(result - expected).mean() < (0.02 if dtype == torch.float16 else 2e-3)
 
 
 def test_every_model_has_its_place_in_the_order_of_offloading(kind):
@@ -114,20 +147,6 @@ def test_xformers(kind, images):
     np.testing.assert_allclose(kind.run(pipe, images), plain, atol=1e-3)
 
 
-def test_it_has_the_parts_of_a_latent_diffusion_model(kind):
-    pipe = kind.make()
-    assert isinstance(pipe.vae, AutoencoderKL)
-    assert isinstance(pipe.unet, UNet2DConditionModel)
-
-
-def stable_diffusion(pipe):
-    empty = {"text_encoder": None, "tokenizer": None, "safety_checker": None, "feature_extractor": None}
-    parts = {"vae": pipe.vae, "unet": pipe.unet, "scheduler": pipe.scheduler}
-    made = StableDiffusionPipeline(**parts, **empty, requires_safety_checker=False)
-    made.set_progress_bar_config(disable=True)
-    return made
-
-
 def sampled(pipe):
     embeds = torch.randn(1, 5, tiny.TOKEN_DIM, generator=torch.Generator().manual_seed(0))
     return tiny.generate(pipe, prompt_embeds=embeds, guidance_scale=1.0)
@@ -137,7 +156,7 @@ def test_parts_of_another_pipeline_are_used_and_left_as_they_are(kind, images):
     whole = kind.make()
     expected = kind.run(whole, images)
     whole.unet.set_attn_processor(AttnProcessor())
-    other = stable_diffusion(whole)
+    other = bare_stable_diffusion(whole)
     before = sampled(other)
     made = kind.pipeline.from_pipe(other, conditioner=whole.conditioner)
     made.set_progress_bar_config(disable=True)

@@ -1,13 +1,14 @@
-"""LoRA of the UNet through peft: load, save, weigh, combine, fuse."""
+"""LoRA of the UNet through peft, in every pipeline: loaded, weighed, combined, swapped, fused, saved."""
 
 import importlib.util
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 import tiny
-from diffusers_dino.pipelines import lora
+from diffusers_dino import DiffSegPipeline, DinoDiffusionPipeline, DinoInterpolationPipeline
 from tiny import generate
 
 if importlib.util.find_spec("peft") is None:
@@ -17,29 +18,45 @@ from adapters import adapter, save_adapter
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import get_peft_model_state_dict
 
+PIPELINES = [DinoDiffusionPipeline, DinoInterpolationPipeline, DiffSegPipeline]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A scanner's and a ward's adapter, of ranks 4 and 2."""
+    root = tmp_path_factory.mktemp("adapters")
+    return {
+        "scanner": save_adapter(root / "scanner", 0),
+        "ward": save_adapter(root / "ward", 1, rank=2),
+        "dora": save_adapter(root / "dora", 2, use_dora=True),
+    }
+
 
 @pytest.fixture
-def folders(tmp_path):
-    """Two saved adapters."""
-    return [save_adapter(tmp_path / f"lora{seed}", seed) for seed in (0, 1)]
+def adapted(pipe, folders):
+    for name in ("scanner", "ward"):
+        pipe.load_lora_weights(folders[name], adapter_name=name)
+    return pipe
 
 
-def test_a_saved_adapter_changes_the_images_and_leaves_again(pipe, images, folders):
-    plain = generate(pipe, images)
-    assert [path.name for path in folders[0].iterdir()] == ["pytorch_lora_weights.safetensors"]
-    pipe.load_lora_weights(folders[0])
-    adapted = generate(pipe, images)
-    assert np.abs(adapted - plain).max() > 1e-2
-    pipe.disable_lora()
-    assert np.array_equal(generate(pipe, images), plain)
-    pipe.enable_lora()
-    assert np.array_equal(generate(pipe, images), adapted)
-    pipe.unload_lora_weights()
-    assert np.array_equal(generate(pipe, images), plain)
+def predict(pipe, images, **options):
+    """One prediction of the UNet."""
+    latents = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    embeds = pipe.encode_image(images)
+    with torch.no_grad():
+        return pipe.unet(latents, 500, encoder_hidden_states=embeds, cross_attention_kwargs=options or None).sample
+
+
+def fused_weight(pipe):
+    pipe.fuse_lora()
+    attention = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    weight = attention.to_q.base_layer.weight.detach().clone()
+    pipe.unfuse_lora()
+    return weight
 
 
 def test_loading_restores_rank_and_alpha(pipe, folders):
-    pipe.load_lora_weights(folders[0], adapter_name="scanner")
+    pipe.load_lora_weights(folders["scanner"], adapter_name="scanner")
     config = pipe.unet.peft_config["scanner"]
     assert (config.r, config.lora_alpha) == (4, 8)
     loaded = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet, adapter_name="scanner"))
@@ -49,68 +66,26 @@ def test_loading_restores_rank_and_alpha(pipe, folders):
 
 
 def test_a_file_and_a_state_dict_load_as_the_folder_does(pipe, images, folders):
-    pipe.load_lora_weights(folders[0])
+    pipe.load_lora_weights(folders["scanner"])
     from_folder = generate(pipe, images)
     pipe.unload_lora_weights()
-    state_dict, _ = pipe.lora_state_dict(folders[0])
-    for source in (folders[0] / "pytorch_lora_weights.safetensors", state_dict):
+    state_dict, _ = pipe.lora_state_dict(folders["scanner"])
+    for source in (folders["scanner"] / "pytorch_lora_weights.safetensors", state_dict):
         pipe.load_lora_weights(source)
         assert np.abs(generate(pipe, images) - generate(tiny.tiny_pipeline(), images)).max() > 1e-2
         pipe.unload_lora_weights()
-    pipe.load_lora_weights(folders[0] / "pytorch_lora_weights.safetensors")
+    pipe.load_lora_weights(folders["scanner"] / "pytorch_lora_weights.safetensors")
     assert np.array_equal(generate(pipe, images), from_folder)
-
-
-def test_fused_weights_give_the_same_images(pipe, images, folders):
-    plain = generate(pipe, images)
-    pipe.load_lora_weights(folders[0])
-    adapted = generate(pipe, images)
-    pipe.fuse_lora()
-    assert pipe.num_fused_loras == 1
-    np.testing.assert_allclose(generate(pipe, images), adapted, atol=1e-4)
-    pipe.unfuse_lora()
-    pipe.unload_lora_weights()
-    np.testing.assert_allclose(generate(pipe, images), plain, atol=1e-4)
-
-
-def test_scale_of_one_call(pipe, images, folders):
-    plain = generate(pipe, images)
-    pipe.load_lora_weights(folders[0])
-    full = generate(pipe, images)
-    half = generate(pipe, images, cross_attention_kwargs={"scale": 0.5})
-    np.testing.assert_allclose(generate(pipe, images, cross_attention_kwargs={"scale": 0.0}), plain, atol=1e-5)
-    assert np.abs(half - full).max() > 1e-3
-    assert np.array_equal(generate(pipe, images), full)
-
-
-def test_adapters_are_weighed_and_combined(pipe, images, folders):
-    for name, folder in zip(("a", "b"), folders, strict=True):
-        pipe.load_lora_weights(folder, adapter_name=name)
-    assert pipe.get_list_adapters() == {"unet": ["a", "b"]}
-    results = {}
-    for label, (names, weights) in {
-        "a": (["a"], [1.0]),
-        "b": (["b"], [1.0]),
-        "both": (["a", "b"], [0.5, 0.5]),
-        "a again": (["a", "b"], [1.0, 0.0]),
-    }.items():
-        pipe.set_adapters(names, adapter_weights=weights)
-        results[label] = generate(pipe, images)
-    np.testing.assert_allclose(results["a"], results["a again"], atol=1e-5)
-    for label in ("b", "both"):
-        assert np.abs(results["a"] - results[label]).max() > 1e-3
-    pipe.delete_adapters("b")
-    assert pipe.get_list_adapters() == {"unet": ["a"]}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("method", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
 def test_adapters_load_under_offloading(pipe, images, folders, method):
-    pipe.load_lora_weights(folders[0])
+    pipe.load_lora_weights(folders["scanner"])
     expected = generate(pipe, images)
     offloaded = tiny.tiny_pipeline()
     getattr(offloaded, method)()
-    offloaded.load_lora_weights(folders[0])
+    offloaded.load_lora_weights(folders["scanner"])
     assert np.abs(generate(offloaded, images) - expected).mean() < 2e-3
 
 
@@ -132,6 +107,212 @@ def test_pickled_adapters_are_not_read_unasked(pipe, images, tmp_path):
 
 
 def test_a_missing_peft_names_the_extra(pipe, folders, monkeypatch):
-    monkeypatch.setattr(lora, "USE_PEFT_BACKEND", False)
+    monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match=r"pip install diffusers-dino\[train\]"):
-        pipe.load_lora_weights(folders[0])
+        pipe.load_lora_weights(folders["scanner"])
+
+
+def test_a_combination_is_linear_in_its_weights(adapted):
+    names = ["scanner", "ward"]
+    adapted.set_adapters(names, [0.0, 0.0])
+    base = fused_weight(adapted)
+    parts = []
+    for name in names:
+        adapted.set_adapters(name)
+        parts.append(fused_weight(adapted) - base)
+        assert parts[-1].abs().max() > 0.01
+    for weights in ([0.3, 0.7], [1.0, 1.0], [-0.5, 2.0]):
+        adapted.set_adapters(names, weights)
+        expected = base + weights[0] * parts[0] + weights[1] * parts[1]
+        assert torch.allclose(fused_weight(adapted), expected, atol=1e-5)
+
+
+def test_names_weights_and_the_scale_of_a_call(adapted, images):
+    assert adapted.get_list_adapters() == {"unet": ["scanner", "ward"]}
+    adapted.set_adapters(["scanner", "ward"], [0.8, 0.4])
+    assert adapted.get_active_adapters() == ["scanner", "ward"]
+    half = predict(adapted, images, scale=0.5)
+    both = generate(adapted, images)
+    adapted.set_adapters(["scanner", "ward"], [0.4, 0.2])
+    assert torch.allclose(predict(adapted, images), half, atol=1e-5)
+    assert np.abs(generate(adapted, images) - both).max() > 1e-4
+    adapted.set_adapters(["scanner", "ward"], 0.4)  # one number for all
+    assert not torch.allclose(predict(adapted, images), half, atol=1e-4)
+
+
+def test_blocks_may_be_weighed_apart(adapted, images):
+    adapted.set_adapters("scanner")
+    whole = predict(adapted, images)
+    adapted.set_adapters("scanner", {"unet": {"down": 1.0, "mid": 1.0, "up": 1.0}})
+    assert torch.allclose(predict(adapted, images), whole, atol=1e-6)
+    adapted.set_adapters("scanner", {"unet": {"down": 0.0, "mid": 0.0, "up": 0.0}})
+    assert torch.allclose(predict(adapted, images), predict(tiny.tiny_pipeline(), images), atol=1e-6)
+    adapted.set_adapters("scanner", {"unet": {"down": 0.0, "mid": 0.0, "up": 1.0}})
+    assert not torch.allclose(predict(adapted, images), whole, atol=1e-4)
+
+
+def test_deleted_and_disabled_adapters_leave_nothing(adapted, images):
+    plain = predict(tiny.tiny_pipeline(), images)
+    adapted.set_adapters("ward")
+    ward = predict(adapted, images)
+    adapted.delete_adapters("scanner")
+    assert adapted.get_list_adapters() == {"unet": ["ward"]}
+    adapted.set_adapters("ward")
+    assert torch.equal(predict(adapted, images), ward)
+    adapted.disable_lora()
+    assert torch.equal(predict(adapted, images), plain)
+    adapted.enable_lora()
+    assert torch.equal(predict(adapted, images), ward)
+    with pytest.raises(ValueError, match="not in the list of present adapters"):
+        adapted.set_adapters("scanner")
+
+
+def test_an_adapter_is_swapped_in_place(pipe, folders, images):
+    pipe.load_lora_weights(folders["ward"], adapter_name="ward")
+    ward = predict(pipe, images)
+    pipe.unload_lora_weights()
+    pipe.enable_lora_hotswap(target_rank=4)
+    pipe.load_lora_weights(folders["scanner"], adapter_name="site")
+    layer = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    matrix = layer.lora_A["site"]
+    pipe.load_lora_weights(folders["ward"], adapter_name="site", hotswap=True)
+    assert layer.lora_A["site"] is matrix
+    assert torch.allclose(predict(pipe, images), ward, atol=1e-5)
+    with pytest.raises(ValueError, match="no existing adapter by that name"):
+        pipe.load_lora_weights(folders["ward"], adapter_name="other", hotswap=True)
+
+
+@pytest.mark.parametrize("names", [["scanner"], ["scanner", "ward"]])
+def test_a_fused_combination_is_saved_as_a_pipeline(adapted, images, tmp_path, names):
+    adapted.set_adapters(names, [0.6] * len(names))
+    expected = generate(adapted, images)
+    adapted.fuse_lora(adapter_names=names)
+    assert adapted.fused_loras == set(names)
+    adapted.unload_lora_weights()
+    np.testing.assert_allclose(generate(adapted, images), expected, atol=1e-4)
+    adapted.save_pretrained(tmp_path)
+    loaded = DinoDiffusionPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert loaded.get_list_adapters() == {}
+    np.testing.assert_allclose(generate(loaded, images), expected, atol=1e-4)
+
+
+def test_fusing_at_half_strength_is_a_weight_of_a_half(pipe, folders, images):
+    pipe.load_lora_weights(folders["scanner"], adapter_name="scanner")
+    pipe.set_adapters("scanner", 0.5)
+    half = predict(pipe, images)
+    pipe.set_adapters("scanner")
+    whole = predict(pipe, images)
+    pipe.fuse_lora(lora_scale=0.5, safe_fusing=True)
+    assert pipe.num_fused_loras == 1
+    assert torch.allclose(predict(pipe, images), half, atol=1e-5)
+    pipe.unfuse_lora()
+    assert torch.allclose(predict(pipe, images), whole, atol=1e-4)
+
+
+def test_dora_is_loaded_as_it_was_saved(pipe, folders, images):
+    plain = predict(pipe, images)
+    pipe.load_lora_weights(folders["dora"], adapter_name="dora")
+    assert pipe.unet.peft_config["dora"].use_dora
+    magnitudes = [name for name in get_peft_model_state_dict(pipe.unet, adapter_name="dora") if "magnitude" in name]
+    assert magnitudes
+    adapted = predict(pipe, images)
+    assert not torch.allclose(adapted, plain, atol=1e-3)
+    pipe.fuse_lora()
+    assert torch.allclose(predict(pipe, images), adapted, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_every_pipeline_loads_and_shares_adapters(pipe, folders, images, kind):
+    other = kind.from_pipe(tiny.tiny_pipeline())
+    plain = predict(pipe, images)
+    other.load_lora_weights(folders["scanner"], adapter_name="scanner")
+    pipe.load_lora_weights(folders["scanner"], adapter_name="scanner")
+    shared = kind.from_pipe(pipe)
+    assert shared.get_active_adapters() == other.get_active_adapters() == ["scanner"]
+    for source in (other, shared):
+        adapted = predict(DinoDiffusionPipeline.from_pipe(source), images)
+        assert torch.equal(adapted, predict(pipe, images))
+        assert not torch.allclose(adapted, plain, atol=1e-3)
+    shared.unload_lora_weights()
+    assert torch.equal(predict(pipe, images), plain)
+
+
+def test_segments_are_those_of_the_adapted_model(pipe, folders, images):
+    diffseg = DiffSegPipeline.from_pipe(pipe)
+    plain = diffseg.attention_maps(images[:1])
+    diffseg.load_lora_weights(folders["scanner"])
+    adapted = diffseg.attention_maps(images[:1])
+    assert (adapted - plain).abs().max() > 1e-4
+    diffseg.fuse_lora()
+    assert torch.allclose(diffseg.attention_maps(images[:1]), adapted, atol=1e-5)
+
+
+def test_adapters_go_where_the_pipeline_is_sent(adapted, images):
+    adapted.to(torch.bfloat16)
+    weights = [weight for name, weight in adapted.unet.named_parameters() if "lora_" in name]
+    assert {weight.dtype for weight in weights} == {torch.bfloat16}
+    assert np.isfinite(generate(adapted, images)).all()
+    adapted.set_lora_device(["ward"], "meta")
+    devices = {
+        name.split(".")[-2]: weight.device.type for name, weight in adapted.unet.named_parameters() if "lora_" in name
+    }
+    assert devices == {"scanner": "cpu", "ward": "meta"}
+
+
+@pytest.mark.parametrize("method", ["model", "group"])
+def test_adapters_load_under_offloading_of_any_kind(pipe, folders, images, method):
+    pipe.load_lora_weights(folders["scanner"])
+    expected = generate(pipe, images)
+    offloaded = tiny.tiny_pipeline()
+    if method == "model":
+        offloaded.enable_model_cpu_offload(device="cpu")
+        offloaded.remove_all_hooks()  # diffusers' loader puts hooks back on an accelerator, which there may not be
+    else:
+        cpu = torch.device("cpu")
+        offloaded.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    offloaded.load_lora_weights(folders["scanner"])
+    np.testing.assert_allclose(generate(offloaded, images), expected, atol=1e-5)
+
+
+WRONG = {
+    "narrower": ({"block_out_channels": (32, 32)}, "32 inputs in the layer .* here is one with 16 inputs"),
+    "deeper": (
+        {
+            "block_out_channels": (16, 32, 32),
+            "down_block_types": ("CrossAttnDownBlock2D",) * 3,
+            "up_block_types": ("CrossAttnUpBlock2D",) * 3,
+        },
+        "here is none of that name",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_an_adapter_of_another_unet(pipe, images, tmp_path, wrong):
+    overrides, message = WRONG[wrong]
+    plain = predict(pipe, images)
+    folder = save_adapter(tmp_path, 0, unet=tiny.tiny_unet(**overrides))
+    with pytest.raises(ValueError, match=f"LoRA is of another UNet: .*{message}"):
+        pipe.load_lora_weights(folder)
+    assert pipe.get_list_adapters() == {}
+    assert torch.equal(predict(pipe, images), plain)
+
+
+def test_files_that_are_not_there_or_broken(pipe, folders, tmp_path):
+    with pytest.raises(FileNotFoundError, match="neither a folder or file nor an id on the Hub"):
+        pipe.load_lora_weights(tmp_path / "missing")
+    with pytest.raises(OSError, match=r"pytorch_lora_weights\.safetensors"):
+        pipe.load_lora_weights(tmp_path)
+    whole = (folders["scanner"] / "pytorch_lora_weights.safetensors").read_bytes()
+    (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="is corrupt, fetch it again"):
+        pipe.load_lora_weights(tmp_path)
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        save_adapter(tmp_path / "pytorch_lora_weights.safetensors", 0)
+    pipe.load_lora_weights(folders["scanner"], adapter_name="scanner")
+    with pytest.raises(ValueError, match="scanner already in use"):
+        pipe.load_lora_weights(folders["ward"], adapter_name="scanner")
+    without = DinoDiffusionPipeline(**{**pipe.components, "unet": None})
+    with pytest.raises(ValueError, match="no unet to load a LoRA into"):
+        without.load_lora_weights(folders["scanner"])

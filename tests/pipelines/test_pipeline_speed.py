@@ -13,7 +13,6 @@ from diffusers import (
     TaylorSeerCacheConfig,
     UniPCMultistepScheduler,
 )
-from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProcessor
 
 import tiny
 from diffusers_dino import DiffSegPipeline, DinoInterpolationPipeline
@@ -185,35 +184,9 @@ def test_diffusers_attention_backends_do_not_reach_this_unet(pipe, images, expec
         pipe.unet.set_attention_backend("native")  # it is set for the whole process
 
 
-@pytest.mark.parametrize("processor", [AttnProcessor(), SlicedAttnProcessor(1)], ids=lambda p: type(p).__name__)
-def test_other_attention_processors_give_the_same_images(pipe, images, expected, processor):
-    pipe.unet.set_attn_processor(processor)
-    np.testing.assert_allclose(sample(pipe, images), expected, atol=1e-4)
-
-
 def test_a_kernel_of_sdpa_may_be_chosen(pipe, images, expected):
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         np.testing.assert_allclose(sample(pipe, images), expected, atol=1e-4)
-
-
-def test_memory_formats_and_fused_projections_give_the_same_images(pipe, images, expected):
-    pipe.unet.to(memory_format=torch.channels_last)
-    pipe.vae.to(memory_format=torch.channels_last)
-    np.testing.assert_allclose(sample(pipe, images), expected, atol=1e-4)
-    pipe.fuse_qkv_projections()
-    np.testing.assert_allclose(sample(pipe, images), expected, atol=1e-4)
-
-
-def test_the_vae_may_decode_in_slices(pipe, images, expected):
-    pipe.vae.enable_slicing()
-    np.testing.assert_allclose(sample(pipe, images), expected, atol=1e-5)
-
-
-def test_weights_may_be_stored_in_eight_bits(pipe, images, expected):
-    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
-    stored = {parameter.dtype for name, parameter in pipe.unet.named_parameters() if "attn1.to_q" in name}
-    assert stored == {torch.float8_e4m3fn}
-    assert np.abs(sample(pipe, images) - expected).max() < 0.1
 
 
 @pytest.mark.parametrize(

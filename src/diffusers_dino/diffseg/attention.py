@@ -34,7 +34,7 @@ def capture_self_attention(
     Yields:
         A dictionary, filled as the model runs: s to maps `(B, s * s, s * s)` float32, queries by keys, each row of sum
         1, the mean over all heads, layers and forward passes with s * s positions. For one image it is what
-        `segmentation.aggregate_attention` takes.
+        `merging.aggregate_attention` takes.
 
     Raises:
         ValueError: If the model has no self-attention (in `layers`), if its input is not square, or, on leaving, if no

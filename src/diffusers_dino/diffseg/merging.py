@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..extras import require
+
 __all__ = [
     "aggregate_attention",
     "anchor_divergence",
@@ -92,7 +94,7 @@ def merge_attention(
         `(K, size, size)` float32, K >= 1.
 
     Raises:
-        ValueError: If a threshold is not positive, there is none, the anchors do not fit, or the maps are no such
+        ValueError: If a threshold is not positive, there is none, the anchors do not fit, or the maps are not
             distributions.
     """
     flat = _flat(maps)
@@ -159,13 +161,11 @@ def refine_segments(maps: Tensor, merged: Tensor) -> Tensor:
     Raises:
         ImportError: If scikit-learn is missing.
     """
-    try:
-        from sklearn.cluster import KMeans
-    except ImportError as error:
-        raise ImportError("Refinement needs scikit-learn: pip install diffusers-dino[eval]") from error
+    cluster = require("sklearn.cluster", "eval", "Refinement needs scikit-learn")
     flat = maps.flatten(1).float().cpu()
     start = merged.flatten(1).float().cpu()
-    labels = torch.from_numpy(KMeans(len(start), init=start.numpy(), n_init=1).fit(flat.numpy()).labels_).long()
+    clusters = cluster.KMeans(len(start), init=start.numpy(), n_init=1).fit(flat.numpy())
+    labels = torch.from_numpy(clusters.labels_).long()
     members = F.one_hot(labels, len(start)).T.bool()  # (K, N)
     return _average(flat, members[members.any(dim=1)]).view(-1, *maps.shape[1:]).to(maps.device)
 

@@ -152,10 +152,8 @@ class Encoder(ExactBuffers):
         super().__init__()
         self.spec = spec
         self.model = self._build(spec)
-        shape = _shape(self.model)
-        self.width, self.patch, self.has_class_token = shape.width, shape.patch, shape.has_class_token
-        self.num_prefix = shape.num_prefix
-        self.num_global = shape.num_prefix + int(spec.pooler)
+        self.width, self.patch, self.num_prefix, self.has_class_token = _shape(self.model)
+        self.num_global = self.num_prefix + int(spec.pooler)
         check_size(spec.size, self.patch, spec.source)
         _check_timm_size(self.model, spec)
         self.num_patches = (spec.size // self.patch) ** 2
@@ -208,14 +206,6 @@ class Encoder(ExactBuffers):
         if pooled is not None:
             prefix = torch.cat([prefix[:, :1], pooled[:, None], prefix[:, 1:]], dim=1)
         return prefix, patches
-
-
-@dataclass(frozen=True)
-class _Shape:
-    width: int
-    patch: int
-    num_prefix: int
-    has_class_token: bool
 
 
 def build_model(spec: EncoderSpec) -> nn.Module:
@@ -314,13 +304,14 @@ def _check_channels(channels: int) -> None:
         raise ValueError(f"The encoder takes {channels} channels; only encoders of 3 (RGB) are supported.")
 
 
-def _shape(model: nn.Module) -> _Shape:
+def _shape(model: nn.Module) -> tuple[int, int, int, bool]:
+    """Width, patch, number of tokens before the patches, and whether one of them is a class token."""
     if isinstance(model, transformers.PreTrainedModel):
         config = model.config
         registers = getattr(config, "num_register_tokens", 0)
-        return _Shape(config.hidden_size, _square(config.patch_size), 1 + registers, True)
+        return config.hidden_size, _square(config.patch_size), 1 + registers, True
     has_class_token = getattr(model, "cls_token", None) is not None
-    return _Shape(model.num_features, _square(model.patch_embed.patch_size), model.num_prefix_tokens, has_class_token)
+    return model.num_features, _square(model.patch_embed.patch_size), model.num_prefix_tokens, has_class_token
 
 
 def _square(patch: int | Sequence[int]) -> int:

@@ -32,7 +32,7 @@ class LastingModelMixin(ModelMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
         """Load what `save_pretrained` wrote, with the options of diffusers' `ModelMixin.from_pretrained`.
 
-        Weights are read from safetensors unless `use_safetensors=False` is said.
+        Weights are read from safetensors unless `use_safetensors=False` is given.
 
         Raises:
             ValueError: If tensors are missing: diffusers would warn, and go on with what an empty model holds.
@@ -49,15 +49,7 @@ class LastingModelMixin(ModelMixin):
         return (model, info) if with_info else model
 
     def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        is_main_process: bool = True,
-        save_function: Callable | None = None,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str = "10GB",
-        push_to_hub: bool = False,
-        **kwargs: Any,
+        self, save_directory: str | os.PathLike[str], *, max_shard_size: int | str = "10GB", **kwargs: Any
     ) -> None:
         """Save config and weights (safetensors), with the options of diffusers' `ModelMixin.save_pretrained`.
 
@@ -68,16 +60,7 @@ class LastingModelMixin(ModelMixin):
         sharded = split_torch_state_dict_into_shards(self.state_dict(), max_shard_size=max_shard_size).is_sharded
         self._saving = not sharded and not getattr(self, "is_quantized", False)
         try:
-            super().save_pretrained(
-                save_directory,
-                is_main_process=is_main_process,
-                save_function=save_function,
-                safe_serialization=safe_serialization,
-                variant=variant,
-                max_shard_size=max_shard_size,
-                push_to_hub=push_to_hub,
-                **kwargs,
-            )
+            super().save_pretrained(save_directory, max_shard_size=max_shard_size, **kwargs)
         finally:
             self._saving = False
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
-from diffusers.utils import USE_PEFT_BACKEND, convert_unet_state_dict_to_peft
+from diffusers.utils import convert_unet_state_dict_to_peft
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from torch import Tensor, nn
+
+from ..extras import require
 
 __all__ = ["UNetLoraLoaderMixin"]
 
@@ -49,7 +50,7 @@ class UNetLoraLoaderMixin(LoraBaseMixin):
             ValueError: If the file is corrupt, holds no LoRA weights of a UNet, or those of another UNet.
             FileNotFoundError: If it is neither a folder or file nor an id on the Hub.
         """
-        _require_peft()
+        require("peft", "train", "LoRA needs peft")
         if self.unet is None:
             raise ValueError("This pipeline has no unet to load a LoRA into.")
         low_cpu_mem_usage = kwargs.pop("low_cpu_mem_usage", True)
@@ -78,7 +79,7 @@ class UNetLoraLoaderMixin(LoraBaseMixin):
     def lora_state_dict(
         cls, pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, Tensor], **kwargs: Any
     ) -> tuple:
-        """Read a LoRA file as diffusers does, from safetensors unless `use_safetensors=False` is said.
+        """Read a LoRA file as diffusers does, from safetensors unless `use_safetensors=False` is given.
 
         Args:
             pretrained_model_name_or_path_or_dict: A folder, an id on the Hub, or a state dict.
@@ -105,40 +106,22 @@ class UNetLoraLoaderMixin(LoraBaseMixin):
 
     @classmethod
     def save_lora_weights(
-        cls,
-        save_directory: str | os.PathLike,
-        unet_lora_layers: dict[str, nn.Module | Tensor],
-        is_main_process: bool = True,
-        weight_name: str | None = None,
-        save_function: Callable | None = None,
-        safe_serialization: bool = True,
-        unet_lora_adapter_metadata: dict[str, Any] | None = None,
+        cls, save_directory: str | os.PathLike, unet_lora_layers: dict[str, nn.Module | Tensor], **kwargs: Any
     ) -> None:
         """Write an adapter as `pytorch_lora_weights.safetensors`.
 
         Args:
             save_directory: Made if it does not exist.
             unet_lora_layers: From `convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))`.
-            is_main_process: False on all but one process of a distributed run.
-            weight_name: Another file name.
-            save_function: Another way to write a state dict.
-            safe_serialization: False writes a pickle, which `load_lora_weights` will not read by itself.
-            unet_lora_adapter_metadata: The adapter's `LoraConfig`, by which it is rebuilt exactly.
+            kwargs: As in diffusers: `weight_name`, `is_main_process` (False on all but one process of a distributed
+                run), `unet_lora_adapter_metadata` (the adapter's `LoraConfig`, by which it is rebuilt exactly), ...
 
         Raises:
             NotADirectoryError: If `save_directory` is a file.
         """
         if os.path.isfile(save_directory):  # diffusers would log it, and write nothing
             raise NotADirectoryError(f"A LoRA is saved to a folder, and {save_directory} is a file.")
-        StableDiffusionLoraLoaderMixin.save_lora_weights(
-            save_directory,
-            unet_lora_layers=unet_lora_layers,
-            is_main_process=is_main_process,
-            weight_name=weight_name,
-            save_function=save_function,
-            safe_serialization=safe_serialization,
-            unet_lora_adapter_metadata=unet_lora_adapter_metadata,
-        )
+        StableDiffusionLoraLoaderMixin.save_lora_weights(save_directory, unet_lora_layers=unet_lora_layers, **kwargs)
 
     def fuse_lora(
         self,
@@ -161,11 +144,6 @@ class UNetLoraLoaderMixin(LoraBaseMixin):
     def unfuse_lora(self, components: list[str] | None = None, **kwargs: Any) -> None:
         """Take merged adapters out of the UNet's weights again."""
         super().unfuse_lora(components or [self.unet_name], **kwargs)
-
-
-def _require_peft() -> None:
-    if not USE_PEFT_BACKEND:
-        raise ImportError("LoRA needs peft: pip install diffusers-dino[train]")
 
 
 def _check_hub_id(name: str | os.PathLike) -> None:

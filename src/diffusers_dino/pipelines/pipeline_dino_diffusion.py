@@ -157,7 +157,7 @@ class DinoDiffusionPipeline(
         """Refuse what cannot work before any work is done; arguments as in `__call__`.
 
         Args:
-            name: What messages call `image`.
+            name: What messages call `image`, and `image_embeds` after it.
 
         Raises:
             TypeError: If an argument has the wrong type.

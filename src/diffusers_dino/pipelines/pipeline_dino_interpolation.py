@@ -29,16 +29,7 @@ class DinoInterpolationPipeline(DinoDiffusionPipeline):
 
     Every point of a path starts from the same noise, and sees the same noise in the steps of stochastic schedulers:
     along a path, only the condition changes. Each point is a call of `DinoDiffusionPipeline` with its tokens: at
-    fractions 0 and 1 both give the same images from the same generator, bit for bit.
-
-    Args:
-        vae: Autoencoder of images with 1 or 3 channels.
-        conditioner: Images to condition tokens, and the null condition of guidance.
-        unet: Denoiser of the VAE's latents; its `cross_attention_dim` is the conditioner's `token_dim`.
-        scheduler: Any of diffusers' `KarrasDiffusionSchedulers`, with the noise schedule of the UNet's training.
-
-    Raises:
-        ValueError: If the components do not fit together.
+    fractions 0 and 1 both give the same images from the same generator, bit for bit. It has the same components.
 
     Example:
         ```python

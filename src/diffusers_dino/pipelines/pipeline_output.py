@@ -9,7 +9,7 @@ import PIL.Image
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-__all__ = ["DiffSegPipelineOutput", "DinoDiffusionPipelineOutput"]
+__all__ = ["DiffSegPipelineOutput", "DinoDiffusionPipelineOutput", "DinoInterpolationPipelineOutput"]
 
 
 @dataclass
@@ -42,11 +42,5 @@ class DiffSegPipelineOutput(BaseOutput):
 
 
 @dataclass
-class DinoInterpolationPipelineOutput(BaseOutput):
-    """Generated images, path after path: F images from the first fraction to the last belong together.
-
-    Attributes:
-        images: As those of `DinoDiffusionPipelineOutput`.
-    """
-
-    images: list[PIL.Image.Image] | np.ndarray | Tensor
+class DinoInterpolationPipelineOutput(DinoDiffusionPipelineOutput):
+    """Generated images, path after path: F images from the first fraction to the last belong together."""
