@@ -209,9 +209,7 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         if add_noise:  # drawn in float32, so that a seed means the same in every precision
             noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=torch.float32)
             noise = noise.to(latents.dtype)
-            schedule = DDPMScheduler.from_config(
-                self.scheduler.config
-            )  # others scale latents
+            schedule = DDPMScheduler.from_config(self.scheduler.config)  # some others do not keep unit variance
         with capture_self_attention(self.unet, sides, layers) as attention:
             for t in _timesteps(timestep, self.scheduler.config["num_train_timesteps"]):
                 steps = torch.full((len(latents),), t, device=latents.device)
