@@ -300,13 +300,6 @@ def test_forward_refuses_other_shapes(shape):
         tiny.tiny_conditioner()(torch.rand(shape))
 
 
-def test_misspelt_options():
-    with pytest.raises(TypeError, match="sise"):
-        DinoImageConditioner.from_encoder("anything", sise=32)
-    with pytest.raises(TypeError, match="projection"):
-        tiny.tiny_conditioner(projection=32)
-
-
 @pytest.mark.parametrize("key", ["tokens", "projection_dim", "encoders"])
 def test_misspelt_key_in_a_saved_config(key, tmp_path):
     tiny.tiny_conditioner().save_pretrained(tmp_path)

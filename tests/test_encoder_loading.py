@@ -243,7 +243,7 @@ def test_folder_without_config_and_a_name_that_is_none(tmp_path):
         DinoImageConditioner.from_encoder(tmp_path)
     with pytest.raises(ValueError, match="neither a folder nor an id"):
         DinoImageConditioner.from_encoder("./no/such/folder")
-    with pytest.raises(FileNotFoundError, match="'org/no-such' is no folder here, and the Hub gave no encoder"):
+    with pytest.raises(FileNotFoundError, match="'org/no-such' is not a folder here, and the Hub gave no encoder"):
         DinoImageConditioner.from_encoder("org/no-such", cache_dir=tmp_path)
 
 

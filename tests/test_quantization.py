@@ -250,14 +250,6 @@ def test_adapters_come_afterwards(pipe):
         quantize(pipe.unet, BitsAndBytesConfig(load_in_8bit=True))
 
 
-def test_loading_quantised_without_a_gpu_is_refused_by_diffusers(pipe, tmp_path):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    pipe.unet.save_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match="A GPU is needed for quantization"):
-        UNet2DConditionModel.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: bitsandbytes' CUDA kernels")
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("bits", BITS)

@@ -86,5 +86,5 @@ def _check(model: ModelMixin, config: BitsAndBytesConfig) -> None:
 
 
 def _read_directly(model: nn.Module) -> set[str]:
-    """Paths of the layers whose weight timm's BEiT and EVA-02 hand to `F.linear` themselves, with biases of theirs."""
+    """Paths of the layers whose weight timm's BEiT and EVA-02 hand to `F.linear` themselves, with their own biases."""
     return {f"{path}.qkv" for path, module in model.named_modules() if getattr(module, "q_bias", None) is not None}

@@ -91,7 +91,6 @@ SWITCHES = {
     "attention slicing": lambda pipe: pipe.enable_attention_slicing(),
     "attention slices of one head": lambda pipe: pipe.enable_attention_slicing("max"),
     "plain attention": lambda pipe: pipe.unet.set_attn_processor(AttnProcessor()),
-    "fused projections": lambda pipe: pipe.fuse_qkv_projections(),
     "slices of the autoencoder": lambda pipe: pipe.vae.enable_slicing(),
     "tiles of the autoencoder": lambda pipe: pipe.vae.enable_tiling(),
     "channels last": lambda pipe: pipe.unet.to(memory_format=torch.channels_last),

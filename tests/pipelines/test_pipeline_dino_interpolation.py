@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tiny
-from diffusers_dino import DinoDiffusionPipeline, DinoInterpolationPipeline, DinoInterpolationPipelineOutput
+from diffusers_dino import DinoDiffusionPipeline, DinoInterpolationPipeline
 from tiny import generate, generators
 
 pytestmark = pytest.mark.filterwarnings(
@@ -223,16 +223,6 @@ def test_arguments_that_do_not_go_together(between, images):
         walk(between, a, target_embeds=embeds * float("nan"))
 
 
-def test_an_output_as_dict_and_as_tuple(between, images):
-    output = between(images[:1], images[1:2], fractions=[0.5], num_inference_steps=1)
-    assert isinstance(output, DinoInterpolationPipelineOutput)
-    assert [image.size for image in output.images] == [(32, 32)]
-    (latents,) = between(
-        images[:1], images[1:2], num_inference_steps=1, return_dict=False, output_type="latent", fractions=[0.5, 1]
-    )
-    assert latents.shape == (2, 4, 8, 8)
-
-
 def test_callbacks_and_the_progress_bar_see_every_point_anew(between, images, capsys):
     seen = []
 
@@ -270,13 +260,3 @@ def test_half_precision_keeps_the_ends(pipe, between, images):
     path = walk(between, images[:1], images[1:2], fractions=[0, 1])
     np.testing.assert_array_equal(path[:1], generate(pipe, images[:1]))
     np.testing.assert_array_equal(path[1:], generate(pipe, images[1:2]))
-
-
-def test_without_conditioner_or_autoencoder(between, images):
-    a, b = between.encode_image(images[:1]), between.encode_image(images[1:2])
-    bare = DinoInterpolationPipeline(None, None, between.unet, between.scheduler)
-    bare.set_progress_bar_config(disable=True)
-    options = {"guidance_scale": 1.0, "output_type": "latent", "height": 64, "width": 64}
-    assert walk(bare, source_embeds=a, target_embeds=b, **options).shape == (5, 4, 8, 8)
-    with pytest.raises(ValueError, match="no conditioner to encode"):
-        walk(bare, images[:1], images[1:2], **options)

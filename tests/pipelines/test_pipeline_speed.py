@@ -4,14 +4,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    DEISMultistepScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
     FasterCacheConfig,
     FirstBlockCacheConfig,
     PyramidAttentionBroadcastConfig,
     TaylorSeerCacheConfig,
-    UniPCMultistepScheduler,
 )
 
 import tiny
@@ -166,39 +162,6 @@ def test_caches_of_transformers_and_second_caches_are_refused(pipe, images):
     single = {"block_out_channels": (16,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
     with pytest.raises(ValueError, match="one level"):
         deep_cache(tiny.tiny_unet(**single))
-
-
-def test_diffusers_offers_this_unet_no_cache_of_its_own(pipe):
-    """The day this fails, `enable_cache` of the pipeline can go."""
-    with pytest.raises(AttributeError, match="has no attribute 'enable_cache'"):
-        pipe.unet.enable_cache(FirstBlockCacheConfig())
-
-
-def test_diffusers_attention_backends_do_not_reach_this_unet(pipe, images, expected):
-    """Its processors call PyTorch's SDPA by themselves; docs/speed.md says so."""
-    pipe.unet.set_attention_backend("_native_math")
-    try:
-        assert not any(hasattr(processor, "_attention_backend") for processor in pipe.unet.attn_processors.values())
-        assert np.array_equal(sample(pipe, images), expected)
-    finally:
-        pipe.unet.set_attention_backend("native")  # it is set for the whole process
-
-
-def test_a_kernel_of_sdpa_may_be_chosen(pipe, images, expected):
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        np.testing.assert_allclose(sample(pipe, images), expected, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    "scheduler",
-    [DPMSolverMultistepScheduler, UniPCMultistepScheduler, DEISMultistepScheduler, EulerDiscreteScheduler],
-)
-def test_few_steps_come_near_to_many(pipe, images, scheduler):
-    """The model is random, but its differential equation has a solution, which solvers approach with more steps."""
-    exact = sample(pipe, images, num_inference_steps=80)
-    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
-    few, more = (np.abs(sample(pipe, images, num_inference_steps=n) - exact).mean() for n in (4, 25))
-    assert more < few < 0.1
 
 
 @pytest.mark.slow

@@ -150,12 +150,7 @@ def _query_and_key(layer: Attention, projected: dict[str, Tensor]) -> tuple[Tens
 def _update_mean(mean: Tensor, query: Tensor, key: Tensor, scale: float, weight: float) -> None:
     """Move a running mean of maps `(B, N, N)` in place towards those of one layer: `mean += weight * (new - mean)`.
 
-    Args:
-        mean: `(B, N, N)`.
-        query: `(B, h, N, d)` float32.
-        key: `(B, h, N, d)` float32.
-        scale: Factor of the scores before the softmax.
-        weight: This layer's share in the new mean.
+    Query and key are `(B, h, N, d)` float32; `scale` multiplies the scores before the softmax.
     """
     batch, heads, positions, _ = query.shape
     rows = max(1, _CHUNK_NUMEL // (batch * heads * positions))

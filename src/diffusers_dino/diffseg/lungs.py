@@ -6,7 +6,7 @@ the one that the others agree with most is stable against the choice of timestep
 
 The prior is two upright ellipses in the upper two thirds of a frontal chest radiograph, in round numbers that were
 written by hand and not fitted. It decides which segments are named; their outline is the segments' own. Anything that
-is chosen with it must be compared with the prior alone.
+is chosen with it must be compared with the prior by itself.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def name_lungs(
     brightness = (brightness - brightness.mean()) / brightness.std().clamp(min=1e-9)
     sums = torch.bincount(flat, weights=brightness, minlength=len(area))  # they sum to 0 over all segments
 
-    # Entry (i, j) of each table is of the union of i and j, entry (i, i) of i alone.
+    # Entry (i, j) of each table is of the union of i and j, entry (i, i) of only i.
     inside, hits, total = (union_table(values) for values in (area, overlap, sums))
     fit = 2 * hits / (inside + prior.sum())
     darker = -total / (len(flat) - inside).clamp(min=1) - total / inside.clamp(min=1)  # mean outside less inside
@@ -103,9 +103,9 @@ def name_lungs(
 
 
 def union_table(values: Tensor) -> Tensor:
-    """Sums over the union of any two segments `(K, K)`, from values of each `(K,)`; the diagonal is of one alone."""
-    alone = torch.eye(len(values), dtype=torch.bool, device=values.device)
-    return torch.where(alone, values, values[:, None] + values)
+    """Sums over the union of any two segments `(K, K)`, from values of each `(K,)`; the diagonal is of one segment."""
+    single = torch.eye(len(values), dtype=torch.bool, device=values.device)
+    return torch.where(single, values, values[:, None] + values)
 
 
 def most_agreed(masks: Tensor, weights: Tensor | None = None) -> int:

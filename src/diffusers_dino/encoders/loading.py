@@ -96,7 +96,9 @@ def _fetch(name: str, patterns: list[str], revision: str | None, hub: Mapping[st
     except HFValidationError as error:
         raise ValueError(f"{name!r} is neither a folder nor an id on the Hub.") from error
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise FileNotFoundError(f"{name!r} is no folder here, and the Hub gave no encoder for it: {error}") from error
+        raise FileNotFoundError(
+            f"{name!r} is not a folder here, and the Hub gave no encoder for it: {error}"
+        ) from error
     return folder, folder.name
 
 
@@ -138,7 +140,7 @@ def _load_transformers(
     pooler = {key for key in missing if key.startswith("pooler.")}
     if pooler:  # transformers made one at random
         model.pooler = None
-    # The mask token serves masked training alone.
+    # The mask token serves only masked training.
     if absent := sorted(key for key in missing - pooler if not key.endswith("mask_token")):
         raise ValueError(f"The checkpoint {origin['source']!r} lacks weights of its network: {', '.join(absent[:5])}.")
     return EncoderSpec(**describe_model(model), **preprocessing, **origin), model
@@ -176,7 +178,7 @@ def _load_timm(
 
 
 def _timm_weights(folder: Path, pretrained_cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """What points timm at the safetensors alone, where its own search would also take a pickle.
+    """What points timm at the safetensors; its own search would also take a pickle.
 
     timm drops a classifier that is not asked for, and then no longer minds if other weights are missing. Here there is
     none to begin with, so timm stays strict.
@@ -227,7 +229,7 @@ def _square_side(sides: tuple[int, ...]) -> int:
 
 
 def _resampling(name: str | None) -> str:
-    """torch antialiases bilinear and bicubic alone; bicubic is the nearest to the longer filters."""
+    """torch antialiases only bilinear and bicubic; bicubic is the nearest to the longer filters."""
     if name in RESAMPLINGS:
         return name
     logger.warning("The checkpoint's resampling (%s) has no differentiable counterpart: bicubic is used.", name)

@@ -31,7 +31,7 @@ SUPPORTED = (
     + ", ".join(TIMM_FAMILIES)
     + ")"
 )
-# Arguments that would make the builders read files or code that a config has no business to name.
+# Arguments that would make the builders read files or code that a config must not name.
 _FORBIDDEN = {
     *("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "auto_map"),
     *("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"),

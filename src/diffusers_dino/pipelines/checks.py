@@ -32,11 +32,7 @@ _EXTRA_CONDITIONS = ("addition_embed_type", "class_embed_type", "num_class_embed
 
 
 def condition_width(unet: UNet2DConditionModel) -> int:
-    """Width of the condition tokens that a UNet takes: its cross-attention's, or that of its input projection.
-
-    Raises:
-        ValueError: If the UNet's blocks differ in it, or if it needs other conditions than tokens.
-    """
+    """Width of the condition tokens that a UNet takes; a ValueError if its blocks differ, or it needs other inputs."""
     config = unet.config
     if config.get("encoder_hid_dim_type") not in (None, "text_proj"):
         raise ValueError(
@@ -61,11 +57,7 @@ def condition_width(unet: UNet2DConditionModel) -> int:
 def check_components(
     vae: VAE | None, conditioner: DinoImageConditioner | None, unet: UNet2DConditionModel | None
 ) -> None:
-    """Compare the widths at which the components meet; a component that is None is not compared.
-
-    Raises:
-        ValueError: If the UNet takes other tokens than the conditioner makes, or other latents than the VAE makes.
-    """
+    """Refuse a UNet that takes other tokens than the conditioner makes, or other latents than the VAE makes."""
     if unet is None:
         return
     width = condition_width(unet)
@@ -84,11 +76,7 @@ def check_components(
 
 
 def check_schedule(config: Any) -> None:
-    """Warn of scheduler settings that are known to spoil latent diffusion; each is legal, none is an error.
-
-    Args:
-        config: A scheduler's config.
-    """
+    """Warn of settings in a scheduler's config that are known to spoil latent diffusion; each is legal."""
     if config.get("clip_sample"):
         warnings.warn(
             "The scheduler clips its predictions to [-1, 1] (clip_sample=True, the default of some of diffusers' "
@@ -112,12 +100,7 @@ def check_schedule(config: Any) -> None:
 
 
 def check_embeds(embeds: Tensor, num_tokens: int | None, width: int, name: str = "image_embeds") -> None:
-    """Refuse condition tokens that are not a finite `(B, num_tokens, width)`; None allows any number of tokens.
-
-    Raises:
-        TypeError: If it is not a tensor.
-        ValueError: If it has another shape, NaN or infinity.
-    """
+    """Refuse condition tokens that are not a finite `(B, num_tokens, width)`; None allows any number of tokens."""
     if not isinstance(embeds, Tensor):
         raise TypeError(f"`{name}` must be a tensor (B, S, D), got {type(embeds).__name__}.")
     shape = tuple(embeds.shape)
@@ -140,12 +123,7 @@ def check_finite(tensor: Tensor, name: str) -> None:
 
 
 def check_generator(generator: Any, batch_size: int | None = None) -> None:
-    """Refuse what is neither None, a generator, nor a list of generators: one for each image of a batch.
-
-    Raises:
-        TypeError: If it is something else.
-        ValueError: If it is a list of another length than `batch_size`.
-    """
+    """Refuse what is neither None, a generator, nor a list of generators, one for each image of a batch."""
     listed = generator if isinstance(generator, list) else [] if generator is None else [generator]
     if not all(isinstance(item, torch.Generator) for item in listed):
         raise TypeError(f"`generator` must be a torch.Generator or a list of them, got {generator!r}.")

@@ -51,7 +51,7 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         scheduler: Its noise schedule; the range of timesteps, and how noise is added where it is asked for.
         vae: Autoencoder of images with 1 or 3 channels; None for a UNet on pixels.
         conditioner: Images to condition tokens.
-        text_encoder: Encoder of the empty prompt, where there is no conditioner.
+        text_encoder: Encoder of the empty prompt, used without a conditioner.
         tokenizer: Of `text_encoder`.
         text_encoder_2: Second one, of Stable Diffusion XL.
         tokenizer_2: Of `text_encoder_2`.
@@ -162,16 +162,14 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
             size: Side in pixels that they are resized to; by default the UNet's.
 
         Returns:
-            `(B, L, size / f, size / f)` with f pixels per latent; pixels in [-1, 1] where there is no VAE.
+            `(B, L, size / f, size / f)` with f pixels per latent; pixels in [-1, 1] without a VAE.
 
         Raises:
             RuntimeError: If the latents come out with NaN or infinity.
         """
         size, model = self._size(size), self.vae if self.vae is not None else self.unet
-        pixels = unit_to_vae(
-            torch.cat([resize_unit(image[None], size, "bicubic") for image in images]), model.config["in_channels"]
-        )
-        pixels = pixels.to(self._execution_device, model.dtype)
+        squares = torch.cat([resize_unit(image[None], size, "bicubic") for image in images])
+        pixels = unit_to_vae(squares, model.config["in_channels"]).to(self._execution_device, model.dtype)
         latents = pixels if self.vae is None else encode_to_moments(self.vae, pixels)[0]
         check_finite(latents, "latents")
         return latents.to(self.unet.dtype)
@@ -295,7 +293,7 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
             size: Side in pixels that images are stretched to for the model; by default what the UNet's config says.
             sides: Side lengths of the self-attention layers to use; by default all that the model has.
             layers: Names of the self-attention layers to use, or of their blocks, such as `["up_blocks"]`: the first
-                layer of the decoder's largest resolution alone may segment better than all; by default all.
+                layer of the decoder's largest resolution may segment better than all; by default all.
             weights: Weight of each side; by default in proportion to it.
             add_noise: Whether to add noise of the timestep to the latents. DiffSeg gives the model the clean latents.
             generator: Of that noise: one, or a list of B.
@@ -369,11 +367,7 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
 
 
 def _common_size(images: list[Tensor]) -> tuple[int, int]:
-    """Height and width of images `(3, H, W)` that share them.
-
-    Raises:
-        ValueError: If they do not.
-    """
+    """Height and width of images `(3, H, W)` that share them.; a ValueError if they do not."""
     sizes = sorted({tuple(image.shape[-2:]) for image in images})
     if len(sizes) > 1:
         raise ValueError(
@@ -396,11 +390,7 @@ def _for_batch(value: Any, batch_size: int, dtype: torch.dtype, device: torch.de
 
 
 def _thresholds(merge_threshold: float | Sequence[float], num_merges: int) -> list[float]:
-    """One threshold a pass: the same `num_merges` times, or those that were given.
-
-    Raises:
-        ValueError: If there is none, or one is not above 0.
-    """
+    """One threshold a pass, checked: the same `num_merges` times, or those that were given."""
     check_numbers(num_merges=num_merges)
     thresholds = [merge_threshold] * num_merges if isinstance(merge_threshold, Real) else list(merge_threshold)
     if not thresholds or not all(threshold > 0 for threshold in thresholds):  # also refuses NaN
@@ -409,11 +399,7 @@ def _thresholds(merge_threshold: float | Sequence[float], num_merges: int) -> li
 
 
 def _timesteps(timestep: int | Sequence[int], num_train_timesteps: int) -> list[int]:
-    """The timesteps of a call that takes one or several.
-
-    Raises:
-        ValueError: If there is none, or one is not an integer of the schedule.
-    """
+    """The timesteps of a call that takes one or several, checked."""
     timesteps = list(timestep) if isinstance(timestep, Sequence) else [timestep]
     whole = all(isinstance(t, Integral) and not isinstance(t, bool) for t in timesteps)
     if not timesteps or not whole or not all(0 <= t < num_train_timesteps for t in timesteps):

@@ -163,21 +163,18 @@ class DinoInterpolationPipeline(DinoDiffusionPipeline):
         # 1. Check
         check_choice(METHODS, method=method)
         height, width = self._default_size(height, width, latents)
-        for name, image, embeds in (("source", source, source_embeds), ("target", target, target_embeds)):
-            self.check_inputs(
-                image,
-                embeds,
-                height,
-                width,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                guidance_rescale=guidance_rescale,
-                num_images_per_prompt=num_images_per_prompt,
-                generator=generator,
-                output_type=output_type,
-                callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-                name=name,
-            )
+        sampling = {
+            "height": height,
+            "width": width,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "guidance_rescale": guidance_rescale,
+            "num_images_per_prompt": num_images_per_prompt,
+            "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
+        }
+        checked = {**sampling, "generator": generator, "output_type": output_type}
+        self.check_inputs(source, source_embeds, **checked, name="source")
+        self.check_inputs(target, target_embeds, **checked, name="target")
 
         # 2. Encode, and mix
         source_embeds = self.encode_image(source) if source_embeds is None else source_embeds
@@ -200,21 +197,15 @@ class DinoInterpolationPipeline(DinoDiffusionPipeline):
                         each.set_state(state)
                 output = super().__call__(
                     image_embeds=image_embeds,
-                    height=height,
-                    width=width,
-                    num_inference_steps=num_inference_steps,
                     timesteps=timesteps,
                     sigmas=sigmas,
-                    guidance_scale=guidance_scale,
-                    guidance_rescale=guidance_rescale,
-                    num_images_per_prompt=num_images_per_prompt,
                     eta=eta,
                     generator=generator,
                     latents=latents,
                     output_type="latent",
                     cross_attention_kwargs=cross_attention_kwargs,
                     callback_on_step_end=callback_on_step_end,
-                    callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+                    **sampling,
                 )
                 denoised.append(output.images)  # (P * n, L, h, w)
 
