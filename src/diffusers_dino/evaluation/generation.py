@@ -16,7 +16,6 @@ from ..seeds import generator_for
 
 if TYPE_CHECKING:
     from ..pipelines import DinoDiffusionPipeline
-    from ..pipelines import DinoDiffusionPipeline
 
 __all__ = [
     "Model",

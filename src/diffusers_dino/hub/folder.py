@@ -97,8 +97,7 @@ def half_precision_files(folder: str | Path, variant: str, aside: str | Path) ->
     if kind == "lora":
         raise ValueError("A LoRA has no variants: it is cast to its pipeline's type when it is loaded.")
     model_class = getattr(diffusers if kind == "vae" else diffusers_dino, class_of(folder))
-    dtype = {"dtype" if kind == "pipeline" else "torch_dtype": dtypes[variant]}
-    model_class.from_pretrained(folder, **dtype).save_pretrained(aside, variant=variant)
+    model_class.from_pretrained(folder, dtype=dtypes[variant]).save_pretrained(aside, variant=variant)
     return {path: content for path, content in model_files(aside).items() if variant_of(Path(path).name) == variant}
 
 
