@@ -25,7 +25,7 @@ from diffusers_dino.evaluation import (
     evaluate_memorization,
 )
 from diffusers_dino.evaluation.augmentation.result import Configuration
-from diffusers_dino.evaluation.labels.protocol import Agreement, Part, RealScores
+from diffusers_dino.evaluation.labels.result import Agreement, Part, RealScores
 from diffusers_dino.hub.measurements import describe_result, read_result, read_results
 from diffusers_dino.metrics.bootstrap import Estimate
 from diffusers_dino.metrics.extractors.base import FeatureSpec

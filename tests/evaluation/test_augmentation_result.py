@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from diffusers_dino.evaluation.augmentation.comparison import summarise
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from diffusers_dino.evaluation.augmentation.cells import CellFacts, CellResult, CellSpec, grid_of
-from diffusers_dino.evaluation.augmentation.comparison import summarise
 from diffusers_dino.evaluation.augmentation.plot import plot_augmentation, plot_differences
 from diffusers_dino.evaluation.augmentation.result import AugmentationResult
 from diffusers_dino.evaluation.augmentation.table import (

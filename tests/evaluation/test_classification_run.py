@@ -6,13 +6,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
-from safetensors.torch import save_file
-
-from diffusers_dino.data import Preprocessing, open_images
-from diffusers_dino.data.labels import LabelTable
-from diffusers_dino.evaluation.augmentation.cells import AUGMENTATION, FULL_SYNTHETIC, REAL, CellResult, CellSpec
-from diffusers_dino.evaluation.augmentation.plans import plan_regimes
 from diffusers_dino.evaluation.augmentation.run import (
     CellJob,
     run_cell,
@@ -20,6 +13,13 @@ from diffusers_dino.evaluation.augmentation.run import (
     synthetic_images,
     training_images,
 )
+from PIL import Image
+from safetensors.torch import save_file
+
+from diffusers_dino.data import Preprocessing, open_images
+from diffusers_dino.data.labels import LabelTable
+from diffusers_dino.evaluation.augmentation.cells import AUGMENTATION, FULL_SYNTHETIC, REAL, CellResult, CellSpec
+from diffusers_dino.evaluation.augmentation.plans import plan_regimes
 from diffusers_dino.evaluation.classifier import (
     ClassifierSettings,
     LabelledImages,

@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-
 from diffusers_dino.evaluation.augmentation.regimes import check_regimes, order_balanced
 
 KEYS = [f"image-{i:03d}" for i in range(300)]

@@ -23,7 +23,7 @@ _ORIGIN = {
     "FidelityScores": "fidelity.protocol",
     "FidelitySets": "fidelity.sets",
     "InterpolationResult": "interpolation.protocol",
-    "LabelPreservationResult": "labels.protocol",
+    "LabelPreservationResult": "labels.result",
     "MemorizationResult": "memorization.protocol",
     "MethodScores": "segmentation.protocol",
     "Model": "generation",
@@ -38,6 +38,7 @@ _ORIGIN = {
     "Sweep": "segmentation.sweep",
     "SweepScores": "segmentation.protocol",
     "choose_sets": "fidelity.sets",
+    "evaluate_augmentation": "augmentation.protocol",
     "evaluate_fidelity": "fidelity.protocol",
     "evaluate_interpolation": "interpolation.protocol",
     "evaluate_labels": "labels.protocol",
@@ -45,20 +46,20 @@ _ORIGIN = {
     "evaluate_reconstruction": "reconstruction.protocol",
     "evaluate_segmentation": "segmentation.protocol",
     "load_models": "generation",
-    "summarise": "augmentation.comparison",
 }
 
 __all__ = sorted(_ORIGIN)
 
 # ruff: noqa: F401
 if TYPE_CHECKING:
-    from .augmentation.comparison import summarise
+    from .augmentation.protocol import evaluate_augmentation
     from .augmentation.result import AugmentationResult
     from .fidelity.protocol import FidelityResult, FidelityScores, Sampling, evaluate_fidelity
     from .fidelity.sets import FidelitySets, choose_sets
     from .generation import Model, load_models
     from .interpolation.protocol import InterpolationResult, PathFigures, PathSpace, evaluate_interpolation
-    from .labels.protocol import LabelPreservationResult, evaluate_labels
+    from .labels.protocol import evaluate_labels
+    from .labels.result import LabelPreservationResult
     from .memorization.protocol import MemorizationResult, evaluate_memorization
     from .reconstruction.protocol import ReconstructionResult, RetrievalFigures, evaluate_reconstruction
     from .segmentation.protocol import (

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..seeds import derive_seed
 
-__all__ = ["assign_folds"]
+__all__ = ["assign_folds", "check_fraction", "hold_out"]
 
 
 def assign_folds(targets: np.ndarray, groups: Sequence[Hashable], num_folds: int = 5, seed: int = 0) -> np.ndarray:
@@ -57,6 +57,33 @@ def assign_folds(targets: np.ndarray, groups: Sequence[Hashable], num_folds: int
             lacking[fold] -= counts[group]
         remaining = [group for group in remaining if not counts[group, label]]
     return fold_of[owner]
+
+
+def hold_out(targets: np.ndarray, groups: Sequence[Hashable], fraction: float, seed: int = 0) -> np.ndarray:
+    """A stratified share of whole groups, such as the patients whose images choose a classifier's weights.
+
+    Args:
+        targets: `(N, L)` bool, which image has which label.
+        groups: The patient of each of N images.
+        fraction: About which share of the groups, in [0, 0.5].
+        seed: Of the choice.
+
+    Returns:
+        `(N,)` bool.
+
+    Raises:
+        ValueError: If the fraction is out of its range, or there are fewer groups than shares of this size.
+    """
+    check_fraction(fraction)
+    if not fraction:
+        return np.zeros(len(targets), dtype=bool)
+    return assign_folds(targets, groups, round(1 / fraction), seed) == 0
+
+
+def check_fraction(fraction: float) -> None:
+    """ValueError unless a fraction for validation is in [0, 0.5]."""
+    if not 0 <= fraction <= 0.5:
+        raise ValueError(f"validation_fraction is in [0, 0.5], got {fraction}.")
 
 
 def _rarest(counts: np.ndarray) -> int:

@@ -1,6 +1,6 @@
 """Prepared images as one array on disk, which processes that train side by side share through the page cache.
 
-A grid of classifiers reads the same images hundreds of times: decoding them once is what makes it fast.
+A grid of classifiers reads the same images hundreds of times: decoding them only once is what makes it fast.
 """
 
 from __future__ import annotations
@@ -8,19 +8,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from ..data.datasets import ImageDataset
-from ..data.images.preprocessing import Preprocessing
+from ..data import ImageDataset, to_float
 from ..files import atomic_write, write_json
+from ..pixels import unit_to_uint8, with_channels
 
-__all__ = ["PackedImages", "pack_images"]
+__all__ = ["PackedImages", "at_size", "pack_images"]
 
 _READ_TOGETHER = 64
-_GRAY = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow converts
 
 
 class PackedImages:
@@ -28,6 +28,12 @@ class PackedImages:
 
     Args:
         path: The `.npy` file; its keys are beside it.
+
+    Attributes:
+        keys: Of the images.
+        recipe: A digest of what the pixels depend on.
+        num_averaged: How many images had colours and became gray; None in files of older versions, which did not count
+            them and weighted the colours (ITU-R BT.601).
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -39,7 +45,7 @@ class PackedImages:
         facts = json.loads(_facts_path(self.path).read_text())
         self.keys: tuple[str, ...] = tuple(facts["keys"])
         self.recipe: str = facts["recipe"]
-        self.preprocessing = Preprocessing(**facts["preprocessing"])
+        self.num_averaged: int | None = facts.get("num_averaged")
         if len(self.array) != len(self.keys):
             raise ValueError(f"{path} holds {len(self.array)} images for {len(self.keys)} keys: delete it, run again.")
 
@@ -70,7 +76,7 @@ def pack_images(images: ImageDataset, path: str | Path, recipe: str = "", channe
         path: The `.npy` file to write.
         recipe: What else the pixels depend on, such as the digest of a plan. A file of another recipe, of other keys
             or another preprocessing is written anew.
-        channels: 1 for gray, 3 for colour.
+        channels: 1 for gray, the mean of the colours; 3 for colour.
 
     Raises:
         OSError: If the disk is full.
@@ -79,27 +85,37 @@ def pack_images(images: ImageDataset, path: str | Path, recipe: str = "", channe
     if channels not in (1, 3):
         raise ValueError(f"Images have 1 or 3 channels, got {channels}.")
     path = Path(path)
-    wanted = _digest(recipe, images.preprocessing.fingerprint(), str(channels), *images.keys)
+    plain = _digest(recipe, images.preprocessing.fingerprint(), str(channels), *images.keys)
+    averaged = _digest(plain, "gray is the mean of the colours")
     if path.is_file() and _facts_path(path).is_file():
         packed = PackedImages(path)
-        if packed.recipe == wanted:
+        if packed.num_averaged is not None and packed.recipe in (plain, averaged):
             return packed
     _facts_path(path).unlink(missing_ok=True)  # an array without facts is not there
     size = images.preprocessing.size
     shape = (len(images), size, size) if channels == 1 else (len(images), size, size, 3)
-    keys = []
+    keys, num_averaged = [], 0
     with atomic_write(path) as file:
         _write_header(file, shape)
         for key, image in _readable(images):
             keys.append(key)
-            file.write(_with_channels(image, channels).tobytes())
+            num_averaged += image.ndim > 2 and channels == 1
+            pixels = unit_to_uint8(with_channels(to_float(image), channels))  # (channels, size, size)
+            file.write(pixels.movedim(0, -1).numpy().tobytes())
         if len(keys) < len(images):  # the header says how many there are, and has room for fewer
             file.seek(0)
             _write_header(file, (len(keys), *shape[1:]))
-    write_json(
-        _facts_path(path), {"recipe": wanted, "preprocessing": vars(images.preprocessing), "keys": keys}, indent=None
-    )
+    facts = {"recipe": averaged if num_averaged else plain, "num_averaged": num_averaged, "keys": keys}
+    write_json(_facts_path(path), facts, indent=None)
     return PackedImages(path)
+
+
+def at_size(images: ImageDataset, size: int) -> ImageDataset:
+    """The same images, prepared as squares of another size in pixels."""
+    if images.preprocessing.size == size:
+        return images
+    preprocessing = replace(images.preprocessing, size=size)
+    return ImageDataset(images.store, preprocessing, max_unreadable=images.max_unreadable).select(images.keys)
 
 
 def _readable(images: ImageDataset) -> Iterator[tuple[str, np.ndarray]]:
@@ -109,15 +125,6 @@ def _readable(images: ImageDataset) -> Iterator[tuple[str, np.ndarray]]:
         for place, (key, image) in zip(places, images.read_many(places), strict=True):
             if key == names[place]:  # else another sample stands in for one that cannot be read
                 yield key, image
-
-
-def _with_channels(image: np.ndarray, channels: int) -> np.ndarray:
-    """uint8 `(H, W)` or `(H, W, 3)` -> as many channels."""
-    if channels == 3:
-        return np.ascontiguousarray(
-            np.broadcast_to(image if image.ndim == 3 else image[..., None], (*image.shape[:2], 3))
-        )
-    return image if image.ndim == 2 else (image @ _GRAY).round().astype(np.uint8)
 
 
 def _write_header(file, shape: tuple[int, ...]) -> None:

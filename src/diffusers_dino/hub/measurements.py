@@ -15,7 +15,7 @@ from ..evaluation.augmentation.table import format_augmentation_table
 from ..evaluation.fidelity.protocol import REAL, UNTRAINED, FidelityResult
 from ..evaluation.fidelity.table import format_fidelity_table
 from ..evaluation.interpolation.protocol import InterpolationResult
-from ..evaluation.labels.protocol import LabelPreservationResult
+from ..evaluation.labels.result import LabelPreservationResult
 from ..evaluation.labels.table import format_preservation_table
 from ..evaluation.memorization.protocol import MemorizationResult, SetFigures
 from ..evaluation.reconstruction.protocol import ReconstructionResult

@@ -1,21 +1,26 @@
-"""One cell of the classification grid: what was trained on, and its predictions of images that it has not seen.
+"""One cell of the classification grid: a classifier's training images, and its predictions of images of its test fold.
 
 The grid has a cell for each strategy, mode, ratio, regime and fold (DiNO-Diffusion, section 2.4). A cell is a file of
-its own, written whole or not at all, and all that tables and tests need: they are made of these files alone.
+its own, written whole or not at all; tables and tests are made from these files only.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from ...files import atomic_write
+from ...seeds import derive_seed
+from ...synthesis.tokens import settled_arithmetic
+from ..classifier import ClassifierSettings, LabelledImages, predict, train_classifier
 
 __all__ = [
     "AUGMENTATION",
@@ -24,10 +29,12 @@ __all__ = [
     "REAL",
     "RECONSTRUCTION",
     "CellFacts",
+    "CellJob",
     "CellResult",
     "CellSpec",
     "grid_of",
     "load_cells",
+    "run_cell",
 ]
 
 REAL, RECONSTRUCTION, INTERPOLATION = "real", "reconstruction", "interpolation"
@@ -41,7 +48,7 @@ class CellSpec:
 
     Args:
         strategy: How synthetic images were made, `RECONSTRUCTION` or `INTERPOLATION`; `REAL` for the baseline.
-        mode: `AUGMENTATION` trains on real and synthetic images, `FULL_SYNTHETIC` on synthetic ones alone; `REAL`.
+        mode: `AUGMENTATION` trains on real and synthetic images, `FULL_SYNTHETIC` on synthetic ones only; `REAL`.
         ratio: Synthetic images for each real one; 0 for the baseline.
         regime: Number of real images, from which the synthetic ones are made.
         fold: Whose patients are tested.
@@ -61,7 +68,7 @@ class CellSpec:
         synthetic = self.strategy in (RECONSTRUCTION, INTERPOLATION) and self.mode in (AUGMENTATION, FULL_SYNTHETIC)
         if not (baseline or (synthetic and self.ratio >= 1)) or self.regime < 1 or self.fold < 0:
             raise ValueError(
-                f"There is no cell {_name(self)}: a strategy of {RECONSTRUCTION!r} or {INTERPOLATION!r} goes with a "
+                f"There is no cell {self.name}: a strategy of {RECONSTRUCTION!r} or {INTERPOLATION!r} goes with a "
                 f"mode of {AUGMENTATION!r} or {FULL_SYNTHETIC!r} and a ratio of 1 or more, and {REAL!r} with {REAL!r} "
                 "and 0."
             )
@@ -69,17 +76,13 @@ class CellSpec:
     @property
     def name(self) -> str:
         """What the cell is called in messages and as a file."""
-        return _name(self)
+        kind = REAL if self.strategy == REAL else f"{self.strategy}-{self.mode}-1to{self.ratio}"
+        return f"{kind}-regime{self.regime}-fold{self.fold}"
 
     @property
     def is_baseline(self) -> bool:
-        """Whether it was trained on real images alone."""
+        """Whether it was trained on real images only."""
         return self.strategy == REAL
-
-
-def _name(spec: CellSpec) -> str:
-    kind = REAL if spec.strategy == REAL else f"{spec.strategy}-{spec.mode}-1to{spec.ratio}"
-    return f"{kind}-regime{spec.regime}-fold{spec.fold}"
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ class CellResult:
         facts: How it came about.
 
     Raises:
-        ValueError: If the shapes do not fit, or a probability is no number in [0, 1].
+        ValueError: If the shapes do not fit, or a probability is not in [0, 1].
     """
 
     spec: CellSpec
@@ -175,7 +178,7 @@ class CellResult:
             strings = (tuple(text[name]) for name in ("labels", "keys", "patients"))
             return cls(CellSpec(**text["spec"]), *strings, probabilities, targets, CellFacts(**text["facts"]))
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is no whole cell of a grid ({error}): delete it and run again.") from error
+            raise ValueError(f"{path} is not a whole cell of a grid ({error}): delete it and run again.") from error
 
     @staticmethod
     def path(folder: str | Path, spec: CellSpec) -> Path:
@@ -212,10 +215,77 @@ def grid_of(
     Raises:
         ValueError: If a strategy, mode, ratio or regime is not one.
     """
-    cells = []
-    for regime in sorted(set(regimes), reverse=True):
-        for fold in range(num_folds):
-            cells.append(CellSpec(REAL, REAL, 0, regime, fold))
-            kinds = [(s, m, r) for s in strategies for m in modes for r in sorted(set(ratios))]
-            cells += [CellSpec(*kind, regime, fold) for kind in kinds]
-    return cells
+    kinds = [(REAL, REAL, 0), *((s, m, r) for s in strategies for m in modes for r in sorted(set(ratios)))]
+    places = [(regime, fold) for regime in sorted(set(regimes), reverse=True) for fold in range(num_folds)]
+    return [CellSpec(*kind, *place) for place in places for kind in kinds]
+
+
+@dataclass(frozen=True)
+class CellJob:
+    """All that a cell is made from; it travels to another process.
+
+    Attributes:
+        spec: Which cell.
+        train: Training images: real ones, synthetic ones, or both.
+        validation: What chooses the weights; may be empty.
+        test: What is predicted.
+        patients: Of the test images.
+        labels: Names of the labels.
+        classifier: Architecture and training.
+        seed: Of the experiment.
+        settings: Digest of the experiment's settings.
+        plan: Digest of the plan of the synthetic images; empty for the baseline.
+    """
+
+    spec: CellSpec
+    train: tuple[LabelledImages, ...]
+    validation: LabelledImages
+    test: LabelledImages
+    patients: tuple[str, ...]
+    labels: tuple[str, ...]
+    classifier: ClassifierSettings
+    seed: int
+    settings: str
+    plan: str
+
+
+def run_cell(job: CellJob, folder: str | Path, device: torch.device | str = "cpu") -> CellResult:
+    """Train one cell's classifier, predict its test images and write the cell's file.
+
+    The result is a function of the job: on the CPU it is computed by one thread, since sums depend on their number.
+    All cells of a fold start from the same weights, so that they differ by their images only.
+
+    Args:
+        job: What to do.
+        folder: Where the file goes.
+        device: Where to compute.
+
+    Raises:
+        ValueError: If there is no image to train on, or training diverges.
+        OSError: If the disk is full, or the folder is not writable.
+    """
+    started = time.perf_counter()
+    with settled_arithmetic(threads=1):
+        seed = derive_seed(job.seed, "classifier", job.spec.fold)
+        validation = job.validation if len(job.validation.rows) else None
+        trained = train_classifier(job.train, validation, job.classifier, seed, device)
+        probabilities = predict(trained.model, job.test, device)
+    num_real = sum(len(part.rows) for part in job.train if part.images.path == job.test.images.path)
+    facts = CellFacts(
+        num_real=num_real,
+        num_synthetic=sum(len(part.rows) for part in job.train) - num_real,
+        num_validation=len(job.validation.rows),
+        steps=job.classifier.max_steps,
+        best_step=trained.best_step,
+        validation_auroc=trained.validation_auroc,
+        seconds=time.perf_counter() - started,
+        seed=job.seed,
+        settings=job.settings,
+        plan=job.plan,
+        model=job.classifier.name,
+        device=str(device),
+    )
+    keys = tuple(job.test.images.keys[row] for row in job.test.rows.tolist())
+    result = CellResult(job.spec, job.labels, keys, job.patients, probabilities, job.test.targets, facts)
+    result.save(folder)
+    return result

@@ -1,12 +1,12 @@
-"""What to synthesise for a fold: one plan that serves all regimes and ratios, each regime from its own images alone.
+"""What a fold trains on: nested regimes of real images, and one plan of synthetic images that serves all of them.
 
-A user with 50 images can vary these 50 and interpolate between them, and nothing else. Regimes are nested, so much of
-what a small one needs serves the larger ones, too:
+A user with 50 images can vary these 50 and interpolate between them, and nothing else: the synthetic images of a
+regime come from its own images only. Regimes are nested, so much of what a small one needs serves larger ones, too:
 
 - Reconstruction: of each variation of all images of the largest regime, a smaller one takes those of its own images.
 - Interpolation: in the random order of a regime's pairs, those between two images of the next smaller regime are taken
-  from that regime's order. Either order is as random as alone, each pair still comes once before any comes again, and
-  an image is sampled once for all regimes that hold it.
+  from that regime's order. Both orders are equally random, each pair still comes once before any comes again, and an
+  image is sampled once for all regimes that hold it.
 
 Within a regime the images of ratio 1:1 are the first of those of 1:5.
 """
@@ -14,18 +14,127 @@ Within a regime the images of ratio 1:1 are the first of those of 1:5.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import islice, tee
 from typing import NamedTuple
 
 import numpy as np
 
+from ...data.labels import LabelTable
 from ...seeds import derive_seed
 from ...synthesis.pairs import Pair, sample_pairs
 from ...synthesis.plan import Plan, plan_pairs, plan_reconstruction
 from ...synthesis.settings import SynthesisError, SynthesisSettings
+from ..folds import hold_out
 from .cells import INTERPOLATION, RECONSTRUCTION
 
-__all__ = ["RegimePlan", "plan_regimes"]
+__all__ = ["FoldSplit", "RegimePlan", "order_balanced", "plan_regimes", "split_folds"]
+
+
+class FoldSplit(NamedTuple):
+    """The images of one fold, as numbers of rows of a table; no patient is in two of the parts.
+
+    Attributes:
+        test: Those that are predicted.
+        validation: Those that choose the weights of a classifier.
+        ordered: Training images of the largest regime; a regime of R images has the first R.
+    """
+
+    test: np.ndarray
+    validation: np.ndarray
+    ordered: np.ndarray
+
+
+def split_folds(
+    table: LabelTable,
+    labels: Sequence[str],
+    folds: np.ndarray,
+    regimes: Sequence[int],
+    *,
+    validation_fraction: float = 0.15,
+    seed: int = 0,
+) -> list[FoldSplit]:
+    """Divide the images of each fold into test, validation and training.
+
+    Validation images are those of a stratified share of the training patients. They are the same in all cells of a
+    fold and in none of its regimes: all methods choose among their weights in the same way, and no choice looks at a
+    test image.
+
+    Args:
+        table: N images.
+        labels: Names of the labels to stratify and to balance.
+        folds: `(N,)`, the fold that each image is tested in; -1 for images that are only trained on.
+        regimes: Numbers of real images.
+        validation_fraction: Share of the training patients; 0 keeps none, and the last weights are taken.
+        seed: Of validation patients and regimes.
+
+    Raises:
+        ValueError: If regimes are not different positive numbers, one is larger than the training data of a fold, or
+            the fraction is not in [0, 0.5].
+    """
+    if not regimes or min(regimes) < 1 or len(set(regimes)) < len(regimes):
+        raise ValueError(f"Regimes are different numbers of images, of at least 1, got {list(regimes)}.")
+    targets = table.targets(labels)
+    parts = []
+    for fold in range(int(folds.max()) + 1):
+        training = np.flatnonzero(folds != fold)
+        patients = [table.patients[row] for row in training.tolist()]
+        aside = hold_out(targets[training], patients, validation_fraction, derive_seed(seed, "validation", fold))
+        parts.append((np.flatnonzero(folds == fold), training[aside], training[~aside]))
+    available = [len(pool) for _, _, pool in parts]
+    short = [f"{fold} ({number} images)" for fold, number in enumerate(available) if number < max(regimes)]
+    if short:
+        raise ValueError(
+            f"The regime of {max(regimes)} images is larger than the training data of fold {', '.join(short)}, "
+            f"without test and validation patients: use regimes of up to {min(available)} images, or a smaller "
+            "validation_fraction."
+        )
+    splits = []
+    for fold, (test, validation, pool) in enumerate(parts):
+        keys = [table.keys[row] for row in pool.tolist()]
+        order = order_balanced(targets[pool], keys, max(regimes), derive_seed(seed, "regimes", fold))
+        splits.append(FoldSplit(test, validation, pool[order]))
+    return splits
+
+
+def order_balanced(targets: np.ndarray, keys: Sequence[str], count: int, seed: int = 0) -> np.ndarray:
+    """Order images so that the first n of them are balanced over labels, for every n: regimes are its beginnings.
+
+    Images with the same combination of labels are interchangeable. Each step takes one of the combination after which
+    the numbers of images of all labels have the smallest variance; of equal ones that with most images left. Images
+    without any of the labels are balanced like a label of their own. Where a label runs out, or never comes without
+    another one, the rest is as even as it can be.
+
+    Args:
+        targets: `(N, L)` bool.
+        keys: Of the N images; what is drawn depends on keys, not on the order of the images.
+        count: How many images to order, at most N.
+        seed: Of the draws within a combination.
+
+    Returns:
+        `(count,)` int64, numbers of images, each once.
+
+    Raises:
+        ValueError: If there are fewer images than `count`, or the lengths differ.
+    """
+    if targets.ndim != 2 or len(targets) != len(keys):
+        raise ValueError(f"Expected targets (N, L) of {len(keys)} images, got {targets.shape}.")
+    if not 0 <= count <= len(targets):
+        raise ValueError(f"{count} images cannot be taken from {len(targets)}.")
+    unlabelled = ~targets.any(axis=1, keepdims=True)
+    columns = np.concatenate([targets, unlabelled], axis=1) if unlabelled.any() else targets
+    kinds, kind_of = np.unique(columns, axis=0, return_inverse=True)  # (K, L'), (N,)
+    shuffled = np.array(sorted(range(len(keys)), key=lambda i: derive_seed(seed, "regime", keys[i])), dtype=np.int64)
+    waiting = [shuffled[kind_of.reshape(-1)[shuffled] == kind].tolist()[::-1] for kind in range(len(kinds))]
+    left = np.array([len(images) for images in waiting])
+    counts, order = np.zeros(columns.shape[1], np.int64), []
+    for _ in range(count):
+        after = counts + kinds  # (K, L')
+        spread = np.where(left > 0, after.var(axis=1).round(9), np.inf)
+        kind = int(np.lexsort((-left, spread))[0])
+        order.append(waiting[kind].pop())
+        left[kind] -= 1
+        counts += kinds[kind]
+    return np.array(order, dtype=np.int64)
 
 
 class RegimePlan(NamedTuple):
@@ -88,7 +197,7 @@ def _nested_pairs(
 ) -> dict[int, list[Pair]]:
     """The pairs of each regime, regimes ascending; those within a smaller one are its own first ones."""
     pairs: dict[int, list[Pair]] = {}
-    smaller, inner = 0, _Replayed(iter(()))
+    smaller, inner = 0, iter(())
     for regime in regimes:
         try:
             own = sample_pairs(labels[:regime], derive_seed(seed, "regime", regime))
@@ -96,29 +205,13 @@ def _nested_pairs(
             raise SynthesisError(
                 f"The regime of {regime} images cannot be interpolated. {error} Leave it out, or use coarser labels."
             ) from error
-        inner = _Replayed(_replace_inner(own, smaller, iter(inner)))
-        pairs[regime] = list(islice(inner, regime * ratio))
+        nested, inner = tee(_replace_inner(own, smaller, inner))  # the next larger regime reads them from the start
+        pairs[regime] = list(islice(nested, regime * ratio))
         smaller = regime
     return pairs
 
 
 def _replace_inner(pairs: Iterator[Pair], smaller: int, inner: Iterator[Pair]) -> Iterator[Pair]:
-    """Pairs, where those of two of the first `smaller` images give way to the next one of `inner`."""
+    """Pairs, where those between two of the first `smaller` images give way to the next one of `inner`."""
     for pair in pairs:
         yield next(inner) if pair.target < smaller else pair
-
-
-class _Replayed:
-    """An endless iterator that can be read from its start several times."""
-
-    def __init__(self, source: Iterator[Pair]) -> None:
-        self._source = source
-        self._seen: list[Pair] = []
-
-    def __iter__(self) -> Iterator[Pair]:
-        place = 0
-        while True:
-            if place == len(self._seen):
-                self._seen.append(next(self._source))
-            yield self._seen[place]
-            place += 1

@@ -1,25 +1,46 @@
-"""What the classification grid says, as figures that go to JSON and back."""
+"""Table 1 of the paper from the cells of a grid: is training with synthetic images better than with only real ones?
+
+Every configuration (strategy, mode, ratio) is compared with the real-only baseline of its regime, on the same test
+images, fold by fold:
+
+- The figure of a fold is its macro AUROC, the mean over labels; that of a configuration is the mean over folds.
+- Interval and p value of a difference come from `corrected_t_test` over folds. It takes into account that other
+  training images and another random start would have given other classifiers; a bootstrap of the predictions does not.
+- The bootstrap over patients stands beside it: the interval of these very classifiers on other patients.
+- p values are corrected over all configurations of the planned grid (`holm`); those of single labels over all
+  configurations and labels, as a family of their own.
+
+A configuration that lacks a fold has no mean: it is shown as unfinished.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+import numpy as np
+
+from ...metrics.auroc import auroc_draws, corrected_t_test, draw_weights, holm
+from ...metrics.bootstrap import percentile_interval
 from ..results import JsonResult
-from .cells import CellSpec
+from .cells import INTERPOLATION, CellResult, CellSpec
 
-__all__ = ["AugmentationResult", "Configuration", "Difference", "LabelFigures"]
+__all__ = ["AugmentationResult", "Configuration", "Difference", "LabelFigures", "summarise"]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """AUROC of a configuration less that of the baseline of its regime.
+    """AUROC of a configuration minus that of the baseline of its regime.
 
     Attributes:
         mean: Over folds.
-        low, high: 95 % interval by the corrected t test over folds: with other training runs and patients.
+        low, high: 95 % interval by the corrected t test over folds: for other training runs and patients.
         p: By the same test, two-sided.
         corrected_p: For all tests of its family.
-        patients_low, patients_high: 95 % bootstrap interval over patients: of these very classifiers.
+        patients_low, patients_high: 95 % bootstrap interval over patients: for these very classifiers.
     """
 
     mean: float
@@ -84,7 +105,7 @@ class Configuration:
 
     @property
     def is_baseline(self) -> bool:
-        """Whether it was trained on real images alone."""
+        """Whether it was trained on real images only."""
         return self.ratio == 0
 
 
@@ -129,3 +150,247 @@ class AugmentationResult(JsonResult):
             for fold in range(self.num_folds)
             if fold not in one.folds
         )
+
+
+def summarise(
+    cells: Sequence[CellResult], planned: Sequence[CellSpec] | None = None, *, repeats: int = 1000, seed: int = 0
+) -> AugmentationResult:
+    """Compare all configurations of a grid with the real-only baselines.
+
+    Args:
+        cells: Those that are finished, in any order.
+        planned: All cells of the grid; by default every configuration that any cell has, in every regime and fold
+            that any cell has.
+        repeats: Draws of the bootstrap.
+        seed: Of the bootstrap.
+
+    Raises:
+        ImportError: If scipy is missing.
+        ValueError: If there is no cell, cells of one fold have other images, patients or targets, a patient is in two
+            folds, or no label of a fold has both classes.
+    """
+    cells = _check(cells)
+    planned = _span(list(cells)) if planned is None else planned
+    strays = set(cells) - set(planned)
+    if strays:
+        raise ValueError(f"{len(strays)} cells are not in the grid that was planned, such as {min(strays).name}.")
+    tests = _test_folds(cells, repeats, seed)
+    num_folds = 1 + max(spec.fold for spec in planned)
+    rows: list[Configuration] = []
+    for regime in sorted({spec.regime for spec in planned}, reverse=True):
+        kinds = sorted({_kind(spec) for spec in planned if spec.regime == regime}, key=_place)
+        baseline = None
+        for kind in kinds:
+            figures = _figures(cells, tests, kind, regime, num_folds)
+            if kind[2] == 0:
+                baseline = figures
+            rows.append(_configuration(figures, baseline, kind, regime, tests))
+    rows, num_tests = _correct(rows)
+    first = next(iter(cells.values()))
+    return AugmentationResult(
+        labels=first.labels,
+        num_folds=num_folds,
+        num_images=sum(len(test.cell.keys) for test in tests.values()),
+        num_patients=sum(len(set(test.cell.patients)) for test in tests.values()),
+        model=first.facts.model,
+        experiment_seed=first.facts.seed,
+        settings=first.facts.settings,
+        seed=seed,
+        repeats=repeats,
+        num_tests=num_tests,
+        undefined=tuple(f"{label} in fold {fold}" for fold, test in tests.items() for label in test.undefined),
+        configurations=tuple(rows),
+    )
+
+
+class _TestFold(NamedTuple):
+    cell: CellResult  # any of the fold: keys, patients and targets are those of all
+    weights: np.ndarray  # (R, n)
+    undefined: list[str]  # labels
+
+
+class _Figures(NamedTuple):
+    folds: list[int]
+    auroc: np.ndarray  # (folds, L)
+    draws: np.ndarray  # (folds, R, L)
+    complete: bool
+
+
+def _check(cells: Sequence[CellResult]) -> dict[CellSpec, CellResult]:
+    """Cells by their place in the grid, images of a fold in one order."""
+    if not cells:
+        raise ValueError("There is no finished cell to summarise.")
+    found: dict[CellSpec, CellResult] = {}
+    first_of: dict[int, CellResult] = {}
+    for cell in cells:
+        if cell.spec in found:
+            raise ValueError(f"There are two cells {cell.spec.name}.")
+        if (cell.labels, cell.facts.settings) != (cells[0].labels, cells[0].facts.settings):
+            raise ValueError(f"{cell.spec.name} and {cells[0].spec.name} have other labels or settings.")
+        first = first_of.setdefault(cell.spec.fold, cell)
+        found[cell.spec] = _align(cell, first)
+    _require_own_patients(first_of)
+    return found
+
+
+def _align(cell: CellResult, like: CellResult) -> CellResult:
+    """The cell with its images in the order of another one; they must be the same images."""
+    if sorted(cell.keys) != sorted(like.keys):
+        other = set(cell.keys) ^ set(like.keys)
+        raise ValueError(
+            f"{cell.spec.name} and {like.spec.name} were tested on different images ({len(other)} are in only one): "
+            "they cannot be compared."
+        )
+    places = {key: place for place, key in enumerate(cell.keys)}
+    order = [places[key] for key in like.keys]
+    patients, targets = tuple(cell.patients[i] for i in order), cell.targets[order]
+    if patients != like.patients or not np.array_equal(targets, like.targets):
+        raise ValueError(f"{cell.spec.name} and {like.spec.name} have other patients or labels for the same images.")
+    return replace(cell, keys=like.keys, patients=patients, probabilities=cell.probabilities[order], targets=targets)
+
+
+def _require_own_patients(cells: Mapping[int, CellResult]) -> None:
+    folds_of = defaultdict(set)
+    for fold, cell in cells.items():
+        for patient in cell.patients:
+            folds_of[patient].add(fold)
+    split = sum(len(folds) > 1 for folds in folds_of.values())
+    if split:
+        raise ValueError(f"{split} patients are tested in two folds or more: folds must keep patients whole.")
+
+
+def _span(specs: Sequence[CellSpec]) -> list[CellSpec]:
+    kinds, regimes, folds = {_kind(s) for s in specs}, {s.regime for s in specs}, {s.fold for s in specs}
+    return [CellSpec(*kind, regime, fold) for kind in kinds for regime in regimes for fold in range(max(folds) + 1)]
+
+
+def _kind(spec: CellSpec) -> tuple[str, str, int]:
+    return spec.strategy, spec.mode, spec.ratio
+
+
+def _place(kind: tuple[str, str, int]) -> tuple[int, str, bool]:
+    """The baseline first, then by ratio, mode and strategy, in the order of the paper."""
+    strategy, mode, ratio = kind
+    return ratio, mode, strategy == INTERPOLATION
+
+
+def _test_folds(cells: Mapping[CellSpec, CellResult], repeats: int, seed: int) -> dict[int, _TestFold]:
+    tests = {}
+    for fold in sorted({spec.fold for spec in cells}):
+        cell = next(cell for spec, cell in cells.items() if spec.fold == fold)
+        mixed = cell.targets.any(axis=0) & ~cell.targets.all(axis=0)
+        if not mixed.any():
+            raise ValueError(f"No label of fold {fold} has images with and without it, so there is no AUROC.")
+        undefined = [label for label, both in zip(cell.labels, mixed, strict=True) if not both]
+        weights = draw_weights(cell.patients, [fold] * len(cell.keys), repeats, seed)
+        tests[fold] = _TestFold(cell, weights, undefined)
+    return tests
+
+
+def _figures(
+    cells: Mapping[CellSpec, CellResult],
+    tests: Mapping[int, _TestFold],
+    kind: tuple[str, str, int],
+    regime: int,
+    num_folds: int,
+) -> _Figures:
+    found = {fold: cells.get(CellSpec(*kind, regime, fold)) for fold in range(num_folds)}
+    done = {fold: cell for fold, cell in found.items() if cell is not None}
+    auroc = [auroc_draws(cell.probabilities, cell.targets)[0] for cell in done.values()]
+    complete = len(done) == num_folds
+    draws = []
+    if complete:  # else nothing is shown that would need them
+        draws = [auroc_draws(c.probabilities, c.targets, tests[fold].weights) for fold, c in done.items()]
+    return _Figures(list(done), np.array(auroc), np.array(draws), complete)
+
+
+def _configuration(
+    own: _Figures,
+    baseline: _Figures | None,
+    kind: tuple[str, str, int],
+    regime: int,
+    tests: Mapping[int, _TestFold],
+) -> Configuration:
+    macro = _mean_of_defined(own.auroc, axis=-1) if own.folds else np.empty(0)
+    compared = kind[2] > 0 and own.complete and baseline is not None and baseline.complete
+    patients_low = patients_high = difference = None
+    if own.complete:
+        by_fold = _mean_of_defined(own.draws, axis=-1)  # (folds, R)
+        patients_low, patients_high = percentile_interval(_mean_of_defined(by_fold, axis=0))
+    if compared:
+        gaps = macro - _mean_of_defined(baseline.auroc, axis=-1)
+        difference = _difference(gaps, _mean_of_defined(own.draws - baseline.draws, axis=-1))
+    tested = [tests[fold].cell for fold in own.folds]
+    names = next(iter(tests.values())).cell.labels
+    return Configuration(
+        *kind,
+        regime,
+        folds=tuple(own.folds),
+        num_images=sum(len(cell.keys) for cell in tested),
+        num_patients=sum(len(set(cell.patients)) for cell in tested),
+        macro=tuple(macro.tolist()),
+        mean=float(macro.mean()) if own.complete else None,
+        sd=float(macro.std(ddof=1)) if own.complete and len(macro) > 1 else None,
+        patients_low=patients_low,
+        patients_high=patients_high,
+        difference=difference,
+        labels=tuple(
+            _label(name, i, own, baseline if compared else None, tested) for i, name in enumerate(names) if own.folds
+        ),
+    )
+
+
+def _label(
+    name: str, place: int, own: _Figures, baseline: _Figures | None, tested: Sequence[CellResult]
+) -> LabelFigures:
+    auroc = own.auroc[:, place]
+    defined = np.isfinite(auroc)
+    difference = None
+    if baseline is not None and defined.sum() > 1:
+        gaps = (auroc - baseline.auroc[:, place])[defined]
+        difference = _difference(gaps, (own.draws - baseline.draws)[defined, :, place], len(auroc))
+    return LabelFigures(
+        label=name,
+        num_positive=int(sum(cell.targets[:, place].sum() for cell in tested)),
+        folds=tuple(value if np.isfinite(value) else None for value in auroc.tolist()),
+        mean=float(auroc[defined].mean()) if own.complete and defined.any() else None,
+        difference=difference,
+    )
+
+
+def _difference(gaps: np.ndarray, draws: np.ndarray, num_folds: int | None = None) -> Difference | None:
+    """Of gaps `(folds,)` and draws `(folds, R)`. A draw that lacks a class in a fold is the mean of the others."""
+    if len(gaps) < 2:
+        return None
+    test = corrected_t_test(gaps, num_folds or len(gaps))
+    patients = percentile_interval(_mean_of_defined(draws, axis=0))
+    return Difference(*test, test.p, *patients)
+
+
+def _correct(rows: Sequence[Configuration]) -> tuple[list[Configuration], int]:
+    """Correct the p values of macro AUROC, and apart from them those of labels; and count the former."""
+    tested = [place for place, row in enumerate(rows) if not row.is_baseline]
+    rows = list(rows)
+    macro = [rows[place].difference for place in tested]
+    for place, difference in zip(tested, _corrected(macro), strict=True):
+        rows[place] = replace(rows[place], difference=difference)
+    width = max((len(row.labels) for row in rows), default=0)
+    family = [label.difference for place in tested for label in rows[place].labels]
+    family += [None] * (width * len(tested) - len(family))  # of configurations that have not begun
+    corrected = iter(_corrected(family))
+    for place in tested:
+        labels = tuple(replace(label, difference=next(corrected)) for label in rows[place].labels)
+        rows[place] = replace(rows[place], labels=labels)
+    return rows, len(tested)
+
+
+def _corrected(family: Sequence[Difference | None]) -> list[Difference | None]:
+    values = holm([None if one is None else one.p for one in family])
+    return [one and replace(one, corrected_p=value) for one, value in zip(family, values, strict=True)]
+
+
+def _mean_of_defined(values: np.ndarray, axis: int) -> np.ndarray:
+    """The mean of what is not NaN; NaN where nothing is."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Mean of empty slice")
+        return np.nanmean(values, axis=axis)

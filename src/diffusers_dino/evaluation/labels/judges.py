@@ -15,16 +15,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from ...data import Preprocessing, open_images
 from ...data.labels import LabelTable
 from ...files import atomic_write
 from ...fingerprints import hash_of
 from ...seeds import derive_seed
-from ...synthesis.plan import PlannedImage
+from ...synthesis import PlannedImage, SyntheticSet
 from ...synthesis.tokens import settled_arithmetic
 from ..classifier import ClassifierSettings, LabelledImages, make_classifier, predict, train_classifier
-from ..folds import assign_folds
-from ..packed import PackedImages
-from .protocol import JudgedSet
+from ..folds import check_fraction, hold_out
+from ..packed import PackedImages, pack_images
+from .result import JudgedSet
 
 __all__ = ["Judges", "SyntheticImages", "held_out_pairs"]
 
@@ -44,6 +45,25 @@ class SyntheticImages:
     images: PackedImages
     planned: Sequence[PlannedImage]
     num_sources: int
+
+    @classmethod
+    def open(cls, folder: str | Path, pack: str | Path, size: int, channels: int) -> SyntheticImages:
+        """Open a folder that `synthesise` has completed, and pack its images as classifiers see them.
+
+        Args:
+            folder: The set.
+            pack: The `.npy` file to pack to.
+            size: Side of the images in pixels.
+            channels: 1 for gray, 3 for colour.
+
+        Raises:
+            FileNotFoundError: If the set is not complete.
+        """
+        made = SyntheticSet.open(folder)
+        images = open_images(folder, Preprocessing(size, remove_borders=False))
+        packed = pack_images(images, pack, made.plan.digest, channels)
+        planned = [image for image in made.planned() if image.key in packed.places]
+        return cls(made.plan.strategy, packed, planned, len(made.plan.keys))
 
 
 def held_out_pairs(folds: np.ndarray, num_folds: int) -> np.ndarray:
@@ -101,8 +121,7 @@ class Judges:
                 f"Labels and folds must be of the {len(self.real)} real images, in their order; got {len(self.table)} "
                 f"and {len(self.folds)}."
             )
-        if not 0 <= self.validation_fraction <= 0.5:
-            raise ValueError(f"validation_fraction is in [0, 0.5], got {self.validation_fraction}.")
+        check_fraction(self.validation_fraction)
 
     @property
     def num_folds(self) -> int:
@@ -124,16 +143,14 @@ class Judges:
         Raises:
             ValueError: If there is a file of another judge, or of other images or settings.
         """
-        path = self.folder / f"judge-{pair[0]}-{pair[1]}.safetensors"
+        path = self._path(pair)
         if path.is_file():
             self._require_own(path, pair)
             return path
         rows = np.flatnonzero(~np.isin(self.folds, pair))
-        aside = np.zeros(len(rows), dtype=bool)
-        if self.validation_fraction:
-            patients = [self.table.patients[row] for row in rows.tolist()]
-            shares, seed = round(1 / self.validation_fraction), derive_seed(self.seed, "judge", *pair)
-            aside = assign_folds(self.table.targets(self.labels)[rows], patients, shares, seed) == 0
+        patients = [self.table.patients[row] for row in rows.tolist()]
+        targets, seed = self.table.targets(self.labels)[rows], derive_seed(self.seed, "judge", *pair)
+        aside = hold_out(targets, patients, self.validation_fraction, seed)
         validation = self._labelled(rows[aside]) if aside.any() else None
         with settled_arithmetic(threads=1):
             train = [self._labelled(rows[~aside])]
@@ -203,7 +220,7 @@ class Judges:
         return LabelledImages(self.real, rows, self.table.targets(self.labels)[rows])
 
     def _predict(self, pair: tuple[int, int], images: LabelledImages, device: torch.device | str) -> np.ndarray:
-        path = self.folder / f"judge-{pair[0]}-{pair[1]}.safetensors"
+        path = self._path(pair)
         self._require_own(path, pair)
         with safe_open(path, "pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -211,6 +228,9 @@ class Judges:
         model.load_state_dict(weights)
         with settled_arithmetic(threads=1):
             return predict(model.to(device), images, device)
+
+    def _path(self, pair: tuple[int, int]) -> Path:
+        return self.folder / f"judge-{pair[0]}-{pair[1]}.safetensors"
 
     def _require_own(self, path: Path, pair: tuple[int, int]) -> None:
         if not path.is_file():

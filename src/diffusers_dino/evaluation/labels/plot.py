@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from .protocol import Agreement, LabelPreservationResult, Part
+    from .result import Agreement, LabelPreservationResult, Part
 
 __all__ = ["plot_label_preservation"]
 

@@ -2,326 +2,154 @@
 
 It must not have seen the image's sources: a classifier remembers its training images, and would give a variation of
 one the label that it remembers. Patients are shared out to folds, and an image whose sources are in folds a and b is
-judged by a classifier that was trained without either (`label_judges`). All figures compare images of one judge alone.
-
-Beside each figure stand:
-
-- *sources*: the same judges on the real image that each synthetic one took its label from. The same labels, and never
-  seen either: what a perfect generator would reach.
-- *shuffled*: the same scores with the labels dealt out anew among the images of each judge: what no generator at all
-  would reach, with its spread.
+judged by a classifier that was trained without both.
 """
 
 from __future__ import annotations
 
-import itertools
-import warnings
+import logging
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from ...metrics.auroc import draw_weights, stratified_auroc
-from ...metrics.bootstrap import percentile_interval
-from ...seeds import derive_seed
-from ..results import JsonResult
+from ...data import ImageDataset
+from ...data.labels import LabelTable
+from ...devices import count_workers, device_of
+from ...files import lock_folder, make_writable_folder
+from ...metrics.auroc import check_classes
+from ...workers import progress_bar, run_apart
+from ..classifier import ClassifierSettings, make_classifier
+from ..folds import assign_folds
+from ..packed import at_size, pack_images
+from .judges import Judges, SyntheticImages
+from .result import LabelPreservationResult, RealScores, score_real, score_sets
 
-__all__ = ["Agreement", "JudgedSet", "LabelPreservationResult", "Part", "RealScores", "evaluate_labels", "score_real"]
+__all__ = ["evaluate_labels"]
 
-NEARNESS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)  # edges of the bins of |fraction - 0.5|
-_SHUFFLES = 200
-
-
-@dataclass(frozen=True)
-class JudgedSet:
-    """What judges say of N synthetic images and of their sources.
-
-    Attributes:
-        strategy: How they were made.
-        judges: `(N,)` int64, the number of the classifier that judged each.
-        patients: Of the source whose label each has.
-        fractions: `(N,)` float64, as in the plan.
-        rounds: `(N,)` float64, number of the image in its plan over the number of the plan's sources: the images of
-            ratio 1:r are those below r.
-        targets: `(N, L)` bool, labels that they were given.
-        synthetic: `(N, L)` float32 probabilities of the images.
-        sources: `(N, L)` float32 probabilities of the sources whose labels they have.
-
-    Raises:
-        ValueError: If lengths do not fit, there is no image, or a probability is no number in [0, 1].
-    """
-
-    strategy: str
-    judges: np.ndarray
-    patients: tuple[str, ...]
-    fractions: np.ndarray
-    rounds: np.ndarray
-    targets: np.ndarray
-    synthetic: np.ndarray
-    sources: np.ndarray
-
-    def __post_init__(self) -> None:
-        lengths = {len(getattr(self, name)) for name in self.__dataclass_fields__ if name != "strategy"}
-        shapes = {array.shape for array in (self.targets, self.synthetic, self.sources)}
-        if len(lengths) != 1 or len(shapes) != 1 or not len(self.patients):
-            raise ValueError(f"Expected as many of everything and at least one, got {lengths} images, {shapes}.")
-        for name in ("synthetic", "sources"):
-            values = getattr(self, name)
-            if not ((values >= 0) & (values <= 1)).all():  # written so that a NaN does not pass
-                raise ValueError(f"Not all probabilities of {name} images are in [0, 1]; did training diverge?")
-
-    def select(self, rows: np.ndarray) -> JudgedSet:
-        """Some of the images: `(n,)` int64."""
-        arrays = ("judges", "fractions", "rounds", "targets", "synthetic", "sources")
-        chosen = {name: getattr(self, name)[rows] for name in arrays}
-        return JudgedSet(self.strategy, patients=tuple(self.patients[row] for row in rows.tolist()), **chosen)
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """AUROC of the given labels, of one label or the mean over labels. All None where there is no pair to compare.
-
-    Attributes:
-        label: Its name, or `macro`.
-        num_positive: Images that have it; for `macro`, labels that have a figure.
-        synthetic, synthetic_low, synthetic_high: Of the synthetic images, with a 95 % interval over patients.
-        sources, sources_low, sources_high: Of their sources.
-        difference, difference_low, difference_high: Synthetic less sources.
-        shuffled_low, shuffled_high: The middle 95 % of shuffles of the labels.
-    """
-
-    label: str
-    num_positive: int
-    synthetic: float | None
-    synthetic_low: float | None
-    synthetic_high: float | None
-    sources: float | None
-    sources_low: float | None
-    sources_high: float | None
-    difference: float | None
-    difference_low: float | None
-    difference_high: float | None
-    shuffled_low: float | None
-    shuffled_high: float | None
-
-
-@dataclass(frozen=True)
-class Part:
-    """Some of the images of a set.
-
-    Attributes:
-        name: Of the set.
-        strategy: How it was made.
-        ratio: Synthetic images for each source, counted from the beginning of the plan.
-        near, far: Bounds of |fraction - 0.5|, 0 in the middle between two sources and 0.5 at one; None for all.
-        num_images: Synthetic images.
-        num_patients: Patients of the sources whose labels they have.
-        macro: Mean over labels.
-        labels: Of each label.
-    """
-
-    name: str
-    strategy: str
-    ratio: float
-    near: float | None
-    far: float | None
-    num_images: int
-    num_patients: int
-    macro: Agreement
-    labels: tuple[Agreement, ...]
-
-
-@dataclass(frozen=True)
-class RealScores:
-    """How good the judges are: AUROC of real images that they have not seen, with a 95 % interval over patients."""
-
-    label: str
-    num_positive: int
-    auroc: float | None
-    low: float | None
-    high: float | None
-
-
-@dataclass(frozen=True)
-class LabelPreservationResult(JsonResult):
-    """All figures of the report.
-
-    Attributes:
-        labels: Names of the labels.
-        num_folds: Folds that real patients are shared out to.
-        num_real: Real images that judges are trained and tested on.
-        num_real_patients: Patients of these.
-        model: Name of the judges' architecture.
-        judges_seed: Of folds and training.
-        seed: Of bootstrap and shuffles.
-        repeats: Draws of the bootstrap.
-        real: Of held-out real images: macro first, then each label.
-        parts: Of each set first the whole, then smaller ratios and bins of the fraction.
-    """
-
-    labels: tuple[str, ...]
-    num_folds: int
-    num_real: int
-    num_real_patients: int
-    model: str
-    judges_seed: int
-    seed: int
-    repeats: int
-    real: tuple[RealScores, ...]
-    parts: tuple[Part, ...]
-
-    @property
-    def wholes(self) -> tuple[Part, ...]:
-        """Of each set the part that is all of it."""
-        return tuple({part.name: part for part in reversed(self.parts)}.values())[::-1]
+logger = logging.getLogger(__name__)
 
 
 def evaluate_labels(
-    sets: Mapping[str, Sequence[JudgedSet]],
-    labels: Sequence[str],
+    images: ImageDataset,
+    table: LabelTable,
+    sets: Mapping[str, str | Path | Sequence[str | Path]],
+    output_dir: str | Path,
     *,
+    labels: Sequence[str] | None = None,
     ratios: Sequence[int] = (),
-    repeats: int = 1000,
+    num_folds: int = 5,
+    classifier: ClassifierSettings | None = None,
+    validation_fraction: float = 0.15,
     seed: int = 0,
-) -> tuple[Part, ...]:
-    """Score synthetic images by what judges say of them.
+    repeats: int = 1000,
+    num_workers: int | None = None,
+    device: str | None = None,
+    progress: bool = True,
+) -> LabelPreservationResult:
+    """Train judges on real images, and score the labels of synthetic ones by them.
+
+    Judges stay in the folder: called again, what was stopped goes on, and other sets are scored by the same judges.
 
     Args:
-        sets: By name; the parts of one, such as those of several folds, are taken together.
-        labels: Names of the L labels.
-        ratios: Smaller ratios to show apart, from the beginnings of the plans.
-        repeats: Draws of the bootstrap.
-        seed: Of bootstrap and shuffles.
+        images: Real images, among them the sources of all sets.
+        table: Labels and patients of (at least) these images: the labels that the sets were made with.
+        sets: By name the folders that `synthesise` has completed; several of one name are taken together.
+        output_dir: Where judges and packed images go.
+        labels: Names of the labels to score; by default the four most frequent findings and "No Finding".
+        ratios: Smaller ratios of synthetic to real images to show as well, from the beginnings of the plans.
+        num_folds: Folds of patients, at least 3; each judge is trained without two of them.
+        classifier: Architecture and training of the judges.
+        validation_fraction: Share of the training patients that chooses a judge's weights; 0 takes the last weights.
+        seed: Of folds, training, bootstrap and shuffles.
+        repeats: Draws of the bootstrap intervals over patients.
+        num_workers: Processes at a time; by default one for each GPU, or for each core without one; 0: this one.
+        device: Where to compute; by default on all GPUs in turn, or else on the CPU.
+        progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: If a set has no part, parts of several strategies, or another number of labels.
+        ValueError: If there is no set, a set has sources that are not among the images, its labels are not those of
+            the table, or an argument is out of its range.
+        FileNotFoundError: If a set is not complete.
+        KeyError: If an image has no row in the table.
+        PermissionError: If the folder is not writable.
+        RuntimeError: If another process is at work in the folder, or a judge could not be trained.
     """
-    parts = []
-    for name, members in sets.items():
-        whole = _join(name, members, labels)
-        size = max(1, round(whole.rounds.max()))
-        smaller = [ratio for ratio in sorted(set(ratios)) if ratio < size]
-        chosen = [(size, None, whole.rounds >= 0), *((ratio, None, whole.rounds < ratio) for ratio in smaller)]
-        if whole.strategy == "interpolation":
-            distance = np.abs(whole.fractions - 0.5)
-            for near, far in itertools.pairwise(NEARNESS):
-                inside = (distance >= near) & ((distance < far) | (far == NEARNESS[-1]))
-                chosen.append((size, (near, far), inside))
-        for ratio, bounds, inside in chosen:
-            if inside.any():
-                images = whole.select(np.flatnonzero(inside))
-                parts.append(_part(name, images, labels, ratio, bounds or (None, None), repeats, seed))
-    return tuple(parts)
+    if not sets:
+        raise ValueError("There is no set to judge.")
+    classifier = classifier or ClassifierSettings()
+    labels = tuple(labels or table.most_frequent(4))
+    table = table.select(images.keys).restrict(labels)
+    make_classifier(classifier, len(labels))  # refuses what timm does not make before images are read
+    output = make_writable_folder(output_dir)
+    with lock_folder(output):
+        real = pack_images(at_size(images, classifier.size), output / "real.npy", channels=classifier.channels)
+        if len(real) < len(table):
+            logger.warning(f"{len(table) - len(real)} of {len(table)} images cannot be read and are left out.")
+        table = table.select(real.keys)
+        targets = table.targets(labels)
+        check_classes(targets, labels, "the real data")
+        folds = assign_folds(targets, table.patients, num_folds, seed)
+        folder = make_writable_folder(output / "judges")
+        judges = Judges(real, table, labels, folds, classifier, folder, validation_fraction, seed)
+        opened = _open_sets(sets, output, classifier)
+        pairs = judges.pairs_for([one for members in opened.values() for one in members])
+        _train(judges, pairs, num_workers, device, progress)
+        place, options = device_of(0, device), {"repeats": repeats, "seed": seed}
+        judged = {name: [judges.judge(one, place) for one in members] for name, members in opened.items()}
+        return LabelPreservationResult(
+            labels=labels,
+            num_folds=num_folds,
+            num_real=len(table),
+            num_real_patients=len(set(table.patients)),
+            model=classifier.name,
+            judges_seed=seed,
+            real=_score_judges(judges, pairs, place, **options),
+            parts=score_sets(judged, labels, ratios=ratios, **options),
+            **options,
+        )
 
 
-def score_real(
-    probabilities: np.ndarray,
-    targets: np.ndarray,
-    judges: np.ndarray,
-    images: np.ndarray,
-    patients: Sequence[str],
-    labels: Sequence[str],
-    *,
-    repeats: int = 1000,
-    seed: int = 0,
+def _open_sets(
+    sets: Mapping[str, str | Path | Sequence[str | Path]], output: Path, classifier: ClassifierSettings
+) -> dict[str, list[SyntheticImages]]:
+    opened: dict[str, list[SyntheticImages]] = {}
+    place = 0
+    for name, folders in sets.items():
+        for folder in [folders] if isinstance(folders, (str, Path)) else folders:
+            file = re.sub(r"[^\w.-]+", "_", f"set-{place}-{Path(folder).resolve().name}") + ".npy"
+            one = SyntheticImages.open(folder, output / file, classifier.size, classifier.channels)
+            opened.setdefault(name, []).append(one)
+            place += 1
+    return opened
+
+
+def _train(
+    judges: Judges, pairs: Sequence[tuple[int, int]], num_workers: int | None, device: str | None, progress: bool
+) -> None:
+    jobs, problems = [(judges, pair, device) for pair in pairs], []
+    with progress_bar("Classifiers", "classifier", len(pairs), show=progress) as bar:
+        for outcome in run_apart(_train_judge, jobs, count_workers(num_workers, device)):
+            if outcome.error:
+                problems.append(f"the classifier without folds {pairs[outcome.number]}: {outcome.error}")
+            bar.update()
+    if problems:
+        raise RuntimeError(f"{len(problems)} classifiers were not trained: {'; '.join(problems)}")
+
+
+def _train_judge(place: int, judges: Judges, pair: tuple[int, int], device: str | None) -> None:
+    judges.train(pair, device_of(place, device))
+
+
+def _score_judges(
+    judges: Judges, pairs: Sequence[tuple[int, int]], device: str, **options: int
 ) -> tuple[RealScores, ...]:
-    """AUROC of held-out real images, which several judges may have scored.
-
-    Args:
-        probabilities: `(N, L)`, a row for each judge and image.
-        targets: `(N, L)` bool.
-        judges: `(N,)` int64.
-        images: `(N,)` int64, which image a row is of: each is counted once.
-        patients: Of each row.
-        labels: Names of the L labels.
-        repeats: Draws of the bootstrap.
-        seed: Of the bootstrap.
-    """
-    weights = draw_weights(patients, np.zeros(len(patients), int), repeats, seed)
-    figures = _with_mean(stratified_auroc(probabilities, targets, judges))[0]
-    draws = _with_mean(stratified_auroc(probabilities, targets, judges, weights))
-    _, once = np.unique(images, return_index=True)
-    counts = _counts(targets[once], figures)
-    return tuple(
-        RealScores(name, number, _number(value), *_interval(column))
-        for name, number, value, column in zip(("macro", *labels), counts, figures, draws.T, strict=True)
-    )
-
-
-def _join(name: str, members: Sequence[JudgedSet], labels: Sequence[str]) -> JudgedSet:
-    strategies = {one.strategy for one in members}
-    if len(strategies) != 1:
-        raise ValueError(f"The set {name!r} must have parts of one strategy, got {sorted(strategies) or 'none'}.")
-    if any(one.targets.shape[1] != len(labels) for one in members):
-        raise ValueError(f"The set {name!r} does not have the {len(labels)} labels {', '.join(labels)}.")
-    arrays = ("judges", "fractions", "rounds", "targets", "synthetic", "sources")
-    joined = {field: np.concatenate([getattr(one, field) for one in members]) for field in arrays}
-    return JudgedSet(strategies.pop(), patients=tuple(p for one in members for p in one.patients), **joined)
-
-
-def _part(
-    name: str,
-    images: JudgedSet,
-    labels: Sequence[str],
-    ratio: float,
-    bounds: tuple[float | None, float | None],
-    repeats: int,
-    seed: int,
-) -> Part:
-    scores = {"synthetic": images.synthetic, "sources": images.sources}
-    figures = {kind: _with_mean(stratified_auroc(s, images.targets, images.judges))[0] for kind, s in scores.items()}
-    draws = dict.fromkeys(scores)
-    if len(set(images.patients)) > 1:  # else there is nobody to draw
-        weights = draw_weights(images.patients, np.zeros(len(images.patients), int), repeats, seed)
-        for kind, s in scores.items():
-            draws[kind] = _with_mean(stratified_auroc(s, images.targets, images.judges, weights))
-    shuffled = _with_mean(_shuffle(images, derive_seed(seed, "shuffles")))
-    figures["difference"] = figures["synthetic"] - figures["sources"]
-    if draws["synthetic"] is not None:
-        draws["difference"] = draws["synthetic"] - draws["sources"]
-    agreements = []
-    counts = _counts(images.targets, figures["synthetic"])
-    for place, (label, number) in enumerate(zip(("macro", *labels), counts, strict=True)):
-        row: list[float | None] = []
-        for kind in ("synthetic", "sources", "difference"):
-            column = draws[kind][:, place] if draws.get(kind) is not None else None
-            row += [_number(figures[kind][place]), *_interval(column)]
-        agreements.append(Agreement(label, number, *row, *_interval(shuffled[:, place])))
-    patients = len(set(images.patients))
-    return Part(
-        name, images.strategy, ratio, *bounds, len(images.patients), patients, agreements[0], (*agreements[1:],)
-    )
-
-
-def _shuffle(images: JudgedSet, seed: int) -> np.ndarray:
-    """`(shuffles, L)` AUROC of the labels of other images of the same judge."""
-    random, figures = np.random.default_rng(seed), []
-    members = [np.flatnonzero(images.judges == judge) for judge in np.unique(images.judges)]
-    for _ in range(_SHUFFLES):
-        targets = images.targets.copy()
-        for rows in members:
-            targets[rows] = targets[random.permutation(rows)]
-        figures.append(stratified_auroc(images.synthetic, targets, images.judges)[0])
-    return np.array(figures)
-
-
-def _with_mean(values: np.ndarray) -> np.ndarray:
-    """`(R, L)` -> `(R, 1 + L)`, the mean of what is defined first."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Mean of empty slice")
-        return np.concatenate([np.nanmean(values, axis=1, keepdims=True), values], axis=1)
-
-
-def _counts(targets: np.ndarray, figures: np.ndarray) -> list[int]:
-    return [int(np.isfinite(figures[1:]).sum()), *targets.sum(axis=0).tolist()]
-
-
-def _number(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
-
-
-def _interval(draws: np.ndarray | None) -> tuple[float | None, float | None]:
-    """None where a figure is not defined on most of the draws."""
-    if draws is None or 2 * np.isfinite(draws).sum() < len(draws):
-        return None, None
-    return tuple(percentile_interval(draws))
+    """How good the judges are on real images that they have not seen."""
+    found = [judges.judge_real(pair, device) for pair in pairs]
+    rows = np.concatenate([rows for rows, _ in found])
+    numbers = np.repeat(np.arange(len(found)), [len(rows) for rows, _ in found])
+    patients = [judges.table.patients[row] for row in rows.tolist()]
+    targets = judges.table.targets(judges.labels)[rows]
+    probabilities = np.concatenate([values for _, values in found])
+    return score_real(probabilities, targets, numbers, rows, patients, judges.labels, **options)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...files import atomic_write
 from ..table_text import TABLE_FORMATS, escape_latex, latex_line, markdown_line, require_table_format
-from .protocol import Agreement, LabelPreservationResult, Part
+from .result import Agreement, LabelPreservationResult, Part
 
 __all__ = ["format_preservation_table", "write_preservation_tables"]
 

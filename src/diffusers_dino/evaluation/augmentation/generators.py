@@ -1,0 +1,144 @@
+"""Which fold tests which patient, and whether the generators have seen the patients that they help to test."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ...data.labels import LabelTable
+from ...files import atomic_write, make_writable_folder, write_csv
+from ..folds import assign_folds
+
+__all__ = ["FOLD", "PerFold", "check_generators", "of_fold", "write_folds"]
+
+logger = logging.getLogger(__name__)
+
+FOLD = "{fold}"
+FOLDS = "folds.csv"
+TRAINING_KEYS = "training_keys.txt"
+_COLUMNS = ("key", "patient", "fold")
+
+PerFold = str | Path | Sequence[str | Path]  # one for all folds, in which {fold} is a fold's number; or one for each
+
+
+def of_fold(paths: PerFold, fold: int) -> str:
+    """The path of a fold."""
+    one = paths if isinstance(paths, (str, Path)) else paths[fold]
+    return str(one).replace(FOLD, str(fold))
+
+
+def is_shared(paths: PerFold) -> bool:
+    """Whether all folds have the same path."""
+    return isinstance(paths, (str, Path)) and FOLD not in str(paths)
+
+
+def write_folds(
+    table: LabelTable,
+    labels: Sequence[str],
+    output_dir: str | Path,
+    *,
+    num_folds: int = 5,
+    training_keys: PerFold | None = None,
+    seed: int = 0,
+) -> np.ndarray:
+    """Share out patients to folds, and write which images the generator of each fold may be trained on.
+
+    Writes `folds.csv`, and `fold-K/training_keys.txt` for each fold K: train its generator on these images.
+
+    Args:
+        table: Labels and patients of N images.
+        labels: Names of the labels that folds are balanced over.
+        output_dir: The folder of the experiment.
+        num_folds: Number of folds.
+        training_keys: A file with the keys, one a line, that the generator of each fold was trained on. If one
+            generator serves all folds, its patients are tested in none.
+        seed: Of the folds.
+
+    Returns:
+        `(N,)` int64, the fold that each image is tested in; -1 for none.
+
+    Raises:
+        ValueError: If there are fewer patients to test than folds, or the folder holds other folds, by which
+            generators may have been trained.
+    """
+    seen: set[str] = set()
+    if training_keys is not None and is_shared(training_keys):
+        seen = _patients_of(of_fold(training_keys, 0), table)
+        logger.info(f"{len(seen)} patients that the generator was trained on are not tested")
+    tested = np.array([patient not in seen for patient in table.patients])
+    if not tested.any():
+        raise ValueError(
+            f"The generator was trained on all {len(set(table.patients))} patients, so none is left to test: train "
+            f"one generator for each fold, on the keys in fold-K/{TRAINING_KEYS}."
+        )
+    folds = np.full(len(table), -1)
+    patients = [table.patients[row] for row in np.flatnonzero(tested).tolist()]
+    folds[tested] = assign_folds(table.targets(labels)[tested], patients, num_folds, seed)
+
+    rows = sorted(zip(table.keys, table.patients, map(str, folds.tolist()), strict=True))
+    path = make_writable_folder(output_dir) / FOLDS
+    if not path.is_file():
+        write_csv(path, _COLUMNS, rows)
+    with open(path, newline="") as file:
+        before = [tuple(row) for row in csv.reader(file)]
+    if before != [_COLUMNS, *rows]:
+        raise ValueError(
+            f"{path} has other folds than these images, labels, number of folds and seed give. Use those that it was "
+            "written with, or another output folder."
+        )
+    for fold in range(num_folds):
+        folder = path.parent / f"fold-{fold}"
+        folder.mkdir(exist_ok=True)
+        with atomic_write(folder / TRAINING_KEYS) as file:
+            file.write("".join(f"{key}\n" for key, _, own in rows if own != str(fold)).encode())
+    return folds
+
+
+def check_generators(
+    table: LabelTable, folds: np.ndarray, generators: PerFold, training_keys: PerFold | None = None
+) -> str:
+    """What is known about generators having seen patients of the folds that they are used for.
+
+    Args:
+        table: Labels and patients of N images.
+        folds: `(N,)` from `write_folds`.
+        generators: The generator of each fold.
+        training_keys: A file with the keys that each was trained on, if known.
+
+    Returns:
+        A sentence for the record.
+
+    Raises:
+        ValueError: If a fold's generator was trained on images of patients whom the fold tests.
+    """
+    if training_keys is None:
+        if not is_shared(generators):
+            return (
+                f"One generator for each fold ({generators}); that each was trained without its test patients was not "
+                "checked."
+            )
+        logger.warning(
+            "One generator serves all folds and may have been trained on images of the patients that are tested: "
+            "figures may be too good. Give the keys that it was trained on, or train one for each fold, on the keys "
+            f"in fold-K/{TRAINING_KEYS}."
+        )
+        return "One generator for all folds, which may have been trained on images of the patients that are tested."
+    for fold in range(int(folds.max()) + 1):
+        trained = _patients_of(of_fold(training_keys, fold), table)
+        tested = {table.patients[row] for row in np.flatnonzero(folds == fold).tolist()}
+        if both := sorted(trained & tested):
+            raise ValueError(
+                f"The generator of fold {fold} was trained on images of {len(both)} of the {len(tested)} patients "
+                f"that the fold tests, such as {both[0]}: train it on the keys in fold-{fold}/{TRAINING_KEYS}."
+            )
+    return "By the training keys, no generator was trained on an image of a patient whom it is used to test."
+
+
+def _patients_of(path: str, table: LabelTable) -> set[str]:
+    """Patients of the images whose keys are in a file, one a line."""
+    keys = set(Path(path).read_text().splitlines())
+    return {patient for key, patient in zip(table.keys, table.patients, strict=True) if key in keys}
