@@ -1,11 +1,9 @@
-"""`examples/eval_augmentation.py` as a user runs it, on phantoms and at toy size; killed and started again."""
+"""`diffusers-dino evaluate augmentation` as a user runs it, on phantoms and at toy size; killed and started again."""
 
 import csv
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -69,13 +67,11 @@ def test_a_killed_experiment_continues_and_ends_as_one_that_was_not(flags, tmp_p
     assert {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()} == before
 
     flags["output_dir"] = tmp_path / "killed"
-    command = [sys.executable, str(scripts.EXAMPLES / "evaluate augmentation")]
-    command += scripts.command_line(None, {**flags, "num_workers": 1})
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = scripts.start_script("evaluate augmentation", **{**flags, "num_workers": 1})
     cells = tmp_path / "killed" / "cells"
     deadline = time.monotonic() + 500
     while len(list(cells.glob("*.safetensors"))) < 3:
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.kill()

@@ -1,4 +1,4 @@
-"""`examples/eval_labels.py` as a user runs it, on phantoms and at toy size."""
+"""`diffusers-dino evaluate labels` as a user runs it, on phantoms and at toy size."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 
 import scripts
 import tiny
-from diffusers_dino.evaluation.labels.protocol import LabelPreservationResult
+from diffusers_dino.evaluation.labels.result import LabelPreservationResult
 
 PHANTOMS = Path(__file__).parents[1] / "examples/data/phantom-cxr/phantom-cxr-test-000000.tar"
 

@@ -8,13 +8,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from diffusers_dino.evaluation.augmentation.comparison import summarise
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from diffusers_dino.evaluation.augmentation.cells import CellFacts, CellResult, CellSpec, grid_of
 from diffusers_dino.evaluation.augmentation.plot import plot_augmentation, plot_differences
-from diffusers_dino.evaluation.augmentation.result import AugmentationResult
+from diffusers_dino.evaluation.augmentation.result import AugmentationResult, summarise
 from diffusers_dino.evaluation.augmentation.table import (
     MARKS,
     format_augmentation_table,
@@ -280,7 +279,7 @@ def test_cells_that_do_not_belong_together_are_refused():
             summarise([*cells[len(changed) :], *changed], planned, repeats=20)
 
     first = cells[0]
-    fails(r"different images \(2 are in one alone\)", replace(first, keys=("other", *first.keys[1:])))
+    fails(r"different images \(2 are in only one\)", replace(first, keys=("other", *first.keys[1:])))
     with pytest.raises(ValueError, match="did training diverge"):
         replace(first, probabilities=np.full_like(first.probabilities, np.nan))
     fails("other labels or settings", replace(first, labels=("a", "b")))

@@ -71,5 +71,5 @@ def test_a_damaged_cell_is_named(tmp_path):
     whole = path.read_bytes()
     for damaged in (whole[:-1], whole[:40], b"", whole.replace(b"facts", b"fakts")):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"real-regime50-fold0.*is no whole cell"):
+        with pytest.raises(ValueError, match=r"real-regime50-fold0.*is not a whole cell"):
             CellResult.load(path)

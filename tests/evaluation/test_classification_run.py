@@ -6,20 +6,22 @@ import numpy as np
 import pytest
 import timm
 import torch
-from diffusers_dino.evaluation.augmentation.run import (
-    CellJob,
-    run_cell,
-    split_folds,
-    synthetic_images,
-    training_images,
-)
 from PIL import Image
 from safetensors.torch import save_file
 
 from diffusers_dino.data import Preprocessing, open_images
 from diffusers_dino.data.labels import LabelTable
-from diffusers_dino.evaluation.augmentation.cells import AUGMENTATION, FULL_SYNTHETIC, REAL, CellResult, CellSpec
-from diffusers_dino.evaluation.augmentation.plans import plan_regimes
+from diffusers_dino.evaluation.augmentation.cells import (
+    AUGMENTATION,
+    FULL_SYNTHETIC,
+    REAL,
+    CellJob,
+    CellResult,
+    CellSpec,
+    run_cell,
+)
+from diffusers_dino.evaluation.augmentation.plans import plan_regimes, split_folds
+from diffusers_dino.evaluation.augmentation.protocol import synthetic_images, training_images
 from diffusers_dino.evaluation.classifier import (
     ClassifierSettings,
     LabelledImages,
@@ -40,6 +42,7 @@ SETTINGS = ClassifierSettings(
     learning_rate=1e-2,
 )
 NAMES = ("left", "right")
+PREPROCESSING = Preprocessing(32, remove_borders=False)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +55,7 @@ def packed(tmp_path_factory):
         pixels[8:24, 4:12] += 150 * (number % 3 != 1)
         pixels[8:24, 20:28] += 150 * (number % 3 != 0)
         Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number:03d}.png")
-    return pack_images(open_images(folder, Preprocessing(32, remove_borders=False)), folder / "pack.npy")
+    return pack_images(open_images(folder, PREPROCESSING), folder / "pack.npy")
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +204,7 @@ def test_modes_train_on_what_they_say(job, packed, table, splits, tmp_path):
     for image in planned.plan:  # the images themselves stand in for their variations; a gate refused one of them
         if image.key != left_out:
             Image.fromarray(packed.array[packed.places[image.sources[0]]]).save(folder / f"{image.key}.png")
-    synthetic = pack_images(open_images(folder, packed.preprocessing), tmp_path / "pack.npy")
+    synthetic = pack_images(open_images(folder, PREPROCESSING), tmp_path / "pack.npy")
     found = synthetic_images(synthetic, planned, NAMES, 10, 2)
     assert len(found.rows) == 19
     assert found.targets.tolist() == [

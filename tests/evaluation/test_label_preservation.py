@@ -15,7 +15,7 @@ from diffusers_dino.evaluation.classifier import ClassifierSettings, LabelledIma
 from diffusers_dino.evaluation.folds import assign_folds
 from diffusers_dino.evaluation.labels.judges import Judges, SyntheticImages, held_out_pairs
 from diffusers_dino.evaluation.labels.plot import plot_label_preservation
-from diffusers_dino.evaluation.labels.protocol import JudgedSet, LabelPreservationResult, evaluate_labels, score_real
+from diffusers_dino.evaluation.labels.result import JudgedSet, LabelPreservationResult, score_real, score_sets
 from diffusers_dino.evaluation.labels.table import format_preservation_table, write_preservation_tables
 from diffusers_dino.evaluation.packed import PackedImages, pack_images
 from diffusers_dino.metrics.auroc import stratified_auroc
@@ -107,7 +107,7 @@ def result(judges, judged) -> LabelPreservationResult:
     numbers = np.repeat([0, 1, 2], [len(own) for own, _ in found])
     targets, patients = judges.table.targets(LABELS)[rows], [judges.table.patients[i] for i in rows]
     real = score_real(probabilities, targets, numbers, rows, patients, LABELS, repeats=50)
-    parts = evaluate_labels({name: [one] for name, one in judged.items()}, LABELS, ratios=[1], repeats=100)
+    parts = score_sets({name: [one] for name, one in judged.items()}, LABELS, ratios=[1], repeats=100)
     return LabelPreservationResult(LABELS, 3, NUM_REAL, NUM_REAL // 2, "densenet121", 0, 0, 100, real, parts)
 
 
@@ -163,7 +163,7 @@ def test_a_judge_does_not_know_labels_that_cannot_be_seen(table, tmp_path):
         judges.train(pair)
     judged = judges.judge(images)
     np.testing.assert_allclose(judged.synthetic, judged.sources, atol=1e-6)
-    (part,) = evaluate_labels({"copies": [judged]}, LABELS, repeats=100)
+    (part,) = score_sets({"copies": [judged]}, LABELS, repeats=100)
     assert part.macro.synthetic_low < 0.5 < part.macro.synthetic_high
     assert part.macro.difference == pytest.approx(0, abs=1e-6)
 
@@ -255,13 +255,13 @@ def test_the_figure_has_a_panel_for_each_set_and_for_fractions(result, tmp_path)
 def test_a_label_with_one_class_has_no_figure(judged, result):
     one = judged["faithful"]
     constant = replace(one, targets=np.column_stack([one.targets[:, 0], np.zeros(len(one.patients), bool)]))
-    part = evaluate_labels({"constant": [constant]}, LABELS, repeats=20)[0]
+    part = score_sets({"constant": [constant]}, LABELS, repeats=20)[0]
     assert part.labels[1].synthetic is part.labels[1].synthetic_low is part.labels[1].shuffled_low is None
     assert part.macro.synthetic == part.labels[0].synthetic
     assert part.macro.num_positive == 1
     assert "one class" in format_preservation_table(replace(result, parts=(part,)))
     nothing = replace(one, targets=np.zeros_like(one.targets))
-    assert evaluate_labels({"nothing": [nothing]}, LABELS, repeats=20)[0].macro.synthetic is None
+    assert score_sets({"nothing": [nothing]}, LABELS, repeats=20)[0].macro.synthetic is None
 
 
 def test_bad_input_is_named(judges, judged, sets, table):
@@ -271,9 +271,9 @@ def test_bad_input_is_named(judges, judged, sets, table):
     with pytest.raises(ValueError, match="as many of everything"):
         replace(one, sources=one.sources[:-1])
     with pytest.raises(ValueError, match="parts of one strategy"):
-        evaluate_labels({"mixed": [one, judged["between"]]}, LABELS)
+        score_sets({"mixed": [one, judged["between"]]}, LABELS)
     with pytest.raises(ValueError, match="does not have the 1 labels"):
-        evaluate_labels({"set": [one]}, LABELS[:1])
+        score_sets({"set": [one]}, LABELS[:1])
     with pytest.raises(ValueError, match="at least 3, got 2"):
         held_out_pairs(np.array([[0, 1]]), 2)
     with pytest.raises(ValueError, match="below 3"):

@@ -1,12 +1,15 @@
+import json
 import pickle
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import scripts
 from diffusers_dino.data import Preprocessing, open_images
 from diffusers_dino.evaluation.packed import PackedImages, pack_images
+from diffusers_dino.pixels import unit_to_uint8, with_channels
 
 PREPROCESSING = Preprocessing(16, remove_borders=False)
 
@@ -51,17 +54,41 @@ def test_an_image_that_cannot_be_read_has_no_stand_in(folder, tmp_path):
     assert np.array_equal(packed.array[2], dict(images.read_many([3]))["003"])
 
 
-def test_colour_becomes_gray(tmp_path):
-    folder = tmp_path / "images"
-    folder.mkdir()
-    pixels = np.zeros((16, 16, 3), np.uint8)
-    pixels[:8, :, 1] = 255
-    Image.fromarray(pixels).save(folder / "a.png")
-    packed = pack_images(open_images(folder, PREPROCESSING), tmp_path / "pack.npy")
-    assert packed.array.shape == (1, 16, 16)
-    assert set(np.unique(packed.array)) == {0, 150}
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_colour_image_is_packed_alike_whether_it_is_real_or_synthetic(channels, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    pixels[0, :2] = [[0, 0, 0], [255, 255, 255]]  # so that preparation does not stretch it
+    drawn = torch.from_numpy(pixels).movedim(-1, 0).float() / 255
+    stored = (
+        unit_to_uint8(with_channels(drawn, channels)).movedim(0, -1).numpy()
+    )  # as a synthesis stores what it draws
+    packed = {}
+    for name, array in (("real", pixels), ("synthetic", stored.squeeze())):
+        (tmp_path / name).mkdir()
+        Image.fromarray(array).save(tmp_path / name / "a.png")
+        images = open_images(tmp_path / name, PREPROCESSING)
+        packed[name] = pack_images(images, tmp_path / f"{name}.npy", channels=channels)
+    assert packed["real"].array.shape == ((1, 16, 16) if channels == 1 else (1, 16, 16, 3))
+    assert np.array_equal(packed["real"].array, packed["synthetic"].array)
+    assert np.array_equal(packed["real"].array[0], stored.squeeze())
     with pytest.raises(ValueError, match="1 or 3 channels, got 2"):
-        pack_images(open_images(folder, PREPROCESSING), tmp_path / "pack.npy", channels=2)
+        pack_images(images, tmp_path / "pack.npy", channels=2)
+
+
+def test_what_older_versions_packed_is_packed_anew_and_keeps_its_recipe_unless_it_had_colours(folder, tmp_path):
+    path, images = tmp_path / "pack.npy", open_images(folder, PREPROCESSING)
+    recipe = pack_images(images, path).recipe
+    facts = json.loads(path.with_suffix(".json").read_text())
+    del facts["num_averaged"]
+    path.with_suffix(".json").write_text(json.dumps(facts))
+    before = path.stat().st_mtime_ns
+    packed = pack_images(images, path)
+    assert (packed.recipe, packed.num_averaged) == (recipe, 0)  # judges and cells of these pixels stay valid
+    assert path.stat().st_mtime_ns > before
+    Image.fromarray(np.arange(16 * 16 * 3).reshape(16, 16, 3).astype(np.uint8)).save(folder / "000.png")
+    colour = pack_images(images, tmp_path / "colour.npy")
+    assert colour.num_averaged == 1
+    assert colour.recipe != recipe
 
 
 def test_an_array_that_does_not_fit_its_keys_is_refused(folder, tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data import ImageDataset, to_float
+from ..data.datasets import ImageDataset, to_float
 from ..files import atomic_write, write_json
 from ..pixels import unit_to_uint8, with_channels
 
