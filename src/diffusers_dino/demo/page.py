@@ -1,4 +1,4 @@
-"""The page of the demo: three tabs over `app_tasks`. Import it after Gradio's environment is set, as `app.py` does."""
+"""The page of the demo: three tabs over `tasks`. Import it after Gradio's environment is set, as `launch` does."""
 
 from __future__ import annotations
 
@@ -84,15 +84,14 @@ def variations_tab(pipe: DinoDiffusionPipeline, model: str, examples: Sequence[I
             gallery = pictures("variations", columns=2)
             download = gr.DownloadButton("Download all (ZIP)", interactive=False)
 
-    @told
+    @explain_errors
     def make(image, count, steps, guidance, seed, scheduler, progress=PROGRESS):
-        sampling = tasks.Sampling(steps, guidance, seed, scheduler)
+        sampling = tasks.SamplerSettings(steps, guidance, seed, scheduler)
         made = tasks.vary(pipe, chosen(image), count, sampling, progress)
         seeds = [sampling.seed + number for number in range(count)]
         files = {f"variation_seed_{seed}": picture for seed, picture in zip(seeds, made, strict=True)}
-        facts = tasks.settings(model, sampling, task="variations")
         captioned = [(picture, f"seed {seed}") for seed, picture in zip(seeds, made, strict=True)]
-        return captioned, offered("variations.zip", tasks.archive(files, facts))
+        return captioned, offered("variations.zip", tasks.archive(files, model, sampling, task="variations"))
 
     run.click(make, [image, count, *sampling], [gallery, download], **ONE_AT_A_TIME)
 
@@ -116,13 +115,13 @@ def blend_tab(pipe: DinoDiffusionPipeline, model: str, examples: Sequence[Image.
             strip = pictures("path", columns=POINTS, allow_preview=False, buttons=[])
             download = gr.DownloadButton("Download all (ZIP)", interactive=False)
 
-    @told
+    @explain_errors
     def make(source, target, method, steps, guidance, seed, scheduler, progress=PROGRESS):
-        sampling = tasks.Sampling(steps, guidance, seed, scheduler)
+        sampling = tasks.SamplerSettings(steps, guidance, seed, scheduler)
         made = tasks.blend(pipe, chosen(source), chosen(target), POINTS, method, sampling, progress)
         files = {f"blend_{place / (POINTS - 1):.3f}": picture for place, picture in enumerate(made)}
-        facts = tasks.settings(model, sampling, task="blend", method=method)
-        return made, offered("blend.zip", tasks.archive(files, facts))
+        archive = tasks.archive(files, model, sampling, task="blend", method=method)
+        return made, offered("blend.zip", archive)
 
     def choose(event: gr.SelectData):
         return event.index / (POINTS - 1)
@@ -152,7 +151,7 @@ def segments_tab(pipe: DinoDiffusionPipeline, examples: Sequence[Image.Image]) -
                 overlay = gr.DownloadButton("Download overlay (PNG)", interactive=False)
     segmented = gr.State(time_to_live=KEPT)  # image and maps, which belong together
 
-    @told
+    @explain_errors
     def segment(image, threshold, timestep, layer, opacity):
         maps = segmenter.segment(chosen(image), int(timestep), threshold, layer)
         return (image, maps), f"{len(maps)} segment{'s' * (len(maps) > 1)}", *paint((image, maps), opacity)
@@ -173,11 +172,8 @@ def segments_tab(pipe: DinoDiffusionPipeline, examples: Sequence[Image.Image]) -
         numbers, painted = tasks.png(tasks.mask_image(labels)), tasks.png(tasks.overlay(image, labels, opacity))
         return offered("mask.png", numbers), offered("overlay.png", painted)
 
-    inputs, outputs, shown = (
-        [image, threshold, timestep, layer, opacity],
-        [segmented, summary],
-        [picture, mask, overlay],
-    )
+    inputs, outputs = [image, threshold, timestep, layer, opacity], [segmented, summary]
+    shown = [picture, mask, overlay]
     latest = {"trigger_mode": "always_last"}  # while a slider moves
     triggers = run.click, threshold.change, timestep.change, layer.change
     events = [trigger(segment, inputs, outputs + shown, **latest, **ONE_AT_A_TIME) for trigger in triggers]
@@ -187,14 +183,14 @@ def segments_tab(pipe: DinoDiffusionPipeline, examples: Sequence[Image.Image]) -
 
 
 def image_input(examples: Sequence[Image.Image], columns: int) -> gr.State:
-    """Where an image is dropped or chosen. It is in the state returned, 8 bits deep, in the server's memory alone."""
+    """Where an image is dropped or chosen. It is in the state returned, 8 bits deep, only in the server's memory."""
     first = examples[0] if examples else None
     image = gr.State(first, time_to_live=KEPT)
     picture = shown_picture(None, height=240, value=first, buttons=["fullscreen"])
     file = gr.File(show_label=False, height=60, elem_classes="drop")
     gr.Markdown("PNG, JPEG, TIFF, NumPy or DICOM" + (", or one of these:" if examples else ""), elem_classes="note")
 
-    @told
+    @explain_errors
     def read(path):
         try:
             opened = tasks.open_image(path)
@@ -215,13 +211,13 @@ def image_input(examples: Sequence[Image.Image], columns: int) -> gr.State:
 
 
 def sampling_inputs() -> list[gr.components.Component]:
-    """What `tasks.Sampling` takes, in its order."""
+    """What `tasks.SamplerSettings` takes, in its order."""
     with gr.Accordion("Sampling", open=False):
         return [
             gr.Slider(1, 100, 20, step=1, label="Steps"),
             gr.Slider(1, 10, 2, step=0.1, label="Guidance", info="1 is none"),
             gr.Number(0, precision=0, minimum=0, maximum=2**31, label="Seed"),
-            gr.Dropdown(list(tasks.SCHEDULERS), value=tasks.Sampling().scheduler, label="Scheduler"),
+            gr.Dropdown(list(tasks.SCHEDULERS), value=tasks.SamplerSettings().scheduler, label="Scheduler"),
         ]
 
 
@@ -234,21 +230,21 @@ def shown_picture(elem_id: str | None, height: int, **options: Any) -> gr.Image:
 
 
 def chosen(image: Image.Image | None) -> Image.Image:
-    """An image, or a word to the visitor who has none."""
+    """The image, or an error that tells the visitor to choose one."""
     if image is None:
         raise ValueError("Drop an image, or choose an example.")
     return image
 
 
 def offered(name: str, content: bytes) -> Any:
-    """A download of a file, which Gradio deletes after `KEPT` seconds as all files in its folder."""
+    """A download of a file, which Gradio deletes after `KEPT` seconds like all files in its folder."""
     path = Path(tempfile.mkdtemp(dir=os.environ["GRADIO_TEMP_DIR"])) / name
     path.write_bytes(content)
     return gr.update(value=str(path), interactive=True)
 
 
-def told(function: Callable) -> Callable:
-    """Show the visitor why a call cannot work; whatever else fails is a bug and goes to the log."""
+def explain_errors(function: Callable) -> Callable:
+    """Show the visitor why a call cannot work; any other error is a bug and goes to the log."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What the demo does, without its page: images read, varied, blended and segmented, and files made of the results."""
+"""What the demo does, without its page: read, vary, blend and segment images, and make files of the results."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ SCHEDULERS = {
 }
 METHODS = ("lerp", "slerp")
 ALL_LAYERS = "all"
-DISPLAY = 1024  # pixels: larger images are shown smaller, and kept and downloaded as they are
-MIN_SIDE = 32  # of an image in pixels: less has nothing to show
+DISPLAY = 1024  # pixels: larger images are shown smaller, and kept and downloaded at their own size
+MIN_SIDE = 32  # of an image in pixels: a smaller one has nothing to show
 _BATCH = 4  # images that are generated at a time
 _MAX_RATIO = 8  # of an image's sides
 
@@ -45,7 +45,7 @@ Pipeline = TypeVar("Pipeline", DinoDiffusionPipeline, DinoInterpolationPipeline)
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplerSettings:
     """How images are sampled.
 
     Args:
@@ -67,7 +67,7 @@ def open_image(path: str | Path) -> Image.Image:
     Training stretches the range in the same way (`Preprocessing`), so the model sees what it knows.
 
     Raises:
-        ValueError: If it is no image, damaged, or too small; the message names the file without its folder.
+        ValueError: If it is not an image, damaged, or too small; the message names the file without its folder.
         ImportError: If it is DICOM and the `dicom` extra is not installed.
     """
     name = Path(path).name
@@ -97,7 +97,11 @@ def model_size(pipe: DinoDiffusionPipeline) -> int:
 
 
 def vary(
-    pipe: DinoDiffusionPipeline, image: Image.Image, count: int, sampling: Sampling, on_step: OnStep | None = None
+    pipe: DinoDiffusionPipeline,
+    image: Image.Image,
+    count: int,
+    sampling: SamplerSettings,
+    on_step: OnStep | None = None,
 ) -> list[Image.Image]:
     """Variations of an image. Number i has the seed `sampling.seed + i` and does not depend on how many there are."""
     pipe = _made_of(pipe, DinoDiffusionPipeline, sampling.scheduler)
@@ -123,7 +127,7 @@ def blend(
     target: Image.Image,
     num_points: int,
     method: str,
-    sampling: Sampling,
+    sampling: SamplerSettings,
     on_step: OnStep | None = None,
 ) -> list[Image.Image]:
     """Images on the path between two images, at `num_points` even fractions from 0 to 1, from one noise."""
@@ -143,7 +147,7 @@ def blend(
 class Segmenter:
     """Segments of images, with the attention maps of the last few images and timesteps kept.
 
-    The maps take the model and do not depend on the threshold, so that another threshold costs merging alone.
+    The maps take the model and do not depend on the threshold, so another threshold costs only the merging.
 
     Args:
         pipe: Whose UNet is read.
@@ -231,19 +235,15 @@ def png(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def archive(pictures: Mapping[str, Image.Image], facts: Mapping[str, object]) -> bytes:
-    """A ZIP of pictures by name, as PNG at their own size, and of `settings.json`, how they were made."""
+def archive(pictures: Mapping[str, Image.Image], model: str, sampling: SamplerSettings, **facts: object) -> bytes:
+    """A ZIP of pictures by name, as PNG at their own size, and of `settings.json`, which says how they were made."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as file:  # PNG is compressed already
         for name, picture in pictures.items():
             file.writestr(f"{name}.png", png(picture))
-        file.writestr("settings.json", json.dumps({"synthetic": True, **facts}, indent=2) + "\n")
+        settings = {"synthetic": True, "model": model, **asdict(sampling), **facts}
+        file.writestr("settings.json", json.dumps(settings, indent=2) + "\n")
     return buffer.getvalue()
-
-
-def settings(model: str, sampling: Sampling, **more: object) -> dict[str, object]:
-    """What `archive` notes of a call."""
-    return {"model": model, **asdict(sampling), **more}
 
 
 def _made_of(pipe: DinoDiffusionPipeline, kind: type[Pipeline], scheduler: str) -> Pipeline:

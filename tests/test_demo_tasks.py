@@ -1,11 +1,8 @@
 """What the demo computes, without its page: on tiny components, with files as visitors drop them."""
 
-import contextlib
-import importlib
 import io
 import json
 import os
-import signal
 import sys
 import zipfile
 from unittest.mock import patch
@@ -19,13 +16,9 @@ import scripts
 import tiny
 from deep_images import deep_png
 from diffusers_dino import DiffSegPipeline, DinoInterpolationPipeline
+from diffusers_dino.demo import launch, read_logins, tasks
 
 PHANTOMS = scripts.EXAMPLES / "data/phantom-cxr/phantom-cxr-test-*.tar"
-
-
-@pytest.fixture(scope="module")
-def tasks():
-    return importlib.import_module("diffusers_dino.demo.tasks")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +37,7 @@ def arrays(pictures):
 
 class TestReading:
     @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "CMYK"])
-    def test_every_mode_becomes_gray_or_rgb_of_full_range(self, tasks, tmp_path, mode):
+    def test_every_mode_becomes_gray_or_rgb_of_full_range(self, tmp_path, mode):
         path = tmp_path / ("scan.tif" if mode == "CMYK" else "scan.png")
         pixels = (tiny.random_images(1, size=48)[0] * 255).byte().movedim(0, -1).numpy()
         Image.fromarray(pixels).convert(mode).save(path)
@@ -53,7 +46,7 @@ class TestReading:
         assert opened.mode == ("L" if mode == "L" else "RGB")
         assert (np.asarray(opened).min(), np.asarray(opened).max()) == (0, 255)
 
-    def test_twelve_bits_in_sixteen_are_stretched(self, tasks, tmp_path):
+    def test_twelve_bits_in_sixteen_are_stretched(self, tmp_path):
         deep = np.linspace(100, 4095, 64 * 64).reshape(64, 64, 1).astype(np.uint16)
         (tmp_path / "deep.png").write_bytes(deep_png(deep))
         opened = np.asarray(tasks.open_image(tmp_path / "deep.png"))
@@ -61,14 +54,14 @@ class TestReading:
         assert (opened[0, 0], opened[-1, -1]) == (0, 255)
         assert len(np.unique(opened)) == 256
 
-    def test_the_first_picture_of_an_animation_is_read(self, tasks, tmp_path):
+    def test_the_first_picture_of_an_animation_is_read(self, tmp_path):
         first, second = picture(0), picture(1)
         first.save(tmp_path / "moving.gif", save_all=True, append_images=[second])
         assert np.asarray(tasks.open_image(tmp_path / "moving.gif")).mean() == pytest.approx(
             np.asarray(first).mean(), abs=40
         )
 
-    def test_dicom_is_read(self, tasks, tmp_path):
+    def test_dicom_is_read(self, tmp_path):
         pytest.importorskip("pydicom")
         from dicom_files import dicom_bytes
 
@@ -76,7 +69,7 @@ class TestReading:
         (tmp_path / "1.2.840").write_bytes(dicom_bytes(pixels, bits=12))
         assert tasks.open_image(tmp_path / "1.2.840").size == (48, 64)
 
-    def test_dicom_without_the_extra_names_the_extra(self, tasks, tmp_path, monkeypatch):
+    def test_dicom_without_the_extra_names_the_extra(self, tmp_path, monkeypatch):
         path = tmp_path / "scan.dcm"
         path.write_bytes(bytes(128) + b"DICM" + bytes(64))
         monkeypatch.setitem(sys.modules, "pydicom", None)
@@ -93,46 +86,49 @@ class TestReading:
             ("line.npy", np.zeros((32, 4000)), "line.npy has 4000 x 32 pixels"),
         ],
     )
-    def test_other_files_are_refused_by_name_without_their_folder(self, tasks, tmp_path, name, content, message):
+    def test_other_files_are_refused_by_name_without_their_folder(self, tmp_path, name, content, message):
         path = tmp_path / name
         path.write_bytes(content) if isinstance(content, bytes) else np.save(path, content)
         with pytest.raises(ValueError, match=message) as refusal:
             tasks.open_image(path)
         assert str(tmp_path) not in str(refusal.value)
 
-    def test_examples_are_spread_over_the_bundled_images(self, tasks):
+    def test_examples_are_spread_over_the_bundled_images(self):
         examples = tasks.example_images(PHANTOMS, 64, 3)
         assert [example.size for example in examples] == [(64, 64)] * 3
         assert len(np.unique(arrays(examples), axis=0)) == 3
 
 
 class TestSampling:
-    def test_variations_are_those_of_the_pipeline_and_do_not_depend_on_their_number(self, tasks, pipe):
-        sampling = tasks.Sampling(steps=2, seed=7)
+    def test_variations_are_those_of_the_pipeline_and_do_not_depend_on_their_number(self, pipe):
+        sampling = tasks.SamplerSettings(steps=2, seed=7)
         done = []
         made = tasks.vary(pipe, picture(), 6, sampling, done.append)
         assert len(made) == 6
         assert made[0].size == (tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
         assert done == pytest.approx([0.25, 0.5, 0.75, 1])  # two batches of two steps
-        alone = tasks.vary(pipe, picture(), 1, tasks.Sampling(steps=2, seed=12))
+        alone = tasks.vary(pipe, picture(), 1, tasks.SamplerSettings(steps=2, seed=12))
         assert np.abs(arrays(made[5:]).astype(int) - arrays(alone)).max() <= 1
         expected = pipe(
             picture(), num_images_per_prompt=4, num_inference_steps=2, generator=tiny.generators(7, 8, 9, 10)
         )
         assert np.array_equal(arrays(made[:4]), arrays(expected.images))
 
-    def test_every_scheduler_of_the_list_samples_and_leaves_the_pipeline_its_own(self, tasks, pipe):
+    def test_every_scheduler_of_the_list_samples_and_leaves_the_pipeline_its_own(self, pipe):
         own = pipe.scheduler
         made = [
-            tasks.vary(pipe, picture(), 1, tasks.Sampling(steps=3, scheduler=name))[0] for name in tasks.SCHEDULERS
+            tasks.vary(pipe, picture(), 1, tasks.SamplerSettings(steps=3, scheduler=name))[0]
+            for name in tasks.SCHEDULERS
         ]
         assert len(np.unique(arrays(made), axis=0)) > 1
         assert pipe.scheduler is own
 
     @pytest.mark.parametrize("method", ["lerp", "slerp"])
-    def test_a_blend_is_the_path_of_the_pipeline(self, tasks, pipe, method):
+    def test_a_blend_is_the_path_of_the_pipeline(self, pipe, method):
         done = []
-        made = tasks.blend(pipe, picture(0), picture(1), 3, method, tasks.Sampling(steps=2, seed=1), done.append)
+        made = tasks.blend(
+            pipe, picture(0), picture(1), 3, method, tasks.SamplerSettings(steps=2, seed=1), done.append
+        )
         path = DinoInterpolationPipeline.from_pipe(pipe)(
             picture(0),
             picture(1),
@@ -144,12 +140,12 @@ class TestSampling:
         assert np.array_equal(arrays(made), arrays(path.images))
         assert done[-1] == pytest.approx(1)
 
-    def test_the_side_of_the_images_is_the_models(self, tasks, pipe):
+    def test_the_side_of_the_images_is_the_models(self, pipe):
         assert tasks.model_size(pipe) == tiny.IMAGE_SIZE
 
 
 class TestSegments:
-    def test_another_threshold_does_not_run_the_model_again(self, tasks, pipe, monkeypatch):
+    def test_another_threshold_does_not_run_the_model_again(self, pipe, monkeypatch):
         segmenter = tasks.Segmenter(pipe)
         image = picture(size=40)
         few = segmenter.segment(image, 100, 1.5)
@@ -160,13 +156,13 @@ class TestSegments:
         assert not calls
         assert len(many) > len(few)
 
-    def test_maps_of_the_last_images_are_kept_and_no_more(self, tasks, pipe):
+    def test_maps_of_the_last_images_are_kept_and_no_more(self, pipe):
         segmenter = tasks.Segmenter(pipe, kept=2)
         for seed in range(3):
             segmenter.segment(picture(seed), 50, 0.5)
         assert len(segmenter._maps) == 2
 
-    def test_layers_can_be_chosen(self, tasks, pipe):
+    def test_layers_can_be_chosen(self, pipe):
         segmenter = tasks.Segmenter(pipe)
         assert segmenter.layers[0] == tasks.ALL_LAYERS
         assert segmenter.finest_layer == "up_blocks.1.attentions.1"
@@ -174,7 +170,7 @@ class TestSegments:
         chosen = [tasks.labels_of(segmenter.segment(picture(), 100, 0.1, layer), picture()) for layer in layers]
         assert not np.array_equal(*chosen)
 
-    def test_segments_are_the_pipelines_by_falling_area(self, tasks, pipe):
+    def test_segments_are_the_pipelines_by_falling_area(self, pipe):
         image = picture(size=40)
         labels = tasks.labels_of(tasks.Segmenter(pipe).segment(image, 100, 0.05), image)
         areas = np.bincount(labels.ravel())
@@ -188,73 +184,60 @@ class TestSegments:
         }
         assert len(pairs) == len(areas)  # the same segments under other numbers
 
-    def test_large_images_are_labelled_at_their_own_size(self, tasks, pipe):
+    def test_large_images_are_labelled_at_their_own_size(self, pipe):
         image = picture(size=1500)
         segments = tasks.Segmenter(pipe).segment(image, 100, 0.1)
         assert tasks.labels_of(segments, image).shape == (1500, 1500)
         assert tasks.fitted(image, tasks.DISPLAY).size == (1024, 1024)
 
-    def test_a_mask_file_holds_the_numbers(self, tasks):
+    def test_a_mask_file_holds_the_numbers(self):
         labels = np.arange(256, dtype=np.uint8).reshape(16, 16)
         opened = Image.open(io.BytesIO(tasks.png(tasks.mask_image(labels))))
         assert np.array_equal(np.asarray(opened), labels)
         assert np.array_equal(np.asarray(opened.convert("RGB")), tasks.palette()[labels])
 
-    def test_an_overlay_goes_from_the_image_to_the_colours(self, tasks):
+    def test_an_overlay_goes_from_the_image_to_the_colours(self):
         image, labels = picture(size=32), np.repeat(np.arange(2, dtype=np.uint8), 512).reshape(32, 32)
         assert np.array_equal(np.asarray(tasks.overlay(image, labels, 0)), np.asarray(image.convert("RGB")))
         assert np.array_equal(np.asarray(tasks.overlay(image, labels, 1)), tasks.palette()[labels])
 
-    def test_colours_of_neighbouring_numbers_differ(self, tasks):
+    def test_colours_of_neighbouring_numbers_differ(self):
         palette = tasks.palette().astype(int)
         assert len(np.unique(palette, axis=0)) > 200
         assert np.abs(np.diff(palette[:12], axis=0)).sum(axis=1).min() > 100
 
 
-def test_an_archive_holds_the_pictures_at_their_size_and_says_how_they_were_made(tasks):
-    facts = tasks.settings("tiny", tasks.Sampling(steps=3), task="variations")
-    with zipfile.ZipFile(io.BytesIO(tasks.archive({"a": picture(), "b": picture(1)}, facts))) as file:
+def test_an_archive_holds_the_pictures_at_their_size_and_says_how_they_were_made():
+    archive = tasks.archive(
+        {"a": picture(), "b": picture(1)}, "tiny", tasks.SamplerSettings(steps=3), task="variations"
+    )
+    with zipfile.ZipFile(io.BytesIO(archive)) as file:
         assert sorted(file.namelist()) == ["a.png", "b.png", "settings.json"]
         assert np.array_equal(np.asarray(Image.open(file.open("b.png"))), np.asarray(picture(1)))
         noted = json.loads(file.read("settings.json"))
-    assert noted == {
-        "synthetic": True,
-        "model": "tiny",
-        "steps": 3,
-        "guidance": 2.0,
-        "seed": 0,
-        "scheduler": "the model's own",
-        "task": "variations",
-    }
+    made_with = {"steps": 3, "guidance": 2.0, "seed": 0, "scheduler": "the model's own"}
+    assert noted == {"synthetic": True, "model": "tiny", **made_with, "task": "variations"}
 
 
 class TestStarting:
-    @pytest.fixture
-    def app(self, tasks):
-        return importlib.import_module("diffusers_dino.cli.demo")
-
-    def test_logins_are_read_line_by_line(self, app, tmp_path):
+    def test_logins_are_read_line_by_line(self, tmp_path):
         (tmp_path / "logins").write_text("ann:a:b\n\nben:c\n")
-        assert app.read_logins(tmp_path / "logins") == [("ann", "a:b"), ("ben", "c")]
-        assert app.read_logins(None) is None
+        assert read_logins(tmp_path / "logins") == [("ann", "a:b"), ("ben", "c")]
 
     @pytest.mark.parametrize("content", ["", "ann\n", "ann:\n", ":secret\n"])
-    def test_a_file_that_would_let_anybody_in_is_refused(self, app, tmp_path, content):
+    def test_a_file_that_would_let_anybody_in_is_refused(self, tmp_path, content):
         (tmp_path / "logins").write_text(content)
         with pytest.raises(ValueError, match="NAME:PASSWORD"):
-            app.read_logins(tmp_path / "logins")
+            read_logins(tmp_path / "logins")
 
-    def test_a_missing_gradio_names_the_extra(self, app, monkeypatch, tmp_path):
+    def test_a_missing_gradio_names_the_extra_and_leaves_nothing(self, monkeypatch, tmp_path):
         monkeypatch.setitem(sys.modules, "gradio", None)
         monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-        monkeypatch.setattr(sys, "argv", ["demo"])
-        with patch.dict(os.environ), keep_sigterm(), pytest.raises(ImportError, match=r"diffusers-dino\[demo\]"):
-            app.main()
+        with patch.dict(os.environ), pytest.raises(ImportError, match=r"diffusers-dino\[demo\]"):
+            launch("nothing")
         assert not list(tmp_path.iterdir())
 
-
-@contextlib.contextmanager
-def keep_sigterm():
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
+    def test_without_the_repository_a_model_has_to_be_named(self, monkeypatch, tmp_path):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(FileNotFoundError, match="give --model"):
+            scripts.call_script("demo")

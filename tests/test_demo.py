@@ -1,6 +1,6 @@
-"""`examples/app.py` as a visitor meets it: started as a user starts it, in a real browser, which has no window here.
+"""The demo as a visitor meets it: started as a user starts it, in a real browser, which has no window here.
 
-`DEMO_PICTURES=docs/images python -m pytest tests/test_app.py` takes the pictures of docs/demo.md anew.
+`DEMO_PICTURES=docs/images python -m pytest tests/test_demo.py` takes the pictures of docs/demo.md anew.
 """
 
 import base64

@@ -1,0 +1,101 @@
+"""Serve the demo: a model, example images, and Gradio with settings that keep images on this machine."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from ..devices import device_of
+from ..extras import require
+from ..training.models import load_trained_pipeline
+from .tasks import example_images, model_size
+
+__all__ = ["launch", "read_logins"]
+
+NUM_EXAMPLES = 6
+
+
+def launch(
+    model: str | Path,
+    *,
+    lora: str | Path | None = None,
+    device: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    examples: str | Path | None = None,
+    server_name: str = "127.0.0.1",
+    server_port: int | None = None,
+    logins: Sequence[tuple[str, str]] | None = None,
+    share: bool = False,
+) -> None:
+    """Serve the page, print its address, and return when the process is interrupted.
+
+    Args:
+        model: A pipeline's folder or Hub id, or a checkpoint of a training.
+        lora: A LoRA of its UNet, folder or Hub id.
+        device: Where to compute; by default a GPU if there is one.
+        dtype: Type of the weights.
+        examples: Folder or tars of images to choose from, which every visitor may see.
+        server_name: Address to listen at; `"0.0.0.0"` lets other machines in.
+        server_port: By default the first free one from 7860 on.
+        logins: Names and passwords of those who may enter, as `read_logins` reads them; by default all may.
+        share: Publish the page through Gradio's servers. Never with images of patients.
+
+    Raises:
+        ImportError: If Gradio is not installed.
+    """
+    with _private_gradio():
+        require("gradio", "demo", "The demo needs Gradio")
+        from .page import LOOK, build_page  # Gradio reads the environment that was just set
+
+        pipe = load_trained_pipeline(model, None if dtype == torch.float32 else dtype)
+        if lora:
+            pipe.load_lora_weights(lora)
+        pipe.to(device_of(0, device))
+        shown = example_images(examples, model_size(pipe), NUM_EXAMPLES) if examples else []
+        page = build_page(pipe, Path(model).name, shown)
+        _, address, public = page.launch(
+            server_name=server_name,
+            server_port=server_port,
+            auth=logins,
+            share=share,
+            max_file_size="200mb",
+            enable_monitoring=False,
+            ssr_mode=False,
+            footer_links=[],
+            prevent_thread_lock=True,
+            quiet=True,
+            **LOOK,
+        )
+        print(f"Open {public or address} in a browser; Ctrl+C ends the demo.", flush=True)
+        page.block_thread()
+
+
+def read_logins(path: str | Path) -> list[tuple[str, str]]:
+    """Names and passwords from a file with a line `NAME:PASSWORD` for each person.
+
+    Raises:
+        ValueError: If a line is not of this form, or there is none: the page would be open to everybody.
+    """
+    logins = [tuple(line.split(":", 1)) for line in Path(path).read_text().splitlines() if line.strip()]
+    if not logins or not all(len(login) == 2 and all(login) for login in logins):
+        raise ValueError(f"{path} must have a line NAME:PASSWORD for each who may enter.")
+    return logins
+
+
+@contextmanager
+def _private_gradio() -> Iterator[None]:
+    """Gradio's settings, which it reads when it is imported: no telemetry, and a folder that only this user can read.
+
+    Uploads and results are in that folder, which is deleted at the end; Gradio's own default outlives the program.
+    """
+    with tempfile.TemporaryDirectory(prefix="diffusers-dino-demo-", dir=os.environ.get("GRADIO_TEMP_DIR")) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = os.environ["GRADIO_RUN_HISTORY"] = "False"
+        for name in ("no_proxy", "NO_PROXY"):  # Gradio calls itself at the start, not through a hospital's proxy
+            os.environ[name] = ",".join(filter(None, (os.environ.get(name), "localhost", "127.0.0.1")))
+        yield
