@@ -1,6 +1,5 @@
-"""`examples/patch_tokens.py` as a user runs it, and what its figures mean."""
+"""`diffusers-dino splice` as a user runs it, and what its figures mean."""
 
-import importlib
 import json
 from pathlib import Path
 
@@ -12,14 +11,10 @@ from PIL import Image
 import scripts
 import tiny
 from diffusers_dino import DinoDiffusionPipeline
+from diffusers_dino.evaluation.reconstruction.splicing import splice_masks, travelled
 
 ROOT = Path(__file__).parents[1]
 MASKS = ["left half", "lower half", "quadrant", "lungs", "all but lungs", "all patches"]
-
-
-@pytest.fixture(scope="module")
-def script():
-    return importlib.import_module("diffusers_dino.cli.splice")
 
 
 @pytest.fixture
@@ -35,7 +30,7 @@ def data_dir(tmp_path) -> Path:
     return folder
 
 
-def test_pictures_and_figures_of_every_mask(data_dir, tmp_path, script):
+def test_pictures_and_figures_of_every_mask(data_dir, tmp_path):
     pipe = tiny.tiny_pipeline(conditioner=tiny.tiny_conditioner(tokens="all"))
     pipe.save_pretrained(tmp_path / "model")
     flags = {"model": tmp_path / "model", "data_dir": data_dir, "output_dir": tmp_path / "out"}
@@ -51,30 +46,30 @@ def test_pictures_and_figures_of_every_mask(data_dir, tmp_path, script):
     assert list(figures["lungs"]) == ["inside", "outside"]
 
 
-def test_masks_on_the_grid_of_patches(script):
+def test_masks_on_the_grid_of_patches():
     lungs = torch.zeros(32, 32, dtype=torch.bool)
     lungs[8:24, 8:17] = True  # an eighth of the patches of the third column is not enough
-    masks = script.make_masks(4, lungs)
+    masks = splice_masks(4, lungs)
     assert masks["lungs"].nonzero().tolist() == [[1, 1], [2, 1]]
     assert torch.equal(masks["all but lungs"], ~masks["lungs"])
     assert masks["quadrant"].nonzero().tolist() == [[0, 2], [0, 3], [1, 2], [1, 3]]
 
 
-def test_the_figures_go_from_the_source_to_the_other(script):
+def test_the_figures_go_from_the_source_to_the_other():
     source, other = tiny.random_images(2, channels=1), tiny.random_images(2, channels=1, seed=1)
     region = torch.zeros(32, 32, dtype=torch.bool)
     region[:16] = True
-    assert script.travelled(source, source, other, region) == 0
-    assert script.travelled(other, source, other, region) == pytest.approx(1)
-    assert script.travelled(torch.lerp(source, other, 0.3), source, other, region) == pytest.approx(0.3, abs=1e-5)
+    assert travelled(source, source, other, region) == 0
+    assert travelled(other, source, other, region) == pytest.approx(1)
+    assert travelled(torch.lerp(source, other, 0.3), source, other, region) == pytest.approx(0.3, abs=1e-5)
     half = torch.where(region, other, source)
-    assert script.travelled(half, source, other, ~region) == 0
+    assert travelled(half, source, other, ~region) == 0
 
 
 def test_a_model_on_global_tokens_is_refused(data_dir, tmp_path):
     tiny.tiny_pipeline().save_pretrained(tmp_path / "model")
     flags = {"model": tmp_path / "model", "data_dir": data_dir, "output_dir": tmp_path / "out"}
-    with pytest.raises(ValueError, match=r"tokens='global' of 1.*--tokens all"):
+    with pytest.raises(ValueError, match=r"tokens='global' of 1.*tokens=\"all\""):
         scripts.call_script("splice", **flags)
 
 

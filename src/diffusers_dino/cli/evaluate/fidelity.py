@@ -7,7 +7,8 @@ One image is generated from each source and the set is compared with a reference
 those that `--training_keys` lists against all others, or `--reference_dir` against `--data_dir`, or two halves of the
 patients. Beside the models stand the untrained UNet and the sources themselves. Features are kept in `--output_dir`,
 under a name that follows from weights, images and settings: the same command continues after a kill, and what is done
-is not done again. With `--run`, the checkpoint with the lowest `--metric` is kept as the pipeline `best`.
+is not done again. With `--run`, the checkpoint with the lowest `--metric` is kept as the pipeline `best`; its curve
+needs the extra `eval`.
 """
 
 from __future__ import annotations
@@ -94,10 +95,10 @@ def main(args: Arguments) -> None:
     )
     result.save(output_dir / "result.json")
     print(write_tables(output_dir, lambda style: format_fidelity_table(result, style)))
-    if result.checkpoints:
-        plot_fidelity(result).savefig(output_dir / "fidelity.png", dpi=150, bbox_inches="tight")
     if args.run:
         keep_best(result, paths, output_dir / "best", args.metric)
+    if result.checkpoints:
+        plot_fidelity(result).savefig(output_dir / "fidelity.png", dpi=150, bbox_inches="tight")
 
 
 def check_arguments(args: Arguments) -> None:

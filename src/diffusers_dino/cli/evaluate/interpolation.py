@@ -4,6 +4,7 @@
 
 Paths go between images that the model has not seen: those of `--data_dir` that `--training_keys` does not list, or
 `--held_out_keys`. Writes `interpolation.json`, a figure of it, and the first paths as a picture.
+Needs the extra `eval`.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ r"""Search a synthetic set for copies of training images, and make a gate that k
 Images are folders or webdataset tars. Without `--synthetic` the search is set up and checked, and `gate.safetensors`
 is written, which `synthesise --copy_gate` takes. Writes `memorization.json`, `report.html`, `distances.png` and, where
 patients may be shown, `pairs.png`. Reports name images by their keys and nothing else.
+Needs the extra `eval`.
 """
 
 from __future__ import annotations

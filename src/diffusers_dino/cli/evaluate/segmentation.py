@@ -6,6 +6,7 @@ r"""Zero-shot segmentation by DiffSeg, measured: the paper's Table 2 and Figs 9-
 the catalogue (jsrt, montgomery, shenzhen). `--pipeline` takes pipelines, checkpoints of a training run, or
 `NAME=PATH`, where paths of one name are checkpoints of one model. Segments are kept in `--output_dir`: the same
 command continues after a kill. What is chosen with the help of masks is chosen on other patients than it is scored on.
+Needs the extra `eval`.
 """
 
 from __future__ import annotations
