@@ -49,7 +49,7 @@ def test_variations_need_no_labels(data, tmp_path, capsys):
     before = files(out)
     call_script(SCRIPT, **flags(data, output_dir=out, num_drawn=3))
     assert files(out) == before
-    with pytest.raises(SynthesisError, match=r"guidance_scale: 2\.0 there, 1\.0 here"):
+    with pytest.raises(SynthesisError, match=r"guidance_scale was 2\.0, is 1\.0"):
         call_script(SCRIPT, **flags(data, output_dir=out, guidance_scale=1.0))
     with pytest.raises(SynthesisError, match="model: scheduler"):
         call_script(SCRIPT, **flags(data, output_dir=out, scheduler="EulerDiscreteScheduler"))

@@ -1,12 +1,14 @@
-"""Where processes that work side by side compute, and how many of them there are."""
+"""Where processes that work side by side compute, how many of them there are, and computing the same bits again."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
-__all__ = ["count_workers", "device_of"]
+__all__ = ["count_workers", "deterministic", "device_of"]
 
 
 def device_of(place: int, device: str | None) -> str:
@@ -23,3 +25,17 @@ def count_workers(num_workers: int | None, device: str | None) -> int:
     if device_of(0, device) == "cpu":
         return os.cpu_count() or 1
     return 1 if device else torch.cuda.device_count()
+
+
+@contextmanager
+def deterministic(threads: int) -> Iterator[None]:
+    """Compute with this number of CPU threads, and by deterministic kernels where cuDNN has a choice."""
+    others, cudnn = torch.get_num_threads(), torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    torch.set_num_threads(threads)
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        torch.set_num_threads(others)
+        cudnn.deterministic, cudnn.benchmark = before

@@ -148,22 +148,25 @@ def make_writable_folder(path: str | Path) -> Path:
 
 
 @contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold a lock on a folder, which ends with this process however that ends.
+def lock_folder(folder: Path, error: type[Exception] = RuntimeError) -> Iterator[None]:
+    """Hold a lock on a folder, which ends with this process however that ends. Some network file systems have none.
+
+    Args:
+        folder: The folder; a file `lock` is made in it.
+        error: What to raise if another process holds the lock.
 
     Raises:
-        RuntimeError: If another process holds it.
+        error: If another process holds the lock.
     """
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        yield
-        return
     with open(folder / "lock", "w") as file:
         try:
+            import fcntl
+
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RuntimeError(f"Another run is at work in {folder}: wait for it, or stop it.") from error
+        except BlockingIOError as held:
+            raise error(f"Another run is at work in {folder}: wait for it, or stop it.") from held
+        except (ImportError, OSError):  # not on Windows, nor on every network's file system
+            pass
         yield
 
 

@@ -15,7 +15,7 @@ from diffusers_dino.synthesis import (
     plan_reconstruction,
     save_plan,
 )
-from diffusers_dino.synthesis.plan_files import freeze_plan
+from diffusers_dino.synthesis.plan import freeze_plan
 
 KEYS = [f"image-{number}" for number in range(10)]
 LABELS = [{"effusion"}, {"effusion", "mass"}, {"mass"}, {"nodule"}, set(), *[{"nodule", "mass"}] * 5]
@@ -195,16 +195,16 @@ def test_a_damaged_plan_is_named(tmp_path):
 def test_a_folder_of_another_plan_is_refused_by_what_differs(tmp_path):
     freeze_plan(reconstruction(), tmp_path)
     freeze_plan(reconstruction(), tmp_path)
-    with pytest.raises(SynthesisError, match=r"guidance_scale: 2\.0 there, 3\.0 here"):
+    with pytest.raises(SynthesisError, match=r"guidance_scale was 2\.0, is 3\.0"):
         freeze_plan(reconstruction(settings=replace(SETTINGS, guidance_scale=3.0)), tmp_path)
-    with pytest.raises(SynthesisError, match="seed: 0 there, 1 here"):
+    with pytest.raises(SynthesisError, match="seed was 0, is 1"):
         freeze_plan(reconstruction(seed=1), tmp_path)
     renamed = plan_reconstruction([f"x{key}" for key in KEYS], LABELS, ratio=3, settings=SETTINGS)
-    with pytest.raises(SynthesisError, match="the rows"):
+    with pytest.raises(SynthesisError, match="sources, fractions and labels was"):
         freeze_plan(renamed, tmp_path)
 
 
 def test_a_folder_of_other_shards_is_refused(tmp_path):
     (tmp_path / "train-000000.tar").touch()
-    with pytest.raises(SynthesisError, match=r"holds train-000000.tar and no plan"):
+    with pytest.raises(SynthesisError, match=r"holds train-000000.tar, but no plan"):
         freeze_plan(reconstruction(), tmp_path)

@@ -11,18 +11,19 @@ import pytest
 import torch
 
 import tiny
-from diffusers_dino.synthesis import SynthesisError, SynthesisSettings, plan_interpolation, synthesise
-from diffusers_dino.synthesis.finish import WorkFolders
-from diffusers_dino.synthesis.ray_engine import (
+from diffusers_dino.synthesis import (
     RayResources,
-    _count_fitting,
-    _Encoder,
-    _Job,
-    _portable,
-    _ShardMaker,
+    SynthesisError,
+    SynthesisSettings,
+    bind,
+    plan_interpolation,
+    prepare_folder,
+    synthesise,
     synthesise_with_ray,
 )
-from diffusers_dino.synthesis.run import bind, prepare_folder
+from diffusers_dino.synthesis.ray_engine import _count_fitting, _Job, _portable, _Worker
+from diffusers_dino.synthesis.shards import RECORDS
+from diffusers_dino.synthesis.tokens import TOKENS
 
 LABELS = [{"mass"}, {"mass", "nodule"}, {"nodule"}, {"mass"}, {"nodule"}]
 SETTINGS = SynthesisSettings(num_inference_steps=2, batch_size=4, shard_size=4, threads=1)
@@ -61,8 +62,8 @@ def job(plan, pipe, sources, tmp_path):
     return job
 
 
-def ask(worker, number):
-    return pickle.loads(worker({"number": number})["answer"])
+def ask(job, kind, number):
+    return pickle.loads(_Worker(job, kind)({"number": number})["answer"])
 
 
 @pytest.mark.slow
@@ -76,17 +77,17 @@ def test_ray_goes_on_with_what_one_process_began_and_replaces_a_worker_that_is_k
     begun = prepare_folder(bind(plan, pipe, sources, gate), tmp_path / "set")
     gate.interrupting.touch()
     with pytest.raises(KeyboardInterrupt):
-        synthesise(plan, pipe, sources, begun.output, gate=gate, progress=False)
+        synthesise(plan, pipe, sources, begun, gate=gate, progress=False)
     gate.interrupting.unlink()
-    shard = begun.output / whole.manifest["shards"][1]["name"]
+    shard = begun / whole.manifest["shards"][1]["name"]
     for found in whole.folder.rglob(f"{shard.name}*"):  # this one the interrupted run has finished
-        (begun.output / found.relative_to(whole.folder)).write_bytes(found.read_bytes())
+        (begun / found.relative_to(whole.folder)).write_bytes(found.read_bytes())
     written = shard.stat().st_mtime_ns
-    for tokens in begun.tokens.iterdir():
+    for tokens in (begun / TOKENS).iterdir():
         tokens.unlink()
     gate.deadly.touch()
     made = synthesise_with_ray(
-        plan, pipe, sources, begun.output, gate=gate, resources=RayResources(num_workers=2), progress=False
+        plan, pipe, sources, begun, gate=gate, resources=RayResources(num_workers=2), progress=False
     )
     assert not gate.deadly.exists()
     assert capfd.readouterr().out.count("A worker died while it made") == 1
@@ -99,23 +100,23 @@ def test_ray_goes_on_with_what_one_process_began_and_replaces_a_worker_that_is_k
 
 
 def test_a_worker_answers_with_what_it_made(job):
-    assert ask(_Encoder(job), 0).result == []
-    answer = ask(_ShardMaker(job), 1)
+    assert ask(job, "part", 0).result == []
+    answer = ask(job, "shard", 1)
     assert (answer.number, answer.attempt, answer.result, answer.error) == (1, 1, 0, None)
-    assert (job.folders.output / "synthetic-000001.tar").is_file()
+    assert (job.folder / "synthetic-000001.tar").is_file()
 
 
-def test_a_unit_that_ends_its_worker_every_time_is_given_up(job):
+def test_a_shard_that_ends_its_worker_every_time_is_given_up(job):
     (job.attempts / "shard-000001").write_bytes(b"....")
-    error = ask(_ShardMaker(job), 1).error
+    error = ask(job, "shard", 1).error
     assert isinstance(error, SynthesisError)
     assert "4 workers died" in str(error)
-    assert not (job.folders.output / "synthetic-000001.tar").exists()
+    assert not (job.folder / "synthetic-000001.tar").exists()
 
 
 def test_a_machine_that_does_not_see_the_folder_says_so(job, tmp_path):
-    elsewhere = replace(job, folders=WorkFolders(tmp_path / "nowhere"))
-    error = ask(_Encoder(elsewhere), 0).error
+    elsewhere = replace(job, folder=tmp_path / "nowhere")
+    error = ask(elsewhere, "part", 0).error
     assert isinstance(error, SynthesisError)
     assert "does not see" in str(error)
 
@@ -123,16 +124,16 @@ def test_a_machine_that_does_not_see_the_folder_says_so(job, tmp_path):
 def test_a_worker_with_another_model_is_refused(job, pipe):
     other = tiny.tiny_pipeline(vae=tiny.tiny_vae(scaling_factor=0.25))
     other.save_pretrained(job.model)
-    error = ask(_Encoder(job), 0).error
+    error = ask(job, "part", 0).error
     assert isinstance(error, SynthesisError)
-    assert "of another plan" in str(error)
+    assert "begun with other settings" in str(error)
     assert "vae" in str(error)
 
 
 def test_errors_arrive_as_they_are(job):
-    ask(_Encoder(job), 0)
-    job.folders.records.rmdir()
-    error = ask(_ShardMaker(job), 0).error
+    ask(job, "part", 0)
+    (job.folder / RECORDS).rmdir()
+    error = ask(job, "shard", 0).error
     assert isinstance(error, FileNotFoundError)
 
     class LocalError(Exception):

@@ -23,14 +23,16 @@ from diffusers_dino.synthesis import (
     SynthesisSettings,
     SyntheticSet,
     bind,
+    load_plan,
     plan_interpolation,
     plan_reconstruction,
+    prepare_folder,
     synthesise,
 )
-from diffusers_dino.synthesis.finish import WorkFolders, only_run
-from diffusers_dino.synthesis.run import prepare_folder
+from diffusers_dino.synthesis.dataset import complete_set
+from diffusers_dino.synthesis.run import only_run
 from diffusers_dino.synthesis.shards import find_record, make_shard
-from diffusers_dino.synthesis.tokens import PlannedSources, TokenStore, encode_part, num_parts
+from diffusers_dino.synthesis.tokens import TOKENS, PlannedSources, TokenStore
 from scripts import image_folder
 
 LABELS = [{"effusion"}, {"effusion", "mass"}, {"mass"}, {"nodule"}, {"mass"}, {"nodule"}, set()]
@@ -112,18 +114,36 @@ def test_pixels_are_those_that_the_pipeline_gives(whole, plan, pipe, sources):
 
 def test_shards_are_the_same_in_any_order_and_on_any_number_of_threads(whole, pipe, sources, plan, tmp_path):
     bound = bind(plan, pipe, sources)
-    folders = prepare_folder(bound, tmp_path / "set")
+    folder = prepare_folder(bound, tmp_path / "set")
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        planned = PlannedSources(bound, sources)
-        assert [encode_part(bound, n, pipe, planned, folders.tokens) for n in range(num_parts(bound))] == [[]]
+        tokens = TokenStore(bound, folder)
+        assert (tokens.num_parts, tokens.encode_part(0, pipe, PlannedSources(bound, sources))) == (1, [])
         for number in (2, 0, 1):
-            make_shard(bound, number, pipe, TokenStore(bound, folders.tokens), folders.output, folders.records)
+            make_shard(bound, number, pipe, tokens, folder)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
     assert files(tmp_path / "set", "*.tar*") == files(whole.folder, "*.tar*")
+
+
+def test_a_folder_that_an_earlier_version_began_is_gone_on_with(pipe, sources, tmp_path):
+    shutil.unpack_archive(Path(__file__).with_name("half_made.zip"), tmp_path)  # plan, tokens and one of three shards
+    begun = files(tmp_path)
+    settings = SynthesisSettings(num_inference_steps=1, batch_size=2, shard_size=2, threads=1)
+    plan = plan_interpolation(sources.keys[:3], LABELS[:3], num_images=5, seed=3, settings=settings)
+    plan = plan.bound_to(**load_plan(tmp_path).made_with)  # other versions of torch may make other weights
+    folder = prepare_folder(plan, tmp_path)
+    tokens = TokenStore(plan, folder)
+    assert (tokens.num_parts, tokens.has_part(0)) == (1, True)
+    assert [find_record(plan, number, folder) is None for number in range(3)] == [False, True, True]
+    for number in (1, 2):
+        make_shard(plan, number, pipe, tokens, folder)
+    made = complete_set(plan, folder)
+    assert verify_shards(folder) == []
+    assert [image.key for image in made.planned()] == made.images().keys
+    assert begun.items() <= files(folder).items()
 
 
 def test_a_run_that_is_stopped_goes_on_and_ends_the_same(pipe, sources, plan, tmp_path):
@@ -139,12 +159,12 @@ def test_a_run_that_is_stopped_goes_on_and_ends_the_same(pipe, sources, plan, tm
 
 
 def test_two_runs_in_one_folder_are_refused_and_remains_are_cleared_away(unfinished, pipe, sources, plan):
-    _, folders = unfinished
-    (folders.output / ".synthetic-000002.tar.1.partial").touch()
-    with only_run(folders), pytest.raises(SynthesisError, match="Another run is at work"):
-        synthesise(plan, pipe, sources, folders.output, progress=False)
-    synthesise(plan, pipe, sources, folders.output, progress=False)
-    assert not list(folders.output.rglob("*.partial"))
+    _, folder = unfinished
+    (folder / ".synthetic-000002.tar.1.partial").touch()
+    with only_run(folder), pytest.raises(SynthesisError, match="Another run is at work"):
+        synthesise(plan, pipe, sources, folder, progress=False)
+    synthesise(plan, pipe, sources, folder, progress=False)
+    assert not list(folder.rglob("*.partial"))
 
 
 def test_a_finished_set_is_not_made_again(whole, pipe, sources, plan):
@@ -157,12 +177,12 @@ def test_a_finished_set_is_not_made_again(whole, pipe, sources, plan):
 @pytest.fixture(scope="module")
 def made_but_for_the_manifest(plan, pipe, sources, tmp_path_factory):
     bound = bind(plan, pipe, sources)
-    folders = prepare_folder(bound, tmp_path_factory.mktemp("unfinished") / "set")
-    for number in range(num_parts(bound)):
-        encode_part(bound, number, pipe, PlannedSources(bound, sources), folders.tokens)
+    folder = prepare_folder(bound, tmp_path_factory.mktemp("unfinished") / "set")
+    tokens = TokenStore(bound, folder)
+    tokens.encode_part(0, pipe, PlannedSources(bound, sources))
     for number in range(bound.num_shards):
-        make_shard(bound, number, pipe, TokenStore(bound, folders.tokens), folders.output, folders.records)
-    return bound, folders.output
+        make_shard(bound, number, pipe, tokens, folder)
+    return bound, folder
 
 
 @pytest.fixture
@@ -170,7 +190,7 @@ def unfinished(made_but_for_the_manifest, tmp_path):
     """All shards are made, the manifest is not yet written."""
     bound, folder = made_but_for_the_manifest
     shutil.copytree(folder, tmp_path / "set")
-    return bound, WorkFolders(tmp_path / "set")
+    return bound, tmp_path / "set"
 
 
 def flip_a_byte(path):
@@ -186,23 +206,23 @@ def cut(path):
 @pytest.mark.parametrize("damage", [flip_a_byte, cut, Path.unlink])
 @pytest.mark.parametrize("name", ["synthetic-000001.tar", ".records/synthetic-000001.tar.json"])
 def test_a_damaged_shard_is_made_again(damage, name, unfinished, whole, pipe, sources, plan):
-    bound, folders = unfinished
+    bound, folder = unfinished
     if name.endswith("json") and damage is flip_a_byte:
-        (folders.output / name).write_text("[]")
+        (folder / name).write_text("[]")
     else:
-        damage(folders.output / name)
-    found = [find_record(bound, number, folders.output, folders.records) is not None for number in range(3)]
+        damage(folder / name)
+    found = [find_record(bound, number, folder) is not None for number in range(3)]
     assert found == [True, False, True]
-    synthesise(plan, pipe, sources, folders.output, progress=False)
-    assert files(folders.output, "*.tar*") == files(whole.folder, "*.tar*")
+    synthesise(plan, pipe, sources, folder, progress=False)
+    assert files(folder, "*.tar*") == files(whole.folder, "*.tar*")
 
 
 def test_damaged_tokens_are_encoded_again(unfinished, whole, pipe, sources, plan):
-    _, folders = unfinished
-    (folders.output / "synthetic-000000.tar").unlink()
-    cut(folders.tokens / "tokens-000000.safetensors")
-    synthesise(plan, pipe, sources, folders.output, progress=False)
-    assert files(folders.output, "*.tar*") == files(whole.folder, "*.tar*")
+    _, folder = unfinished
+    (folder / "synthetic-000000.tar").unlink()
+    cut(folder / TOKENS / "tokens-000000.safetensors")
+    synthesise(plan, pipe, sources, folder, progress=False)
+    assert files(folder, "*.tar*") == files(whole.folder, "*.tar*")
 
 
 @pytest.mark.parametrize("damage", [cut, Path.unlink])
@@ -267,7 +287,7 @@ def test_a_gate_must_say_who_it_is_and_what_it_means(pipe, sources, plan, tmp_pa
 
 
 def test_another_gate_model_or_data_set_is_refused(whole, plan, pipe, sources, tmp_path):
-    with pytest.raises(SynthesisError, match=r"gate: None there, brightness 0\.0 here"):
+    with pytest.raises(SynthesisError, match=r"gate was None, is brightness 0\.0"):
         synthesise(plan, pipe, sources, whole.folder, gate=BrightnessGate())
     other = tiny.tiny_pipeline(unet=tiny.tiny_unet(layers_per_block=2))
     with pytest.raises(SynthesisError, match="model: unet"):
@@ -278,7 +298,7 @@ def test_another_gate_model_or_data_set_is_refused(whole, plan, pipe, sources, t
     strangers = image_folder(tmp_path / "strangers", 9, 32)
     for number in (7, 8):
         (strangers / f"{number:03d}.png").rename(strangers / f"{number - 7:03d}.png")
-    with pytest.raises(SynthesisError, match="source_pixels:"):
+    with pytest.raises(SynthesisError, match="source_pixels was"):
         synthesise(plan, pipe, open_images(strangers, Preprocessing(32)), whole.folder)
     with pytest.raises(TypeError, match=r"use DinoDiffusionPipeline.from_pipe"):
         synthesise(plan, object(), sources, whole.folder)

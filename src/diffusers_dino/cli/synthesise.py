@@ -24,25 +24,26 @@ from ..data.sharding import recorded_sources
 from ..files import atomic_write
 from ..hub.cards import write_dataset_card
 from ..hub.measurements import read_results
-from ..metrics.copy_gate import CopyGate
-from ..sheets import contact_sheet
 from ..synthesis import (
-    Plan,
+    RayResources,
     SynthesisSettings,
     SyntheticSet,
+    begun_threads,
     bind,
+    draw_examples,
     load_generator,
-    load_plan,
+    open_gate,
     plan_interpolation,
     plan_reconstruction,
+    prepare_folder,
     synthesise,
+    synthesise_with_ray,
 )
-from ..synthesis.plan_files import PLAN
-from ..synthesis.run import prepare_folder
 from .arguments import flag
 from .sampling_flags import SamplingArguments
 
 STORED = "stored"
+PLANNERS = {"reconstruction": plan_reconstruction, "interpolation": plan_interpolation}
 
 
 @dataclass
@@ -99,39 +100,45 @@ class Arguments(SamplingArguments):
 
 def main(args: Arguments) -> None:
     accelerator = Accelerator(
-        # nobody knows how long the slowest process will take; one that dies ends the others by the launcher
+        # nobody knows how long the slowest process will take; if one dies, the launcher ends the others
         kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(days=30))]
     )
+    if args.engine == "ray" and accelerator.num_processes > 1:
+        raise ValueError("Ray distributes the work by itself: start the command as one process, without a launcher.")
     with accelerator.main_process_first():  # one process downloads
         pipe = load_generator(args.model, args.dtype, args.scheduler)
-    size = pipe.unet.config["sample_size"] * pipe.vae_scale_factor
-    images, table = open_sources(args, size)
-    with accelerator.main_process_first():  # one process calibrates
-        gate = open_gate(args, images, table)
-    plan = make_plan(args, images, table)
+    images, table = open_sources(args, pipe.unet.config["sample_size"] * pipe.vae_scale_factor)
+    gate = None
+    if args.gate is not None:
+        with accelerator.main_process_first():  # one process calibrates
+            patients = None if table is None else table.patients
+            gate = open_gate(args.gate, images, patients, args.gate_false_alarms)
+    options = {entry.name: getattr(args, entry.name) for entry in fields(SynthesisSettings)}
+    if args.threads is None:
+        options["threads"] = begun_threads(args.output_dir)
+    plan = PLANNERS[args.strategy](
+        images.keys,
+        None if table is None else table.labels,
+        ratio=args.ratio,
+        num_images=args.num_images,
+        seed=args.seed,
+        settings=SynthesisSettings(**options),
+    )
     if args.plan_only:
         if accelerator.is_main_process:
             prepare_folder(bind(plan, pipe, images, gate), args.output_dir)
             print(f"{args.output_dir}: {len(plan)} images from {len(plan.keys)} sources in {plan.num_shards} shards")
         return
-    options: dict[str, Any] = {"gate": gate, "max_left_out": args.max_left_out}
+    shared: dict[str, Any] = {"gate": gate, "max_left_out": args.max_left_out}
     if args.engine == "ray":
-        if accelerator.num_processes > 1:
-            raise ValueError("Ray shares the work out by itself: start the script with python, as one process.")
-        from ..synthesis.ray_engine import RayResources, synthesise_with_ray
-
         gpus = float(torch.cuda.is_available()) if args.ray_gpus is None else args.ray_gpus
         resources = RayResources(args.ray_workers, gpus, args.ray_address)
-        made = synthesise_with_ray(plan, pipe, images, args.output_dir, resources=resources, **options)
+        made = synthesise_with_ray(plan, pipe, images, args.output_dir, resources=resources, **shared)
     else:
-        made = synthesise(
-            plan, pipe.to(accelerator.device), images, args.output_dir, accelerator=accelerator, **options
-        )
+        pipe = pipe.to(accelerator.device)
+        made = synthesise(plan, pipe, images, args.output_dir, accelerator=accelerator, **shared)
     if accelerator.is_main_process:
-        if args.num_drawn:
-            draw_examples(made, images, args.num_drawn)
-        describe(made, args)
-        report(made)
+        describe(made, images, args)
     accelerator.end_training()
 
 
@@ -146,7 +153,9 @@ def open_sources(args: Arguments, size: int) -> tuple[ImageDataset, LabelTable |
             return images, None
         if args.labels == STORED:
             return images, stored_labels(images)
-        table = read_label_table(args.labels, args.key_column, args.label_column, patient_column_of(args))
+        to_calibrate = args.gate is not None and not Path(args.gate).exists()  # only that needs patients
+        patient_column = args.patient_column if to_calibrate else None
+        table = read_label_table(args.labels, args.key_column, args.label_column, patient_column)
         return images, table.select(images.keys)
     except KeyError as error:
         raise ValueError(
@@ -154,55 +163,11 @@ def open_sources(args: Arguments, size: int) -> tuple[ImageDataset, LabelTable |
         ) from error
 
 
-def patient_column_of(args: Arguments) -> str | None:
-    """Only a gate that is to be calibrated asks for patients."""
-    return args.patient_column if args.gate and not Path(args.gate).exists() else None
-
-
-def open_gate(args: Arguments, images: ImageDataset, table: LabelTable | None) -> CopyGate | None:
-    if args.gate is None:
-        return None
-    if not Path(args.gate).exists():
-        groups = None if table is None else table.patients
-        CopyGate.calibrate(images, groups=groups, false_alarms=args.gate_false_alarms).save(args.gate)
-    return CopyGate.load(args.gate)
-
-
-def make_plan(args: Arguments, images: ImageDataset, table: LabelTable | None) -> Plan:
-    """The plan of the flags; where the folder has one already, `synthesise` compares them."""
-    options = {entry.name: getattr(args, entry.name) for entry in fields(SynthesisSettings)}
-    if args.threads is None:
-        frozen = load_plan(args.output_dir) if (Path(args.output_dir) / PLAN).is_file() else None
-        # a launcher gives each of several processes one thread: what the first run had is part of the plan
-        options["threads"] = frozen.settings.threads if frozen else torch.get_num_threads()
-    make = {"reconstruction": plan_reconstruction, "interpolation": plan_interpolation}[args.strategy]
-    return make(
-        images.keys,
-        None if table is None else table.labels,
-        ratio=args.ratio,
-        num_images=args.num_images,
-        seed=args.seed,
-        settings=SynthesisSettings(**options),
-    )
-
-
-def draw_examples(made: SyntheticSet, images: ImageDataset, count: int) -> None:
-    """Rows of source | synthetic, or source | synthetic | source."""
-    synthetic = made.images()
-    planned = [image for image, _ in zip(made.planned(), range(count), strict=False)]
-    wanted = {key for image in planned for key in image.sources}
-    chosen = images.select(sorted(wanted))
-    place = {key: number for number, key in enumerate(chosen.keys)}
-    ends = [
-        [chosen[place[key]]["image"] for key in column] for column in zip(*(p.sources for p in planned), strict=True)
-    ]
-    columns = [ends[0], [synthetic[i]["image"] for i in range(len(planned))], *ends[1:]]
-    with atomic_write(made.folder / "examples.png") as file:
-        contact_sheet(*columns).save(file, "png")
-
-
-def describe(made: SyntheticSet, args: Arguments) -> None:
-    """Write the card."""
+def describe(made: SyntheticSet, images: ImageDataset, args: Arguments) -> None:
+    """Write the examples and the card, and print what was made."""
+    if args.num_drawn:
+        with atomic_write(made.folder / "examples.png") as file:
+            draw_examples(made, images, args.num_drawn).save(file, "png")
     write_dataset_card(
         made,
         args.title,
@@ -211,9 +176,6 @@ def describe(made: SyntheticSet, args: Arguments) -> None:
         measurements=[] if args.privacy_report is None else read_results([args.privacy_report]),
         license=args.license,
     )
-
-
-def report(made: SyntheticSet) -> None:
     gate = made.manifest["lineage"]["gate"]
     print(f"{made.folder}: {len(made)} of {len(made.plan)} images in {len(made.manifest['shards'])} shards")
     if gate["fingerprint"]:

@@ -19,7 +19,7 @@ from .privacy import is_hub_id, listed_names
 from .record import TrainingRecord
 
 if TYPE_CHECKING:
-    from ..synthesis.finish import SyntheticSet
+    from ..synthesis import SyntheticSet
 
 __all__ = [
     "CARD",

@@ -1,4 +1,7 @@
-"""What to generate: from which images, how far between them, and what the result is to be called."""
+"""What to generate: from which images, how far between them, and under which labels; and the file that says so.
+
+A frozen plan is two files: `plan.json` for people, `plan.safetensors` for the rows. A digest holds them together.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +12,104 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
 
+from ..data.images.encoding import Encoding
 from ..data.stores.archives import PackedKeys
+from ..files import atomic_write, write_json
+from ..fingerprints import hash_of
+from ..frozen import require_same
 from ..seeds import derive_seed
 from .pairs import Pair, interpolated_labels, permute, sample_pairs
-from .settings import SynthesisError, SynthesisSettings
 
-__all__ = ["LABEL_SEPARATOR", "Plan", "PlannedImage", "plan_interpolation", "plan_pairs", "plan_reconstruction"]
+__all__ = [
+    "LABEL_SEPARATOR",
+    "PLAN",
+    "Plan",
+    "PlannedImage",
+    "SynthesisError",
+    "SynthesisSettings",
+    "begun_threads",
+    "freeze_plan",
+    "load_plan",
+    "plan_interpolation",
+    "plan_reconstruction",
+    "save_plan",
+]
 
+PLAN = "plan.json"
 LABEL_SEPARATOR = "|"
 
+_ROWS = "plan.safetensors"
+_FORMAT = 1
+
 Labels = Sequence[Collection[str]]
+
+
+class SynthesisError(ValueError):
+    """The images cannot be made as planned. The message says why, and what to do."""
+
+
+@dataclass(frozen=True)
+class SynthesisSettings:
+    """How the images of a plan are sampled, checked and stored.
+
+    Floating-point sums depend on how many images are computed together and how many threads share the work. With
+    `batch_size` and `threads` in the settings, a plan gives the same bytes on every machine of one kind.
+
+    Args:
+        num_inference_steps: Denoising steps.
+        guidance_scale: Classifier-free guidance; 1 is none, at half the cost.
+        guidance_rescale: In [0, 1]; corrects the over-exposure that guidance causes.
+        eta: Stochasticity of DDIM in [0, 1]; other schedulers ignore it.
+        restore_norm: Whether to restore the norm of interpolated tokens, which linear mixing reduces.
+        batch_size: Images sampled together, and sources encoded together.
+        threads: CPU threads of each process; by default as many as PyTorch uses now.
+        shard_size: Images in a shard, rounded down to whole batches. A process that is killed loses one shard.
+        format: `"png"`, or `"jpg"`, which is lossy and needs a third of the space.
+        quality: Of JPEG, in 1..100.
+        grayscale: Whether to store the mean of a model's three colour channels.
+        max_attempts: How often an image is drawn before the gate's refusal is final.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    num_inference_steps: int = 50
+    guidance_scale: float = 2.0
+    guidance_rescale: float = 0.0
+    eta: float = 0.0
+    restore_norm: bool = False
+    batch_size: int = 16
+    threads: int = field(default_factory=torch.get_num_threads)
+    shard_size: int = 1000
+    format: Literal["png", "jpg"] = "png"
+    quality: int = 95
+    grayscale: bool = False
+    max_attempts: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("num_inference_steps", "batch_size", "threads", "shard_size", "max_attempts"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+        for name in ("guidance_rescale", "eta"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
+        if not 0 <= self.guidance_scale < float("inf"):
+            raise ValueError(f"guidance_scale must be a number of at least 0, got {self.guidance_scale}.")
+        Encoding(format=self.format, quality=self.quality)  # checks both
+
+    @property
+    def images_per_shard(self) -> int:
+        """`shard_size` in whole batches, at least one."""
+        return max(1, self.shard_size // self.batch_size) * self.batch_size
 
 
 class PlannedImage(NamedTuple):
@@ -31,8 +118,8 @@ class PlannedImage(NamedTuple):
     Attributes:
         index: Its number; with the plan it determines every pixel.
         key: Its name in the shards.
-        sources: Key of the image that it varies, or keys of the two that it lies between.
-        fraction: How far from the first source to the second, in [0, 1]; 0 for variations.
+        sources: Key of the image that it varies, or keys of the two images that it lies between.
+        fraction: How far it is from the first source to the second, in [0, 1]; 0 for variations.
         labels: Sorted; None if the sources' labels are not known.
     """
 
@@ -45,16 +132,16 @@ class PlannedImage(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A frozen list of N images to generate, in columns, and how. Make one with `plan_reconstruction` or the like.
+    """N images to generate, as columns, and how. Make one with `plan_reconstruction` or `plan_interpolation`.
 
-    Images `k * images_per_shard` to `(k + 1) * images_per_shard` are shard k, and each `batch_size` of them a batch.
+    Shard k holds `images_per_shard` images from number `k * images_per_shard` on, in batches of `batch_size`.
 
     Attributes:
         strategy: `"reconstruction"` or `"interpolation"`.
         seed: Of the choice of sources and of all noise.
         settings: How images are computed and stored.
         keys: The U source images, each once.
-        label_sets: The combinations of labels that occur.
+        label_sets: The combinations of labels that occur, each sorted.
         sources: `(N, 1)` or `(N, 2)` int64, numbers of keys.
         fractions: `(N,)` float64.
         labels: `(N,)` int32, the number of each image's combination of labels; -1 if unknown.
@@ -93,7 +180,7 @@ class Plan:
 
     @property
     def num_shards(self) -> int:
-        """How many shards, the units of work, there are."""
+        """How many shards there are. A shard is the unit of work."""
         return -(-len(self) // self.settings.images_per_shard)
 
     def shard(self, number: int) -> range:
@@ -104,7 +191,7 @@ class Plan:
         return range(number * size, min((number + 1) * size, len(self)))
 
     def describe(self) -> dict[str, Any]:
-        """All but the rows, for JSON."""
+        """Everything but the rows, for JSON."""
         return {
             "strategy": self.strategy,
             "seed": self.seed,
@@ -116,6 +203,12 @@ class Plan:
         }
 
     @cached_property
+    def digest(self) -> str:
+        """SHA-256 of everything: plans have the same digest only if their images are the same."""
+        facts = json.dumps(self.describe(), sort_keys=True)
+        return hashlib.sha256(f"{facts}\n{self.rows_digest}".encode()).hexdigest()
+
+    @cached_property
     def rows_digest(self) -> str:
         """SHA-256 of the rows."""
         digest = hashlib.sha256()
@@ -123,12 +216,6 @@ class Plan:
             digest.update(f"{column.dtype.str}{column.shape}".encode())
             digest.update(np.ascontiguousarray(column))
         return digest.hexdigest()
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 of everything: equal for plans of equal images alone."""
-        facts = json.dumps(self.describe(), sort_keys=True)
-        return hashlib.sha256(f"{facts}\n{self.rows_digest}".encode()).hexdigest()
 
     def columns(self) -> dict[str, np.ndarray]:
         """The rows as arrays of fixed types, keys included."""
@@ -153,21 +240,21 @@ def plan_reconstruction(
     seed: int = 0,
     settings: SynthesisSettings | None = None,
 ) -> Plan:
-    """Plan variations of images (DiNO-Diffusion, section 2.4): each gets its source's labels.
+    """Plan variations of images (DiNO-Diffusion, section 2.4). Each has the labels of its source.
 
-    All sources come once, in random order, before any comes again: a plan begins with the plans of smaller ratios.
+    Sources come once each, in random order, before any comes again: a plan begins with the plans of smaller ratios.
 
     Args:
         keys: Of the N source images, each once.
         labels: Labels of each, in the same order; None if they are not known.
         ratio: Synthetic images for each source; may be a fraction.
-        num_images: In place of `ratio`, how many images.
+        num_images: How many images, in place of `ratio`.
         seed: Of the order and of the noise.
         settings: How images are computed and stored.
 
     Raises:
-        SynthesisError: If there is no key, a key comes twice, the ratio or the number is not positive, or labels do
-            not fit.
+        SynthesisError: If there is no key, a key comes twice, the ratio or the number is not positive, or the labels
+            do not fit.
     """
     count = _count(keys, labels, ratio, num_images)
     total = len(keys)
@@ -183,59 +270,37 @@ def plan_interpolation(
     *,
     ratio: float | None = None,
     num_images: int | None = None,
+    pairs: Sequence[Pair] | None = None,
     seed: int = 0,
     settings: SynthesisSettings | None = None,
 ) -> Plan:
-    """Plan images between pairs that share a label, labelled as the nearer one (DiNO-Diffusion, section 2.4).
+    """Plan images between two that share a label (DiNO-Diffusion, section 2.4). Each has the labels of the nearer one.
 
-    Pairs and fractions are those of `sample_pairs`; a longer plan of the same seed begins with the same images.
+    A longer plan of the same seed begins with the same images.
 
     Args:
         keys: Of the N source images, each once.
         labels: Labels of each, in the same order.
-        ratio: Synthetic images for each source; may be a fraction.
-        num_images: In place of `ratio`, how many images.
+        ratio, num_images: As for `plan_reconstruction`; the pairs are then those of `sample_pairs`.
+        pairs: Numbers of keys, and how far to go from one to the other, in place of `ratio` and `num_images`.
         seed: Of pairs, fractions and noise.
         settings: How images are computed and stored.
 
     Raises:
         SynthesisError: As for `plan_reconstruction`, and if there are no labels or no two images share one.
+        ValueError: If two images of given pairs do not share a label.
     """
     if labels is None:
         raise SynthesisError(
             "Interpolation goes between images that share a label: give the labels of the sources, or plan a "
-            "reconstruction, which needs none."
+            "reconstruction, which does not need any."
         )
-    count = _count(keys, labels, ratio, num_images)
-    try:
-        pairs = list(itertools.islice(sample_pairs(labels, seed), count))
-    except ValueError as error:
-        raise SynthesisError(f"{error} Give more images or coarser labels, or plan a reconstruction.") from error
-    return plan_pairs(keys, labels, pairs, seed=seed, settings=settings)
-
-
-def plan_pairs(
-    keys: Sequence[str],
-    labels: Labels,
-    pairs: Sequence[Pair],
-    *,
-    seed: int = 0,
-    settings: SynthesisSettings | None = None,
-) -> Plan:
-    """Plan images between given pairs, labelled as the nearer one.
-
-    Args:
-        keys: Of the N source images, each once.
-        labels: Labels of each, in the same order.
-        pairs: Numbers of keys, and how far to go from one to the other.
-        seed: Of the noise.
-        settings: How images are computed and stored.
-
-    Raises:
-        SynthesisError: As for `plan_reconstruction`.
-        ValueError: If two images of a pair share no label.
-    """
-    _count(keys, labels, None, len(pairs))
+    count = _count(keys, labels, ratio, num_images if pairs is None else len(pairs))
+    if pairs is None:
+        try:
+            pairs = list(itertools.islice(sample_pairs(labels, seed), count))
+        except ValueError as error:
+            raise SynthesisError(f"{error} Give more images or coarser labels, or plan a reconstruction.") from error
     sources = np.array([(pair.source, pair.target) for pair in pairs], dtype=np.int64)  # (N, 2)
     fractions = np.array([pair.fraction for pair in pairs])
     given = [interpolated_labels(labels[pair.source], labels[pair.target], pair.fraction) for pair in pairs]
@@ -243,7 +308,7 @@ def plan_pairs(
 
 
 def _count(keys: Sequence[str], labels: Labels | None, ratio: float | None, num_images: int | None) -> int:
-    """How many images are asked for, after checks."""
+    """Check what was asked for, and return how many images that is."""
     if not len(keys):
         raise SynthesisError("There is no source image to plan with.")
     if len(set(keys)) < len(keys):
@@ -270,7 +335,7 @@ def _assemble(
     fractions: np.ndarray,
     labels: Labels | None,
 ) -> Plan:
-    """Put a plan together. Keys that no image is made from are left out, so that they are not encoded."""
+    """Put a plan together. Keys that no image is made from are left out: they need not be encoded."""
     used, places = np.unique(sources, return_inverse=True)
     names = [keys[number] for number in used.tolist()]
     sets: dict[tuple[str, ...], int] = {}
@@ -278,11 +343,10 @@ def _assemble(
         numbers = np.full(len(sources), -1, np.int32)
     else:
         numbers = np.array([sets.setdefault(tuple(sorted(own)), len(sets)) for own in labels], np.int32)
-    joined = LABEL_SEPARATOR.join
     for name in itertools.chain(names, *sets):
         if LABEL_SEPARATOR in name or "\n" in name:
             raise SynthesisError(
-                f"{name!r} holds a line break or {LABEL_SEPARATOR!r}, which parts names in {joined(['a', 'table'])}: "
+                f"{name!r} holds a line break or {LABEL_SEPARATOR!r}, which separates names in the table of labels: "
                 "rename it."
             )
     return Plan(
@@ -295,3 +359,79 @@ def _assemble(
         fractions.astype(np.float64),
         numbers,
     )
+
+
+def save_plan(plan: Plan, folder: str | Path) -> None:
+    """Write a plan; the same plan gives the same bytes. `plan.json` comes last: without it there is no plan."""
+    folder = Path(folder)
+    with atomic_write(folder / _ROWS) as file:
+        file.write(save(plan.columns()))
+    write_json(folder / PLAN, {"format": _FORMAT, "digest": plan.digest, **plan.describe()})
+
+
+def load_plan(folder: str | Path) -> Plan:
+    """Read what `save_plan` wrote.
+
+    Raises:
+        FileNotFoundError: If there is no plan.
+        SynthesisError: If it was changed since, is damaged, or of another format.
+    """
+    folder = Path(folder)
+    try:
+        content = json.loads((folder / PLAN).read_bytes())
+        rows = load_file(folder / _ROWS)
+        if content["format"] != _FORMAT:
+            raise SynthesisError(f"{folder / PLAN} is of format {content['format']}, this version reads {_FORMAT}.")
+        plan = Plan(
+            content["strategy"],
+            content["seed"],
+            SynthesisSettings(**content["settings"]),
+            PackedKeys.from_bytes(rows["keys"].tobytes()),
+            tuple(map(tuple, content["label_sets"])),
+            rows["sources"],
+            rows["fractions"],
+            rows["labels"],
+            content["made_with"],
+        )
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"There is no plan in {folder}: {error.filename or error} is missing.") from error
+    except (KeyError, TypeError, ValueError, SafetensorError) as error:
+        if isinstance(error, SynthesisError):
+            raise
+        raise SynthesisError(f"The plan in {folder} is damaged: {error!r}. Restore it, or begin anew.") from error
+    if plan.digest != content["digest"]:
+        raise SynthesisError(
+            f"The plan in {folder} was changed after it was frozen: it no longer has its digest "
+            f"{content['digest'][:16]}. Restore {PLAN} and {_ROWS}; for another plan give another output folder."
+        )
+    return plan
+
+
+def freeze_plan(plan: Plan, folder: str | Path) -> None:
+    """Write a plan into its folder, or check that the folder holds this very plan.
+
+    Raises:
+        SynthesisError: If the folder holds another plan, a plan that was changed, or other shards.
+    """
+    folder = Path(folder)
+    if (folder / PLAN).is_file():
+        require_same(_comparable(load_plan(folder)), _comparable(plan), folder, SynthesisError)
+        return
+    if strangers := sorted(path.name for path in folder.glob("*.tar")):
+        raise SynthesisError(f"{folder} holds {strangers[0]}, but no plan of it. Give another folder.")
+    save_plan(plan, folder)
+
+
+def begun_threads(folder: str | Path) -> int:
+    """Threads that the set in a folder was begun with; for a new one those that PyTorch uses now.
+
+    A launcher gives each of several processes one thread, so the default of `SynthesisSettings` is another one there.
+    """
+    folder = Path(folder)
+    return load_plan(folder).settings.threads if (folder / PLAN).is_file() else torch.get_num_threads()
+
+
+def _comparable(plan: Plan) -> dict[str, Any]:
+    """All of a plan in few words: what is long as a hash."""
+    hashes = {"label_sets": hash_of(plan.label_sets)[:16], "sources, fractions and labels": plan.rows_digest[:16]}
+    return plan.describe() | hashes

@@ -1,8 +1,8 @@
-"""The making of a synthetic set on a Ray cluster: the same plan, units and files as `synthesise`, other workers.
+"""The making of a synthetic set on a Ray cluster: the plan, shards and files of `synthesise`, made by other workers.
 
-Ray Data could note finished rows by itself (`ray.data.checkpoint.CheckpointConfig`). It would note them for Ray alone,
-by row and not by what is on the disk. The records beside the shards are what all engines go by, so a set that one of
-them began another one goes on with, and a shard that was lost or changed is made again.
+Ray Data has checkpoints of its own (`ray.data.checkpoint.CheckpointConfig`), but only Ray reads them, and they do not
+look at the files. The records beside the shards serve all engines: a set that one engine began another one goes on
+with, and a shard that was lost or changed is made again.
 """
 
 from __future__ import annotations
@@ -18,24 +18,26 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
+from diffusers.utils.logging import disable_progress_bar
+from tqdm.auto import tqdm
 
 from ..data import ImageDataset
+from ..extras import require
 from ..pipelines import DinoDiffusionPipeline
-from .finish import SyntheticSet, WorkFolders, check_left_out, complete_set, finished_set, only_run
-from .plan import Plan
-from .plan_files import PLAN, freeze_plan
-from .run import bind, check_readable, prepare_folder, progress_bar
-from .settings import SynthesisError
+from ..workers import progress_bar
+from .dataset import SyntheticSet, check_left_out, complete_set, finished_set
+from .plan import PLAN, Plan, SynthesisError, freeze_plan
+from .run import bind, check_readable, only_run, prepare_folder
 from .shards import Gate, find_record, make_shard
-from .tokens import PlannedSources, TokenStore, encode_part, has_part, num_parts
+from .tokens import WORK, PlannedSources, TokenStore
 
 __all__ = ["RayResources", "synthesise_with_ray"]
 
-_MAX_ATTEMPTS = 4  # a unit that ends its worker each time, such as for want of memory, would do so for ever
-_OBJECT_STORE_BYTES = 200 * 2**20  # what travels through it are numbers of units
+_MAX_ATTEMPTS = 4  # work that ends its worker each time, such as for want of memory, would do so for ever
+_OBJECT_STORE_BYTES = 200 * 2**20  # only numbers of shards travel through it
 _FOREVER = -1
 
 logger = logging.getLogger(__name__)
@@ -43,14 +45,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RayResources:
-    """Who does the work.
+    """Which workers a set is made by.
 
     Args:
         num_workers: Workers at most, each with a pipeline of its own; by default as many as fit on the machines that
-            are there when the work begins.
-        num_gpus: GPUs of each worker; with 0.5, two share one. 0: they compute on the CPU.
-        address: Of a cluster that runs, `"auto"` for one that this machine is part of; by default what `RAY_ADDRESS`
-            says, and without it Ray is started on this machine and stopped at the end.
+            the cluster has when the work begins.
+        num_gpus: GPUs of each worker; with 0.5, two workers share one, with 0 they compute on the CPU.
+        address: Of a running cluster, or `"auto"` for the one that this machine is part of; by default what
+            `RAY_ADDRESS` says. Without either, Ray is started on this machine and stopped at the end.
 
     Raises:
         ValueError: If a number is out of range.
@@ -85,40 +87,61 @@ def synthesise_with_ray(
     A worker occupies as many CPUs as the plan has threads. One that dies is replaced, and its shard made again.
 
     Args:
-        plan: Which images, and how.
-        pipe: On the CPU; workers get it by way of the output folder.
-        images: Holds the plan's sources; workers must be able to read it under the same paths.
-        output_dir: Where shards, `labels.csv` and `manifest.json` go. All machines must share it under one path.
-        gate: Which images may pass; the others are drawn again. Workers must be able to import its class.
-        resources: Who does the work; by default all of this machine, without its GPUs.
-        max_left_out: Largest tolerated fraction of images that the gate refuses in every attempt.
-        progress: Whether to show rate and time left, a step a shard.
+        plan, max_left_out: As for `synthesise`.
+        pipe: On the CPU. Workers load it from the output folder.
+        images: Holds the plan's sources. Workers must be able to read them under the same paths.
+        output_dir: As for `synthesise`. All machines must share it under one path.
+        gate: As for `synthesise`. Workers must be able to import its class.
+        resources: Which workers; by default those of this machine, without its GPUs.
+        progress: Whether to show the rate and the time left, shard by shard.
 
     Returns:
         The finished set.
 
     Raises:
         ImportError: If Ray is not installed.
-        SynthesisError: As `synthesise`, and if a machine does not see the folder or a unit ends its worker every time.
+        SynthesisError: As `synthesise`, and if a machine does not see the folder or a shard ends its worker each time.
         OSError: If the disk is full. What is finished stays.
     """
-    ray = _import_ray()
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # otherwise it reports home
+    ray = require("ray", "ray", "Generating on a Ray cluster needs Ray")
     resources = resources or RayResources()
     plan = bind(plan, pipe, images, gate)
-    folders = prepare_folder(plan, Path(output_dir).resolve())
-    if (done := finished_set(folders)) is not None:
+    folder = prepare_folder(plan, Path(output_dir).resolve())
+    if (done := finished_set(folder)) is not None:
         return done
+    if getattr(pipe.unet, "peft_config", None):
+        raise SynthesisError(
+            "A loaded LoRA does not travel to workers: merge it into the weights first, with pipe.fuse_lora() and "
+            "pipe.unload_lora_weights()."
+        )
     dtypes = {name: part.dtype for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-    job = _Job(plan, images, gate, folders, dtypes, "cuda" if resources.num_gpus else "cpu")
-    with only_run(folders):
-        shutil.rmtree(job.attempts, ignore_errors=True)
+    job = _Job(plan, images, gate, folder, dtypes, "cuda" if resources.num_gpus else "cpu")
+    with only_run(folder):
+        for leftover in (job.attempts, job.model):  # of a run that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
         job.attempts.mkdir()
-        _hand_over(pipe, job.model)
+        pipe.save_pretrained(job.model)
         with _connected(ray, plan, resources) as num_workers:
-            cluster = _Cluster(ray, num_workers, plan.settings.threads, resources.num_gpus)
-            _encode_sources(job, cluster, progress)
-            _make_shards(job, cluster, max_left_out, progress)
-        return complete_set(plan, folders, max_left_out)
+            tokens, problems = TokenStore(plan, folder), []
+            left = [number for number in range(tokens.num_parts) if not tokens.has_part(number)]
+            done_before = tokens.num_parts - len(left)
+            with progress_bar("Encoding sources", "part", tokens.num_parts, done_before, progress) as bar:
+                for answer in _work(job, "part", left, num_workers, resources.num_gpus, bar):
+                    problems += answer.result
+                    bar.update()
+            check_readable(problems, folder)
+
+            found = {number: find_record(plan, number, folder) for number in range(plan.num_shards)}
+            left = [number for number, record in found.items() if record is None]
+            left_out = sum(len(record.left_out) for record in found.values() if record is not None)
+            done_before = len(plan) - sum(len(plan.shard(number)) for number in left)
+            with progress_bar("Synthesising", "image", len(plan), done_before, progress) as bar:
+                for answer in _work(job, "shard", left, num_workers, resources.num_gpus, bar):
+                    left_out += answer.result
+                    check_left_out(plan, left_out, max_left_out)
+                    bar.update(len(plan.shard(answer.number)))
+        return complete_set(plan, folder, max_left_out)
 
 
 @dataclass(frozen=True)
@@ -128,81 +151,82 @@ class _Job:
     plan: Plan
     images: ImageDataset
     gate: Gate | None
-    folders: WorkFolders
+    folder: Path
     dtypes: dict[str, torch.dtype]
     device: str
 
     @property
     def model(self) -> Path:
-        """The pipeline."""
-        return self.folders.work / "model"
+        """Where the pipeline is."""
+        return self.folder / WORK / "model"
 
     @property
     def attempts(self) -> Path:
-        """Files of as many bytes as a unit has been begun in this run."""
-        return self.folders.work / "attempts"
+        """Where each part and shard has a file with a byte for each time that this run began it."""
+        return self.folder / WORK / "attempts"
 
 
-@dataclass(frozen=True)
-class _Answer:
-    """What a worker says of a unit.
+class _Answer(NamedTuple):
+    """What a worker says about a part or a shard: what `_Worker.work` returned, or the error that it raised.
 
-    Attributes:
-        number: Of the unit.
-        attempt: From 1; more if workers died of, or during, earlier ones.
-        host: Where the worker is.
-        result: What `_Worker.work` returned.
-        error: What it raised instead.
+    The attempt counts from 1; it is larger if workers died during earlier ones.
     """
 
     number: int
     attempt: int
     host: str
-    result: Any = None
-    error: Exception | None = None
+    result: Any
+    error: Exception | None
 
 
 class _Worker:
-    """An actor: does units of one kind, with a pipeline that it loads for the first one and keeps.
+    """An actor that encodes parts of the sources or makes shards, with a pipeline that it loads once.
 
-    Errors are answers, so that they arrive as they are; Ray reports them as text.
+    It returns errors instead of raising them, since Ray would turn them into text.
     """
 
-    kind: str
-
-    def __init__(self, job: _Job) -> None:
-        self.job = job
+    def __init__(self, job: _Job, kind: Literal["part", "shard"]) -> None:
+        self.job, self.kind = job, kind
 
     def __call__(self, row: dict[str, Any]) -> dict[str, bytes]:
-        number, host = int(row["number"]), platform.node()
-        attempt = 1
+        number, host, attempt = int(row["number"]), platform.node(), 1
         try:
             attempt = self._begin(number, host)
-            answer = _Answer(number, attempt, host, result=self.work(number))
+            answer = _Answer(number, attempt, host, self.work(number), None)
         except Exception as error:
-            answer = _Answer(number, attempt, host, error=_portable(error))
+            answer = _Answer(number, attempt, host, None, _portable(error))
         return {"answer": pickle.dumps(answer)}
 
-    def work(self, number: int) -> Any:
-        raise NotImplementedError
+    def work(self, number: int) -> list[str] | int:
+        """Encode a part, and say which sources cannot be read; or make a shard, and count the images left out."""
+        job = self.job
+        if self.kind == "part":
+            return self.tokens.encode_part(number, self.pipe, self.sources)
+        return len(make_shard(job.plan, number, self.pipe, self.tokens, job.folder, job.gate).left_out)
 
     @cached_property
     def pipe(self) -> DinoDiffusionPipeline:
         """The pipeline, on its device, after a check that it is the plan's."""
-        from diffusers.utils.logging import disable_progress_bar
-
         job = self.job
         disable_progress_bar()  # of loading, which Ray would repeat to the user for each worker
         pipe = DinoDiffusionPipeline.from_pretrained(job.model, dtype=job.dtypes, local_files_only=True)
-        freeze_plan(bind(job.plan, pipe, job.images, job.gate), job.folders.output)  # it must mean this plan, too
+        freeze_plan(bind(job.plan, pipe, job.images, job.gate), job.folder)  # every worker must mean this plan
         return pipe.to(job.device)
 
+    @cached_property
+    def sources(self) -> PlannedSources:
+        return PlannedSources(self.job.plan, self.job.images)
+
+    @cached_property
+    def tokens(self) -> TokenStore:
+        return TokenStore(self.job.plan, self.job.folder)
+
     def _begin(self, number: int, host: str) -> int:
-        """Note that a unit is begun, and return how often it has been; one that always ends its worker is given up."""
-        folders = self.job.folders
-        if not (folders.output / PLAN).is_file():
+        """Note that this part or shard is begun, and return how often it has been; give up if that is too often."""
+        folder = self.job.folder
+        if not (folder / PLAN).is_file():
             raise SynthesisError(
-                f"{host} does not see {folders.output}: all machines must share the output folder under one path."
+                f"{host} does not see {folder}: all machines must share the output folder under one path."
             )
         path = self.job.attempts / f"{self.kind}-{number:06d}"
         with open(path, "ab") as file:
@@ -210,124 +234,47 @@ class _Worker:
         attempt = path.stat().st_size
         if attempt > _MAX_ATTEMPTS:
             raise SynthesisError(
-                f"{_MAX_ATTEMPTS} workers died one after the other of this unit, the last one maybe on {host}. If "
-                "memory ran out, let fewer workers share a machine or a GPU. The same command goes on."
+                f"{_MAX_ATTEMPTS} workers died one after the other of {self.kind} {number}, the last one maybe on "
+                f"{host}. If memory ran out, let fewer workers share a machine or a GPU, and go on."
             )
         return attempt
 
 
-class _Encoder(_Worker):
-    """Encodes parts of the sources."""
+def _work(
+    job: _Job, kind: Literal["part", "shard"], numbers: Sequence[int], num_workers: int, num_gpus: float, bar: tqdm
+) -> Iterator[_Answer]:
+    """Have parts encoded or shards made, and yield the answers as they come.
 
-    kind = "part"
-
-    @cached_property
-    def sources(self) -> PlannedSources:
-        return PlannedSources(self.job.plan, self.job.images)
-
-    def work(self, number: int) -> list[str]:
-        """Why sources cannot be read."""
-        return encode_part(self.job.plan, number, self.pipe, self.sources, self.job.folders.tokens)
-
-
-class _ShardMaker(_Worker):
-    """Makes shards."""
-
-    kind = "shard"
-
-    @cached_property
-    def tokens(self) -> TokenStore:
-        return TokenStore(self.job.plan, self.job.folders.tokens)
-
-    def work(self, number: int) -> int:
-        """How many images are left out."""
-        plan, folders = self.job.plan, self.job.folders
-        record = make_shard(plan, number, self.pipe, self.tokens, folders.output, folders.records, self.job.gate)
-        return len(record.left_out)
-
-
-@dataclass(frozen=True)
-class _Cluster:
-    """Ray, and how much of it a worker occupies."""
-
-    ray: ModuleType
-    num_workers: int
-    num_cpus: int
-    num_gpus: float
-
-    def run(self, worker: type[_Worker], job: _Job, numbers: Sequence[int]) -> Iterator[_Answer]:
-        """Do units, and yield the answers as they come.
-
-        Raises:
-            Exception: What the first unit that failed raised.
-        """
-        if not numbers:
-            return
-        count = min(self.num_workers, len(numbers))
-        rows = self.ray.data.from_items([{"number": n} for n in numbers], override_num_blocks=len(numbers))
-        answers = rows.map(
-            worker,
-            fn_constructor_args=(job,),
-            compute=self.ray.data.ActorPoolStrategy(size=count, max_tasks_in_flight_per_actor=1),
-            num_cpus=self.num_cpus,
-            num_gpus=self.num_gpus or None,
-        )
-        answers.context.enable_progress_bars = False
-        answers.context.execution_no_progress_timeout_s = _FOREVER  # nobody knows how long a shard will take
-        for row in answers.iter_rows():
-            answer = pickle.loads(row["answer"])
-            if answer.error is not None:
-                raise answer.error
-            yield answer
-
-
-def _encode_sources(job: _Job, cluster: _Cluster, progress: bool) -> None:
-    """Encode the sources that are not yet."""
-    count = num_parts(job.plan)
-    left = [number for number in range(count) if not has_part(job.plan, number, job.folders.tokens)]
-    problems: list[str] = []
-    with progress_bar("Encoding sources", count, count - len(left), unit="part", show=progress) as bar:
-        for answer in cluster.run(_Encoder, job, left):
-            _tell_of_deaths(answer, f"part {answer.number} of the sources", bar)
-            problems += answer.result
-            bar.update()
-    check_readable(problems, job.folders)
-
-
-def _make_shards(job: _Job, cluster: _Cluster, max_left_out: float, progress: bool) -> None:
-    """Make the shards that are not there, or not as they were noted."""
-    plan, folders = job.plan, job.folders
-    found = {n: find_record(plan, n, folders.output, folders.records) for n in range(plan.num_shards)}
-    left = [number for number, record in found.items() if record is None]
-    left_out = sum(len(record.left_out) for record in found.values() if record is not None)
-    done = len(plan) - sum(len(plan.shard(number)) for number in left)
-    with progress_bar("Synthesising", len(plan), done, show=progress) as bar:
-        for answer in cluster.run(_ShardMaker, job, left):
-            _tell_of_deaths(answer, f"shard {answer.number}", bar)
-            left_out += answer.result
-            check_left_out(plan, left_out, max_left_out)
-            bar.update(len(plan.shard(answer.number)))
-
-
-def _tell_of_deaths(answer: _Answer, unit: str, bar: Any) -> None:
-    if answer.attempt > 1:
-        bar.write(f"A worker died while it made {unit}; {answer.host} made it in attempt {answer.attempt}.")
-
-
-def _hand_over(pipe: DinoDiffusionPipeline, folder: Path) -> None:
-    """Put the pipeline where workers find it."""
-    if getattr(pipe.unet, "peft_config", None):
-        raise SynthesisError(
-            "A loaded LoRA does not travel to workers: make it part of the weights before, with pipe.fuse_lora() and "
-            "pipe.unload_lora_weights()."
-        )
-    shutil.rmtree(folder, ignore_errors=True)  # a killed run may have left half of it
-    pipe.save_pretrained(folder)
+    Raises:
+        Exception: What the first worker that failed raised.
+    """
+    if not numbers:
+        return
+    data = require("ray.data", "ray", "Generating on a Ray cluster needs Ray Data")
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    rows = data.from_items([{"number": number} for number in numbers], override_num_blocks=len(numbers))
+    answers = rows.map(
+        _Worker,
+        fn_constructor_args=(job, kind),
+        compute=data.ActorPoolStrategy(size=min(num_workers, len(numbers)), max_tasks_in_flight_per_actor=1),
+        num_cpus=job.plan.settings.threads,
+        num_gpus=num_gpus or None,
+    )
+    answers.context.enable_progress_bars = False
+    answers.context.execution_no_progress_timeout_s = _FOREVER  # nobody knows how long a shard will take
+    for row in answers.iter_rows():
+        answer = pickle.loads(row["answer"])
+        if answer.error is not None:
+            raise answer.error
+        if answer.attempt > 1:
+            made = f"{kind} {answer.number}; {answer.host} made it in attempt {answer.attempt}."
+            bar.write(f"A worker died while it made {made}")
+        yield answer
 
 
 @contextmanager
 def _connected(ray: ModuleType, plan: Plan, resources: RayResources) -> Iterator[int]:
-    """Ray, connected or started here, and how many workers there shall be."""
+    """Connect to Ray or start it here, and yield the number of workers."""
     threads, address = plan.settings.threads, resources.address or os.environ.get("RAY_ADDRESS")
     started = not ray.is_initialized()
     if started and address:
@@ -361,20 +308,9 @@ def _count_fitting(nodes: Sequence[dict[str, Any]], num_cpus: int, num_gpus: flo
 
 
 def _portable(error: Exception) -> Exception:
-    """The error itself, if it survives the way to another process, else its text."""
+    """The error itself if it can be pickled, else its text."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
-
-
-def _import_ray() -> ModuleType:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it calls home otherwise
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise ImportError("Generating on a Ray cluster needs Ray: pip install 'diffusers-dino[ray]'") from error
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    return ray

@@ -1,36 +1,35 @@
-"""From a plan to a folder of labelled synthetic images, in one process or in many, stopped and restarted at will."""
+"""From a plan to a folder of labelled synthetic images, by one process or many, stopped and restarted at will."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from ..data import ImageDataset
 from ..data.sharding.manifest import MANIFEST
-from ..files import make_writable_folder
+from ..files import lock_folder, make_writable_folder, remove_partials
 from ..fingerprints import as_json, fingerprint_pipeline, hash_of
+from ..metrics.copy_gate import CopyGate
+from ..metrics.neighbours import Groups
 from ..pipelines import DinoDiffusionPipeline
-from .finish import SyntheticSet, WorkFolders, check_left_out, complete_set, finished_set, only_run
-from .plan import Plan
-from .plan_files import freeze_plan
-from .settings import SynthesisError
-from .shards import Gate, find_record, make_shard
-from .tokens import PlannedSources, TokenStore, encode_part, has_part, num_parts
+from ..workers import progress_bar
+from .dataset import SyntheticSet, check_left_out, complete_set, finished_set
+from .plan import Plan, SynthesisError, freeze_plan
+from .shards import RECORDS, Gate, find_record, make_shard
+from .tokens import TOKENS, WORK, PlannedSources, TokenStore
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-__all__ = ["bind", "check_readable", "load_generator", "prepare_folder", "progress_bar", "synthesise"]
+__all__ = ["bind", "load_generator", "open_gate", "prepare_folder", "synthesise"]
 
 
 def synthesise(
@@ -51,47 +50,64 @@ def synthesise(
 
     Args:
         plan: Which images, and how.
-        pipe: A `DinoDiffusionPipeline` on the device that shall compute.
+        pipe: A `DinoDiffusionPipeline` on the device that computes.
         images: Holds the plan's sources.
-        output_dir: Where shards, `labels.csv` and `manifest.json` go. Processes and machines must share it.
+        output_dir: Where shards, `labels.csv` and `manifest.json` go. All processes and machines must share it.
         gate: Which images may pass; the others are drawn again.
-        accelerator: Tells processes apart; without one this process works alone.
+        accelerator: Of several processes, each of which must make this call; by default only this process works.
         max_left_out: Largest tolerated fraction of images that the gate refuses in every attempt.
-        progress: Whether to show rate and time left.
+        progress: Whether to show the rate and the time left.
 
     Returns:
         The finished set.
 
     Raises:
-        SynthesisError: If the folder holds something else, a source is missing or unreadable, or the gate refuses too
-            much. The message says what to do.
+        SynthesisError: If the folder holds something else, another run is at work there, a source is missing or
+            unreadable, or the gate refuses too much. The message says what to do.
         PermissionError: If the folder is not writable.
         OSError: If the disk is full. What is finished stays.
     """
     if not 0 <= max_left_out <= 1:
         raise ValueError(f"max_left_out is a fraction in [0, 1], got {max_left_out}.")
-    processes = _Processes(accelerator)
+    processes, folder = _Processes(accelerator), Path(output_dir)
     plan = bind(plan, pipe, images, gate)
     if processes.is_main:
-        prepare_folder(plan, output_dir)
+        prepare_folder(plan, folder)
     processes.wait()
-    freeze_plan(plan, output_dir)  # every process must mean this plan
-    folders = WorkFolders(Path(output_dir))
-    if (done := finished_set(folders)) is not None:
+    freeze_plan(plan, folder)  # every process must mean this plan
+    if (done := finished_set(folder)) is not None:
         processes.wait()
         return done
-    with only_run(folders) if processes.is_main else nullcontext():
+    with only_run(folder) if processes.is_main else nullcontext():
         processes.wait()
-        _encode_sources(plan, pipe, images, folders, processes, progress)
-        _make_shards(plan, pipe, folders, gate, processes, max_left_out, progress)
+        sources, tokens, problems = PlannedSources(plan, images), TokenStore(plan, folder), []
+        mine = processes.share(range(tokens.num_parts))
+        with processes.bar("Encoding sources", "part", len(mine), 0, progress) as bar:
+            for number in mine:
+                if not tokens.has_part(number):
+                    problems += tokens.encode_part(number, pipe, sources)
+                bar.update()
+        check_readable(processes.gather(problems), folder)
+
+        shards = range(plan.num_shards)
+        found = [number for number in processes.share(shards) if find_record(plan, number, folder) is not None]
+        finished = set(processes.gather(found))
+        mine = processes.share([number for number in shards if number not in finished])
+        done_before = sum(len(plan.shard(number)) for number in finished) if processes.count == 1 else 0
+        total, left_out = done_before + sum(len(plan.shard(number)) for number in mine), 0
+        with processes.bar("Synthesising", "image", total, done_before, progress) as bar:
+            for number in mine:
+                left_out += len(make_shard(plan, number, pipe, tokens, folder, gate, on_images=bar.update).left_out)
+                check_left_out(plan, left_out, max_left_out)
+        processes.wait()
         if processes.is_main:
-            complete_set(plan, folders, max_left_out)
+            complete_set(plan, folder, max_left_out)
     processes.wait()
-    return SyntheticSet.open(output_dir)
+    return SyntheticSet.open(folder)
 
 
 def load_generator(model: str | Path, dtype: str = "float32", scheduler: str | None = None) -> DinoDiffusionPipeline:
-    """Load a pipeline that generates.
+    """Load the pipeline that generates.
 
     Args:
         model: A folder, or a repository of the Hub.
@@ -111,11 +127,30 @@ def load_generator(model: str | Path, dtype: str = "float32", scheduler: str | N
     return pipe
 
 
+def open_gate(
+    path: str | Path, images: ImageDataset, patients: Groups | None = None, false_alarms: float = 0.01
+) -> CopyGate:
+    """Load a gate against near-copies; if there is no such file, calibrate it on the source images and write it there.
+
+    Args:
+        path: The file. It holds features of the images: keep it where they may be.
+        images: The source images.
+        patients: Patient of each: images of one patient are not copies of each other.
+        false_alarms: Share of unseen real images that a calibrated gate may refuse.
+
+    Raises:
+        ValueError: If there are too few images for the share of false alarms, or the file is not that of a gate.
+    """
+    if not Path(path).exists():
+        CopyGate.calibrate(images, groups=patients, false_alarms=false_alarms).save(path)
+    return CopyGate.load(path)
+
+
 def bind(plan: Plan, pipe: DinoDiffusionPipeline, images: ImageDataset, gate: Gate | None = None) -> Plan:
     """The plan with fingerprints of all that its images follow from: model, scheduler, sources, gate.
 
     Raises:
-        SynthesisError: If sources are missing or unreadable, or the model makes no square images.
+        SynthesisError: If sources are missing or unreadable, or the model does not make square images.
         TypeError: If the gate has no fingerprint, or the pipeline is of another kind.
     """
     from ..pipelines import DinoDiffusionPipeline
@@ -126,7 +161,7 @@ def bind(plan: Plan, pipe: DinoDiffusionPipeline, images: ImageDataset, gate: Ga
             "DinoDiffusionPipeline.from_pipe(...)."
         )
     if gate is not None and not callable(getattr(gate, "fingerprint", None)):
-        raise TypeError(f"The gate {type(gate).__name__} needs a method fingerprint(), by which a plan names it.")
+        raise TypeError(f"The gate {type(gate).__name__} needs a method fingerprint(), which identifies it in a plan.")
     size = pipe.unet.config.get("sample_size")
     if not isinstance(size, int):
         raise SynthesisError(f"The model must make square images; the UNet's config has sample_size={size}.")
@@ -144,124 +179,72 @@ def bind(plan: Plan, pipe: DinoDiffusionPipeline, images: ImageDataset, gate: Ga
     )
 
 
-def prepare_folder(plan: Plan, output_dir: str | Path) -> WorkFolders:
-    """Freeze a bound plan in its folder; one process does this.
+def prepare_folder(plan: Plan, output_dir: str | Path) -> Path:
+    """Freeze a bound plan in its folder. Only one process does this.
 
     Raises:
         SynthesisError: If the folder holds another plan or other shards.
         PermissionError: If it is not writable.
     """
-    folders = WorkFolders(make_writable_folder(output_dir))
-    freeze_plan(plan, folders.output)
-    if finished_set(folders) is not None:
-        shutil.rmtree(folders.work, ignore_errors=True)  # killed while it cleaned up
+    folder = make_writable_folder(output_dir)
+    freeze_plan(plan, folder)
+    if finished_set(folder) is not None:
+        shutil.rmtree(folder / WORK, ignore_errors=True)  # left by a run that was killed while it cleaned up
     else:
-        (folders.output / MANIFEST).unlink(missing_ok=True)  # of a set that has lost a shard
-        folders.make()
-    return folders
+        (folder / MANIFEST).unlink(missing_ok=True)  # of a set that has lost a shard
+        for name in (RECORDS, TOKENS):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+    return folder
 
 
-def check_readable(problems: Sequence[str], folders: WorkFolders) -> None:
-    """Refuse to go on without some sources, naming all of them.
+@contextmanager
+def only_run(folder: Path) -> Iterator[None]:
+    """Hold a lock on an output folder, and remove what killed runs left half-written.
 
     Raises:
-        SynthesisError: If there are problems.
+        SynthesisError: If another run holds it.
     """
+    with lock_folder(folder / RECORDS, SynthesisError):
+        for place in (folder, folder / RECORDS, folder / TOKENS):
+            remove_partials(place)
+        yield
+
+
+def check_readable(problems: Sequence[str], folder: Path) -> None:
+    """Raise `SynthesisError`, which names sources that cannot be read, if there are any."""
     if problems:
         raise SynthesisError(
             f"{len(problems)} source image(s) cannot be read, so their variations cannot be made: "
             f"{'; '.join(problems[:5])}{'; ...' if len(problems) > 5 else ''}. Mend them and go on in "
-            f"{folders.output}, or plan without them into another folder."
+            f"{folder}, or plan without them into another folder."
         )
 
 
-def progress_bar(title: str, total: int, done: int, unit: str = "image", show: bool = True) -> tqdm:
-    """Rate and time left; where there is no terminal a line now and then."""
-    interval = 0.2 if sys.stderr.isatty() else 30
-    return tqdm(
-        total=total, initial=done, desc=title, unit=unit, mininterval=interval, smoothing=0.05, disable=not show
-    )
-
-
 class _Processes:
-    """Who does what: the processes of an accelerator, or this one alone."""
+    """The processes of an accelerator, or only this one."""
 
     def __init__(self, accelerator: Accelerator | None) -> None:
         self._accelerator = accelerator
         self.index = 0 if accelerator is None else accelerator.process_index
         self.count = 1 if accelerator is None else accelerator.num_processes
-
-    @property
-    def is_main(self) -> bool:
-        return self.index == 0
+        self.is_main = self.index == 0
 
     def share(self, items: Sequence[int]) -> list[int]:
-        """This process's share, so that the shares together are all items."""
+        """This process's share of the items."""
         return list(items[self.index :: self.count])
 
     def gather(self, items: list[Any]) -> list[Any]:
         """The items of all processes, the same list in each."""
-        if self.count == 1:
-            return items
-        from accelerate.utils import gather_object
-
-        return gather_object(items)
+        return items if self.count == 1 else gather_object(items)
 
     def wait(self) -> None:
         if self._accelerator is not None:
             self._accelerator.wait_for_everyone()
 
-    def bar(self, title: str, total: int, done: int, progress: bool, unit: str = "image") -> tqdm:
-        """Of this process's share."""
+    def bar(self, title: str, unit: str, total: int, done: int, progress: bool) -> tqdm:
+        """Of this process's share; only the first process shows one."""
         of = f", process 1 of {self.count}" if self.count > 1 else ""
-        return progress_bar(title + of, total, done, unit, show=progress and self.is_main)
-
-
-def _encode_sources(
-    plan: Plan,
-    pipe: DinoDiffusionPipeline,
-    images: ImageDataset,
-    folders: WorkFolders,
-    processes: _Processes,
-    progress: bool,
-) -> None:
-    """Encode the sources that are not yet; each process makes its share of parts."""
-    sources = PlannedSources(plan, images)
-    parts = range(num_parts(plan))
-    problems = []
-    with processes.bar("Encoding sources", len(processes.share(parts)), 0, progress, unit="part") as bar:
-        for number in processes.share(parts):
-            if not has_part(plan, number, folders.tokens):
-                problems += encode_part(plan, number, pipe, sources, folders.tokens)
-            bar.update()
-    check_readable(processes.gather(problems), folders)
-
-
-def _make_shards(
-    plan: Plan,
-    pipe: DinoDiffusionPipeline,
-    folders: WorkFolders,
-    gate: Gate | None,
-    processes: _Processes,
-    max_left_out: float,
-    progress: bool,
-) -> None:
-    """Make the shards that are not there, or not as they were noted; each process makes its share of those."""
-    numbers = range(plan.num_shards)
-    mine = [n for n in processes.share(numbers) if find_record(plan, n, folders.output, folders.records) is not None]
-    finished = set(processes.gather(mine))
-    left = processes.share([number for number in numbers if number not in finished])
-    tokens = TokenStore(plan, folders.tokens)
-    done = sum(len(plan.shard(number)) for number in finished) if processes.count == 1 else 0
-    left_out = 0
-    with processes.bar("Synthesising", done + sum(len(plan.shard(n)) for n in left), done, progress) as bar:
-        for number in left:
-            record = make_shard(
-                plan, number, pipe, tokens, folders.output, folders.records, gate, on_images=bar.update
-            )
-            left_out += len(record.left_out)
-            check_left_out(plan, left_out, max_left_out)
-    processes.wait()
+        return progress_bar(title + of, unit, total, done, progress and self.is_main)
 
 
 def _probe(plan: Plan, images: ImageDataset) -> str:

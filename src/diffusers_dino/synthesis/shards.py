@@ -1,4 +1,4 @@
-"""One shard of synthetic images: the unit of work, a function of the plan and its number."""
+"""One shard of synthetic images, the unit of work: a function of the plan and the shard's number."""
 
 from __future__ import annotations
 
@@ -17,41 +17,42 @@ from torch import Tensor
 from ..data.images.encoding import Encoding
 from ..data.sharding.manifest import Shard, write_shard
 from ..data.stores.archives import INDEX_SUFFIX
+from ..devices import deterministic
 from ..embeddings import lerp
 from ..files import sha256_of, write_json
 from ..pipelines import DinoDiffusionPipeline
-from ..pixels import unit_to_uint8
+from ..pixels import unit_to_uint8, with_channels
 from ..seeds import derive_seed, generator_for
-from .plan import Plan
-from .settings import SynthesisError
-from .tokens import TokenStore, settled_arithmetic
+from .plan import Plan, SynthesisError
+from .tokens import TokenStore
 
-__all__ = ["Gate", "UnitRecord", "draw_images", "find_record", "make_shard", "read_record", "shard_name"]
+__all__ = ["RECORDS", "Gate", "ShardRecord", "find_record", "make_shard", "read_record"]
 
+RECORDS = ".records"  # within the output folder; they stay, so that a shard that is lost later can be made again
 SPLIT = "train"
 
 
 class Gate(Protocol):
-    """Says which images may pass, such as those that are no copies of training images."""
+    """Decides which images may pass, such as those that are not copies of training images."""
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images `(n, C, H, W)` in [0, 1] -> `(n,)` bool; the verdict on each depends on that image alone."""
+        """Images `(n, C, H, W)` in [0, 1] -> `(n,)` bool. The verdict on an image depends only on that image."""
 
     def fingerprint(self) -> str:
-        """Equal for gates of equal verdicts alone."""
+        """The same for two gates only if their verdicts are the same."""
 
 
 @dataclass(frozen=True)
-class UnitRecord:
-    """What is noted of a finished shard.
+class ShardRecord:
+    """What is noted about a finished shard.
 
     Attributes:
         plan: Digest of the plan.
         shard: The shard's entry in the manifest.
         refused: How many drawn images the gate refused.
         redrawn: Numbers of the images that passed in a later attempt.
-        left_out: Numbers of the images that it refused in every attempt.
-        environment: Versions and device that they were computed with.
+        left_out: Numbers of the images that the gate refused in every attempt.
+        environment: Versions and device that the images were computed with.
     """
 
     plan: str
@@ -62,38 +63,31 @@ class UnitRecord:
     environment: dict[str, str]
 
 
-def shard_name(number: int) -> str:
-    """The file of the shard with this number, counted from 0."""
-    return f"synthetic-{number:06d}.tar"
-
-
 def make_shard(
     plan: Plan,
     number: int,
     pipe: DinoDiffusionPipeline,
     tokens: TokenStore,
     folder: Path,
-    records: Path,
     gate: Gate | None = None,
     on_images: Callable[[int], None] | None = None,
-) -> UnitRecord:
-    """Generate one shard: the tar, its index and last its record appear when they are complete.
+) -> ShardRecord:
+    """Generate one shard: the tar, its index and, last, its record. Each appears when it is complete.
 
-    An image that the gate refuses is drawn again with other noise, in a batch of the same size with other refused ones
-    of the shard, until `max_attempts`. So every byte follows from the plan and the number.
+    Images that the gate refuses are drawn again with other noise, together and in batches of the same size, up to
+    `max_attempts` times. So every byte follows from the plan and the number.
 
     Args:
         plan: Bound to this model and gate.
         number: In `range(plan.num_shards)`.
-        pipe: On the device that shall compute.
+        pipe: On the device that computes.
         tokens: Of the plan's sources.
-        folder: Where the shard goes.
-        records: Where the record goes.
+        folder: The output folder.
         gate: Which images may pass; all by default.
         on_images: Called with the number of images after each batch of first attempts.
 
     Raises:
-        SynthesisError: If the gate refuses all images of the shard, or its verdicts have another form.
+        SynthesisError: If the gate refuses all images of the shard, or its verdicts have a wrong form.
         RuntimeError: If images come out with NaN or infinity.
         OSError: If the disk is full.
     """
@@ -102,12 +96,12 @@ def make_shard(
     drawn: dict[int, tuple[int, Future[bytes]]] = {}
     waiting, refused = list(plan.shard(number)), 0
     # files are encoded while the next batch is sampled
-    with settled_arithmetic(plan.settings.threads), _quiet(pipe), ThreadPoolExecutor(1) as pool:
+    with deterministic(settings.threads), _quiet(pipe), ThreadPoolExecutor(1) as pool:
         for attempt in range(settings.max_attempts):
             again = []
             for start in range(0, len(waiting), settings.batch_size):
                 batch = waiting[start : start + settings.batch_size]
-                images = draw_images(plan, batch, attempt, pipe, tokens)
+                images = _sample(plan, batch, attempt, pipe, tokens)
                 passed = _verdicts(gate, images)
                 for index, image, good in zip(batch, images, passed, strict=True):
                     if good:
@@ -122,47 +116,39 @@ def make_shard(
     if not drawn:
         raise SynthesisError(
             f"The gate refused all {len(waiting)} images of shard {number} in {settings.max_attempts} attempts each: "
-            "its threshold is too strict for this model, or it is of other images."
+            "its threshold is too strict for this model, or it was made for other images."
         )
-    shard = write_shard(folder / shard_name(number), SPLIT, _samples(plan, drawn, settings.format))
+    shard = write_shard(_shard_path(folder, number), SPLIT, _samples(plan, drawn, settings.format))
     redrawn = sorted(index for index, (attempt, _) in drawn.items() if attempt)
-    record = UnitRecord(plan.digest, shard, refused, redrawn, waiting, describe_environment(pipe))
-    write_json(_record_path(records, number), asdict(record))
+    record = ShardRecord(plan.digest, shard, refused, redrawn, waiting, _environment(pipe))
+    write_json(_record_path(folder, number), asdict(record))
     return record
 
 
-def read_record(plan: Plan, number: int, records: Path) -> UnitRecord | None:
-    """The record of a shard; None if there is none, or of another plan."""
+def read_record(plan: Plan, number: int, folder: Path) -> ShardRecord | None:
+    """The record of a shard; None if there is none, or one of another plan."""
     try:
-        content = json.loads(_record_path(records, number).read_bytes())
-        record = UnitRecord(shard=Shard(**content.pop("shard")), **content)
+        content = json.loads(_record_path(folder, number).read_bytes())
+        record = ShardRecord(shard=Shard(**content.pop("shard")), **content)
     except (FileNotFoundError, ValueError, TypeError, KeyError):
         return None
     return record if record.plan == plan.digest else None
 
 
-def find_record(plan: Plan, number: int, folder: Path, records: Path) -> UnitRecord | None:
-    """The record of a shard that is there with the noted SHA-256, and its index; None if it has to be made."""
-    record, path = read_record(plan, number, records), folder / shard_name(number)
+def find_record(plan: Plan, number: int, folder: Path) -> ShardRecord | None:
+    """The record of a shard that is there with its index and the SHA-256 that was noted; None if it must be made."""
+    record, path = read_record(plan, number, folder), _shard_path(folder, number)
     if record is None or not path.is_file() or not path.with_name(path.name + INDEX_SUFFIX).is_file():
         return None
     return record if path.stat().st_size == record.shard.bytes and sha256_of(path) == record.shard.sha256 else None
 
 
-def draw_images(
+def _sample(
     plan: Plan, indices: Sequence[int], attempt: int, pipe: DinoDiffusionPipeline, tokens: TokenStore
 ) -> Tensor:
-    """Sample up to one batch of images; a smaller one is padded, as the size of a batch changes sums.
+    """Sample n images, at most one batch, as uint8 `(n, C, H, W)` on the CPU.
 
-    Args:
-        plan: The plan.
-        indices: Numbers of n images, at most `batch_size`.
-        attempt: From 0; each has other noise.
-        pipe: The pipeline.
-        tokens: Of the plan's sources.
-
-    Returns:
-        uint8 `(n, C, H, W)` on the CPU.
+    A smaller batch is padded, since sums depend on its size. Each attempt, counted from 0, has other noise.
     """
     settings = plan.settings
     padded = [*indices, *indices[-1:] * (settings.batch_size - len(indices))]
@@ -182,12 +168,12 @@ def draw_images(
         output_type="pt",
     ).images[: len(indices)]
     if settings.grayscale:
-        images = images.mean(1, keepdim=True)
+        images = with_channels(images, 1)
     return unit_to_uint8(images.float()).cpu()
 
 
-def describe_environment(pipe: DinoDiffusionPipeline) -> dict[str, str]:
-    """What the bits of a computation depend on beside its inputs."""
+def _environment(pipe: DinoDiffusionPipeline) -> dict[str, str]:
+    """What the bits of a computation depend on besides its inputs."""
     import diffusers
     import PIL
 
@@ -212,7 +198,7 @@ def _noise_of(plan: Plan, index: int, attempt: int) -> tuple[int | str, ...]:
 
 
 def _verdicts(gate: Gate | None, images: Tensor) -> list[bool]:
-    """Which images `(n, C, H, W)` may pass. The gate sees what is stored: whole numbers of 0..255."""
+    """Which images uint8 `(n, C, H, W)` may pass. The gate sees them as they are stored."""
     if gate is None:
         return [True] * len(images)
     verdicts = torch.as_tensor(gate(images.float() / 255))
@@ -249,5 +235,9 @@ def _samples(
         yield planned.key, {extension: content.result(), "json": json.dumps(facts, separators=(",", ":")).encode()}
 
 
-def _record_path(records: Path, number: int) -> Path:
-    return records / f"{shard_name(number)}.json"
+def _shard_path(folder: Path, number: int) -> Path:
+    return folder / f"synthetic-{number:06d}.tar"
+
+
+def _record_path(folder: Path, number: int) -> Path:
+    return folder / RECORDS / f"{_shard_path(folder, number).name}.json"

@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from ...devices import deterministic
 from ...files import atomic_write
 from ...seeds import derive_seed
-from ...synthesis.tokens import settled_arithmetic
 from ..classifier import ClassifierSettings, LabelledImages, predict, train_classifier
 
 __all__ = [
@@ -265,7 +265,7 @@ def run_cell(job: CellJob, folder: str | Path, device: torch.device | str = "cpu
         OSError: If the disk is full, or the folder is not writable.
     """
     started = time.perf_counter()
-    with settled_arithmetic(threads=1):
+    with deterministic(threads=1):
         seed = derive_seed(job.seed, "classifier", job.spec.fold)
         validation = job.validation if len(job.validation.rows) else None
         trained = train_classifier(job.train, validation, job.classifier, seed, device)

@@ -21,9 +21,15 @@ import numpy as np
 
 from ...data.labels import LabelTable
 from ...seeds import derive_seed
-from ...synthesis.pairs import Pair, sample_pairs
-from ...synthesis.plan import Plan, plan_pairs, plan_reconstruction
-from ...synthesis.settings import SynthesisError, SynthesisSettings
+from ...synthesis import (
+    Pair,
+    Plan,
+    SynthesisError,
+    SynthesisSettings,
+    plan_interpolation,
+    plan_reconstruction,
+    sample_pairs,
+)
 from ..folds import hold_out
 from .cells import INTERPOLATION, RECONSTRUCTION
 
@@ -188,7 +194,7 @@ def plan_regimes(
         raise ValueError(f"The strategy is {RECONSTRUCTION!r} or {INTERPOLATION!r}, got {strategy!r}.")
     pairs = _nested_pairs(labels, sorted(regimes), ratio, seed)
     number = {pair: place for place, pair in enumerate(dict.fromkeys(p for own in pairs.values() for p in own))}
-    plan = plan_pairs(keys, labels, list(number), seed=seed, settings=settings)
+    plan = plan_interpolation(keys, labels, pairs=list(number), seed=seed, settings=settings)
     return RegimePlan(plan, {regime: np.array([number[pair] for pair in own]) for regime, own in pairs.items()})
 
 

@@ -17,11 +17,11 @@ from safetensors.torch import save
 
 from ...data import Preprocessing, open_images
 from ...data.labels import LabelTable
+from ...devices import deterministic
 from ...files import atomic_write
 from ...fingerprints import hash_of
 from ...seeds import derive_seed
 from ...synthesis import PlannedImage, SyntheticSet
-from ...synthesis.tokens import settled_arithmetic
 from ..classifier import ClassifierSettings, LabelledImages, make_classifier, predict, train_classifier
 from ..folds import check_fraction, hold_out
 from ..packed import PackedImages, pack_images
@@ -152,7 +152,7 @@ class Judges:
         targets, seed = self.table.targets(self.labels)[rows], derive_seed(self.seed, "judge", *pair)
         aside = hold_out(targets, patients, self.validation_fraction, seed)
         validation = self._labelled(rows[aside]) if aside.any() else None
-        with settled_arithmetic(threads=1):
+        with deterministic(threads=1):
             train = [self._labelled(rows[~aside])]
             model = train_classifier(train, validation, self.settings, self.seed, device).model
         with atomic_write(path) as file:
@@ -226,7 +226,7 @@ class Judges:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         model = make_classifier(self.settings, len(self.labels))
         model.load_state_dict(weights)
-        with settled_arithmetic(threads=1):
+        with deterministic(threads=1):
             return predict(model.to(device), images, device)
 
     def _path(self, pair: tuple[int, int]) -> Path:
