@@ -22,7 +22,7 @@ from diffusers_dino.data import (
 )
 from diffusers_dino.data.stores import remote as remote_module
 from diffusers_dino.data.stores.archives import write_index
-from diffusers_dino.data.stores.remote import RemoteFiles, add_suffix, redact
+from diffusers_dino.data.stores.remote import RemoteFileSystem, add_suffix, redact
 from hub_server import HubServer
 from range_server import RangeServer
 from shard_files import write_shards
@@ -268,7 +268,7 @@ assert all((remote[i]["image"] == local[i]["image"]).all() for i in range(24))
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(ImportError, match=r"gs://bucket/x\.tar.*diffusers-dino\[remote\]"):
-        RemoteFiles("gs://bucket/x.tar")
+        RemoteFileSystem("gs://bucket/x.tar")
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_a_folder_gives_the_shards_of_a_split_and_a_glob_all_of_them(tmp_path):
 def test_a_damaged_manifest_is_an_error(tmp_path, manifest):
     write_shards(tmp_path)
     (tmp_path / "manifest.json").write_text(manifest)
-    with pytest.raises(ValueError, match="is no manifest"):
+    with pytest.raises(ValueError, match="is not a manifest"):
         open_images(tmp_path, PREPARE)
 
 

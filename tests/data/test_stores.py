@@ -9,7 +9,7 @@ from PIL import Image
 
 from diffusers_dino.data import Preprocessing, collate, open_images
 from diffusers_dino.data.stores.archives import split_name
-from diffusers_dino.data.stores.local import expand_braces
+from diffusers_dino.data.stores.filesystem import expand_braces
 
 PREPARE = Preprocessing(16)
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..seeds import derive_seed
+from .images.errors import UnreadableImageError
 from .images.preprocessing import Preprocessing
-from .images.reading import UnreadableImageError
 from .order import WindowedOrder
-from .stores.store import ImageStore, open_store
+from .stores import ImageStore, open_store
 
 __all__ = ["ImageDataset", "collate", "open_images", "to_float"]
 
@@ -88,15 +88,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
         ((key, array),) = self.read_many([index])
         return {"key": key, "image": to_float(array)}
 
-    def read_many(
-        self, indices: Sequence[int], out: Sequence[np.ndarray] | None = None
-    ) -> Iterator[tuple[str, np.ndarray]]:
+    def read_many(self, indices: Sequence[int]) -> Iterator[tuple[str, np.ndarray]]:
         """Several samples, whose bytes a remote store fetches at once.
-
-        Args:
-            indices: Which.
-            out: Memory for each, uint8 `(size, size)`. Grayscale that needs no preparation may be decoded right to
-                it: what is yielded is then that memory. What it holds otherwise is not defined.
 
         Yields:
             For each place the key of the sample that holds it, and its prepared image (see `Preprocessing`).
@@ -106,7 +99,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
                 raise IndexError(f"index {index} is out of range for {len(self)} images")
         places = [index % len(self) for index in indices]
         keys = [self.store.keys[index] for index in self._indices[places].tolist()]
-        for place, key, array in zip(places, keys, self._prepare(places, out), strict=True):
+        for place, key, array in zip(places, keys, self._prepare(places), strict=True):
             if array is None:
                 used, array = self._substitute(place)
                 key = self.store.keys[int(self._indices[used])]
@@ -149,17 +142,14 @@ class ImageDataset(Dataset[dict[str, Any]]):
         """The file beside an image with the same key, such as `"json"` or `"mask.png"`; raises `KeyError`."""
         return self.store.companion(int(self._indices[index]), extension)
 
-    def _prepare(self, places: Sequence[int], out: Sequence[np.ndarray] | None = None) -> Iterator[np.ndarray | None]:
+    def _prepare(self, places: Sequence[int]) -> Iterator[np.ndarray | None]:
         """The prepared images, None (and a note of the reason) for those that cannot be read."""
         if self._prepared is not None:
             yield from (self._prepared[place] for place in places)
             return
         known = [place in self.unreadable for place in places]
-        indices = self._indices[places].tolist()
-        wanted = [index for index, bad in zip(indices, known, strict=True) if not bad]
-        if out is not None and self._is_prepared:
-            out = [memory for memory, bad in zip(out, known, strict=True) if not bad]
-        images = iter(self.store.read_many(wanted, out if self._is_prepared else None))
+        wanted = [place for place, bad in zip(places, known, strict=True) if not bad]
+        images = self.store.read_many(self._indices[wanted].tolist())
         for place, bad in zip(places, known, strict=True):
             yield None if bad else self._prepare_one(place, next(images))
 

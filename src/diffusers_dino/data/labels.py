@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .datasets import ImageDataset
-from .images.reading import IMAGE_EXTENSIONS
-from .stores.archives import split_name
+from .stores.folder import image_key
 
 __all__ = ["NO_FINDING", "LabelTable", "read_label_table", "stored_labels"]
 
@@ -137,7 +136,7 @@ def read_label_table(
             blank = [column for column in columns if column != label_column and not (row[column] or "").strip()]
             if blank:
                 raise ValueError(f"Line {reader.line_num} of {str(path)!r} has no {blank[0]!r}.")
-            keys.append(_key(row[key_column].strip()))
+            keys.append(image_key(row[key_column].strip()))
             names = (name.strip() for name in ((label_column and row[label_column]) or "").split(separator))
             labels.append(frozenset(name for name in names if name))
             patients.append(row[patient_column].strip() if patient_column else keys[-1])
@@ -162,8 +161,3 @@ def stored_labels(images: ImageDataset) -> LabelTable:
         labels.append(frozenset(names))
         patients.append(str(facts.get("patient") or key))
     return LabelTable(tuple(keys), tuple(labels), tuple(patients))
-
-
-def _key(name: str) -> str:
-    stem, extension = split_name(name)
-    return stem if extension in IMAGE_EXTENSIONS else name

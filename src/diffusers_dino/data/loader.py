@@ -1,22 +1,84 @@
-"""Batches from loading processes, in the same order and with the same content for any number of them."""
+"""What training is fed with: batches of views, the same for any number of loading processes."""
 
 from __future__ import annotations
 
 import gc
+import mmap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from .datasets import ImageDataset
+from .images.augmentation import Augmentation
 from .order import GlobalBatchSampler, Slot
-from .views import BatchMemory, TrainingViews
 
-__all__ = ["load_batches"]
+__all__ = ["TrainingViews", "load_batches"]
 
 # Batches that each worker is ahead of training.
 _PREFETCH = 2
+
+
+class TrainingViews(Dataset[dict[str, Any]]):
+    """What training shows at each slot of the global order: an image, augmented for its epoch.
+
+    The work is in two parts: `load`, for the processes that load data, and `finish`, for the device of training, where
+    random views cost little. What comes out depends only on (seed, epoch, key).
+
+    Args:
+        images: The data set.
+        augmentation: Random views, or None for the images as they are.
+        seed: Seed of the run.
+    """
+
+    def __init__(self, images: ImageDataset, augmentation: Augmentation | None, seed: int = 0) -> None:
+        self.images = images
+        self.augmentation = augmentation
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, slots: Sequence[Slot]) -> dict[str, Any]:
+        """A whole batch at once.
+
+        Returns:
+            `image` float32 `(B, C, size, size)` in [0, 1], `key` and `position` (lists of B).
+        """
+        return self.finish(self.load(slots))
+
+    def load(self, slots: Sequence[Slot], memory: np.ndarray | None = None) -> dict[str, Any]:
+        """Read a batch: `image` uint8 `(B, C, size, size)`, `key`, `position` and what `finish` needs to know.
+
+        Args:
+            slots: What to read.
+            memory: Where the images go, and stay until it is used again: at least `4 * B * size**2` bytes. By default
+                new memory.
+        """
+        size = self.images.preprocessing.size
+        memory = np.empty(4 * len(slots) * size**2, np.uint8) if memory is None else memory
+        gray, color = (_images_in(memory, channels, len(slots), size) for channels in (1, 3))
+        keys, batch = [], gray
+        for row, (key, array) in enumerate(self.images.read_many([slot.index for slot in slots])):
+            keys.append(key)
+            if array.ndim == 3 and batch is gray:
+                batch = color
+                batch[:row] = gray[:row]
+            batch[row] = array if array.ndim == 2 else array.transpose(2, 0, 1)
+        loaded = {"key": keys, "position": [slot.position for slot in slots], "image": torch.from_numpy(batch)}
+        if self.augmentation:
+            loaded["draws"] = self.augmentation.draw(keys, self.seed, [slot.epoch for slot in slots])
+        return loaded
+
+    def finish(self, batch: dict[str, Any], device: torch.device | str = "cpu") -> dict[str, Any]:
+        """Move a loaded batch to a device and make the views there; what comes out is a copy."""
+        images = batch["image"].to(device) / 255
+        if self.augmentation:
+            images = self.augmentation.apply(images, batch["draws"])
+        return {"key": batch["key"], "position": batch["position"], "image": images}
 
 
 def load_batches(
@@ -53,9 +115,9 @@ def load_batches(
 class _Transport(Dataset[dict[str, Any]]):
     """What workers load of `TrainingViews`, and how the main process gets at it.
 
-    A `DataLoader` opens new shared memory for each batch. Its fresh pages and the passing of its handle cost a worker
-    as much as a quarter of the decoding, and a container's `/dev/shm` is often too small for it. Here each forked
-    worker writes to a few blocks in turn that exist from the start, and only the number of the block travels.
+    A plain `DataLoader` opens new shared memory for each batch: its fresh pages cost half as much as decoding 512 px
+    JPEGs does (`benchmarks/loader.py`), and the `/dev/shm` of a container is often too small. Here each forked worker
+    writes to a few blocks in turn that exist from the start, and only the number of the block travels.
 
     A worker starts on a batch when the main process has taken the one `_PREFETCH` before it, and that is copied before
     the next is taken: no more than `_PREFETCH + 1` blocks are in use at once.
@@ -71,25 +133,23 @@ class _Transport(Dataset[dict[str, Any]]):
     ) -> None:
         self.views = views
         largest = batches.batch_size if isinstance(batches, GlobalBatchSampler) else max(map(len, batches), default=0)
-        forked = num_workers and torch.multiprocessing.get_start_method() == "fork"
+        self.size = views.images.preprocessing.size
+        forked = torch.multiprocessing.get_start_method() == "fork"
         count = num_workers * (_PREFETCH + 1) if forked and largest else 0
-        size = views.images.preprocessing.size
-        self._blocks = [BatchMemory(largest, size, shared=True) for _ in range(count)]
+        # Pages that are never written take no memory.
+        self._blocks = [np.frombuffer(mmap.mmap(-1, 4 * largest * self.size**2), np.uint8) for _ in range(count)]
         self._turn = 0
 
     def __getitems__(self, slots: Sequence[Slot]) -> dict[str, Any]:
-        worker, images = get_worker_info(), self.views.images
+        worker, unreadable = get_worker_info(), self.views.images.unreadable
         if worker is None:
             return self.views.load(slots)
-        known = len(images.unreadable)
-        memory = None
-        if self._blocks:
-            number = worker.id * (_PREFETCH + 1) + self._turn
-            self._turn = (self._turn + 1) % (_PREFETCH + 1)
-            memory = self._blocks[number]
-        batch = self.views.load(slots, memory)
-        batch["unreadable"] = dict(list(images.unreadable.items())[known:])
-        return batch if memory is None else {**batch, "image": (number, batch["image"].shape[1])}
+        known = len(unreadable)
+        number = worker.id * (_PREFETCH + 1) + self._turn
+        self._turn = (self._turn + 1) % (_PREFETCH + 1)
+        batch = self.views.load(slots, self._blocks[number] if self._blocks else None)
+        batch["unreadable"] = dict(list(unreadable.items())[known:])
+        return {**batch, "image": (number, batch["image"].shape[1])} if self._blocks else batch
 
     def receive(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch of a worker with its images, which stay what they are until the next batch is taken."""
@@ -97,8 +157,15 @@ class _Transport(Dataset[dict[str, Any]]):
         if isinstance(batch["image"], Tensor):
             return batch
         number, channels = batch["image"]
-        images = self._blocks[number].gray if channels == 1 else self._blocks[number].color
-        return {**batch, "image": torch.from_numpy(images[: len(batch["key"])])}
+        images = _images_in(self._blocks[number], channels, len(batch["key"]), self.size)
+        return {**batch, "image": torch.from_numpy(images)}
+
+
+def _images_in(memory: np.ndarray, channels: int, count: int, size: int) -> np.ndarray:
+    """`(count, channels, size, size)` in memory where grayscale lies before colour: neither overwrites the other."""
+    pixels = count * size**2
+    part = memory[:pixels] if channels == 1 else memory[pixels : 4 * pixels]
+    return part.reshape(count, channels, size, size)
 
 
 def _settle(_: int) -> None:

@@ -14,8 +14,8 @@ import numpy as np
 
 from .codestreams import frame_header
 from .dicom_header import decimals, dicom_facts, integers, items, parse_dicom, text
+from .errors import MAX_PIXELS, UnreadableImageError, check_size
 from .grayscale import Grayscale, LookupTable, Window, brightness_table, stored_values
-from .reading import MAX_PIXELS, UnreadableImageError, check_size
 
 if TYPE_CHECKING:
     from pydicom import Dataset

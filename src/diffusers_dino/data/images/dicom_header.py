@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .reading import UnreadableImageError
+from .errors import UnreadableImageError
 
 if TYPE_CHECKING:
     from pydicom import Dataset

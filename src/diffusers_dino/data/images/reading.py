@@ -29,20 +29,13 @@ from PIL import (
     WebPImagePlugin,
 )
 
-__all__ = [
-    "IMAGE_EXTENSIONS",
-    "MAX_PIXELS",
-    "RawLayout",
-    "UnreadableImageError",
-    "as_image",
-    "check_size",
-    "is_unnamed_dicom",
-    "read_image",
-]
+from .dicom import read_dicom
+from .dicom_header import is_dicom
+from .errors import MAX_PIXELS, UnreadableImageError, check_size
+
+__all__ = ["IMAGE_EXTENSIONS", "RawLayout", "as_image", "is_unnamed_dicom", "read_image"]
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "tif", "tiff", "webp", "bmp", "dcm", "dicom", "npy", "npz")
-# A digitised film of 35 x 43 cm at 50 lines a mm has 60 million pixels, more than any detector.
-MAX_PIXELS = 100_000_000
 
 # Opened by their own classes: `Image.open` would try every format that is installed, some of which run programs.
 _PILLOW = (
@@ -59,10 +52,6 @@ _DECODE_TO_MEMORY = (JpegImagePlugin.JpegImageFile, PngImagePlugin.PngImageFile)
 _Opener = Callable[[BinaryIO], ImageFile.ImageFile]
 _ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
 _ORIENTATION = 0x0112
-
-
-class UnreadableImageError(ValueError):
-    """A file that is damaged, or is no image of a kind that is read here. The message names it and the reason."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +115,6 @@ def read_image(
     raw: RawLayout | None = None,
     inverted: bool | None = None,
     max_pixels: int = MAX_PIXELS,
-    out: np.ndarray | None = None,
 ) -> np.ndarray:
     """Read an image file: JPEG, PNG, TIFF, WebP, BMP, GIF, NumPy (`.npy`, `.npz`) or DICOM.
 
@@ -141,8 +129,6 @@ def read_image(
         raw: How the pixels lie, for a file without a header.
         inverted: Whether large values are dark. By default what a DICOM file or `raw` says; other files do not say it.
         max_pixels: Width times height of the largest image that is decoded.
-        out: Memory to decode to, contiguous uint8 `(H, W)`. If it is of the size of a grayscale JPEG or PNG, it is
-            what is returned. What it holds otherwise is not defined.
 
     Returns:
         `(H, W)` or, for colour, `(H, W, 3)`; uint8, or uint16 for deeper grayscale. Large values are bright.
@@ -161,7 +147,7 @@ def read_image(
         if raw:
             check_size(raw.width, raw.height, max_pixels)
             return (raw if inverted is None else replace(raw, inverted=inverted)).decode(data)
-        return _decode(data, tell, inverted, max_pixels, out)
+        return _decode(data, tell, inverted, max_pixels)
     except ImportError:
         raise
     except Exception as error:
@@ -179,20 +165,9 @@ def is_unnamed_dicom(path: Path) -> bool:
         return False
     try:
         with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
+            return is_dicom(file.read(132))
     except OSError:
         return False
-
-
-def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
-    """Refuse an image without pixels, or with more than are allowed; raises `UnreadableImageError`."""
-    if width < 1 or height < 1:
-        raise UnreadableImageError(f"it has no pixels: {width} x {height}")
-    if width * height > max_pixels:
-        raise UnreadableImageError(
-            f"its header says {width} x {height} pixels, more than {max_pixels}: it may be a decompression bomb. "
-            "Raise max_pixels to read it"
-        )
 
 
 def _read_file(path: Path, max_pixels: int) -> bytes:
@@ -202,25 +177,20 @@ def _read_file(path: Path, max_pixels: int) -> bytes:
     return path.read_bytes()
 
 
-def _decode(
-    data: bytes, name: Callable[[], str], inverted: bool | None, max_pixels: int, out: np.ndarray | None
-) -> np.ndarray:
-    if data[128:132] == b"DICM":
-        from .dicom import read_dicom
-
-        array = read_dicom(data, name(), inverted=inverted, max_pixels=max_pixels)
-        return _without_equal_channels(array)
+def _decode(data: bytes, name: Callable[[], str], inverted: bool | None, max_pixels: int) -> np.ndarray:
+    if is_dicom(data):
+        return _without_equal_channels(read_dicom(data, name(), inverted=inverted, max_pixels=max_pixels))
     if data.startswith(b"\x93NUMPY"):
         array = _read_npy(io.BytesIO(data), max_pixels)
     elif data.startswith(b"PK\x03\x04"):
         array = _read_npz(data, max_pixels)
     else:
-        array = _read_pillow(data, max_pixels, out)
+        array = _read_pillow(data, max_pixels)
     array = _without_equal_channels(array)
     return _turned_over(array) if inverted else array
 
 
-def _read_pillow(data: bytes, max_pixels: int, out: np.ndarray | None) -> np.ndarray:
+def _read_pillow(data: bytes, max_pixels: int) -> np.ndarray:
     opener = next((opener for start, opener in _PILLOW if data.startswith(start)), None)
     if opener is None:
         raise UnreadableImageError("it is no image of a known format")
@@ -230,13 +200,13 @@ def _read_pillow(data: bytes, max_pixels: int, out: np.ndarray | None) -> np.nda
             _check_cover(image)
         if image.mode in ("RGB", "RGBA") and ";16" in _raw_mode(image):
             return _read_deep_color(data, opener, _raw_mode(image))
-        return _to_array(image, out)
+        return _to_array(image)
 
 
-def _to_array(image: Image.Image, out: np.ndarray | None) -> np.ndarray:
+def _to_array(image: Image.Image) -> np.ndarray:
     opened = image
-    pixels = _decode_gray(image, out) if image.mode == "L" and isinstance(image, _DECODE_TO_MEMORY) else None
-    if image.getexif().get(_ORIENTATION, 1) != 1:
+    pixels = _decode_gray(image) if image.mode == "L" and isinstance(image, _DECODE_TO_MEMORY) else None
+    if image.getexif().get(_ORIENTATION, 1) != 1:  # a PNG may hold it behind the pixels, and decodes them to look
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
         return _deep_to_uint16(np.asarray(image))
@@ -248,9 +218,9 @@ def _to_array(image: Image.Image, out: np.ndarray | None) -> np.ndarray:
     return np.asarray(image) if pixels is None or image is not opened else pixels
 
 
-def _decode_gray(image: ImageFile.ImageFile, out: np.ndarray | None) -> np.ndarray:
+def _decode_gray(image: ImageFile.ImageFile) -> np.ndarray:
     """The pixels of an image of mode L. Pillow decodes to memory that it is lent, which saves two copies of them."""
-    pixels = np.empty(image.size[::-1], np.uint8) if out is None or out.shape != image.size[::-1] else out
+    pixels = np.empty(image.size[::-1], np.uint8)
     lent = Image.frombuffer("L", image.size, pixels, "raw", "L", 0, 1).im
     image.im = lent
     image.load()

@@ -22,7 +22,8 @@ from PIL import Image, UnidentifiedImageError
 from ...files import atomic_write, sha256_of, write_json
 from ..images.dicom_header import dicom_facts, is_dicom, salted_hash
 from ..images.encoding import Encoding
-from ..images.reading import UnreadableImageError, read_image
+from ..images.errors import UnreadableImageError
+from ..images.reading import read_image
 from ..sources import Record
 from .duplicates import perceptual_hash, pixel_digest
 from .manifest import Shard, ShardError, write_shard

@@ -21,8 +21,8 @@ from ..datasets import to_float
 from ..images.preprocessing import Preprocessing, center_crop
 from ..images.reading import read_image
 from ..stores.archives import split_name
+from ..stores.folder import FolderStore
 from ..stores.shards import ShardStore
-from ..stores.store import FolderStore
 from .records import Record
 
 __all__ = ["MaskedImage", "MaskedImages", "open_masked_images", "to_mask"]

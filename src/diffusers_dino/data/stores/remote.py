@@ -19,9 +19,9 @@ from urllib.parse import urlsplit, urlunsplit
 import fsspec
 from fsspec.asyn import AsyncFileSystem, reset_lock
 
-from .local import Files, Range
+from .filesystem import ByteRange, FileSystem
 
-__all__ = ["SCHEMES", "RemoteFiles", "add_suffix", "is_remote", "redact", "url_path"]
+__all__ = ["SCHEMES", "RemoteFileSystem", "add_suffix", "is_remote", "redact", "url_path"]
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def _redact_all(text: str) -> str:
     return re.sub(r"\w+://[^\s'\"<>)]+", lambda match: redact(match.group()), text)
 
 
-class RemoteFiles(Files):
+class RemoteFileSystem(FileSystem):
     """Files of one service.
 
     What fails for a moment (a connection, HTTP 429 or 5xx) is tried again, up to five times within 15 seconds.
@@ -134,7 +134,7 @@ class RemoteFiles(Files):
     def open(self, path: str) -> BinaryIO:
         return self._try(path, lambda: self._filesystem().open(path, "rb"))
 
-    def read_ranges(self, ranges: Sequence[Range]) -> list[bytes]:
+    def read_ranges(self, ranges: Sequence[ByteRange]) -> list[bytes]:
         contents: list[Any] = [b"" if one.size == 0 else None for one in ranges]
         for delay in (*RETRY_DELAYS, None):
             left = [place for place, content in enumerate(contents) if not isinstance(content, bytes)]
@@ -154,7 +154,7 @@ class RemoteFiles(Files):
     def show(self, path: str) -> str:
         return redact(path)
 
-    def _fetch(self, ranges: Sequence[Range]) -> list[Any]:
+    def _fetch(self, ranges: Sequence[ByteRange]) -> list[Any]:
         """Bytes or an exception for each range, all at once."""
         filesystem = self._filesystem()
         if isinstance(filesystem, AsyncFileSystem):
@@ -165,7 +165,7 @@ class RemoteFiles(Files):
             except Exception as error:
                 return [error] * len(ranges)
 
-        def fetch_one(one: Range) -> bytes | Exception:
+        def fetch_one(one: ByteRange) -> bytes | Exception:
             try:
                 with filesystem.open(one.path, "rb", cache_type="none") as file:
                     file.seek(one.offset)

@@ -1,4 +1,4 @@
-"""Images in webdataset tars, local or remote, behind the interface of `stores`."""
+"""Images in webdataset tars, local or remote."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ...files import atomic_write
-from ..images.reading import IMAGE_EXTENSIONS, UnreadableImageError, read_image
-from .archives import INDEX_SUFFIX, Member, PackedKeys, TarIndex, index_tar, parse_index
-from .local import Files, LocalFiles, Range, expand_braces, is_pattern
-from .remote import RemoteFiles, add_suffix, is_remote, url_path
+from ..images.errors import UnreadableImageError
+from ..images.reading import IMAGE_EXTENSIONS, read_image
+from .archives import INDEX_SUFFIX, PackedKeys, TarIndex, index_tar, parse_index
+from .filesystem import ByteRange, FileSystem, LocalFileSystem, expand_braces, is_pattern
+from .remote import RemoteFileSystem, add_suffix, is_remote, url_path
+from .store import ImageStore
 
 __all__ = ["MANIFEST", "ShardStore", "default_cache_dir"]
 
@@ -30,37 +31,35 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 
 
-class ShardStore:
+class ShardStore(ImageStore):
     """The images in webdataset tars, in the order of the shards and of their members.
 
-    Each shard is indexed once: from `NAME.tar.index.npz` beside it where there is one, else by walking its headers; of
-    a remote shard the result of the walk is kept in a cache folder. Images are then read by ranges of bytes.
+    webdataset reads a shard as a stream, from its start. Exact resume and one global order for any number of processes
+    need any sample at any time, hence this reader. It indexes each shard once: from `NAME.tar.index.npz` beside it
+    where there is one, else by walking its headers (of a remote shard the result is kept in a cache folder). Then it
+    reads images by ranges of bytes.
 
     A `manifest.json` beside the shards says how many samples there should be. What a missing or damaged shard lacks is
     named in a warning and keeps its place in `lost`, so that neither the length nor the order of an epoch changes.
 
     Args:
         pattern: A tar, a folder of tars, a glob or a brace range (`cxr-{000000..000009}.tar`), as a path or a URL.
-        split: Of a folder with a manifest: the shards of this split alone. None takes all.
+        split: Of a folder with a manifest: only the shards of this split. None takes all.
 
     Attributes:
         shards: Their paths or URLs.
-        keys: One for each sample.
-        shard_sizes: Samples in each shard.
-        lost: By number, why a sample is known to be gone.
-        prepared_by: Fingerprint of the `Preprocessing` that all images have been through, if manifests say so.
 
     Raises:
         FileNotFoundError: If nothing matches, a named shard is missing, or no shard holds an image.
-        ValueError: If a file is no tar (and no manifest says what it should hold), or the manifest is damaged or has
-            no such split.
+        ValueError: If a file is not a tar (and no manifest says what it should hold), or the manifest is damaged or
+            has no such split.
     """
 
     def __init__(self, pattern: str | Path, split: str | None = None) -> None:
         pattern = str(pattern)
-        self._files: Files = RemoteFiles(pattern) if is_remote(pattern) else LocalFiles()
+        self._files: FileSystem = RemoteFileSystem(pattern) if is_remote(pattern) else LocalFileSystem()
         self.shards, expected = _find_shards(self._files, pattern, split)
-        if isinstance(self._files, RemoteFiles):
+        if isinstance(self._files, RemoteFileSystem):
             self._check_ranges()
         with ThreadPoolExecutor(16) as pool:
             opened = list(pool.map(lambda shard: self._open(shard, expected.get(shard)), self.shards))
@@ -68,8 +67,7 @@ class ShardStore:
         if not any(map(len, images)):
             raise FileNotFoundError(f"No image in the {len(self.shards)} shard(s) of {self._files.show(pattern)!r}.")
         self.prepared_by = _prepared_by(self._files, self.shards) if set(self.shards) == set(expected) else None
-        self.shard_sizes = [len(image) for image in images]
-        self._shard_ends = np.cumsum(self.shard_sizes)
+        self._shard_ends = np.cumsum([len(image) for image in images])
         self._index = _concatenate(indexes)
         self.keys = self._index.keys
         first = np.cumsum([0, *(len(index.kinds) for index in indexes)])
@@ -80,39 +78,39 @@ class ShardStore:
             for number in np.flatnonzero(self._image < 0)
         }
 
+    @property
+    def shard_sizes(self) -> list[int]:
+        return np.diff(self._shard_ends, prepend=0).tolist()
+
     def describe(self, index: int) -> str:
-        """The file in its tar, or the tar alone where the file is lost."""
+        """The file in its tar, or only the tar where the file is lost."""
         shard = self._files.show(self.shards[self._shard(index)])
         return f"{shard}:{self.keys[index]}.{self._extension(index)}" if self._image[index] >= 0 else shard
 
     def read(self, index: int) -> np.ndarray:
-        """The pixels as `read_image` gives them; raises `UnreadableImageError`."""
         (image,) = self.read_many([index])
         if isinstance(image, UnreadableImageError):
             raise image
         return image
 
-    def read_many(
-        self, indices: Sequence[int], out: Sequence[np.ndarray] | None = None
-    ) -> Iterator[np.ndarray | UnreadableImageError]:
-        """The pixels of several samples, or why they cannot be read; the bytes of all of them are fetched at once."""
+    def read_many(self, indices: Sequence[int]) -> Iterator[np.ndarray | UnreadableImageError]:
+        """The pixels of several samples; their bytes are fetched at once."""
         contents = self._fetch([index for index in indices if index not in self.lost])
-        for index, memory in zip(indices, out or repeat(None)):  # noqa: B905
+        for index in indices:
             try:
-                yield self._decode(index, *((None, b"") if index in self.lost else next(contents)), memory)
+                yield self._decode(index, *((None, b"") if index in self.lost else next(contents)))
             except UnreadableImageError as error:
                 yield error
 
     def companion(self, index: int, extension: str) -> bytes:
-        """Another file of a sample, such as `mask.png`; raises `KeyError` where there is none."""
         files = self._index.files(index)
         if extension not in files:
             raise KeyError(f"{self.describe(index)} has no companion {extension!r}, but {', '.join(files)}")
-        member: Member = files[extension]
-        (content,) = self._files.read_ranges([Range(self.shards[self._shard(index)], member.offset, member.size)])
+        member = files[extension]
+        (content,) = self._files.read_ranges([ByteRange(self.shards[self._shard(index)], member.offset, member.size)])
         return content
 
-    def _fetch(self, indices: Sequence[int]) -> Iterator[tuple[Range, bytes]]:
+    def _fetch(self, indices: Sequence[int]) -> Iterator[tuple[ByteRange, bytes]]:
         """Where the images of samples are, and their bytes."""
         places = self._places(indices)
         try:
@@ -121,12 +119,12 @@ class ShardStore:
             names = ", ".join(self.keys[index] for index in indices[:3])
             raise type(error)(f"{error} Samples {names} and perhaps others were wanted.") from None
 
-    def _decode(self, index: int, place: Range | None, content: bytes, out: np.ndarray | None) -> np.ndarray:
+    def _decode(self, index: int, place: ByteRange | None, content: bytes) -> np.ndarray:
         if place is None:
             raise UnreadableImageError(f"Cannot read {self.lost[index]}")
         if len(content) < place.size:
             raise UnreadableImageError(f"Cannot read {self.describe(index)}: the shard is gone or ends within it")
-        return read_image(content, partial(self.describe, index), out=out)
+        return read_image(content, partial(self.describe, index))
 
     def _shard(self, index: int) -> int:
         return int(np.searchsorted(self._shard_ends, index, side="right"))
@@ -134,12 +132,11 @@ class ShardStore:
     def _extension(self, index: int) -> str:
         return self._index.extensions[self._index.kinds[self._image[index]]]
 
-    def _places(self, indices: Sequence[int]) -> list[Range]:
-        """Where the images of samples are."""
+    def _places(self, indices: Sequence[int]) -> list[ByteRange]:
         members = self._image[indices]
         shards = np.searchsorted(self._shard_ends, indices, side="right").tolist()
         offsets, sizes = self._index.offsets[members].tolist(), self._index.sizes[members].tolist()
-        return [Range(self.shards[shard], *place) for shard, *place in zip(shards, offsets, sizes, strict=True)]
+        return [ByteRange(self.shards[shard], *place) for shard, *place in zip(shards, offsets, sizes, strict=True)]
 
     def _check_ranges(self) -> None:
         for shard in self.shards:
@@ -190,7 +187,7 @@ class _Promise(NamedTuple):
         return cls(entry["samples"], entry.get("bytes"))
 
 
-def _find_shards(files: Files, pattern: str, split: str | None) -> tuple[list[str], dict[str, _Promise]]:
+def _find_shards(files: FileSystem, pattern: str, split: str | None) -> tuple[list[str], dict[str, _Promise]]:
     """The shards that a pattern stands for, sorted, and what a manifest says of them."""
     if not url_path(pattern).endswith(".tar"):
         return _find_in_folder(files, pattern.rstrip("/"), split)
@@ -217,7 +214,7 @@ def _find_shards(files: Files, pattern: str, split: str | None) -> tuple[list[st
     return sorted(found), expected
 
 
-def _find_in_folder(files: Files, folder: str, split: str | None) -> tuple[list[str], dict[str, _Promise]]:
+def _find_in_folder(files: FileSystem, folder: str, split: str | None) -> tuple[list[str], dict[str, _Promise]]:
     shards = _read_manifest(files, folder)
     if not shards:
         found = files.glob(_join(folder, "*.tar"))
@@ -233,7 +230,7 @@ def _find_in_folder(files: Files, folder: str, split: str | None) -> tuple[list[
     return sorted(expected), expected
 
 
-def _read_manifest(files: Files, folder: str) -> list[dict]:
+def _read_manifest(files: FileSystem, folder: str) -> list[dict]:
     """The shards that the manifest in a folder lists; none if there is no manifest."""
     path = _join(folder, MANIFEST)
     hint = "Mend it, or rename it to read the shards without one."
@@ -245,13 +242,13 @@ def _read_manifest(files: Files, folder: str) -> list[dict]:
     except (FileNotFoundError, PermissionError):  # a bucket that may not be listed says "forbidden" for "missing"
         return []
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{files.show(path)!r} is no manifest of shards: {error!r}. {hint}") from error
+        raise ValueError(f"{files.show(path)!r} is not a manifest of shards: {error!r}. {hint}") from error
     if not sound or len(set(names)) < len(names):
-        raise ValueError(f"{files.show(path)!r} is no manifest of shards: a name or a count in it is wrong. {hint}")
+        raise ValueError(f"{files.show(path)!r} is not a manifest of shards: a name or a count in it is wrong. {hint}")
     return shards
 
 
-def _prepared_by(files: Files, shards: Sequence[str]) -> str | None:
+def _prepared_by(files: FileSystem, shards: Sequence[str]) -> str | None:
     """How the images of shards that are in a manifest were prepared, if in one way."""
     folders = {url_path(shard).rpartition("/")[0] for shard in shards}
     told = {json.loads(files.read(_join(folder, MANIFEST))).get("preprocessing_hash") for folder in folders}
@@ -262,7 +259,7 @@ def _join(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder else name
 
 
-def _exists(files: Files, path: str) -> bool:
+def _exists(files: FileSystem, path: str) -> bool:
     try:
         files.size(path)
     except FileNotFoundError:
@@ -275,7 +272,7 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusers-dino"
 
 
-def _open_index(files: Files, shard: str) -> TarIndex:
+def _open_index(files: FileSystem, shard: str) -> TarIndex:
     """The index of a shard: the one beside it, one that was made before, or a new one."""
     size = files.size(shard)
     try:
@@ -284,7 +281,7 @@ def _open_index(files: Files, shard: str) -> TarIndex:
         pass
     except ValueError as error:
         logger.warning("The index beside %s is not used: %s. Reading its headers.", files.show(shard), error)
-    if not isinstance(files, RemoteFiles):
+    if not isinstance(files, RemoteFileSystem):
         with files.open(shard) as file:
             return index_tar(file, shard, size)
     name = hashlib.sha256(f"{files.show(shard)}\n{files.version(shard)}".encode()).hexdigest()

@@ -12,13 +12,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
-__all__ = ["Files", "LocalFiles", "Range", "expand_braces", "is_pattern"]
+__all__ = ["ByteRange", "FileSystem", "LocalFileSystem", "expand_braces", "is_pattern"]
 
 # Far below the usual limit of 1,024 open files in a process.
 _MAX_HANDLES = 128
 
 
-class Range(NamedTuple):
+class ByteRange(NamedTuple):
     """`size` bytes of a file from `offset` on."""
 
     path: str
@@ -26,7 +26,7 @@ class Range(NamedTuple):
     size: int
 
 
-class Files(Protocol):
+class FileSystem(Protocol):
     """A place where files are."""
 
     def glob(self, pattern: str) -> list[str]:
@@ -41,14 +41,14 @@ class Files(Protocol):
     def open(self, path: str) -> BinaryIO:
         """A file to read from start to end, seekable."""
 
-    def read_ranges(self, ranges: Sequence[Range]) -> Iterable[bytes]:
+    def read_ranges(self, ranges: Sequence[ByteRange]) -> Iterable[bytes]:
         """The bytes of each range; fewer than asked for where a file ends too early or is gone."""
 
     def show(self, path: str) -> str:
         """A path as a message may show it."""
 
 
-class LocalFiles(Files):
+class LocalFileSystem(FileSystem):
     """Files of this machine. Handles stay open; a copy in another process opens its own."""
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class LocalFiles(Files):
     def open(self, path: str) -> BinaryIO:
         return open(path, "rb")
 
-    def read_ranges(self, ranges: Sequence[Range]) -> Iterable[bytes]:
+    def read_ranges(self, ranges: Sequence[ByteRange]) -> Iterable[bytes]:
         return (self._read_range(*one) for one in ranges)  # as they are used, while they are in the cache
 
     def show(self, path: str) -> str:
