@@ -14,9 +14,10 @@ import resource
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -24,45 +25,58 @@ from typing import NamedTuple
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from transformers import HfArgumentParser
 
 from diffusers_dino import DiffSegPipeline, DinoDiffusionPipeline, DinoInterpolationPipeline
+from diffusers_dino.cli.arguments import flag, parse_arguments
 from diffusers_dino.cli.console import run
 from diffusers_dino.data.sources.masks import open_masked_images
 from diffusers_dino.diffseg.lungs import lung_prior, name_lungs
-from diffusers_dino.evaluation import ReconstructionResult, evaluate_reconstruction
+from diffusers_dino.evaluation import (
+    MemorizationResult,
+    ReconstructionResult,
+    evaluate_memorization,
+    evaluate_reconstruction,
+)
 from diffusers_dino.evaluation.controls import with_fresh_unet
+from diffusers_dino.evaluation.fidelity.protocol import REAL, UNTRAINED, FidelityResult, Sampling, score_fidelity
 from diffusers_dino.evaluation.figures import plot_loss
+from diffusers_dino.evaluation.generation import embed_images, generate_variations
+from diffusers_dino.evaluation.memorization.plot import draw_closest_pairs, plot_memorization
+from diffusers_dino.evaluation.memorization.table import table_of_sets
 from diffusers_dino.evaluation.segmentation.baselines import otsu_mask
+from diffusers_dino.files import make_writable_folder, write_json
+from diffusers_dino.metrics import extract_features, open_extractor
+from diffusers_dino.metrics.bootstrap import Bootstrap, Estimate
 from diffusers_dino.metrics.dice import best_union, dice
 from diffusers_dino.report import Report
 from diffusers_dino.sheets import contact_sheet
-from quickstart_realism import add_realism, measure_realism
 
 EXAMPLES = Path(__file__).resolve().parent
 # What segmentation chooses from: all attention layers together, or one of the decoder's two of the largest resolution.
 LAYERS = (None, ("up_blocks.1.attentions.0",), ("up_blocks.1.attentions.1",))
 TIMESTEPS, THRESHOLDS = (100, 300, 500), (0.2, 0.3, 0.4, 0.5)
+NUM_STEPS, GUIDANCE = 20, 2.0
+GUIDED, PLAIN = f"generated, guidance {GUIDANCE:g}", "generated, without guidance"
 
 
 @dataclass
 class Arguments:
-    output_dir: Path = field(default=Path("outputs/quickstart"), metadata={"help": "Where model and report go."})
-    config: Path = field(default=EXAMPLES / "configs/quickstart.yaml", metadata={"help": "Of train_dino.py."})
-    data_dir: Path = field(default=EXAMPLES / "data/phantom-cxr", metadata={"help": "Folder of the phantom shards."})
-    max_train_steps: int | None = field(default=None, metadata={"help": "Instead of the config's, for a trial run."})
-    num_sources: int = field(default=6, metadata={"help": "Unseen images in the picture of variations."})
-    num_variations: int = field(default=5, metadata={"help": "Variations of each of them."})
-    num_paths: int = field(default=3, metadata={"help": "Paths between unseen images, and segmented images."})
-    num_points: int = field(default=7, metadata={"help": "Images along a path."})
-    num_seeds: int = field(default=3, metadata={"help": "Noise seeds that the figures are averaged over."})
+    output_dir: str = flag("outputs/quickstart", "Where model and report go.")
+    config: str = flag(str(EXAMPLES / "configs/quickstart.yaml"), "YAML file for train_dino.py.")
+    data_dir: str = flag(str(EXAMPLES / "data/phantom-cxr"), "Folder of the phantom shards.")
+    max_train_steps: int | None = flag(None, "In place of the config's, for a trial run.")
+    num_sources: int = flag(6, "Unseen images in the picture of variations.")
+    num_variations: int = flag(5, "Variations of each of them.")
+    num_paths: int = flag(3, "Paths between unseen images, and segmented images.")
+    num_points: int = flag(7, "Images along a path.")
+    num_seeds: int = flag(3, "Noise seeds that the figures are averaged over.")
 
 
 def main() -> None:
-    args = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]
-    args.output_dir = args.output_dir.resolve()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    model_dir = args.output_dir / "model"
+    args = parse_arguments(Arguments, description=__doc__)
+    check_files(args)
+    output_dir = make_writable_folder(Path(args.output_dir).resolve())
+    model_dir = output_dir / "model"
     stopwatch = Stopwatch()
 
     with stopwatch("train the UNet"):
@@ -71,19 +85,23 @@ def main() -> None:
         pipe = DinoDiffusionPipeline.from_pretrained(model_dir)
         pipe.set_progress_bar_config(disable=True)
         size = json.loads((model_dir / "vae" / "config.json").read_text())["sample_size"]
-        test, training = (load_phantoms(args.data_dir, split, size) for split in ("test", "train"))
+        test, training = (load_phantoms(Path(args.data_dir), split, size) for split in ("test", "train"))
     with stopwatch("generate and measure"):
         result = evaluate_reconstruction(pipe, test.images, training.images, seeds=range(args.num_seeds))
-        result.save(args.output_dir / "reconstruction.json")
+        result.save(output_dir / "reconstruction.json")
     with stopwatch("compare with real images"):
-        realism = measure_realism(pipe, test.images, training.images)
-        realism.save(args.output_dir)
+        sets = generate_sets(pipe, test.images)
+        fidelity = measure_fidelity(sets, training.images, type(pipe.scheduler).__name__)
+        fidelity.save(output_dir / "fidelity.json")
+        synthetic = torch.cat([sets[PLAIN], sets[GUIDED]])
+        memorization = evaluate_memorization(training.images, synthetic, test.images, num_pairs=6).result
+        memorization.save(output_dir / "memorization.json")
     with stopwatch("draw variations and paths"):
         variations = draw_variations(pipe, test.images[: args.num_sources], args.num_variations)
         paths = draw_paths(pipe, test.images, args.num_paths, args.num_points)
     with stopwatch("segment"):
         segmentation, strips = segment(pipe, test, training, args.num_paths)
-        (args.output_dir / "segmentation.json").write_text(json.dumps(segmentation, indent=2) + "\n")
+        write_json(output_dir / "segmentation.json", segmentation, indent=2)
 
     report = Report("diffusers-dino quickstart")
     add_introduction(report, test.images, training.images, pipe)
@@ -92,14 +110,25 @@ def main() -> None:
     caption = f"Left: the source. Right: {args.num_variations} variations generated from its tokens."
     report.add_image(variations, caption)
     add_figures(report, result)
-    add_realism(report, realism)
+    add_fidelity(report, fidelity)
+    add_memorization(report, memorization, draw_closest_pairs(memorization, synthetic, training.images))
     report.add_heading("Paths between unseen images")
     caption = f"Left and right: two sources. Between: {args.num_points} images from interpolated tokens and one noise."
     report.add_image(paths, caption)
     add_segmentation(report, segmentation, strips, len(test.images))
     add_stages(report, stopwatch)
-    report.save(args.output_dir / "report.html")
-    print(f"Report: {args.output_dir / 'report.html'}\nModel:  {model_dir}")
+    report.save(output_dir / "report.html")
+    print(f"Report: {output_dir / 'report.html'}\nModel:  {model_dir}")
+
+
+def check_files(args: Arguments) -> None:
+    """End early, and say where to get it, if something that lies beside this script in a clone is not there."""
+    for path in (EXAMPLES / "train_dino.py", args.config, args.data_dir):
+        if not Path(path).exists():
+            raise FileNotFoundError(
+                f"There is no {path}. The quickstart needs train_dino.py, configs/ and data/, which are in the folder "
+                "examples/ of the diffusers-dino repository: run it in a clone."
+            )
 
 
 def train(args: Arguments, model_dir: Path) -> None:
@@ -107,8 +136,11 @@ def train(args: Arguments, model_dir: Path) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
     command += [f"--num_cpu_threads_per_process={torch.get_num_threads()}"]  # accelerate's default on a CPU is one
     command += ["--mixed_precision=no", "--dynamo_backend=no"]
-    command += [str(EXAMPLES / "train_dino.py"), str(args.config.resolve())]
-    command += [f"--train_data_dir={args.data_dir.resolve()}/phantom-cxr-train-*.tar", f"--output_dir={model_dir}"]
+    command += [str(EXAMPLES / "train_dino.py"), str(Path(args.config).resolve())]
+    command += [
+        f"--train_data_dir={Path(args.data_dir).resolve()}/phantom-cxr-train-*.tar",
+        f"--output_dir={model_dir}",
+    ]
     if args.max_train_steps is not None:
         command += ["--max_train_steps", str(args.max_train_steps)]
     subprocess.run(command, check=True, cwd=EXAMPLES.parent)  # the config's paths start there
@@ -126,11 +158,46 @@ def load_phantoms(data_dir: Path, split: str, size: int) -> Phantoms:
     return Phantoms(*(torch.stack([getattr(sample, name) for sample in loaded]) for name in ("image", "mask")))
 
 
+def generate_sets(pipe: DinoDiffusionPipeline, images: Tensor) -> dict[str, Tensor]:
+    """One image from each source, in the ways that are compared, and the sources themselves, each `(N, C, H, W)`."""
+    tokens = embed_images(pipe, images)
+
+    def generate(model: DinoDiffusionPipeline, guidance_scale: float) -> Tensor:
+        return generate_variations(model, tokens, seed=0, num_inference_steps=NUM_STEPS, guidance_scale=guidance_scale)
+
+    return {
+        GUIDED: generate(pipe, GUIDANCE),
+        PLAIN: generate(pipe, 1.0),
+        UNTRAINED: generate(with_fresh_unet(pipe), 1.0),
+        REAL: images,
+    }
+
+
+def measure_fidelity(sets: dict[str, Tensor], training: Tensor, scheduler: str) -> FidelityResult:
+    """How far each set is from the training images."""
+    extractor = open_extractor("tiny")  # trained on phantoms, and knows nothing else
+    reference = extract_features(extractor, training, keys=[f"training {i}" for i in range(len(training))])
+    rows = []
+    for name, images in sets.items():
+        features = extract_features(extractor, images, keys=[f"{name} {i}" for i in range(len(images))])
+        scale = GUIDANCE if name == GUIDED else 1.0
+        sampling = None if name == REAL else Sampling(scheduler, NUM_STEPS, scale, seed=0, batch_size=len(images))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of too few images: the report says so
+            rows.append(score_fidelity(name, features, reference, sampling=sampling, bootstrap=Bootstrap(repeats=50)))
+    return FidelityResult(tuple(rows))
+
+
 def draw_variations(pipe: DinoDiffusionPipeline, sources: Tensor, num_variations: int) -> Image:
     """One row for each source: the source, then its variations."""
-    generator = torch.Generator().manual_seed(0)
-    sampling = {"num_inference_steps": 20, "guidance_scale": 2.0, "generator": generator}
-    return contact_sheet(sources, pipe(sources, num_images_per_prompt=num_variations, **sampling).images)
+    variations = pipe(
+        sources,
+        num_images_per_prompt=num_variations,
+        num_inference_steps=NUM_STEPS,
+        guidance_scale=GUIDANCE,
+        generator=torch.Generator().manual_seed(0),
+    ).images
+    return contact_sheet(sources, variations)
 
 
 def draw_paths(pipe: DinoDiffusionPipeline, images: Tensor, num_paths: int, num_points: int) -> Image:
@@ -138,10 +205,15 @@ def draw_paths(pipe: DinoDiffusionPipeline, images: Tensor, num_paths: int, num_
     between = DinoInterpolationPipeline.from_pipe(pipe)
     between.set_progress_bar_config(disable=True)
     sources, targets = images[0 : 2 * num_paths : 2], images[1 : 2 * num_paths : 2]
-    fractions = torch.linspace(0, 1, num_points)
-    generator = torch.Generator().manual_seed(0)
-    sampling = {"num_inference_steps": 20, "guidance_scale": 2.0, "generator": generator}
-    return contact_sheet(sources, between(sources, targets, fractions, **sampling).images, targets)
+    paths = between(
+        sources,
+        targets,
+        torch.linspace(0, 1, num_points),
+        num_inference_steps=NUM_STEPS,
+        guidance_scale=GUIDANCE,
+        generator=torch.Generator().manual_seed(0),
+    ).images
+    return contact_sheet(sources, paths, targets)
 
 
 def segment(
@@ -237,6 +309,39 @@ def add_figures(report: Report, result: ReconstructionResult) -> None:
             ["chance", 1 / n, 1 / n],
         ],
     )
+
+
+def add_fidelity(report: Report, result: FidelityResult) -> None:
+    first = result.rows[0]
+    report.add_heading("How far are generated images from real ones?")
+    report.add_text(
+        f"{first.num_images} images are compared with the {first.num_reference} training phantoms by the extractor "
+        f"{first.features.extractor} ({first.features.dim} features; {first.features.resize}; "
+        f"{first.features.pixel_range}; weights {first.features.weights_sha256 or 'none'}). The real images are the "
+        "unseen phantoms themselves: a perfect model would reach their figures. So few images make every Fréchet "
+        "distance too large; the kernel distance does not depend on their number."
+    )
+    report.add_table(
+        ["images", "Fréchet distance [95 %]", "kernel distance [95 %]", "coverage [95 %]"],
+        [[row.images, *(with_interval(x) for x in (row.frechet, row.kernel, row.coverage))] for row in result.rows],
+    )
+
+
+def with_interval(estimate: Estimate) -> str:
+    return f"{estimate.value:.3g} [{estimate.low:.3g}, {estimate.high:.3g}]"
+
+
+def add_memorization(report: Report, result: MemorizationResult, pairs: Image) -> None:
+    report.add_heading("Are they copies?")
+    report.add_text(
+        "Each image and its mirror image are compared with all training phantoms. Training phantoms, compared with "
+        f"each other, say what is too near: a relative distance below {result.threshold:.2f}, which "
+        f"{result.false_alarms:.0%} of real images may have. docs/memorization.md says what this shows, and that it "
+        "does not prove privacy."
+    )
+    report.add_table(*table_of_sets(result))
+    report.add_figure(plot_memorization(result), "Relative distance to the nearest training phantom.")
+    report.add_image(pairs, "The closest pairs: generated | its nearest training phantom.")
 
 
 def add_segmentation(report: Report, figures: dict[str, float], strips: Image, n: int) -> None:
