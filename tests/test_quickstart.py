@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,14 @@ from diffusers_dino.evaluation import MemorizationResult, ReconstructionResult
 from diffusers_dino.evaluation.fidelity.protocol import REAL, UNTRAINED, FidelityResult
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_a_copy_alone_says_what_is_missing(tmp_path):
+    script = shutil.copy(ROOT / "examples" / "quickstart.py", tmp_path)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert re.fullmatch(r"error: There is no .*/train_dino\.py\. .* in a clone\.", done.stderr.splitlines()[-1])
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 1
 
 
 @pytest.mark.slow

@@ -375,6 +375,19 @@ def test_loss_that_is_not_finite_stops_before_the_update(train, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_copy_of_the_script_alone_trains(flags, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    script = shutil.copy(scripts.EXAMPLES / "train_dino.py", tmp_path / "elsewhere")
+    scripts.run_script(script, **{**flags, "max_train_steps": 2})
+    assert len(losses(tmp_path / "out")) == 2
+    DinoDiffusionPipeline.from_pretrained(tmp_path / "out")
+    refused = scripts.start_script(script, tmp_path / "nowhere.yaml", **flags)
+    output, _ = refused.communicate(timeout=60)
+    assert refused.returncode == 2
+    assert f"train_dino.py: error: cannot read the config {tmp_path / 'nowhere.yaml'}: " in output
+
+
+@pytest.mark.slow
 def test_two_processes_equal_one_with_the_same_global_batch(flags, parts, tmp_path):
     flags |= {"max_train_steps": 20, "metric_steps": 10, "validation_data_dir": parts / "images"}
     flags |= {"validation_inference_steps": 2, "checkpointing_steps": 10, "use_ema": True}
