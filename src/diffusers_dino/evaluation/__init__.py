@@ -17,36 +17,21 @@ Each question is a folder: `protocol` measures, `table` and `plot` show a result
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-_ORIGIN = {
-    "AugmentationResult": "augmentation.result",
-    "FidelityResult": "fidelity.protocol",
-    "FidelityScores": "fidelity.protocol",
-    "FidelitySets": "fidelity.sets",
-    "InterpolationResult": "interpolation.protocol",
-    "LabelPreservationResult": "labels.result",
-    "MemorizationResult": "memorization.protocol",
-    "MethodScores": "segmentation.protocol",
-    "Model": "generation",
-    "PathFigures": "interpolation.protocol",
-    "PathSpace": "interpolation.protocol",
-    "ReconstructionResult": "reconstruction.protocol",
-    "RetrievalFigures": "reconstruction.protocol",
-    "Sampling": "fidelity.protocol",
-    "SegmentationResult": "segmentation.protocol",
-    "SegmentationStudy": "segmentation.protocol",
-    "Setting": "segmentation.sweep",
-    "Sweep": "segmentation.sweep",
-    "SweepScores": "segmentation.protocol",
-    "choose_sets": "fidelity.sets",
-    "evaluate_augmentation": "augmentation.protocol",
-    "evaluate_fidelity": "fidelity.protocol",
-    "evaluate_interpolation": "interpolation.protocol",
-    "evaluate_labels": "labels.protocol",
-    "evaluate_memorization": "memorization.protocol",
-    "evaluate_reconstruction": "reconstruction.protocol",
-    "evaluate_segmentation": "segmentation.protocol",
-    "load_models": "generation",
+_NAMES = {
+    "augmentation.protocol": "evaluate_augmentation",
+    "augmentation.result": "AugmentationResult",
+    "fidelity.protocol": "FidelityResult FidelityScores Sampling evaluate_fidelity",
+    "fidelity.sets": "FidelitySets choose_sets",
+    "generation": "Model load_models",
+    "interpolation.protocol": "InterpolationResult PathFigures PathSpace evaluate_interpolation",
+    "labels.protocol": "evaluate_labels",
+    "labels.result": "LabelPreservationResult",
+    "memorization.protocol": "MemorizationResult evaluate_memorization",
+    "reconstruction.protocol": "ReconstructionResult RetrievalFigures evaluate_reconstruction",
+    "segmentation.protocol": "MethodScores SegmentationResult SegmentationStudy SweepScores evaluate_segmentation",
+    "segmentation.sweep": "Setting Sweep",
 }
+_ORIGIN = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = sorted(_ORIGIN)
 

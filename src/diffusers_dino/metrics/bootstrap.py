@@ -237,8 +237,9 @@ def estimate_manifolds(
         value = float(values.mean())
         return Estimate(value, *percentile_interval(draws, bootstrap.level), float(draws.mean()) - value)
 
-    sides = ((hits.precision, ours), (hits.recall, theirs), (hits.density, ours), (hits.coverage, theirs))
-    return tuple(estimate(terms, *side) for terms, side in sides)
+    return tuple(
+        estimate(terms, *(ours if name in ("precision", "density") else theirs)) for name, terms in hits.items()
+    )
 
 
 def estimate_vendi(features: Features, bootstrap: Bootstrap) -> Estimate:

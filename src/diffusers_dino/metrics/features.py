@@ -106,7 +106,7 @@ def feature_matrix(features: Features, name: str = "features", at_least: int = 2
     """Checked features `(N, D)` on the CPU, in the type that they came in.
 
     Raises:
-        ValueError: If they are no matrix, fewer than `at_least`, or not finite.
+        ValueError: If they are not a matrix, fewer than `at_least`, or not finite.
     """
     matrix = features.features if isinstance(features, FeatureSet) else features
     if not isinstance(matrix, Tensor) or matrix.ndim != 2 or len(matrix) < at_least or not matrix.shape[1]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .features import Features, comparable, feature_matrix
 
-__all__ = ["ManifoldFigures", "ManifoldHits", "manifold_figures", "manifold_hits", "vendi_score"]
+__all__ = ["ManifoldFigures", "manifold_figures", "manifold_hits", "vendi_score"]
 
 _ENTRIES = 1 << 22  # distances in memory at once
 _ROWS = 4096  # features that become float64 at once
@@ -42,25 +42,6 @@ class ManifoldFigures:
     k: int
 
 
-@dataclass(frozen=True)
-class ManifoldHits:
-    """What each feature adds to the figures, which are the means.
-
-    Attributes:
-        precision: `(N,)` float64, 0 or 1.
-        recall: `(M,)` float64, 0 or 1.
-        density: `(N,)` float64.
-        coverage: `(M,)` float64, 0 or 1.
-        k: The neighbour that balls reach to.
-    """
-
-    precision: Tensor
-    recall: Tensor
-    density: Tensor
-    coverage: Tensor
-    k: int
-
-
 def manifold_figures(features: Features, reference: Features, k: int = 5) -> ManifoldFigures:
     """Precision, recall, density and coverage; memory does not grow with N x M.
 
@@ -73,20 +54,21 @@ def manifold_figures(features: Features, reference: Features, k: int = 5) -> Man
         ValueError: If the sets do not compare or are too small for k, or a feature is not finite.
     """
     hits = manifold_hits(features, reference, k)
-    means = (getattr(hits, name).mean().item() for name in ("precision", "recall", "density", "coverage"))
-    return ManifoldFigures(*means, k)
+    return ManifoldFigures(**{name: terms.mean().item() for name, terms in hits.items()}, k=k)
 
 
-def manifold_hits(features: Features, reference: Features, k: int = 5) -> ManifoldHits:
-    """The terms that `manifold_figures` takes the means of, for intervals. Arguments and errors are the same."""
+def manifold_hits(features: Features, reference: Features, k: int = 5) -> dict[str, Tensor]:
+    """What each feature adds to the figures of `manifold_figures`, which are the means: float64, for intervals.
+
+    Precision and density are of the generated features, `(N,)`, recall and coverage of the real ones, `(M,)`.
+    """
     if k < 1:
         raise ValueError(f"Balls reach to the first neighbour or a later one, got k = {k}.")
     generated, real = (x.double() for x in comparable(features, reference, at_least=k + 1))
     center = real.mean(dim=0)  # distances are differences of squares: the shorter the vectors, the better
     generated, real = generated - center, real - center
     radii_generated, radii_real = _neighbor_radii(generated, k), _neighbor_radii(real, k)  # (N,), (M,) squared
-    recalled = torch.zeros(len(real), dtype=torch.bool)
-    covered = torch.zeros(len(real), dtype=torch.bool)
+    recalled, covered = torch.zeros(2, len(real), dtype=torch.bool)
     counts = []
     for rows, distances in _blocks_of_distances(generated, real):  # (n, M)
         inside = distances <= radii_real
@@ -94,7 +76,8 @@ def manifold_hits(features: Features, reference: Features, k: int = 5) -> Manifo
         covered |= inside.any(dim=0)
         recalled |= (distances <= radii_generated[rows, None]).any(dim=0)
     balls = torch.cat(counts)  # (N,)
-    return ManifoldHits((balls > 0).double(), recalled.double(), balls.double() / k, covered.double(), k)
+    hits = {"precision": balls > 0, "recall": recalled, "density": balls, "coverage": covered}
+    return {name: terms.double() / (k if name == "density" else 1) for name, terms in hits.items()}
 
 
 def vendi_score(features: Features) -> float:

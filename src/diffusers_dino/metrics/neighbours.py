@@ -2,7 +2,7 @@
 
 A distance says nothing by itself: radiographs all resemble each other. So the distance to the nearest training image
 is taken relative to that of the nearest tenth of the training images, and a threshold comes from real images that are
-known to be no copies: those of other patients.
+known not to be copies: those of other patients.
 
 Wherever an image is compared it may be given in several views, such as itself and its mirror image: `(V, N, D)`. It is
 then as near as its nearest view.
@@ -141,7 +141,7 @@ def typical_distances(
 def relative_distances(neighbors: Neighbors, typical: Tensor) -> Tensor:
     """Distance to the nearest training image in units of `typical_distances`: `(N,)` float64 in [0, 1].
 
-    0 is a copy; what is no nearer than a tenth of the training images are has 1.
+    0 is a copy; what is not nearer than the nearest tenth of the training images has 1.
     """
     nearest = neighbors.distance[:, 0]
     return torch.where(nearest > 0, nearest / typical.clamp(min=torch.finfo(torch.float64).tiny), 0.0).clamp(max=1)

@@ -35,6 +35,7 @@ from ...files import make_writable_folder
 from ...metrics import open_extractor
 from ...training.checkpoints import complete_checkpoints
 from ..arguments import flag
+from . import read_keys
 
 
 @dataclass
@@ -135,7 +136,7 @@ def open_sets(args: Arguments, size: int) -> FidelitySets:
     return choose_sets(
         images,
         reference,
-        reference_keys=Path(args.training_keys).read_text().split() if args.training_keys else None,
+        reference_keys=read_keys(args.training_keys) if args.training_keys else None,
         patients=read_patients(args, [*images.keys, *(reference or images).keys]) if args.table else None,
         num_sources=args.num_images,
         num_reference=args.num_reference,

@@ -10,7 +10,6 @@ Needs the extra `eval`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -22,6 +21,7 @@ from ...evaluation.interpolation.plot import draw_paths, plot_path
 from ...evaluation.interpolation.table import format_interpolation_table
 from ...files import make_writable_folder
 from ..arguments import flag
+from . import read_keys
 
 
 @dataclass
@@ -64,7 +64,3 @@ def main(args: Arguments) -> None:
     generator = torch.Generator().manual_seed(args.seeds[0])
     draw_paths(pipe, held_out, args.num_drawn, generator=generator, **path).save(output_dir / "paths.png")
     print(format_interpolation_table(result))
-
-
-def read_keys(path: str) -> list[str]:
-    return Path(path).read_text().split()

@@ -5,7 +5,7 @@ r"""Search a synthetic set for copies of training images, and make a gate that k
         --patients /data/cxr.csv --output_dir outputs/memorization
 
 Images are folders or webdataset tars. Without `--synthetic` the search is set up and checked, and `gate.safetensors`
-is written, which `synthesise --copy_gate` takes. Writes `memorization.json`, `report.html`, `distances.png` and, where
+is written, which `synthesise --gate` takes. Writes `memorization.json`, `report.html`, `distances.png` and, where
 patients may be shown, `pairs.png`. Reports name images by their keys and nothing else.
 Needs the extra `eval`.
 """
@@ -13,7 +13,6 @@ Needs the extra `eval`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from ...data import ImageDataset, Preprocessing, open_images
@@ -24,6 +23,7 @@ from ...evaluation.memorization.table import make_report, table_of_sets
 from ...files import make_writable_folder
 from ...metrics import open_extractor
 from ..arguments import flag
+from . import read_keys
 
 
 @dataclass
@@ -105,14 +105,10 @@ def open_real_images(args: Arguments) -> tuple[ImageDataset, ImageDataset | None
     return training, held_out
 
 
-def read_keys(path: str) -> list[str]:
-    return Path(path).read_text().split()
-
-
 def read_patients(args: Arguments, images: ImageDataset | None) -> tuple[str, ...] | None:
     if not args.patients or images is None:
         return None
     if args.patients == "stored":
         return stored_labels(images).patients
-    column = args.patient_column  # labels are not needed, and any column can be read as such
-    return read_label_table(args.patients, args.key_column, column, column).select(images.keys).patients
+    columns = {"key_column": args.key_column, "patient_column": args.patient_column}
+    return read_label_table(args.patients, label_column=None, **columns).select(images.keys).patients

@@ -15,6 +15,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -197,11 +198,11 @@ def evaluate_fidelity(
         RuntimeError: If a model generates NaN.
     """
     extractor = extractor or open_extractor("pixels")
-    cache = _FeatureFiles(None if folder is None else make_writable_folder(folder), extractor.spec)
+    kept = partial(_kept, None if folder is None else make_writable_folder(folder), extractor.spec)
 
     def of_images(name: str, images: ImageDataset, place: str) -> FeatureSet:
         facts = place, images.preprocessing.fingerprint(), images.keys
-        return cache.get(name, facts, lambda: extract_features(extractor, images, batch_size, progress=progress))
+        return kept(name, facts, lambda: extract_features(extractor, images, batch_size, progress=progress))
 
     sources = of_images("sources", sets.sources, sets.places[0])
     reference = of_images("reference", sets.reference, sets.places[1])
@@ -221,7 +222,7 @@ def evaluate_fidelity(
             return generate_features(pipe, tokens[parts["conditioner"]], sources.keys, extractor, sampling, progress)
 
         shown = sets.places[0], images.preprocessing.fingerprint(), sources.keys
-        return cache.get(name, (parts, dict(pipe.scheduler.config), sampling, *shown), compute)
+        return kept(name, (parts, dict(pipe.scheduler.config), sampling, *shown), compute)
 
     def row(model: Model) -> FidelityScores:
         dtype = str(model.pipe.unet.dtype).removeprefix("torch.")
@@ -286,19 +287,16 @@ def keep_best(
     return best
 
 
-class _FeatureFiles:
-    """Features in files whose names follow from all that they depend on; kept nowhere without a folder."""
-
-    def __init__(self, folder: Path | None, spec: FeatureSpec) -> None:
-        self.folder, self.spec = folder, spec
-
-    def get(self, name: str, facts: tuple[object, ...], compute: Callable[[], FeatureSet]) -> FeatureSet:
-        if self.folder is None:
-            return compute()
-        path = self.folder / f"{name}-{hash_of(self.spec, *facts)[:16]}.safetensors"
-        if not path.is_file():
-            compute().save(path)
-        return FeatureSet.load(path)
+def _kept(
+    folder: Path | None, spec: FeatureSpec, name: str, facts: tuple[object, ...], compute: Callable[[], FeatureSet]
+) -> FeatureSet:
+    """Features from a file whose name follows from all that they depend on, computed if there is none."""
+    if folder is None:
+        return compute()
+    path = folder / f"{name}-{hash_of(spec, *facts)[:16]}.safetensors"
+    if not path.is_file():
+        compute().save(path)
+    return FeatureSet.load(path)
 
 
 def generate_features(

@@ -212,18 +212,21 @@ def score_segments(
     def add(method: str, selection: str, scores: Tensor, settings: Sequence[object] = ()) -> Tensor | None:
         """Make a row of `(H, N)` scores; returns the setting chosen for each image, `(N,)`."""
         fitted = cross_fit(scores, halves)
+        own = fitted.scores
+        low, high = bootstrap_interval(lambda i: own[i].mean(), len(own), images.patients, repeats=10_000, seed=seed)
+        quartiles = own.quantile(torch.tensor([0.5, 0.25, 0.75], dtype=own.dtype)).tolist()
         chosen = tuple(str(settings[i]) for i in fitted.settings) if settings else ()
         optimistic = scores.mean(dim=1).max().item() if settings else None
-        rows.append(_summarize(method, selection, fitted.scores, images.patients, seed, chosen, optimistic))
+        figures = (tuple(own.tolist()), own.mean().item(), low, high, *quartiles)
+        rows.append(MethodScores(method, selection, *figures, chosen, optimistic))
         return fitted.indices
 
     for method, swept in models.items():
-        found = _score_model(method, swept, masks, gray, progress)
-        sweeps.append(found.sweep)
-        oracle = torch.tensor(found.sweep.dice, dtype=torch.float64)
-        indices = add(method, BEST_PAIR, oracle, found.sweep.settings)
-        add(method, NO_GROUND_TRUTH, found.unsupervised[None])
-        counts = torch.tensor(found.sweep.num_segments)[indices, torch.arange(len(images))]
+        sweep, unsupervised = _score_model(method, swept, masks, gray, progress)
+        sweeps.append(sweep)
+        indices = add(method, BEST_PAIR, torch.tensor(sweep.dice, dtype=torch.float64), sweep.settings)
+        add(method, NO_GROUND_TRUTH, unsupervised[None])
+        counts = torch.tensor(sweep.num_segments)[indices, torch.arange(len(images))]
         clusters = _score_kmeans(gray, masks, counts.tolist(), seed, progress)
         names = [f"position weight {weight:g}" for weight in _POSITION_WEIGHTS]
         add(f"k-means, as many segments as {method}", BEST_PAIR, clusters, names)
@@ -298,14 +301,10 @@ def cross_fit(scores: Tensor, halves: Tensor) -> CrossFit:
     return CrossFit(scores.gather(0, indices[None])[0], indices, (on_first, on_second))
 
 
-class _ModelScores(NamedTuple):
-    sweep: SweepScores
-    unsupervised: Tensor  # (N,)
-
-
 def _score_model(
     method: str, swept: Sequence[SweptSegments], masks: Tensor, gray: Tensor, progress: bool
-) -> _ModelScores:
+) -> tuple[SweepScores, Tensor]:
+    """Scores of the best pair at each setting, and of what is chosen without masks `(N,)`."""
     settings = [setting for one in swept for setting in one.settings]
     oracle, counts, unsupervised = [], [], []
     for i in tqdm(range(len(masks)), desc=f"{method}: scores", unit="image", disable=not progress):
@@ -314,9 +313,7 @@ def _score_model(
         counts.append([len(candidate.unique()) for candidate in segments])
         unsupervised.append(dice(_choose_unsupervised(segments, gray[i]), masks[i]).item())
     by_setting = (tuple(zip(*table, strict=True)) for table in (oracle, counts))
-    return _ModelScores(
-        SweepScores(method, tuple(settings), *by_setting), torch.tensor(unsupervised, dtype=torch.float64)
-    )
+    return SweepScores(method, tuple(settings), *by_setting), torch.tensor(unsupervised, dtype=torch.float64)
 
 
 def _choose_unsupervised(segments: Tensor, gray: Tensor) -> Tensor:
@@ -343,18 +340,3 @@ def _gray_images(images: MaskedImages, indices: Sequence[int]) -> Tensor:
     """Images in gray at the size of the masks: `(N, mask_size, mask_size)` in [0, 1]."""
     shown = images.resized(images.mask_size)
     return torch.stack([shown.image(i).mean(dim=0) for i in indices])
-
-
-def _summarize(
-    method: str,
-    selection: str,
-    scores: Tensor,
-    patients: Sequence[str],
-    seed: int,
-    chosen: tuple[str, ...],
-    optimistic: float | None,
-) -> MethodScores:
-    low, high = bootstrap_interval(lambda rows: scores[rows].mean(), len(scores), patients, repeats=10_000, seed=seed)
-    quartiles = scores.quantile(torch.tensor([0.5, 0.25, 0.75], dtype=scores.dtype)).tolist()
-    figures = tuple(scores.tolist()), scores.mean().item(), low, high, *quartiles
-    return MethodScores(method, selection, *figures, chosen, optimistic)

@@ -17,7 +17,7 @@ _ROUNDING = 1e-4  # how far a pixel may leave [0, 1] by rounding before it is re
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """How features were computed. Features compare with those of an equal description alone.
+    """How features were computed. Features compare only with those of an equal description.
 
     Attributes:
         extractor: Name of the extractor, as `open_extractor` takes it.
