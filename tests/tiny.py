@@ -142,6 +142,11 @@ def random_images(count: int, channels: int = 3, size: int = IMAGE_SIZE, seed: i
     return torch.nn.functional.interpolate(coarse, size=size, mode="bilinear", align_corners=False)
 
 
+def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Features from a normal distribution; drawn in float64 whatever the type."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
 def generators(*seeds: int) -> list[torch.Generator]:
     """One CPU generator for each seed."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]

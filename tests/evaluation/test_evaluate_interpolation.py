@@ -40,7 +40,7 @@ def result(pipe):
     return evaluate_interpolation(pipe, images, training, **options)
 
 
-def test_controls_are_what_they_must_be(result):
+def test_controls_are_what_they_must_be(result, tmp_path):
     assert (result.num_pairs, result.num_training_images, result.seeds) == (6, 20, (0, 1))
     for space in (result.by_encoder, result.by_pixels):
         blend = space.pixel_blend
@@ -50,9 +50,6 @@ def test_controls_are_what_they_must_be(result):
         assert space.untrained.to_source[0] - space.untrained.to_source[2] < 0.5
     assert result.by_pixels.pixel_blend.monotone_paths == 1
     assert result.by_pixels.pixel_blend.falls_and_rises
-
-
-def test_results_go_to_json_and_back(result, tmp_path):
     result.save(tmp_path / "result.json")
     loaded = InterpolationResult.load(tmp_path / "result.json")
     assert loaded == result

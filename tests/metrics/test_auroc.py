@@ -1,5 +1,6 @@
-"""Comparison of classifiers: against independent implementations, and under a null hypothesis that is true."""
+"""AUROC and comparison of classifiers: independent implementations, and a null hypothesis that is true."""
 
+import logging
 from itertools import combinations
 
 import numpy as np
@@ -7,7 +8,16 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from diffusers_dino.metrics.auroc import auroc_draws, corrected_t_test, draw_weights, holm
+from diffusers_dino.metrics.auroc import (
+    SingleClassError,
+    auroc_draws,
+    check_classes,
+    corrected_t_test,
+    draw_weights,
+    holm,
+    label_auroc,
+    macro_auroc,
+)
 
 
 def coarse_predictions(n: int = 80, labels: int = 2, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -36,7 +46,9 @@ def test_auroc_is_that_of_sklearn_for_each_draw():
     for draw, label in np.ndindex(*figures.shape):
         expected = roc_auc_score(targets[:, label], scores[:, label], sample_weight=weights[draw])
         assert figures[draw, label] == pytest.approx(expected, abs=1e-12)
-    assert auroc_draws(scores, targets)[0, 0] == pytest.approx(roc_auc_score(targets[:, 0], scores[:, 0]))
+    plain = [roc_auc_score(targets[:, i], scores[:, i]) for i in range(2)]
+    assert label_auroc(scores, targets) == pytest.approx(plain, abs=1e-12)
+    assert macro_auroc(scores, targets) == pytest.approx(np.mean(plain), abs=1e-12)
 
 
 def test_auroc_of_a_draw_is_that_of_repeated_images():
@@ -179,3 +191,37 @@ def test_bad_input_is_named():
         draw_weights(["a"], [0, 1])
     with pytest.raises(ValueError, match="two"):
         draw_weights(["a", "a", "b", "c"], [0, 0, 1, 1])
+
+
+NAMES = ("Edema", "Effusion", "No Finding")
+
+
+@pytest.fixture
+def predictions():
+    """Scores with ties `(60, 3)`, and targets."""
+    random = np.random.default_rng(0)
+    return random.integers(0, 10, (60, 3)) / 10, random.random((60, 3)) < 0.3
+
+
+def test_a_label_with_a_single_class_is_named_counted_and_left_out(predictions, caplog):
+    scores, targets = predictions
+    assert check_classes(targets, NAMES, "fold 0") == ()
+    assert not caplog.text
+    targets[:, 1] = False
+    with caplog.at_level(logging.WARNING):
+        assert check_classes(targets, NAMES, "fold 3") == ("Effusion",)
+    assert "1 of 3 labels have a single class among the 60 images of fold 3" in caplog.text
+    assert "Effusion" in caplog.text
+    per_label = label_auroc(scores, targets)
+    assert np.isnan(per_label).tolist() == [False, True, False]
+    assert macro_auroc(scores, targets) == pytest.approx((per_label[0] + per_label[2]) / 2)
+
+
+def test_nothing_to_score_is_an_error(predictions):
+    scores, targets = predictions
+    targets[:] = [True, False, True]
+    with pytest.raises(SingleClassError, match=r"No label of Edema, Effusion, No Finding has both .* 60 of fold 0"):
+        check_classes(targets, NAMES, "fold 0")
+    assert np.isnan(macro_auroc(scores, targets))
+    with pytest.raises(ValueError, match=r"targets \(N, 3\)"):
+        check_classes(targets[:, :2], NAMES, "fold 0")

@@ -1,6 +1,7 @@
-"""Distances, manifolds and diversity against torchmetrics, torch-fidelity, prdc and closed forms; bad input."""
+"""Distances, statistics, manifolds and diversity: torchmetrics, torch-fidelity, prdc, closed forms; bad input."""
 
 import math
+import os
 import warnings
 
 import numpy as np
@@ -14,27 +15,25 @@ from diffusers_dino.metrics import (
     kernel_distance,
     kernel_distance_of_subsets,
     manifold_figures,
+    open_extractor,
     vendi_score,
 )
 from diffusers_dino.metrics import distances as distances_module
 from diffusers_dino.metrics import manifolds as manifolds_module
 from diffusers_dino.metrics.extractors import FeatureSpec
+from tiny import gaussian
 
 N, M, D = 400, 300, 24
 
 
-def gaussian(n: int, d: int, seed: int, dtype=torch.float32) -> torch.Tensor:
-    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
 @pytest.fixture(scope="module")
 def features() -> torch.Tensor:
-    return gaussian(N, D, 0) @ gaussian(D, D, 1) / D**0.5
+    return gaussian(N, D, dtype=torch.float32) @ gaussian(D, D, seed=1, dtype=torch.float32) / D**0.5
 
 
 @pytest.fixture(scope="module")
 def reference() -> torch.Tensor:
-    return gaussian(M, D, 2) @ gaussian(D, D, 3) / D**0.5 + 0.3
+    return gaussian(M, D, seed=2, dtype=torch.float32) @ gaussian(D, D, seed=3, dtype=torch.float32) / D**0.5 + 0.3
 
 
 class Flat(torch.nn.Module):
@@ -68,16 +67,21 @@ def test_frechet_equals_torch_fidelity(features, reference, rows):
 
 @pytest.mark.filterwarnings("ignore:The Fréchet distance")
 def test_few_samples_take_another_way_to_the_same_distance():
-    few, many = gaussian(20, 64, 0), gaussian(90, 64, 1) + 0.5
+    few, many = gaussian(20, 64), gaussian(90, 64, seed=1) + 0.5
     by_statistics = frechet_distance(GaussianStatistics.of(few), GaussianStatistics.of(many))
     assert frechet_distance(few, many) == pytest.approx(by_statistics, rel=1e-6)
 
 
-def test_frechet_of_shifted_gaussians_approaches_its_closed_form():
-    shift = torch.tensor([0.5, -0.25, 0.0, 1.0])
-    a, b = gaussian(500_000, 4, 0), gaussian(500_000, 4, 1) + shift
-    a, b = (x - x.mean(dim=0) for x in (a, b))  # of the sampling error, only that of the covariance is left
-    assert frechet_distance(a, b + shift) == pytest.approx(shift.square().sum().item(), abs=1e-3)
+def test_frechet_has_its_closed_forms():
+    features = gaussian(500, 8)
+    features = features - features.mean(dim=0)
+    shift = torch.arange(8) / 4
+    assert frechet_distance(features, features + shift) == pytest.approx(shift.square().sum().item(), abs=1e-9)
+    # S2 = 4 S1, so the distance is tr(S1 + 4 S1 - 2 * 2 S1) = tr S1
+    trace = torch.cov(features.T).trace().item()
+    assert frechet_distance(features, 2 * features) == pytest.approx(trace, rel=1e-9)
+    assert frechet_distance(2 * features, features) == pytest.approx(trace, rel=1e-9)
+    assert frechet_distance(features, features) == pytest.approx(0, abs=1e-8)
 
 
 def test_kernel_distance_equals_torch_fidelity_and_torchmetrics(features, reference):
@@ -95,9 +99,9 @@ def test_kernel_distance_equals_torch_fidelity_and_torchmetrics(features, refere
 
 
 def test_kernel_distance_is_unbiased_at_any_size():
-    values = [kernel_distance(gaussian(10, 64, i), gaussian(7, 64, i + 10_000)) for i in range(400)]
+    values = [kernel_distance(gaussian(10, 64, seed=i), gaussian(7, 64, seed=i + 10_000)) for i in range(400)]
     assert abs(np.mean(values)) < 3 * np.std(values) / 20
-    mean, deviation = kernel_distance_of_subsets(gaussian(200, 8, 0), gaussian(150, 8, 1), 50, 40)
+    mean, deviation = kernel_distance_of_subsets(gaussian(200, 8), gaussian(150, 8, seed=1), 50, 40)
     assert abs(mean) < deviation
 
 
@@ -131,12 +135,12 @@ def test_blocks_change_nothing(features, reference, monkeypatch):
 
 
 def test_manifolds_tell_invention_from_omission():
-    real = torch.cat([gaussian(100, 4, 0), gaussian(100, 4, 1) + 20])
-    one_mode = manifold_figures(gaussian(200, 4, 2), real)
+    real = torch.cat([gaussian(100, 4), gaussian(100, 4, seed=1) + 20])
+    one_mode = manifold_figures(gaussian(200, 4, seed=2), real)
     assert one_mode.precision > 0.9
     assert one_mode.recall < 0.6
     assert one_mode.coverage < 0.6
-    invented = manifold_figures(gaussian(200, 4, 3) - 20, real)
+    invented = manifold_figures(gaussian(200, 4, seed=3) - 20, real)
     assert (invented.precision, invented.density, invented.coverage) == (0, 0, 0)
     assert manifold_figures(real, real).coverage == 1
 
@@ -145,7 +149,7 @@ def test_vendi_counts_directions():
     assert vendi_score(torch.eye(7) * 3) == pytest.approx(7)
     assert vendi_score(torch.ones(50, 3)) == pytest.approx(1)
     assert vendi_score(torch.eye(4).repeat_interleave(25, dim=0)) == pytest.approx(4)  # N > D
-    features = gaussian(60, 12, 0).double()
+    features = gaussian(60, 12).double()
     kernel = torch.nn.functional.normalize(features) @ torch.nn.functional.normalize(features).T / 60
     eigenvalues = torch.linalg.eigvalsh(kernel)
     eigenvalues = eigenvalues[eigenvalues > 1e-12]
@@ -155,12 +159,12 @@ def test_vendi_counts_directions():
 
 def test_sets_smaller_than_the_feature_are_warned_of():
     with pytest.warns(UserWarning, match="6 to 30 features of 8 dimensions .* `kernel_distance`"):
-        frechet_distance(gaussian(6, 8, 0), gaussian(30, 8, 1))
+        frechet_distance(gaussian(6, 8), gaussian(30, 8, seed=1))
     with pytest.warns(UserWarning, match="singular covariance"):
-        frechet_distance(GaussianStatistics.of(gaussian(8, 8, 0)), gaussian(30, 8, 1))
+        frechet_distance(GaussianStatistics.of(gaussian(8, 8)), gaussian(30, 8, seed=1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        frechet_distance(gaussian(9, 8, 0), gaussian(9, 8, 1))
+        frechet_distance(gaussian(9, 8), gaussian(9, 8, seed=1))
 
 
 def spec(**changes) -> FeatureSpec:
@@ -170,12 +174,13 @@ def spec(**changes) -> FeatureSpec:
 
 @pytest.mark.parametrize("figure", [frechet_distance, kernel_distance, manifold_figures])
 def test_bad_features_are_named(figure):
-    good = gaussian(12, 3, 0)
+    good = gaussian(12, 3)
     keys = tuple(map(str, range(12)))
     with pytest.raises(ValueError, match="NaN"):
         figure(good, torch.full((12, 3), math.nan))
-    with pytest.raises(ValueError, match=r"N >= \d, got \(0, 3\)"):
-        figure(good[:0], good)
+    for few in (good[:0], good[:1]):
+        with pytest.raises(ValueError, match=rf"N >= \d, got \({len(few)}, 3\)"):
+            figure(few, good)
     with pytest.raises(ValueError, match=r"got \(3,\)"):
         figure(good, good[0])
     with pytest.raises(ValueError, match="3 and of 2 dimensions"):
@@ -187,7 +192,7 @@ def test_bad_features_are_named(figure):
 
 
 def test_bad_settings_are_named():
-    good = gaussian(12, 3, 0)
+    good = gaussian(12, 3)
     with pytest.raises(ValueError, match="k = 0"):
         manifold_figures(good, good, 0)
     with pytest.raises(ValueError, match="N >= 13"):
@@ -198,3 +203,67 @@ def test_bad_settings_are_named():
         vendi_score(torch.cat([good, torch.zeros(1, 3)]))
     with pytest.raises(ValueError, match="N >= 1"):
         vendi_score(good[:0])
+
+
+PIXELS = open_extractor("pixels").spec
+
+
+def feature_set(n: int) -> FeatureSet:
+    return FeatureSet(gaussian(n, 256), tuple(map(str, range(n))), PIXELS)
+
+
+def test_pieces_and_processes_give_the_statistics_of_the_whole():
+    # Far from zero: sums of squares in float64 would be off by 1e-4 here
+    data = gaussian(3000, 6) * 0.01 + 1e4
+    expected, kept = torch.cov(data.T), data.clone()
+    streamed = GaussianStatistics(6)
+    for piece in data.split(700):
+        streamed.update(piece)
+    halves = GaussianStatistics.of(data[:11]).merge(GaussianStatistics.of(data[11:]))
+    for statistics in (streamed, halves, GaussianStatistics.of(data)):
+        assert statistics.count == 3000
+        torch.testing.assert_close(statistics.mean, data.mean(dim=0), rtol=1e-14, atol=0)
+        torch.testing.assert_close(statistics.covariance, expected, rtol=1e-7, atol=1e-12)
+    assert torch.equal(data, kept)
+    before = halves.covariance
+    assert torch.equal(halves.merge(GaussianStatistics(6)).update(data[:0]).covariance, before)
+
+
+def test_files_keep_numbers_and_description(tmp_path):
+    data = feature_set(300)
+    path = tmp_path / "statistics.safetensors"
+    GaussianStatistics.of(data).save(path)
+    read = GaussianStatistics.load(path)
+    assert (read.count, read.spec) == (300, PIXELS)
+    assert frechet_distance(read, data) == pytest.approx(0, abs=1e-9)
+    first = path.read_bytes()
+    GaussianStatistics.of(data).save(path)
+    assert path.read_bytes() == first
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    statistics = GaussianStatistics.of(gaussian(9, 6))
+    for wrong in (gaussian(9, 5), gaussian(9, 6)[0], gaussian(9, 6) / 0):
+        with pytest.raises(ValueError, match=r"dimensions|must be|NaN"):
+            statistics.update(wrong)
+    with pytest.raises(ValueError, match="5 and of 6"):
+        statistics.merge(GaussianStatistics(5))
+    with pytest.raises(ValueError, match="two features"):
+        GaussianStatistics(6).covariance  # noqa: B018
+    with pytest.raises(ValueError, match="says 256 dimensions"):
+        GaussianStatistics(6, PIXELS)
+    own = feature_set(9)
+    other = type(PIXELS)(**{**PIXELS.to_dict(), "extractor": "another"})
+    with pytest.raises(ValueError, match="another"):
+        GaussianStatistics(256, other).update(own)
+    with pytest.raises(ValueError, match="another"):
+        frechet_distance(GaussianStatistics(256, other).update(own.features), own)
+    with pytest.raises(FileNotFoundError):
+        GaussianStatistics.load(tmp_path / "none.safetensors")
+    for content in (b"", b"no tensors", os.urandom(200)):
+        (tmp_path / "bad.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match="not a file of statistics"):
+            GaussianStatistics.load(tmp_path / "bad.safetensors")
+    own.save(tmp_path / "set.safetensors")
+    with pytest.raises(ValueError, match="not a file of statistics"):
+        GaussianStatistics.load(tmp_path / "set.safetensors")

@@ -349,3 +349,16 @@ def test_descriptions_that_differ_are_told_apart_by_name():
     spec().require_same(spec())
     with pytest.raises(ValueError, match=r"layer: 'last' and 'first'; weights_sha256: None and 'ab'"):
         spec().require_same(spec(layer="first", weights_sha256="ab"))
+
+
+def test_pixel_features_are_the_area_means_of_smooth_images():
+    ramp = torch.linspace(0, 1, 64).expand(2, 3, 64, 64)
+    features = pixel_features(ramp, side=16).view(2, 16, 16)
+    assert features.shape == (2, 16, 16)
+    expected = torch.linspace(0, 1, 64).view(16, 4).mean(1)
+    assert torch.allclose(features[0, 3, 1:-1], expected[1:-1], atol=1e-5)
+
+
+def test_pixel_features_refuse_images_smaller_than_the_thumbnail():
+    with pytest.raises(ValueError, match="16 x 16"):
+        pixel_features(torch.zeros(1, 1, 8, 8))

@@ -4,20 +4,18 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from diffusers_dino.metrics import neighbours
+from diffusers_dino.metrics import neighbours, retrieval_accuracy
 from diffusers_dino.metrics.bootstrap import share_interval
 from diffusers_dino.metrics.extractors.thumbnails import local_contrast_features
 from diffusers_dino.metrics.neighbours import (
     authenticity,
     calibrate_threshold,
+    nearest_by_cosine,
     nearest_training,
     relative_distances,
     typical_distances,
 )
-
-
-def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from tiny import gaussian
 
 
 def direct(views: torch.Tensor, training: torch.Tensor) -> torch.Tensor:
@@ -170,3 +168,25 @@ def test_local_contrast_sees_what_is_shown_and_not_how_bright():
     darker = local_contrast_features(0.7 * images.expand(-1, 3, -1, -1) - 0.1)
     assert ((features - darker).norm(dim=1) < 0.15 * torch.cdist(features, features).fill_diagonal_(9).amin()).all()
     assert local_contrast_features(torch.full((1, 1, 64, 64), 0.3)).norm() < 1e-3
+
+
+def test_retrieval_counts_own_sources_only():
+    gallery = torch.eye(4)
+    queries = gallery[[0, 1, 3, 2]] + 0.1
+    assert retrieval_accuracy(queries, gallery) == 0.5
+    assert nearest_by_cosine(queries, gallery).tolist() == [0, 1, 3, 2]
+
+
+def test_retrieval_ignores_what_all_images_share():
+    gallery = torch.eye(4) + 1000
+    assert retrieval_accuracy(torch.eye(4) * 2 + 999.5, gallery) == 1
+
+
+def test_retrieval_does_not_depend_on_the_other_queries():
+    queries, gallery = gaussian(32, 8, seed=0), gaussian(32, 8, seed=1)
+    assert torch.equal(nearest_by_cosine(queries, gallery)[:5], nearest_by_cosine(queries[:5], gallery))
+
+
+def test_retrieval_refuses_unpaired_sets():
+    with pytest.raises(ValueError, match="needs its source"):
+        retrieval_accuracy(torch.zeros(3, 2), torch.zeros(4, 2))
