@@ -120,32 +120,33 @@ def test_pixels_match_the_image_processor(side, resample, tmp_path):
     assert (pixels - expected).abs().max() <= 2 / 255 / min(STD)
 
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def cache_of_the_hub(place, name, family):
+    """The layout that huggingface_hub keeps on disk, read offline."""
+    repository = place / f"models--{name.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT)
+    shutil.copytree(checkpoint(family, place), repository / "snapshots" / COMMIT)
+    return {"cache_dir": place, "local_files_only": True}
+
+
 @pytest.mark.parametrize("prefix", ["hf-hub:", "hf_hub:", ""])
 @pytest.mark.parametrize("family", ["timm-dinov2-registers", "dinov3"])
 def test_hub_checkpoint_and_its_commit(family, prefix, tmp_path):
-    """The layout that huggingface_hub keeps on disk, read offline."""
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    repository = tmp_path / "models--org--encoder"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(commit)
-    shutil.copytree(checkpoint(family, tmp_path), repository / "snapshots" / commit)
-    conditioner = DinoImageConditioner.from_encoder(
-        f"{prefix}org/encoder", tokens="all", cache_dir=tmp_path, local_files_only=True
-    )
+    cache = cache_of_the_hub(tmp_path, "org/encoder", family)
+    conditioner = DinoImageConditioner.from_encoder(f"{prefix}org/encoder", tokens="all", **cache)
     (spec,) = conditioner.config["encoders"]
-    assert (spec["source"], spec["revision"]) == ("org/encoder", commit)
+    assert (spec["source"], spec["revision"]) == ("org/encoder", COMMIT)
     pixels = pixels_for(conditioner)
     assert (conditioner(pixels) - own_forward(build(family), pixels)).abs().max() <= 1e-5
 
 
 def test_timm_name_stands_for_its_hub_repository(tmp_path):
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    repository = tmp_path / "models--timm--vit_small_patch14_reg4_dinov2.lvd142m"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(commit)
-    shutil.copytree(checkpoint("timm-dinov2-registers", tmp_path), repository / "snapshots" / commit)
+    cache = cache_of_the_hub(tmp_path, "timm/vit_small_patch14_reg4_dinov2.lvd142m", "timm-dinov2-registers")
     for name in ("vit_small_patch14_reg4_dinov2", "timm/vit_small_patch14_reg4_dinov2.lvd142m"):
-        conditioner = DinoImageConditioner.from_encoder(name, cache_dir=tmp_path, local_files_only=True)
+        conditioner = DinoImageConditioner.from_encoder(name, **cache)
         assert conditioner.config["encoders"][0]["source"] == "timm/vit_small_patch14_reg4_dinov2.lvd142m"
 
 

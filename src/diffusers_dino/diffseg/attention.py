@@ -8,7 +8,7 @@ does not change by a bit, whether attention is SDPA, xformers, sliced or fused, 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -41,13 +41,42 @@ def capture_self_attention(
             layer of a side that was asked for has run.
     """
     chosen = _choose(self_attention_layers(unet), layers, type(unet).__name__)
-    recorder = _Recorder(sides)
+    maps: dict[int, Tensor] = {}
+    heads: dict[int, int] = {}  # by side: how many heads have run
+    projected: dict[str, Tensor] = {}  # of the layer that runs
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda module, inputs, output: projected.update({name: output.detach()})
+
+    @torch.no_grad()
+    def reduce(layer: Attention, inputs: tuple, output: Tensor) -> None:
+        query, key = _query_and_key(layer, projected)  # (B, h, N, d)
+        projected.clear()
+        batch, h, positions, _ = query.shape
+        side = math.isqrt(positions)
+        heads[side] = heads.get(side, 0) + h
+        if sides is None or side in sides:
+            if side not in maps:
+                maps[side] = torch.zeros(batch, positions, positions, device=query.device)
+            _update_mean(maps[side], query, key, layer.scale, h / heads[side])
+
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code would not call the hooks
-        for handle in recorder.attach(unet, list(chosen.values())):
-            stack.callback(handle.remove)
-        yield recorder.maps
-    recorder.check_complete()
+        hooks = [unet.register_forward_pre_hook(_check_square, with_kwargs=True)]
+        for layer in chosen.values():
+            hooks.append(layer.register_forward_pre_hook(lambda layer, inputs: projected.clear()))
+            hooks.append(layer.register_forward_hook(reduce))
+            for name in ("to_q", "to_k", "to_qkv"):
+                if hasattr(layer, name):  # fused layers keep their separate projections and do not call them
+                    hooks.append(getattr(layer, name).register_forward_hook(keep(name)))
+        for hook in hooks:
+            stack.callback(hook.remove)
+        yield maps
+    if missing := sorted(set(sides or ()) - set(maps)):
+        raise ValueError(
+            f"The UNet has no self-attention of side {', '.join(map(str, missing))} for this input; it has "
+            f"{sorted(heads) or 'run none'}. Ask for these, or give an image of another size."
+        )
 
 
 def self_attention_layers(unet: nn.Module) -> dict[str, Attention]:
@@ -73,58 +102,6 @@ def _choose(found: dict[str, Attention], wanted: Collection[str] | None, model: 
     return {
         name: layer for name, layer in found.items() if any(f"{name}.".startswith(f"{block}.") for block in wanted)
     }
-
-
-class _Recorder:
-    """The state behind `capture_self_attention`: projections of the layer that runs, and running means by side."""
-
-    def __init__(self, sides: Collection[int] | None) -> None:
-        self.sides = sides
-        self.maps: dict[int, Tensor] = {}
-        self._heads: dict[int, int] = {}  # how many heads each mean is of
-        self._seen: set[int] = set()
-        self._projected: dict[str, Tensor] = {}
-
-    def attach(self, unet: nn.Module, layers: list[Attention]) -> Iterator[torch.utils.hooks.RemovableHandle]:
-        yield unet.register_forward_pre_hook(_check_square, with_kwargs=True)
-        for layer in layers:
-            yield layer.register_forward_pre_hook(self._forget)
-            yield layer.register_forward_hook(self._reduce)
-            for name in ("to_q", "to_k", "to_qkv"):
-                if hasattr(layer, name):  # fused layers keep their separate projections and do not call them
-                    yield getattr(layer, name).register_forward_hook(self._keep(name))
-
-    def check_complete(self) -> None:
-        missing = sorted(set(self.sides or ()) - set(self.maps))
-        if missing:
-            raise ValueError(
-                f"The UNet has no self-attention of side {', '.join(map(str, missing))} for this input; it has "
-                f"{sorted(self._seen) or 'run none'}. Ask for these, or give an image of another size."
-            )
-
-    def _keep(self, name: str):
-        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-            self._projected[name] = output.detach()
-
-        return hook
-
-    def _forget(self, layer: Attention, inputs: tuple) -> None:
-        self._projected = {}
-
-    @torch.no_grad()
-    def _reduce(self, layer: Attention, inputs: tuple, output: Tensor) -> None:
-        query, key = _query_and_key(layer, self._projected)  # (B, h, N, d)
-        self._projected = {}
-        side = math.isqrt(query.shape[2])
-        self._seen.add(side)
-        if self.sides is not None and side not in self.sides:
-            return
-        if side not in self.maps:
-            batch, _, positions, _ = query.shape
-            self.maps[side] = torch.zeros(batch, positions, positions, device=query.device)
-        heads = query.shape[1]
-        self._heads[side] = self._heads.get(side, 0) + heads
-        _update_mean(self.maps[side], query, key, layer.scale, heads / self._heads[side])
 
 
 def _query_and_key(layer: Attention, projected: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,14 @@ def load_encoder(
     name = _hub_id(os.fspath(name_or_path))
     folder, commit = _fetch(name, _CONFIGS, revision, hub)
     config = _read_json(folder / "config.json")
-    load = _loader(name, config)
+    family = config.get("model_type")
+    if family in TRANSFORMERS_FAMILIES:
+        load = _load_transformers
+    elif family is None and is_timm_family(config.get("architecture", "")):
+        load = _load_timm
+    else:
+        found = family or config.get("architecture") or "no architecture"
+        raise ValueError(f"The encoder {name!r} is of an unknown family ({found}). Supported: {SUPPORTED}.")
     folder, _ = _fetch(name, _CONFIGS + _WEIGHTS, commit or revision, hub)
     _check_weights(name, folder)
     origin = {"source": name if commit else folder.resolve().name, "revision": commit}
@@ -100,17 +107,6 @@ def _fetch(name: str, patterns: list[str], revision: str | None, hub: Mapping[st
             f"{name!r} is not a folder here, and the Hub gave no encoder for it: {error}"
         ) from error
     return folder, folder.name
-
-
-def _loader(name: str, config: Mapping[str, Any]) -> Callable[..., tuple[EncoderSpec, nn.Module]]:
-    """Which of the two loaders takes this config."""
-    family = config.get("model_type")
-    if family in TRANSFORMERS_FAMILIES:
-        return _load_transformers
-    if family is None and is_timm_family(config.get("architecture", "")):
-        return _load_timm
-    found = family or config.get("architecture") or "no architecture"
-    raise ValueError(f"The encoder {name!r} is of an unknown family ({found}). Supported: {SUPPORTED}.")
 
 
 def _check_weights(name: str, folder: Path) -> None:

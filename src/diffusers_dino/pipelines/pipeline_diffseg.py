@@ -28,7 +28,6 @@ from ..latents import encode_to_moments, vae_scale_factor
 from ..pixels import ImageInput, resize_unit, to_unit, unit_to_vae
 from .caching import has_cache
 from .checks import Generators, check_choice, check_finite, check_generator, check_numbers
-from .empty_prompt import empty_prompt, empty_prompt_xl
 from .loading import ComponentLoadingMixin
 from .lora import UNetLoraLoaderMixin
 from .pipeline_output import DiffSegPipelineOutput
@@ -150,9 +149,15 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         if self.conditioner is not None:
             return {"encoder_hidden_states": self.conditioner.encode(images, device)}
         encoders = [(self.text_encoder, self.tokenizer), (self.text_encoder_2, self.tokenizer_2)]
-        if self.unet.config.get("addition_embed_type") == "text_time":
-            return empty_prompt_xl([pair for pair in encoders if pair[0] is not None], self._size(size), device)
-        return {"encoder_hidden_states": empty_prompt(*encoders[0], device)}
+        outputs = [_empty_prompt(*pair, device) for pair in encoders if pair[0] is not None]
+        if self.unet.config.get("addition_embed_type") != "text_time":
+            return {"encoder_hidden_states": outputs[0].last_hidden_state}  # (1, S, D)
+        # Stable Diffusion XL, for an uncropped square image: its original size, the top left corner of the crop, its
+        # target size (Podell et al., arXiv 2307.01952, section 2.2); the last text encoder gives the pooled vector
+        tokens, size = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), self._size(size)
+        time_ids = torch.tensor([[size, size, 0, 0, size, size]], device=device, dtype=tokens.dtype)
+        added = {"text_embeds": outputs[-1].text_embeds, "time_ids": time_ids}
+        return {"encoder_hidden_states": tokens, "added_cond_kwargs": added}
 
     def prepare_latents(self, images: list[Tensor], size: int | None = None) -> Tensor:
         """Encode square images to the clean latents that the UNet was trained on, the mean of the VAE's distribution.
@@ -375,6 +380,15 @@ def _common_size(images: list[Tensor]) -> tuple[int, int]:
             "once for each size."
         )
     return sizes[0]
+
+
+def _empty_prompt(text_encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Any:
+    """What a text encoder says of an empty prompt, with its hidden states."""
+    tokens = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
+    inputs = {"input_ids": tokens.input_ids.to(device)}
+    if getattr(text_encoder.config, "use_attention_mask", False):  # as diffusers' pipelines read it
+        inputs["attention_mask"] = tokens.attention_mask.to(device)
+    return text_encoder(**inputs, output_hidden_states=True)
 
 
 def _for_batch(value: Any, batch_size: int, dtype: torch.dtype, device: torch.device) -> Any:

@@ -230,20 +230,19 @@ class DinoDiffusionPipeline(
         return latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
 
     def prepare_extra_step_kwargs(self, generator: Generators, eta: float, batch_size: int) -> dict[str, Any]:
-        """Those of `generator` and `eta` that the scheduler's `step` takes, for all its steps.
+        """Those of `generator` and `eta` (see `__call__`) that the scheduler's `step` takes, for all its steps.
 
-        DPMSolverSDEScheduler takes neither: it draws its noise from Brownian trees. They get one seed for each sample
-        here, so that the noise follows `generator` as it does in the other schedulers.
-
-        Args:
-            generator: As in `__call__`.
-            eta: As in `__call__`.
-            batch_size: Samples that are denoised together.
+        DPMSolverSDEScheduler takes neither: it draws its noise from Brownian trees. They get one seed for each of the
+        `batch_size` samples here, so that the noise follows `generator` as it does in the other schedulers.
         """
         config = self.scheduler.config
         if "noise_sampler_seed" in config and config["noise_sampler_seed"] is None:
             sources = generator if isinstance(generator, list) else [generator] * batch_size
-            self.scheduler.noise_sampler_seed = None if generator is None else [_random_seed(each) for each in sources]
+            self.scheduler.noise_sampler_seed = (
+                None
+                if generator is None
+                else [int(torch.randint(2**31, (), generator=each, device=each.device)) for each in sources]
+            )
         accepted = inspect.signature(self.scheduler.step).parameters
         return {name: value for name, value in (("generator", generator), ("eta", eta)) if name in accepted}
 
@@ -409,7 +408,3 @@ class DinoDiffusionPipeline(
         rows, columns = (size, size) if isinstance(size, int) else size
         default_height, default_width = rows * self.vae_scale_factor, columns * self.vae_scale_factor
         return default_height if height is None else height, default_width if width is None else width
-
-
-def _random_seed(generator: torch.Generator) -> int:
-    return int(torch.randint(2**31, (), generator=generator, device=generator.device))
