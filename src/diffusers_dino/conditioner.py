@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from accelerate.utils import send_to_device
 from diffusers import ConfigMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
@@ -286,20 +287,19 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
         tokens = [head(*output) for head, output in zip(self.heads, outputs, strict=True)]
         return torch.cat(tokens, dim=1).to(self.dtype)  # (B, S, D)
 
-    def encode(self, images: ImageInput, device: torch.device | None = None) -> Tensor:
-        """Tokens `(B, num_tokens, token_dim)` of images of any type and size.
+    def encode(self, images: ImageInput) -> Tensor:
+        """Tokens `(B, num_tokens, token_dim)` of images of any type and size, on this module's device.
 
         Gradients flow if an image requires them; otherwise none are recorded.
 
         Args:
             images: One image or a list of B: PIL, array or tensor, gray or RGB, see `diffusers_dino.pixels.to_unit`.
-            device: Where to compute, which a module that is offloaded does not know; by default where it is.
 
         Raises:
             TypeError: If an image is of a type that is not supported.
             ValueError: If an image cannot be used, see `preprocess`.
         """
-        return self._without_graph(self, self.preprocess(images), device)
+        return self._without_graph(self, self.preprocess(images))
 
     def null_condition(self, batch_size: int) -> Tensor:
         """The condition of guidance's unconditional half, `(batch_size, num_tokens, token_dim)`.
@@ -358,16 +358,13 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
             raise ValueError(f"Expected pixel values for {len(self.image_encoders)} encoders, got {len(batches)}.")
         return [encoder(batch) for encoder, batch in zip(self.image_encoders, batches, strict=True)]
 
-    def _without_graph(
-        self, function: Callable[[PixelValues], Any], pixel_values: PixelValues, device: torch.device | None = None
-    ) -> Any:
-        """Call with pixel values on a device, recording a graph only if they require it."""
+    def _without_graph(self, function: Callable[[PixelValues], Any], pixel_values: PixelValues) -> Any:
+        """Call with pixel values on this module's device, recording a graph only if they require it."""
         # Not `self.device`: under sequential offloading that is where the parameters wait, the buffers say more.
-        device = self.null_tokens.device if device is None else device
-        single = isinstance(pixel_values, Tensor)
-        batches = tuple(batch.to(device) for batch in ((pixel_values,) if single else pixel_values))
+        pixel_values = send_to_device(pixel_values, self.null_tokens.device)
+        batches = (pixel_values,) if isinstance(pixel_values, Tensor) else pixel_values
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(batch.requires_grad for batch in batches)):
-            return function(batches[0] if single else batches)
+            return function(pixel_values)
 
 
 def _check_encoders(encoders: nn.ModuleList, tokens: str, projection_dim: int | None) -> None:

@@ -7,6 +7,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
@@ -147,7 +148,8 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         if not self._is_conditional:
             return {}
         if self.conditioner is not None:
-            return {"encoder_hidden_states": self.conditioner.encode(images, device)}
+            pixels = send_to_device(self.conditioner.preprocess(images), device)
+            return {"encoder_hidden_states": self.conditioner(pixels)}
         encoders = [(self.text_encoder, self.tokenizer), (self.text_encoder_2, self.tokenizer_2)]
         outputs = [_empty_prompt(*pair, device) for pair in encoders if pair[0] is not None]
         if self.unet.config.get("addition_embed_type") != "text_time":

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
@@ -136,7 +137,9 @@ class DinoDiffusionPipeline(
         """
         if self.conditioner is None:
             raise ValueError("This pipeline has no conditioner to encode `image` with. Give `image_embeds`.")
-        return self.conditioner.encode(image, self._execution_device)
+        # an offloaded module does not know where it will run: its hooks act when it is called, not its `encode`
+        pixels = send_to_device(self.conditioner.preprocess(image), self._execution_device)
+        return self.conditioner(pixels)
 
     def check_inputs(
         self,
