@@ -1,4 +1,4 @@
-"""Where processes that work side by side compute, how many of them there are, and computing the same bits again."""
+"""The device of each of several processes, how many processes to start, and how to compute the same bits again."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["count_workers", "deterministic", "device_of"]
 
 
 def device_of(place: int, device: str | None) -> str:
-    """Where the process at a place computes: on the device that was asked for, or on the GPUs in turn."""
+    """The device of process number `place`: the one that was asked for, else the GPUs in turn, else the CPU."""
     if device is None and torch.cuda.is_available():
         return f"cuda:{place % torch.cuda.device_count()}"
     return device or "cpu"
 
 
 def count_workers(num_workers: int | None, device: str | None) -> int:
-    """Processes at a time: what was asked for, or one for each device, or for each core where there is none."""
+    """Processes at a time: as asked for, else one for each GPU, else one for each core."""
     if num_workers is not None:
         return num_workers
     if device_of(0, device) == "cpu":

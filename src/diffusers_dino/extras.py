@@ -1,4 +1,4 @@
-"""Optional packages, imported where they are used; where one is missing, the error says which extra brings it."""
+"""Optional packages, imported where they are used. If one is missing, the error names the extra to install."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
 
     Args:
         module: Its dotted name, such as `"sklearn.cluster"`.
-        extra: The extra of this package that brings it.
-        purpose: What needs it and under which name it is installed, such as `"k-means needs scikit-learn"`.
+        extra: The extra of this package that installs it.
+        purpose: What needs it, and its name on PyPI, such as `"k-means needs scikit-learn"`.
 
     Raises:
         ImportError: If it is not installed.

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there at all, also after a kill or a loss of power; a lock on a folder."""
+"""Files and folders that are complete or not there at all, also after a kill or a power cut; a lock on a folder."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 def remove_partials(folder: Path) -> None:
     """Remove what killed runs of `atomic_write` left in a folder. Other runs must not be at work there."""
     for leftover in folder.glob(f".*{PARTIAL}"):
-        leftover.unlink()
+        leftover.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, content: Any, indent: int | None = 1) -> None:
-    """Write JSON as `atomic_write` does; the same content gives the same bytes."""
+    """Write JSON as `atomic_write` does."""
     with atomic_write(path) as file:
         separators = (",", ":") if indent is None else None
         file.write(json.dumps(content, indent=indent, separators=separators).encode() + b"\n")
@@ -99,7 +99,7 @@ def sha256_of(path: str | Path) -> str:
 
 
 def sync(path: str | Path) -> None:
-    """Force a file, or a folder's list of names, to disk: a rename is lost in a power cut without the latter."""
+    """Force a file, or a folder's list of names, to disk. Without the latter, a power cut may undo a rename."""
     if os.name != "posix" and Path(path).is_dir():  # folders cannot be opened there
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -130,7 +130,7 @@ def save_atomically(final: str | Path) -> Iterator[Path]:
 
 
 def make_writable_folder(path: str | Path) -> Path:
-    """Make a folder and try it, so that a run that could not save anything ends before it starts.
+    """Make a folder and try to write to it, so that a run that could not save anything ends before it starts.
 
     Raises:
         PermissionError: If nothing can be written there.
@@ -149,7 +149,7 @@ def make_writable_folder(path: str | Path) -> Path:
 
 @contextmanager
 def lock_folder(folder: Path, error: type[Exception] = RuntimeError) -> Iterator[None]:
-    """Hold a lock on a folder, which ends with this process however that ends. Some network file systems have none.
+    """Hold a lock on a folder. It ends with this process, even if that is killed. Some network file systems have none.
 
     Args:
         folder: The folder; a file `lock` is made in it.
@@ -171,6 +171,7 @@ def lock_folder(folder: Path, error: type[Exception] = RuntimeError) -> Iterator
 
 
 def beside(path: Path, suffix: str) -> Path:
+    """The hidden name beside a file or folder under which another version of it is kept for a moment."""
     return path.with_name(f".{path.name}.{suffix}")
 
 
@@ -181,9 +182,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def replace_folder(partial: Path, final: Path) -> None:
-    """Give a folder that is on disk its name."""
+    """Give a complete folder its final name, replacing one that was there."""
     old = beside(final, "old")
-    if final.exists():  # no system call replaces a folder with content; at each moment one of the two is there
+    if final.exists():  # no system call replaces a folder that is not empty; at each moment one of the two is there
         shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
     partial.rename(final)

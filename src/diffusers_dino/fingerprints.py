@@ -20,11 +20,11 @@ def fingerprint_pipeline(pipe: Any) -> dict[str, str]:
 
 
 def fingerprint_model(model: nn.Module) -> str:
-    """A hash of the weights and settings of a model of diffusers or transformers: equal for equal models alone.
+    """A hash of the weights and settings of a model of diffusers or transformers: equal only for equal models.
 
-    Names of weights do not count, since libraries rename them between releases; nor do settings at their defaults, to
-    which releases add, and where the model was loaded from. The type of the weights does: fingerprint a model before
-    it is cast.
+    It ignores the names of weights, which libraries change between releases, settings at their defaults, to which
+    releases add, and where the model was loaded from. It depends on the dtype of the weights: fingerprint a model
+    before it is cast.
     """
     settings = _settings(model)
     for spec in settings.get("encoders", []):

@@ -1,4 +1,4 @@
-"""The settings that a folder was begun with: noted once, and compared whenever it is gone on with."""
+"""The settings that a folder was begun with: written once, and compared when a later run continues."""
 
 from __future__ import annotations
 
@@ -19,18 +19,23 @@ def freeze(
 
     Args:
         path: The file.
-        settings: All that decides over what the folder will hold; dictionaries may be nested.
-        error: What to raise where they differ.
+        settings: All that decides what the folder will hold; dictionaries may be nested. A setting of None is as good
+            as none, so that a folder from before there was such a setting is accepted.
+        error: What to raise if they differ.
         place: What the message calls the folder; by default that of the file.
 
     Raises:
-        error: If the folder was begun with other settings.
+        error: If the folder was begun with other settings, or the file is damaged.
     """
     path = Path(path)
-    if path.is_file():
-        require_same(json.loads(path.read_bytes()), settings, place or path.parent, error)
-    else:
+    if not path.is_file():
         write_json(path, settings)
+        return
+    try:
+        begun = json.loads(path.read_bytes())
+    except ValueError as damage:
+        raise error(f"{path} is damaged ({damage}). Give another output folder.") from damage
+    require_same(begun, settings, place or path.parent, error)
 
 
 def require_same(

@@ -1,4 +1,4 @@
-"""Random numbers that depend on what is drawn for, and on nothing else.
+"""Random numbers that depend only on what they are drawn for.
 
 A draw keyed by (seed, purpose, sample) is the same on one process and on eight, on the first run and on a resumed one.
 """

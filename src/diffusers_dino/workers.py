@@ -30,12 +30,12 @@ def run_parallel(function: Callable[..., T], jobs: Iterable[tuple[Any, ...]], nu
     """Call a function on each job, and yield what it returns, in the order in which jobs are done.
 
     Args:
-        function: A module's function: it must travel to other processes.
+        function: A module's function, since it must be picklable.
         jobs: Its arguments, job by job.
         num_workers: Processes; 0 works in this one.
 
     Raises:
-        BrokenProcessPool: If a process was killed from outside, such as for want of memory.
+        BrokenProcessPool: If a process was killed, such as when memory ran out.
     """
     if num_workers == 0:
         for job in jobs:
@@ -65,11 +65,11 @@ class Outcome(NamedTuple):
 
 
 def run_apart(function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], num_workers: int) -> Iterator[Outcome]:
-    """Call a function on each job, each in a process of its own: one that fails or is killed takes no other with it.
+    """Call a function on each job, each in a process of its own: if one fails or is killed, the others go on.
 
     Args:
-        function: A module's function. Its first argument is the number, in [0, num_workers), of the place that it
-            works at, such as of a GPU; two calls at a time never have the same.
+        function: A module's function. Its first argument is the number, in [0, num_workers), of its place, such as a
+            GPU; two calls at a time never have the same place.
         jobs: Its other arguments, job by job.
         num_workers: Processes at a time; 0 works in this one.
 
@@ -90,7 +90,7 @@ def run_apart(function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], num
                     ours, theirs = context.Pipe(duplex=False)
                     process = context.Process(target=_work_apart, args=(theirs, function, place, job), daemon=True)
                     process.start()
-                    theirs.close()  # else the end of the process would not be the end of the pipe
+                    theirs.close()  # else the pipe would stay open after the process ends
                     running[ours] = place, number, process
             if not running:
                 return
@@ -122,31 +122,31 @@ def _receive(pipe: Connection, process: Any) -> tuple[Any, str]:
         process.join()
         code = process.exitcode
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return None, f"its process ended with {how}" + (", maybe for want of memory" if code == -9 else "")
+        return None, f"its process ended with {how}" + (", maybe because memory ran out" if code == -9 else "")
     finally:
         pipe.close()
         process.join()
 
 
 def _context() -> Any:
-    """Not plain fork: threads of libraries do not survive it. A fork server imports them once for all workers."""
+    """Not plain fork, which breaks the threads of libraries. A fork server imports them once for all workers."""
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
-    # The library alone: before Python 3.14 the server does not look for modules beside the script, but where it was
-    # started, and would take a folder there for a module of the same name.
+    # Only libraries: before Python 3.14 the server looks for modules in the current folder, not beside the script, and
+    # would take a folder there for a module of the same name.
     loaded = [name for name in sys.modules if name == "timm" or name.split(".")[0] == "diffusers_dino"]
     context.set_forkserver_preload(loaded)
     return context
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which lets work under way finish
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which lets running jobs finish
     warnings.simplefilter("ignore")  # libraries quote the files that they warn of
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 
 def _die_with_parent() -> None:
-    """A parent that is killed cannot stop its workers, which would wait for it without end."""
+    """Workers of a parent that was killed would wait for it forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

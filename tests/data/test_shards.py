@@ -9,7 +9,7 @@ from diffusers_dino.data import Preprocessing, verify_shards
 from diffusers_dino.data.sharding.manifest import ShardError, read_manifest, write_manifest, write_shard
 from diffusers_dino.data.sharding.plan import plan_shards
 from diffusers_dino.data.stores.archives import INDEX_SUFFIX
-from diffusers_dino.files import atomic_write, sha256_of
+from diffusers_dino.files import sha256_of
 
 KEYS = [f"set-{number:016x}" for number in range(103)]
 SPLITS = ["train"] * 80 + ["test"] * 20 + [None] * 3
@@ -84,20 +84,6 @@ class TestWriting:
         with pytest.raises(OSError, match="No space left"):
             write_shard(tmp_path / "x.tar", "train", cut_short())
         assert list(tmp_path.iterdir()) == []
-
-    def test_an_interrupted_write_keeps_the_old_file(self, tmp_path):
-        path = tmp_path / "file"
-        path.write_bytes(b"old")
-
-        def write_and_stop():
-            with atomic_write(path) as file:
-                file.write(b"new")
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            write_and_stop()
-        assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
-        assert path.read_bytes() == b"old"
 
 
 class TestVerification:

@@ -35,7 +35,7 @@ def run_resumable(main: Callable[[], None]) -> None:
 def say_what_failed(error: Exception) -> str:
     """The message of an error, with what to do about a killed worker or a full disk."""
     if isinstance(error, BrokenProcessPool):
-        return "a worker was killed, maybe for want of memory: use fewer --num_workers. The same command goes on."
+        return "a worker was killed, maybe because memory ran out: use fewer --num_workers. The same command goes on."
     if isinstance(error, OSError) and error.errno in _FULL:
         return f"there is no room ({error.strerror}). What is done stays: make room, and the same command goes on."
     return str(error)

@@ -22,7 +22,7 @@ from safetensors.torch import save
 
 from ..conditioner import DinoImageConditioner
 from ..data import ImageDataset, TrainingViews
-from ..files import PARTIAL, atomic_write, write_json
+from ..files import atomic_write, remove_partials, write_json
 from ..fingerprints import as_json, fingerprint_model, hash_of
 from ..frozen import differences, require_same
 from ..latents import VAE
@@ -123,8 +123,7 @@ def write_feature_cache(
         _require_same(manifest, {**facts, "keys_sha256": _hash_lines(keys)}, folder)
         return manifest
     if accelerator.is_main_process:
-        for leftover in folder.glob(f".*{PARTIAL}"):  # of a run that was killed
-            leftover.unlink()
+        remove_partials(folder)
     accelerator.wait_for_everyone()
     together = samples_per_batch(recipe.num_views, batch_size)
     samples_per_shard = max(1, samples_per_shard // together) * together

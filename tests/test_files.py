@@ -1,0 +1,111 @@
+"""What base modules promise of files and folders: whole or not there, one run at a time, begun with these settings."""
+
+import os
+import re
+
+import pytest
+
+from diffusers_dino.files import (
+    atomic_write,
+    lock_folder,
+    make_writable_folder,
+    open_private,
+    remove_partials,
+    save_atomically,
+    write_csv,
+)
+from diffusers_dino.frozen import freeze
+
+SETTINGS = {"size": 32, "splits": {"test": 0.1, "seed": 0}, "sides": (1, 2), "path": None}
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_an_interrupted_write_keeps_the_old_file(tmp_path, error):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def write_and_stop() -> None:
+        with atomic_write(path) as file:
+            file.write(b"new")
+            raise error
+
+    with pytest.raises(type(error)):
+        write_and_stop()
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_what_a_killed_write_left_can_be_removed(tmp_path):
+    with atomic_write(tmp_path / "file") as file:
+        file.flush()
+        assert len(os.listdir(tmp_path)) == 1
+        remove_partials(tmp_path)
+        assert os.listdir(tmp_path) == []
+        (tmp_path / file.name).touch()  # to be renamed
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    for content in ("one", "two"):
+        with save_atomically(tmp_path / "folder") as partial:
+            (partial / content).touch()
+
+    def write_and_stop() -> None:
+        with save_atomically(tmp_path / "folder") as partial:
+            (partial / "three").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_and_stop()
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["folder", "folder/two"]
+
+
+def test_tables_and_private_files(tmp_path):
+    write_csv(tmp_path / "t.csv", ["a", "b"], [["x,y", 1], ["", None]])
+    assert (tmp_path / "t.csv").read_bytes() == b'a,b\n"x,y",1\n,\n'
+    with open_private(tmp_path / "secret") as file:
+        file.write("salt")
+    assert (tmp_path / "secret").stat().st_mode & 0o777 == 0o600
+
+
+def test_one_run_at_a_time(tmp_path):
+    pytest.importorskip("fcntl")
+    with lock_folder(tmp_path), pytest.raises(RuntimeError, match="Another run is at work"), lock_folder(tmp_path):
+        pass
+    with lock_folder(tmp_path):
+        pass
+
+
+def test_a_file_in_the_way_of_a_folder(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="there is a file of that name"):
+        make_writable_folder(tmp_path / "file")
+
+
+class TestFreeze:
+    def test_the_first_run_writes_and_the_next_compares(self, tmp_path):
+        freeze(tmp_path / "begun.json", SETTINGS)
+        before = (tmp_path / "begun.json").read_bytes()
+        freeze(tmp_path / "begun.json", SETTINGS)
+        freeze(tmp_path / "begun.json", SETTINGS | {"new_option": None})
+        assert (tmp_path / "begun.json").read_bytes() == before
+
+    def test_each_difference_is_named(self, tmp_path):
+        freeze(tmp_path / "begun.json", SETTINGS)
+        changed = {"size": 16, "splits": {"test": 0.1, "seed": 3}, "sides": (1, 3), "more": True}
+        lines = [
+            f"{tmp_path} was begun with other settings:",
+            "- size was 32, is 16",
+            "- splits: seed was 0, is 3",
+            "- sides was [1, 2], is [1, 3]",
+            "- more was None, is True",
+        ]
+        with pytest.raises(ValueError, match=re.escape("\n".join(lines))):
+            freeze(tmp_path / "begun.json", changed)
+        with pytest.raises(KeyError, match="the set was begun"):
+            freeze(tmp_path / "begun.json", changed, KeyError, "the set")
+
+    def test_a_damaged_file_is_named(self, tmp_path):
+        (tmp_path / "begun.json").write_text('{"size": ')
+        with pytest.raises(ValueError, match=r"begun\.json is damaged"):
+            freeze(tmp_path / "begun.json", SETTINGS)
