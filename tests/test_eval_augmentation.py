@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,12 @@ import pytest
 
 import scripts
 import tiny
+from diffusers_dino.data import Preprocessing, open_images
+from diffusers_dino.data.labels import stored_labels
+from diffusers_dino.evaluation import AugmentationResult, evaluate_augmentation
 from diffusers_dino.evaluation.augmentation.cells import load_cells
-from diffusers_dino.evaluation.augmentation.result import AugmentationResult
-from diffusers_dino.synthesis import SyntheticSet
+from diffusers_dino.evaluation.classifier import ClassifierSettings
+from diffusers_dino.synthesis import SynthesisSettings, SyntheticSet
 
 PHANTOMS = Path(__file__).parents[1] / "examples/data/phantom-cxr/phantom-cxr-test-000000.tar"
 
@@ -62,6 +66,10 @@ def test_a_killed_experiment_continues_and_ends_as_one_that_was_not(flags, tmp_p
     result = AugmentationResult.load(out / "result.json")
     assert (result.num_folds, result.num_images, result.missing) == (2, 64, ())
     check_sources(out)
+    for cell in whole:
+        spec, facts = cell.spec, cell.facts
+        assert facts.num_real == (0 if spec.mode == "full-synthetic" else spec.regime)
+        assert facts.num_synthetic == spec.ratio * spec.regime
     before = {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
     run(flags)
     assert {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()} == before
@@ -172,9 +180,20 @@ def test_what_cannot_be_run_is_said_before_any_work(flags, tmp_path):
         fails("not writable", PermissionError)
 
 
-def test_one_generator_for_all_folds_is_warned_of(flags, model, caplog):
-    flags |= {"model": str(model).format(fold=0), "regimes": [6], "ratios": [1], "max_train_steps": 1}
-    flags |= {"strategies": ["reconstruction"], "modes": ["full-synthetic"], "classifier": "test_resnet"}
-    out = run(flags, classifier_options=None)
+def test_one_generator_for_all_folds_is_warned_of(model, tmp_path, caplog):
+    images = open_images(PHANTOMS, Preprocessing(64))
+    options = {"regimes": [6], "ratios": [1], "strategies": ["reconstruction"], "modes": ["full-synthetic"]}
+    options |= {"labels": ["Cardiomegaly", "No Finding"], "num_folds": 2, "num_workers": 0, "bootstrap_repeats": 20}
+    options["classifier"] = ClassifierSettings(model="test_resnet", size=32, batch_size=4, max_steps=1)
+    options["synthesis"] = SynthesisSettings(num_inference_steps=1, guidance_scale=1, batch_size=6)
+    table, generator = stored_labels(images), str(model).format(fold=0)
+    result = evaluate_augmentation(images, table, generator, tmp_path, **options)
+    assert (len(result.configurations), result.missing) == (2, ())
     assert "may have been trained on images of the patients that are tested" in caplog.text
-    assert "may have been trained" in json.loads((out / "experiment.json").read_text())["generators"]
+    assert "may have been trained" in json.loads((tmp_path / "experiment.json").read_text())["generators"]
+    for cell in load_cells(tmp_path / "cells"):  # as if of other pixels
+        replace(cell, facts=replace(cell.facts, settings="other")).save(tmp_path / "cells")
+    with pytest.raises(ValueError, match="are of other settings: delete them"):
+        evaluate_augmentation(images, table, generator, tmp_path, **options)
+    with pytest.raises(ValueError, match=r"(?s)begun with other settings.*- model was"):
+        evaluate_augmentation(images, table, [generator] * 2, tmp_path, **options)

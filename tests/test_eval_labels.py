@@ -6,7 +6,10 @@ import pytest
 
 import scripts
 import tiny
-from diffusers_dino.evaluation.labels.result import LabelPreservationResult
+from diffusers_dino.data import Preprocessing, open_images
+from diffusers_dino.data.labels import stored_labels
+from diffusers_dino.evaluation import LabelPreservationResult, evaluate_labels
+from diffusers_dino.evaluation.classifier import ClassifierSettings
 
 PHANTOMS = Path(__file__).parents[1] / "examples/data/phantom-cxr/phantom-cxr-test-000000.tar"
 
@@ -54,9 +57,22 @@ def test_sets_are_judged_and_classifiers_are_kept(flags, sets):
     assert whole.num_real == 64
     before = {path: path.stat().st_mtime_ns for path in (out / "judges").iterdir()}
     assert len(before) == 3
-    scripts.call_script("evaluate labels", **{**flags, "synthetic": [f"other={sets['reconstruction']}"]})
+    images = open_images(PHANTOMS, Preprocessing(32))
+    classifier = ClassifierSettings(
+        options='{"block_config": [1], "growth_rate": 4}', size=32, batch_size=4, max_steps=2, validation_steps=1
+    )
+    again = evaluate_labels(
+        images,
+        stored_labels(images),
+        {"other": sets["reconstruction"]},
+        out,
+        labels=whole.labels,
+        num_folds=3,
+        classifier=classifier,
+        bootstrap_repeats=20,
+        num_workers=0,
+    )
     assert {path: path.stat().st_mtime_ns for path in (out / "judges").iterdir()} == before
-    again = LabelPreservationResult.load(out / "result.json")
     assert again.wholes[0].macro == whole.wholes[0].macro
     with pytest.raises(RuntimeError, match="other images, labels, folds or settings"):
         scripts.call_script("evaluate labels", **{**flags, "max_train_steps": 3})
@@ -73,12 +89,6 @@ def test_what_cannot_be_judged_is_said_at_once(flags, tmp_path):
     (tmp_path / "empty").mkdir()
     fails("empty", FileNotFoundError, synthetic=[str(tmp_path / "empty")])
     keys = tmp_path / "keys.txt"
-    keys.write_text("\n".join(open_keys()[:40]))
+    keys.write_text("\n".join(open_images(PHANTOMS, Preprocessing(32)).keys[:40]))
     fails("are not among the 40 real images", keys_file=keys)
     fails("timm does not make", classifier="densenet999")
-
-
-def open_keys() -> list[str]:
-    from diffusers_dino.data import Preprocessing, open_images
-
-    return open_images(str(PHANTOMS), Preprocessing(32)).keys

@@ -16,7 +16,7 @@ from diffusers_dino.evaluation.folds import assign_folds
 from diffusers_dino.evaluation.labels.judges import Judges, SyntheticImages, held_out_pairs
 from diffusers_dino.evaluation.labels.plot import plot_label_preservation
 from diffusers_dino.evaluation.labels.result import JudgedSet, LabelPreservationResult, score_real, score_sets
-from diffusers_dino.evaluation.labels.table import format_preservation_table, write_preservation_tables
+from diffusers_dino.evaluation.labels.table import format_preservation_table
 from diffusers_dino.evaluation.packed import PackedImages, pack_images
 from diffusers_dino.metrics.auroc import stratified_auroc
 from diffusers_dino.synthesis import Plan, plan_interpolation, plan_reconstruction
@@ -226,18 +226,17 @@ def test_stratified_auroc_compares_within_strata_alone():
 
 
 def test_the_report_goes_to_files_and_back(result, tmp_path):
-    write_preservation_tables(result, tmp_path)
+    result.save(tmp_path / "result.json")
     assert LabelPreservationResult.load(tmp_path / "result.json") == result
-    text = (tmp_path / "table.md").read_text()
+    text = format_preservation_table(result)
     macro = result.wholes[0].macro
     assert f"{macro.synthetic:.3f} [{macro.synthetic_low:.3f}, {macro.synthetic_high:.3f}]" in text
     assert "0.4 to 0.5" in text
     assert f"{NUM_REAL} real ones ({NUM_REAL // 2} patients" in text
-    with open(tmp_path / "table.csv", newline="") as file:
-        lines = list(csv.DictReader(file))
+    lines = list(csv.DictReader(format_preservation_table(result, "csv").splitlines()))
     assert len(lines) == 3 * len(result.parts)
     assert float(lines[0]["synthetic"]) == macro.synthetic
-    latex = (tmp_path / "table.tex").read_text()
+    latex = format_preservation_table(result, "latex")
     assert latex.count("{") == latex.count("}")
     assert latex.count(r"\\") == 1 + len(result.parts)
     with pytest.raises(ValueError, match="A table is one of"):

@@ -8,8 +8,7 @@ other patients choose among its weights equally often.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -46,7 +45,7 @@ class ClassifierSettings:
     Args:
         model: Name of an architecture of timm.
         options: JSON of its further options, such as `{"growth_rate": 8, "block_config": [2, 2, 2]}`.
-        weights: A file of weights to start from (safetensors, or a checkpoint of tensors alone); else from scratch.
+        weights: A file of weights to start from (safetensors, or a checkpoint of only tensors); else from scratch.
         size: Side of the images in pixels.
         channels: 1 for gray, 3 for colour.
         batch_size: Images of an update.
@@ -83,7 +82,7 @@ class ClassifierSettings:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.batch_size < 2:
-            raise ValueError("batch_size must be at least 2: batch normalisation has no variance of one image.")
+            raise ValueError("batch_size must be at least 2: batch normalisation needs several images.")
         if not self.learning_rate > 0 or self.weight_decay < 0:
             raise ValueError(
                 f"learning_rate must be positive and weight_decay not negative, got {self.learning_rate} and "
@@ -102,7 +101,7 @@ class ClassifierSettings:
         return f"{self.model} ({options})" if options else self.model
 
     def augmentation(self) -> Augmentation:
-        """Random views of training images: a light affine map, and no flip, which would move the heart."""
+        """Random views of training images: a light affine map, without a flip, which would move the heart."""
         return Augmentation(0.0, self.shear, self.translation, (self.min_scale, self.max_scale))
 
 
@@ -221,8 +220,11 @@ def predict(model: nn.Module, images: LabelledImages, device: torch.device | str
     """Probabilities `(N, L)` float32 of the labels; the model is left in the mode it was in."""
     joined, total = _Joined([images]), len(images.rows)
     parts = [range(i, min(i + _PREDICTED_TOGETHER, total)) for i in range(0, total, _PREDICTED_TOGETHER)]
-    with torch.inference_mode(), _evaluating(model):
+    was_training = model.training
+    with torch.inference_mode():
+        model.eval()
         found = [model(joined.load(part, device)[1]).sigmoid().float().cpu() for part in parts]
+        model.train(was_training)
     return torch.cat(found).numpy() if found else np.zeros((0, images.targets.shape[1]), np.float32)
 
 
@@ -252,13 +254,3 @@ class _Joined:
         stacked = torch.from_numpy(np.stack(arrays)).to(device)
         layout = stacked[:, None] if stacked.ndim == 3 else stacked.permute(0, 3, 1, 2)
         return keys, layout.float() / 255
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

@@ -19,7 +19,8 @@ from ...evaluation.augmentation.generators import FOLD, write_folds
 from ...evaluation.augmentation.plot import plot_augmentation, plot_differences
 from ...evaluation.augmentation.protocol import UnfinishedGridError, evaluate_augmentation
 from ...evaluation.augmentation.result import AugmentationResult
-from ...evaluation.augmentation.table import write_tables
+from ...evaluation.augmentation.table import format_augmentation_table, format_label_table
+from ...evaluation.table_text import write_tables
 from ...files import lock_folder, make_writable_folder
 from ...synthesis import SynthesisSettings
 from ..arguments import flag
@@ -84,7 +85,7 @@ def main(args: Arguments) -> None:
             synthesis=synthesis,
             dtype=args.dtype,
             scheduler=args.scheduler,
-            repeats=args.bootstrap_repeats,
+            bootstrap_repeats=args.bootstrap_repeats,
             num_workers=args.num_workers,
             device=args.device,
             **options,
@@ -97,9 +98,11 @@ def main(args: Arguments) -> None:
 
 def report(result: AugmentationResult, output: Path) -> None:
     """Write tables and figures, and print the table."""
-    write_tables(result, output)
+    result.save(output / "result.json")
+    (output / "labels.md").write_text(format_label_table(result))
+    text = write_tables(output, lambda style: format_augmentation_table(result, style))
     drawn = {"augmentation": (plot_augmentation, "mean"), "differences": (plot_differences, "difference")}
     for name, (plot, figure) in drawn.items():
         if any(getattr(row, figure) is not None for row in result.configurations):
             plot(result).savefig(output / f"{name}.png", dpi=120, bbox_inches="tight")
-    print((output / "table.md").read_text())
+    print(text)

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from ...evaluation.labels.plot import plot_label_preservation
 from ...evaluation.labels.protocol import evaluate_labels
-from ...evaluation.labels.table import write_preservation_tables
+from ...evaluation.labels.table import format_preservation_table
+from ...evaluation.table_text import write_tables
 from ...files import make_writable_folder
 from ..arguments import flag
 from ..classifier_flags import ClassifierArguments, LabelledImageArguments, classifier_settings, open_labelled_images
@@ -50,13 +51,14 @@ def main(args: Arguments) -> None:
         classifier=classifier_settings(args),
         validation_fraction=args.validation_fraction,
         seed=args.seed,
-        repeats=args.bootstrap_repeats,
+        bootstrap_repeats=args.bootstrap_repeats,
         num_workers=args.num_workers,
         device=args.device,
     )
-    write_preservation_tables(result, output)
+    result.save(output / "result.json")
+    text = write_tables(output, lambda style: format_preservation_table(result, style))
     plot_label_preservation(result).savefig(output / "labels.png", dpi=120, bbox_inches="tight")
-    print((output / "table.md").read_text())
+    print(text)
 
 
 def named_folders(texts: list[str]) -> dict[str, list[str]]:

@@ -92,7 +92,7 @@ class CellFacts:
     Attributes:
         num_real: Real images that were trained on.
         num_synthetic: Synthetic images that were trained on.
-        num_validation: Real images, of patients that are neither trained on nor tested, that chose the weights.
+        num_validation: Real images that chose the weights, of patients that are neither trained on nor tested.
         steps: Optimiser updates that were made.
         best_step: The update after which the weights were kept.
         validation_auroc: Macro AUROC on the validation images then; NaN without any.
@@ -222,26 +222,13 @@ def grid_of(
 
 @dataclass(frozen=True)
 class CellJob:
-    """All that a cell is made from; it travels to another process.
-
-    Attributes:
-        spec: Which cell.
-        train: Training images: real ones, synthetic ones, or both.
-        validation: What chooses the weights; may be empty.
-        test: What is predicted.
-        patients: Of the test images.
-        labels: Names of the labels.
-        classifier: Architecture and training.
-        seed: Of the experiment.
-        settings: Digest of the experiment's settings.
-        plan: Digest of the plan of the synthetic images; empty for the baseline.
-    """
+    """All that a cell is made from; it travels to another process. Fields without a comment are as in `CellFacts`."""
 
     spec: CellSpec
-    train: tuple[LabelledImages, ...]
-    validation: LabelledImages
+    train: tuple[LabelledImages, ...]  # real images, synthetic ones, or both
+    validation: LabelledImages  # chooses the weights; may be empty
     test: LabelledImages
-    patients: tuple[str, ...]
+    patients: tuple[str, ...]  # of the test images
     labels: tuple[str, ...]
     classifier: ClassifierSettings
     seed: int

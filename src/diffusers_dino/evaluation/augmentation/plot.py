@@ -20,11 +20,11 @@ _COLORS = {"reconstruction": "C0", "interpolation": "C1"}
 def plot_augmentation(result: AugmentationResult) -> Figure:
     """Macro AUROC against the ratio of synthetic to real images: a row for each mode, a column for each regime.
 
-    Points are means over folds with their standard deviation; the line and band are those of real images alone.
+    Points are means over folds with their standard deviation; the line and band are the real-only baseline.
     Configurations that are not finished are left out.
 
     Args:
-        result: From `protocols.augmentation.summarise`.
+        result: From `evaluate_augmentation`.
 
     Raises:
         ImportError: If matplotlib is missing.
@@ -56,13 +56,13 @@ def plot_augmentation(result: AugmentationResult) -> Figure:
 
 
 def plot_differences(result: AugmentationResult) -> Figure:
-    """Difference of each configuration to real images alone, with its 95 % intervals.
+    """Difference of each configuration to the real-only baseline, with its 95 % intervals.
 
-    The thin line is the corrected interval over folds, that of the table; the thick one is the bootstrap interval
-    over patients. A full point is significant at 5 % after correction.
+    The thin line is the corrected interval over folds, as in the table; the thick one is the bootstrap interval over
+    patients. A filled point is significant at 5 % after correction.
 
     Args:
-        result: From `protocols.augmentation.summarise`.
+        result: From `evaluate_augmentation`.
 
     Raises:
         ImportError: If matplotlib is missing.
@@ -87,7 +87,7 @@ def plot_differences(result: AugmentationResult) -> Figure:
     axes.set_yticks(range(len(names)), names, fontsize="small")
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel(
-        "macro AUROC less that of real images alone\nthin: 95 % over folds, corrected; thick: over patients"
+        "macro AUROC minus that of only real images\nthin: 95 % over folds, corrected; thick: over patients"
     )
     axes.grid(alpha=0.3, axis="x")
     figure.tight_layout()

@@ -84,7 +84,7 @@ def evaluate_augmentation(
     dtype: str = "float32",
     scheduler: str | None = None,
     seed: int = 0,
-    repeats: int = 1000,
+    bootstrap_repeats: int = 1000,
     num_workers: int | None = None,
     device: str | None = None,
     progress: bool = True,
@@ -118,13 +118,13 @@ def evaluate_augmentation(
         dtype: Type of the generators' weights: `"float32"`, `"bfloat16"` or `"float16"`.
         scheduler: Class of diffusers in place of the generators' scheduler.
         seed: Of folds, regimes, synthesis, training and bootstrap.
-        repeats: Draws of the bootstrap intervals over patients.
+        bootstrap_repeats: Draws of the intervals over patients.
         num_workers: Processes at a time; by default one for each GPU, or for each core without one; 0: this one.
         device: Where to compute; by default on all GPUs in turn, or else on the CPU.
         progress: Whether to show progress bars.
 
     Returns:
-        The figures of all cells; `table.write_tables` and `plot` show them.
+        The figures of all cells; `table` and `plot` show them.
 
     Raises:
         UnfinishedGridError: If cells could not be made; it has the result of the others.
@@ -185,7 +185,7 @@ def evaluate_augmentation(
         problems = _make_cells(experiment)
         if not any(experiment.cells.iterdir()):
             raise RuntimeError(f"No cell was finished: {'; '.join(problems)}")
-        result = summarise(load_cells(experiment.cells), grid, repeats=repeats, seed=seed)
+        result = summarise(load_cells(experiment.cells), grid, repeats=bootstrap_repeats, seed=seed)
     if problems:
         raise UnfinishedGridError(
             f"{len(result.missing)} of {len(grid)} cells are missing. {'; '.join(problems[:5])}. Run again, and they "
@@ -249,9 +249,8 @@ def _make_cells(experiment: _Experiment) -> list[str]:
     }
     digests, problems = _make_sets(experiment, planned)
     ready = [spec for spec in left if spec.is_baseline or (spec.fold, spec.strategy) in digests]
-    jobs = (  # one by one: all of them together hold the rows of the grid many times
-        (_cell_job(experiment, spec, planned, digests), cells, sampling.device) for spec in ready
-    )
+    # one by one: all jobs together hold the rows of the grid many times
+    jobs = ((_cell_job(experiment, spec, planned, digests), cells, sampling.device) for spec in ready)
     total = len(experiment.grid)
     with progress_bar("Classifiers", "cell", total, total - len(left), sampling.progress) as bar:
         for outcome in run_apart(_train_cell, jobs, experiment.num_workers):
@@ -325,13 +324,13 @@ def _cell_job(
     def real(rows: np.ndarray) -> LabelledImages:
         return LabelledImages(experiment.real, rows, targets[rows])
 
-    synthetic = None
+    train = [] if spec.mode == FULL_SYNTHETIC else [real(split.ordered[: spec.regime])]
     if not spec.is_baseline:
         packed = PackedImages(_pack_path(experiment.set_folder(spec.fold, spec.strategy)))
-        synthetic = synthetic_images(packed, planned[spec.fold, spec.strategy], labels, spec.regime, spec.ratio)
+        train.append(synthetic_images(packed, planned[spec.fold, spec.strategy], labels, spec.regime, spec.ratio))
     return CellJob(
         spec=spec,
-        train=training_images(spec, real(split.ordered[: spec.regime]), synthetic),
+        train=tuple(train),
         validation=real(split.validation),
         test=real(split.test),
         patients=tuple(table.patients[row] for row in split.test.tolist()),
@@ -364,18 +363,3 @@ def synthetic_images(
     rows = np.array([packed.places[image.key] for image in chosen], dtype=np.int64)
     targets = np.array([[name in (image.labels or ()) for name in labels] for image in chosen], dtype=bool)
     return LabelledImages(packed, rows, targets.reshape(len(chosen), len(labels)))
-
-
-def training_images(
-    spec: CellSpec, real: LabelledImages, synthetic: LabelledImages | None
-) -> tuple[LabelledImages, ...]:
-    """What a cell trains on: real images, synthetic ones, or both.
-
-    Args:
-        spec: The cell.
-        real: The real images of its regime.
-        synthetic: The synthetic ones of its strategy, regime and ratio; None for the baseline.
-    """
-    if synthetic is None:
-        return (real,)
-    return (synthetic,) if spec.mode == FULL_SYNTHETIC else (real, synthetic)

@@ -1,46 +1,26 @@
-"""Table 1 of the paper from a result: Markdown, LaTeX or CSV. Text alone, nothing is computed."""
+"""Table 1 of the paper from a result: Markdown, LaTeX or CSV. Results are shown, not computed."""
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
-from pathlib import Path
 
-from ...files import atomic_write
-from ..table_text import TABLE_FORMATS, escape_latex, latex_line, markdown_line, require_table_format
+from ..table_text import csv_text, escape_latex, latex_line, markdown_table, require_table_format
 from .result import AugmentationResult, Configuration, Difference, LabelFigures
 
-__all__ = ["MARKS", "format_augmentation_table", "format_label_table", "significance_mark", "write_tables"]
+__all__ = ["MARKS", "format_augmentation_table", "format_label_table", "significance_mark"]
 
 MARKS = {0.001: "***", 0.01: "**", 0.05: "*"}  # of corrected p values
-
-
-def write_tables(result: AugmentationResult, folder: str | Path) -> list[Path]:
-    """Write `result.json`, `table.md`, `table.tex`, `table.csv` and `labels.md` into a folder.
-
-    Returns:
-        Their paths.
-    """
-    folder = Path(folder)
-    texts = {f"table.{suffix}": format_augmentation_table(result, style) for style, suffix in TABLE_FORMATS.items()}
-    texts["labels.md"] = format_label_table(result)
-    result.save(folder / "result.json")
-    for name, text in texts.items():
-        with atomic_write(folder / name) as file:
-            file.write(text.encode())
-    return [folder / "result.json", *(folder / name for name in texts)]
 
 
 def format_augmentation_table(result: AugmentationResult, style: str = "markdown") -> str:
     """Regimes and ratios as rows, modes and strategies as columns.
 
-    A cell holds the macro AUROC (mean, standard deviation over folds) and below it the difference to real images
-    alone with its interval; where folds are missing it says how many are there.
+    A cell holds the macro AUROC (mean, standard deviation over folds) and below it the difference to the real-only
+    baseline with its interval; where folds are missing it says how many are there.
 
     Args:
-        result: From `augmentation.summarise`.
+        result: From `evaluate_augmentation`.
         style: `"markdown"`, `"latex"` (a float with caption, needs booktabs), or `"csv"`, which has a line for each
             configuration and label, with all figures.
 
@@ -53,19 +33,21 @@ def format_augmentation_table(result: AugmentationResult, style: str = "markdown
 
 def format_label_table(result: AugmentationResult) -> str:
     """Configurations as rows, labels as columns: mean AUROC, and difference with its interval. Markdown."""
-    header = ["regime", "ratio", "mode", "strategy", "macro", *result.labels]
-    lines = [markdown_line(header), markdown_line(["---"] * len(header))]
+    body = []
     for row in result.configurations:
-        labels = {label.label: _cell(row, label, result.num_folds, _plain) for label in row.labels}
+        labels = {label.label: _cell(row, label, result.num_folds) for label in row.labels}
         cells = [labels.get(name, _unfinished(row, result.num_folds)) for name in result.labels]
-        ratio = "" if row.is_baseline else f"1:{row.ratio}"
-        mode, strategy = ("real only", "") if row.is_baseline else (row.mode, row.strategy)
-        macro = _cell(row, row, result.num_folds, _plain)
-        lines.append(markdown_line([row.regime, ratio, mode, strategy, macro, *cells]))
+        kind = ("", "real only", "") if row.is_baseline else (f"1:{row.ratio}", row.mode, row.strategy)
+        body.append([row.regime, *kind, _cell(row, row, result.num_folds), *cells])
     positive = {label.label: label.num_positive for row in result.configurations for label in row.labels}
     counts = ", ".join(f"{name} {number}" for name, number in positive.items())
+    tests = result.num_tests * len(result.labels)
     return "\n".join(
-        [*lines, "", f"Test images with the label: {counts} of {result.num_images}.", "", _labels_note(result), ""]
+        [
+            markdown_table(["regime", "ratio", "mode", "strategy", "macro", *result.labels], body),
+            f"\nTest images with the label: {counts} of {result.num_images}.\n",
+            f"Stars of single labels are corrected for {tests} comparisons, those of macro for {result.num_tests}.\n",
+        ]
     )
 
 
@@ -76,14 +58,14 @@ def significance_mark(difference: Difference | None) -> str:
     return next((mark for bound, mark in MARKS.items() if difference.corrected_p < bound), "")
 
 
-def _note(result: AugmentationResult) -> list[str]:
-    """What a reader must know, a sentence each."""
+def _note(result: AugmentationResult) -> str:
+    """What a reader must know."""
     marks = ", ".join(f"{mark} p < {bound:g}" for bound, mark in reversed(MARKS.items()))
     sentences = [
         f"Macro AUROC over {len(result.labels)} labels ({', '.join(result.labels)}): mean ± standard deviation over "
         f"{result.num_folds} folds that keep patients whole, {result.num_images} test images of "
         f"{result.num_patients} patients; {result.model}, seed {result.experiment_seed}.",
-        "Below it the difference to real images alone in the same regime, with its 95 % interval by the t test over "
+        "Below it the difference to only real images in the same regime, with its 95 % interval by the t test over "
         "folds whose variance is corrected for shared training images (Nadeau & Bengio 2003).",
         f"{marks}: of that test, corrected for {result.num_tests} comparisons (Holm).",
     ]
@@ -93,36 +75,31 @@ def _note(result: AugmentationResult) -> list[str]:
         sentences.append(
             f"Unfinished: {len(result.missing)} cells are missing; a configuration without all its folds has no mean."
         )
-    return sentences
-
-
-def _labels_note(result: AugmentationResult) -> str:
-    tests = result.num_tests * len(result.labels)
-    return f"Stars of single labels are corrected for {tests} comparisons, those of macro for {result.num_tests}."
+    return " ".join(sentences)
 
 
 def _markdown(result: AugmentationResult) -> str:
     kinds = _kinds(result)
     header = ["regime", "ratio", "real only", *(f"{mode}, {strategy}" for mode, strategy in kinds)]
-    lines = [markdown_line(header), markdown_line(["---"] * len(header))]
-    for regime, ratio, cells in _rows(result, kinds):
-        texts = ["" if cell is None else _cell(cell, cell, result.num_folds, _plain) for cell in cells]
-        lines.append(markdown_line([regime, ratio, *texts]))
-    return "\n".join([*lines, "", " ".join(_note(result)).replace("*", r"\*"), ""])
+    body = [
+        [regime, ratio, *("" if cell is None else _cell(cell, cell, result.num_folds) for cell in cells)]
+        for regime, ratio, cells in _rows(result, kinds)
+    ]
+    return "\n".join([markdown_table(header, body), "", _note(result).replace("*", r"\*"), ""])
 
 
 def _latex(result: AugmentationResult) -> str:
-    kinds, modes = _kinds(result), [mode for mode, _ in _kinds(result)]
-    groups = [(mode, len(list(items))) for mode, items in groupby(modes)]
+    kinds = _kinds(result)
     spans, rules, column = [], [], 4
-    for mode, width in groups:
+    for mode, items in groupby(mode for mode, _ in kinds):
+        width = len(list(items))
         spans.append(rf"\multicolumn{{{width}}}{{c}}{{{escape_latex(mode)}}}")
         rules.append(rf"\cmidrule(lr){{{column}-{column + width - 1}}}")
         column += width
     lines = [
         r"\begin{table}",
         r"\centering",
-        rf"\caption{{{escape_latex(' '.join(_note(result)))}}}",
+        rf"\caption{{{escape_latex(_note(result))}}}",
         r"\small\setlength{\tabcolsep}{3pt}",
         rf"\begin{{tabular}}{{rlc{'c' * len(kinds)}}}",
         r"\toprule",
@@ -147,7 +124,7 @@ def _kinds(result: AugmentationResult) -> list[tuple[str, str]]:
 def _rows(
     result: AugmentationResult, kinds: Sequence[tuple[str, str]]
 ) -> Iterator[tuple[str, str, list[Configuration | None]]]:
-    """Regime (named once), ratio, and the cells: the baseline in the first row of a regime alone."""
+    """Regime (named once), ratio, and the cells: the baseline only in the first row of a regime."""
     for regime, members in groupby(result.configurations, key=lambda row: row.regime):
         found = {(row.ratio, row.mode, row.strategy): row for row in members}
         baseline = next((row for row in found.values() if row.is_baseline), None)
@@ -158,24 +135,19 @@ def _rows(
             yield str(regime) if first else "", f"1:{ratio}" if ratio else "", [baseline if first else None, *cells]
 
 
-def _cell(
-    row: Configuration, figures: Configuration | LabelFigures, num_folds: int, show: Callable[[Difference], str]
-) -> str:
+def _cell(row: Configuration, figures: Configuration | LabelFigures, num_folds: int) -> str:
     if figures.mean is None:
         return _unfinished(row, num_folds) if len(row.folds) < num_folds else "one class"
     spread = getattr(figures, "sd", None)
     text = f"{figures.mean:.3f}" + (f" ± {spread:.3f}" if spread is not None else "")
-    return text if figures.difference is None else f"{text}<br>{show(figures.difference)}"
+    if (d := figures.difference) is None:
+        return text
+    mark = significance_mark(d).replace("*", r"\*")
+    return f"{text}<br>{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}] {mark}".strip()
 
 
 def _unfinished(row: Configuration, num_folds: int) -> str:
     return f"{len(row.folds)} of {num_folds} folds"
-
-
-def _plain(difference: Difference) -> str:
-    text = f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
-    mark = significance_mark(difference).replace("*", r"\*")
-    return f"{text} {mark}".strip()
 
 
 def _latex_cell(row: Configuration, num_folds: int) -> tuple[str, str]:
@@ -183,31 +155,26 @@ def _latex_cell(row: Configuration, num_folds: int) -> tuple[str, str]:
     if row.mean is None:
         return _unfinished(row, num_folds), ""
     figure = f"{row.mean:.3f}" + ("" if row.sd is None else rf" $\pm$ {row.sd:.3f}")
-    if row.difference is None:
+    if (d := row.difference) is None:
         return figure, ""
-    d = row.difference
     mark = significance_mark(d)
     star = rf"\textsuperscript{{{mark}}}" if mark else ""
     return f"{figure}{star}", rf"{{\scriptsize ${d.mean:+.3f}$ [${d.low:+.3f}$, ${d.high:+.3f}$]}}"
 
 
 def _csv(result: AugmentationResult) -> str:
-    text = io.StringIO()
-    differences = list(Difference.__dataclass_fields__)
-    header = ["regime", "strategy", "mode", "ratio", "label", "images", "patients", "positive", "finished_folds"]
-    header += ["mean", "sd", "patients_low", "patients_high", *(f"difference_{name}" for name in differences)]
-    header += [f"fold_{fold}" for fold in range(result.num_folds)]
-    writer = csv.DictWriter(text, header, lineterminator="\n")
-    writer.writeheader()
+    places, figures = ["regime", "strategy", "mode", "ratio"], ["mean", "sd", "patients_low", "patients_high"]
+    differences, folds = list(Difference.__dataclass_fields__), range(result.num_folds)
+    header = [*places, "label", "images", "patients", "positive", "finished_folds", *figures]
+    header += [*(f"difference_{name}" for name in differences), *(f"fold_{fold}" for fold in folds)]
+    body = []
     for row in result.configurations:
-        for figures in (row, *row.labels):
-            by_fold = row.macro if figures is row else figures.folds
-            line = {name: getattr(row, name) for name in ("regime", "strategy", "mode", "ratio")}
-            line |= {"images": row.num_images, "patients": row.num_patients, "finished_folds": len(row.folds)}
-            line |= {"label": getattr(figures, "label", "macro"), "positive": getattr(figures, "num_positive", None)}
-            line |= {name: getattr(figures, name, None) for name in ("mean", "sd", "patients_low", "patients_high")}
-            if figures.difference:
-                line |= {f"difference_{name}": getattr(figures.difference, name) for name in differences}
-            line |= {f"fold_{fold}": value for fold, value in zip(row.folds, by_fold, strict=True)}
-            writer.writerow(line)
-    return text.getvalue()
+        for one in (row, *row.labels):
+            by_fold = dict(zip(row.folds, row.macro if one is row else one.folds, strict=True))
+            line = [getattr(row, name) for name in places]
+            line += [getattr(one, "label", "macro"), row.num_images, row.num_patients]
+            line += [getattr(one, "num_positive", None), len(row.folds)]
+            line += [getattr(one, name, None) for name in figures]
+            line += [getattr(one.difference, name, None) for name in differences]
+            body.append([*line, *(by_fold.get(fold) for fold in folds)])
+    return csv_text(header, body)

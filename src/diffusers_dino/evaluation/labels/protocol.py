@@ -43,7 +43,7 @@ def evaluate_labels(
     classifier: ClassifierSettings | None = None,
     validation_fraction: float = 0.15,
     seed: int = 0,
-    repeats: int = 1000,
+    bootstrap_repeats: int = 1000,
     num_workers: int | None = None,
     device: str | None = None,
     progress: bool = True,
@@ -63,7 +63,7 @@ def evaluate_labels(
         classifier: Architecture and training of the judges.
         validation_fraction: Share of the training patients that chooses a judge's weights; 0 takes the last weights.
         seed: Of folds, training, bootstrap and shuffles.
-        repeats: Draws of the bootstrap intervals over patients.
+        bootstrap_repeats: Draws of the intervals over patients.
         num_workers: Processes at a time; by default one for each GPU, or for each core without one; 0: this one.
         device: Where to compute; by default on all GPUs in turn, or else on the CPU.
         progress: Whether to show a progress bar.
@@ -96,7 +96,7 @@ def evaluate_labels(
         opened = _open_sets(sets, output, classifier)
         pairs = judges.pairs_for([one for members in opened.values() for one in members])
         _train(judges, pairs, num_workers, device, progress)
-        place, options = device_of(0, device), {"repeats": repeats, "seed": seed}
+        place, options = device_of(0, device), {"repeats": bootstrap_repeats, "seed": seed}
         judged = {name: [judges.judge(one, place) for one in members] for name, members in opened.items()}
         return LabelPreservationResult(
             labels=labels,

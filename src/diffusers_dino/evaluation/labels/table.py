@@ -1,31 +1,18 @@
-"""The label-preservation report as a table: Markdown, LaTeX or CSV. Text alone, nothing is computed."""
+"""The label-preservation report as a table: Markdown, LaTeX or CSV. Results are shown, not computed."""
 
 from __future__ import annotations
 
-import csv
-import io
-from pathlib import Path
-
-from ...files import atomic_write
-from ..table_text import TABLE_FORMATS, escape_latex, latex_line, markdown_line, require_table_format
+from ..table_text import csv_text, escape_latex, latex_table, markdown_table, require_table_format
 from .result import Agreement, LabelPreservationResult, Part
 
-__all__ = ["format_preservation_table", "write_preservation_tables"]
+__all__ = ["format_preservation_table"]
 
-
-def write_preservation_tables(result: LabelPreservationResult, folder: str | Path) -> list[Path]:
-    """Write `result.json`, `table.md`, `table.tex` and `table.csv` into a folder, and return their paths."""
-    folder = Path(folder)
-    result.save(folder / "result.json")
-    paths = [folder / f"table.{suffix}" for suffix in TABLE_FORMATS.values()]
-    for path, style in zip(paths, TABLE_FORMATS, strict=True):
-        with atomic_write(path) as file:
-            file.write(format_preservation_table(result, style).encode())
-    return [folder / "result.json", *paths]
+_FIGURES = ["synthetic", "their sources", "difference", "shuffled labels"]
+_HEADER = ["set", "ratio", "|fraction - 0.5|", "images (patients)", *_FIGURES]
 
 
 def format_preservation_table(result: LabelPreservationResult, style: str = "markdown") -> str:
-    """Sets, ratios and bins of the fraction as rows: AUROC of the labels that were given, and what it is beside.
+    """Sets, ratios and bins of the fraction as rows: AUROC of the labels that were given, and what to compare it with.
 
     Args:
         result: The report.
@@ -36,61 +23,25 @@ def format_preservation_table(result: LabelPreservationResult, style: str = "mar
         ValueError: If the style is unknown.
     """
     require_table_format(style)
-    return {"markdown": _markdown, "latex": _latex, "csv": _csv}[style](result)
-
-
-_HEADER = [
-    "set",
-    "ratio",
-    "|fraction - 0.5|",
-    "images (patients)",
-    "synthetic",
-    "their sources",
-    "difference",
-    "shuffled labels",
-]
-
-
-def _markdown(result: LabelPreservationResult) -> str:
-    lines = [markdown_line(_HEADER), markdown_line(["---"] * len(_HEADER))]
-    lines += [markdown_line([*_names(part), *_figures(part.macro)]) for part in result.parts]
-    header = ["set", "label", "images with it", *_HEADER[4:]]
-    lines += ["", *_note(result), "", markdown_line(header), markdown_line(["---"] * len(header))]
-    for part in result.wholes:
-        lines += [markdown_line([part.name, x.label, x.num_positive, *_figures(x)]) for x in part.labels]
+    if style == "csv":
+        places = ["name", "strategy", "ratio", "near", "far", "num_images", "num_patients"]
+        names = list(Agreement.__dataclass_fields__)
+        rows = [(part, figures) for part in result.parts for figures in (part.macro, *part.labels)]
+        body = [[*(getattr(p, n) for n in places), *(getattr(f, n) for n in names)] for p, f in rows]
+        return csv_text([*places, *names], body)
+    body = [[*_names(part), *_figures(part.macro)] for part in result.parts]
+    if style == "latex":
+        begin = [r"\begin{table}", r"\centering", rf"\caption{{{escape_latex(' '.join(_note(result)))}}}"]
+        columns = f"lll{'c' * (len(_HEADER) - 3)}"
+        begin.append(r"\footnotesize\setlength{\tabcolsep}{2pt}")
+        return "\n".join([*begin, latex_table(_HEADER, body, columns), r"\end{table}", ""])
+    labels = [[part.name, x.label, x.num_positive, *_figures(x)] for part in result.wholes for x in part.labels]
     for real in result.real:
-        figures = [_bounded(real.auroc, real.low, real.high), "", "", ""]
         number = "" if real.label == "macro" else real.num_positive
-        lines.append(markdown_line(["held-out real images", real.label, number, *figures]))
-    return "\n".join([*lines, ""])
-
-
-def _latex(result: LabelPreservationResult) -> str:
-    lines = [
-        r"\begin{table}",
-        r"\centering",
-        rf"\caption{{{escape_latex(' '.join(_note(result)))}}}",
-        r"\footnotesize\setlength{\tabcolsep}{2pt}",
-        rf"\begin{{tabular}}{{lll{'c' * (len(_HEADER) - 3)}}}",
-        r"\toprule",
-        latex_line([escape_latex(name) for name in _HEADER]),
-        r"\midrule",
-    ]
-    for part in result.parts:
-        lines.append(latex_line([escape_latex(cell) for cell in (*_names(part), *_figures(part.macro))]))
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
-
-
-def _csv(result: LabelPreservationResult) -> str:
-    places = ["name", "strategy", "ratio", "near", "far", "num_images", "num_patients"]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*places, *Agreement.__dataclass_fields__])
-    for part in result.parts:
-        for figures in (part.macro, *part.labels):
-            values = [getattr(figures, name) for name in Agreement.__dataclass_fields__]
-            writer.writerow([*(getattr(part, name) for name in places), *values])
-    return text.getvalue()
+        figure = _bounded(real.auroc, real.low, real.high)
+        labels.append(["held-out real images", real.label, number, figure, "", "", ""])
+    below = markdown_table(["set", "label", "images with it", *_FIGURES], labels)
+    return "\n".join([markdown_table(_HEADER, body), "", *_note(result), "", below, ""])
 
 
 def _names(part: Part) -> list[str]:
