@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...extras import require
 from .codestreams import frame_header
 from .dicom_header import decimals, dicom_facts, integers, items, parse_dicom, text
 from .errors import MAX_PIXELS, UnreadableImageError, check_size
-from .grayscale import Grayscale, LookupTable, Window, brightness_table, stored_values
+from .grayscale import Grayscale, LookupTable, StoredBits, Window, brightness_table
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -59,10 +60,7 @@ class _Layout:
     samples: int
     planar: int
     photometric: str
-    allocated: int
-    stored: int
-    high_bit: int
-    signed: int
+    bits: StoredBits
 
 
 def read_dicom(
@@ -104,8 +102,8 @@ def read_dicom(
     if layout.photometric == "PALETTE COLOR":
         return _palette_color(dataset, layout, cells)
     if layout.samples == 3:
-        return (cells >> max(layout.stored - 8, 0)).astype(np.uint8)
-    counts = np.bincount(cells.ravel(), minlength=2**layout.allocated)
+        return (cells >> max(layout.bits.stored - 8, 0)).astype(np.uint8)
+    counts = np.bincount(cells.ravel(), minlength=2**layout.bits.allocated)
     gray = _grayscale(dataset, layout, view, inverted)
     image = brightness_table(gray, counts)[cells]
     if gray.inverted and inverted is None and _is_radiograph(dataset) and _surrounds_dark_with_white(image):
@@ -123,6 +121,8 @@ def _layout(dataset: Dataset, syntax: str) -> _Layout:
         raise UnreadableImageError(f"its photometric interpretation is none of {', '.join(_KINDS)}")
     allocated = _integer(dataset, _ALLOCATED, "bits allocated")
     stored = _integer(dataset, _STORED, "bits stored", allocated)
+    high_bit = _integer(dataset, _HIGH_BIT, "high bit", stored - 1)
+    signed = _integer(dataset, _SIGNED, "pixel representation", 0)
     layout = _Layout(
         syntax=syntax,
         rows=_integer(dataset, _ROWS, "rows"),
@@ -130,16 +130,11 @@ def _layout(dataset: Dataset, syntax: str) -> _Layout:
         samples=_integer(dataset, _SAMPLES, "samples per pixel", 1),
         planar=_integer(dataset, _PLANAR, "planar configuration", 0),
         photometric=photometric,
-        allocated=allocated,
-        stored=stored,
-        high_bit=_integer(dataset, _HIGH_BIT, "high bit", stored - 1),
-        signed=_integer(dataset, _SIGNED, "pixel representation", 0),
+        bits=StoredBits(allocated, stored, high_bit, signed == 1),
     )
-    if layout.allocated not in (8, 16) or not 1 <= layout.stored <= layout.high_bit + 1 <= layout.allocated:
-        raise UnreadableImageError(
-            f"it stores {layout.stored} bits up to bit {layout.high_bit} in {layout.allocated}; 8 and 16 are read"
-        )
-    if layout.samples != (3 if photometric in _COLORS else 1) or layout.signed not in (0, 1):
+    if allocated not in (8, 16) or not 1 <= stored <= high_bit + 1 <= allocated:
+        raise UnreadableImageError(f"it stores {stored} bits up to bit {high_bit} in {allocated}; 8 and 16 are read")
+    if layout.samples != (3 if photometric in _COLORS else 1) or signed not in (0, 1):
         raise UnreadableImageError(f"{layout.samples} samples a pixel do not make {photometric}")
     return layout
 
@@ -170,9 +165,8 @@ def _find_decoder(syntax: str) -> tuple[Decoder, str]:
         return decoder, ""
     plugin = _DECODERS.get(known, "pylibjpeg")
     if plugin not in decoder.available_plugins:
-        raise ImportError(
-            f"Decoding {known.name} needs pylibjpeg. Install it with `pip install diffusers-dino[dicom]`."
-        )
+        for module in ("pylibjpeg", "libjpeg", "openjpeg"):
+            require(module, "dicom", f"Decoding {known.name} needs {module}")
     return decoder, plugin
 
 
@@ -197,7 +191,7 @@ def _decode(dataset: Dataset, layout: _Layout) -> np.ndarray:
 
 
 def _options(layout: _Layout, vr: str | None) -> dict[str, Any]:
-    """What pydicom's decoders need to know: numbers and defined terms alone."""
+    """What pydicom's decoders need to know: only numbers and defined terms."""
     return {
         "rows": layout.rows,
         "columns": layout.columns,
@@ -205,12 +199,12 @@ def _options(layout: _Layout, vr: str | None) -> dict[str, Any]:
         "samples_per_pixel": layout.samples,
         "planar_configuration": layout.planar,
         "photometric_interpretation": layout.photometric,
-        "bits_allocated": layout.allocated,
-        "bits_stored": layout.stored,
-        "pixel_representation": layout.signed,
+        "bits_allocated": layout.bits.allocated,
+        "bits_stored": layout.bits.stored,
+        "pixel_representation": int(layout.bits.signed),
         "pixel_keyword": "PixelData",
         "pixel_vr": vr if vr in ("OB", "OW") else "OW",
-        "correct_unused_bits": False,  # `stored_values` does, knowing the high bit too
+        "correct_unused_bits": False,  # `StoredBits.values` does, knowing the high bit too
     }
 
 
@@ -219,21 +213,18 @@ def _frame_agrees(pixels: bytes, layout: _Layout) -> bool:
     from pydicom.encaps import get_frame
 
     if layout.syntax == _RLE:  # says no size, but never grows by more than a byte in 128
-        return len(pixels) <= 2 * layout.rows * layout.columns * layout.samples * layout.allocated // 8 + 2**16
+        return len(pixels) <= 2 * layout.rows * layout.columns * layout.samples * layout.bits.allocated // 8 + 2**16
     header = frame_header(get_frame(pixels, 0, number_of_frames=1))
     return header is not None and header[:3] == (layout.rows, layout.columns, layout.samples)
 
 
 def _grayscale(dataset: Dataset, layout: _Layout, view: bool, inverted: bool | None) -> Grayscale:
     slope, intercept = decimals(dataset, _SLOPE), decimals(dataset, _INTERCEPT)
-    modality = _lookup_table(items(dataset, _MODALITY_LUTS), bool(layout.signed))
-    padding = integers(dataset, _PADDING, bool(layout.signed))[:1]
-    limit = integers(dataset, _PADDING_LIMIT, bool(layout.signed))[:1]
+    signed = layout.bits.signed
+    modality = _lookup_table(items(dataset, _MODALITY_LUTS), signed)
+    padding, limit = (integers(dataset, tag, signed)[:1] for tag in (_PADDING, _PADDING_LIMIT))
     gray = Grayscale(
-        layout.allocated,
-        layout.stored,
-        layout.high_bit,
-        bool(layout.signed),
+        layout.bits,
         inverted=layout.photometric == "MONOCHROME1" if inverted is None else inverted,
         slope=slope[0] if slope and slope[0] else 1.0,
         intercept=intercept[0] if intercept else 0.0,
@@ -242,8 +233,8 @@ def _grayscale(dataset: Dataset, layout: _Layout, view: bool, inverted: bool | N
     )
     if not view:
         return gray
-    negative = not modality and (layout.signed or gray.intercept < 0)
-    return replace(gray, view=_lookup_table(items(dataset, _VOI_LUTS), bool(negative)) or _window(dataset))
+    negative = not modality and (signed or gray.intercept < 0)
+    return replace(gray, view=_lookup_table(items(dataset, _VOI_LUTS), negative) or _window(dataset))
 
 
 def _lookup_table(sequence: list[Dataset], signed: bool) -> LookupTable | None:
@@ -288,7 +279,7 @@ def _palette_color(dataset: Dataset, layout: _Layout, cells: np.ndarray) -> np.n
         if entries is None:
             raise UnreadableImageError("its palette is missing, cut short or segmented")
         table = LookupTable(descriptor[1], descriptor[2], entries)
-        channels.append(table(stored_values(layout.allocated, layout.stored, layout.high_bit, False))[cells])
+        channels.append(table(layout.bits._replace(signed=False).values())[cells])
     deep = max(channel.max() for channel in channels) > 255
     return (np.stack(channels, axis=2) / (257 if deep else 1)).round().astype(np.uint8)
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...extras import require
 from .errors import UnreadableImageError
 
 if TYPE_CHECKING:
@@ -128,12 +129,7 @@ def parse_dicom(data: bytes, tags: list[int], most_bytes: int = 2**30) -> tuple[
         UnreadableImageError: If the file is damaged or no DICOM. Nothing in it is from the header.
         ImportError: If pydicom is not installed.
     """
-    try:
-        import pydicom  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "Reading DICOM needs pydicom. Install it with `pip install diffusers-dino[dicom]`."
-        ) from error
+    require("pydicom", "dicom", "Reading DICOM needs pydicom")
     if not is_dicom(data):
         raise UnreadableImageError("it is no DICOM file: DICM is missing at byte 128")
     facts = [_MODALITY, _VIEW, _IMAGE_LATERALITY, _LATERALITY, _PATIENT, _STUDY, *_SPACINGS]

@@ -7,10 +7,33 @@ C.7.5.1.1.2 (padding). A radiograph stores at most 2^16 values, so the whole cha
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Grayscale", "LookupTable", "Window", "brightness_table", "stored_values"]
+__all__ = ["Grayscale", "LookupTable", "StoredBits", "Window", "brightness_table"]
+
+
+class StoredBits(NamedTuple):
+    """Where in a stored cell the value lies.
+
+    Args:
+        allocated: 8 or 16, the size of a cell.
+        stored: How many of its bits hold the value.
+        high_bit: The highest of them.
+        signed: Whether values are in two's complement.
+    """
+
+    allocated: int
+    stored: int
+    high_bit: int
+    signed: bool
+
+    def values(self) -> np.ndarray:
+        """The value `(2^allocated,)` that each content of a cell stands for; bits beside the value are ignored."""
+        cells = np.arange(2**self.allocated)
+        values = (cells >> (self.high_bit + 1 - self.stored)) & (2**self.stored - 1)
+        return np.where(values >= 2 ** (self.stored - 1), values - 2**self.stored, values) if self.signed else values
 
 
 @dataclass(frozen=True)
@@ -75,10 +98,7 @@ class Grayscale:
     """How the stored values of an image become brightness.
 
     Args:
-        bits_allocated: 8 or 16, the size of a stored cell.
-        bits_stored: How many of its bits hold the value.
-        high_bit: The highest of them.
-        signed: Whether values are in two's complement.
+        bits: Where the values lie.
         inverted: Whether large values are dark (MONOCHROME1).
         slope: Rescale slope.
         intercept: Rescale intercept.
@@ -87,23 +107,13 @@ class Grayscale:
         padding: First and last stored value that stand for "no image here", if any.
     """
 
-    bits_allocated: int
-    bits_stored: int
-    high_bit: int
-    signed: bool = False
+    bits: StoredBits
     inverted: bool = False
     slope: float = 1.0
     intercept: float = 0.0
     modality: LookupTable | None = None
     view: Window | LookupTable | None = None
     padding: tuple[int, int] | None = None
-
-
-def stored_values(bits_allocated: int, bits_stored: int, high_bit: int, signed: bool) -> np.ndarray:
-    """The value `(2^bits_allocated,)` that each content of a cell stands for; bits beside the value are ignored."""
-    cells = np.arange(2**bits_allocated)
-    values = (cells >> (high_bit + 1 - bits_stored)) & (2**bits_stored - 1)
-    return np.where(values >= 2 ** (bits_stored - 1), values - 2**bits_stored, values) if signed else values
 
 
 def brightness_table(gray: Grayscale, counts: np.ndarray) -> np.ndarray:
@@ -115,19 +125,19 @@ def brightness_table(gray: Grayscale, counts: np.ndarray) -> np.ndarray:
 
     Args:
         gray: How values are stored and shown.
-        counts: `(2^bits_allocated,)`, how many pixels have each content.
+        counts: `(2^allocated,)`, how many pixels have each content.
 
     Returns:
-        `(2^bits_allocated,)` uint8 or, above 8 bits, uint16.
+        `(2^allocated,)` uint8 or, above 8 bits, uint16.
     """
-    stored = stored_values(gray.bits_allocated, gray.bits_stored, gray.high_bit, gray.signed)
+    stored = gray.bits.values()
     padding = _padding(gray.padding, stored, counts)
     used = (counts > 0) & ~padding
     if gray.modality:
         values, bits = gray.modality(stored), gray.modality.bits
         unit = values / (2**bits - 1)
     else:
-        values, bits = gray.slope * stored + gray.intercept, gray.bits_stored
+        values, bits = gray.slope * stored + gray.intercept, gray.bits.stored
         unit = (stored - stored.min()) / (2**bits - 1)
         unit = 1 - unit if gray.slope < 0 else unit
     top = 255 if bits <= 8 else 2**bits - 1

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, overload
+from typing import BinaryIO
 
 import numpy as np
 
@@ -24,7 +24,6 @@ from ...files import atomic_write
 
 __all__ = [
     "INDEX_SUFFIX",
-    "Member",
     "PackedKeys",
     "TarIndex",
     "index_tar",
@@ -59,16 +58,8 @@ def split_name(name: str) -> tuple[str, str]:
     return key, extension.lower()
 
 
-class Member(NamedTuple):
-    """Where the bytes of one file are inside a tar: `size` of them from `offset` on."""
-
-    name: str
-    offset: int
-    size: int
-
-
 class PackedKeys(Sequence[str]):
-    """Strings in two arrays: no object of its own for each, hence nothing that reading one would copy in a worker.
+    """A list of strings in two arrays, without slices. Reading one in a forked worker copies no page of memory.
 
     Args:
         keys: Strings without line breaks.
@@ -95,15 +86,7 @@ class PackedKeys(Sequence[str]):
     def __len__(self) -> int:
         return len(self._ends)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def __getitem__(self, index: int) -> str:
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} keys")
         index %= len(self)
@@ -140,11 +123,10 @@ class TarIndex:
     sizes: np.ndarray
     damage: str = ""
 
-    def files(self, sample: int) -> dict[str, Member]:
-        """The files of a sample by extension."""
+    def files(self, sample: int) -> dict[str, tuple[int, int]]:
+        """The files of a sample: by extension, at which byte of the tar each starts, and how many bytes it has."""
         members = range(self.first_member[sample], self.first_member[sample + 1])
-        found = {self.extensions[self.kinds[m]]: (int(self.offsets[m]), int(self.sizes[m])) for m in members}
-        return {extension: Member(f"{self.keys[sample]}.{extension}", *place) for extension, place in found.items()}
+        return {self.extensions[self.kinds[m]]: (int(self.offsets[m]), int(self.sizes[m])) for m in members}
 
     def to_bytes(self) -> bytes:
         """The content of an index file, the same for the same tar."""
@@ -174,7 +156,7 @@ def write_index(tar: str | Path) -> Path:
         The path of the index.
 
     Raises:
-        ValueError: If the file is no tar, or is damaged: its index would hide that from those who read it.
+        ValueError: If the file is not a tar, or is damaged: its index would hide that from readers.
     """
     tar = Path(tar)
     with open(tar, "rb") as file:
@@ -238,7 +220,7 @@ def index_tar(file: BinaryIO, name: str, size: int) -> TarIndex:
         size: Its size in bytes.
 
     Raises:
-        ValueError: If it holds no file: it is no tar, or compressed.
+        ValueError: If it holds no file: it is not a tar, or is compressed.
     """
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     refused: list[str] = []

@@ -19,13 +19,15 @@ from urllib.parse import urlsplit, urlunsplit
 import fsspec
 from fsspec.asyn import AsyncFileSystem, reset_lock
 
+from ...extras import require
 from .filesystem import ByteRange, FileSystem
 
-__all__ = ["SCHEMES", "RemoteFileSystem", "add_suffix", "is_remote", "redact", "url_path"]
+__all__ = ["RemoteFileSystem", "add_suffix", "is_remote", "redact", "url_path"]
 
 logger = logging.getLogger(__name__)
 
-SCHEMES = ("http", "https", "s3", "gs", "hf")
+# What can be read, and the package by which fsspec reads it.
+_PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}
 # Seconds before each new attempt: a service that is gone for longer than this ends the run, which can be resumed.
 RETRY_DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0)
 _PERMANENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError, TypeError, NotImplementedError)
@@ -37,7 +39,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def is_remote(path: str) -> bool:
-    """Whether this is a URL and no path of this machine."""
+    """Whether this is a URL, not a path of this machine."""
     return "://" in path
 
 
@@ -72,23 +74,18 @@ class RemoteFileSystem(FileSystem):
         url: One URL of the service.
 
     Raises:
-        ValueError: If its scheme is none of `SCHEMES`.
+        ValueError: If its scheme is not among those above.
         ImportError: If the package for it is missing.
     """
 
     def __init__(self, url: str) -> None:
         self.scheme = url.partition("://")[0].lower()
-        if self.scheme not in SCHEMES or "::" in url:
-            known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
+        if self.scheme not in _PACKAGES or "::" in url:
+            known = ", ".join(f"{scheme}://" for scheme in _PACKAGES)
             raise ValueError(f"{redact(url)!r} cannot be read. Give a path of this machine, or a URL with {known}.")
+        package = _PACKAGES[self.scheme]
+        require(package, "remote", f"Reading {redact(url)!r} needs {package}")
         self._sizes: dict[str, int] = {}
-        try:
-            self._filesystem()
-        except ImportError as error:
-            raise ImportError(
-                f"Reading {redact(url)!r} needs another package. Install it with `pip install diffusers-dino[remote]` "
-                f"({error})."
-            ) from error
 
     def glob(self, pattern: str) -> list[str]:
         found = self._try(pattern, lambda: self._filesystem().glob(pattern, detail=True))

@@ -106,8 +106,7 @@ class ShardStore(ImageStore):
         files = self._index.files(index)
         if extension not in files:
             raise KeyError(f"{self.describe(index)} has no companion {extension!r}, but {', '.join(files)}")
-        member = files[extension]
-        (content,) = self._files.read_ranges([ByteRange(self.shards[self._shard(index)], member.offset, member.size)])
+        (content,) = self._files.read_ranges([ByteRange(self.shards[self._shard(index)], *files[extension])])
         return content
 
     def _fetch(self, indices: Sequence[int]) -> Iterator[tuple[ByteRange, bytes]]:
