@@ -4,30 +4,21 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
-from ..data import ImageDataset, Preprocessing, open_images
-from ..data.labels import LabelTable, read_label_table, stored_labels
+from ..data import ImageDataset
+from ..data.labels import LabelTable
 from ..evaluation.classifier import ClassifierSettings
 from .arguments import flag
+from .image_flags import STORED, RealImageArguments, open_real_images
 
 __all__ = ["ClassifierArguments", "LabelledImageArguments", "classifier_settings", "open_labelled_images"]
 
-STORED = "stored"
-
 
 @dataclass
-class LabelledImageArguments:
-    data_dir: str = flag("examples/data/phantom-cxr", "Real images: a folder, or webdataset tars.", group="Data")
-    data_split: str = flag("train", "Split of a folder of shards with a manifest.")
-    keys_file: str | None = flag(None, "Text file of the keys of the images to use, one a line; by default all.")
+class LabelledImageArguments(RealImageArguments):
     labels: str = flag(STORED, f"CSV of labels and patients, or {STORED!r} for those beside images in shards.")
-    key_column: str = flag("file", "Column of the CSV: keys or file names.")
-    label_column: str = flag("findings", "Column of the CSV: labels, joined by |.")
-    patient_column: str = flag("patient", "Column of the CSV: patients, who are in one fold alone.")
     label_names: list[str] | None = flag(None, "Labels to classify; by default the most frequent ones.")  # noqa: RUF009
     num_labels: int = flag(4, "How many of the most frequent findings, besides 'No Finding'.")
-    remove_borders: bool = flag(True, "Cut uniform borders off the images, as in training the generator.")
 
 
 @dataclass
@@ -78,17 +69,7 @@ def open_labelled_images(args: LabelledImageArguments, size: int) -> tuple[Image
     Raises:
         ValueError: If an image has no row of labels, or a label or column is missing.
     """
-    preprocessing = Preprocessing(size, args.remove_borders)
-    images = open_images(args.data_dir, preprocessing, split=args.data_split, local_files_only=True)
-    try:
-        if args.keys_file:
-            images = images.select([key for key in Path(args.keys_file).read_text().splitlines() if key])
-        if args.labels == STORED:
-            table = stored_labels(images)
-        else:
-            table = read_label_table(args.labels, args.key_column, args.label_column, args.patient_column)
-            table = table.select(images.keys)
-    except KeyError as error:
-        raise ValueError(f"{error.args[0]}. Name files in --labels as in --data_dir, or use --keys_file.") from error
+    images, table = open_real_images(args, size)
+    assert table is not None  # labels are not optional here
     names = tuple(args.label_names or table.most_frequent(args.num_labels))
     return images, table.restrict(names), names

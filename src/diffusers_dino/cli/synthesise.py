@@ -18,8 +18,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
-from ..data import ImageDataset, Preprocessing, open_images
-from ..data.labels import LabelTable, read_label_table, stored_labels
+from ..data import ImageDataset
 from ..data.sharding import recorded_sources
 from ..files import atomic_write
 from ..hub.cards import write_dataset_card
@@ -40,43 +39,35 @@ from ..synthesis import (
     synthesise_with_ray,
 )
 from .arguments import flag
+from .image_flags import RealImageArguments, open_real_images
 from .sampling_flags import SamplingArguments
 
-STORED = "stored"
 PLANNERS = {"reconstruction": plan_reconstruction, "interpolation": plan_interpolation}
 
 
 @dataclass
-class Arguments(SamplingArguments):
+class Arguments(SamplingArguments, RealImageArguments):
     model: str = flag(
-        "outputs/quickstart/model", "DinoDiffusionPipeline: a folder or a repository of the Hub.", group="What from"
+        "outputs/quickstart/model", "DinoDiffusionPipeline: a folder or a repository of the Hub.", group="Synthesis"
     )
-    data_dir: str = flag("examples/data/phantom-cxr", "Source images: a folder, or webdataset tars.")
-    data_split: str = flag("train", "Split of a folder of shards with a manifest.")
-    keys_file: str | None = flag(None, "Text file of the keys of the images to use, one a line; by default all.")
-    labels: str | None = flag(None, f"CSV of labels, or {STORED!r} for those in shards. Reconstruction needs none.")
-    key_column: str = flag("file", "Column of the CSV: keys or file names.")
-    label_column: str = flag("findings", "Column of the CSV: labels, joined by |.")
-    remove_borders: bool = flag(True, "Cut uniform borders off the sources, as in training.")
     strategy: Literal["reconstruction", "interpolation"] = flag(
-        "reconstruction", "Variations of images, or images between two that share a label.", group="What"
+        "reconstruction", "Variations of images, or images between two that share a label, which needs labels."
     )
     ratio: float | None = flag(None, "Synthetic images for each source.")
     num_images: int | None = flag(None, "Number of synthetic images, in place of --ratio.")
     seed: int = flag(0, "Seed of the plan and of the noise.")
     batch_size: int = flag(16, "Images sampled together by a process.")
-    threads: int | None = flag(None, "Threads of a process on the CPU; by default what PyTorch chooses at first.")
+    threads: int | None = flag(None, "CPU threads of a process; by default what PyTorch chooses at the first run.")
     gate: str | None = flag(
         None,
-        "File of a CopyGate: near-copies are drawn again. Calibrated on the sources if there is no such file.",
+        "File of a CopyGate: near-copies are drawn again. Calibrated on the real images if there is no such file.",
         group="Gate",
     )
-    gate_false_alarms: float = flag(0.01, "Share of unseen real images that a gate to be calibrated may refuse.")
-    patient_column: str = flag("patient", "Column of the CSV: images of one patient are no copies of each other.")
+    gate_false_alarms: float = flag(0.01, "Share of unseen real images that a newly calibrated gate may refuse.")
     max_attempts: int = flag(5, "How often an image is drawn before the gate's refusal is final.")
     max_left_out: float = flag(0.05, "Largest tolerated fraction of images that are refused in all attempts.")
-    output_dir: str = flag("synthetic", "Folder of the shards; all processes must see it.", group="Output")
-    shard_size: int = flag(1000, "Images in a shard: what a kill loses, for each process.")
+    output_dir: str = flag("synthetic", "Folder of the shards; all processes must share it.", group="Output")
+    shard_size: int = flag(1000, "Images in a shard. A process that is killed loses one shard.")
     format: Literal["png", "jpg"] = flag("png", "How images are stored.")
     quality: int = flag(95, "Quality of JPEG.")
     grayscale: bool = flag(False, "Store the mean of three channels.")
@@ -89,12 +80,12 @@ class Arguments(SamplingArguments):
         None, "GPUs of each worker; may be a fraction. By default one if this machine has one."
     )
     plan_only: bool = flag(False, "Freeze the plan and stop.")
-    num_drawn: int = flag(8, "Examples beside their sources in examples.png, which then shows real images; 0: none.")
+    num_drawn: int = flag(8, "Examples beside their sources in examples.png, which shows real images; 0: none.")
     title: str = flag("Synthetic images", "Of the card, README.md.")
     license: str | None = flag(None, "Of the set, as the Hub spells it, for the card.")
     privacy_report: str | None = flag(
         None,
-        "memorization.json of eval_memorization.py on this set, for the card: run the same command again with it.",
+        "memorization.json of `evaluate memorization` on this set, for the card: run the same command again with it.",
     )
 
 
@@ -107,18 +98,19 @@ def main(args: Arguments) -> None:
         raise ValueError("Ray distributes the work by itself: start the command as one process, without a launcher.")
     with accelerator.main_process_first():  # one process downloads
         pipe = load_generator(args.model, args.dtype, args.scheduler)
-    images, table = open_sources(args, pipe.unet.config["sample_size"] * pipe.vae_scale_factor)
+    size = pipe.unet.config["sample_size"] * pipe.vae_scale_factor
+    must_calibrate = args.gate is not None and not Path(args.gate).exists()  # only that needs patients
+    images, table = open_real_images(args, size, need_patients=must_calibrate)
     gate = None
     if args.gate is not None:
         with accelerator.main_process_first():  # one process calibrates
-            patients = None if table is None else table.patients
-            gate = open_gate(args.gate, images, patients, args.gate_false_alarms)
+            gate = open_gate(args.gate, images, table and table.patients, args.gate_false_alarms)
     options = {entry.name: getattr(args, entry.name) for entry in fields(SynthesisSettings)}
     if args.threads is None:
         options["threads"] = begun_threads(args.output_dir)
     plan = PLANNERS[args.strategy](
         images.keys,
-        None if table is None else table.labels,
+        table and table.labels,
         ratio=args.ratio,
         num_images=args.num_images,
         seed=args.seed,
@@ -140,27 +132,6 @@ def main(args: Arguments) -> None:
     if accelerator.is_main_process:
         describe(made, images, args)
     accelerator.end_training()
-
-
-def open_sources(args: Arguments, size: int) -> tuple[ImageDataset, LabelTable | None]:
-    """The images, and what is known of them in the same order."""
-    preprocessing = Preprocessing(size, args.remove_borders)
-    images = open_images(args.data_dir, preprocessing, split=args.data_split, local_files_only=True)
-    try:
-        if args.keys_file:
-            images = images.select(Path(args.keys_file).read_text().splitlines())
-        if args.labels is None:
-            return images, None
-        if args.labels == STORED:
-            return images, stored_labels(images)
-        to_calibrate = args.gate is not None and not Path(args.gate).exists()  # only that needs patients
-        patient_column = args.patient_column if to_calibrate else None
-        table = read_label_table(args.labels, args.key_column, args.label_column, patient_column)
-        return images, table.select(images.keys)
-    except KeyError as error:
-        raise ValueError(
-            f"{error.args[0]}. Check --keys_file, and name files in --labels as in --data_dir."
-        ) from error
 
 
 def describe(made: SyntheticSet, images: ImageDataset, args: Arguments) -> None:

@@ -1,0 +1,52 @@
+"""Which real images a command uses, and what is known of them: the flags that several commands share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..data import ImageDataset, Preprocessing, open_images
+from ..data.labels import LabelTable, read_label_table, stored_labels
+from .arguments import flag
+
+__all__ = ["STORED", "RealImageArguments", "open_real_images"]
+
+STORED = "stored"
+
+
+@dataclass
+class RealImageArguments:
+    data_dir: str = flag("examples/data/phantom-cxr", "Real images: a folder, or webdataset tars.", group="Data")
+    data_split: str = flag("train", "Split of a folder of shards with a manifest.")
+    keys_file: str | None = flag(None, "Text file of the keys of the images to use, one a line; by default all.")
+    labels: str | None = flag(None, f"CSV of labels and patients, or {STORED!r} for those beside images in shards.")
+    key_column: str = flag("file", "Column of the CSV: keys or file names.")
+    label_column: str = flag("findings", "Column of the CSV: labels, joined by |.")
+    patient_column: str = flag("patient", "Column of the CSV: patients.")
+    remove_borders: bool = flag(True, "Cut uniform borders off the images, as in training the generator.")
+
+
+def open_real_images(
+    args: RealImageArguments, size: int, need_patients: bool = True
+) -> tuple[ImageDataset, LabelTable | None]:
+    """The images at this size in pixels, and what is known of each in the same order; None without labels.
+
+    Raises:
+        ValueError: If an image has no row of labels, or a key or column is missing.
+    """
+    preprocessing = Preprocessing(size, args.remove_borders)
+    images = open_images(args.data_dir, preprocessing, split=args.data_split, local_files_only=True)
+    try:
+        if args.keys_file:
+            images = images.select([key for key in Path(args.keys_file).read_text().splitlines() if key])
+        if args.labels is None:
+            return images, None
+        if args.labels == STORED:
+            return images, stored_labels(images)
+        patient_column = args.patient_column if need_patients else None
+        table = read_label_table(args.labels, args.key_column, args.label_column, patient_column)
+        return images, table.select(images.keys)
+    except KeyError as error:
+        raise ValueError(
+            f"{error.args[0]}. Check --keys_file, and name files in --labels as in --data_dir."
+        ) from error
