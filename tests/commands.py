@@ -160,7 +160,8 @@ def parse_as_command(name: str, arguments: list[str]) -> str | None:
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(errors):
         try:
-            parse_arguments(COMMANDS[name].load().Arguments, arguments)
+            command = COMMANDS[name]
+            parse_arguments(command.load().Arguments, arguments, skip_foreign_keys=command.shares_config)
         except (SystemExit, TypeError) as end:
             return errors.getvalue().strip() or str(end)
     return None

@@ -255,7 +255,7 @@ class TestCommandLine:
 
     def test_a_file_in_the_way_is_an_error(self, tmp_path):
         (tmp_path / "file").write_text("")
-        with pytest.raises(FileExistsError):
+        with pytest.raises(NotADirectoryError, match="there is a file of that name"):
             make_phantoms.main(["--output_dir", str(tmp_path / "file")])
 
     @pytest.mark.parametrize(
@@ -447,7 +447,7 @@ class TestRendering:
         tars = ["phantom-cxr-test-000000.tar", "phantom-cxr-train-000000.tar", "phantom-cxr-train-000001.tar"]
         assert names == [*tars, "phantom-cxr.json"]
         assert [key for key, *_ in read_shard(out / tars[1])] == ["train-00000", "train-00001"]
-        assert Image.open(preview).size == (8 * 48, 2 * 48)
+        assert Image.open(preview).size == (8 * 48, 48)
         with pytest.raises(FileExistsError, match="--overwrite"):
             make_phantoms.main(command)
         make_phantoms.main([*command[:2], "--num_train", "1", "--num_test", "0", "--size", "48", "--overwrite"])

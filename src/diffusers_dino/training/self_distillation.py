@@ -16,7 +16,7 @@ __all__ = ["Crops", "DistillationNetwork", "cross_view_loss", "effective_rank", 
 
 @dataclass(frozen=True)
 class Crops:
-    """Random crops of a batch with random exposure: a function of the batch and the generator alone.
+    """Random crops of a batch with random exposure, which depend only on the batch and the generator.
 
     No flip: it would exchange the patient's sides. Made for a whole batch at once, on the device it is on.
 
@@ -53,7 +53,7 @@ class Crops:
         theta[:, 0, 2] = (2 * draws[2] - 1) * (1 - width)
         theta[:, 1, 2] = (2 * draws[3] - 1) * (1 - height)
         shrink = int(images.shape[-1] * math.sqrt(self.scale[1]) / self.size)
-        if shrink > 1:  # bilinear sampling alone would alias
+        if shrink > 1:  # bilinear sampling by itself would alias
             images = F.avg_pool2d(images, shrink)
         grid = F.affine_grid(theta, [*images.shape[:2], self.size, self.size], align_corners=False)
         crops = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
@@ -116,7 +116,7 @@ def cross_view_loss(student_logits: Tensor, targets: Tensor, num_images: int, te
         temperature: Of the student's softmax.
 
     Returns:
-        A scalar: the mean over images and pairs of views. ln K is what a student reaches that knows nothing.
+        A scalar: the mean over images and pairs of views. An untrained student has about ln K.
     """
     log_student = F.log_softmax(student_logits.float() / temperature, dim=-1).unflatten(0, (-1, num_images))
     targets = targets.unflatten(0, (-1, num_images))
