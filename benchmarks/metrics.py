@@ -4,7 +4,7 @@ r"""Memory of streamed statistics, and the agreement of distances with independe
 
 1. Statistics of `--num_images` features pass through a process of their own, a batch at a time. Reported: growth of
    its resident memory, at most, over what it had before, for a tenth of the features and for all of them, which must
-   not differ. Linux alone.
+   not differ. Linux only.
 2. Fréchet and kernel distance, precision, recall, density and coverage of random features, beside torch-fidelity,
    torchmetrics and prdc; and the Fréchet distance of shifted Gaussians beside its closed form.
 """

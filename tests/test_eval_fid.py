@@ -1,4 +1,4 @@
-"""`examples/eval_fid.py` as a user runs it: all checkpoints of a run, started again, on bad folders."""
+"""`diffusers-dino evaluate fidelity` as a user runs it: all checkpoints of a run, started again, on bad folders."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`examples/eval_interpolation.py` as a user runs it."""
+"""`diffusers-dino evaluate interpolation` as a user runs it."""
 
 import pytest
 from PIL import Image

@@ -1,4 +1,4 @@
-"""`examples/eval_memorization.py` as a user runs it, on phantoms."""
+"""`diffusers-dino evaluate memorization` as a user runs it, on phantoms."""
 
 import json
 import re

@@ -1,13 +1,10 @@
-"""`examples/eval_segmentation.py` as a user runs it, on phantoms and at tiny size; killed and started again."""
+"""`diffusers-dino evaluate segmentation` as a user runs it, on phantoms and at tiny size; killed and started again."""
 
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-import torch
 
 import scripts
 import tiny
@@ -39,10 +36,6 @@ def flags(pipeline, tmp_path) -> dict:
     }
 
 
-def script_command(flags: dict) -> list[str]:
-    return [sys.executable, str(scripts.EXAMPLES / "evaluate segmentation"), *scripts.command_line(None, flags)]
-
-
 @pytest.mark.slow
 def test_a_killed_evaluation_continues_and_ends_as_one_that_was_not(flags, tmp_path):
     scripts.call_script("evaluate segmentation", **flags)
@@ -55,8 +48,7 @@ def test_a_killed_evaluation_continues_and_ends_as_one_that_was_not(flags, tmp_p
     assert {row.method for row in whole.methods} >= {"ours", "ours, untrained", "Otsu", "mean mask of other patients"}
 
     flags["output_dir"] = tmp_path / "killed"
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(script_command(flags), env=environment, stdout=subprocess.DEVNULL)
+    process = scripts.start_script("evaluate segmentation", **flags)
     folder = flags["output_dir"] / "phantoms/segments/ours/model"
     deadline = time.monotonic() + 300
     while len(list(folder.glob("*.npz"))) < 2:
@@ -64,7 +56,7 @@ def test_a_killed_evaluation_continues_and_ends_as_one_that_was_not(flags, tmp_p
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.kill()
-    process.wait()
+    process.communicate()
     done = {path: os.stat(path).st_mtime_ns for path in folder.glob("*.npz")}
     scripts.call_script("evaluate segmentation", **flags)
     assert all(os.stat(path).st_mtime_ns == time for path, time in done.items())

@@ -151,16 +151,11 @@ def stratified_auroc(
     its number of pairs, and one with a single class not at all.
 
     Args:
-        scores: `(N, L)`.
-        targets: `(N, L)` bool.
+        scores, targets, weights: As in `auroc_draws`, as are errors.
         strata: `(N,)`, any integers.
-        weights: `(R, N)` as in `auroc_draws`.
 
     Returns:
         `(R, L)` float64; NaN where no stratum has a pair.
-
-    Raises:
-        ValueError: As for `auroc_draws`.
     """
     weights = np.ones((1, len(scores))) if weights is None else weights
     wins, total = np.zeros((2, len(weights), scores.shape[1]))

@@ -82,17 +82,9 @@ def bootstrap_samples(
     repeats: int = 1000,
     seed: int = 0,
 ) -> np.ndarray:
-    """The figure on each draw, for intervals of differences or of several figures at once.
+    """The figure on each draw, `(repeats, ...)` float64: for intervals of differences or of several figures at once.
 
-    Args:
-        statistic: As in `bootstrap_interval`, but it may return an array of figures.
-        n: Items, of which each draw has as many groups as there are.
-        groups: Group of each item, such as its patient, drawn whole; by default each is its own.
-        repeats: Draws.
-        seed: Of the draws.
-
-    Returns:
-        `(repeats, ...)` float64.
+    Arguments are those of `bootstrap_interval`, but the statistic may return an array of figures.
     """
     return np.stack([np.asarray(statistic(rows), float) for rows in resamples(n, groups, repeats, seed)])
 
@@ -116,13 +108,7 @@ def percentile_interval(samples: np.ndarray, level: float = 0.95) -> Interval:
 
 
 def resamples(n: int, groups: Sequence[Any] | None = None, repeats: int = 1000, seed: int = 0) -> Iterator[np.ndarray]:
-    """Row numbers of each draw.
-
-    Args:
-        n: Items, of which each draw has as many groups as there are.
-        groups: Group of each item, such as its patient, drawn whole; by default each is its own.
-        repeats: Draws.
-        seed: Of the draws.
+    """Row numbers of each draw; arguments are those of `bootstrap_interval`.
 
     Yields:
         `(m,)` int64 in [0, n): as many groups as there are, drawn with replacement, each with all of its rows.

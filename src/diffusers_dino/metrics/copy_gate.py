@@ -127,11 +127,7 @@ class CopyGate:
         return hash_of(json.dumps(self._description(), sort_keys=True), self._training)[:16]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one `.safetensors` file, whole or not at all.
-
-        Raises:
-            OSError: If the disk is full, or the folder is not writable.
-        """
+        """Write one `.safetensors` file, whole or not at all."""
         description = {**self._description(), "fingerprint": self.fingerprint()}
         with atomic_write(path) as file:
             file.write(save({"training": self._training}, metadata={"gate": json.dumps(description)}))
@@ -213,12 +209,7 @@ def search_copies(
 
 
 def search_training(training: ImageViews, groups: Groups | None = None) -> Distances:
-    """How near each training image is to the others, those of its own group left out.
-
-    Args:
-        training: M images.
-        groups: Group of each, such as its patient; by default each image is its own.
-    """
+    """How near each training image is to the others, those of its own group left out; by default it is its own."""
     own: Groups = range(len(training.upright)) if groups is None else groups
     return search_copies(training, training, own, own)
 

@@ -38,11 +38,7 @@ def dice(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def iou(prediction: Tensor, target: Tensor) -> Tensor:
-    """Intersection over union `|A and B| / |A or B|` of masks `(..., H, W)` bool: `(...)` float64 in [0, 1].
-
-    Raises:
-        ValueError: If the shapes differ or the masks are not boolean.
-    """
+    """Intersection over union `|A and B| / |A or B|`; shapes and errors are those of `dice`."""
     both, either, _ = _counts(prediction, target)
     return torch.where(either > 0, both / either.clamp(min=1), 1.0)
 

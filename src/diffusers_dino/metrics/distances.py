@@ -46,7 +46,7 @@ class GaussianStatistics:
 
     def __init__(self, dim: int, spec: FeatureSpec | None = None) -> None:
         if spec is not None and spec.dim != dim:
-            raise ValueError(f"The description says {spec.dim} dimensions, the statistics shall have {dim}.")
+            raise ValueError(f"The description says {spec.dim} dimensions, the statistics have {dim}.")
         self.spec = spec
         self.count = 0
         self.mean = torch.zeros(dim, dtype=torch.float64)
@@ -108,11 +108,7 @@ class GaussianStatistics:
             raise ValueError(f"Features of {dim} and of {self.dim} dimensions do not compare.")
 
     def save(self, path: str | Path) -> None:
-        """Write one `.safetensors` file, whole or not at all.
-
-        Raises:
-            OSError: If the disk is full, or the folder is not writable.
-        """
+        """Write one `.safetensors` file, whole or not at all."""
         tensors = {"count": torch.tensor(self.count), "mean": self.mean, "scatter": self.scatter}
         metadata = None if self.spec is None else {"spec": self.spec.to_json()}
         with atomic_write(path) as file:
@@ -224,16 +220,7 @@ def kernel_distance_of_subsets(
     """KID as published figures have it: mean and standard deviation over random subsets of both sets.
 
     `kernel_distance` has the same expectation and less noise. The deviation is that of one subset, not of the mean.
-
-    Args:
-        features: `(N, D)`, N >= `subset_size`.
-        reference: `(M, D)`, M >= `subset_size`.
-        num_subsets: Number of pairs of subsets.
-        subset_size: Features in each.
-        seed: Of the subsets.
-
-    Raises:
-        ValueError: As `kernel_distance`, or if a set is smaller than the subsets.
+    Errors are those of `kernel_distance`; sets must not be smaller than the subsets.
     """
     pair = comparable(features, reference)
     smallest = min(map(len, pair))

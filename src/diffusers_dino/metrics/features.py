@@ -72,11 +72,7 @@ class FeatureSet:
         return FeatureSet(self.features[[rows[key] for key in keys]], tuple(keys), self.spec)
 
     def save(self, path: str | Path) -> None:
-        """Write one `.safetensors` file, whole or not at all; the same set gives the same bytes.
-
-        Raises:
-            OSError: If the disk is full, or the folder is not writable.
-        """
+        """Write one `.safetensors` file, whole or not at all; the same set gives the same bytes."""
         keys = torch.frombuffer(bytearray(json.dumps(self.keys).encode()), dtype=torch.uint8)
         tensors = {"features": self.features.float().contiguous(), "keys": keys}
         with atomic_write(path) as file:

@@ -106,17 +106,8 @@ def typical_distances(
     """How far the nearest tenth of the training images is from each image: `(N,)` float64.
 
     This is a measure of density that a few copies of an image within the training set do not change. It is taken on
-    up to 512 training images, spread evenly over their order.
-
-    Args:
-        features: As in `nearest_training`.
-        training: As in `nearest_training`.
-        chunk: Features compared at once.
-        groups: As in `nearest_training`.
-        training_groups: As in `nearest_training`.
-
-    Raises:
-        ValueError: As in `nearest_training`, or if there are fewer than 11 training images (of other groups).
+    up to 512 training images, spread evenly over their order. Arguments and errors are those of `nearest_training`;
+    it also takes 11 training images (of other groups).
     """
     views = _views_of(features, training)
     codes, training_codes = _encode_groups(groups, training_groups, views.shape[1], len(training))
@@ -148,7 +139,7 @@ def relative_distances(neighbors: Neighbors, typical: Tensor) -> Tensor:
 
 
 def calibrate_threshold(real: Tensor, false_alarms: float = 0.01, confidence: float = 0.95) -> float:
-    """The relative distance below which an image counts as a copy, from real images that are none.
+    """The relative distance below which an image counts as a copy, from real images that are not copies.
 
     With the given confidence at most a share of `false_alarms` of all real images that are drawn like the given ones
     fall below it: it is their largest order statistic that is a lower tolerance limit (Wilks 1941). That takes the

@@ -254,7 +254,7 @@ def keep_best(
     paths: Mapping[str, str | PathLike[str]],
     folder: str | Path,
     metric: Literal["frechet", "kernel"] = "frechet",
-) -> FidelityScores:
+) -> None:
     """Write the checkpoint with the lowest distance as a whole pipeline, with `metric.json` as training's `best` has.
 
     Args:
@@ -262,12 +262,6 @@ def keep_best(
         paths: Where the checkpoints are, by name.
         folder: What to write; a folder that is there is replaced.
         metric: Which distance.
-
-    Returns:
-        The row of the checkpoint.
-
-    Raises:
-        ValueError: If there is no checkpoint.
     """
     from ...training.models import load_trained_pipeline
 
@@ -284,7 +278,6 @@ def keep_best(
         load_trained_pipeline(paths[best.images]).save_pretrained(partial)
         (partial / "metric.json").write_text(json.dumps(facts, indent=1))
     logger.info("%s has the lowest %s distance; it is kept in %s", best.images, metric, folder)
-    return best
 
 
 def _kept(

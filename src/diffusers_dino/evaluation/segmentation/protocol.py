@@ -244,17 +244,7 @@ def score_segments(
 def chosen_masks(
     study: SegmentationStudy, scores: MethodScores, images: MaskedImages, indices: Sequence[int]
 ) -> list[Tensor]:
-    """The masks behind a row of scores, for figures.
-
-    Args:
-        study: Figures and segments.
-        scores: One of its rows, of a model.
-        images: The images.
-        indices: Which of them.
-
-    Returns:
-        A mask `(mask_size, mask_size)` bool for each index.
-    """
+    """The masks `(mask_size, mask_size)` bool behind a row of scores of a model, of the images with these numbers."""
     swept = study.swept[scores.method]
     if scores.selection == NO_GROUND_TRUTH:
         gray = _gray_images(images, indices)

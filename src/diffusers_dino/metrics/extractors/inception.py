@@ -39,17 +39,9 @@ class _Inception(nn.Module):
 def open_inception(
     weights: str | os.PathLike[str] | None, device: torch.device | str = "cpu", sha256: str | None = None
 ) -> FeatureExtractor:
-    """The extractor, from the published weight file.
+    """The extractor, from the published weight file; see `open_extractor`.
 
-    Args:
-        weights: The file.
-        device: Where it computes.
-        sha256: Of another file of the same architecture; by default it must be the published one.
-
-    Raises:
-        ValueError: If no file is given, or it is another one.
-        FileNotFoundError: If there is no such file.
-        ImportError: If torch-fidelity is not installed.
+    `sha256` is that of another file of the same architecture; by default it must be the published one.
     """
     path = require_local("inception", weights, _HINT)
     found = checked_sha256(path, sha256 or _PUBLISHED_SHA256)

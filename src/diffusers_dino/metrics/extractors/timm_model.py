@@ -47,10 +47,6 @@ def open_timm(
             whose preprocessing then counts.
         device: Where it computes.
         sha256: What the hash of the weights must be.
-
-    Raises:
-        ValueError: If timm has no such model, or the weights are not its own, or not what they should be.
-        FileNotFoundError: If the folder lacks its weights.
     """
     path = Path(weights)
     file = path / "model.safetensors" if path.is_dir() else path

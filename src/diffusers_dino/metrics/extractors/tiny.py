@@ -52,12 +52,7 @@ class TinyNetwork(nn.Module):
 def open_tiny(
     weights: str | os.PathLike[str] | None = None, device: torch.device | str = "cpu", sha256: str | None = None
 ) -> FeatureExtractor:
-    """The extractor, from a file of its weights or those that come with this package.
-
-    Raises:
-        ValueError: If the file holds something else, or its hash is not what it should be.
-        FileNotFoundError: If there is no such file.
-    """
+    """The extractor, from a file of its weights or those that come with this package; see `open_extractor`."""
     path = TINY_WEIGHTS if weights is None else require_local("tiny", weights, _HINT)
     found = checked_sha256(path, sha256)
     network = TinyNetwork()

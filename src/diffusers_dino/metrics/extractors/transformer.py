@@ -42,10 +42,6 @@ def open_transformer(
         folder: With `config.json`, `preprocessor_config.json` and `model.safetensors`.
         device: Where it computes.
         sha256: What the hash of the weights must be.
-
-    Raises:
-        ValueError: If the architecture is not supported, or the weights are not what they should be.
-        FileNotFoundError: If a file is missing.
     """
     folder = Path(folder)
     encoder_spec, model = load_encoder(folder)

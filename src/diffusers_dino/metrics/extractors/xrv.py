@@ -55,12 +55,7 @@ class XrvNetwork(nn.Module):
 def open_xrv(
     weights: str | os.PathLike[str] | None, device: torch.device | str = "cpu", sha256: str | None = None
 ) -> FeatureExtractor:
-    """The extractor, from the file that `convert_xrv_weights` wrote.
-
-    Raises:
-        ValueError: If no file is given, it is of another kind, or its hash is not what it should be.
-        FileNotFoundError: If there is no such file.
-    """
+    """The extractor, from the file that `convert_xrv_weights` wrote; see `open_extractor`."""
     path = require_local("xrv", weights, _HINT)
     if path.suffix != ".safetensors":
         raise ValueError(f"The extractor xrv reads only safetensors, got {path.name}: {_HINT}")
