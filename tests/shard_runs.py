@@ -1,4 +1,4 @@
-"""What runs of `examples/make_shards.py` read and leave: pictures, and the contents of the folder that it wrote."""
+"""What runs of `make_shards` read and leave: pictures, and the contents of the folder that it wrote."""
 
 import csv
 import json

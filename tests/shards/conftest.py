@@ -1,5 +1,6 @@
-"""Images for `examples/make_shards.py`, and runs of it in this process."""
+"""Images for `diffusers-dino shards`, and runs of it in this process."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,9 @@ from PIL import Image
 
 from scripts import call_script
 from shard_runs import SALT, picture
+
+if not all(map(find_spec, ("imagehash", "webdataset"))):  # `pip install diffusers-dino[shards]`
+    collect_ignore_glob = ["test_*.py"]
 
 
 @pytest.fixture
@@ -37,7 +41,7 @@ def flags(tmp_path, images) -> dict:
 
 @pytest.fixture
 def make(flags):
-    """Run the script in this process; flags by keyword win. Returns the output folder."""
+    """Run the command in this process; flags by keyword win. Returns the output folder."""
 
     def run(**changed) -> Path:
         call_script("shards", **{**flags, **changed})

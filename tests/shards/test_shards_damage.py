@@ -1,13 +1,9 @@
-"""Images that `examples/make_shards.py` cannot read, and arguments that it does not take."""
-
-from pathlib import Path
+"""Images that cannot be read, and arguments that make no sense."""
 
 import pytest
 from PIL import Image
 
 from shard_runs import facts, keys_of, picture, rows_of
-
-pytest.importorskip("imagehash", reason="needs `pip install diffusers-dino[shards]`")
 
 
 class TestDamage:
@@ -73,14 +69,7 @@ class TestDamage:
         with pytest.raises(FileNotFoundError, match="no image in"):
             make(source=tmp_path / "empty")
 
-    def test_sources_have_names_of_their_own(self, make, images):
-        described = f"{tmp_source(images)}={images}"
+    def test_sources_have_names_of_their_own(self, make, images, tmp_path):
+        (tmp_path / "mine.yaml").write_text("name: mine\nimage: '**/*.png'\n")
         with pytest.raises(ValueError, match="mine is given twice"):
-            make(source=[described, described])
-
-
-def tmp_source(images: Path, text: str = "") -> Path:
-    """A description of the images as a source of the name `mine`."""
-    path = images.parent / "mine.yaml"
-    path.write_text(f"name: mine\nimage: '**/*.png'\n{text}")
-    return path
+            make(source=[f"{tmp_path}/mine.yaml={images}"] * 2)

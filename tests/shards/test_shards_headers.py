@@ -1,4 +1,4 @@
-"""That nothing of headers and metadata is in anything that `examples/make_shards.py` writes or says."""
+"""That nothing of headers and metadata is in anything that `make_shards` writes or says."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -8,9 +8,6 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from shard_runs import content, facts, picture, rows_of
-
-pytest.importorskip("imagehash", reason="needs `pip install diffusers-dino[shards]`")
-
 
 PLANTED = "Zebulon"
 

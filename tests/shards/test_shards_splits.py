@@ -1,4 +1,4 @@
-"""Copies across sources and splits by patient in what `examples/make_shards.py` writes."""
+"""Copies across sources and splits by patient in what `make_shards` writes."""
 
 import json
 from collections import defaultdict
@@ -8,8 +8,6 @@ import pytest
 from PIL import Image
 
 from shard_runs import facts, keys_of, picture, rows_of
-
-pytest.importorskip("imagehash", reason="needs `pip install diffusers-dino[shards]`")
 
 
 class TestDuplicatesAndSplits:

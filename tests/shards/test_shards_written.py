@@ -1,16 +1,15 @@
-"""What `examples/make_shards.py` writes, and the salt that its keys are made with."""
+"""What `diffusers-dino shards` writes, the salt that its keys are made with, and the library call behind it."""
 
 import io
 import json
 
 import numpy as np
 import pytest
+import webdataset
 from PIL import Image
 
 from diffusers_dino.data import Preprocessing, open_images, verify_shards
 from shard_runs import SALT, content, facts, keys_of, picture, rows_of
-
-pytest.importorskip("imagehash", reason="needs `pip install diffusers-dino[shards]`")
 
 
 class TestWhatIsWritten:
@@ -68,7 +67,6 @@ class TestWhatIsWritten:
             assert secret.encode() not in written
 
     def test_webdataset_reads_them(self, make):
-        webdataset = pytest.importorskip("webdataset")
         out = make()
         tars = sorted(map(str, out.glob("*.tar")))
         read = list(webdataset.WebDataset(tars, shardshuffle=False))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import webdataset
 from PIL import Image
 
 from diffusers_dino.data import Preprocessing, UnreadableImageError, salted_hash
@@ -11,8 +12,6 @@ from diffusers_dino.data.images.encoding import Encoding
 from diffusers_dino.data.sharding import ShardError
 from diffusers_dino.data.sharding.parts import assemble_shard, is_complete, list_items, prepare, read_part, write_part
 from diffusers_dino.data.sources import Record
-
-pytest.importorskip("imagehash", reason="needs `pip install diffusers-dino[shards]`")
 
 SALT = "0123456789abcdef"
 PNG = Encoding(Preprocessing(16), "png")
@@ -154,7 +153,6 @@ def test_parts_become_shards(tmp_path):
     chosen = [samples[n] for n in (4, 0, 2)]
     shard = assemble_shard(*planned, chosen, *folders)
     path = tmp_path / "out" / "test-000000.tar"
-    webdataset = pytest.importorskip("webdataset")
     read = list(webdataset.WebDataset(str(path), shardshuffle=False))
     assert [sample["__key__"] for sample in read] == [named[n].key for n in (4, 0, 2)]
     facts = json.loads(read[0]["json"])

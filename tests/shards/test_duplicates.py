@@ -13,8 +13,6 @@ from diffusers_dino.data.sharding.duplicates import (
     pixel_digest,
 )
 
-pytest.importorskip("imagehash", reason="needs `pip install diffusers-dino[shards]`")
-
 
 def random_hashes(count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, 32), dtype=np.uint8)
