@@ -31,7 +31,7 @@ def undocumented(module) -> list[str]:
     A method may leave it to the one that it overrides, which has to be one of this package.
     """
     silent = [] if (module.__doc__ or "").strip() else [module.__name__]
-    for name in module.__all__:
+    for name in getattr(module, "__all__", ()):
         value = getattr(module, name)
         if inspect.isfunction(value) and not value.__doc__:
             silent.append(name)

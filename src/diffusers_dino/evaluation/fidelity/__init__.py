@@ -1,0 +1,1 @@
+"""How far are generated images from real ones?"""

@@ -1,0 +1,1 @@
+"""Do synthetic images show what their labels say?"""

@@ -1,0 +1,1 @@
+"""Are generated images copies of training images?"""

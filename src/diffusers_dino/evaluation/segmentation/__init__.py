@@ -1,0 +1,1 @@
+"""Do segments of the model's attention find anatomy?"""
