@@ -1,8 +1,8 @@
-"""Kill `examples/make_shards.py` at random moments, go on each time, and compare with a run that was left alone.
+"""Kill `diffusers-dino shards` at random moments, go on each time, and compare with an uninterrupted run.
 
     python benchmarks/kill_shards.py --kills 10
 
-SIGKILL reaches the script while it prepares images, looks for duplicates, or writes shards and reports; its workers
+SIGKILL reaches the command while it prepares images, looks for duplicates, or writes shards and reports; its workers
 must notice. Prints where it was killed, and ends with an error unless all files of both folders are equal, byte for
 byte.
 """
@@ -29,10 +29,10 @@ from diffusers_dino.cli.arguments import flag, parse_arguments
 
 @dataclass
 class Arguments:
-    kills: int = flag(10, "How often the script is killed.")
+    kills: int = flag(10, "How often the command is killed.")
     num_images: int = flag(600, "Images to make and to write.")
     image_size: int = flag(256, "Side of the images in pixels.")
-    num_workers: int = flag(2, "Processes of the script.")
+    num_workers: int = flag(2, "Processes of the command.")
     seed: int = flag(0, "Seed of the moments and of the images.")
 
 
@@ -45,7 +45,7 @@ def main() -> None:
         process = start(root, "whole", args)
         steps = most_files(process, root / "whole")
         check(process, root)
-        print(f"left alone: {steps} files at once, those that it works with included")
+        print(f"uninterrupted: {steps} files at once, with those in .work")
         stages = Counter(
             kill_once(root, args, rng.randrange(2 * steps // (args.kills + 1)), rng.uniform(0, 0.2))
             for _ in range(args.kills)
@@ -90,7 +90,7 @@ def start(root: Path, name: str, args: Arguments) -> subprocess.Popen:
 
 
 def most_files(process: subprocess.Popen, output: Path) -> int:
-    """How many files there are at once while the script runs to its end: how far it can get."""
+    """How many files there are at once while the command runs to its end: how far it can get."""
     most = 0
     while process.poll() is None:
         most = max(most, count_files(output))

@@ -87,7 +87,7 @@ def radiograph_like(number: int, side: int) -> bytes:
 
 
 def write_shards(folder: Path, images: list[bytes], per_shard: int, size: int) -> None:
-    """Shards, indexes and the manifest that `make_shards.py --size SIZE` would leave of images that are prepared."""
+    """Shards, indexes and the manifest that `make_shards` would write for prepared images."""
     shards = []
     for first in range(0, len(images), per_shard):
         path = folder / f"bench-{first // per_shard:06d}.tar"

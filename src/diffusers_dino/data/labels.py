@@ -144,7 +144,7 @@ def read_label_table(
 
 
 def stored_labels(images: ImageDataset) -> LabelTable:
-    """The labels that stand beside the images in `KEY.json`, as `make_shards.py` writes them.
+    """The labels that stand beside the images in `KEY.json`, as `make_shards` writes them.
 
     Raises:
         ValueError: If an image has no such file, or the file has no list `labels`.

@@ -1,4 +1,4 @@
-"""The page that says what a folder of shards holds: counts, damage, duplicates, pictures, sources."""
+"""The page that shows what a folder of shards holds: counts, damage, duplicates, pictures, sources."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write_summary(
     unreadable: Sequence[Unreadable],
     parts: Path,
 ) -> None:
-    """Write the page. It holds no id, name or header of an original, and follows from the shards alone."""
+    """Write the page. It holds no id, name or header of an original."""
     split_of = plan.split_of()
     report = Report("Shards")
     report.add_text(f"{len(split_of)} samples in {len(plan.shards)} shards, by diffusers-dino {lineage['version']}.")
@@ -42,8 +42,15 @@ def write_summary(
             report, source["name"], [n for n in split_of if samples[n].source == source["name"]], samples, parts
         )
     report.add_heading("Contents")
-    for title, values in (("label", _labels), ("view", _views), ("modality", _modalities)):
-        _add_counts(report, title, _count(split_of, samples, values))
+    contents: dict[str, Callable[[Sample], Iterable[str]]] = {
+        "label": lambda sample: ["(unlabelled)"] if sample.labels is None else sample.labels or ["(no finding)"],
+        "view": lambda sample: [sample.view or "(unknown)"],
+        "modality": lambda sample: [sample.modality or "(unknown)"],
+    }
+    for title, values in contents.items():
+        counts = _count(split_of, samples, values)
+        rows = [[value, *(count[split] for split in SPLITS), count.total()] for value, count in counts.items()]
+        report.add_table([title, *SPLITS, "all"], rows)
     _add_sizes(report, [samples[number].size for number in split_of])
     _add_duplicates(report, lineage, len(samples))
     report.add_heading("Images that cannot be read")
@@ -66,23 +73,6 @@ def _count(
     return dict(sorted(counts.items(), key=lambda entry: (-entry[1].total(), entry[0])))
 
 
-def _labels(sample: Sample) -> Iterable[str]:
-    return ["(unlabelled)"] if sample.labels is None else sample.labels or ["(no finding)"]
-
-
-def _views(sample: Sample) -> Iterable[str]:
-    return [sample.view or "(unknown)"]
-
-
-def _modalities(sample: Sample) -> Iterable[str]:
-    return [sample.modality or "(unknown)"]
-
-
-def _add_counts(report: Report, title: str, counts: dict[str, Counter[str]]) -> None:
-    rows = [[value, *(count[split] for split in SPLITS), count.total()] for value, count in counts.items()]
-    report.add_table([title, *SPLITS, "all"], rows)
-
-
 def _add_sources(report: Report, lineage: dict[str, Any], counts: dict[str, Counter[str]]) -> None:
     rows = []
     for source in lineage["sources"]:
@@ -92,14 +82,10 @@ def _add_sources(report: Report, lineage: dict[str, Any], counts: dict[str, Coun
     report.add_heading("Sources")
     report.add_table(["source", "images", "unreadable", "copies left out", *SPLITS], rows)
     for source in lineage["sources"]:
-        facts = [
-            source["title"],
-            source["licence"] and f"Licence: {source['licence']}",
-            source["citation"],
-            source["url"],
-        ]
+        licence = source["licence"] and f"Licence: {source['licence']}"
         contains = source["contains"] and f"Holds images of {', '.join(source['contains'])}"
-        report.add_text(f"{source['name']}: {'. '.join(filter(None, [*facts, contains]))}.")
+        facts = filter(None, [source["title"], licence, source["citation"], source["url"], contains])
+        report.add_text(f"{source['name']}: {'. '.join(facts)}.")
     for overlap in lineage["overlaps"]:
         report.add_text(f"{overlap}.")
 

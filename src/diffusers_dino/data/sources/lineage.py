@@ -73,5 +73,5 @@ def describe_source(source: Source | str) -> dict[str, Any]:
     if source == PHANTOMS.name:
         source = PHANTOMS
     source = source if isinstance(source, Source) else find_source(source)
-    told = ("name", "title", "licence", "citation", "url")
-    return {name: getattr(source, name) for name in told} | {"contains": sorted(lineage(source) - {source.name})}
+    shown = ("name", "title", "licence", "citation", "url")
+    return {name: getattr(source, name) for name in shown} | {"contains": sorted(lineage(source) - {source.name})}

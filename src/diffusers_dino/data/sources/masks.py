@@ -107,7 +107,9 @@ class MaskedImages(Sequence[MaskedImage]):
     def _mask(self, entry: _Entry, image_shape: tuple[int, ...]) -> Tensor:
         united: np.ndarray | None = None
         for name, pixels in entry.read_masks():
-            _check_size(name, pixels.shape[:2], image_shape, self._max_scale)
+            size = pixels.shape[:2]
+            if not any((size[0] * n, size[1] * n) == image_shape for n in range(1, self._max_scale + 1)):
+                raise ValueError(f"{name} is {_size(size)} pixels, but its image is {_size(image_shape)}.")
             part = to_mask(pixels if pixels.ndim == 2 else pixels.max(axis=2), name).numpy()
             if united is not None and part.shape != united.shape:
                 raise ValueError(f"{name} is {_size(part.shape)}, the mask before it {_size(united.shape)}.")
@@ -230,13 +232,6 @@ def _from_companions(source: str | Path) -> list[_Entry]:
 
 def _read_all(paths: Sequence[Path]) -> list[tuple[str, np.ndarray]]:
     return [(str(path), read_image(path)) for path in paths]
-
-
-def _check_size(name: str, mask: tuple[int, ...], image: tuple[int, ...], max_scale: int) -> None:
-    for scale in range(1, max_scale + 1):
-        if (mask[0] * scale, mask[1] * scale) == tuple(image):
-            return
-    raise ValueError(f"{name} is {_size(mask)} pixels, but its image is {_size(image)}: a mask has its image's size.")
 
 
 def _size(shape: tuple[int, ...]) -> str:

@@ -168,7 +168,7 @@ class RowReader:
         if self.source.sidecar:
             return unknown
         if unknown and all(table is not None for _, table in self._joins):
-            files = ", ".join(repr(str(table.path)) for table in opened) or "file names alone"
+            files = ", ".join(repr(str(table.path)) for table in opened) or "the file names"
             columns = ", ".join(filter(None, sorted(given)))
             raise ValueError(f"{self.source.name} needs the column {unknown[0]!r}. From {files} there are {columns}.")
         return []
