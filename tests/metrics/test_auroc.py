@@ -51,13 +51,6 @@ def test_auroc_is_that_of_sklearn_for_each_draw():
     assert macro_auroc(scores, targets) == pytest.approx(np.mean(plain), abs=1e-12)
 
 
-def test_auroc_of_a_draw_is_that_of_repeated_images():
-    scores, targets = coarse_predictions()
-    weights = np.random.default_rng(2).integers(0, 3, (1, len(scores)))
-    rows = np.repeat(np.arange(len(scores)), weights[0])
-    np.testing.assert_allclose(auroc_draws(scores, targets, weights), auroc_draws(scores[rows], targets[rows]))
-
-
 def test_closed_cases_of_auroc():
     targets = np.array([[True], [True], [False], [False]])
     for scores, expected in (([3, 2, 1, 0], 1.0), ([0, 1, 2, 3], 0.0), ([5, 5, 5, 5], 0.5), ([3, 0, 1, 2], 0.5)):

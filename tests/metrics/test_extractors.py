@@ -57,22 +57,13 @@ def test_xrv_is_features2_of_torchxrayvision(xrv_model, xrv_weights, channels, s
     with torch.no_grad():
         pixels = fix_resolution(torch.from_numpy(normalize((255 * gray).numpy(), 255)), 224, xrv_model)
         expected = xrv_model.features2(pixels)
-    features = open_extractor("xrv", xrv_weights)(images)
+    extractor = open_extractor("xrv", xrv_weights)
+    resize, found = "bilinear, antialiased", sha256(xrv_weights)
+    assert extractor.spec == FeatureSpec("xrv", "features2", 1024, 224, "gray, [-1024, 1024]", resize, found)
+    features = extractor(images)
     assert features.shape == (1, 1024)
     assert expected.std() > 0.01
     torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
-
-
-def test_xrv_says_what_its_features_are(xrv_weights):
-    assert open_extractor("xrv", xrv_weights).spec == FeatureSpec(
-        extractor="xrv",
-        layer="features2",
-        dim=1024,
-        input_size=224,
-        pixel_range="gray, [-1024, 1024]",
-        resize="bilinear, antialiased",
-        weights_sha256=sha256(xrv_weights),
-    )
 
 
 def test_the_command_converts_xrv_to_the_same_bytes_each_time(xrv_weights, tmp_path, capsys):
@@ -131,8 +122,9 @@ def test_xrv_reads_the_published_file_even_if_torch_calls_it_unsafe(xrv_weights,
     )
 
 
-def test_xrv_refuses_another_network(tmp_path):
-    pytest.importorskip("torchxrayvision")
+def test_xrv_refuses_another_network(xrv_weights, tmp_path):
+    with pytest.raises(ValueError, match="convert_xrv"):
+        open_extractor("xrv", xrv_weights.with_name("model.pt"))
     torch.save({"features.conv0.weight": torch.zeros(1)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="another network"):
         convert_xrv_weights(tmp_path / "other.pt", tmp_path / "xrv.safetensors", sha256(tmp_path / "other.pt"))
@@ -163,11 +155,6 @@ def test_nothing_is_downloaded(name, tmp_path):
         open_extractor(name)
     with pytest.raises(FileNotFoundError, match="no weights"):
         open_extractor(name, tmp_path / "missing")
-
-
-def test_xrv_refuses_the_pickle_itself(xrv_weights):
-    with pytest.raises(ValueError, match="convert_xrv"):
-        open_extractor("xrv", xrv_weights.with_name("model.pt"))
 
 
 def write_checkpoint(folder, model, size):
@@ -292,6 +279,7 @@ def test_pixels_are_thumbnails():
     images = random_images(3)
     assert torch.equal(extractor(images), pixel_features(images))
     assert extractor.spec.dim == 256
+    assert extractor(images[:0]).shape == (0, 256)
     with pytest.raises(ValueError, match="has no weights"):
         open_extractor("pixels", "weights.safetensors")
 
@@ -326,10 +314,6 @@ def test_features_that_are_not_finite_or_of_another_width_are_refused():
         FeatureExtractor(spec(), lambda x: x.flatten(1))(images)
 
 
-def test_an_empty_batch_has_no_features():
-    assert open_extractor("pixels")(torch.empty(0, 1, 32, 32)).shape == (0, 256)
-
-
 def test_extractors_are_frozen():
     network = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 3))
     extractor = FeatureExtractor(spec(), network)
@@ -343,9 +327,6 @@ def test_a_description_goes_to_json_and_back():
     assert FeatureSpec.from_json(spec().to_json()) == spec()
     with pytest.raises(ValueError, match="colour"):
         FeatureSpec.from_dict({**spec().to_dict(), "colour": "red"})
-
-
-def test_descriptions_that_differ_are_told_apart_by_name():
     spec().require_same(spec())
     with pytest.raises(ValueError, match=r"layer: 'last' and 'first'; weights_sha256: None and 'ab'"):
         spec().require_same(spec(layer="first", weights_sha256="ab"))
@@ -357,8 +338,5 @@ def test_pixel_features_are_the_area_means_of_smooth_images():
     assert features.shape == (2, 16, 16)
     expected = torch.linspace(0, 1, 64).view(16, 4).mean(1)
     assert torch.allclose(features[0, 3, 1:-1], expected[1:-1], atol=1e-5)
-
-
-def test_pixel_features_refuse_images_smaller_than_the_thumbnail():
     with pytest.raises(ValueError, match="16 x 16"):
         pixel_features(torch.zeros(1, 1, 8, 8))

@@ -213,22 +213,20 @@ def evaluate_fidelity(
     tokens: dict[str, Tensor] = {}  # by the fingerprint of the conditioner, which checkpoints share
     logger.info("%d sources, %d real images of others as the reference", len(sources), len(reference))
 
-    def generated(pipe: DinoDiffusionPipeline, name: str, sampling: Sampling) -> FeatureSet:
+    def row(name: str, pipe: DinoDiffusionPipeline, step: int | None = None) -> FidelityScores:
         parts = fingerprint_pipeline(pipe)
+        dtype = str(pipe.unet.dtype).removeprefix("torch.")
+        settings = (num_inference_steps, guidance_scale, seed, batch_size, dtype)
+        sampling = Sampling(type(pipe.scheduler).__name__, *settings)
 
-        def compute() -> FeatureSet:
+        def generate() -> FeatureSet:
             if parts["conditioner"] not in tokens:
                 tokens[parts["conditioner"]] = embed_images(pipe, images, batch_size)
             return generate_features(pipe, tokens[parts["conditioner"]], sources.keys, extractor, sampling, progress)
 
         shown = sets.places[0], images.preprocessing.fingerprint(), sources.keys
-        return kept(name, (parts, dict(pipe.scheduler.config), sampling, *shown), compute)
-
-    def row(model: Model) -> FidelityScores:
-        dtype = str(model.pipe.unet.dtype).removeprefix("torch.")
-        settings = (num_inference_steps, guidance_scale, seed, batch_size, dtype)
-        sampling = Sampling(type(model.pipe.scheduler).__name__, *settings)
-        return scored(model.name, generated(model.pipe, model.name, sampling), model.step, sampling)
+        features = kept(name, (parts, dict(pipe.scheduler.config), sampling, *shown), generate)
+        return scored(name, features, step, sampling)
 
     def scored(
         name: str, features: FeatureSet, step: int | None = None, sampling: Sampling | None = None
@@ -241,11 +239,11 @@ def evaluate_fidelity(
 
     rows, model = [], None
     for model in models_of(models):
-        rows.append(row(model))
+        rows.append(row(model.name, model.pipe, model.step))
     if model is None:
         raise ValueError("There is no model to measure.")
     if untrained:
-        rows.append(row(Model(UNTRAINED, with_fresh_unet(model.pipe))))
+        rows.append(row(UNTRAINED, with_fresh_unet(model.pipe)))
     return FidelityResult((*rows, scored(REAL, sources)))
 
 

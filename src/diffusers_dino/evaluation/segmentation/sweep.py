@@ -90,10 +90,11 @@ class Setting:
         return ", ".join([*parts, f"t {self.timestep}", f"threshold {self.threshold:g}"])
 
 
+@dataclass(frozen=True)
 class SweptSegments:
     """The segments of all images at all settings, on disk.
 
-    Args:
+    Attributes:
         folder: Of one checkpoint's segments.
         checkpoint: Its name.
         sweep: The settings.
@@ -101,9 +102,11 @@ class SweptSegments:
         chunk: Images in a file.
     """
 
-    def __init__(self, folder: Path, checkpoint: str, sweep: Sweep, num_images: int, chunk: int) -> None:
-        self.folder, self.checkpoint, self.sweep = folder, checkpoint, sweep
-        self.num_images, self.chunk = num_images, chunk
+    folder: Path
+    checkpoint: str
+    sweep: Sweep
+    num_images: int
+    chunk: int
 
     @property
     def settings(self) -> list[Setting]:
