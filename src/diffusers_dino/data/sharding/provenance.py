@@ -60,10 +60,7 @@ def recorded_sources(data_dir: str | Path) -> list[dict[str, Any]]:
         return []
     if (folder / PHANTOM_MANIFEST).is_file():
         return [describe_source(PHANTOMS)]
-    try:
-        found = _lineage_of(folder)
-    except (FileNotFoundError, ShardError):
-        return []
+    found = _lineage_of(folder)
     if found.get("kind") == "synthetic":
         return [{"title": f"a synthetic set (plan {found['plan'][:16]})"}]
     sources = found.get("sources", [])
@@ -87,11 +84,7 @@ def require_synthetic(data_dir: str | Path) -> None:
     if (folder / PHANTOM_MANIFEST).is_file():
         problems = _wrong_phantoms(folder)
     else:
-        try:
-            kind = _lineage_of(folder).get("kind")
-        except (FileNotFoundError, ShardError):
-            kind = None
-        if kind != "synthetic":
+        if _lineage_of(folder).get("kind") != "synthetic":
             raise ValueError(
                 f"{folder.name}: nothing says that these images are synthetic. Images shown in public must be "
                 f"phantoms (with {PHANTOM_MANIFEST}) or a synthetic set (with its {MANIFEST})."
@@ -109,7 +102,11 @@ def _folder_of(data_dir: str | Path) -> Path | None:
 
 
 def _lineage_of(folder: Path) -> dict[str, Any]:
-    found = read_manifest(folder).get("lineage") or {}
+    """What a manifest says of the origin of the images; nothing if there is no sound manifest."""
+    try:
+        found = read_manifest(folder).get("lineage")
+    except (FileNotFoundError, ShardError):
+        return {}
     return found if isinstance(found, dict) else {}
 
 

@@ -109,7 +109,8 @@ class MaskedImages(Sequence[MaskedImage]):
         for name, pixels in entry.read_masks():
             size = pixels.shape[:2]
             if not any((size[0] * n, size[1] * n) == image_shape for n in range(1, self._max_scale + 1)):
-                raise ValueError(f"{name} is {_size(size)} pixels, but its image is {_size(image_shape)}.")
+                given, wanted = _size(size), _size(image_shape)
+                raise ValueError(f"{name} is {given} pixels, but its image is {wanted}: a mask has its image's size.")
             part = to_mask(pixels if pixels.ndim == 2 else pixels.max(axis=2), name).numpy()
             if united is not None and part.shape != united.shape:
                 raise ValueError(f"{name} is {_size(part.shape)}, the mask before it {_size(united.shape)}.")
