@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 import tiny
+from adapters import save_adapter
 from diffusers_dino.evaluation import ReconstructionResult, RetrievalFigures
 from hub_server import HubServer, run_client
 from pages import REPOSITORY, blocks
-from test_hub_parts import save_lora
 
 PUBLISH, AIR_GAPPED = REPOSITORY / "docs/publish.md", REPOSITORY / "docs/air_gapped.md"
 NO_NETWORK = """
@@ -36,9 +36,8 @@ def folder(tmp_path_factory) -> Path:
     """What the pages name."""
     root = tmp_path_factory.mktemp("reader")
     (root / "examples").symlink_to(REPOSITORY / "examples")
-    pipe = tiny.tiny_pipeline()
-    pipe.save_pretrained(root / "outputs/quickstart/model")
-    save_lora(pipe, root / "outputs/scanner-lora")
+    tiny.tiny_pipeline().save_pretrained(root / "outputs/quickstart/model")
+    save_adapter(root / "outputs/scanner-lora", seed=5)
     figures = RetrievalFigures(0.5, 0.0156, 0.02, 0.4)
     result = ReconstructionResult(64, 512, (0, 1), 20, 2.0, figures, figures, 1.0, 9.0, 0.5)
     result.save(root / "outputs/quickstart/reconstruction.json")

@@ -14,9 +14,10 @@ from tiny import generate
 if importlib.util.find_spec("peft") is None:
     pytest.skip("peft is not installed", allow_module_level=True)
 
-from adapters import adapter, save_adapter
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import get_peft_model_state_dict
+
+from adapters import adapter, save_adapter
 
 PIPELINES = [DinoDiffusionPipeline, DinoInterpolationPipeline, DiffSegPipeline]
 
