@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import transformers
@@ -48,6 +49,7 @@ class LastingModelMixin(ModelMixin):
             )
         return (model, info) if with_info else model
 
+    @wraps(ModelMixin.save_pretrained, assigned=())  # pipelines pass on only the options that a signature names
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *, max_shard_size: int | str = "10GB", **kwargs: Any
     ) -> None:
