@@ -2,7 +2,7 @@
 
     python benchmarks/kill_synthesis.py --kills 5
 
-`examples/generate_dataset.py` interpolates between phantoms with a small untrained model; the files are what matters
+`diffusers-dino synthesise` interpolates between phantoms with a small untrained model; the files are what matters
 here. SIGKILL falls while sources are encoded or images sampled: on all processes of a run, or on one of two, whereupon
 the launcher must end the run by itself. Each time the same command goes on, with one process or two. Ends with an
 error unless all files of all folders are equal, byte for byte.
@@ -104,9 +104,7 @@ def kill_once(root: Path, args: Arguments, rng: random.Random) -> dict[str, obje
     if process.poll() is not None:
         sys.exit(f"the run ended before it was killed:\n{(root / 'log').read_text()}")
     started = psutil.Process(process.pid)
-    family = [
-        one for one in started.children(recursive=True) if any("generate_dataset" in part for part in one.cmdline())
-    ]
+    family = [one for one in started.children(recursive=True) if "synthesise" in one.cmdline()]
     for one in [rng.choice(family)] if victim == "one of two" else [started, *family]:
         one.kill()
     if process.wait(300) == 0:
@@ -123,7 +121,7 @@ def count_finished(root: Path) -> int:
 
 def check(process: subprocess.Popen, root: Path) -> None:
     if process.wait() != 0:
-        sys.exit(f"generate_dataset.py ended with {process.returncode}:\n{(root / 'log').read_text()}")
+        sys.exit(f"synthesise ended with {process.returncode}:\n{(root / 'log').read_text()}")
 
 
 def wait_for_orphans(root: Path) -> None:

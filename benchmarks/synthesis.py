@@ -69,7 +69,7 @@ def main() -> None:
         threads=args.threads,
     )
     plan = plan_reconstruction(images.keys, num_images=args.num_images, settings=settings)
-    run_loop(plan, pipe, images, args.batch_size)  # what is slow for the first time alone
+    run_loop(plan, pipe, images, args.batch_size)  # some work is slow only the first time
     loops, engines = [], []
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(args.repeats):

@@ -1,6 +1,6 @@
 #!/bin/bash
-# A synthetic set on one machine, in as many jobs of limited time as it takes: each goes on where the last one was cut
-# off, those that find the set complete end at once.
+# A synthetic set on one machine, in as many jobs of limited time as needed: each goes on where the last one was cut off,
+# and those that find the set complete end at once.
 #
 #   sbatch --array=1-10%1 examples/slurm/generate_chain.sh my_set.yaml
 #
