@@ -2,7 +2,7 @@
 
 from .catalogue import catalogue_page, find_source, layout_facts, open_source, source_names
 from .description import Source
-from .lineage import PHANTOMS, Overlap, describe_source, lineage, overlaps
+from .overlap import PHANTOMS, Overlap, describe_source, lineage, overlaps
 from .reader import OpenSource
 from .records import Record, label_prevalence, select_labels
 from .rows import SourceReport
