@@ -41,6 +41,24 @@ def image_folder(folder: Path, count: int, size: int) -> Path:
     return folder
 
 
+def tiny_training(folder: Path, count: int = 24) -> dict[str, Any]:
+    """Write tiny frozen models, a UNet's config and images; gives the flags of `train_dino.py` that name them."""
+    tiny.tiny_vae().save_pretrained(folder / "vae")
+    tiny.tiny_conditioner().save_pretrained(folder / "conditioner")
+    tiny.tiny_unet().save_config(folder / "unet_config")
+    return {
+        "train_data_dir": image_folder(folder / "images", count, size=40),
+        **{name: folder / name for name in ("vae", "conditioner", "unet_config")},
+        "resolution": 32,
+        "train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "lr_warmup_steps": 0,
+        "validation_steps": 0,
+        "checkpointing_steps": 0,
+        "output_dir": folder / "out",
+    }
+
+
 def command_line(config: Path | None, flags: dict[str, Any]) -> list[str]:
     """Spell flags as a user does; None leaves a flag out."""
     parts = [] if config is None else [str(config)]

@@ -11,32 +11,19 @@ import yaml
 from safetensors.torch import load_file
 
 import scripts
-import tiny
 from scripts import losses
 
 
 @pytest.fixture
 def flags(tmp_path) -> dict:
     """Flags of a training run whose features are to be cached."""
-    tiny.tiny_vae().save_pretrained(tmp_path / "vae")
-    tiny.tiny_conditioner().save_pretrained(tmp_path / "conditioner")
-    tiny.tiny_unet().save_config(tmp_path / "unet")
-    return {
-        "train_data_dir": scripts.image_folder(tmp_path / "images", 12, size=40),
-        "vae": tmp_path / "vae",
-        "conditioner": tmp_path / "conditioner",
-        "unet_config": tmp_path / "unet",
-        "resolution": 32,
-        "train_batch_size": 4,
+    return scripts.tiny_training(tmp_path, count=12) | {
         "max_train_steps": 8,  # two epochs and a half
-        "learning_rate": 1e-3,
-        "lr_warmup_steps": 0,
         "cache_views": 2,
         "cache_batch_size": 8,
         "validation_steps": 4,
         "num_validation_variations": 1,
         "validation_inference_steps": 1,
-        "output_dir": tmp_path / "out",
     }
 
 

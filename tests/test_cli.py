@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 import yaml
 
 import diffusers_dino.cli
 from diffusers_dino.cli import COMMANDS
+from diffusers_dino.cli.arguments import flag, parse_arguments
 from scripts import EXAMPLES
 
 TRAINING_CONFIGS = [*EXAMPLES.glob("configs/paper_*.yaml"), EXAMPLES / "configs/quickstart.yaml"]
@@ -82,13 +84,33 @@ def test_a_wrong_command_line_names_what_is_nearest(ends, words, message):
         ("shards", {"output_dri": "x"}, "config.yaml: there is no flag output_dri. Did you mean output_dir?"),
         ("extract", {"guidance_scale": 2.0}, "no flag guidance_scale. It is a flag of `diffusers-dino synthesise`"),
         ("cache", {"max_train_steps": 5, "resolutoin": 64}, "no flag resolutoin. Did you mean resolution?"),
+        ("cache", {"cache_batch_size": "many"}, "invalid int value: 'many'"),
+        ("cache", {"tokens": "globl"}, "invalid choice"),
         ("shards", ["a", "b"], "must be a mapping of flags to values"),
+        ("shards", "a: [", "cannot read the config"),
     ],
 )
 def test_a_wrong_key_of_a_config_names_the_right_one_or_its_command(ends, tmp_path, command, config, message):
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(config if isinstance(config, str) else yaml.safe_dump(config))
     assert message in ends(command, str(path), code=2)
+
+
+@dataclass
+class Arguments:
+    rate: float = flag(1.0, "A rate.")
+    name: str | None = flag("x", "A name.")
+    augment: bool = flag(False, "A switch.")
+    widths: list[int] = flag([1], "Widths.")  # noqa: RUF009
+    steps: int = flag(0, "Steps.")
+
+
+@pytest.mark.parametrize("place", [[], ["--config"]])
+def test_values_of_a_config_get_the_types_of_the_flags_and_the_command_line_wins(tmp_path, place):
+    path = tmp_path / "config.yaml"
+    path.write_text("rate: -1e-3\nname: null\naugment: true\nwidths: [8, 16]\nsteps: 3\n")
+    args = parse_arguments(Arguments, [*place, str(path), "--steps", "2"])
+    assert args == Arguments(rate=-1e-3, name="x", augment=True, widths=[8, 16], steps=2)
 
 
 @pytest.mark.parametrize("config", TRAINING_CONFIGS, ids=lambda path: path.stem)

@@ -23,46 +23,37 @@ import tiny
 from diffusers_dino import DinoDiffusionPipeline
 from diffusers_dino.training.checkpoints import find_checkpoint
 from hub_server import HubServer
+from range_server import RangeServer
 from scripts import losses
+from shard_files import write_shards
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory) -> Path:
-    """A folder with a VAE, a conditioner, a UNet's config, a whole pipeline and 24 images."""
-    folder = tmp_path_factory.mktemp("parts")
-    tiny.tiny_vae().save_pretrained(folder / "vae")
-    tiny.tiny_conditioner().save_pretrained(folder / "conditioner")
-    tiny.tiny_unet().save_config(folder / "unet_config")
+def settings(tmp_path_factory) -> dict:
+    """Flags that name tiny models and 24 images, which lie in one folder."""
+    return scripts.tiny_training(tmp_path_factory.mktemp("parts"))
+
+
+@pytest.fixture(scope="module")
+def parts(settings) -> Path:
+    """This folder, with a whole pipeline and a UNet in it, too."""
+    folder = settings["vae"].parent
     tiny.tiny_unet().save_pretrained(folder / "unet")
     tiny.tiny_pipeline().save_pretrained(folder / "pipeline")
-    scripts.image_folder(folder / "images", 24, size=40)
     return folder
 
 
 @pytest.fixture
-def flags(parts, tmp_path) -> dict:
-    return {
-        "train_data_dir": parts / "images",
-        "vae": parts / "vae",
-        "conditioner": parts / "conditioner",
-        "unet_config": parts / "unet_config",
-        "resolution": 32,
-        "train_batch_size": 4,
-        "max_train_steps": 4,
-        "learning_rate": 1e-3,
-        "lr_warmup_steps": 0,
-        "validation_steps": 0,
-        "checkpointing_steps": 0,
-        "output_dir": tmp_path / "out",
-    }
+def flags(settings, tmp_path) -> dict:
+    return {**settings, "max_train_steps": 4, "output_dir": tmp_path / "out"}
 
 
 @pytest.fixture
 def train(flags):
     """Run the script in this process with the flags and some changes; gives the folder of the run."""
 
-    def run(config: Path | None = None, **changes) -> Path:
-        scripts.call_script("train_dino.py", config, **{**flags, **changes})
+    def run(**changes) -> Path:
+        scripts.call_script("train_dino.py", **{**flags, **changes})
         return Path({**flags, **changes}["output_dir"])
 
     return run
@@ -252,19 +243,6 @@ def test_continuing_a_pipeline(train, parts):
     DinoDiffusionPipeline.from_pretrained(train(**options))
 
 
-def test_yaml_sets_flags_and_the_command_line_wins(train, tmp_path):
-    config = tmp_path / "config.yaml"
-    config.write_text("max_train_steps: 3\nlearning_rate: 1e-3\nuse_ema: true\naugment: false\nrevision: null\n")
-    folder = train(config, max_train_steps=2)
-    saved = json.loads((folder / "training_arguments.json").read_text())
-    assert (saved["max_train_steps"], saved["learning_rate"], saved["use_ema"], saved["augment"]) == (
-        2,
-        1e-3,
-        True,
-        False,
-    )
-
-
 @pytest.mark.parametrize("name", ["paper_dinov1", "paper_dinov2"])
 def test_the_papers_recipe_is_in_its_configs(name):
     from diffusers_dino.cli.arguments import parse_arguments
@@ -279,24 +257,6 @@ def test_the_papers_recipe_is_in_its_configs(name):
     assert args.augment
     assert not args.random_flip
     assert args.encoder == ["facebook/dino-vitb16" if name == "paper_dinov1" else "facebook/dinov2-base"]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("learnin_rate: 1.0e-4", "there is no flag learnin_rate. Did you mean learning_rate?"),
-        ("train_batch_size: many", "invalid int value: 'many'"),
-        ("tokens: globl", "invalid choice"),
-        ("- a\n- b", "must be a mapping"),
-        ("a: [", "cannot read the config"),
-    ],
-)
-def test_faulty_config_ends_with_a_clear_message(train, tmp_path, capsys, text, message):
-    config = tmp_path / "config.yaml"
-    config.write_text(text)
-    with pytest.raises(SystemExit):
-        train(config)
-    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -499,3 +459,19 @@ def test_full_disk_leaves_the_checkpoint_before(train, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, former)
     assert [path.name for path in folder.iterdir() if "checkpoint" in path.name] == ["checkpoint-2"]
     assert_same_run(whole, train(max_train_steps=6, resume_from_checkpoint="latest"))
+
+
+def test_a_streamed_run_resumed_with_other_workers_gives_the_model_of_a_local_run(train, tmp_path, monkeypatch):
+    pytest.importorskip("aiohttp")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    write_shards(tmp_path / "shards")
+    options = {"train_batch_size": 5, "shuffle_window_shards": 2, "checkpointing_steps": 4}
+    local = train(**options, train_data_dir=tmp_path / "shards", max_train_steps=8, output_dir=tmp_path / "local")
+    with RangeServer(tmp_path / "shards") as server:
+        options |= {"train_data_dir": f"{server.url}/x-*.tar"}
+        train(**options, max_train_steps=4, dataloader_num_workers=1)
+        options |= {"dataloader_num_workers": 2, "resume_from_checkpoint": "latest"}
+        assert_same_run(local, train(**options, max_train_steps=8))
+    with pytest.raises(ValueError, match="shuffle_window_shards was 2, is None"):
+        train(**{**options, "train_data_dir": tmp_path / "shards", "shuffle_window_shards": 0})

@@ -12,7 +12,7 @@ import logging
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
 from ..data import Preprocessing
-from ..files import beside, replace_folder, sha256_of, sync_folder
+from ..files import beside, save_atomically, sha256_of
 from ..frozen import require_same
 
 __all__ = [
@@ -87,7 +87,7 @@ def save_run(
         free = shutil.disk_usage(output_dir).free / 2**30
         raise CheckpointError(
             f"checkpoint-{step} could not be written to {output_dir} ({free:.1f} GiB free): {error}. The checkpoints "
-            "before it are untouched: make room, and go on with --resume_from_checkpoint=latest."
+            "before it are untouched: make room, and resume from the latest."
         ) from error
     if is_main and keep is not None:
         delete_old_checkpoints(output_dir, keep)
@@ -156,25 +156,14 @@ def saving_checkpoint(
         The folder to write into. If the body raises, no checkpoint appears.
     """
     final = Path(output_dir) / f"checkpoint-{step}"
-    partial = beside(final, "partial")
-    if is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    wait_for_everyone()
-    try:
+    with save_atomically(final) if is_main_process else nullcontext(beside(final, "partial")) as partial:
+        wait_for_everyone()
         yield partial
         wait_for_everyone()
         if is_main_process:
             files = {name: describe_file(partial / name) for name in _list_files(partial)}
             manifest = {"format": _FORMAT, "step": step, "info": info or {}, "files": files}
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-            sync_folder(partial)
-    except BaseException:
-        if is_main_process:  # what was written so far would keep a full disk full
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if is_main_process:
-        replace_folder(partial, final)
     wait_for_everyone()
 
 

@@ -35,18 +35,13 @@ class TrainingRun:
         output_dir: Where checkpoints and `train_log.jsonl` go.
         seed: Seed of the order and of the views.
         batch_size: Images per process and forward pass.
-        num_epochs: Length of training, unless `max_steps` is given.
-        max_steps: Length of training in updates.
-        learning_rate: After warm-up.
-        lr_schedule: A name that `diffusers.optimization.get_scheduler` knows.
-        warmup_steps: Updates of warm-up.
-        betas: Of AdamW.
-        weight_decay: Of AdamW, for matrices and kernels.
+        num_epochs, max_steps: Length of training; in updates if `max_steps` is given.
+        learning_rate, betas, weight_decay: Of AdamW. Only matrices and kernels decay.
+        lr_schedule, warmup_steps: As in `diffusers.optimization.get_scheduler`.
         max_grad_norm: Gradients are clipped to this norm.
         shuffle_window_shards: Shards that the shuffle mixes at a time; 0 for all.
         num_workers: Processes that load data.
-        checkpointing_steps: Updates between checkpoints; 0 writes none.
-        checkpointing_minutes: Minutes between checkpoints; 0 counts only updates.
+        checkpointing_steps, checkpointing_minutes: Updates and minutes between checkpoints; 0 does not count them.
         keep_checkpoints: How many to keep; None keeps all.
         resume_from: A checkpoint, as in `checkpoints.find_checkpoint`; None starts anew.
         logging_steps: Updates between lines of progress.
@@ -54,8 +49,7 @@ class TrainingRun:
 
     Attributes:
         model: The prepared model.
-        step: Updates done so far.
-        total: Updates of the whole run.
+        step, total: Updates done so far, and of the whole run.
         images_per_update: Over all processes and accumulated batches.
 
     Raises:
@@ -106,8 +100,7 @@ class TrainingRun:
         self.total = max_steps or math.ceil(num_epochs * len(images) / self.images_per_update)
         self.step = 0
         self._position = 0  # images shown so far
-        groups = decay_matrices(model, weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas)
+        optimizer = torch.optim.AdamW(decay_matrices(model, weight_decay), lr=learning_rate, betas=betas)
         self.lr_scheduler = get_scheduler(
             lr_schedule, optimizer, num_warmup_steps=warmup_steps, num_training_steps=self.total
         )
