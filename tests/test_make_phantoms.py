@@ -83,8 +83,6 @@ class TestFindings:
 
     def test_a_heart_of_the_same_size_changes_nothing(self, chest):
         torch.testing.assert_close(enlarge_heart(chest, (1.0, 1.0, 1.0)).hu, chest.hu, atol=1e-2, rtol=0)
-        with pytest.raises(ValueError, match="at least 1"):
-            enlarge_heart(chest, (0.9, 1.0, 1.0))
 
     @pytest.mark.parametrize("side", [RIGHT, LEFT])
     def test_pneumothorax_trades_lung_for_air_at_the_wall(self, chest, side):
@@ -102,8 +100,6 @@ class TestFindings:
     def test_more_collapse_leaves_less_lung(self, chest):
         kept = [add_pneumothorax(chest, LEFT, c).lungs[LEFT].sum() for c in (0.1, 0.3, 0.5)]
         assert kept == sorted(kept, reverse=True)
-        with pytest.raises(ValueError, match="collapse"):
-            add_pneumothorax(chest, LEFT, 0.0)
 
     def test_effusion_lies_below_its_level_and_climbs_at_the_wall(self, chest):
         wet = add_effusion(chest, RIGHT, 0.4, rise=30.0)
@@ -118,16 +114,6 @@ class TestFindings:
         assert (wet.hu[fluid == 1] == 15).all()
         assert torch.equal(wet.lungs[LEFT], chest.lungs[LEFT])
 
-    @pytest.mark.parametrize("level", [0.0, 1.0, math.nan])
-    def test_effusion_needs_a_level_within_the_lung(self, chest, level):
-        with pytest.raises(ValueError, match="level"):
-            add_effusion(chest, RIGHT, level, rise=30.0)
-
-    def test_findings_need_a_lung(self, chest):
-        empty = replace(chest, lungs=torch.zeros_like(chest.lungs))
-        with pytest.raises(ValueError, match="empty"):
-            add_effusion(empty, LEFT, 0.3, rise=30.0)
-
     def test_consolidation_stays_in_its_lobe_and_is_still_lung(self, chest):
         centre = (225.0, 100.0, 190.0)  # left upper lobe
         flat = torch.zeros(6, 6, 6)
@@ -137,8 +123,6 @@ class TestFindings:
         assert (chest.lobes[changed] == 4).all()
         assert torch.equal(dense.lungs, chest.lungs)
         assert dense.hu[45, 20, 38] > -200  # its centre is solid by four fifths
-        with pytest.raises(ValueError, match="lobe"):
-            consolidate(chest, (0.0, 0.0, 0.0), radius=40.0, density=0.8, texture=flat)
 
     @pytest.mark.parametrize("diameter", [12.0, 20.0, 30.0])
     def test_nodule_holds_the_mass_of_a_ball(self, chest, diameter):
@@ -146,9 +130,23 @@ class TestFindings:
         volume = ((solid.hu - chest.hu) / 900).sum() * chest.spacing**3  # lung is at -850
         assert float(volume) == pytest.approx(math.pi / 6 * diameter**3, rel=0.4 if diameter < 15 else 0.15)
 
-    def test_nodule_refuses_a_mass(self, chest):
-        with pytest.raises(ValueError, match="mass"):
-            add_nodule(chest, (225.0, 100.0, 190.0), 40.0, hu=50.0)
+    @pytest.mark.parametrize(
+        ("place", "message"),
+        [
+            (lambda chest: enlarge_heart(chest, (0.9, 1.0, 1.0)), "at least 1"),
+            (lambda chest: add_pneumothorax(chest, LEFT, 0.0), "collapse"),
+            (lambda chest: add_effusion(chest, RIGHT, 0.0, rise=30.0), "level"),
+            (lambda chest: add_effusion(chest, RIGHT, 1.0, rise=30.0), "level"),
+            (lambda chest: add_effusion(chest, RIGHT, math.nan, rise=30.0), "level"),
+            (lambda chest: add_effusion(replace(chest, lungs=0 * chest.lungs), LEFT, 0.3, rise=30.0), "empty"),
+            (lambda chest: consolidate(chest, (0.0, 0.0, 0.0), 40.0, 0.8, torch.zeros(6, 6, 6)), "lobe"),
+            (lambda chest: add_nodule(chest, (225.0, 100.0, 190.0), 40.0, hu=50.0), "mass"),
+            (lambda chest: make_phantom(chest, seed=0, split="valid", index=0), "'valid'"),
+        ],
+    )
+    def test_what_has_no_place_is_refused(self, chest, place, message):
+        with pytest.raises(ValueError, match=message):
+            place(chest)
 
 
 class TestDrawing:
@@ -170,10 +168,6 @@ class TestDrawing:
             one, two = (draw_findings(chest, np.random.default_rng(i)) for _ in range(2))
             assert one[1:] == two[1:]
             assert torch.equal(one[0].hu, two[0].hu)
-
-    def test_an_unknown_split_is_named(self, chest):
-        with pytest.raises(ValueError, match="'valid'"):
-            make_phantom(chest, seed=0, split="valid", index=0)
 
 
 class TestProjectionArithmetic:
@@ -253,22 +247,21 @@ class TestCommandLine:
             make_phantoms.main(["--output_dir", str(tmp_path)])
         assert shard.read_bytes() == b"precious"
 
-    def test_a_file_in_the_way_is_an_error(self, tmp_path):
-        (tmp_path / "file").write_text("")
-        with pytest.raises(NotADirectoryError, match="there is a file of that name"):
-            make_phantoms.main(["--output_dir", str(tmp_path / "file")])
-
     @pytest.mark.parametrize(
-        ("flag", "value"),
-        [("num_train", -1), ("num_test", -5), ("size", 8), ("shard_size", 0), ("num_workers", -1), ("seed", -3)],
+        ("flags", "message"),
+        [
+            (["--num_train", "-1"], "--num_train"),
+            (["--num_test", "-5"], "--num_test"),
+            (["--size", "8"], "--size"),
+            (["--shard_size", "0"], "--shard_size"),
+            (["--num_workers", "-1"], "--num_workers"),
+            (["--seed", "-3"], "--seed"),
+            (["--num_train", "0", "--num_test", "0"], "Nothing to render"),
+        ],
     )
-    def test_numbers_out_of_range_are_named(self, tmp_path, flag, value):
-        with pytest.raises(ValueError, match=f"--{flag}"):
-            make_phantoms.main(["--output_dir", str(tmp_path), f"--{flag}", str(value)])
-
-    def test_nothing_to_render(self, tmp_path):
-        with pytest.raises(ValueError, match="Nothing to render"):
-            make_phantoms.main(["--output_dir", str(tmp_path), "--num_train", "0", "--num_test", "0"])
+    def test_numbers_out_of_range_are_named(self, tmp_path, flags, message):
+        with pytest.raises(ValueError, match=message):
+            make_phantoms.main(["--output_dir", str(tmp_path), *flags])
 
 
 def read_shard(path: Path) -> list[tuple[str, np.ndarray, np.ndarray, dict]]:
