@@ -167,7 +167,7 @@ def test_a_dropped_file_is_shown_used_and_not_kept(page, demo):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("note.txt", b"no image", "it is no image of a known format"),
+        ("note.txt", b"no image", "it is not an image of a known format"),
         ("small.png", b"", "the file is empty"),
         ("cut.png", png_of(0)[:200], "Cannot read cut.png"),
     ],

@@ -79,7 +79,7 @@ class TestReading:
     @pytest.mark.parametrize(
         ("name", "content", "message"),
         [
-            ("note.txt", b"no image", "note.txt: it is no image of a known format"),
+            ("note.txt", b"no image", "note.txt: it is not an image of a known format"),
             ("empty.png", b"", "empty.png: the file is empty"),
             ("nan.npy", np.full((64, 64), np.nan), "nan.npy: it holds values that are not finite"),
             ("small.npy", np.eye(8), "small.npy has 8 x 8 pixels: the shorter side must have 32"),

@@ -67,7 +67,7 @@ def test_salted_hash():
     assert len({name, salted_hash("patient 18", SALT), salted_hash("patient 17", SALT + "x")}) == 3
     with pytest.raises(ValueError, match=r"at least 16 bytes, got 4\. `secrets"):
         salted_hash("patient 17", "salt")
-    with pytest.raises(ValueError, match="no identifier"):
+    with pytest.raises(ValueError, match="identifier to hash is empty"):
         salted_hash(" ", SALT)
 
 

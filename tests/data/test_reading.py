@@ -286,7 +286,7 @@ def test_content_tells_the_format(tmp_path):
 
 def test_other_formats_of_pillow_are_not_tried():
     for kind in ("eps", "ppm", "tga", "pdf"):
-        with pytest.raises(UnreadableImageError, match="no image of a known format"):
+        with pytest.raises(UnreadableImageError, match="not an image of a known format"):
             read_image(encoded(Image.fromarray(COLOR), kind))
 
 

@@ -31,11 +31,11 @@ class ImageDataset(Dataset[dict[str, Any]]):
     """Prepared images of a source, by number.
 
     An image that cannot be read is named in a warning and counted in `unreadable`, and its place goes to another
-    sample, chosen by the number alone: length and order stay the same in every process and every run.
+    sample, which depends only on its number: length and order stay the same in every process and every run.
 
     Args:
         store: Where the images come from.
-        preprocessing: How they are prepared. What shards hold that were prepared in just this way is taken as it is.
+        preprocessing: How they are prepared. Shards whose images were prepared in just this way are taken as they are.
         in_memory: Whether to prepare all images now and keep them as uint8 (`size * size` bytes each for grayscale).
         max_unreadable: Largest tolerated fraction of unreadable images.
         indices: Which samples of the source to use, all by default.
@@ -44,7 +44,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         unreadable: Message by number of each image that could not be read so far, by this process or its workers.
 
     Raises:
-        ValueError: If more images than tolerated cannot be read; when it shows.
+        ValueError: If more images than tolerated cannot be read; also later, when it turns out.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return selection
 
     def note_unreadable(self, messages: Mapping[int, str]) -> None:
-        """Count what another process could not read, by number; raises `ValueError` if it is too much by now."""
+        """Count what another process could not read, by number; raises `ValueError` if it is too much."""
         self.unreadable.update(messages)
         if messages:
             self._check_unreadable()
@@ -143,7 +143,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return self.store.companion(int(self._indices[index]), extension)
 
     def _prepare(self, places: Sequence[int]) -> Iterator[np.ndarray | None]:
-        """The prepared images, None (and a note of the reason) for those that cannot be read."""
+        """The prepared images; for those that cannot be read None, with the reason in `unreadable`."""
         if self._prepared is not None:
             yield from (self._prepared[place] for place in places)
             return
@@ -163,7 +163,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return None
 
     def _substitute(self, wanted: int) -> tuple[int, np.ndarray]:
-        """Another sample for a place whose own cannot be read, chosen by the number alone."""
+        """Another sample for a place whose own cannot be read; which one depends only on the number."""
         attempt = 0
         while True:
             self._check_unreadable()
@@ -205,13 +205,13 @@ def open_images(
         config_name: Configuration of a `datasets` set.
         in_memory: Whether to prepare all images now and keep them in memory: for small sets.
         max_unreadable: Largest tolerated fraction of unreadable images.
-        local_files_only: Do not look for a name that is not here on the Hub.
+        local_files_only: Whether a name that is not here is an error, rather than looked for on the Hub.
 
     Returns:
         A data set of `{"key": str, "image": float32 (C, size, size) in [0, 1]}`.
 
     Raises:
-        FileNotFoundError: If there is no such source, or no image in it.
+        FileNotFoundError: If the source does not exist, or holds no image.
         ValueError: If the source is of another kind, or too many images cannot be read.
     """
     opened = open_store(source, split, image_column, config_name, local_files_only)

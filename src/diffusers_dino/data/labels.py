@@ -1,4 +1,4 @@
-"""Labels and patients of images: from a table that a user has, or from beside the images of a set."""
+"""Labels and patients of images: from a table, or from the JSON files beside the images of a set."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ NO_FINDING = "No Finding"
 
 @dataclass(frozen=True)
 class LabelTable:
-    """What is known of N images.
+    """Labels and patients of N images.
 
     Attributes:
-        keys: Name of each image within its data set, each once.
-        labels: The labels of each image; empty where it has none of them.
-        patients: The patient of each image; an image of its own patient where nothing is known.
+        keys: Name of each image within its data set, without repeats.
+        labels: The labels of each image, which may be empty.
+        patients: The patient of each image; where it is unknown, a patient of its own.
 
     Raises:
         ValueError: If the lengths differ or a key comes twice.
@@ -72,7 +72,7 @@ class LabelTable:
         )
 
     def restrict(self, names: Sequence[str]) -> LabelTable:
-        """The same images with these labels alone.
+        """The same images with only these labels.
 
         Raises:
             ValueError: If no image has one of the labels.
@@ -115,8 +115,8 @@ def read_label_table(
     Args:
         path: The file.
         key_column: Column of keys or of file names; the extension of an image file is dropped, folders are kept.
-        label_column: Column of the labels of an image, joined by `separator`; may be blank. None reads no labels.
-        patient_column: Column of patients. None says that each image is of a patient of its own.
+        label_column: Column of the labels of an image, joined by `separator`; may be blank. None leaves labels out.
+        patient_column: Column of patients. None makes each image a patient of its own.
         separator: Between labels.
 
     Raises:
@@ -144,7 +144,7 @@ def read_label_table(
 
 
 def stored_labels(images: ImageDataset) -> LabelTable:
-    """The labels that stand beside the images in `KEY.json`, as `make_shards` writes them.
+    """The labels that stand beside the images in `KEY.json`, as shards have them.
 
     Raises:
         ValueError: If an image has no such file, or the file has no list `labels`.

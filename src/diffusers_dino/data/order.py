@@ -1,4 +1,4 @@
-"""Which sample is shown when: one global order, whatever the number of processes, and resumable anywhere.
+"""The order in which samples are shown: one for any number of processes, and resumable anywhere.
 
 Nothing here remembers what was shown: the sample at a position is computed from the seed and the position.
 """
@@ -39,7 +39,7 @@ class WindowedOrder:
 
     In each epoch the shards are permuted and cut into windows of `window_shards`; the samples of a window are shuffled
     among themselves. Every epoch shows every sample once, and any position is found without those before it, in memory
-    of the order of a window. A wider window mixes better; one over all shards is a full shuffle.
+    of the order of a window. A wider window mixes better; a window over all shards is a full shuffle.
 
     Args:
         shard_sizes: Samples in each shard; shards follow each other in the data set.
@@ -139,7 +139,7 @@ class GlobalBatchSampler(Sampler[list[Slot]]):
             first += self.global_batch_size
 
     def slot(self, position: int) -> Slot:
-        """What stands at a position of the global order."""
+        """The slot at a position of the global order."""
         epoch, rank = divmod(position, self.num_samples)
         if not self.shuffle:
             index = rank

@@ -1,4 +1,4 @@
-"""Which patients are for training and which are kept aside: a function of the patient, not of who else is there."""
+"""Which patients are for training and which are kept aside: a function of the patient, whoever else is in the set."""
 
 from __future__ import annotations
 
@@ -18,17 +18,16 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class SplitRule:
-    """How patients are shared out.
+    """How patients are split.
 
-    A patient's split follows from the seed and the patient's hash. So a patient keeps it when sources are added, in
-    any order and on any machine; in return the fractions are those of a fair draw for each patient and are met
-    exactly only in the limit.
+    A patient's split follows from the seed and the patient's hash, so a patient keeps it when sources are added, in
+    any order and on any machine. In return, the fractions are only met on average.
 
     Args:
         validation: Probability of the validation split.
         test: Probability of the test split.
         seed: Seed of the draw.
-        official: Whether to keep the splits of the providers; what has none is drawn.
+        official: Whether to keep the splits of the providers; images without one are drawn.
 
     Raises:
         ValueError: If the fractions are negative or leave nothing to train on.
@@ -55,7 +54,7 @@ class SplitRule:
 
 
 def link_patients(patients: Sequence[str], links: np.ndarray) -> np.ndarray:
-    """Put images into groups that no split may tear: those of a patient, and those of patients who share a picture.
+    """Put images that must share a split into groups: those of a patient, and those of patients who share a picture.
 
     Args:
         patients: The patient of each of N images.
@@ -85,7 +84,7 @@ def assign_splits(
 
     Args:
         patients: Salted hash of the patient of each of N images.
-        official: The provider's split of each, None for none.
+        official: The provider's split of each, or None.
         groups: `(N,)`, as `link_patients` gives them.
         rule: How to draw.
     """

@@ -1,0 +1,1 @@
+"""Images: read from files, prepared, augmented and encoded."""

@@ -17,7 +17,7 @@ class FrameHeader(NamedTuple):
 
 
 def frame_header(frame: bytes) -> FrameHeader | None:
-    """Read the header of a JPEG, JPEG-LS or JPEG 2000 codestream; None if there is none.
+    """Read the header of a JPEG, JPEG-LS or JPEG 2000 codestream; None if it lacks one.
 
     Sources: ITU-T T.81 B.2.2, T.87 C.2.2 (JPEG-LS has the same frame header), T.800 A.5.1.
     """

@@ -1,7 +1,7 @@
 """Radiographs in DICOM files: the pixels, as a display shows them.
 
-Rows and columns stay as they are stored: viewers show them so, and masks and boxes of data sets refer to them. What is
-read of the header, and what becomes of it, is in `dicom_header`.
+Rows and columns stay as they are stored: viewers show them so, and masks and boxes of data sets refer to them.
+`dicom_header` says what is read of the header.
 """
 
 from __future__ import annotations
@@ -74,11 +74,11 @@ def read_dicom(
     """Read the single image of a DICOM file.
 
     Grayscale goes through the modality LUT or rescale slope and intercept, then through the first VOI LUT or window,
-    and MONOCHROME1 is turned over within its own bits, so that air is dark: see `grayscale.brightness_table`. Colour
+    and MONOCHROME1 is inverted within its own bits, so that air is dark: see `grayscale.brightness_table`. Colour
     comes back as RGB.
 
-    A radiograph that says MONOCHROME1 while its picture is the right way up already (all four corners would turn white
-    around a dark center) is left as it is, with a warning: tools that turn pixels over often leave the tag.
+    A radiograph that says MONOCHROME1 but is not inverted (all four corners would turn white around a dark center) is
+    left as it is, with a warning: tools that invert pixels often keep the tag.
 
     Args:
         data: The bytes of the file.
@@ -91,8 +91,8 @@ def read_dicom(
         `(H, W)` uint8 or, above 8 bits, uint16; for colour `(H, W, 3)` uint8.
 
     Raises:
-        UnreadableImageError: If the file is damaged, too large, holds several images or none, or is of a kind that is
-            not read here. Nothing in the message is text of the header.
+        UnreadableImageError: If the file is damaged, too large, holds several images or none, or is of an unsupported
+            kind. The message quotes nothing of the header.
         ImportError: If pydicom or a decoder is not installed.
     """
     syntax, dataset = parse_dicom(data, _TAGS, most_bytes=6 * max_pixels + 2**26)
@@ -107,7 +107,7 @@ def read_dicom(
     gray = _grayscale(dataset, layout, view, inverted)
     image = brightness_table(gray, counts)[cells]
     if gray.inverted and inverted is None and _is_radiograph(dataset) and _surrounds_dark_with_white(image):
-        logger.warning("%s says MONOCHROME1, but air is dark in it as it is stored: it is not turned over", name)
+        logger.warning("%s says MONOCHROME1, but its air is dark as it is stored: it is not inverted", name)
         image = brightness_table(replace(gray, inverted=False), counts)[cells]
     return image
 
@@ -115,7 +115,7 @@ def read_dicom(
 def _layout(dataset: Dataset, syntax: str) -> _Layout:
     frames = decimals(dataset, _FRAMES) if text(dataset, _FRAMES) else [1.0]
     if frames != [1.0]:
-        raise UnreadableImageError("it holds several images or says no number of them. Export the one to read")
+        raise UnreadableImageError("it holds several images or an invalid number of them. Export the one to read")
     photometric = next((known for known in _KINDS if known == text(dataset, _PHOTOMETRIC)), None)
     if photometric is None:
         raise UnreadableImageError(f"its photometric interpretation is none of {', '.join(_KINDS)}")

@@ -1,8 +1,8 @@
-"""The header of a DICOM file, of which next to nothing is handed on.
+"""The header of a DICOM file, of which almost nothing is handed on.
 
 A header is full of names, dates and free text, and any of its fields may hold what belongs in another. So only the
 fields that are needed are looked at, as bytes; what `dicom_facts` gives is checked against what its field may hold;
-errors say what is wrong in words of this package; and pydicom, whose warnings quote values, is kept silent.
+errors are in words of this package; and pydicom, whose warnings quote values, is kept silent.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def is_dicom(start: bytes) -> bool:
 
 
 def dicom_facts(source: str | PathLike[str] | bytes | Dataset, salt: str | bytes | None = None) -> dict[str, Any]:
-    """What may be known of a DICOM file outside of it. A field that is missing, or holds anything else, is left out.
+    """What may be told of a DICOM file. A field that is missing, or holds anything unexpected, is left out.
 
     Args:
         source: A path, the bytes of a file, or a pydicom `Dataset`.
@@ -68,7 +68,7 @@ def dicom_facts(source: str | PathLike[str] | bytes | Dataset, salt: str | bytes
         with a salt, `patient` and `study` (hashes).
 
     Raises:
-        UnreadableImageError: If the file is damaged or no DICOM.
+        UnreadableImageError: If the file is damaged or not DICOM.
         ImportError: If pydicom is not installed.
     """
     if isinstance(source, str | PathLike):
@@ -93,14 +93,14 @@ def dicom_facts(source: str | PathLike[str] | bytes | Dataset, salt: str | bytes
 
 
 def salted_hash(identifier: str, salt: str | bytes) -> str:
-    """A name for a patient or a study that cannot be led back to it without the salt.
+    """A name for a patient or a study that cannot be traced back without the salt.
 
-    HMAC-SHA256 with the salt as key, cut to 64 bits: two of a million ids fall together with probability 3e-8. The
+    HMAC-SHA256 with the salt as key, cut to 64 bits: two of a million ids coincide with probability 3e-8. The
     same id and salt give the same name, so files of one patient stay together. Whoever has the salt can try all ids:
-    keep it secret, and out of what is published.
+    keep it secret, and never publish it.
 
     Args:
-        identifier: The id; space around it does not count.
+        identifier: The id; space around it is ignored.
         salt: A secret of at least 16 bytes, such as `secrets.token_hex(16)`.
 
     Returns:
@@ -113,7 +113,7 @@ def salted_hash(identifier: str, salt: str | bytes) -> str:
     if len(key) < 16:
         raise ValueError(f"The salt must have at least 16 bytes, got {len(key)}. `secrets.token_hex(16)` makes one.")
     if not identifier.strip():
-        raise ValueError("There is no identifier to hash: it is empty.")
+        raise ValueError("The identifier to hash is empty.")
     return hmac.new(key, identifier.strip().encode("utf-8", "surrogateescape"), hashlib.sha256).hexdigest()[:16]
 
 
@@ -126,12 +126,12 @@ def parse_dicom(data: bytes, tags: list[int], most_bytes: int = 2**30) -> tuple[
         most_bytes: What a deflated file may unpack to.
 
     Raises:
-        UnreadableImageError: If the file is damaged or no DICOM. Nothing in it is from the header.
+        UnreadableImageError: If the file is damaged or not DICOM. The message quotes nothing of the header.
         ImportError: If pydicom is not installed.
     """
     require("pydicom", "dicom", "Reading DICOM needs pydicom")
     if not is_dicom(data):
-        raise UnreadableImageError("it is no DICOM file: DICM is missing at byte 128")
+        raise UnreadableImageError("it is not a DICOM file: DICM is missing at byte 128")
     facts = [_MODALITY, _VIEW, _IMAGE_LATERALITY, _LATERALITY, _PATIENT, _STUDY, *_SPACINGS]
     try:
         with _quiet():
@@ -196,7 +196,7 @@ def _value(dataset: Dataset, tag: int) -> Any:
 
 
 def text(dataset: Dataset, tag: int) -> str:
-    """A field of text without the space around it; empty if there is none."""
+    """A field of text without the space around it; empty if it is missing."""
     value = _value(dataset, tag)
     if isinstance(value, bytes):
         value = value.decode("utf-8", "surrogateescape")
@@ -204,7 +204,7 @@ def text(dataset: Dataset, tag: int) -> str:
 
 
 def decimals(dataset: Dataset, tag: int) -> list[float]:
-    """The numbers in a field of decimal text; none if one of them is not a finite number."""
+    """The numbers in a field of decimal text; an empty list if one of them is not a finite number."""
     value = _value(dataset, tag)
     if isinstance(value, bytes):
         value = value.decode("ascii", "replace").strip(" \0").split("\\")

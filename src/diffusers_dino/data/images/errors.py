@@ -1,4 +1,4 @@
-"""What every reader of images refuses, and how it says so."""
+"""The error of all readers of images, and the check of an image's size."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ MAX_PIXELS = 100_000_000
 
 
 class UnreadableImageError(ValueError):
-    """A file that is damaged, or is no image of a kind that is read here. The message names it and the reason."""
+    """A file that is damaged, or not an image of a supported kind. The message names it and the reason."""
 
 
 def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:

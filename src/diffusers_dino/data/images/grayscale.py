@@ -152,7 +152,7 @@ def brightness_table(gray: Grayscale, counts: np.ndarray) -> np.ndarray:
 
 
 def _padding(limits: tuple[int, int] | None, stored: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Which contents are padding: none, if nothing else is in the image."""
+    """Which contents are padding: none of them if the image is nothing but padding."""
     none = np.zeros(len(stored), bool)
     if limits is None:
         return none

@@ -1,7 +1,7 @@
 """From the bytes of a file to an array of its pixels, with nothing lost.
 
-What a file is, is told by its first bytes, not by its name. Nothing is decoded before its size is known and allowed,
-and whatever is wrong with a file ends in an `UnreadableImageError`.
+The first bytes of a file, not its name, tell its format. Nothing is decoded before its size is known and allowed, and
+whatever is wrong with a file ends in an `UnreadableImageError`.
 """
 
 from __future__ import annotations
@@ -125,16 +125,16 @@ def read_image(
 
     Args:
         source: A path, or the bytes of a file.
-        name: What to call it in an error message, or what tells that when there is one; by default the path.
+        name: What to call it in an error message, or a function that tells it; by default the path.
         raw: How the pixels lie, for a file without a header.
-        inverted: Whether large values are dark. By default what a DICOM file or `raw` says; other files do not say it.
+        inverted: Whether large values are dark; by default as a DICOM file or `raw` says. Other formats do not say.
         max_pixels: Width times height of the largest image that is decoded.
 
     Returns:
         `(H, W)` or, for colour, `(H, W, 3)`; uint8, or uint16 for deeper grayscale. Large values are bright.
 
     Raises:
-        UnreadableImageError: If the file is missing, empty, truncated, damaged, too large or no image.
+        UnreadableImageError: If the file is missing, empty, truncated, damaged, too large or not an image.
         ImportError: If it is a DICOM file and the `dicom` extra is not installed.
     """
     name = name or ("an image in memory" if isinstance(source, bytes) else str(source))
@@ -156,9 +156,9 @@ def read_image(
 
 
 def is_unnamed_dicom(path: Path) -> bool:
-    """Whether a file is DICOM though its name does not say it: no extension, or digits alone, as UIDs end.
+    """Whether a file is DICOM though its name does not say it: no extension, or only digits, as UIDs end.
 
-    Only such files are looked into; the index of a medium, `DICOMDIR`, holds no image.
+    Other files are not opened. `DICOMDIR`, the index of a medium, holds no image.
     """
     extension = path.suffix[1:]
     if (extension and not extension.isdigit()) or path.name == "DICOMDIR":
@@ -193,7 +193,7 @@ def _decode(data: bytes, name: Callable[[], str], inverted: bool | None, max_pix
 def _read_pillow(data: bytes, max_pixels: int) -> np.ndarray:
     opener = next((opener for start, opener in _PILLOW if data.startswith(start)), None)
     if opener is None:
-        raise UnreadableImageError("it is no image of a known format")
+        raise UnreadableImageError("it is not an image of a known format")
     with opener(io.BytesIO(data)) as image:
         check_size(*image.size, max_pixels)
         if isinstance(image, TiffImagePlugin.TiffImageFile):
@@ -332,7 +332,7 @@ def as_image(array: np.ndarray) -> np.ndarray:
     if array.dtype == np.uint8:
         return array
     if array.dtype.kind not in "uif":
-        raise UnreadableImageError(f"its values are of type {array.dtype}, which is no number")
+        raise UnreadableImageError(f"its values are of type {array.dtype}, which is not a number")
     return _deep_to_uint16(array) if array.ndim == 2 else np.round(_stretched(array) * 255).astype(np.uint8)
 
 

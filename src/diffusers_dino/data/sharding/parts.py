@@ -270,7 +270,7 @@ def _reason(error: Exception) -> str:
     if isinstance(cause, UnreadableImageError):
         return str(cause)
     if isinstance(cause, UnidentifiedImageError):
-        return "it is no image of a known format"
+        return "it is not an image of a known format"
     if isinstance(cause, FileNotFoundError | PermissionError | IsADirectoryError):
         return cause.strerror or type(cause).__name__
     return f"it is damaged ({type(cause).__name__})"

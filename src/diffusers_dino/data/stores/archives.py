@@ -1,7 +1,7 @@
 """Webdataset tars read at random: an index of each says where the bytes of every sample are.
 
-The index is a few NumPy arrays, so that a million samples cost tens of megabytes which forked workers share. It can be
-kept beside its tar (`train-000000.tar.index.npz`), so that a remote shard is opened without walking its headers.
+The index is a few NumPy arrays: a million samples take tens of megabytes, which forked workers share. It can be kept
+beside its tar (`train-000000.tar.index.npz`), so that a remote shard is opened without walking its headers.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _FORMAT = 1
 _BLOCK = 512
 # Kinds of pictures that accompany an image under the same key: `KEY.mask.png` is the mask of `KEY.png`.
 _COMPANIONS = ("mask",)
-# Keys name outputs elsewhere: none may leave a folder, and none may hold the line break that parts them here.
+# Keys become file names: a key must not lead out of a folder, nor hold the line break that separates keys here.
 _UNSAFE = re.compile(r"^$|^/|^[A-Za-z]:|\\|(^|/)\.{1,2}(/|$)|[\x00-\x1f\x7f]")
 
 

@@ -17,13 +17,13 @@ __all__ = ["FolderStore", "image_key"]
 class FolderStore(ImageStore):
     """All images below a folder, sorted by path. Masks (`KEY.mask.png`) are companions, not images.
 
-    DICOM files are found also where they have no extension or are named by a UID.
+    DICOM files are also found if they have no extension or are named by a UID.
 
     Args:
         root: The folder.
 
     Raises:
-        FileNotFoundError: If there is no image in it.
+        FileNotFoundError: If it holds no image.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -32,9 +32,7 @@ class FolderStore(ImageStore):
         self._paths = [path for path in relative if image_key(path) != path or is_unnamed_dicom(self.root / path)]
         if not self._paths:
             kinds = ", ".join(IMAGE_EXTENSIONS)
-            raise FileNotFoundError(
-                f"No image in {str(root)!r} nor in its folders. Looked for {kinds}, and tars of them."
-            )
+            raise FileNotFoundError(f"No image in {str(root)!r} or its folders. Looked for {kinds}, and tars of them.")
         keys = [image_key(path) for path in self._paths]
         count = Counter(keys)  # `a.png` beside `a.jpg`: the extension keeps them apart
         self.keys = [path if count[key] > 1 else key for path, key in zip(self._paths, keys, strict=True)]

@@ -1,7 +1,7 @@
 """Files behind `http(s)://`, `s3://`, `gs://` and `hf://`, read by ranges of bytes through fsspec.
 
 Credentials and endpoints are taken from where each provider's own tools take them (environment, configuration files,
-`hf auth login`); none is shown in a message.
+`hf auth login`), and never appear in a message.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 # What can be read, and the package by which fsspec reads it.
 _PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}
-# Seconds before each new attempt: a service that is gone for longer than this ends the run, which can be resumed.
+# Seconds before each new attempt: a longer outage ends the run, which can be resumed.
 RETRY_DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0)
 _PERMANENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError, TypeError, NotImplementedError)
 _T = TypeVar("_T")
@@ -108,7 +108,7 @@ class RemoteFileSystem(FileSystem):
         return "; ".join(f"{name}={value}" for name, value in sorted(info.items()) if name.lower() in facts)
 
     def check_ranges(self, path: str) -> None:
-        """Raise `ValueError` if the server sends nothing but whole files."""
+        """Raise `ValueError` if the server only sends whole files."""
         if not self.scheme.startswith("http") or self.size(path) < 2:
             return
 
@@ -121,7 +121,7 @@ class RemoteFileSystem(FileSystem):
             self._try(path, probe)
         except ValueError as error:
             raise ValueError(
-                f"The server of {redact(path)!r} sends whole files only, no ranges of bytes. Download the shards, or "
+                f"The server of {redact(path)!r} sends whole files only, not ranges of bytes. Download the shards, or "
                 "put them where ranges can be read, such as S3 or nginx."
             ) from error
 
@@ -183,7 +183,7 @@ class RemoteFileSystem(FileSystem):
         raise AssertionError("_wait raises when no attempt is left")
 
     def _wait(self, path: str, error: Exception, delay: float | None) -> None:
-        """Wait before the next attempt, or raise what the error means, without secrets, if there is to be none."""
+        """Wait before the next attempt; after the last one raise what the error means, without secrets."""
         reason = f"{type(error).__name__}: {_redact_all(str(error))}"
         if delay is not None and _is_transient(error):
             logger.warning("Cannot read %s (%s). Trying again in %g s.", redact(path), reason, delay)

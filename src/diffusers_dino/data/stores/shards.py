@@ -230,7 +230,7 @@ def _find_in_folder(files: FileSystem, folder: str, split: str | None) -> tuple[
 
 
 def _read_manifest(files: FileSystem, folder: str) -> list[dict]:
-    """The shards that the manifest in a folder lists; none if there is no manifest."""
+    """The shards that the manifest in a folder lists; an empty list without a manifest."""
     path = _join(folder, MANIFEST)
     hint = "Mend it, or rename it to read the shards without one."
     try:

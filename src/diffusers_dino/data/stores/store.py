@@ -18,8 +18,8 @@ class ImageStore(ABC):
 
     Attributes:
         keys: One name for each sample, in order; the key of its random draws and of its companions.
-        lost: By number, why a sample is known to be gone without trying to read it.
-        prepared_by: Fingerprint of the `Preprocessing` that the images have been through; None if of none or unknown.
+        lost: By number, why a sample is known to be gone before it is read.
+        prepared_by: Fingerprint of the `Preprocessing` that the images have been through; None if unknown.
     """
 
     keys: Sequence[str]
