@@ -86,7 +86,7 @@ def test_no_condition(images):
 
 
 def test_a_vae_of_another_model(pipe):
-    with pytest.raises(ValueError, match="latents have 3 channels, but the UNet takes 4"):
+    with pytest.raises(ValueError, match="latents have 3 channels, but the UNet has in_channels=4"):
         DiffSegPipeline.from_pipe(pipe, vae=tiny.tiny_vae(latent_channels=3))
 
 

@@ -7,7 +7,7 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor
 
 from ..latents import VAE
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Generators",
+    "check_channels",
     "check_choice",
     "check_components",
     "check_embeds",
@@ -67,11 +68,19 @@ def check_components(
             f"tokens of width {conditioner.token_dim}. Build the UNet with "
             f"cross_attention_dim={conditioner.token_dim}, or the conditioner with projection_dim={width}, and train."
         )
-    channels = {"in_channels": unet.config["in_channels"], "out_channels": unet.config["out_channels"]}
-    if vae is not None and set(channels.values()) != {vae.config["latent_channels"]}:
+    check_channels(vae, unet, "in_channels", "out_channels")
+
+
+def check_channels(vae: VAE | None, unet: UNet2DConditionModel | UNet2DModel | None, *sides: str) -> None:
+    """Refuse a UNet whose `sides` (`"in_channels"`, `"out_channels"`) are not as many as the VAE's latents have."""
+    if vae is None or unet is None:
+        return
+    channels = {side: unet.config[side] for side in sides}
+    if set(channels.values()) != {vae.config["latent_channels"]}:
         raise ValueError(
             f"The VAE's latents have {vae.config['latent_channels']} channels, but the UNet has "
-            f"in_channels={channels['in_channels']} and out_channels={channels['out_channels']}. All three must agree."
+            f"{' and '.join(f'{side}={count}' for side, count in channels.items())}. They must agree: use the VAE of "
+            "the UNet's training, and no UNet for inpainting."
         )
 
 

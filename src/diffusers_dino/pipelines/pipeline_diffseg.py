@@ -28,7 +28,7 @@ from ..diffseg.merging import aggregate_attention, merge_attention, refine_segme
 from ..latents import encode_to_moments, vae_scale_factor
 from ..pixels import ImageInput, resize_unit, to_unit, unit_to_vae
 from .caching import has_cache
-from .checks import Generators, check_choice, check_finite, check_generator, check_numbers
+from .checks import Generators, check_channels, check_choice, check_finite, check_generator, check_numbers
 from .loading import ComponentLoadingMixin
 from .lora import UNetLoraLoaderMixin
 from .pipeline_output import DiffSegPipelineOutput
@@ -94,7 +94,7 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
             text_encoder_2=text_encoder_2,
             tokenizer_2=tokenizer_2,
         )
-        self._check_channels()
+        check_channels(self.vae, self.unet, "in_channels")
 
     @property
     def vae_scale_factor(self) -> int:
@@ -115,7 +115,7 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
             TypeError: If an argument has the wrong type.
             ValueError: If an argument has the wrong value, or a component is missing.
         """
-        self._check_channels()
+        check_channels(self.vae, self.unet, "in_channels")
         if has_cache(self.unet):
             raise ValueError(
                 "The UNet has a cache (enable_cache), which leaves out layers whose attention is read here: call "
@@ -361,16 +361,6 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         if own is None:
             raise ValueError("The UNet's config has no sample_size: give `size` in pixels.")
         return (own if isinstance(own, int) else max(own)) * self.vae_scale_factor
-
-    def _check_channels(self) -> None:
-        if self.unet is None or self.vae is None:
-            return
-        takes, makes = self.unet.config["in_channels"], self.vae.config["latent_channels"]
-        if takes != makes:
-            raise ValueError(
-                f"The VAE's latents have {makes} channels, but the UNet takes {takes}: they are of different models, "
-                "or the UNet (of inpainting, say) needs more than latents."
-            )
 
 
 def _common_size(images: list[Tensor]) -> tuple[int, int]:
