@@ -51,7 +51,12 @@ class LastingModelMixin(ModelMixin):
 
     @wraps(ModelMixin.save_pretrained, assigned=())  # pipelines pass on only the options that a signature names
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], *, max_shard_size: int | str = "10GB", **kwargs: Any
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        **kwargs: Any,
     ) -> None:
         """Save config and weights (safetensors), with the options of diffusers' `ModelMixin.save_pretrained`.
 
@@ -62,7 +67,9 @@ class LastingModelMixin(ModelMixin):
         sharded = split_torch_state_dict_into_shards(self.state_dict(), max_shard_size=max_shard_size).is_sharded
         self._saving = not sharded and not getattr(self, "is_quantized", False)
         try:
-            super().save_pretrained(save_directory, max_shard_size=max_shard_size, **kwargs)
+            # pipelines of diffusers give the middle two if they find them in the signature
+            options = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
+            super().save_pretrained(save_directory, **options, **kwargs)
         finally:
             self._saving = False
 
