@@ -53,6 +53,7 @@ class LastingModelMixin(ModelMixin):
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
+        *,
         safe_serialization: bool = True,
         variant: str | None = None,
         max_shard_size: int | str = "10GB",
