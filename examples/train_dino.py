@@ -8,7 +8,6 @@ Autoencoder and DINO encoder stay frozen. `--output_dir` becomes a pipeline, or 
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from dataclasses import asdict, dataclass
@@ -16,8 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 
@@ -29,15 +26,15 @@ from diffusers_dino.cli.training_flags import (
     RunArguments,
     check_frozen_models,
     load_frozen,
+    make_accelerator,
     open_views,
 )
-from diffusers_dino.files import make_writable_folder
 from diffusers_dino.hub import push_folder
 from diffusers_dino.training import checkpoints, models, objective, optim, validation
 from diffusers_dino.training.feature_cache import Recipe, open_feature_cache
 from diffusers_dino.training.features import FeatureEncoder, Views, cache_in_memory
 from diffusers_dino.training.interruption import Interruption
-from diffusers_dino.training.progress import Progress, check_tracker
+from diffusers_dino.training.progress import Progress
 from diffusers_dino.training.state import TrainingState
 
 logger = logging.getLogger("train_dino")
@@ -102,24 +99,15 @@ class Arguments(RunArguments, FeatureArguments):
 def main() -> None:
     args = parse_arguments(Arguments, description=__doc__)
     check_arguments(args)
-    output_dir = make_writable_folder(args.output_dir)
-    accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
-        log_with=check_tracker(args.report_to),
-        project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=str(output_dir / "logs")),
-    )
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    accelerator = make_accelerator(args, logger, tracker=args.report_to)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
-    set_seed(args.seed)
 
     views = open_views(args)
     with accelerator.main_process_first():  # one process downloads
         pipe = build_pipeline(args, views.images, accelerator.device)
     models.latent_shape(pipe.vae, pipe.unet, args.resolution)  # checks the resolution
     if accelerator.is_main_process:
-        save_setup(args, pipe, output_dir)
+        save_frozen(args, pipe)
     frozen_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     if args.feature_cache:
         recipe = Recipe.of(pipe.vae, pipe.conditioner, views, args.cache_views)
@@ -334,12 +322,11 @@ def make_validator(
     )
 
 
-def save_setup(args: Arguments, pipe: DinoDiffusionPipeline, output_dir: Path) -> None:
+def save_frozen(args: Arguments, pipe: DinoDiffusionPipeline) -> None:
     """Write what training does not change, before it is cast to lower precision."""
-    (output_dir / "training_arguments.json").write_text(json.dumps(asdict(args), indent=1))
     if not args.rank:
         for name in ("vae", "conditioner", "scheduler"):
-            getattr(pipe, name).save_pretrained(output_dir / name)
+            getattr(pipe, name).save_pretrained(Path(args.output_dir, name))
 
 
 def save_result(

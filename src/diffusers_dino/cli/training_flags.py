@@ -5,7 +5,6 @@ The dataclass of a program inherits them. A field that it declares again keeps i
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,15 +12,16 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import ProjectConfiguration, set_seed
 from torch import nn
 
 from .. import data
 from ..conditioner import DinoImageConditioner
-from ..files import make_writable_folder
+from ..files import make_writable_folder, write_json
 from ..latents import VAE
 from ..training.features import evenly_spread
 from ..training.models import load_vae
+from ..training.progress import check_tracker
 from ..training.run import TrainingRun
 from .arguments import flag
 
@@ -189,23 +189,27 @@ def load_frozen(
     return vae, conditioner.to("cpu")
 
 
-def make_accelerator(args: Any, script: logging.Logger) -> Accelerator:
+def make_accelerator(args: Any, script: logging.Logger, tracker: str | None = None) -> Accelerator:
     """Set up processes, precision, seed and logging, and note the arguments beside the result.
 
     Args:
         args: Has the fields of `RunArguments` and `ImageArguments`.
         script: The script's own logger.
+        tracker: As in `check_tracker`; what it writes goes to `logs/` in the output folder.
     """
-    make_writable_folder(args.output_dir)
+    folder = make_writable_folder(args.output_dir)
     accelerator = Accelerator(
-        mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.gradient_accumulation_steps
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=check_tracker(tracker),
+        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "logs")),
     )
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for chatty in (logger, script):
         chatty.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     set_seed(args.seed)
     if accelerator.is_main_process:
-        Path(args.output_dir, "training_arguments.json").write_text(json.dumps(asdict(args), indent=1))
+        write_json(folder / "training_arguments.json", asdict(args))
     return accelerator
 
 

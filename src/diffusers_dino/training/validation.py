@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from PIL import Image
 from torch import Tensor
 
 from ..data import collate
@@ -31,7 +30,6 @@ __all__ = [
     "FeatureMetric",
     "Validator",
     "generate_for_validation",
-    "log_images",
     "measure",
     "open_metric",
 ]
@@ -120,17 +118,6 @@ def generate_for_validation(
         ).images
         batches.append(images.float().cpu().unflatten(0, (-1, num_variations)))
     return torch.cat(batches)
-
-
-def log_images(accelerator: Accelerator, name: str, image: Image.Image, step: int) -> None:
-    """Send a picture to the trackers that take pictures: TensorBoard and Weights & Biases."""
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.writer.add_image(name, np.asarray(image), step, dataformats="HWC")
-        elif tracker.name == "wandb":
-            import wandb
-
-            tracker.log({name: wandb.Image(image)}, step=step)
 
 
 def measure(
@@ -253,7 +240,10 @@ class Validator:
         folder = self.output_dir / "validation"
         folder.mkdir(exist_ok=True)
         picture.save(folder / f"{step:07d}.png")
-        log_images(self.accelerator, "source | variations", picture, step)
+        for tracker in self.accelerator.trackers:
+            if tracker.name in ("tensorboard", "wandb"):
+                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"source | variations": np.asarray(picture)[None]}, step, **options)
 
     def _judge(self, step: int, say: Callable[[str], None]) -> None:
         metric = self.metric
