@@ -20,7 +20,12 @@ Arguments = TypeVar("Arguments")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The description as it is written, with its example; the default behind each flag."""
+    """The description as it is written, with its example; the default behind each flag that has one of its own."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if isinstance(action, argparse._StoreFalseAction):  # HfArgumentParser adds --no_x to a switch x that is on
+            return f"The same as --{action.dest} False."
+        return super()._get_help_string(action)
 
 
 class _Parser(HfArgumentParser):
