@@ -24,7 +24,7 @@ def test_patients_stay_whole_and_labels_are_shared_out_evenly():
     assert np.ptp(counts, axis=0).sum() < np.ptp(plain, axis=0).sum() / 4
 
 
-def test_folds_follow_from_seed_and_contents_alone():
+def test_folds_follow_only_from_seed_and_contents():
     targets, patients = cohort()
     folds = assign_folds(targets, patients, 5)
     order = np.random.default_rng(1).permutation(len(patients))

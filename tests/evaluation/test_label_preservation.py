@@ -18,7 +18,6 @@ from diffusers_dino.evaluation.labels.plot import plot_label_preservation
 from diffusers_dino.evaluation.labels.result import JudgedSet, LabelPreservationResult, score_real, score_sets
 from diffusers_dino.evaluation.labels.table import format_preservation_table
 from diffusers_dino.evaluation.packed import PackedImages, pack_images
-from diffusers_dino.metrics.auroc import stratified_auroc
 from diffusers_dino.synthesis import Plan, plan_interpolation, plan_reconstruction
 
 LABELS = ("disc", "bar")
@@ -198,31 +197,6 @@ def test_a_judge_is_kept_and_another_is_not_taken_for_it(judges, table):
 def test_the_same_judge_is_trained_twice(judges, table, tmp_path):
     again = make_judges(table, judges.real, tmp_path / "again").train((0, 1))
     assert again.read_bytes() == judges.train((0, 1)).read_bytes()
-
-
-def test_stratified_auroc_compares_within_strata_alone():
-    random = np.random.default_rng(0)
-    strata, targets = np.repeat([0, 1, 2], 30), random.random((90, 2)) < 0.4
-    scores = random.normal(size=(90, 2)) + targets
-    figures = stratified_auroc(scores, targets, strata)[0]
-    for label in range(2):
-        wins = pairs = 0
-        for stratum in range(3):
-            t, s = targets[strata == stratum, label], scores[strata == stratum, label]
-            number = t.sum() * (~t).sum()
-            wins, pairs = wins + number * roc_auc_score(t, s), pairs + number
-        assert figures[label] == pytest.approx(wins / pairs)
-    shifted = scores + 100 * strata[:, None]  # scales of judges do not matter
-    np.testing.assert_allclose(stratified_auroc(shifted, targets, strata)[0], figures)
-    weights = random.integers(0, 3, (4, 90))
-    rows = np.repeat(np.arange(90), weights[2])
-    expected = stratified_auroc(scores[rows], targets[rows], strata[rows])[0]
-    np.testing.assert_allclose(stratified_auroc(scores, targets, strata, weights)[2], expected)
-    targets[strata == 0] = True  # a stratum of one class does not count
-    np.testing.assert_allclose(
-        stratified_auroc(scores, targets, strata), stratified_auroc(scores[30:], targets[30:], strata[30:])
-    )
-    assert np.isnan(stratified_auroc(scores, np.ones_like(targets), strata)).all()
 
 
 def test_the_report_goes_to_files_and_back(result, tmp_path):

@@ -19,7 +19,7 @@ def planned(request):
     return plan_regimes(request.param, KEYS, LABELS, REGIMES, 4, seed=1)
 
 
-def test_a_regime_is_synthesised_from_its_own_images_alone(planned):
+def test_a_regime_is_synthesised_only_from_its_own_images(planned):
     for regime in REGIMES:
         images = [planned.plan[int(number)] for number in planned.images[regime]]
         assert len(images) == regime * 4
@@ -108,7 +108,7 @@ def test_labels_that_come_together_are_balanced_as_far_as_possible():
     assert counts[0] >= counts[1]
 
 
-def test_the_order_follows_from_keys_and_seed_alone(skewed):
+def test_the_order_follows_only_from_keys_and_seed(skewed):
     shuffle = np.random.default_rng(0).permutation(300)
     here = order_balanced(skewed, MANY, 100, seed=3)
     there = order_balanced(skewed[shuffle], [MANY[i] for i in shuffle], 100, seed=3)

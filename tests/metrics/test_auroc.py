@@ -17,6 +17,7 @@ from diffusers_dino.metrics.auroc import (
     holm,
     label_auroc,
     macro_auroc,
+    stratified_auroc,
 )
 
 
@@ -77,6 +78,31 @@ def test_bootstrap_of_a_paired_difference_agrees_with_delong():
     difference, error = delong_difference(first, second, targets)
     assert (draws[0] - draws[1]).mean() == pytest.approx(difference, abs=0.002)
     assert (draws[0] - draws[1]).std() == pytest.approx(error, rel=0.08)
+
+
+def test_stratified_auroc_compares_only_within_strata():
+    random = np.random.default_rng(0)
+    strata, targets = np.repeat([0, 1, 2], 30), random.random((90, 2)) < 0.4
+    scores = random.normal(size=(90, 2)) + targets
+    figures = stratified_auroc(scores, targets, strata)[0]
+    for label in range(2):
+        wins = pairs = 0
+        for stratum in range(3):
+            t, s = targets[strata == stratum, label], scores[strata == stratum, label]
+            number = t.sum() * (~t).sum()
+            wins, pairs = wins + number * roc_auc_score(t, s), pairs + number
+        assert figures[label] == pytest.approx(wins / pairs)
+    shifted = scores + 100 * strata[:, None]  # scales of judges do not matter
+    np.testing.assert_allclose(stratified_auroc(shifted, targets, strata)[0], figures)
+    weights = random.integers(0, 3, (4, 90))
+    rows = np.repeat(np.arange(90), weights[2])
+    expected = stratified_auroc(scores[rows], targets[rows], strata[rows])[0]
+    np.testing.assert_allclose(stratified_auroc(scores, targets, strata, weights)[2], expected)
+    targets[strata == 0] = True  # a stratum of one class does not count
+    np.testing.assert_allclose(
+        stratified_auroc(scores, targets, strata), stratified_auroc(scores[30:], targets[30:], strata[30:])
+    )
+    assert np.isnan(stratified_auroc(scores, np.ones_like(targets), strata)).all()
 
 
 def test_patients_are_drawn_whole_and_folds_keep_their_size():

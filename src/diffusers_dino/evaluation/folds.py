@@ -77,7 +77,13 @@ def hold_out(targets: np.ndarray, groups: Sequence[Hashable], fraction: float, s
     check_fraction(fraction)
     if not fraction:
         return np.zeros(len(targets), dtype=bool)
-    return assign_folds(targets, groups, round(1 / fraction), seed) == 0
+    shares, patients = round(1 / fraction), len(set(groups))
+    if patients < shares:
+        raise ValueError(
+            f"{patients} patients are too few to keep {fraction:g} of them for validation: use a larger "
+            "validation_fraction, or 0."
+        )
+    return assign_folds(targets, groups, shares, seed) == 0
 
 
 def check_fraction(fraction: float) -> None:
