@@ -114,7 +114,7 @@ def test_patients_of_no_fold_are_trained_on_and_never_tested(table):
         split_folds(table, NAMES, folds, [50], validation_fraction=0)
     with pytest.raises(ValueError, match="validation_fraction is in"):
         split_folds(table, NAMES, folds, [10], validation_fraction=0.9)
-    with pytest.raises(ValueError, match="20 patients are too few to keep 0.01 of them"):
+    with pytest.raises(ValueError, match=r"20 patients are too few to keep 0.01 of them"):
         split_folds(table, NAMES, folds, [10], validation_fraction=0.01)
 
 
