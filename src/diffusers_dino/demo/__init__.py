@@ -1,5 +1,5 @@
 """A page in the browser: variations of an image, blends of two, segments; see `launch`."""
 
-from .launch import launch, read_logins
+from .server import launch, read_logins
 
 __all__ = ["launch", "read_logins"]

@@ -1,4 +1,4 @@
-"""The page of the demo: three tabs over `tasks`. Import it after Gradio's environment is set, as `launch` does."""
+"""The page of the demo: three tabs over `tasks`. Import it after Gradio's environment is set, as `server` does."""
 
 from __future__ import annotations
 
