@@ -150,12 +150,8 @@ def stratified_auroc(
     It is the weighted share of such pairs in which the positive image has the higher score: each stratum counts by
     its number of pairs, and one with a single class not at all.
 
-    Args:
-        scores, targets, weights: As in `auroc_draws`, as are errors.
-        strata: `(N,)`, any integers.
-
-    Returns:
-        `(R, L)` float64; NaN where no stratum has a pair.
+    `strata` are `(N,)`, any integers; the other arguments, the result and errors are those of `auroc_draws`. A label
+    is NaN where no stratum has a pair.
     """
     weights = np.ones((1, len(scores))) if weights is None else weights
     wins, total = np.zeros((2, len(weights), scores.shape[1]))
