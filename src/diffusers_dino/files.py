@@ -18,6 +18,7 @@ __all__ = [
     "PARTIAL",
     "atomic_write",
     "beside",
+    "csv_text",
     "lock_folder",
     "make_writable_folder",
     "open_private",
@@ -76,12 +77,15 @@ def write_json(path: str | Path, content: Any, indent: int | None = 1) -> None:
 
 def write_csv(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Write a table as `atomic_write` does."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
     with atomic_write(path) as file:
-        file.write(text.getvalue().encode())
+        file.write(csv_text(header, rows).encode())
+
+
+def csv_text(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
+    """A table as CSV."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    return text.getvalue()
 
 
 def open_private(path: str | Path) -> TextIO:

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
+from ..files import write_json
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -18,8 +20,8 @@ class JsonResult:
     """A dataclass of numbers, strings, None, tuples of them and dataclasses of these, which goes to JSON and back."""
 
     def save(self, path: str | Path) -> None:
-        """Write the figures as JSON."""
-        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        """Write the figures as JSON, whole or not at all."""
+        write_json(path, asdict(self), indent=2)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from ..files import csv_text
 
 __all__ = [
     "TABLE_FORMATS",
@@ -56,13 +56,6 @@ def latex_table(header: Sequence[str], body: Sequence[Sequence[str]], columns: s
     first, *rows = (latex_line([escape_latex(cell) for cell in row]) for row in (header, *body))
     begin, end = rf"\begin{{tabular}}{{{columns}}}", r"\end{tabular}"
     return "\n".join([begin, r"\toprule", first, r"\midrule", *rows, r"\bottomrule", end])
-
-
-def csv_text(header: Sequence[object], body: Sequence[Sequence[object]]) -> str:
-    """A CSV table."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *body])
-    return text.getvalue()
 
 
 def write_tables(folder: str | Path, text_of: Callable[[str], str]) -> str:
