@@ -236,7 +236,7 @@ class _Centred(nn.Module):
 
 
 class _Joined:
-    """Images of several files, numbered through, as batches."""
+    """Images of several files, numbered consecutively, as batches."""
 
     def __init__(self, parts: Sequence[LabelledImages]) -> None:
         self._parts = parts

@@ -103,7 +103,7 @@ def _draw_panel(axes: Axes, rows: list[Configuration], ratios: list[int]) -> Non
                 axes.axhspan(row.mean - row.sd, row.mean + row.sd, color="black", alpha=0.08, linewidth=0)
     for number, strategy in enumerate(strategies):
         own = sorted((row for row in rows if row.strategy == strategy), key=lambda row: row.ratio)
-        # ratios stand side by side as categories: 1:1 and 1:50 would not fit on one axis; strategies a little apart
+        # ratios stand side by side as categories: 1:1 and 1:50 would not fit on one axis
         places = [ratios.index(row.ratio) + 0.12 * (number - (len(strategies) - 1) / 2) for row in own]
         means, spread = [row.mean for row in own], [row.sd or 0.0 for row in own]
         color = _COLORS[strategy]

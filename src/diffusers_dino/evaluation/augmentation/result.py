@@ -16,8 +16,8 @@ A configuration that lacks a fold has no mean: it is shown as unfinished.
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -169,50 +169,44 @@ def summarise(
         ValueError: If there is no cell, cells of one fold have other images, patients or targets, a patient is in two
             folds, or no label of a fold has both classes.
     """
-    cells = _check(cells)
-    planned = _span(list(cells)) if planned is None else planned
-    strays = set(cells) - set(planned)
+    finished = _check(cells)
+    planned = _span(list(finished)) if planned is None else planned
+    strays = set(finished) - set(planned)
     if strays:
         raise ValueError(f"{len(strays)} cells are not in the grid that was planned, such as {min(strays).name}.")
-    tests = _test_folds(cells, repeats, seed)
     num_folds = 1 + max(spec.fold for spec in planned)
+    # any cell of each fold: its images, patients and targets are those of all
+    tests = {cell.spec.fold: cell for cell in sorted(finished.values(), key=lambda cell: cell.spec.fold)}
+    weights = {fold: draw_weights(t.patients, [fold] * len(t.keys), repeats, seed) for fold, t in tests.items()}
+    undefined = tuple(f"{label} in fold {fold}" for fold, test in tests.items() for label in _undefined(test))
     rows: list[Configuration] = []
     for regime in sorted({spec.regime for spec in planned}, reverse=True):
-        kinds = sorted({_kind(spec) for spec in planned if spec.regime == regime}, key=_place)
         baseline = None
-        for kind in kinds:
-            figures = _figures(cells, tests, kind, regime, num_folds)
-            if kind[2] == 0:
-                baseline = figures
-            rows.append(_configuration(figures, baseline, kind, regime, tests))
-    rows, num_tests = _correct(rows)
-    first = next(iter(cells.values()))
+        for kind in sorted({_kind(spec) for spec in planned if spec.regime == regime}, key=_place):
+            found = {fold: finished.get(CellSpec(*kind, regime, fold)) for fold in range(num_folds)}
+            own = _figures({fold: cell for fold, cell in found.items() if cell is not None}, weights, num_folds)
+            baseline = own if kind[2] == 0 else baseline
+            rows.append(_configuration(kind, regime, own, baseline, tests))
     return AugmentationResult(
-        labels=first.labels,
+        labels=cells[0].labels,
         num_folds=num_folds,
-        num_images=sum(len(test.cell.keys) for test in tests.values()),
-        num_patients=sum(len(set(test.cell.patients)) for test in tests.values()),
-        model=first.facts.model,
-        experiment_seed=first.facts.seed,
-        settings=first.facts.settings,
+        num_images=sum(len(test.keys) for test in tests.values()),
+        num_patients=sum(len(set(test.patients)) for test in tests.values()),
+        model=cells[0].facts.model,
+        experiment_seed=cells[0].facts.seed,
+        settings=cells[0].facts.settings,
         seed=seed,
         repeats=repeats,
-        num_tests=num_tests,
-        undefined=tuple(f"{label} in fold {fold}" for fold, test in tests.items() for label in test.undefined),
-        configurations=tuple(rows),
+        num_tests=sum(not row.is_baseline for row in rows),
+        undefined=undefined,
+        configurations=_corrected(rows),
     )
-
-
-class _TestFold(NamedTuple):
-    cell: CellResult  # any of the fold: keys, patients and targets are those of all
-    weights: np.ndarray  # (R, n)
-    undefined: list[str]  # labels
 
 
 class _Figures(NamedTuple):
     folds: list[int]
     auroc: np.ndarray  # (folds, L)
-    draws: np.ndarray  # (folds, R, L)
+    draws: np.ndarray  # (folds, R, L); empty unless complete, as nothing would be shown that needs them
     complete: bool
 
 
@@ -227,9 +221,10 @@ def _check(cells: Sequence[CellResult]) -> dict[CellSpec, CellResult]:
             raise ValueError(f"There are two cells {cell.spec.name}.")
         if (cell.labels, cell.facts.settings) != (cells[0].labels, cells[0].facts.settings):
             raise ValueError(f"{cell.spec.name} and {cells[0].spec.name} have other labels or settings.")
-        first = first_of.setdefault(cell.spec.fold, cell)
-        found[cell.spec] = _align(cell, first)
-    _require_own_patients(first_of)
+        found[cell.spec] = _align(cell, first_of.setdefault(cell.spec.fold, cell))
+    folds_of = Counter(patient for cell in first_of.values() for patient in set(cell.patients))
+    if split := sum(folds > 1 for folds in folds_of.values()):
+        raise ValueError(f"{split} patients are tested in two folds or more: folds must keep patients whole.")
     return found
 
 
@@ -249,16 +244,6 @@ def _align(cell: CellResult, like: CellResult) -> CellResult:
     return replace(cell, keys=like.keys, patients=patients, probabilities=cell.probabilities[order], targets=targets)
 
 
-def _require_own_patients(cells: Mapping[int, CellResult]) -> None:
-    folds_of = defaultdict(set)
-    for fold, cell in cells.items():
-        for patient in cell.patients:
-            folds_of[patient].add(fold)
-    split = sum(len(folds) > 1 for folds in folds_of.values())
-    if split:
-        raise ValueError(f"{split} patients are tested in two folds or more: folds must keep patients whole.")
-
-
 def _span(specs: Sequence[CellSpec]) -> list[CellSpec]:
     kinds, regimes, folds = {_kind(s) for s in specs}, {s.regime for s in specs}, {s.fold for s in specs}
     return [CellSpec(*kind, regime, fold) for kind in kinds for regime in regimes for fold in range(max(folds) + 1)]
@@ -274,42 +259,28 @@ def _place(kind: tuple[str, str, int]) -> tuple[int, str, bool]:
     return ratio, mode, strategy == INTERPOLATION
 
 
-def _test_folds(cells: Mapping[CellSpec, CellResult], repeats: int, seed: int) -> dict[int, _TestFold]:
-    tests = {}
-    for fold in sorted({spec.fold for spec in cells}):
-        cell = next(cell for spec, cell in cells.items() if spec.fold == fold)
-        mixed = cell.targets.any(axis=0) & ~cell.targets.all(axis=0)
-        if not mixed.any():
-            raise ValueError(f"No label of fold {fold} has images with and without it, so there is no AUROC.")
-        undefined = [label for label, both in zip(cell.labels, mixed, strict=True) if not both]
-        weights = draw_weights(cell.patients, [fold] * len(cell.keys), repeats, seed)
-        tests[fold] = _TestFold(cell, weights, undefined)
-    return tests
+def _undefined(test: CellResult) -> list[str]:
+    """Labels without an AUROC in a fold."""
+    mixed = test.targets.any(axis=0) & ~test.targets.all(axis=0)
+    if not mixed.any():
+        raise ValueError(f"No label of fold {test.spec.fold} has images with and without it, so there is no AUROC.")
+    return [label for label, both in zip(test.labels, mixed, strict=True) if not both]
 
 
-def _figures(
-    cells: Mapping[CellSpec, CellResult],
-    tests: Mapping[int, _TestFold],
-    kind: tuple[str, str, int],
-    regime: int,
-    num_folds: int,
-) -> _Figures:
-    found = {fold: cells.get(CellSpec(*kind, regime, fold)) for fold in range(num_folds)}
-    done = {fold: cell for fold, cell in found.items() if cell is not None}
-    auroc = [auroc_draws(cell.probabilities, cell.targets)[0] for cell in done.values()]
-    complete = len(done) == num_folds
-    draws = []
-    if complete:  # else nothing is shown that would need them
-        draws = [auroc_draws(c.probabilities, c.targets, tests[fold].weights) for fold, c in done.items()]
-    return _Figures(list(done), np.array(auroc), np.array(draws), complete)
+def _figures(cells: Mapping[int, CellResult], weights: Mapping[int, np.ndarray], num_folds: int) -> _Figures:
+    """Of a configuration's cells by fold."""
+    auroc = [auroc_draws(cell.probabilities, cell.targets)[0] for cell in cells.values()]
+    complete = len(cells) == num_folds
+    draws = [auroc_draws(c.probabilities, c.targets, weights[fold]) for fold, c in cells.items()] if complete else []
+    return _Figures(list(cells), np.array(auroc), np.array(draws), complete)
 
 
 def _configuration(
-    own: _Figures,
-    baseline: _Figures | None,
     kind: tuple[str, str, int],
     regime: int,
-    tests: Mapping[int, _TestFold],
+    own: _Figures,
+    baseline: _Figures | None,
+    tests: Mapping[int, CellResult],
 ) -> Configuration:
     macro = _mean_of_defined(own.auroc, axis=-1) if own.folds else np.empty(0)
     compared = kind[2] > 0 and own.complete and baseline is not None and baseline.complete
@@ -320,8 +291,8 @@ def _configuration(
     if compared:
         gaps = macro - _mean_of_defined(baseline.auroc, axis=-1)
         difference = _difference(gaps, _mean_of_defined(own.draws - baseline.draws, axis=-1))
-    tested = [tests[fold].cell for fold in own.folds]
-    names = next(iter(tests.values())).cell.labels
+    tested = [tests[fold] for fold in own.folds]
+    names = tested[0].labels if tested else ()
     return Configuration(
         *kind,
         regime,
@@ -334,9 +305,7 @@ def _configuration(
         patients_low=patients_low,
         patients_high=patients_high,
         difference=difference,
-        labels=tuple(
-            _label(name, i, own, baseline if compared else None, tested) for i, name in enumerate(names) if own.folds
-        ),
+        labels=tuple(_label(name, i, own, baseline if compared else None, tested) for i, name in enumerate(names)),
     )
 
 
@@ -363,30 +332,28 @@ def _difference(gaps: np.ndarray, draws: np.ndarray, num_folds: int | None = Non
     if len(gaps) < 2:
         return None
     test = corrected_t_test(gaps, num_folds or len(gaps))
-    patients = percentile_interval(_mean_of_defined(draws, axis=0))
-    return Difference(*test, test.p, *patients)
+    return Difference(*test, test.p, *percentile_interval(_mean_of_defined(draws, axis=0)))
 
 
-def _correct(rows: Sequence[Configuration]) -> tuple[list[Configuration], int]:
-    """Correct the p values of macro AUROC, and apart from them those of labels; and count the former."""
-    tested = [place for place, row in enumerate(rows) if not row.is_baseline]
-    rows = list(rows)
-    macro = [rows[place].difference for place in tested]
-    for place, difference in zip(tested, _corrected(macro), strict=True):
-        rows[place] = replace(rows[place], difference=difference)
-    width = max((len(row.labels) for row in rows), default=0)
-    family = [label.difference for place in tested for label in rows[place].labels]
+def _corrected(rows: Sequence[Configuration]) -> tuple[Configuration, ...]:
+    """Correct the p values of macro AUROC, and those of labels as a family of their own."""
+    tested = [row for row in rows if not row.is_baseline]
+    macro = _holm([row.difference for row in tested])
+    family = [label.difference for row in tested for label in row.labels]
+    width = max(len(row.labels) for row in rows)
     family += [None] * (width * len(tested) - len(family))  # of configurations that have not begun
-    corrected = iter(_corrected(family))
-    for place in tested:
-        labels = tuple(replace(label, difference=next(corrected)) for label in rows[place].labels)
-        rows[place] = replace(rows[place], labels=labels)
-    return rows, len(tested)
+    single = _holm(family)
+
+    def correct(row: Configuration) -> Configuration:
+        labels = tuple(replace(label, difference=next(single)) for label in row.labels)
+        return replace(row, difference=next(macro), labels=labels)
+
+    return tuple(row if row.is_baseline else correct(row) for row in rows)
 
 
-def _corrected(family: Sequence[Difference | None]) -> list[Difference | None]:
+def _holm(family: Sequence[Difference | None]) -> Iterator[Difference | None]:
     values = holm([None if one is None else one.p for one in family])
-    return [one and replace(one, corrected_p=value) for one, value in zip(family, values, strict=True)]
+    return (one and replace(one, corrected_p=value) for one, value in zip(family, values, strict=True))
 
 
 def _mean_of_defined(values: np.ndarray, axis: int) -> np.ndarray:

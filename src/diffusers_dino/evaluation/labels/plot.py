@@ -17,7 +17,7 @@ __all__ = ["plot_label_preservation"]
 
 
 def plot_label_preservation(result: LabelPreservationResult) -> Figure:
-    """AUROC of the given labels: by label, a panel for each set; and by how near an interpolation is to a source.
+    """AUROC of the given labels: a panel by label for each set, and one by how near an interpolation is to a source.
 
     Points are synthetic images, squares their sources, with 95 % intervals over patients; grey is what shuffled labels
     reach.

@@ -1,4 +1,4 @@
-"""Figures of label preservation: what judges say of synthetic images, beside what to compare it with.
+"""Figures of label preservation: what judges say about synthetic images, and what to compare it with.
 
 All figures compare only images that one judge has scored. Beside each figure stand:
 
@@ -31,7 +31,7 @@ _ARRAYS = ("judges", "fractions", "rounds", "targets", "synthetic", "sources")
 
 @dataclass(frozen=True)
 class JudgedSet:
-    """What judges say of N synthetic images and of their sources.
+    """What judges say about N synthetic images and about their sources.
 
     Attributes:
         strategy: How they were made.
@@ -168,7 +168,7 @@ class LabelPreservationResult(JsonResult):
 
     @property
     def wholes(self) -> tuple[Part, ...]:
-        """Of each set the part that is all of it."""
+        """The whole of each set."""
         return tuple({part.name: part for part in reversed(self.parts)}.values())[::-1]
 
 
@@ -180,14 +180,12 @@ def score_sets(
     repeats: int = 1000,
     seed: int = 0,
 ) -> tuple[Part, ...]:
-    """Score synthetic images by what judges say of them.
+    """Score synthetic images by what judges say about them.
 
     Args:
         sets: By name; the parts of one, such as those of several folds, are taken together.
         labels: Names of the L labels.
-        ratios: Smaller ratios to show apart, from the beginnings of the plans.
-        repeats: Draws of the bootstrap.
-        seed: Of bootstrap and shuffles.
+        ratios, repeats, seed: As in `evaluate_labels`.
 
     Raises:
         ValueError: If a set has no part, parts of several strategies, or another number of labels.
@@ -230,8 +228,7 @@ def score_real(
         images: `(N,)` int64, which image a row is of: each is counted once.
         patients: Of each row.
         labels: Names of the L labels.
-        repeats: Draws of the bootstrap.
-        seed: Of the bootstrap.
+        repeats, seed: As in `evaluate_labels`.
     """
     weights = draw_weights(patients, np.zeros(len(patients), int), repeats, seed)
     figures = _with_mean(stratified_auroc(probabilities, targets, judges))[0]
