@@ -21,9 +21,9 @@ from ...files import lock_folder, make_writable_folder
 from ...metrics.auroc import check_classes
 from ...workers import progress_bar, run_apart
 from ..classifier import ClassifierSettings, make_classifier
-from ..folds import assign_folds
+from ..folds import assign_folds, check_fraction
 from ..packed import at_size, pack_images
-from .judges import Judges, SyntheticImages
+from .judges import Judges, SyntheticImages, held_out_pairs
 from .result import LabelPreservationResult, RealScores, score_real, score_sets
 
 __all__ = ["evaluate_labels"]
@@ -78,6 +78,8 @@ def evaluate_labels(
     """
     if not sets:
         raise ValueError("There is no set to judge.")
+    check_fraction(validation_fraction)
+    held_out_pairs(np.zeros((0, 2), np.int64), num_folds)  # refuses too few folds before images are read
     classifier = classifier or ClassifierSettings()
     labels = tuple(labels or table.most_frequent(4))
     table = table.select(images.keys).restrict(labels)
