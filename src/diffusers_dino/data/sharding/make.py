@@ -19,7 +19,7 @@ from ..sources.finder import is_image
 from ..stores.archives import split_name
 from .manifest import MANIFEST, Shard, ShardError, check_shards, read_manifest, write_manifest
 from .parts import Item, Sample, Unreadable, assemble_shard, is_complete, list_items, read_part, write_part
-from .plan import PlanRule, ShardPlan, configuration_of, images_of, make_plan, read_plan
+from .plan import PLAN, PlanRule, ShardPlan, configuration_of, images_of, make_plan, read_plan
 from .provenance import describe_lineage
 from .summary import write_summary
 
@@ -74,10 +74,9 @@ def make_shards(
         OSError: If the disk is full.
     """
     encoding, rule = encoding or Encoding(), rule or PlanRule()
-    if part_size < 1:
-        raise ValueError(f"part_size must be at least 1, got {part_size}")
-    if num_workers < 0:
-        raise ValueError(f"num_workers must be at least 0, got {num_workers}")
+    for name, value, least in (("part_size", part_size, 1), ("num_workers", num_workers, 0)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
     if not 0 <= max_unreadable <= 1:
         raise ValueError(f"max_unreadable is a fraction in [0, 1], got {max_unreadable}")
     if key_map is not None:
@@ -100,6 +99,8 @@ def make_shards(
             freeze(work / "configuration.json", begun, ShardError, output)
             if key_map is not None:
                 _write_key_map(Path(key_map), items)
+            if retry_unreadable:
+                _forget_plan(output, work, done)
             groups = [items[start : start + part_size] for start in range(0, len(items), part_size)]
             jobs = [(parts, number, group, encoding, salt) for number, group in enumerate(groups)]
             samples, unreadable = _prepare(jobs, max_unreadable, retry_unreadable, num_workers, progress)
@@ -117,6 +118,13 @@ def make_shards(
         finally:
             if (output / MANIFEST).is_file():  # complete: nothing is left to go on with
                 shutil.rmtree(work)
+
+
+def _forget_plan(output: Path, work: Path, done: Path) -> None:
+    """Remove a plan and its shards: with images that can be read now, its numbers of samples are wrong."""
+    if (work / PLAN).is_file():
+        for path in (*done.iterdir(), *output.glob("*.tar*"), work / PLAN):  # the plan last, in case of a kill
+            path.unlink()
 
 
 def check_outside(path: str | Path, folder: str | Path) -> None:

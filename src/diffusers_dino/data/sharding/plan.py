@@ -21,6 +21,7 @@ from .duplicates import MAX_DISTANCE, find_duplicates
 from .parts import Item, Sample
 
 __all__ = [
+    "PLAN",
     "PlanRule",
     "PlannedShard",
     "ShardPlan",
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 _DUPLICATES = "duplicates.csv"
-_PLAN = "plan.json"
+PLAN = "plan.json"
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def images_of(items: Sequence[Item]) -> dict[str, str]:
 
 def read_plan(work: Path) -> ShardPlan | None:
     """The plan that an earlier run made, if it came that far."""
-    path = work / _PLAN
+    path = work / PLAN
     if not path.is_file():
         return None
     content = json.loads(path.read_bytes())
@@ -142,7 +143,7 @@ def make_plan(samples: Sequence[Sample], rule: PlanRule, output: Path, work: Pat
         len(dropped),
         int(np.bincount(groups).max(initial=0)),
     )
-    write_json(work / _PLAN, asdict(plan), indent=None)
+    write_json(work / PLAN, asdict(plan), indent=None)
     return plan
 
 

@@ -39,11 +39,6 @@ class FileFinder:
             if "*" in name or ("*" in folder and Template(folder).columns):
                 raise ValueError(f"{template.text!r}: a wildcard may only be in a folder, before any column")
 
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The columns of a row that are read."""
-        return tuple(column for template in self.templates for column in template.columns)
-
     def find(self, row: Row) -> str | None:
         """The path below the root, or None if there is no such file.
 
@@ -58,10 +53,6 @@ class FileFinder:
             if found is not None:
                 return found
         return None
-
-    def expected(self, row: Row) -> str:
-        """The first path at which the file of a row was looked for."""
-        return self.templates[0].fill(row)
 
     def all_images(self, inventory: Sequence[str] = ()) -> Iterator[str]:
         """All images, below the root, that match a glob of the inventory; by default those a row could lead to."""

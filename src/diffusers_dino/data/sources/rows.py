@@ -98,8 +98,10 @@ class RowReader:
         self.source, self.root = source, root
         self._images = FileFinder(root, source.patterns) if source.table else None
         self._expressions = {column: _compile(several) for column, several in source.derive.items()}
-        self._tables = [table for table in map(self._open, source.table) if table is not None]
-        self._joins = [(table, self._open(table)) for table in source.join]
+        self._tables = [
+            table for table in (open_table(table, root, source) for table in source.table) if table is not None
+        ]
+        self._joins = [(table, open_table(table, root, source)) for table in source.join]
         header = [column for table in self._tables for column in table.header if column not in table.table.columns]
         self.label_columns = [rule.findings_columns(dict.fromkeys(header)) for rule in source.labels]
         self._needed = self._named_columns()
@@ -134,9 +136,6 @@ class RowReader:
             if (place == len(hashes) or hashes[place] != hash(path)) and path not in found:
                 found.add(path)
                 yield path
-
-    def _open(self, table: Table) -> OpenTable | None:
-        return open_table(table, self.root, self.source.name, self.source.url)
 
     def _named_columns(self) -> list[str]:
         """The columns that some part of the description names."""
@@ -222,7 +221,7 @@ class RowReader:
         if self._images is not None:
             path = self._images.find(row)
             if path is None:
-                report.missing.add(self._images.expected(row) or f"row {row['row']}")
+                report.missing.add(self._images.templates[0].fill(row) or f"row {row['row']}")
                 return False
             row.update(_path_columns(path))
             self._derive(row, [column for column in self._expressions if column in PATH_COLUMNS])

@@ -14,32 +14,12 @@ from operator import itemgetter
 from pathlib import Path
 from xml.etree import ElementTree
 
-from .description import Table
+from .description import Source, Table
 
-__all__ = ["OpenTable", "find_table", "open_table"]
+__all__ = ["OpenTable", "open_table"]
 
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _DAMAGE = (UnicodeError, csv.Error, EOFError, OSError, zlib.error, json.JSONDecodeError, ElementTree.ParseError)
-
-
-def find_table(table: Table, root: Path) -> Path | None:
-    """The file of a table: below the root, or in torchxrayvision's package, or None.
-
-    Raises:
-        ValueError: If a pattern matches several files.
-    """
-    for name in table.files:
-        found = sorted(root.glob(name)) or sorted(root.glob(f"{name}.gz"))
-        if len(found) > 1:
-            names = ", ".join(path.name for path in found)
-            raise ValueError(f"Several files in {str(root)!r} match {name!r}: {names}. Keep only the one to read.")
-        if found:
-            return found[0]
-    package = find_spec("torchxrayvision") if table.torchxrayvision else None
-    if package is not None and package.origin:
-        path = Path(package.origin).parent / "data" / str(table.torchxrayvision)
-        return path if path.is_file() else None
-    return None
 
 
 class OpenTable:
@@ -110,21 +90,30 @@ class OpenTable:
         return ValueError(f"Cannot read {str(self.path)!r}: {error}.{hint}")
 
 
-def open_table(table: Table, root: Path, source: str, url: str = "") -> OpenTable | None:
-    """Find and open a table; None if it is optional and not there.
+def open_table(table: Table, root: Path, source: Source) -> OpenTable | None:
+    """Find and open a table: below the root, or in torchxrayvision's package. None if it is optional and not there.
 
     Raises:
         FileNotFoundError: If it is required and not there. The message says where to get it.
-        ValueError: If it cannot be read.
+        ValueError: If it cannot be read, or a pattern matches several files.
     """
-    path = find_table(table, root)
-    if path is not None:
-        return OpenTable(table, path)
+    for name in table.files:
+        found = sorted(root.glob(name)) or sorted(root.glob(f"{name}.gz"))
+        if len(found) > 1:
+            names = ", ".join(path.name for path in found)
+            raise ValueError(f"Several files in {str(root)!r} match {name!r}: {names}. Keep only the one to read.")
+        if found:
+            return OpenTable(table, found[0])
+    package = find_spec("torchxrayvision") if table.torchxrayvision else None
+    if package is not None and package.origin:
+        path = Path(package.origin).parent / "data" / str(table.torchxrayvision)
+        if path.is_file():
+            return OpenTable(table, path)
     if table.optional:
         return None
     names = " or ".join(map(repr, table.files))
-    origin = f" It is part of the data set: {url}" if url else ""
-    raise FileNotFoundError(f"{source} needs {names} in {str(root)!r}, which is not there.{origin}")
+    origin = f" It is part of the data set: {source.url}" if source.url else ""
+    raise FileNotFoundError(f"{source.name} needs {names} in {str(root)!r}, which is not there.{origin}")
 
 
 def _coco_rows(path: Path) -> Iterator[dict[str, str]]:
