@@ -11,9 +11,9 @@ from PIL import Image
 
 import tiny
 from adapters import save_adapter
-from diffusers_dino.evaluation import ReconstructionResult, RetrievalFigures
 from hub_server import HubServer, run_client
 from pages import REPOSITORY, blocks
+from results import RECONSTRUCTION
 
 PUBLISH, AIR_GAPPED = REPOSITORY / "docs/publish.md", REPOSITORY / "docs/air_gapped.md"
 NO_NETWORK = """
@@ -38,9 +38,7 @@ def folder(tmp_path_factory) -> Path:
     (root / "examples").symlink_to(REPOSITORY / "examples")
     tiny.tiny_pipeline().save_pretrained(root / "outputs/quickstart/model")
     save_adapter(root / "outputs/scanner-lora", seed=5)
-    figures = RetrievalFigures(0.5, 0.0156, 0.02, 0.4)
-    result = ReconstructionResult(64, 512, (0, 1), 20, 2.0, figures, figures, 1.0, 9.0, 0.5)
-    result.save(root / "outputs/quickstart/reconstruction.json")
+    RECONSTRUCTION.save(root / "outputs/quickstart/reconstruction.json")
     Image.new("L", (40, 48), 90).save(root / "radiograph.png")
     return root
 
@@ -52,10 +50,8 @@ def hub(folder):
         environment = server.client_environment(folder / "home")
         code = f"import os; os.chdir({str(folder)!r})\n{code_of(PUBLISH)}"
         run_client(code, environment)
-        lines = [
-            line for block in blocks(PUBLISH, "bash") for line in block.code.splitlines() if line.startswith("hf ")
-        ]
-        for line in lines:
+        lines = [line for block in blocks(PUBLISH, "bash") for line in block.code.splitlines()]
+        for line in (line for line in lines if line.startswith("hf ")):
             program = Path(sys.executable).parent / line.split()[0]
             subprocess.run([program, *line.split()[1:]], env=environment, cwd=folder, check=True, capture_output=True)
         yield server

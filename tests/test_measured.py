@@ -16,8 +16,6 @@ from diffusers_dino.evaluation import (
     MethodScores,
     PathFigures,
     PathSpace,
-    ReconstructionResult,
-    RetrievalFigures,
     Sampling,
     SegmentationResult,
     Setting,
@@ -29,14 +27,10 @@ from diffusers_dino.evaluation.labels.result import Agreement, Part, RealScores
 from diffusers_dino.hub.measurements import describe_result, read_result, read_results
 from diffusers_dino.metrics.bootstrap import Estimate
 from diffusers_dino.metrics.extractors.base import FeatureSpec
+from results import RECONSTRUCTION
 
-RETRIEVAL = RetrievalFigures(0.5, 0.0156, 0.02, 0.4)
 SPEC = FeatureSpec("xrv", "features2", 1024, 224, "gray, [-1024, 1024]", "bilinear, antialiased", "ab" * 32)
 SECRET = "patient-0815"
-
-
-def reconstruction():
-    return ReconstructionResult(64, 512, (0, 1), 20, 2.0, RETRIEVAL, RETRIEVAL, 1.0, 9.0, 0.5)
 
 
 def interpolation():
@@ -84,7 +78,7 @@ def augmentation():
     return AugmentationResult((), 2, 40, 30, "densenet121", 0, "ab", 0, 100, 0, (), (row,))
 
 
-MAKERS = [reconstruction, interpolation, fidelity, segmentation, memorization, labels, augmentation]
+MAKERS = [lambda: RECONSTRUCTION, interpolation, fidelity, segmentation, memorization, labels, augmentation]
 
 
 @pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
@@ -135,7 +129,7 @@ def test_copies_are_counted_and_false_alarms_named():
 def test_folders_are_searched_and_the_order_is_that_of_the_protocols(tmp_path):
     (tmp_path / "deep" / "er").mkdir(parents=True)
     fidelity().save(tmp_path / "a.json")
-    reconstruction().save(tmp_path / "deep" / "er" / "z.json")
+    RECONSTRUCTION.save(tmp_path / "deep" / "er" / "z.json")
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "damaged.json").write_text("{")
     headings = [told.heading for told in read_results([tmp_path])]

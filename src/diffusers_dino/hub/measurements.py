@@ -94,15 +94,13 @@ def _metric(
 def _reconstruction(result: ReconstructionResult, dataset: str) -> Measurement:
     n, spaces = result.num_images, {"the encoder": result.by_encoder, "16 x 16 pixels": result.by_pixels}
     controls = ("generated", "shuffled", "untrained", "nearest_training_image")
-    header = ["finds its source first", *(control.replace("_", " ") for control in controls), "chance"]
-    rows = [
-        [f"by {name}", *(f"{getattr(shares, control):.3f}" for control in controls), f"{1 / n:.3f}"]
-        for name, shares in spaces.items()
-    ]
+    shares = {name: {one: getattr(space, one) for one in controls} for name, space in spaces.items()}
+    columns = {name: {**row, "chance": 1 / n} for name, row in shares.items()}
     text = (
         f"One image is generated from each of N = {n} unseen ones; shares whose nearest neighbour among the {n} is "
         f"their own source. Mean of {len(result.seeds)} seeds, {result.num_inference_steps} steps, guidance "
-        f"{result.guidance_scale:g}; {result.num_training_images} training images.\n\n{table(header, rows)}"
+        f"{result.guidance_scale:g}; {result.num_training_images} training images.\n\n"
+        f"{_beside_controls('finds its source first', columns)}"
     )
     args = {
         "num_images": n,
@@ -112,8 +110,8 @@ def _reconstruction(result: ReconstructionResult, dataset: str) -> Measurement:
     }
     task, metric = "semantic variations of unseen images", "top-1 retrieval of the source by"
     metrics = [
-        _metric(dataset, task, "accuracy", f"{metric} {name}, N = {n}", shares.generated, args)
-        for name, shares in spaces.items()
+        _metric(dataset, task, "accuracy", f"{metric} {name}, N = {n}", row["generated"], args)
+        for name, row in shares.items()
     ]
     return Measurement("Variations of unseen images", text, tuple(metrics))
 
@@ -121,29 +119,26 @@ def _reconstruction(result: ReconstructionResult, dataset: str) -> Measurement:
 def _interpolation(result: InterpolationResult, dataset: str) -> Measurement:
     n, spaces = result.num_pairs, {"the encoder": result.by_encoder, "16 x 16 pixels": result.by_pixels}
     controls = ("generated", "untrained", "nearest_training_image", "pixel_blend")
-    header = ["monotone paths", *(control.replace("_", " ") for control in controls)]
-    rows = [
-        [f"by {name}", *(f"{getattr(space, control).monotone_paths:.3f}" for control in controls)]
-        for name, space in spaces.items()
-    ]
+    shares = {name: {one: getattr(space, one).monotone_paths for one in controls} for name, space in spaces.items()}
     text = (
         f"Share of paths between N = {n} pairs of unseen images on which each of {len(result.fractions) - 1} steps "
         f"leaves the source and approaches the target. {len(result.seeds)} seeds, {result.num_inference_steps} steps, "
-        f"guidance {result.guidance_scale:g}, {result.method}.\n\n{table(header, rows)}"
+        f"guidance {result.guidance_scale:g}, {result.method}.\n\n{_beside_controls('monotone paths', shares)}"
     )
     args = {"num_pairs": n, "seeds": list(result.seeds), "num_inference_steps": result.num_inference_steps}
+    task, kind = "interpolation", "monotone_paths"
     metrics = [
-        _metric(
-            dataset,
-            "interpolation",
-            "monotone_paths",
-            f"monotone paths by {name}, N = {n} pairs",
-            space.generated.monotone_paths,
-            args,
-        )
-        for name, space in spaces.items()
+        _metric(dataset, task, kind, f"monotone paths by {name}, N = {n} pairs", row["generated"], args)
+        for name, row in shares.items()
     ]
     return Measurement("Paths between unseen images", text, tuple(metrics))
+
+
+def _beside_controls(title: str, shares: Mapping[str, Mapping[str, float]]) -> str:
+    """A row for each space of features, a column for the generated images and for each control."""
+    names = [name.replace("_", " ") for name in next(iter(shares.values()))]
+    rows = [[f"by {space}", *(f"{share:.3f}" for share in row.values())] for space, row in shares.items()]
+    return table([title, *names], rows)
 
 
 def _fidelity(result: FidelityResult, dataset: str) -> Measurement:

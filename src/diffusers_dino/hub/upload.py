@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
@@ -112,48 +113,19 @@ def push_files(
         )
 
 
-def push_folder(
-    folder: str | os.PathLike,
-    repo_id: str,
-    *,
-    token: str | None = None,
-    private: bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str = "Upload model",
-    also: Iterable[str] = (),
-) -> str:
+def push_folder(folder: str | os.PathLike, repo_id: str, *, also: Iterable[str] = (), **options: Any) -> str:
     """Upload a trained pipeline, LoRA, conditioner or autoencoder from the folder of its training.
 
     Args:
-        folder: See `files_to_push`, which says what is uploaded.
-        repo_id: See `push_files`, as for the options that follow.
-        token: By default the one that `hf auth login` stored.
-        private: Whether a repository that is made here is private.
-        revision: Branch to commit to.
-        create_pr: Open a pull request.
-        commit_message: Of the commit.
+        folder: See `files_to_push`, which says what is uploaded and what is refused.
+        repo_id: See `push_files`, which says what else can go wrong.
         also: Patterns of further files to upload, such as `"samples/*.png"`.
+        options: Those of `push_files`: `token`, `private`, `revision`, `create_pr`, `commit_message`.
 
     Returns:
         The full id of the repository, `"org/name"`.
-
-    Raises:
-        FileNotFoundError: If the folder holds no model, or a part of it is missing.
-        ValueError: If a card, config or header of weights names a user's folder or a DICOM UID.
-        PermissionError: If the token is missing, wrong, or may not write there.
-        ConnectionError: If the Hub cannot be reached, or offline mode is on.
     """
-    commit = push_files(
-        files_to_push(folder, also),
-        repo_id,
-        token=token,
-        private=private,
-        revision=revision,
-        create_pr=create_pr,
-        commit_message=commit_message,
-    )
-    return commit.repo_url.repo_id
+    return push_files(files_to_push(folder, also), repo_id, **options).repo_url.repo_id
 
 
 def replaced_weights(there: Iterable[str], files: Mapping[str, Content]) -> list[str]:
