@@ -39,6 +39,11 @@ LOSSLESS = {
     "JPEG-LS": JPEGLSLossless,
     "JPEG 2000": JPEG2000Lossless,
 }
+_Y, _X = np.mgrid[:40, :56]
+FILM = np.round(2047.5 + 1200 * np.sin(_X / 9) * np.cos(_Y / 7)).astype(np.uint16)  # 12 bits
+FILM[0, 0], FILM[-1, -1] = 0, 4095
+FILM_8 = (FILM >> 4).astype(np.uint8)
+COLOR = np.dstack([FILM_8, 255 - FILM_8, FILM_8 // 2])
 LOSSY = {"JPEG baseline": JPEGBaseline8Bit, "JPEG extended": JPEGExtended12Bit}
 
 
@@ -169,9 +174,7 @@ def planted_headers(count: int, seed: int = 0) -> list[tuple[bytes, list[str]]]:
     with warnings.catch_warnings():  # pydicom quotes what it finds impossible
         warnings.simplefilter("ignore")
         for number in range(count):
-            secrets = [
-                f"{word}{random.integers(10**9):09d}" for word in ("DOE", "ZZ", "DR", "MRN", "TEL", "BORN", "ST", "ID")
-            ]
+            secrets = [f"{word}{random.integers(10**9):09d}" for word in _WORDS]
             dataset = dicom_dataset(film, 12, WindowCenter=2000, WindowWidth=3000, Modality="DX", ViewPosition="PA")
             places = [tag_for_keyword(_LOOKED_AT[number % len(_LOOKED_AT)]), *random.choice(fields, 4).tolist()]
             for tag, secret in zip(places, secrets, strict=False):

@@ -1,19 +1,18 @@
 """Small shards for the tests of streaming."""
 
 import io
+import json
 import tarfile
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+
+from image_files import encoded
 
 
-def encode(number: int, kind: str = "png", side: int = 24) -> bytes:
-    """An image file of noise, another for each number."""
-    pixels = np.random.default_rng(number).integers(0, 256, (side - 4, side), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind)
-    return buffer.getvalue()
+def encode(number: int, kind: str = "png", shape: tuple[int, ...] = (20, 24)) -> bytes:
+    """An image file of noise, another for each number; `(H, W)` is grayscale and `(H, W, 3)` colour."""
+    return encoded(np.random.default_rng(number).integers(0, 256, shape, dtype=np.uint8), kind)
 
 
 def write_tar(path: Path, members: dict[str, bytes] | list[tuple[str, bytes]]) -> Path:
@@ -38,3 +37,17 @@ def write_shards(folder: Path, shards: int = 3, samples: int = 8) -> list[Path]:
             members[f"{key}.json"] = b'{"labels": ["%d"]}' % number
         paths.append(write_tar(folder / f"x-{shard:06d}.tar", members))
     return paths
+
+
+def write_manifest(folder: Path, samples: int = 8, **splits: str) -> None:
+    """The manifest of the shards in a folder, whose split is looked up by the last digit of their name."""
+    shards = [
+        {
+            "name": path.name,
+            "samples": samples,
+            "bytes": path.stat().st_size,
+            "split": splits.get(path.stem[-1:], "train"),
+        }
+        for path in sorted(folder.glob("*.tar"))
+    ]
+    (folder / "manifest.json").write_text(json.dumps({"format": 1, "shards": shards}))

@@ -14,9 +14,9 @@ from PIL import Image
 
 import scripts
 import tiny
-from deep_images import deep_png
 from diffusers_dino import DiffSegPipeline, DinoInterpolationPipeline
 from diffusers_dino.demo import launch, read_logins, tasks
+from image_files import deep_png
 
 PHANTOMS = scripts.EXAMPLES / "data/phantom-cxr/phantom-cxr-test-*.tar"
 

@@ -9,18 +9,13 @@ from pydicom.encaps import encapsulate, get_frame
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 from pydicom.uid import JPEG2000MC, JPEG2000Lossless, JPEGBaseline8Bit, JPEGLSLossless, RLELossless
 
-from dicom_files import LOSSLESS, LOSSY, dicom_bytes, dicom_dataset, lut_item, to_bytes
+from dicom_files import COLOR, FILM, FILM_8, LOSSLESS, LOSSY, dicom_bytes, dicom_dataset, lut_item, to_bytes
 from diffusers_dino.data import Preprocessing, UnreadableImageError, open_images, read_image
 from diffusers_dino.data.images.codestreams import FrameHeader, frame_header
 from diffusers_dino.data.images.dicom import read_dicom
 from diffusers_dino.data.images.dicom_header import parse_dicom
 
 CXR = Path(__file__).parents[2].parent / "shared" / "cxr"
-Y, X = np.mgrid[:40, :56]
-FILM = np.round(2047.5 + 1200 * np.sin(X / 9) * np.cos(Y / 7)).astype(np.uint16)  # 12 bits
-FILM[0, 0], FILM[-1, -1] = 0, 4095
-FILM_8 = (FILM >> 4).astype(np.uint8)
-COLOR = np.dstack([FILM_8, 255 - FILM_8, FILM_8 // 2])
 
 
 def stretched(array: np.ndarray) -> np.ndarray:

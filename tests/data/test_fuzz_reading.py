@@ -7,21 +7,11 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("pydicom")
-from deep_images import deep_png, deep_tiff
-from dicom_files import LOSSLESS, LOSSY, dicom_bytes, lut_item
+from dicom_files import COLOR, FILM, FILM_8, LOSSLESS, LOSSY, dicom_bytes, lut_item
 from diffusers_dino.data import UnreadableImageError, read_image
+from image_files import deep_png, deep_tiff, encoded
 
 COUNT = 1000
-Y, X = np.mgrid[:40, :56]
-FILM = np.round(2047.5 + 1200 * np.sin(X / 9) * np.cos(Y / 7)).astype(np.uint16)
-FILM_8 = (FILM >> 4).astype(np.uint8)
-COLOR = np.dstack([FILM_8, 255 - FILM_8, FILM_8 // 2])
-
-
-def encoded(image: Image.Image, kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def whole_files() -> dict[str, bytes]:

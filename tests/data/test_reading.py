@@ -7,31 +7,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deep_images import deep_png, deep_tiff
 from diffusers_dino.data import RawLayout, UnreadableImageError, read_image
 from diffusers_dino.data.images.reading import as_image
+from image_files import deep_png, deep_tiff, encoded
 
 CXR = Path(__file__).parents[2].parent / "shared" / "cxr"
 GRAY = np.arange(0, 240, dtype=np.uint8).reshape(12, 20)
 COLOR = np.stack([GRAY, 255 - GRAY, GRAY // 2], axis=2)
 
 
-def encoded(image: Image.Image, kind: str = "png", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
 @pytest.mark.parametrize("kind", ["png", "tiff", "bmp"])
 def test_lossless_8_bit(kind):
-    assert np.array_equal(read_image(encoded(Image.fromarray(GRAY), kind)), GRAY)
-    assert np.array_equal(read_image(encoded(Image.fromarray(COLOR), kind)), COLOR)
+    assert np.array_equal(read_image(encoded(GRAY, kind)), GRAY)
+    assert np.array_equal(read_image(encoded(COLOR, kind)), COLOR)
 
 
 def test_jpeg_and_webp():
     smooth = np.linspace(0, 255, 64 * 64).reshape(64, 64).astype(np.uint8)
     for kind, options in (("jpeg", {"quality": 95}), ("webp", {"lossless": True})):
-        array = read_image(encoded(Image.fromarray(smooth), kind, **options))
+        array = read_image(encoded(smooth, kind, **options))
         assert array.shape == (64, 64)
         assert np.abs(array.astype(int) - smooth).mean() < 3
 
@@ -39,7 +33,7 @@ def test_jpeg_and_webp():
 def test_16_bit_keeps_its_precision(tmp_path):
     deep = GRAY.astype(np.uint16) * 17
     for kind in ("png", "tiff"):
-        array = read_image(encoded(Image.fromarray(deep), kind))
+        array = read_image(encoded(deep, kind))
         assert array.dtype == np.uint16
         assert np.array_equal(array, deep)
     Image.fromarray(deep).save(tmp_path / "deep.png")
@@ -49,7 +43,7 @@ def test_16_bit_keeps_its_precision(tmp_path):
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 def test_wider_values_are_mapped_linearly(dtype):
     values = (GRAY.astype(np.float64) * 1000 - 3e4).astype(dtype)
-    array = read_image(encoded(Image.fromarray(values), "tiff"))
+    array = read_image(encoded(values, "tiff"))
     assert array.dtype == np.uint16
     assert (array.min(), array.max()) == (0, 65535)
     expected = (values - values.min()) / (values.max() - values.min()) * 65535
@@ -66,29 +60,29 @@ def test_palette_is_resolved():
 def test_alpha_is_composited_on_black():
     alpha = np.full(GRAY.shape, 255, np.uint8)
     alpha[:6] = 0
-    array = read_image(encoded(Image.fromarray(np.dstack([COLOR, alpha]))))
+    array = read_image(encoded(np.dstack([COLOR, alpha])))
     assert not array[:6].any()
     assert np.array_equal(array[6:], COLOR[6:])
     gray_alpha = read_image(encoded(Image.fromarray(np.dstack([GRAY, alpha]), "LA")))
     assert gray_alpha.shape == GRAY.shape
     assert not gray_alpha[:6].any()
-    one_value = read_image(encoded(Image.fromarray(GRAY), transparency=239))
+    one_value = read_image(encoded(GRAY, transparency=239))
     assert np.array_equal(one_value, np.where(GRAY == 239, 0, GRAY))
 
 
 def test_one_bit_and_gray_in_three_channels():
     bits = Image.fromarray(GRAY > 100)
     assert np.array_equal(read_image(encoded(bits)), np.where(GRAY > 100, 255, 0))
-    assert np.array_equal(read_image(encoded(Image.fromarray(np.dstack([GRAY] * 3)))), GRAY)
+    assert np.array_equal(read_image(encoded(np.dstack([GRAY] * 3))), GRAY)
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "tiff"])
 def test_orientation_of_a_photograph_is_applied(kind):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held upright
-    data = encoded(Image.fromarray(GRAY), kind)
+    data = encoded(GRAY, kind)
     assert np.array_equal(read_image(data), np.asarray(Image.open(io.BytesIO(data))))
-    turned = read_image(encoded(Image.fromarray(GRAY), kind, exif=exif))
+    turned = read_image(encoded(GRAY, kind, exif=exif))
     assert np.array_equal(turned, np.rot90(read_image(data), -1))
 
 
@@ -139,15 +133,15 @@ def test_missing_file(tmp_path):
 @pytest.mark.parametrize("kind", ["png", "jpeg", "tiff", "bmp", "webp"])
 def test_a_bomb_is_refused_before_it_is_decoded(kind):
     with pytest.raises(UnreadableImageError, match=r"says 20 x 12 pixels, more than 239: .* Raise max_pixels"):
-        read_image(encoded(Image.fromarray(GRAY), kind), max_pixels=239)
-    assert read_image(encoded(Image.fromarray(GRAY), kind), max_pixels=240).shape[:2] == GRAY.shape
+        read_image(encoded(GRAY, kind), max_pixels=239)
+    assert read_image(encoded(GRAY, kind), max_pixels=240).shape[:2] == GRAY.shape
 
 
 def test_nan_in_a_float_tiff():
     values = GRAY.astype(np.float32)
     values[0, 0] = np.nan
     with pytest.raises(UnreadableImageError, match="not finite"):
-        read_image(encoded(Image.fromarray(values), "tiff"))
+        read_image(encoded(values, "tiff"))
 
 
 def npy(array: np.ndarray, **more: np.ndarray) -> bytes:
@@ -260,10 +254,10 @@ def test_tiff_of_16_bits_a_channel_keeps_them(order, compressed):
 
 @pytest.mark.parametrize("kind", ["png", "tiff"])
 def test_an_inverted_image_is_turned_over_within_its_bits(kind):
-    assert np.array_equal(read_image(encoded(Image.fromarray(GRAY), kind), inverted=True), 255 - GRAY)
+    assert np.array_equal(read_image(encoded(GRAY, kind), inverted=True), 255 - GRAY)
     deep = GRAY.astype(np.uint16) * 17  # 12 bits
-    assert np.array_equal(read_image(encoded(Image.fromarray(deep), kind), inverted=True), 4095 - deep)
-    assert np.array_equal(read_image(encoded(Image.fromarray(deep), kind), inverted=False), deep)
+    assert np.array_equal(read_image(encoded(deep, kind), inverted=True), 4095 - deep)
+    assert np.array_equal(read_image(encoded(deep, kind), inverted=False), deep)
 
 
 def test_first_page_is_read():
@@ -272,7 +266,7 @@ def test_first_page_is_read():
 
 
 def test_tiff_that_claims_more_rows_than_it_has():
-    data = bytearray(encoded(Image.fromarray(GRAY), "tiff"))
+    data = bytearray(encoded(GRAY, "tiff"))
     place = data.index(b"\x01\x01")  # the tag of the height, 257
     data[place + 8 : place + 12] = (1_000_000).to_bytes(4, "little")
     with pytest.raises(UnreadableImageError, match="do not cover its 20 x 1000000 pixels"):
@@ -280,14 +274,14 @@ def test_tiff_that_claims_more_rows_than_it_has():
 
 
 def test_content_tells_the_format(tmp_path):
-    (tmp_path / "scan.jpg").write_bytes(encoded(Image.fromarray(GRAY), "png"))
+    (tmp_path / "scan.jpg").write_bytes(encoded(GRAY, "png"))
     assert np.array_equal(read_image(tmp_path / "scan.jpg"), GRAY)
 
 
 def test_other_formats_of_pillow_are_not_tried():
     for kind in ("eps", "ppm", "tga", "pdf"):
         with pytest.raises(UnreadableImageError, match="not an image of a known format"):
-            read_image(encoded(Image.fromarray(COLOR), kind))
+            read_image(encoded(COLOR, kind))
 
 
 @pytest.mark.cxr

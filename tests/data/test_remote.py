@@ -6,7 +6,6 @@ import subprocess
 import sys
 import traceback
 from itertools import islice
-from pathlib import Path
 
 import fsspec
 import pytest
@@ -25,7 +24,7 @@ from diffusers_dino.data.stores.archives import write_index
 from diffusers_dino.data.stores.remote import RemoteFileSystem, add_suffix, redact
 from hub_server import HubServer
 from range_server import RangeServer
-from shard_files import write_shards
+from shard_files import write_manifest, write_shards
 
 PREPARE = Preprocessing(16)
 
@@ -200,14 +199,6 @@ def test_a_shard_that_vanishes_is_replaced_and_counted(server, shards):
     (shards / "x-000001.tar").unlink()
     assert dataset[8]["key"] not in dataset.keys[8:16]
     assert "gone" in dataset.unreadable[8]
-
-
-def write_manifest(folder: Path, **changes) -> None:
-    shards = [
-        {"name": path.name, "samples": 8, "bytes": path.stat().st_size, "sha256": "0", "split": "train"}
-        for path in sorted(folder.glob("*.tar"))
-    ]
-    (folder / "manifest.json").write_text(json.dumps({"format": 1, "shards": shards, **changes}))
 
 
 def test_a_manifest_names_the_shards_where_nothing_can_be_listed_and_those_that_are_missing(server, shards, caplog):

@@ -1,4 +1,3 @@
-import io
 import json
 import logging
 from pathlib import Path
@@ -10,37 +9,31 @@ from PIL import Image
 from diffusers_dino.data import Preprocessing, collate, open_images
 from diffusers_dino.data.stores.archives import split_name
 from diffusers_dino.data.stores.filesystem import expand_braces
+from shard_files import encode, write_tar
 
 PREPARE = Preprocessing(16)
-
-
-def png(value: int, color: bool = False) -> bytes:
-    pixels = np.random.default_rng(value).integers(0, 256, (20, 24, 3) if color else (20, 24), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "png")
-    return buffer.getvalue()
 
 
 def fill(folder: Path, count: int = 6) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
-        (folder / f"{number:03d}.png").write_bytes(png(number))
+        (folder / f"{number:03d}.png").write_bytes(encode(number))
     return folder
 
 
 def write_shards(folder: Path, keys: list[str], per_shard: int = 3) -> None:
-    webdataset = pytest.importorskip("webdataset")
-    folder.mkdir(exist_ok=True)
-    with webdataset.ShardWriter(str(folder / "x-%06d.tar"), maxcount=per_shard, verbose=0) as writer:
-        for number, key in enumerate(keys):
-            mask = png(100 + number)
-            writer.write({"__key__": key, "png": png(number), "mask.png": mask, "json": {"labels": [str(number)]}})
+    for first in range(0, len(keys), per_shard):
+        files = {}
+        for number, key in enumerate(keys[first : first + per_shard], first):
+            files |= {f"{key}.png": encode(number), f"{key}.mask.png": encode(100 + number)}
+            files[f"{key}.json"] = json.dumps({"labels": [str(number)]}).encode()
+        write_tar(folder / f"x-{first // per_shard:06d}.tar", files)
 
 
 def test_folder_is_read_in_sorted_order_without_masks(tmp_path):
     fill(tmp_path / "b", 2)
     fill(tmp_path / "a", 1)
-    (tmp_path / "a" / "000.mask.png").write_bytes(png(9))
+    (tmp_path / "a" / "000.mask.png").write_bytes(encode(9))
     (tmp_path / "a" / "notes.txt").write_text("not an image")
     dataset = open_images(tmp_path, PREPARE)
     assert dataset.keys == ["a/000", "b/000", "b/001"]
@@ -48,7 +41,7 @@ def test_folder_is_read_in_sorted_order_without_masks(tmp_path):
     assert sample["key"] == "a/000"
     assert sample["image"].shape == (1, 16, 16)
     assert 0 <= sample["image"].min() < sample["image"].max() <= 1
-    assert dataset.companion(0, "mask.png") == png(9)
+    assert dataset.companion(0, "mask.png") == encode(9)
     with pytest.raises(KeyError, match="no companion"):
         dataset.companion(1, "mask.png")
 
@@ -61,7 +54,7 @@ def test_equal_stems_keep_their_extension_in_the_key(tmp_path):
 
 def test_colour_stays_colour_and_a_mixed_batch_is_colour(tmp_path):
     fill(tmp_path, 1)
-    (tmp_path / "1.png").write_bytes(png(1, color=True))
+    (tmp_path / "1.png").write_bytes(encode(1, shape=(20, 24, 3)))
     dataset = open_images(tmp_path, PREPARE)
     assert [len(dataset[i]["image"]) for i in range(2)] == [1, 3]
     batch = collate([dataset[0], dataset[1]])
@@ -81,7 +74,7 @@ def test_in_memory_gives_the_same_samples(tmp_path):
 
 def test_unreadable_images_are_named_counted_and_replaced_the_same_way(tmp_path, caplog):
     fill(tmp_path)
-    (tmp_path / "004.png").write_bytes(png(4)[:60])
+    (tmp_path / "004.png").write_bytes(encode(4)[:60])
     first, second = (open_images(tmp_path, PREPARE, max_unreadable=0.2) for _ in range(2))
     with caplog.at_level(logging.WARNING):
         replaced = first[4]["key"]
@@ -131,7 +124,7 @@ def test_shards_by_folder_range_and_glob(tmp_path, source):
     expected = keys[:3] if source == "" else keys
     assert dataset.keys == expected
     assert json.loads(dataset.companion(1, "json")) == {"labels": ["1"]}
-    assert dataset.companion(2, "mask.png") == png(102)
+    assert dataset.companion(2, "mask.png") == encode(102)
     reference = open_images(fill(tmp_path / "folder", len(expected)), PREPARE)
     assert all((dataset[i]["image"] == reference[i]["image"]).all() for i in range(len(expected)))
 
@@ -140,7 +133,7 @@ def test_truncated_shard_is_named_and_the_rest_of_it_used(tmp_path, caplog):
     write_shards(tmp_path, ["a", "b", "c"])
     path = tmp_path / "x-000000.tar"
     whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
+    path.write_bytes(whole[: whole.index(b"b.mask.png")])
     with caplog.at_level(logging.WARNING):
         dataset = open_images(path, PREPARE)
     assert "x-000000.tar ends too early" in caplog.text
@@ -165,7 +158,7 @@ def test_braces_expand_as_in_a_shell(tmp_path):
 
 def test_datasets_folder(tmp_path):
     datasets = pytest.importorskip("datasets")
-    data = datasets.Dataset.from_dict({"scan": [{"bytes": png(i), "path": None} for i in range(3)]})
+    data = datasets.Dataset.from_dict({"scan": [{"bytes": encode(i), "path": None} for i in range(3)]})
     data = data.cast_column("scan", datasets.Image())
     data.save_to_disk(str(tmp_path / "one"))
     datasets.DatasetDict({"val": data}).save_to_disk(str(tmp_path / "splits"))
@@ -181,7 +174,7 @@ def test_datasets_folder(tmp_path):
 
 def test_folder_of_parquet_files(tmp_path):
     datasets = pytest.importorskip("datasets")
-    data = datasets.Dataset.from_dict({"image": [{"bytes": png(i), "path": None} for i in range(3)]})
+    data = datasets.Dataset.from_dict({"image": [{"bytes": encode(i), "path": None} for i in range(3)]})
     (tmp_path / "data").mkdir()
     data.cast_column("image", datasets.Image()).to_parquet(str(tmp_path / "data" / "train-0.parquet"))
     assert len(open_images(tmp_path / "data", PREPARE)) == 3
@@ -202,7 +195,7 @@ def test_folder_of_parquet_files(tmp_path):
 def test_sources_that_cannot_be_opened(tmp_path, source, error, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.tar").write_bytes(b"no tar" * 1000)
-    (tmp_path / "single.png").write_bytes(png(0))
+    (tmp_path / "single.png").write_bytes(encode(0))
     with pytest.raises(error, match=message):
         open_images(source if ":" in source else tmp_path / source, PREPARE)
 

@@ -27,10 +27,11 @@ def slots(count: int, **options) -> list[Slot]:
     return [slot for batch in islice(iter(sampler), count) for slot in batch]
 
 
-@given(st.integers(1, 30), st.integers(1, 4), st.integers(1, 4), st.integers(0, 50), st.integers(0, 3))
+@given(st.integers(1, 30), st.integers(1, 4), st.integers(1, 4), st.integers(0, 50), st.integers(0, 3), st.booleans())
 @settings(max_examples=50, deadline=None)
-def test_processes_share_one_global_order(num_samples, batch_size, num_processes, start, seed):
-    common = {"num_samples": num_samples, "seed": seed, "start": start}
+def test_processes_share_one_global_order(num_samples, batch_size, num_processes, start, seed, windowed):
+    order = WindowedOrder([num_samples // 3, 0, num_samples - num_samples // 3], 1 + seed) if windowed else None
+    common = {"num_samples": num_samples, "seed": seed, "start": start, "order": order}
     whole = slots(3, batch_size=batch_size * num_processes, **common)
     shares = [
         slots(3, batch_size=batch_size, num_processes=num_processes, process_index=rank, **common)
@@ -76,18 +77,6 @@ def test_windowed_epochs_differ_and_mix_the_samples_of_a_window():
     assert epochs[0] != epochs[1]
     assert epochs[0] != [order.index(1, 0, rank) for rank in range(300)]
     assert {index // 50 for index in epochs[0][:20]} == {index // 50 for index in epochs[0][:150]}
-
-
-@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 50), st.integers(1, 5))
-@settings(max_examples=30, deadline=None)
-def test_processes_share_a_windowed_order_too(batch_size, num_processes, start, window):
-    common = {"num_samples": 20, "start": start, "order": WindowedOrder([3, 9, 0, 8], window)}
-    whole = slots(3, batch_size=batch_size * num_processes, **common)
-    shares = [
-        slots(3, batch_size=batch_size, num_processes=num_processes, process_index=rank, **common)
-        for rank in range(num_processes)
-    ]
-    assert sorted(slot for share in shares for slot in share) == whole
 
 
 def test_a_selection_is_shuffled_within_the_shards_that_it_touches():

@@ -1,11 +1,20 @@
-"""PNG and TIFF files with 16 bits in each of several channels, which Pillow does not write."""
+"""Image files in memory: by Pillow, and with 16 bits in each of several channels, which Pillow does not write."""
 
+import io
 import struct
 import zlib
 
 import numpy as np
+from PIL import Image
 
 _COLOR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}
+
+
+def encoded(image: Image.Image | np.ndarray, kind: str = "png", **options) -> bytes:
+    """The file that Pillow writes of an image or an array."""
+    buffer = io.BytesIO()
+    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(buffer, kind, **options)
+    return buffer.getvalue()
 
 
 def deep_png(pixels: np.ndarray) -> bytes:
