@@ -175,16 +175,13 @@ def test_the_order_of_cells_and_of_images_changes_nothing(result):
     cells = []
     for spec, cell in reversed(CELLS.items()):
         order = np.random.default_rng(spec.ratio).permutation(NUM_TEST)
-        names = [tuple(texts[i] for i in order) for texts in (cell.keys, cell.patients)]
-        cells.append(replace(cell, keys=names[0], patients=names[1], **by_image(cell, order)))
+        keys, patients = (tuple(texts[i] for i in order) for texts in (cell.keys, cell.patients))
+        arrays = {"probabilities": cell.probabilities[order], "targets": cell.targets[order]}
+        cells.append(replace(cell, keys=keys, patients=patients, **arrays))
     other = summarise(cells, GRID, repeats=50)
     for one, two in zip(result.configurations, other.configurations, strict=True):
         assert one.macro == pytest.approx(two.macro, abs=1e-12)
         assert one.is_baseline or one.difference.p == pytest.approx(two.difference.p)
-
-
-def by_image(cell: CellResult, order: np.ndarray) -> dict[str, np.ndarray]:
-    return {"probabilities": cell.probabilities[order], "targets": cell.targets[order]}
 
 
 def test_results_go_to_json_and_back(result, partial, tmp_path):

@@ -242,11 +242,6 @@ def run_cell(job: CellJob, folder: str | Path, device: torch.device | str = "cpu
     The result is a function of the job: on the CPU it is computed by one thread, since sums depend on their number.
     All cells of a fold start from the same weights, so that they differ by their images only.
 
-    Args:
-        job: What to do.
-        folder: Where the file goes.
-        device: Where to compute.
-
     Raises:
         ValueError: If there is no image to train on, or training diverges.
         OSError: If the disk is full, or the folder is not writable.

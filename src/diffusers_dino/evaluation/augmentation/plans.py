@@ -69,9 +69,7 @@ def split_folds(
         table: N images.
         labels: Names of the labels to stratify and to balance.
         folds: `(N,)`, the fold that each image is tested in; -1 for images that are only trained on.
-        regimes: Numbers of real images.
-        validation_fraction: Share of the training patients; 0 keeps none, and the last weights are taken.
-        seed: Of validation patients and regimes.
+        regimes, validation_fraction, seed: As in `evaluate_augmentation`.
 
     Raises:
         ValueError: If regimes are not different positive numbers, one is larger than the training data of a fold, or
@@ -174,8 +172,7 @@ def plan_regimes(
         labels: Of each.
         regimes: Numbers of real images.
         ratio: The largest number of synthetic images for each real one.
-        seed: Of pairs, fractions and noise.
-        settings: How images are computed and stored.
+        seed, settings: As in `plan_interpolation`.
 
     Raises:
         ValueError: If the strategy is unknown, or a regime is larger than `keys`.

@@ -349,15 +349,7 @@ def _train_cell(place: int, job: CellJob, folder: Path, device: str | None) -> N
 def synthetic_images(
     packed: PackedImages, planned: RegimePlan, labels: Sequence[str], regime: int, ratio: int
 ) -> LabelledImages:
-    """The synthetic images of a regime and ratio; what a gate left out is not there.
-
-    Args:
-        packed: The images of the whole plan.
-        planned: The plan.
-        labels: Names of the L labels.
-        regime: Number of real images.
-        ratio: Synthetic images for each.
-    """
+    """The synthetic images of a regime and ratio among those of the whole plan; what a gate left out is not there."""
     chosen = [planned.plan[int(number)] for number in planned.images[regime][: regime * ratio]]
     chosen = [image for image in chosen if image.key in packed.places]
     rows = np.array([packed.places[image.key] for image in chosen], dtype=np.int64)

@@ -48,13 +48,7 @@ class SyntheticImages:
 
     @classmethod
     def open(cls, folder: str | Path, pack: str | Path, size: int, channels: int) -> SyntheticImages:
-        """Open a folder that `synthesise` has completed, and pack its images as classifiers see them.
-
-        Args:
-            folder: The set.
-            pack: The `.npy` file to pack to.
-            size: Side of the images in pixels.
-            channels: 1 for gray, 3 for colour.
+        """Open a folder that `synthesise` has completed, and pack its images to a `.npy` file, at a side in pixels.
 
         Raises:
             FileNotFoundError: If the set is not complete.
@@ -99,8 +93,7 @@ class Judges:
         folds: `(N,)` int64, the fold of each.
         settings: Architecture and training.
         folder: Where weights go, a file for each judge.
-        validation_fraction: Share of the training patients that chooses a judge's weights; 0 takes the last weights.
-        seed: Of training and of the choice of validation patients.
+        validation_fraction, seed: As in `evaluate_labels`.
 
     Raises:
         ValueError: If table and folds are not of the real images, or the fraction is not in [0, 0.5].
