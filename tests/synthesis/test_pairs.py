@@ -120,13 +120,14 @@ def test_labels_outside_the_path_are_refused(fraction):
         interpolated_labels({"a"}, {"a"}, fraction)
 
 
-def test_a_label_in_place_of_labels_is_refused():
-    with pytest.raises(ValueError, match="a collection, got 'Effusion' for image 0"):
-        sample_pairs(["Effusion", "Effusion"])
-
-
-def test_images_without_labels_or_alone_are_no_pair():
-    with pytest.raises(ValueError, match="No two images"):
-        sample_pairs([])
-    with pytest.raises(ValueError, match="No two images"):
-        sample_pairs([{"a"}, {"b"}, set()])
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["Effusion", "Effusion"], "a collection, got 'Effusion' for image 0"),
+        ([], "No two images"),
+        ([{"a"}, {"b"}, set()], "No two images"),
+    ],
+)
+def test_labels_that_make_no_pair_are_refused(labels, message):
+    with pytest.raises(ValueError, match=message):
+        sample_pairs(labels)

@@ -35,7 +35,7 @@ class Pair(NamedTuple):
 def interpolated_labels(
     source: Collection[Hashable], target: Collection[Hashable], fraction: float
 ) -> frozenset[Hashable]:
-    """Labels of an image between two: those of the nearer one, which are the common ones where all are shared.
+    """Labels of an image between two: those of the nearer one.
 
     Args:
         source: Labels of one image.
@@ -43,7 +43,7 @@ def interpolated_labels(
         fraction: How far from source to target, in [0, 1]; at 0.5 the source counts as nearer.
 
     Raises:
-        ValueError: If the two share no label, or the fraction is outside [0, 1].
+        ValueError: If the two do not share a label, or the fraction is outside [0, 1].
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"The fraction must be in [0, 1], got {fraction}.")
@@ -56,17 +56,16 @@ def interpolated_labels(
 
 
 def sample_pairs(labels: Sequence[Collection[Hashable]], seed: int = 0) -> Iterator[Pair]:
-    """Draw pairs of images that share a label, without end; take with `itertools.islice` as many as are needed.
+    """Draw pairs of images that share a label, without end; take as many as you need with `itertools.islice`.
 
-    All such pairs come once, in random order, before any comes again. Each time it comes a pair has another fraction;
-    those of one pair spread evenly over (0, 1), the faster the more rounds there are (Weyl's sequence). The sequence
-    is a function of labels and seed, and one that is drawn further begins with the same pairs.
+    All such pairs come once, in random order, before any comes again, each time with another fraction. The fractions
+    of a pair spread evenly over (0, 1) (Weyl's sequence). The sequence depends only on the labels and the seed, and a
+    longer one begins with the same pairs.
 
     Neither memory nor start-up grows with the number of pairs: 100,000 images have five thousand million of them.
 
     Args:
-        labels: Of each image; one without labels is in no pair. Labels of an image are distinct; in what order they
-            stand does not matter.
+        labels: Of each image, in any order; an image without labels is not in any pair.
         seed: Of order and fractions.
 
     Raises:
@@ -93,7 +92,7 @@ def _rounds(members: list[np.ndarray], ends: np.ndarray, sizes: np.ndarray, seed
             lower, upper = _unrank(ranks - (ends - sizes)[numbers])
             for label, i, j in zip(numbers.tolist(), lower.tolist(), upper.tolist(), strict=True):
                 source, target = int(members[label][i]), int(members[label][j])
-                # a pair that shares several labels is counted under each, and taken under the first
+                # a pair that shares several labels is counted under each of them, and drawn only under the first
                 if min(having[source] & having[target]) == label:
                     yield Pair(source, target, _fraction(seed, source, target, round_))
         round_ += 1
@@ -119,18 +118,10 @@ def _unrank(ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def permute(numbers: np.ndarray, total: int, key: int) -> np.ndarray:
-    """Where each number in [0, total) stands in a pseudo-random permutation of them, without making the others.
+    """Where numbers `(n,)` in [0, total) go in the pseudo-random permutation of this key, as `(n,)` int64.
 
-    A Feistel network permutes a power of four that holds `total`; what falls outside goes round again until it falls
-    inside (cycle walking, Black & Rogaway 2002).
-
-    Args:
-        numbers: Any of them, `(n,)`.
-        total: How many there are.
-        key: Which permutation.
-
-    Returns:
-        `(n,)` int64 in [0, total).
+    The others are not computed. A Feistel network permutes a power of four of at least `total`; what falls outside
+    goes round again until it falls inside (cycle walking, Black & Rogaway 2002).
     """
     half = np.uint64(max(1, (max(total - 1, 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
