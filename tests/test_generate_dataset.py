@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -12,7 +15,7 @@ import tiny
 from diffusers_dino.data import Preprocessing, open_images, verify_shards
 from diffusers_dino.data.labels import stored_labels
 from diffusers_dino.synthesis import SynthesisError, SyntheticSet, load_plan
-from scripts import call_script, image_folder, run_script, start_script
+from scripts import call_script, command_line, image_folder, run_script, start_script
 from shard_files import write_shards
 
 SCRIPT = "synthesise"
@@ -135,7 +138,15 @@ def test_two_processes_and_a_worker_that_dies_change_nothing(data, tmp_path):
     half = start_script(SCRIPT, **options, processes=2, output_dir=tmp_path / "two")
     kill_a_worker(half, tmp_path / "two")
     assert not (tmp_path / "two" / "manifest.json").exists()
-    run_script(SCRIPT, **options, processes=2, output_dir=tmp_path / "two")
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command = [
+        *launcher,
+        "-m",
+        "diffusers_dino",
+        SCRIPT,
+        *command_line(None, {**options, "output_dir": tmp_path / "two"}),
+    ]
+    subprocess.run(command, check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert files(tmp_path / "one") == files(tmp_path / "two")
     assert json.loads((tmp_path / "two" / "manifest.json").read_text())["lineage"]["num_images"] == 2 * COUNT
 

@@ -3,8 +3,8 @@ r"""Make a data set of synthetic, labelled images from real ones: webdataset sha
     accelerate launch -m diffusers_dino synthesise --model my-model --data_dir /data/cxr --labels /data/cxr.csv \
         --strategy interpolation --ratio 5 --output_dir synthetic
 
-The plan of which images to make, from what and with which noise is frozen first. Stopped at any moment, the same
-command goes on where it was, also with another number of processes, and ends with the same shards.
+The plan is frozen first: which images to make, from which sources and with which noise. If the run is stopped at any
+moment, the same command goes on, with any number of processes, and ends with the same shards.
 docs/synthesis.md describes what is written.
 """
 
