@@ -139,14 +139,8 @@ def test_two_processes_and_a_worker_that_dies_change_nothing(data, tmp_path):
     kill_a_worker(half, tmp_path / "two")
     assert not (tmp_path / "two" / "manifest.json").exists()
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    command = [
-        *launcher,
-        "-m",
-        "diffusers_dino",
-        SCRIPT,
-        *command_line(None, {**options, "output_dir": tmp_path / "two"}),
-    ]
-    subprocess.run(command, check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = ["-m", "diffusers_dino", SCRIPT, *command_line(None, {**options, "output_dir": tmp_path / "two"})]
+    subprocess.run([*launcher, *command], check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert files(tmp_path / "one") == files(tmp_path / "two")
     assert json.loads((tmp_path / "two" / "manifest.json").read_text())["lineage"]["num_images"] == 2 * COUNT
 
