@@ -1,10 +1,10 @@
-"""Publish a trained model on the Hugging Face Hub, or as a folder to carry: weights, configs, card, samples, no more.
+r"""Publish a trained model on the Hugging Face Hub, or write it to a folder to carry: weights, configs, card, samples.
 
     diffusers-dino publish --model outputs/quickstart/model --repo_id org/name --results outputs/quickstart \
         --samples examples/data/phantom-cxr --license apache-2.0 --dry_run
 
-`--model` is what training left: a pipeline, a LoRA, a conditioner or an autoencoder. The card is written from the
-record of the training and the results. `--dry_run` shows all that would be uploaded; without it, it is uploaded.
+`--model` is the folder that a training wrote: a pipeline, a LoRA, a conditioner or an autoencoder. The card is written
+from the record of the training and the results. `--dry_run` shows all that would be uploaded, and uploads nothing.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ SAMPLES = "samples/samples.png"
 class Arguments:
     model: str | None = flag(None, "Folder of the trained pipeline, LoRA, conditioner or autoencoder.", group="What")
     variant: str | None = flag(None, "Also upload the weights as fp16 or bf16, for `from_pretrained(variant=...)`.")
-    results: list[str] | None = flag(None, "Result files of the eval_*.py scripts, or folders of them.", group="Card")  # noqa: RUF009
+    results: list[str] | None = flag(None, "Result files of `evaluate`, or folders of them.", group="Card")  # noqa: RUF009
     evaluated_on: str = flag("held-out images", "What the results were measured on, as the card calls it.")
     sources: list[str] | None = flag(  # noqa: RUF009
         None,
-        "Data sets that it was trained on: names of the catalogue, phantom_cxr, or YAML files; else those on record.",
+        "Data sets that it was trained on: names of the catalogue, phantom_cxr, or YAML files. Default: on record.",
     )
-    base_model: list[str] | None = flag(None, "Models that it was made from; else those on record.")  # noqa: RUF009
-    datasets: list[str] | None = flag(None, "Data sets of the Hub that it was trained on; else on record.")  # noqa: RUF009
+    base_model: list[str] | None = flag(None, "Models that it was made from; by default those on record.")  # noqa: RUF009
+    datasets: list[str] | None = flag(None, "Data sets of the Hub that it was trained on.")  # noqa: RUF009
     license: str | None = flag(None, "Of the weights, as the Hub spells it, such as apache-2.0.")
     tags: list[str] | None = flag(None, "Further tags for the Hub's search.")  # noqa: RUF009
     keep_card: bool = flag(False, "Upload the folder's README.md as it is, in place of a new card.")
@@ -51,10 +51,10 @@ class Arguments:
     num_samples: int = flag(4, "Sources in the picture of samples.")
     num_variations: int = flag(3, "Variations of each.")
     num_inference_steps: int = flag(25, "Sampling steps of the samples.")
-    guidance_scale: float = flag(2.0, "Their guidance.")
-    seed: int = flag(0, "Of their noise.")
+    guidance_scale: float = flag(2.0, "Guidance scale of the samples.")
+    seed: int = flag(0, "Seed of their noise.")
     gate: str | None = flag(
-        None, "gate.safetensors of eval_memorization.py: samples that are near-copies are refused."
+        None, "gate.safetensors of `evaluate memorization`: refuse samples that are near-copies of training images."
     )
     lora_base: str | None = flag(None, "Pipeline to draw a LoRA's samples with: a folder or a repository of the Hub.")
     device: str = flag("cpu", "Where to draw them, such as cuda.")
@@ -62,7 +62,7 @@ class Arguments:
     private: bool = flag(False, "A repository that is made here is private.")
     revision: str | None = flag(None, "Branch to commit to; made if it does not exist.")
     create_pr: bool = flag(False, "Open a pull request.")
-    commit_message: str = flag("Upload model", "Of the commit.")
+    commit_message: str = flag("Upload model", "Message of the commit.")
     output_dir: str | None = flag(None, "Write the files and their SHA-256 to this folder, in place of an upload.")
     dry_run: bool = flag(False, "Show the files and the card; nothing leaves this machine.")
     terms_checked: bool = flag(False, "The terms of credentialed sources allow that this model is public.")

@@ -26,9 +26,9 @@ _HTTP_ERROR = HfHubHTTPError.__mro__[1]  # base of all errors of the HTTP librar
 def files_to_push(folder: str | os.PathLike, also: Iterable[str] = ()) -> dict[str, Content]:
     """What `push_folder` uploads, by path in the repository: a file, or the bytes of a config without private folders.
 
-    What is uploaded is listed, not what is left out: the card; of a pipeline `model_index.json` with its components'
+    Only what is listed here: the card; of a pipeline `model_index.json` with its components'
     configs and safetensors; of a conditioner or autoencoder its config and safetensors; of a LoRA its weights. Logs,
-    checkpoints, arguments and validation pictures, which may show patients, stay at home.
+    checkpoints, arguments and validation pictures, which may show patients, stay.
 
     Args:
         folder: Written by `save_pretrained`, `save_lora_weights` or a training script.
@@ -47,22 +47,22 @@ def files_to_push(folder: str | os.PathLike, also: Iterable[str] = ()) -> dict[s
 
 
 def write_files(files: Mapping[str, Content], folder: str | os.PathLike) -> Path:
-    """Write what would be uploaded to a folder that is to be carried, with `SHA256SUMS` for `sha256sum --check`.
+    """Write what would be uploaded to a folder to carry, with `SHA256SUMS` for `sha256sum`.
 
     Args:
         files: By path: where each is, or what is in it.
-        folder: Made if it does not exist; nothing may be in it.
+        folder: Made if it does not exist; it must be empty.
 
     Returns:
         The folder.
 
     Raises:
-        FileExistsError: If the folder holds something.
+        FileExistsError: If the folder is not empty.
         OSError: If it cannot be written.
     """
     folder = Path(folder)
     if folder.is_dir() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty: a model that is to be carried gets a folder of its own.")
+        raise FileExistsError(f"{folder} is not empty: give another folder for the model to carry.")
     for path, content in files.items():
         place = folder / path
         place.parent.mkdir(parents=True, exist_ok=True)
