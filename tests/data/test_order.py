@@ -152,6 +152,22 @@ def test_a_slow_consumer_never_sees_a_batch_change_under_it(workers):
     assert torch.equal(torch.cat(kept), expected)
 
 
+def test_memory_of_a_batch_is_used_again_only_when_nothing_shows_it():
+    views = TrainingViews(ImageDataset(Memory(8), Preprocessing(8)), None)
+    one, other = (views.load([Slot(p, 0, p) for p in places]) for places in (range(4), range(4, 8)))
+    batch = views.finish(one)["image"]
+    place, row = batch.data_ptr(), batch[1]
+    expected = row.clone()
+    del batch
+    kept = views.finish(other)["image"]
+    assert kept.data_ptr() != place
+    assert torch.equal(row, expected)
+    del row
+    assert views.finish(other)["image"].data_ptr() == place
+    assert views.finish(views.load([Slot(0, 0, 0)]))["image"].shape == (1, 1, 8, 8)
+    assert torch.equal(kept, views.finish(other)["image"])
+
+
 class Mixed(Memory):
     """Grayscale, and colour from the third image on."""
 
