@@ -41,7 +41,7 @@ PACKAGES = ("diffusers-dino", "diffusers", "transformers", "accelerate", "bitsan
 class Arguments:
     output: str = flag("outputs/gpu.json", "JSON file of the figures, written anew after each part.")
     size: Literal["sd15", "tiny"] = flag("sd15", "Of the models.")
-    parts: list[str] = flag(list(PARTS), "What to measure.")  # noqa: RUF009
+    parts: list[str] = flag(list(PARTS), "What to measure.")
     minutes: float = flag(9.5, "When to be done.")
     repeats: int = flag(5, "Timings of each, after a warm-up.")
     device: str | None = flag(None, "Where to compute; the GPU by default.")

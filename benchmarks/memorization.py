@@ -37,7 +37,7 @@ class Arguments:
     images: str | None = flag(None, "Folder of real images, to plant copies among.")
     patients: str | None = flag(None, "CSV table with their columns `file` and `patient`.")
     size: int = flag(64, "Side in pixels that they are prepared at.")
-    extractors: list[str] = flag(["local-contrast", "pixels"], "Feature spaces.")  # noqa: RUF009
+    extractors: list[str] = flag(["local-contrast", "pixels"], "Feature spaces.")
     num_seeds: int = flag(10, "Ways of halving the patients.")
 
 

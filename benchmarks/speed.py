@@ -40,7 +40,7 @@ Pipe = DinoDiffusionPipeline
 class Arguments:
     model: str = flag(str(EXAMPLES / "data/tiny-diffusion"), "Folder of a pipeline.")
     data_dir: str = flag(str(EXAMPLES / "data/phantom-cxr"), "Source images.")
-    ways: list[str] | None = flag(None, "What to measure; by default all.")  # noqa: RUF009
+    ways: list[str] | None = flag(None, "What to measure; by default all.")
     num_images: int = flag(32, "Images to compare.")
     batch_size: int = flag(8, "Images sampled together, and in each timing.")
     num_inference_steps: int = flag(50, "Steps of the plain pipeline.")

@@ -45,7 +45,7 @@ class Arguments(RunArguments, AugmentationArguments, ImageArguments):
     sharpness: float = flag(0.0, "Largest weight of the random unsharp mask.")
     vae: str | None = flag(None, "AutoencoderKL to continue from, in place of a new one.", group="Model")
     in_channels: Literal[1, 3] = flag(1, "Channels of the images: 1 for radiographs.")
-    block_out_channels: list[int] = flag(  # noqa: RUF009
+    block_out_channels: list[int] = flag(
         [64, 128, 128], "Channels per level; each level but the last halves the side."
     )
     layers_per_block: int = flag(1, "Residual blocks per level.")

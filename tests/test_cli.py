@@ -101,7 +101,7 @@ class Arguments:
     rate: float = flag(1.0, "A rate.")
     name: str | None = flag("x", "A name.")
     augment: bool = flag(False, "A switch.")
-    widths: list[int] = flag([1], "Widths.")  # noqa: RUF009
+    widths: list[int] = flag([1], "Widths.")
     steps: int = flag(0, "Steps.")
 
 

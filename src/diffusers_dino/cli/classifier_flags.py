@@ -17,14 +17,14 @@ __all__ = ["ClassifierArguments", "LabelledImageArguments", "classifier_settings
 @dataclass
 class LabelledImageArguments(RealImageArguments):
     labels: str = flag(STORED, f"CSV of labels and patients, or {STORED!r} for those beside images in shards.")
-    label_names: list[str] | None = flag(None, "Labels to classify; by default the most frequent ones.")  # noqa: RUF009
+    label_names: list[str] | None = flag(None, "Labels to classify; by default the most frequent ones.")
     num_labels: int = flag(4, "How many of the most frequent findings, besides 'No Finding'.")
 
 
 @dataclass
 class ClassifierArguments:
     classifier: str = flag("densenet121", "Architecture of timm.", group="Classifier")
-    classifier_options: list[str] | None = flag(None, "Its options, as NAME=VALUE in JSON.")  # noqa: RUF009
+    classifier_options: list[str] | None = flag(None, "Its options, as NAME=VALUE in JSON.")
     classifier_weights: str | None = flag(None, "File of weights to start from; by default from scratch.")
     size: int = flag(224, "Side of the images in pixels that classifiers see.")
     channels: int = flag(1, "1 for gray, 3 for colour.")

@@ -34,16 +34,16 @@ SAMPLES = "samples/samples.png"
 class Arguments:
     model: str | None = flag(None, "Folder of the trained pipeline, LoRA, conditioner or autoencoder.", group="What")
     variant: str | None = flag(None, "Also upload the weights as fp16 or bf16, for `from_pretrained(variant=...)`.")
-    results: list[str] | None = flag(None, "Result files of `evaluate`, or folders of them.", group="Card")  # noqa: RUF009
+    results: list[str] | None = flag(None, "Result files of `evaluate`, or folders of them.", group="Card")
     evaluated_on: str = flag("held-out images", "What the results were measured on, as the card calls it.")
-    sources: list[str] | None = flag(  # noqa: RUF009
+    sources: list[str] | None = flag(
         None,
         "Data sets that it was trained on: names of the catalogue, phantom_cxr, or YAML files. Default: on record.",
     )
-    base_model: list[str] | None = flag(None, "Models that it was made from; by default those on record.")  # noqa: RUF009
-    datasets: list[str] | None = flag(None, "Data sets of the Hub that it was trained on.")  # noqa: RUF009
+    base_model: list[str] | None = flag(None, "Models that it was made from; by default those on record.")
+    datasets: list[str] | None = flag(None, "Data sets of the Hub that it was trained on.")
     license: str | None = flag(None, "Of the weights, as the Hub spells it, such as apache-2.0.")
-    tags: list[str] | None = flag(None, "Further tags for the Hub's search.")  # noqa: RUF009
+    tags: list[str] | None = flag(None, "Further tags for the Hub's search.")
     keep_card: bool = flag(False, "Upload the folder's README.md as it is, in place of a new card.")
     samples: str | None = flag(
         None, "Phantoms or a synthetic set to draw samples from; other images are refused.", group="Samples"

@@ -33,7 +33,7 @@ SALT_VARIABLE = "DIFFUSERS_DINO_SALT"
 @dataclass
 class Arguments:
     output_dir: str = flag("shards", "Folder of the shards.")
-    source: list[str] | None = flag(  # noqa: RUF009
+    source: list[str] | None = flag(
         None,
         "NAME=FOLDER for a data set of the catalogue (docs/sources.md), FILE.yaml=FOLDER for one that the file "
         "describes, FOLDER for any images. May be repeated. Of duplicates the one named first stays.",

@@ -78,7 +78,7 @@ class FeatureArguments(AugmentationArguments, ImageArguments):
     pretrained_pipeline: str | None = flag(None, "DinoDiffusionPipeline to continue from; needed for LoRA.")
     vae: str | None = flag(None, "VAE, in place of the pretrained model's.")
     conditioner: str | None = flag(None, "Saved DinoImageConditioner.")
-    encoder: list[str] | None = flag(None, "DINO encoder(s) to make a conditioner of.")  # noqa: RUF009
+    encoder: list[str] | None = flag(None, "DINO encoder(s) to make a conditioner of.")
     tokens: Literal["global", "cls", "patch", "all"] | None = flag(None, "By default global, or --conditioner's.")
     projection_dim: int | None = flag(None, "Project the tokens of --encoder to this width.")
     normalize_tokens: int = flag(0, "Standardise tokens with statistics of this many training images; 0 does not.")

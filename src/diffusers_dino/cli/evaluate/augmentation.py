@@ -30,10 +30,10 @@ from ..sampling_flags import SamplingArguments
 
 @dataclass
 class Arguments(SamplingArguments, ClassifierArguments, LabelledImageArguments):
-    regimes: list[int] = flag([10000, 5000, 1000, 500, 100, 50], "Numbers of real images.", group="Grid")  # noqa: RUF009
-    ratios: list[int] = flag([1, 5, 10, 25, 50], "Synthetic images for each real one.")  # noqa: RUF009
-    strategies: list[str] = flag(["reconstruction", "interpolation"], "How they are made.")  # noqa: RUF009
-    modes: list[str] = flag(["augmentation", "full-synthetic"], "Beside real images, or in place of them.")  # noqa: RUF009
+    regimes: list[int] = flag([10000, 5000, 1000, 500, 100, 50], "Numbers of real images.", group="Grid")
+    ratios: list[int] = flag([1, 5, 10, 25, 50], "Synthetic images for each real one.")
+    strategies: list[str] = flag(["reconstruction", "interpolation"], "How they are made.")
+    modes: list[str] = flag(["augmentation", "full-synthetic"], "Beside real images, or in place of them.")
     num_folds: int = flag(5, "Folds of cross-validation.")
     seed: int = flag(0, "Seed of folds, regimes, synthesis and training.")
     write_folds: bool = flag(False, "Write folds.csv and fold-K/training_keys.txt, and stop.")

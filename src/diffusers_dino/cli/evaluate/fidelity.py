@@ -41,8 +41,8 @@ from . import read_keys
 @dataclass
 class Arguments:
     run: str | None = flag(None, "Folder of a training run: measure all its complete checkpoints.", group="Models")
-    steps: list[int] = flag([], "Of these, only the checkpoints after so many updates.")  # noqa: RUF009
-    model: list[str] = flag([], "Pipelines or checkpoints, in place of a run.")  # noqa: RUF009
+    steps: list[int] = flag([], "Of these, only the checkpoints after so many updates.")
+    model: list[str] = flag([], "Pipelines or checkpoints, in place of a run.")
     untrained: bool = flag(True, "Show the UNet before training beside them.")
     device: str | None = flag(None, "Where to compute; a GPU if there is one.")
     dtype: Literal["float32", "bfloat16", "float16"] = flag("float32", "Type of the weights.")

@@ -33,7 +33,7 @@ class Arguments:
     num_images: int = flag(64, "Take the first held-out images; each begins one path and ends another.")
     num_points: int = flag(7, "Images along a path, both ends included.")
     method: str = flag("lerp", "lerp or slerp.")
-    seeds: list[int] = flag([0], "Seeds of the noise.")  # noqa: RUF009
+    seeds: list[int] = flag([0], "Seeds of the noise.")
     num_inference_steps: int = flag(20, "Sampling steps.")
     guidance_scale: float = flag(2.0, "Guidance.")
     num_drawn: int = flag(6, "Paths in the picture.")

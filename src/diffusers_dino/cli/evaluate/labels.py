@@ -25,8 +25,8 @@ from ..classifier_flags import ClassifierArguments, LabelledImageArguments, clas
 
 @dataclass
 class Arguments(ClassifierArguments, LabelledImageArguments):
-    synthetic: list[str] = flag([], "Sets to judge, as FOLDER or NAME=FOLDER.", group="Sets")  # noqa: RUF009
-    ratios: list[int] = flag([], "Smaller ratios to show as well.")  # noqa: RUF009
+    synthetic: list[str] = flag([], "Sets to judge, as FOLDER or NAME=FOLDER.", group="Sets")
+    ratios: list[int] = flag([], "Smaller ratios to show as well.")
     num_folds: int = flag(5, "Folds of patients; each classifier is trained without two of them.", group="Judges")
     seed: int = flag(0, "Seed of folds, training, bootstrap and shuffles.")
     output_dir: str = flag("labels", "Where classifiers, tables and figures go.", group="Work")

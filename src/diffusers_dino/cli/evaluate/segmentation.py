@@ -35,19 +35,19 @@ from ..arguments import flag
 
 @dataclass
 class Arguments:
-    pipeline: list[str] = flag([], "DinoDiffusionPipelines or checkpoints, as PATH or NAME=PATH.", group="Models")  # noqa: RUF009
+    pipeline: list[str] = flag([], "DinoDiffusionPipelines or checkpoints, as PATH or NAME=PATH.", group="Models")
     stable_diffusion: str | None = flag(None, "A Stable Diffusion to show beside them, with the empty prompt.")
     untrained: bool = flag(True, "Show each model's UNet before training beside it.")
     device: str | None = flag(None, "Where to compute; a GPU if there is one.")
     dtype: Literal["float32", "bfloat16", "float16"] = flag("float32", "Type of the weights.")
-    data: list[str] = flag([], "Images and masks, as FOLDER, TARS or NAME=FOLDER.", group="Data")  # noqa: RUF009
+    data: list[str] = flag([], "Images and masks, as FOLDER, TARS or NAME=FOLDER.", group="Data")
     max_samples: int | None = flag(None, "Use only the first images of a data set.")
     mask_size: int = flag(256, "Side in pixels that Dice coefficients are taken at.")
     size: int | None = flag(None, "Side in pixels that the models see images at; by default their own.", group="Sweep")
-    timesteps: list[int] = flag([1, 50, 100, 300], "Timesteps of the attention that is read.")  # noqa: RUF009
-    thresholds: list[float] = flag([0.2, 0.25, 0.3, 0.35, 0.4, 0.5], "Merge thresholds.")  # noqa: RUF009
+    timesteps: list[int] = flag([1, 50, 100, 300], "Timesteps of the attention that is read.")
+    thresholds: list[float] = flag([0.2, 0.25, 0.3, 0.35, 0.4, 0.5], "Merge thresholds.")
     absolute_thresholds: bool = flag(False, "Thresholds in nats, not in units of the mean divergence of an image.")
-    layers: list[str] = flag(["all"], "Attention layers: `all`, or names of layers or blocks joined by +.")  # noqa: RUF009
+    layers: list[str] = flag(["all"], "Attention layers: `all`, or names of layers or blocks joined by +.")
     num_merges: int = flag(3, "Passes of merging.")
     refine: bool = flag(True, "Refine segments by k-means.")
     add_noise: bool = flag(False, "Show the model noised latents in place of clean ones.")
