@@ -51,7 +51,7 @@ def save_pipelines(root: Path) -> None:
 
 def save_images(root: Path) -> None:
     from dicom_files import dicom_bytes
-    from source_layouts import LAYOUTS, picture, write
+    from source_layouts import lay_out, picture, write
 
     found = phantoms(16)
     for number, (png, _) in enumerate(found[:8]):
@@ -75,8 +75,7 @@ def save_images(root: Path) -> None:
     write(root / "data/mammograms/exams.csv", "exam;view;BI-RADS;mass;calcification\nm-7;L-MLO;4;1;2\n")
     picture(root / "data/mammograms/patients/p012/m-7.png")
     for name, layout in {"padchest": "padchest", "mimic": "mimic_cxr_jpg"}.items():
-        (root / "data" / name).mkdir()
-        LAYOUTS[layout](root / "data" / name)
+        lay_out(layout, root / "data" / name)
 
 
 @pytest.fixture(scope="session")

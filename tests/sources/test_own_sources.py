@@ -22,7 +22,7 @@ from diffusers_dino.data.sources import (
     select_labels,
 )
 from diffusers_dino.data.sources.description import describe
-from source_layouts import LAYOUTS, picture, write
+from source_layouts import lay_out, picture, write
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "examples" / "configs" / "sources"
@@ -69,7 +69,7 @@ def test_another_modality_takes_a_configuration_and_no_code(tmp_path):
 
 
 def test_a_source_of_the_catalogue_can_be_changed(tmp_path):
-    LAYOUTS["mimic_cxr_jpg"](tmp_path)
+    lay_out("mimic_cxr_jpg", tmp_path)
     lines = ["aa-1,1,1,validate", "aa-2,1,1,train", "bb-1,2,2,test"]
     write(tmp_path / "mimic-cxr-2.0.0-split.csv.gz", "dicom_id,study_id,subject_id,split\n" + "\n".join(lines))
     source = open_source(CONFIGS / "mimic_official_split.yaml", tmp_path)
@@ -107,7 +107,7 @@ def test_what_does_not_fit_is_counted_and_named(tmp_path, caplog):
     ],
 )
 def test_a_stray_image_of_a_known_source_is_named(tmp_path, name, stray):
-    expected = LAYOUTS[name](tmp_path)
+    expected = lay_out(name, tmp_path)
     picture(tmp_path / stray)
     source = open_source(name, tmp_path)
     assert len(list(source)) == len(expected)
@@ -116,7 +116,7 @@ def test_a_stray_image_of_a_known_source_is_named(tmp_path, name, stray):
 
 def test_label_files_are_taken_from_torchxrayvision_where_it_is_installed(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "torchxrayvision", raising=False)  # else its own files would be read
-    LAYOUTS["nih_chest_xray14"](tmp_path / "nih")
+    lay_out("nih_chest_xray14", tmp_path / "nih")
     package = tmp_path / "site" / "torchxrayvision"
     write(package / "__init__.py", "raise RuntimeError('reading a label file imports nothing')")
     write(package / "data" / "Data_Entry_2017_v2020.csv.gz", (tmp_path / "nih/Data_Entry_2017_v2020.csv").read_text())
