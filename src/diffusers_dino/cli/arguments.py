@@ -12,8 +12,6 @@ from typing import Any, NoReturn, TypeVar
 
 from transformers import HfArgumentParser
 
-from ..extras import require
-
 __all__ = ["flag", "parse_arguments"]
 
 Arguments = TypeVar("Arguments")
@@ -108,7 +106,8 @@ def parse_arguments(
 
 
 def _read_yaml(path: str, parser: _Parser) -> dict[str, Any]:
-    yaml = require("yaml", "train", "Reading a YAML file needs PyYAML")
+    import yaml
+
     try:
         content = yaml.safe_load(Path(path).read_text()) or {}
     except (OSError, yaml.YAMLError) as error:

@@ -18,7 +18,6 @@ from tqdm.auto import tqdm
 
 from ..data import ImageDataset
 from ..data.sharding.manifest import MANIFEST
-from ..extras import require
 from ..files import lock_folder, make_writable_folder, remove_partials
 from ..fingerprints import as_json, fingerprint_pipeline, hash_of
 from ..metrics.copy_gate import CopyGate
@@ -184,9 +183,7 @@ def prepare_folder(plan: Plan, output_dir: str | Path) -> Path:
     Raises:
         SynthesisError: If the folder holds another plan or other shards.
         PermissionError: If it is not writable.
-        ImportError: If webdataset, which writes shards, is not installed.
     """
-    require("webdataset", "shards", "Writing shards needs webdataset")  # not after hours of sampling
     folder = make_writable_folder(output_dir)
     freeze_plan(plan, folder)
     if finished_set(folder) is not None:

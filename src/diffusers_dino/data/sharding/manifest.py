@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...extras import require
 from ...files import atomic_write, sha256_of, write_json
 from ..images.preprocessing import Preprocessing
 from ..stores.archives import INDEX_SUFFIX, index_tar, write_index
@@ -52,10 +51,11 @@ def write_shard(path: Path, split: str, samples: Iterable[tuple[str, dict[str, b
         split: What its samples are for.
         samples: Key and `{extension: content}` of each sample.
     """
-    webdataset = require("webdataset", "shards", "Writing shards needs webdataset")
+    from webdataset import TarWriter  # slow to import, and only writers need it
+
     plain = {"user": "", "group": "", "mode": 0o644, "mtime": 0, "encoder": False}
     count = 0
-    with atomic_write(path) as file, webdataset.TarWriter(file, **plain) as tar:
+    with atomic_write(path) as file, TarWriter(file, **plain) as tar:
         for key, contents in samples:
             count += 1
             for extension, content in contents.items():  # one by one: of several, TarWriter sorts the extensions
