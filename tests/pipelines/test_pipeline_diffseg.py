@@ -157,14 +157,12 @@ def test_an_unconditional_unet_on_pixels():
     assert output.maps[0].shape[1:] == (8, 8)
 
 
-def same_weights(one, other):
-    """Where they lie in memory decides over the last bit of what models compute, on some processors."""
-    pairs = [
-        (part.state_dict(), other.components[name].state_dict())
-        for name, part in one.components.items()
-        if isinstance(part, torch.nn.Module)
-    ]
-    return all(torch.equal(tensor, there[name]) for here, there in pairs for name, tensor in here.items())
+def aligned(pipe):
+    """The weights of a file lie in memory as they lie in the file, which changes the last bit on some processors."""
+    for part in pipe.components.values():
+        for parameter in part.parameters() if isinstance(part, torch.nn.Module) else ():
+            parameter.data = parameter.data.clone()
+    return pipe
 
 
 @pytest.mark.parametrize("make", [tiny.tiny_pipeline, stable_diffusion, stable_diffusion_xl])
@@ -178,12 +176,10 @@ def test_a_saved_pipeline_segments_the_same(tmp_path, images, make):
     assert {name: type(part) for name, part in loaded.components.items()} == {
         name: type(part) for name, part in diffseg.components.items()
     }
-    assert same_weights(loaded, diffseg)
-    assert torch.allclose(loaded.attention_maps(images[:1]), expected, atol=1e-6)
+    assert torch.equal(aligned(loaded).attention_maps(images[:1]), expected)
 
 
 def test_a_saved_model_of_ours_is_loaded_directly(pipe, diffseg, tmp_path, images):
     pipe.save_pretrained(tmp_path)
     loaded = DiffSegPipeline.from_pretrained(tmp_path)
-    assert same_weights(loaded, diffseg)
-    assert torch.allclose(loaded.attention_maps(images[:1]), diffseg.attention_maps(images[:1]), atol=1e-6)
+    assert torch.equal(aligned(loaded).attention_maps(images[:1]), diffseg.attention_maps(images[:1]))
