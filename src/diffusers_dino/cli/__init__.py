@@ -56,11 +56,7 @@ _HELP = {"-h", "--help"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command. Ends the process with 2 for a wrong command line, with 1 and one line for what can be mended.
-
-    Args:
-        argv: The command line without the program's name; by default the real one.
-    """
+    """Run a command. Ends the process with 2 for a wrong command line, with 1 and one line for what can be mended."""
     words = list(sys.argv[1:] if argv is None else argv)
     name, rest = split_command(words)
     if name not in COMMANDS:

@@ -70,9 +70,8 @@ def parse_arguments(
         argv: The command line without the program's name; by default the real one.
         description: Shown above the flags by `--help`.
         prog: Name of the program in messages; by default the script's.
-        owner_of: Which other command has a flag of a given name, for a config that was written for it.
-        skip_foreign_keys: Leave out keys of the file that are not nearly a flag, for a config that other programs
-            read, too. One line on standard error names them.
+        owner_of: Which other command has a flag of a given name.
+        skip_foreign_keys: Leave out keys of the file that are not nearly a flag, as they may be another program's.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     usage = "%(prog)s [CONFIG.yaml] [--FLAG VALUE ...]"

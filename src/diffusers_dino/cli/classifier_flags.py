@@ -37,11 +37,7 @@ class ClassifierArguments:
 
 
 def classifier_settings(args: ClassifierArguments) -> ClassifierSettings:
-    """What the flags say of a classifier.
-
-    Raises:
-        ValueError: If an option of the architecture is not NAME=VALUE, or a value is out of its range.
-    """
+    """What the flags say of a classifier; ValueError if an option is not NAME=VALUE, or a value is out of range."""
     options = {}
     for text in args.classifier_options or []:
         name, _, value = text.partition("=")
@@ -64,11 +60,7 @@ def classifier_settings(args: ClassifierArguments) -> ClassifierSettings:
 
 
 def open_labelled_images(args: LabelledImageArguments, size: int) -> tuple[ImageDataset, LabelTable, tuple[str, ...]]:
-    """The images, what is known of each in the same order, and the labels to classify.
-
-    Raises:
-        ValueError: If an image has no row of labels, or a label or column is missing.
-    """
+    """The images, what is known of each in the same order, and the labels to classify."""
     images, table = open_real_images(args, size)
     assert table is not None  # labels are not optional here
     names = tuple(args.label_names or table.most_frequent(args.num_labels))

@@ -10,12 +10,12 @@ another extractor. docs/metrics.md lists the extractors.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..data import Preprocessing, open_images
 from ..devices import device_of
 from ..metrics import extract_features, open_extractor
 from .arguments import flag
+from .image_flags import read_keys
 
 
 @dataclass
@@ -45,7 +45,7 @@ def main(args: Arguments) -> None:
     preprocessing = Preprocessing(args.resolution, args.remove_borders)
     images = open_images(args.data, preprocessing, split=args.split, max_unreadable=args.max_unreadable)
     if args.keys_file:
-        images = images.select(Path(args.keys_file).read_text().splitlines())
+        images = images.select(read_keys(args.keys_file))
     features = extract_features(extractor, images, args.batch_size, num_workers=args.num_workers)
     features.save(args.output)
     print(f"{args.output}: {len(features)} of {len(images)} images, {features.spec.to_json()}")

@@ -9,7 +9,7 @@ from ..data import ImageDataset, Preprocessing, open_images
 from ..data.labels import LabelTable, read_label_table, stored_labels
 from .arguments import flag
 
-__all__ = ["STORED", "RealImageArguments", "open_real_images"]
+__all__ = ["STORED", "RealImageArguments", "open_real_images", "read_keys"]
 
 STORED = "stored"
 
@@ -31,14 +31,13 @@ def open_real_images(
 ) -> tuple[ImageDataset, LabelTable | None]:
     """The images at this size in pixels, and what is known of each in the same order; None without labels.
 
-    Raises:
-        ValueError: If an image has no row of labels, or a key or column is missing.
+    Raises ValueError if an image has no row of labels, or a key or column is missing.
     """
     preprocessing = Preprocessing(size, args.remove_borders)
     images = open_images(args.data_dir, preprocessing, split=args.data_split, local_files_only=True)
     try:
         if args.keys_file:
-            images = images.select([key for key in Path(args.keys_file).read_text().splitlines() if key])
+            images = images.select(read_keys(args.keys_file))
         if args.labels is None:
             return images, None
         if args.labels == STORED:
@@ -50,3 +49,8 @@ def open_real_images(
         raise ValueError(
             f"{error.args[0]}. Check --keys_file, and name files in --labels as in --data_dir."
         ) from error
+
+
+def read_keys(path: str) -> list[str]:
+    """The keys of a text file, one a line."""
+    return [key for key in Path(path).read_text().splitlines() if key]

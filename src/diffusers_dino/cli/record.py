@@ -33,12 +33,8 @@ def write_record_and_card(
 ) -> None:
     """Write `training_record.json` and `README.md` into `args.output_dir`, which holds the finished model.
 
-    Args:
-        args: The flags of the run, a dataclass. Those in the list above are told if they are on.
-        model: Its Hub id, or a name.
-        num_images: Images that it was trained on.
-        updates: Of its weights.
-        base_models: What it was made from; None is skipped.
+    `args` are the flags of the run: those in the list above are told if they are on. `model` is the Hub id of the
+    model, or a name, `updates` those of its weights, and `base_models` what it was made from; None is skipped.
     """
     flags = asdict(args)
     recipe = {name.replace("_", " "): flags[name] for name in _RECIPE if flags.get(name) not in (None, False)}

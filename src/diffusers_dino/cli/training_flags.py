@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
-from torch import nn
 
 from .. import data
 from ..conditioner import DinoImageConditioner
@@ -22,8 +20,8 @@ from ..latents import VAE
 from ..training.features import evenly_spread
 from ..training.models import load_vae
 from ..training.progress import check_tracker
-from ..training.run import TrainingRun
 from .arguments import flag
+from .image_flags import read_keys
 
 logger = logging.getLogger("diffusers_dino")
 
@@ -131,7 +129,7 @@ def open_training_images(args: ImageArguments) -> data.ImageDataset:
         max_unreadable=args.max_unreadable,
     )
     if args.keys_file:
-        images = images.select(Path(args.keys_file).read_text().splitlines())
+        images = images.select(read_keys(args.keys_file))
     return images.select(images.keys[: args.max_train_samples]) if args.max_train_samples else images
 
 
@@ -164,10 +162,7 @@ def load_frozen(
 ) -> tuple[VAE, DinoImageConditioner]:
     """The autoencoder and the conditioner that the flags name, on the CPU.
 
-    Args:
-        args: The flags.
-        images: Where the statistics of --normalize_tokens come from.
-        device: Where to compute them.
+    `images` give the statistics of --normalize_tokens, which `device` computes.
     """
     if whole := args.pretrained_pipeline:
         conditioner = DinoImageConditioner.from_pretrained(
@@ -192,10 +187,8 @@ def load_frozen(
 def make_accelerator(args: Any, script: logging.Logger, tracker: str | None = None) -> Accelerator:
     """Set up processes, precision, seed and logging, and note the arguments beside the result.
 
-    Args:
-        args: Has the fields of `RunArguments` and `ImageArguments`.
-        script: The script's own logger.
-        tracker: As in `check_tracker`; what it writes goes to `logs/` in the output folder.
+    `args` are `RunArguments` and `ImageArguments`; `script` is the script's own logger. What the tracker writes goes
+    to `logs/` in the output folder.
     """
     folder = make_writable_folder(args.output_dir)
     accelerator = Accelerator(
@@ -211,39 +204,3 @@ def make_accelerator(args: Any, script: logging.Logger, tracker: str | None = No
     if accelerator.is_main_process:
         write_json(folder / "training_arguments.json", asdict(args))
     return accelerator
-
-
-def make_run(
-    args: Any,
-    accelerator: Accelerator,
-    model: nn.Module,
-    images: data.ImageDataset,
-    augmentation: data.Augmentation | None = None,
-    companions: tuple[Any, ...] = (),
-) -> TrainingRun:
-    """The `TrainingRun` of the flags."""
-    return TrainingRun(
-        accelerator,
-        model,
-        images,
-        augmentation,
-        output_dir=args.output_dir,
-        seed=args.seed,
-        batch_size=args.train_batch_size,
-        num_epochs=args.num_train_epochs,
-        max_steps=args.max_train_steps,
-        learning_rate=args.learning_rate,
-        lr_schedule=args.lr_scheduler,
-        warmup_steps=args.lr_warmup_steps,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        max_grad_norm=args.max_grad_norm,
-        shuffle_window_shards=args.shuffle_window_shards,
-        num_workers=args.dataloader_num_workers,
-        checkpointing_steps=args.checkpointing_steps,
-        checkpointing_minutes=args.checkpointing_minutes,
-        keep_checkpoints=args.checkpoints_total_limit,
-        resume_from=args.resume_from_checkpoint,
-        logging_steps=args.logging_steps,
-        companions=companions,
-    )

@@ -16,18 +16,10 @@ __all__ = ["ReconstructionLoss", "gradient_l1", "latent_statistics", "psnr"]
 class ReconstructionLoss:
     """`l1 |x - y| + mse (x - y)^2 + gradient |dx - dy| + kl KL(q || N(0, 1))`, each term a mean over its elements.
 
-    The absolute term keeps edges sharp and the squared one weighs large errors; the gradient term asks for the same
-    edges without a pretrained perceptual network, which an offline machine does not have. The Kullback-Leibler term
-    only keeps the latents from drifting: it is small, and the latents are standardised afterwards.
-
-    Args:
-        l1: Weight of the absolute error.
-        mse: Weight of the squared error.
-        gradient: Weight of the absolute error of the finite differences.
-        kl: Weight of the divergence from the unit Gaussian, per latent element.
-
-    Raises:
-        ValueError: If a weight is negative, or no error has a weight.
+    The absolute term keeps edges sharp and the squared one weighs large errors; the gradient term, of finite
+    differences, asks for the same edges without a pretrained perceptual network, which an offline machine does not
+    have. The Kullback-Leibler term only keeps the latents from drifting: it is small, and the latents are
+    standardised afterwards. ValueError if a weight is negative, or no error has a weight.
     """
 
     l1: float = 1.0
@@ -42,16 +34,9 @@ class ReconstructionLoss:
             raise ValueError("At least one of the weights l1, mse and gradient must be positive.")
 
     def __call__(self, reconstruction: Tensor, pixels: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
-        """Compute the loss of a batch.
+        """A scalar in float32 from reconstructions and pixels `(B, C, H, W)` in [-1, 1].
 
-        Args:
-            reconstruction: `(B, C, H, W)`.
-            pixels: `(B, C, H, W)` in [-1, 1].
-            mean: `(B, L, h, w)`, of the latent distribution.
-            logvar: `(B, L, h, w)`, its logarithmic variance.
-
-        Returns:
-            A scalar in float32.
+        `mean` and `logvar` `(B, L, h, w)` are those of the latent distribution.
         """
         reconstruction, pixels, mean, logvar = (x.float() for x in (reconstruction, pixels, mean, logvar))
         error = self.l1 * F.l1_loss(reconstruction, pixels) + self.mse * F.mse_loss(reconstruction, pixels)

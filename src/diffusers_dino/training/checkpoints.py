@@ -51,13 +51,7 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint on disk.
-
-    Attributes:
-        path: Its folder.
-        step: Number of updates of the weights that led to it.
-        info: What the writer noted beside the files, such as the data position.
-    """
+    """A complete checkpoint: its folder, its number of updates, and what was noted, such as the data position."""
 
     path: Path
     step: int
@@ -96,13 +90,7 @@ def save_run(
 
 
 def describe_run(seed: int, preprocessing: Preprocessing, shuffle_window_shards: int) -> dict[str, Any]:
-    """What decides which pixels are shown when: a run goes on only from a checkpoint that noted the same.
-
-    Args:
-        seed: Seed of the run.
-        preprocessing: How its images are prepared.
-        shuffle_window_shards: Shards that its shuffle mixes at a time; 0 for all.
-    """
+    """What decides which pixels are shown when: a run goes on only from a checkpoint that noted the same."""
     window = shuffle_window_shards or None
     return {"seed": seed, "preprocessing": preprocessing.fingerprint(), "shuffle_window_shards": window}
 
@@ -110,7 +98,7 @@ def describe_run(seed: int, preprocessing: Preprocessing, shuffle_window_shards:
 def resume_run(
     accelerator: Accelerator, output_dir: str | Path, name: str, expected: dict[str, Any]
 ) -> Checkpoint | None:
-    """Load a checkpoint that `save_run` wrote; every process must call this.
+    """Load a checkpoint that `save_run` wrote, by a name as in `find_checkpoint`; every process must call this.
 
     Args:
         accelerator: Prepared as for `save_run`.
@@ -214,8 +202,7 @@ def find_checkpoint(output_dir: str | Path, name: str = "latest") -> Checkpoint 
 def complete_checkpoints(output_dir: str | Path) -> list[Checkpoint]:
     """All complete checkpoints of a run, by their number of updates; incomplete ones are named in a warning.
 
-    Raises:
-        CheckpointError: If there is none.
+    CheckpointError if there is none.
     """
     found = list(_readable(_checkpoint_folders(output_dir)))
     if not found:
@@ -226,11 +213,7 @@ def complete_checkpoints(output_dir: str | Path) -> list[Checkpoint]:
 
 
 def delete_old_checkpoints(output_dir: str | Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what killed runs left half-written.
-
-    Raises:
-        ValueError: If `keep` is less than 1.
-    """
+    """Delete all but the newest `keep` checkpoints (at least 1), and what killed runs left half-written."""
     if keep < 1:
         raise ValueError(f"At least one checkpoint must be kept, got {keep}.")
     for path in _checkpoint_folders(output_dir)[:-keep]:
@@ -243,7 +226,7 @@ def delete_old_checkpoints(output_dir: str | Path, keep: int) -> None:
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file: `{"size": ..., "sha256": ...}`."""
+    """Its size and SHA-256."""
     return {"size": path.stat().st_size, "sha256": sha256_of(path)}
 
 

@@ -13,14 +13,7 @@ class Interruption:
 
     Batch systems send SIGTERM before they take a machine away; SLURM can be asked for SIGUSR1 some minutes earlier.
     Each process has its own wishes: exchange them before acting, so that all processes save and leave at the same
-    update.
-
-    Args:
-        minutes: Wish for a checkpoint after this long; 0 never does. Give it to only one process: its clock
-            then decides for all.
-
-    Raises:
-        ValueError: If `minutes` is negative.
+    update. Give `minutes`, after which a checkpoint is due (0: never), to only one process: its clock decides for all.
     """
 
     def __init__(self, minutes: float = 0.0) -> None:

@@ -68,11 +68,8 @@ def build_pipeline(
         resolution: Side of the training images in pixels.
         base: A pipeline such as Stable Diffusion, for the parts that are not given.
         unet: Folder or repository of a UNet.
-        unet_config: Make a new UNet of this config, see `new_unet`.
-        qk_init_scale: See `new_unet`.
-        scheduler: See `make_scheduler`.
-        prediction_type: See `make_scheduler`.
-        zero_snr: See `make_scheduler`.
+        unet_config: Make a new UNet of this config, with `qk_init_scale`, by `new_unet`.
+        scheduler: Config for `make_scheduler`, as are `prediction_type` and `zero_snr`.
         hub: `revision`, `variant` and the like for `base`.
 
     Raises:
@@ -129,8 +126,7 @@ def load_trained_pipeline(name_or_path: str | Path, dtype: torch.dtype | None = 
 def load_vae(name_or_path: str, **hub: Any) -> VAE:
     """Load an autoencoder from its own folder or repository, or from the `vae` of a pipeline.
 
-    Raises:
-        ValueError: If it is not an autoencoder that this package can use.
+    ValueError if it is not an autoencoder that this package can use.
     """
     vae = _load(name_or_path, "vae", **hub)
     if not isinstance(vae, AutoencoderKL | AutoencoderTiny):
@@ -143,8 +139,7 @@ def load_vae(name_or_path: str, **hub: Any) -> VAE:
 def load_unet(name_or_path: str, **hub: Any) -> UNet2DConditionModel:
     """Load a UNet from its own folder or repository, or from the `unet` of a pipeline.
 
-    Raises:
-        ValueError: If it is not a `UNet2DConditionModel`.
+    ValueError if it is not a `UNet2DConditionModel`.
     """
     unet = _load(name_or_path, "unet", **hub)
     if not isinstance(unet, UNet2DConditionModel):
@@ -249,15 +244,9 @@ def latent_shape(vae: VAE, unet: UNet2DConditionModel, resolution: int) -> tuple
 
 
 def add_lora(unet: UNet2DConditionModel, rank: int, alpha: float | None = None) -> None:
-    """Freeze a UNet and add a trainable low-rank adapter to its attention (Hu et al. 2021).
+    """Freeze a UNet and add a trainable low-rank adapter to its attention, in place (Hu et al. 2021).
 
-    Args:
-        unet: Changed in place.
-        rank: Rank of the adapter.
-        alpha: Its scale is alpha / rank; the rank by default.
-
-    Raises:
-        ImportError: If peft is not installed.
+    The scale of the adapter is alpha / rank, by default 1. ImportError if peft is not installed.
     """
     peft = require("peft", "train", "A LoRA needs peft")
     unet.requires_grad_(False)

@@ -130,11 +130,7 @@ def min_snr_weights(alphas_cumprod: Tensor, gamma: float, prediction_type: str) 
 def drop_condition(tokens: Tensor, null_tokens: Tensor, drop: Tensor, probability: float) -> Tensor:
     """Replace the condition of some samples by the null condition, for guidance (Ho & Salimans 2022).
 
-    Args:
-        tokens: `(B, S, D)` condition.
-        null_tokens: `(B, S, D)` or `(1, S, D)`, what the conditioner gives for no image.
-        drop: `(B,)` uniform on [0, 1).
-        probability: Fraction of samples to replace.
+    The tokens are `(B, S, D)`, the null tokens too or `(1, S, D)`, and `drop` `(B,)` is uniform on [0, 1).
     """
     return torch.where((drop < probability).view(-1, 1, 1), null_tokens.to(tokens), tokens)
 
@@ -146,19 +142,9 @@ def weighted_mse(prediction: Tensor, target: Tensor, weights: Tensor | None = No
 
 
 def check_finite(step: int, loss: float, norm: Tensor | float, keys: Sequence[str], mixed_precision: str) -> None:
-    """Refuse an update before it touches the weights.
+    """Refuse an update before it touches the weights: FloatingPointError that names some samples.
 
     Under fp16 gradients may overflow: then the scaler leaves the update out and lowers its scale.
-
-    Args:
-        step: Number of the update, from 1.
-        loss: Its loss.
-        norm: Norm of its gradient.
-        keys: Samples to name.
-        mixed_precision: accelerate's, such as `"fp16"`.
-
-    Raises:
-        FloatingPointError: The loss, or without fp16 the gradient, is not finite.
     """
     if not math.isfinite(loss) or (mixed_precision != "fp16" and not math.isfinite(norm)):
         raise FloatingPointError(

@@ -21,11 +21,7 @@ def make_adamw(
     eps: float = 1e-8,
     eight_bit: bool = False,
 ) -> torch.optim.Optimizer:
-    """PyTorch's AdamW, fused where it can be, or bitsandbytes', which keeps the moments in 8 bits.
-
-    Raises:
-        ImportError: If 8 bits are asked for and bitsandbytes is not installed.
-    """
+    """PyTorch's AdamW, fused where it can be, or bitsandbytes' (if installed), which keeps the moments in 8 bits."""
     if eight_bit:
         bitsandbytes = require("bitsandbytes", "train", "8-bit AdamW needs bitsandbytes")
         return bitsandbytes.optim.AdamW8bit(parameters, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps)

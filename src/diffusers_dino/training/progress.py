@@ -23,18 +23,9 @@ __all__ = ["Progress", "check_tracker", "peak_memory"]
 class Progress:
     """Shows and records the progress of training. Only the main process shows and records.
 
-    On a terminal there is a bar; otherwise (a batch system's log) a line now and then. `train_log.jsonl` gets
-    `{"step", "loss", "lr"}` for every update, whole also when the process is killed; on resuming, lines of updates
-    that will be done again are taken out.
-
-    Args:
-        accelerator: Tells which process is the main one, and on what device it works.
-        log_file: The JSON lines file.
-        total: Number of updates of the whole run.
-        start: Updates already done.
-        images_per_step: Images that one update is made from.
-        every: Updates from one plain line to the next.
-        stream: Where to write; standard error by default.
+    On a terminal there is a bar; otherwise (a batch system's log) a line every so many updates. `train_log.jsonl` gets
+    `{"step", "loss", "lr"}` for every update, whole also when the process is killed; on resuming from update `start`,
+    lines of updates that will be done again are taken out.
     """
 
     def __init__(
@@ -104,11 +95,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 def check_tracker(name: str | None) -> str | None:
-    """Give a tracker's name back if it is installed; accelerate would leave it out without a word.
-
-    Raises:
-        ImportError: If it is missing.
-    """
+    """A tracker's name, or ImportError if it is not installed: accelerate would leave it out without a word."""
     if name == "tensorboard":
         require("tensorboard", "train", "This tracker needs tensorboard")
     elif name == "wandb" and not is_wandb_available():

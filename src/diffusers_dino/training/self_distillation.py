@@ -94,13 +94,9 @@ class DistillationNetwork(nn.Module):
         return tokens[:, : 1 + self.encoder.config.num_register_tokens].flatten(1)
 
     def forward(self, views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Embed batches of crops that may differ in size.
+        """Embed batches of crops `(N_i, 1 or 3, H_i, W_i)` in [0, 1] that may differ in size.
 
-        Args:
-            views: Each `(N_i, 1 or 3, H_i, W_i)` in [0, 1].
-
-        Returns:
-            Features of the first batch `(N_0, tokens * width)`, and logits of all crops in order `(sum N_i, K)`.
+        Gives features of the first batch `(N_0, tokens * width)`, and logits of all crops in order `(sum N_i, K)`.
         """
         features = [self.embed(crops) for crops in views]
         return features[0], self.head(torch.cat(features))
@@ -135,10 +131,8 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
 def effective_rank(features: Tensor) -> float:
     """Exponential of the entropy of the normalised eigenvalues of the correlation matrix (Roy & Vetterli 2007).
 
-    Between 1 (all features are one) and the smaller of N - 1 and D. Features that do not vary are left out.
-
-    Args:
-        features: `(N, D)`, N >= 2.
+    Of features `(N, D)`, N >= 2. Between 1 (all features are one) and the smaller of N - 1 and D. Features that do not
+    vary are left out.
     """
     if features.ndim != 2 or len(features) < 2:
         raise ValueError(f"The effective rank needs features (N, D) with N >= 2, got {tuple(features.shape)}.")

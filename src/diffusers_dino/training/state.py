@@ -29,15 +29,14 @@ class TrainingState:
 
     Args:
         accelerator: Prepares the UNet and the optimizer.
-        unet: The UNet. The parameters that require gradients are the ones that are saved.
+        unet: The parameters that require gradients are the ones that are saved.
         optimizer: Of these parameters.
-        lr_scheduler: Of this optimizer. It is stepped once an update, whatever the number of processes.
+        lr_scheduler: Stepped once an update, whatever the number of processes.
         ema_decay: Decay of the moving average of the weights, or None for no average.
         lora: Whether the trained parameters are a LoRA adapter.
 
     Attributes:
         model: What to train: the UNet, wrapped for several processes and mixed precision.
-        optimizer: The prepared optimizer.
         trainable: The trained parameters by name.
     """
 

@@ -61,16 +61,10 @@ def open_metric(
     weights: str | os.PathLike[str] | None = None,
     device: torch.device | str = "cpu",
 ) -> FeatureMetric:
-    """A distance in the space of a feature extractor.
+    """A distance (one of `DISTANCES`) in the space of a feature extractor of `metrics.open_extractor`.
 
-    Args:
-        distance: One of `DISTANCES`. With fewer images than dimensions, `"kernel"` says more.
-        extractor: A name that `metrics.open_extractor` knows.
-        weights: Its weights, a local file or folder.
-        device: Where features are computed.
-
-    Raises:
-        ValueError: If there is no such distance or extractor, or the weights are not what they should be.
+    With fewer images than dimensions, `"kernel"` says more. ValueError if there is no such distance or extractor, or
+    the weights, a local file or folder, are not what they should be.
     """
     if distance not in DISTANCES:
         raise ValueError(f"A distance is one of {', '.join(DISTANCES)}, not {distance!r}.")
@@ -129,21 +123,10 @@ def measure(
     seed: int = 0,
     **call: Any,
 ) -> float:
-    """Generate one image from each real one and measure how far the two sets are apart.
+    """Generate one image from each real one, `(C, H, W)` in [0, 1], and measure how far the two sets are apart.
 
-    The processes share the images; each must call this, and each gets the result.
-
-    Args:
-        metric: What to measure.
-        pipe: The pipeline.
-        real: N images `(C, H, W)` in [0, 1].
-        accelerator: Tells the processes apart.
-        batch_size: Images generated at once.
-        seed: Seed of the noise.
-        call: Further arguments of the pipeline.
-
-    Returns:
-        The distance; not a number if a feature is not finite.
+    The processes share the images; each must call this, and each gets the result. It is not a number if a feature is
+    not finite. `call` are further arguments of the pipeline.
     """
     mine = list(range(accelerator.process_index, len(real), accelerator.num_processes))
     generated, reference = torch.empty(0), torch.empty(0)

@@ -35,7 +35,7 @@ from ...files import make_writable_folder
 from ...metrics import open_extractor
 from ...training.checkpoints import complete_checkpoints
 from ..arguments import flag
-from . import read_keys
+from ..image_flags import read_keys
 
 
 @dataclass

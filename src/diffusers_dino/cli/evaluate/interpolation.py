@@ -21,7 +21,7 @@ from ...evaluation.interpolation.plot import draw_paths, plot_path
 from ...evaluation.interpolation.table import format_interpolation_table
 from ...files import make_writable_folder
 from ..arguments import flag
-from . import read_keys
+from ..image_flags import read_keys
 
 
 @dataclass

@@ -23,7 +23,7 @@ from ...evaluation.memorization.table import make_report, table_of_sets
 from ...files import make_writable_folder
 from ...metrics import open_extractor
 from ..arguments import flag
-from . import read_keys
+from ..image_flags import read_keys
 
 
 @dataclass
