@@ -39,13 +39,6 @@ def test_pages_that_code_mentions_exist():
     assert not [(str(path), name) for path, name in mentions if not (REPOSITORY / name).is_file()]
 
 
-def test_arxiv_numbers_of_texts_are_those_of_their_links():
-    pattern = r"\[[^\]]*?arXiv[: ](\d{4}\.\d+)[^\]]*\]\(https://arxiv\.org/abs/([^)]+)\)"
-    pairs = [pair for page in pages() for pair in re.findall(pattern, page.read_text(encoding="utf-8"))]
-    assert pairs
-    assert [said for said, linked in pairs if said != linked] == []
-
-
 def test_citations_of_pages_are_those_of_the_cards():
     bibliography = " ".join((REPOSITORY / "src/diffusers_dino/hub/citations.bib").read_text(encoding="utf-8").split())
     found = [block for page in pages() for block in blocks(page, "bibtex")]
