@@ -179,7 +179,9 @@ def make_networks(
 
     student, teacher = make(), make()
     if args.pretrained_model_name_or_path:
-        student.encoder = Dinov2WithRegistersModel.from_pretrained(args.pretrained_model_name_or_path)
+        student.encoder = Dinov2WithRegistersModel.from_pretrained(
+            args.pretrained_model_name_or_path, use_safetensors=True
+        )
     student.encoder.embeddings.mask_token.requires_grad_(False)  # no patch is masked; it would wait for a gradient
     teacher.load_state_dict(student.state_dict())  # lightly's head cannot be deep-copied
     return student, teacher.requires_grad_(False).eval()

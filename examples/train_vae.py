@@ -127,7 +127,7 @@ def split_images(args: Arguments, images: ImageDataset) -> tuple[ImageDataset, I
 
 def make_vae(args: Arguments) -> AutoencoderKL:
     if args.vae:
-        vae = AutoencoderKL.from_pretrained(args.vae)
+        vae = AutoencoderKL.from_pretrained(args.vae, use_safetensors=True)
         if vae.config["in_channels"] != args.in_channels:
             raise ValueError(
                 f"{args.vae} has {vae.config['in_channels']} channels, --in_channels is {args.in_channels}."

@@ -1,14 +1,22 @@
+import json
 import logging
+import pickle
 import shutil
 
 import pytest
+import torch
+from accelerate import Accelerator
 
 from diffusers_dino.files import save_atomically
 from diffusers_dino.training.checkpoints import (
+    MANIFEST,
     CheckpointError,
     delete_old_checkpoints,
+    describe_file,
     find_checkpoint,
     read_checkpoint,
+    resume_run,
+    save_run,
     saving_checkpoint,
 )
 
@@ -108,3 +116,33 @@ def test_folder_is_replaced_as_a_whole(tmp_path):
     with pytest.raises(FileNotFoundError), save_atomically(tmp_path / "best") as partial:
         shutil.copy(tmp_path / "missing", partial)
     assert (tmp_path / "best" / "value").read_text() == "two"
+
+
+class Planted:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("name", ["custom_checkpoint_0.pkl", "optimizer.bin", "random_states_0.pkl"])
+def test_resuming_runs_no_code_of_a_checkpoint(tmp_path, name):
+    accelerator = Accelerator(cpu=True)
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    accelerator.prepare(model, optimizer)
+    accelerator.register_for_checkpointing(torch.optim.lr_scheduler.ConstantLR(optimizer))
+    save_run(accelerator, tmp_path, 1, info={"seed": 0})
+    assert resume_run(accelerator, tmp_path, "latest", {"seed": 0}).step == 1
+    checkpoint = tmp_path / "checkpoint-1"
+    with open(checkpoint / name, "wb") as file:
+        pickle.dump({"state": Planted(tmp_path / "ran")}, file)
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    manifest["files"][name] = describe_file(checkpoint / name)
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="could run code"):
+        resume_run(accelerator, tmp_path, "latest", {"seed": 0})
+    assert not (tmp_path / "ran").exists()

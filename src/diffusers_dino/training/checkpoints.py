@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, load
 from safetensors import SafetensorError
 
 from ..data import Preprocessing
@@ -110,7 +111,7 @@ def resume_run(
         The checkpoint that was loaded; None if there is none.
 
     Raises:
-        CheckpointError: If the one asked for is incomplete, or belongs to another kind of run.
+        CheckpointError: If the one asked for is incomplete, belongs to another kind of run, or holds objects.
     """
     found: list[Checkpoint | None] = [None]
     if accelerator.is_main_process:  # the hashes need not be checked by every process
@@ -119,8 +120,25 @@ def resume_run(
     if checkpoint is not None:
         begun = {name: checkpoint.info.get(name) for name in expected}
         require_same(begun, expected, checkpoint.path, CheckpointError)
-        accelerator.load_state(str(checkpoint.path))
+        _load_plain(accelerator, checkpoint.path)
     return checkpoint
+
+
+def _load_plain(accelerator: Accelerator, checkpoint: Path) -> None:
+    """Let accelerate load a checkpoint, if all of it is tensors, numbers and texts: objects could run code.
+
+    Pickles are first read by accelerate's own limited reader, as it unpickles the states of registered objects
+    (`custom_checkpoint_N.pkl`) without a limit, and goes on without random states that it cannot read.
+    """
+    try:
+        for path in checkpoint.glob("*.pkl"):
+            load(path, map_location="cpu")
+        accelerator.load_state(str(checkpoint))
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{checkpoint} holds more than tensors, numbers and texts, and could run code. Resume from a checkpoint "
+            "that this package wrote."
+        ) from error
 
 
 @contextmanager

@@ -149,7 +149,7 @@ def load_unet(name_or_path: str, **hub: Any) -> UNet2DConditionModel:
 
 def _load(name_or_path: str, subfolder: str, **hub: Any) -> torch.nn.Module:
     """Load a model from where its config is: the place itself, or the subfolder that a pipeline keeps it in."""
-    folder = Path(name_or_path)
+    folder, hub = Path(name_or_path), {"use_safetensors": True, **hub}
     if folder.is_dir():
         inside = not (folder / "config.json").is_file()
         if inside and not (folder / subfolder / "config.json").is_file():
