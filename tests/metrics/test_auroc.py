@@ -20,6 +20,8 @@ from diffusers_dino.metrics.auroc import (
     stratified_auroc,
 )
 
+NAMES = ("Edema", "Effusion", "No Finding")
+
 
 def coarse_predictions(n: int = 80, labels: int = 2, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Scores with ties, and targets that they say something about."""
@@ -192,38 +194,24 @@ def test_a_test_that_was_not_made_counts():
 
 def test_bad_input_is_named():
     scores, targets = coarse_predictions()
-    with pytest.raises(ValueError, match="boolean targets of their shape"):
-        auroc_draws(scores, targets[:, :1])
-    with pytest.raises(ValueError, match="int64"):
-        auroc_draws(scores, targets.astype(int))
-    with pytest.raises(ValueError, match="3 scores are NaN"):
-        auroc_draws(np.where(np.arange(len(scores))[:, None] < 3, [np.nan, 0], scores), targets)
-    with pytest.raises(ValueError, match=r"weights \(R, 80\)"):
-        auroc_draws(scores, targets, np.ones((2, 79)))
-    with pytest.raises(ValueError, match="two of them or more"):
-        corrected_t_test([0.1], 5)
-    with pytest.raises(ValueError, match="finite"):
-        corrected_t_test([0.1, np.nan], 5)
-    with pytest.raises(ValueError, match="p values"):
-        holm([0.1, 1.2])
-    with pytest.raises(ValueError, match="a patient and a fold"):
-        draw_weights(["a"], [0, 1])
-    with pytest.raises(ValueError, match="two"):
-        draw_weights(["a", "a", "b", "c"], [0, 0, 1, 1])
+    some_nan = np.where(np.arange(len(scores))[:, None] < 3, [np.nan, 0], scores)
+    for message, function, arguments in (
+        ("boolean targets of their shape", auroc_draws, (scores, targets[:, :1])),
+        ("int64", auroc_draws, (scores, targets.astype(int))),
+        ("3 scores are NaN", auroc_draws, (some_nan, targets)),
+        (r"weights \(R, 80\)", auroc_draws, (scores, targets, np.ones((2, 79)))),
+        ("two of them or more", corrected_t_test, ([0.1], 5)),
+        ("finite", corrected_t_test, ([0.1, np.nan], 5)),
+        ("p values", holm, ([0.1, 1.2],)),
+        ("a patient and a fold", draw_weights, (["a"], [0, 1])),
+        ("two", draw_weights, (["a", "a", "b", "c"], [0, 0, 1, 1])),
+    ):
+        with pytest.raises(ValueError, match=message):
+            function(*arguments)
 
 
-NAMES = ("Edema", "Effusion", "No Finding")
-
-
-@pytest.fixture
-def predictions():
-    """Scores with ties `(60, 3)`, and targets."""
-    random = np.random.default_rng(0)
-    return random.integers(0, 10, (60, 3)) / 10, random.random((60, 3)) < 0.3
-
-
-def test_a_label_with_a_single_class_is_named_counted_and_left_out(predictions, caplog):
-    scores, targets = predictions
+def test_a_label_with_a_single_class_is_named_counted_and_left_out(caplog):
+    scores, targets = coarse_predictions(60, 3)
     assert check_classes(targets, NAMES, "fold 0") == ()
     assert not caplog.text
     targets[:, 1] = False
@@ -236,8 +224,8 @@ def test_a_label_with_a_single_class_is_named_counted_and_left_out(predictions, 
     assert macro_auroc(scores, targets) == pytest.approx((per_label[0] + per_label[2]) / 2)
 
 
-def test_nothing_to_score_is_an_error(predictions):
-    scores, targets = predictions
+def test_nothing_to_score_is_an_error():
+    scores, targets = coarse_predictions(60, 3)
     targets[:] = [True, False, True]
     with pytest.raises(SingleClassError, match=r"No label of Edema, Effusion, No Finding has both .* 60 of fold 0"):
         check_classes(targets, NAMES, "fold 0")

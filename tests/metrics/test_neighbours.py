@@ -23,6 +23,10 @@ def direct(views: torch.Tensor, training: torch.Tensor) -> torch.Tensor:
     return (views.double()[:, :, None] - training.double()[None, None]).norm(dim=-1).amin(dim=0)
 
 
+def relative(queries: torch.Tensor, training: torch.Tensor) -> torch.Tensor:
+    return relative_distances(nearest_training(queries, training), typical_distances(queries, training))
+
+
 @pytest.mark.parametrize(("chunk", "tile"), [(1024, 8192), (7, 11), (1, 50), (50, 1)])
 def test_neighbours_are_those_of_all_distances(monkeypatch, chunk, tile):
     monkeypatch.setattr(neighbours, "_TILE", tile)
@@ -63,26 +67,20 @@ def test_an_answer_does_not_depend_on_the_other_images():
 def test_relative_distance_is_of_the_nearest_tenth():
     training, query = torch.arange(1, 101)[:, None].float(), torch.zeros(1, 1)
     assert typical_distances(query, training).item() == pytest.approx(10)
-    near = nearest_training(query, training)
-    assert relative_distances(near, typical_distances(query, training)).item() == pytest.approx(0.1)
+    assert relative(query, training).item() == pytest.approx(0.1)
 
 
 def test_copies_within_the_training_set_do_not_hide_a_copy():
     training = gaussian(400, 32)
     query = training[:1] + 0.05 * gaussian(1, 32, seed=1)
-    once = relative_distances(nearest_training(query, training), typical_distances(query, training))
+    once = relative(query, training)
     training[1:21] = training[0]
-    often = relative_distances(nearest_training(query, training), typical_distances(query, training))
-    assert often.item() == pytest.approx(once.item(), rel=0.1)  # and not 1, as beside its own copies
+    assert relative(query, training).item() == pytest.approx(once.item(), rel=0.1)  # not 1, as beside its own copies
 
 
 def test_what_equals_many_training_images_is_a_copy_and_no_division_by_zero():
     training = torch.ones(40, 4)
-    assert (
-        relative_distances(nearest_training(training[:2], training), typical_distances(training[:2], training))
-        .eq(0)
-        .all()
-    )
+    assert (relative(training[:2], training) == 0).all()
 
 
 def test_false_alarms_are_as_rare_as_was_promised():
@@ -97,7 +95,6 @@ def test_false_alarms_are_as_rare_as_was_promised():
 def test_the_rank_of_the_threshold_equals_scipy(n, share):
     stats = pytest.importorskip("scipy.stats")
     rank = sum(stats.binom.cdf(r, n, share) <= 0.05 for r in range(n))
-    assert neighbours._tolerance_rank(n, share, 0.05) == rank
     real = torch.arange(1.0, n + 1)
     if rank:
         assert calibrate_threshold(real, share) == rank
@@ -138,26 +135,22 @@ def test_bad_features_are_refused():
             nearest_training(bad, good)
         with pytest.raises(ValueError, match=r"nothing to compare|of the same extractor"):
             typical_distances(good, bad)
-    with pytest.raises(ValueError, match="training features hold NaN"):
-        nearest_training(good, good.masked_fill(good > 0.9, float("nan")))
-    with pytest.raises(ValueError, match="1 <= k <= 30"):
-        nearest_training(good, good, k=31)
-    with pytest.raises(ValueError, match="chunk"):
-        nearest_training(good, good, chunk=0)
+    nan = good.masked_fill(good > 0.9, float("nan"))
+    one = {"groups": ["one"] * 30, "training_groups": ["one"] * 30}
+    for message, training, options in (
+        ("training features hold NaN", nan, {}),
+        ("1 <= k <= 30", good, {"k": 31}),
+        ("chunk", good, {"chunk": 0}),
+        ("a group for each of 30 images", good, {"groups": range(30)}),
+        ("a group for each of 30 images", good, {"groups": range(29), "training_groups": range(30)}),
+        ("30 images have fewer than 1 training images of other groups", good, one),
+    ):
+        with pytest.raises(ValueError, match=message):
+            nearest_training(good, training, **options)
     with pytest.raises(ValueError, match="At least 11"):
         typical_distances(good, good[:10])
     with pytest.raises(ValueError, match="at least one image"):
         share_interval(0, 0)
-
-
-def test_groups_must_fit_and_leave_something_to_compare_with():
-    good = torch.rand(30, 4)
-    with pytest.raises(ValueError, match="a group for each of 30 images"):
-        nearest_training(good, good, groups=range(30))
-    with pytest.raises(ValueError, match="a group for each of 30 images"):
-        nearest_training(good, good, groups=range(29), training_groups=range(30))
-    with pytest.raises(ValueError, match="30 images have fewer than 1 training images of other groups"):
-        nearest_training(good, good, groups=["one"] * 30, training_groups=["one"] * 30)
 
 
 def test_local_contrast_sees_what_is_shown_and_not_how_bright():
@@ -170,23 +163,13 @@ def test_local_contrast_sees_what_is_shown_and_not_how_bright():
     assert local_contrast_features(torch.full((1, 1, 64, 64), 0.3)).norm() < 1e-3
 
 
-def test_retrieval_counts_own_sources_only():
+def test_retrieval_counts_own_sources_and_ignores_what_all_images_share():
     gallery = torch.eye(4)
     queries = gallery[[0, 1, 3, 2]] + 0.1
     assert retrieval_accuracy(queries, gallery) == 0.5
     assert nearest_by_cosine(queries, gallery).tolist() == [0, 1, 3, 2]
-
-
-def test_retrieval_ignores_what_all_images_share():
-    gallery = torch.eye(4) + 1000
-    assert retrieval_accuracy(torch.eye(4) * 2 + 999.5, gallery) == 1
-
-
-def test_retrieval_does_not_depend_on_the_other_queries():
+    assert retrieval_accuracy(torch.eye(4) * 2 + 999.5, torch.eye(4) + 1000) == 1
     queries, gallery = gaussian(32, 8, seed=0), gaussian(32, 8, seed=1)
     assert torch.equal(nearest_by_cosine(queries, gallery)[:5], nearest_by_cosine(queries[:5], gallery))
-
-
-def test_retrieval_refuses_unpaired_sets():
     with pytest.raises(ValueError, match="needs its source"):
         retrieval_accuracy(torch.zeros(3, 2), torch.zeros(4, 2))

@@ -1,6 +1,5 @@
 """The bundled encoder: that it is the one that was trained, and tells apart what it should."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -56,14 +55,6 @@ def test_it_is_small_and_whole():
     spec = open_extractor("tiny").spec
     assert (spec.extractor, spec.dim, spec.input_size) == ("tiny", 64, 64)
     assert spec.weights_sha256 == "63e65f4f3ce852d4a6be947121a090954ddb15d78befbb2cb99c0c169890cb18"
-
-
-def test_a_changed_file_is_refused(tmp_path):
-    copy = tmp_path / "tiny.safetensors"
-    copy.write_bytes(TINY_WEIGHTS.read_bytes()[:-1] + b"\x01")
-    shutil.copy(TINY_WEIGHTS.with_name("tiny.safetensors.sha256"), tmp_path)
-    with pytest.raises(ValueError, match=r"tiny\.safetensors\.sha256 says"):
-        open_extractor("tiny", copy)
 
 
 def test_what_is_not_its_weights_is_refused(tmp_path):

@@ -38,11 +38,7 @@ def derangement(n: int, seed: int) -> Tensor:
 
 
 def split_in_halves(patients: Sequence[str], seed: int = 0) -> Tensor:
-    """Whether each image is in the first half of the patients: `(N,)` bool. A patient is in one half only.
-
-    Raises:
-        ValueError: If there is only one patient.
-    """
+    """Whether each image is in the first half of the patients: `(N,)` bool; ValueError if there is only one."""
     names = sorted(set(patients))
     if len(names) < 2:
         raise ValueError(f"Choosing on one half and scoring on the other needs two patients, got {len(names)}.")

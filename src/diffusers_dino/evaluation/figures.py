@@ -14,26 +14,12 @@ __all__ = ["new_figure", "plot_loss"]
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches, which no window and no global state knows of.
-
-    Raises:
-        ImportError: If matplotlib is missing.
-    """
+    """An empty figure of so many inches, outside of pyplot's state. ImportError if matplotlib is missing."""
     return require("matplotlib.figure", "eval", "Figures need matplotlib").Figure(figsize=(width, height))
 
 
 def plot_loss(steps: Sequence[int], losses: Sequence[float], window: int = 50) -> Figure:
-    """Training loss against the step, with its moving average.
-
-    Args:
-        steps: Optimizer steps, ascending.
-        losses: Loss at each of them.
-        window: Number of steps that the moving average takes in.
-
-    Raises:
-        ImportError: If matplotlib is missing.
-        ValueError: If there is nothing to draw, or the lengths differ.
-    """
+    """Training loss against the optimizer step, with its moving average over `window` steps."""
     if not steps or len(steps) != len(losses):
         raise ValueError(f"Expected as many losses as steps and at least one, got {len(losses)} and {len(steps)}.")
     figure = new_figure(8, 3)

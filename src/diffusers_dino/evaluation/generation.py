@@ -60,12 +60,9 @@ def load_models(
 
     Args:
         paths: Name and folder of each.
-        steps: Updates of those that are checkpoints.
+        steps: Updates of those that are checkpoints, by name.
         device: Where they compute.
         dtype: Of their weights.
-
-    Raises:
-        FileNotFoundError: If a part of a model is missing.
     """
     from ..training.models import load_trained_pipeline
 
@@ -89,15 +86,11 @@ def embed_images(pipe: DinoDiffusionPipeline, images: ImageDataset | Tensor, bat
 
     Images of a data set pass through memory a batch at a time.
     """
-    if isinstance(images, Tensor):
-        batches: Iterable[Tensor] = images.split(batch_size)
-    else:
-        starts = range(0, len(images), batch_size)
-        batches = (
-            torch.stack([images[i]["image"] for i in range(start, min(start + batch_size, len(images)))])
-            for start in starts
-        )
-    return torch.cat([pipe.encode_image(batch).float().cpu() for batch in batches])
+    tokens = []
+    for rows in torch.arange(len(images)).split(batch_size):
+        batch = images[rows] if isinstance(images, Tensor) else collate([images[i] for i in rows.tolist()])["image"]
+        tokens.append(pipe.encode_image(batch).float().cpu())
+    return torch.cat(tokens)
 
 
 def generate_batches(
@@ -109,19 +102,10 @@ def generate_batches(
     progress: bool = True,
     **call: Any,
 ) -> Iterator[Tensor]:
-    """One image from each row of `tokens`, a batch at a time.
+    """One image from each row of `tokens` `(N, S, D)`: batches `(n, C, H, W)` float32 in [0, 1].
 
-    Args:
-        pipe: The pipeline.
-        tokens: `(N, S, D)`.
-        keys: Of the rows. The noise of an image depends only on `noise` and its key.
-        noise: Seed and purpose of the draw.
-        batch_size: Images generated at once.
-        progress: Whether to show a bar.
-        call: Further arguments of the pipeline, such as `num_inference_steps` and `guidance_scale`.
-
-    Yields:
-        `(n, C, H, W)` float32 in [0, 1].
+    The noise of an image depends only on `noise`, the seed and purpose of the draw, and the key of its row. `call` are
+    further arguments of the pipeline.
     """
     pipe.set_progress_bar_config(disable=True)
     for start in tqdm(range(0, len(keys), batch_size), unit="batch", leave=False, disable=not progress):

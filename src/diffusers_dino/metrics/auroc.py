@@ -58,15 +58,9 @@ def macro_auroc(probabilities: np.ndarray, targets: np.ndarray) -> float:
 
 
 def check_classes(targets: np.ndarray, labels: Sequence[str], where: str) -> tuple[str, ...]:
-    """Warn of labels with a single class, before hours are spent on what cannot be scored.
+    """Warn of labels that all of the images have, or none, and return them: macro AUROC leaves them out.
 
-    Args:
-        targets: `(N, L)` bool.
-        labels: Names of the L labels.
-        where: What the images are called in messages, such as `"fold 3"`.
-
-    Returns:
-        The labels that all of the images have, or none: those that macro AUROC leaves out.
+    `targets` are `(N, L)` bool; `where` names the images in messages, such as `"fold 3"`.
 
     Raises:
         SingleClassError: If no label has both classes.
@@ -94,13 +88,7 @@ def check_classes(targets: np.ndarray, labels: Sequence[str], where: str) -> tup
 
 
 class FoldTest(NamedTuple):
-    """A difference over folds.
-
-    Attributes:
-        mean: Of the differences.
-        low, high: 95 % interval of it.
-        p: Of the hypothesis that it is 0, two-sided; not corrected for other tests.
-    """
+    """The mean difference over folds, its 95 % interval, and the two-sided p of 0, not corrected for other tests."""
 
     mean: float
     low: float
@@ -171,13 +159,9 @@ def draw_weights(
 ) -> np.ndarray:
     """How often each image is drawn when patients are, with replacement and within their fold.
 
-    The number of patients in each fold is kept, because each fold's classifier is a different one.
-
-    Args:
-        patients: The patient of each of N images.
-        folds: The fold of each.
-        repeats: Draws R.
-        seed: Of the draws. The draws of a fold depend on nothing but the seed, the fold and its patients.
+    The number of patients in each fold is kept, because each fold's classifier is a different one. `patients` and
+    `folds` are those of N images, and R is `repeats`. The draws of a fold depend only on the seed, the fold and its
+    patients.
 
     Returns:
         `(R, N)` uint16.
@@ -239,10 +223,7 @@ def holm(p_values: Sequence[float | None]) -> tuple[float | None, ...]:
 
     Args:
         p_values: Of the whole family. None is a test that is planned and has not been made: it counts as one, so
-            that what is significant in a part of a table stays so in the whole.
-
-    Returns:
-        In the order given, None where None was.
+            that what is significant in a part of a table stays so in the whole. None comes back for it.
 
     Raises:
         ValueError: If a value is not in [0, 1].

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,15 +39,11 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class Interval:
+class Interval(NamedTuple):
     """Both ends of an interval."""
 
     low: float
     high: float
-
-    def __iter__(self) -> Iterator[float]:
-        return iter((self.low, self.high))
 
 
 def bootstrap_interval(
@@ -66,7 +62,7 @@ def bootstrap_interval(
         n: Number of items.
         groups: The group of each item, such as its patient: groups are drawn whole, so m varies. None draws items.
         repeats: Number of draws.
-        seed: Of the draws; two figures of the same seed, n and groups see the same draws.
+        seed: Two figures of the same seed, n and groups see the same draws.
         level: Probability mass between the ends.
 
     Raises:
@@ -159,15 +155,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """How to draw.
-
-    Args:
-        repeats: Number of draws.
-        seed: Of the draws.
-        level: Probability mass of the intervals.
-        groups: The patient of each feature, drawn whole; None draws features.
-        reference_groups: The same for the reference.
-    """
+    """How to draw features, and those of the reference (`reference_groups`); see `bootstrap_interval`."""
 
     repeats: int = 200
     seed: int = 0

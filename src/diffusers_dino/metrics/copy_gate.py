@@ -33,24 +33,14 @@ _FORMAT = 1
 
 
 class ImageViews(NamedTuple):
-    """Features of N images and of their mirror images.
-
-    Attributes:
-        upright: Of the images, with keys and description.
-        features: `(2, N, D)`: of the images, of their mirror images.
-    """
+    """Features of N images, with keys and description (`upright`), and `(2, N, D)` with those of the mirror images."""
 
     upright: FeatureSet
     features: Tensor
 
 
 class Distances(NamedTuple):
-    """How near N images are to training images.
-
-    Attributes:
-        relative: `(N,)` float64, see `relative_distances`.
-        neighbors: The nearest training image of each.
-    """
+    """How near N images are to training images: `relative_distances` `(N,)`, and the nearest of each."""
 
     relative: Tensor
     neighbors: Neighbors
@@ -113,8 +103,7 @@ class CopyGate:
         return self.distances(images) >= self.threshold
 
     def distances(self, images: Tensor) -> Tensor:
-        """The relative distance of each of `(N, C, H, H)` in [0, 1]: `(N,)` float64 in [0, 1], below the threshold for
-        copies."""
+        """The relative distance of each of `(N, C, H, H)` in [0, 1]: `(N,)` float64 in [0, 1]."""
         if not len(images):
             return torch.empty(0, dtype=torch.float64)
         views = torch.stack([torch.cat([self.extractor(image) for image in side.split(1)]) for side in _sides(images)])
@@ -178,16 +167,7 @@ def extract_views(
 
 
 def known_groups(views: ImageViews, images: ImageDataset | Tensor, groups: Groups | None) -> Groups | None:
-    """The group of each image that has features: those that cannot be read have none.
-
-    Args:
-        views: Of the images.
-        images: What they were extracted from.
-        groups: Group of each of `images`; None stays None.
-
-    Raises:
-        ValueError: If there is not one group an image.
-    """
+    """The groups of those of `images` that could be read, and so have features; None stays None."""
     if groups is None:
         return None
     if len(groups) != len(images):

@@ -16,12 +16,7 @@ __all__ = ["SegmentUnion", "best_union", "dice", "iou", "union_of"]
 
 
 class SegmentUnion(NamedTuple):
-    """A union of segments of one image.
-
-    Attributes:
-        dice: Its Dice coefficient with the reference, in [0, 1].
-        segments: The numbers of the segments, ascending.
-    """
+    """A union of segments of one image: its Dice coefficient with the reference, and their numbers, ascending."""
 
     dice: float
     segments: tuple[int, ...]

@@ -15,15 +15,8 @@ from ..files import atomic_write
 from .extractors import FeatureSpec
 from .features import Features, FeatureSet, comparable, feature_matrix
 
-__all__ = [
-    "KERNEL_DEGREE",
-    "GaussianStatistics",
-    "frechet_distance",
-    "kernel_distance",
-    "kernel_distance_of_subsets",
-]
+__all__ = ["GaussianStatistics", "frechet_distance", "kernel_distance", "kernel_distance_of_subsets"]
 
-KERNEL_DEGREE = 3
 _KERNEL_ENTRIES = 1 << 22  # of the kernel matrix that are in memory at once
 _ROWS = 1024  # features that become float64 at once
 
@@ -91,11 +84,7 @@ class GaussianStatistics:
         return self
 
     def merge(self, other: GaussianStatistics) -> GaussianStatistics:
-        """Count in what another one has seen, such as that of another process. Returns itself.
-
-        Raises:
-            ValueError: If the other one is of another width or extractor.
-        """
+        """Count in what another one has seen, such as that of another process. Returns itself; errors as `update`."""
         self.require_same(other.dim, other.spec)
         self._add(other.count, other.mean, other.scatter)
         return self
@@ -198,20 +187,16 @@ def kernel_distance(features: Features, reference: Features) -> float:
     r"""Squared maximum mean discrepancy with the kernel :math:`(x \cdot y / D + 1)^3` (KID, Binkowski et al. 2018).
 
     All pairs are used, a block at a time. Unbiased at any size, also far below the width of a feature; so it may be
-    slightly negative for equal distributions.
-
-    Args:
-        features: `(N, D)`, N >= 2.
-        reference: `(M, D)`, M >= 2.
-
-    Raises:
-        ValueError: If the sets do not compare, or a feature is not finite.
+    slightly negative for equal distributions. Sets and errors are those of `frechet_distance`, without statistics.
     """
     first, second = (x.double() for x in comparable(features, reference))
-    n, m = len(first), len(second)
-    within = (_kernel_sum(x, x) - _kernel_diagonal(x).sum() for x in (first, second))
-    within_1, within_2 = (total / (size * (size - 1)) for total, size in zip(within, (n, m), strict=True))
-    return (within_1 + within_2 - 2 * _kernel_sum(first, second) / (n * m)).item()
+
+    def within(x: Tensor) -> Tensor:
+        own = (x.square().sum(dim=1) / x.shape[1] + 1) ** 3  # the kernel of each feature with itself
+        return (_kernel_sum(x, x) - own.sum()) / (len(x) * (len(x) - 1))
+
+    across = _kernel_sum(first, second) / (len(first) * len(second))
+    return (within(first) + within(second) - 2 * across).item()
 
 
 def kernel_distance_of_subsets(
@@ -235,26 +220,16 @@ def kernel_distance_of_subsets(
     return values.mean().item(), values.std(correction=0).item()
 
 
-def polynomial_kernel(rows: Tensor, columns: Tensor) -> Tensor:
-    """`(n, m)` of `(n, D)` and `(m, D)`."""
-    return (rows @ columns.T / rows.shape[1] + 1) ** KERNEL_DEGREE
-
-
 def kernel_blocks(rows: Tensor, columns: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of the kernel matrix `(n, m)`, with the slice of rows that each is of."""
+    """Blocks of the kernel matrix `(n, m)` of `(n, D)` and `(m, D)`, with the slice of rows that each is of."""
     step = max(1, _KERNEL_ENTRIES // len(columns))
     for start in range(0, len(rows), step):
         part = slice(start, min(start + step, len(rows)))
-        yield part, polynomial_kernel(rows[part], columns)
+        yield part, (rows[part] @ columns.T / rows.shape[1] + 1) ** 3
 
 
 def _kernel_sum(rows: Tensor, columns: Tensor) -> Tensor:
     return torch.stack([block.sum() for _, block in kernel_blocks(rows, columns)]).sum()
-
-
-def _kernel_diagonal(rows: Tensor) -> Tensor:
-    """`(n,)`, the kernel of each row with itself."""
-    return (rows.square().sum(dim=1) / rows.shape[1] + 1) ** KERNEL_DEGREE
 
 
 def _scaled_samples(features: Tensor) -> tuple[Tensor, Tensor]:

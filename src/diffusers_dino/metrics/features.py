@@ -56,10 +56,6 @@ class FeatureSet:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def require_same_spec(self, other: FeatureSet) -> None:
-        """Refuse to compare with features of another extractor; raises `ValueError` that names what differs."""
-        self.spec.require_same(other.spec)
-
     def select(self, keys: Sequence[str]) -> FeatureSet:
         """The features of these images, in the order of `keys`.
 
@@ -99,11 +95,7 @@ Features: TypeAlias = Tensor | FeatureSet
 
 
 def feature_matrix(features: Features, name: str = "features", at_least: int = 2) -> Tensor:
-    """Checked features `(N, D)` on the CPU, in the type that they came in.
-
-    Raises:
-        ValueError: If they are not a matrix, fewer than `at_least`, or not finite.
-    """
+    """Features `(N, D)` on the CPU, in the type that they came in; ValueError if too few or not finite."""
     matrix = features.features if isinstance(features, FeatureSet) else features
     if not isinstance(matrix, Tensor) or matrix.ndim != 2 or len(matrix) < at_least or not matrix.shape[1]:
         found = tuple(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
@@ -114,13 +106,9 @@ def feature_matrix(features: Features, name: str = "features", at_least: int = 2
 
 
 def comparable(features: Features, reference: Features, at_least: int = 2) -> tuple[Tensor, Tensor]:
-    """Both sets as checked matrices `(N, D)` and `(M, D)`.
-
-    Raises:
-        ValueError: As `feature_matrix`, or if they are of different extractors or widths.
-    """
+    """Both sets by `feature_matrix`; ValueError also if they are of different extractors or widths."""
     if isinstance(features, FeatureSet) and isinstance(reference, FeatureSet):
-        features.require_same_spec(reference)
+        features.spec.require_same(reference.spec)
     pair = feature_matrix(features, "features", at_least), feature_matrix(reference, "reference", at_least)
     if pair[0].shape[1] != pair[1].shape[1]:
         raise ValueError(f"Features of {pair[0].shape[1]} and of {pair[1].shape[1]} dimensions do not compare.")
@@ -170,11 +158,7 @@ def extract_features(
 def iterate_features(
     extractor: FeatureExtractor, images: ImageDataset, batch_size: int = 64, num_workers: int = 0
 ) -> Iterator[tuple[Tensor, list[str]]]:
-    """As `extract_features`, a batch at a time, for what keeps no features: statistics of large sets.
-
-    Yields:
-        Features `(n, D)` of the next n images, and their keys.
-    """
+    """As `extract_features`, but yields features `(n, D)` and keys of a batch: for statistics of large sets."""
     wanted = images.keys
     blocks = [
         [Slot(0, 0, index) for index in range(first, min(first + batch_size, len(wanted)))]

@@ -48,7 +48,7 @@ def manifold_figures(features: Features, reference: Features, k: int = 5) -> Man
     Args:
         features: `(N, D)` of the generated images, N > k.
         reference: `(M, D)` of the real ones, M > k.
-        k: The neighbour that balls reach to. Compare only figures of one k.
+        k: Compare only figures of one k.
 
     Raises:
         ValueError: If the sets do not compare or are too small for k, or a feature is not finite.

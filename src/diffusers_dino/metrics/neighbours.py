@@ -177,27 +177,16 @@ def authenticity(neighbors: Neighbors, spacing: Tensor) -> Tensor:
     """Whether each image is farther from its nearest training image than that is from its own nearest: `(N,)` bool.
 
     The mean over generated images is the AuthPct (Alaa et al., ICML 2022, section 4.3). It is a rate to be compared
-    with that of real images, and no test of one image: in a sparse training set a third of unseen real images fail.
-
-    Args:
-        neighbors: Of N images.
-        spacing: `(M,)`, the distance of each training image to the nearest other one.
+    with that of real images, not a test of one image: in a sparse training set a third of unseen real images fail.
+    `spacing` `(M,)` is the distance of each training image to the nearest other one.
     """
     return neighbors.distance[:, 0] > spacing[neighbors.index[:, 0]]
 
 
 def nearest_by_cosine(queries: Tensor, gallery: Tensor) -> Tensor:
-    """Index of each query's nearest gallery item by the cosine of features centred on the gallery's mean.
+    """Index `(N,)` of the gallery item `(M, D)`, M >= 2, that is nearest to each query `(N, D)`.
 
-    Args:
-        queries: `(N, D)`.
-        gallery: `(M, D)`, M >= 2.
-
-    Returns:
-        `(N,)` int64, indices into the gallery.
-
-    Raises:
-        ValueError: The shapes do not fit.
+    Nearness is the cosine of features centred on the gallery's mean. ValueError if the shapes do not fit.
     """
     if queries.ndim != 2 or gallery.ndim != 2 or queries.shape[1] != gallery.shape[1] or len(gallery) < 2:
         raise ValueError(
@@ -213,12 +202,8 @@ def nearest_by_cosine(queries: Tensor, gallery: Tensor) -> Tensor:
 def retrieval_accuracy(queries: Tensor, gallery: Tensor) -> float:
     """Share of queries in [0, 1] whose nearest gallery item is their own source, item i being the source of query i.
 
-    Args:
-        queries: `(N, D)` features of generated images.
-        gallery: `(N, D)` features of the images they were generated from. Chance is 1 / N.
-
-    Raises:
-        ValueError: The shapes do not fit, or the numbers of queries and sources differ.
+    `queries` are features `(N, D)` of generated images, `gallery` those of the images they were generated from; chance
+    is 1 / N, and the cosine that of `nearest_by_cosine`. ValueError if the shapes differ.
     """
     if len(queries) != len(gallery):
         raise ValueError(f"Each query needs its source: got {len(queries)} queries and {len(gallery)} sources.")

@@ -19,12 +19,7 @@ _PANELS = {"frechet": "Fréchet distance", "kernel": "kernel distance", "coverag
 def plot_fidelity(result: FidelityResult) -> Figure:
     """Distances and coverage against the updates of the checkpoints, with intervals; controls are horizontal lines.
 
-    Args:
-        result: With one checkpoint at least.
-
-    Raises:
-        ImportError: If matplotlib is missing.
-        ValueError: If there is no checkpoint.
+    ValueError if there is no checkpoint.
     """
     rows = result.checkpoints
     if not rows:

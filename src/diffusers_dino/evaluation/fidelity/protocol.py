@@ -130,11 +130,7 @@ class FidelityScores(JsonResult):
 
 @dataclass(frozen=True)
 class FidelityResult(JsonResult):
-    """The rows of a table; all have one reference, one extractor and as many images.
-
-    Attributes:
-        rows: Of models or checkpoints, then of the controls.
-    """
+    """The rows of models or checkpoints, then of controls; all of one reference, one extractor, as many images."""
 
     rows: tuple[FidelityScores, ...]
 
@@ -148,11 +144,7 @@ class FidelityResult(JsonResult):
         return tuple(sorted((row for row in self.rows if row.step is not None), key=lambda row: row.step))
 
     def best_checkpoint(self, metric: Literal["frechet", "kernel"] = "frechet") -> FidelityScores:
-        """The checkpoint with the lowest distance.
-
-        Raises:
-            ValueError: If there is no checkpoint.
-        """
+        """The checkpoint with the lowest distance; ValueError if there is none."""
         if not self.checkpoints:
             raise ValueError("The result holds no checkpoint to choose from.")
         return min(self.checkpoints, key=lambda row: getattr(row, metric).value)
@@ -255,11 +247,7 @@ def keep_best(
 ) -> None:
     """Write the checkpoint with the lowest distance as a whole pipeline, with `metric.json` as training's `best` has.
 
-    Args:
-        result: With one checkpoint at least.
-        paths: Where the checkpoints are, by name.
-        folder: What to write; a folder that is there is replaced.
-        metric: Which distance.
+    `paths` says where the checkpoints are, by name. A `folder` that is there is replaced.
     """
     from ...training.models import load_trained_pipeline
 
@@ -298,19 +286,10 @@ def generate_features(
     sampling: Sampling,
     progress: bool = True,
 ) -> FeatureSet:
-    """Generate an image from each source and keep its features; the images pass through memory a batch at a time.
+    """Generate an image from the tokens `(N, S, D)` of each source and keep its features, a batch at a time.
 
-    Args:
-        pipe: The pipeline; its scheduler is the one that `sampling` names.
-        tokens: `(N, S, D)`, condition tokens of the sources.
-        keys: Of the sources. Noise depends only on (seed, key).
-        extractor: What computes features.
-        sampling: How to generate.
-        progress: Whether to show a bar.
-
-    Raises:
-        ValueError: If there is not one key for each source, or the pipeline's scheduler is another one.
-        RuntimeError: If the model generates NaN.
+    Noise depends only on the seed and the key of a source. ValueError if `sampling` names another scheduler than that
+    of the pipeline.
     """
     if len(tokens) != len(keys):
         raise ValueError(f"Expected a key for each of {len(tokens)} sources, got {len(keys)}.")
@@ -318,16 +297,8 @@ def generate_features(
         raise ValueError(
             f"The pipeline has a {type(pipe.scheduler).__name__}, not the {sampling.scheduler} asked for."
         )
-    batches = generate_batches(
-        pipe,
-        tokens,
-        keys,
-        (sampling.seed, "fidelity"),
-        sampling.batch_size,
-        progress,
-        num_inference_steps=sampling.num_inference_steps,
-        guidance_scale=sampling.guidance_scale,
-    )
+    call = {name: getattr(sampling, name) for name in ("batch_size", "num_inference_steps", "guidance_scale")}
+    batches = generate_batches(pipe, tokens, keys, (sampling.seed, "fidelity"), progress=progress, **call)
     features = torch.cat([torch.empty(0, extractor.spec.dim), *map(extractor, batches)])
     return FeatureSet(features, tuple(keys), extractor.spec)
 
@@ -344,19 +315,10 @@ def score_fidelity(
 ) -> FidelityScores:
     """All figures of one set of images, with their intervals (see `metrics.bootstrap`).
 
-    Args:
-        images: What they are, for the table.
-        features: Of the N images.
-        reference: Of M real images of other patients.
-        step: Updates of the checkpoint that generated them.
-        sampling: How they were generated.
-        neighbors: The neighbour that balls of precision, recall, density and coverage reach to.
-        bootstrap: How to draw, with the patients of both sets.
-
-    Raises:
-        ValueError: If the sets are of different extractors, or too small.
+    `reference` are features of real images of other patients, `bootstrap` has the patients of both sets, and the other
+    arguments are told of in `FidelityScores`. ValueError if the sets are of different extractors, or too small.
     """
-    features.require_same_spec(reference)
+    features.spec.require_same(reference.spec)
     bootstrap = bootstrap or Bootstrap()
     scores = FidelityScores(
         images,

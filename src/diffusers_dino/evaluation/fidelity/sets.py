@@ -86,11 +86,7 @@ def choose_sets(
 
 
 def require_disjoint(sources: FeatureSet, reference: FeatureSet) -> None:
-    """Refuse sources that are in the reference: a model would be rewarded for copying them.
-
-    Raises:
-        ValueError: If an image of one key has the same features in both sets.
-    """
+    """ValueError if an image of one key has the same features in both sets: a model would be rewarded for copying."""
     shared = sorted(set(sources.keys) & set(reference.keys))
     if shared and (sources.select(shared).features == reference.select(shared).features).all(dim=1).any():
         raise ValueError(

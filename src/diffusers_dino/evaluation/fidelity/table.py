@@ -7,34 +7,20 @@ from dataclasses import fields
 from ...metrics import FeatureSpec
 from ...metrics.bootstrap import Estimate
 from ..table_text import csv_text, latex_table, markdown_table, require_table_format
-from .protocol import FidelityResult, Sampling
+from .protocol import FidelityResult, FidelityScores, Sampling
 
 __all__ = ["format_fidelity_table"]
 
 _FIGURES = ("frechet", "kernel", "precision", "recall", "density", "coverage", "vendi")
-_PLAIN = [
-    "images",
-    "step",
-    "num_images",
-    "num_reference",
-    "neighbors",
-    "repeats",
-    "bootstrap_seed",
-    "level",
-    "by_patient",
-]
+_PLAIN = [field.name for field in fields(FidelityScores) if field.name not in {"features", "sampling", *_FIGURES}]
 _HEADER = ("Fréchet", "kernel (KID)", "precision", "recall", "density", "coverage", "Vendi")
 
 
 def format_fidelity_table(result: FidelityResult, style: str = "markdown") -> str:
     """A row for each set of images, with intervals; what all rows have in common is said below.
 
-    Args:
-        result: At least one row.
-        style: `"markdown"`, `"latex"` or `"csv"`; the last has all that each figure depends on.
-
-    Raises:
-        ValueError: If the style is unknown, or there is no row.
+    `style` is `"markdown"`, `"latex"` or `"csv"`; the last has all that each figure depends on. ValueError if there is
+    no row.
     """
     require_table_format(style)
     if not result.rows:

@@ -25,14 +25,9 @@ __all__ = ["draw_paths", "plot_path"]
 def draw_paths(
     pipe: DinoDiffusionPipeline, images: Tensor, count: int, fractions: Sequence[float], **call: Any
 ) -> PIL.Image.Image:
-    """Rows of source | path | target, from each of the first images to the next one.
+    """Rows of source | path | target, from each of the first `count` images `(N, C, H, W)` in [0, 1] to the next one.
 
-    Args:
-        pipe: Any pipeline of these components.
-        images: `(N, C, H, W)` in [0, 1]. After the last one comes the first.
-        count: Rows.
-        fractions: Points of a path.
-        call: Further arguments of `DinoInterpolationPipeline`, such as `generator`.
+    After the last image comes the first. `call` are further arguments of `DinoInterpolationPipeline`.
     """
     between = DinoInterpolationPipeline.from_pipe(pipe)
     between.set_progress_bar_config(disable=True)
@@ -41,14 +36,7 @@ def draw_paths(
 
 
 def plot_path(result: InterpolationResult) -> Figure:
-    """Similarity to both ends along the paths between images, of the model and of its controls.
-
-    Args:
-        result: From `evaluate_interpolation`.
-
-    Raises:
-        ImportError: If matplotlib is missing.
-    """
+    """Similarity to both ends along the paths between images, of the model and of its controls."""
     spaces = {"by the encoder": result.by_encoder, "by 16 x 16 pixels": result.by_pixels}
     figure = new_figure(10, 4)
     for axes, (title, space) in zip(figure.subplots(1, 2, sharey=True), spaces.items(), strict=True):

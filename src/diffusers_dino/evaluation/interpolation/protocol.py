@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["InterpolationResult", "PathFigures", "PathSpace", "evaluate_interpolation", "path_figures"]
 
-SEVENTHS = tuple(i / 6 for i in range(7))
-
 
 @dataclass(frozen=True)
 class PathFigures:
@@ -85,7 +83,7 @@ def evaluate_interpolation(
     images: ImageDataset | Tensor,
     training_images: ImageDataset | Tensor,
     *,
-    fractions: Sequence[float] = SEVENTHS,
+    fractions: Sequence[float] = tuple(i / 6 for i in range(7)),
     method: Literal["lerp", "slerp"] = "lerp",
     seeds: Sequence[int] = (0,),
     num_inference_steps: int = 20,
@@ -103,16 +101,11 @@ def evaluate_interpolation(
     not a radiograph.
 
     Args:
-        pipe: Any trained pipeline of these components.
-        images: Images kept out of all training, one per patient: a data set, or `(N, C, H, W)` in [0, 1]; N >= 2.
-        training_images: What the pipeline was trained on: a data set, or `(M, C, H, W)` in [0, 1].
+        pipe, images, training_images, seeds, num_inference_steps, progress: As of `evaluate_reconstruction`.
         fractions: Points of a path, ascending in [0, 1].
         method: How tokens are interpolated.
-        seeds: Seeds of the initial noise.
-        num_inference_steps: Steps of the pipeline's scheduler.
         guidance_scale: Of the generated images; the untrained UNet goes without.
         batch_size: Paths generated at once.
-        progress: Whether to show a bar.
 
     Raises:
         ValueError: If there are fewer than two images, or the fractions do not ascend.
@@ -160,16 +153,7 @@ def evaluate_interpolation(
 
 
 def path_figures(paths: Tensor, sources: Tensor, targets: Tensor) -> PathFigures:
-    """Similarity of the points of P paths to their ends.
-
-    Args:
-        paths: `(P, F, D)` features of the F images along each path, F >= 2.
-        sources: `(P, D)` of where they begin.
-        targets: `(P, D)` of where they end.
-
-    Raises:
-        ValueError: If the shapes do not fit.
-    """
+    """Similarity of the F >= 2 points of P paths, `(P, F, D)`, to their ends, `(P, D)` each."""
     if paths.ndim != 3 or paths.shape[1] < 2 or not sources.shape == targets.shape == paths[:, 0].shape:
         raise ValueError(
             f"Expected paths (P, F, D) with F >= 2 and their ends (P, D), got {tuple(paths.shape)}, "

@@ -24,14 +24,7 @@ _SETS = {"training": "training, to other groups", "held_out": "held out", "synth
 
 
 def plot_memorization(result: MemorizationResult) -> Figure:
-    """How near synthetic images are to training images, and how near real ones are.
-
-    Args:
-        result: From `evaluate_memorization`.
-
-    Raises:
-        ImportError: If matplotlib is missing.
-    """
+    """How near synthetic images are to training images, and how near real ones are."""
     figure = new_figure(8, 3.2)
     axes = figure.subplots()
     for number, (name, label) in enumerate(_SETS.items()):
@@ -61,14 +54,10 @@ def draw_closest_pairs(
     A training image is mirrored if the mirror image is what the synthetic one is near to.
 
     Args:
-        result: From `evaluate_memorization`, with synthetic images.
-        synthetic: The images that it was given.
-        training: Likewise.
+        result: ValueError if it holds no pair.
+        synthetic, training: The images that `evaluate_memorization` was given.
         columns: Pairs in a row.
         size: Width and height of an image in pixels, as in `contact_sheet`.
-
-    Raises:
-        ValueError: If the result holds no pair.
     """
     if not result.closest:
         raise ValueError("The result holds no pair to draw: it is of no synthetic images, or num_pairs is 0.")

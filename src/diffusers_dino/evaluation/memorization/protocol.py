@@ -75,13 +75,7 @@ class SetFigures:
 
 @dataclass(frozen=True)
 class PlantedFigures:
-    """What share of tampered copies of training images is found.
-
-    Attributes:
-        change: What was done to them.
-        num_images: How many there were.
-        found: Share that is nearer than the threshold.
-    """
+    """What share of copies of training images is found after a `change` that was made to them."""
 
     change: str
     num_images: int
@@ -250,16 +244,13 @@ def _plant(
 def _closest(
     found: Distances, synthetic: ImageViews, training: ImageViews, threshold: float, count: int
 ) -> tuple[ClosePair, ...]:
-    pairs = []
-    for row in found.relative.sort(stable=True).indices[:count].tolist():
-        relative = found.relative[row].item()
-        pairs.append(
-            ClosePair(
-                key=synthetic.upright.keys[row],
-                training_key=training.upright.keys[int(found.neighbors.index[row, 0])],
-                relative_distance=relative,
-                mirrored=bool(found.neighbors.view[row, 0]),
-                copy=relative < threshold,
-            )
+    return tuple(
+        ClosePair(
+            key=synthetic.upright.keys[row],
+            training_key=training.upright.keys[int(found.neighbors.index[row, 0])],
+            relative_distance=found.relative[row].item(),
+            mirrored=bool(found.neighbors.view[row, 0]),
+            copy=found.relative[row].item() < threshold,
         )
-    return tuple(pairs)
+        for row in found.relative.sort(stable=True).indices[:count].tolist()
+    )

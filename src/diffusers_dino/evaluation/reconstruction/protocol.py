@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ...data import ImageDataset
-from ...metrics import frechet_distance, pixel_features, retrieval_accuracy
+from ...metrics import pixel_features, retrieval_accuracy
+from ...metrics.distances import frechet_of_samples  # it does not warn of few samples: the result says how many
 from ...metrics.neighbours import nearest_by_cosine
 from ..controls import derangement, with_fresh_unet
 from ..generation import embed_images, generate_variations, stack_images
@@ -105,12 +105,9 @@ def evaluate_reconstruction(
         ):
             figures.append({name: retrieval_accuracy(embed(query), gallery) for name, query in queries.items()})
         subset = torch.randperm(len(training_images), generator=torch.Generator().manual_seed(seed))[: len(images)]
+        compared = {"generated": unguided, "untrained": untrained, "training_images": training_images[subset]}
         frechet.append(
-            {
-                "frechet_generated": _frechet(pixel_features(unguided), thumbnails),
-                "frechet_untrained": _frechet(pixel_features(untrained), thumbnails),
-                "frechet_training_images": _frechet(pixel_features(training_images[subset]), thumbnails),
-            }
+            {f"frechet_{name}": frechet_of_samples(pixel_features(x), thumbnails) for name, x in compared.items()}
         )
     return ReconstructionResult(
         num_images=len(images),
@@ -122,13 +119,6 @@ def evaluate_reconstruction(
         by_pixels=RetrievalFigures(**_mean(pixel_figures)),
         **_mean(frechet),
     )
-
-
-def _frechet(images: Tensor, reference: Tensor) -> float:
-    """Of few images on both sides: the result says how many, and all its distances are of the same numbers."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The Fréchet distance of")
-        return frechet_distance(images, reference)
 
 
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:

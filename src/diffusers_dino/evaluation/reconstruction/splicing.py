@@ -45,11 +45,7 @@ class Splices(NamedTuple):
 
 
 def patch_grid(conditioner: DinoImageConditioner) -> int:
-    """Patches along a side of the image.
-
-    Raises:
-        ValueError: If the condition holds no patch tokens, or those of several encoders.
-    """
+    """Patches along a side of the image; ValueError unless the condition holds patch tokens of one encoder."""
     patches, tokens = [head.num_patches for head in conditioner.heads], conditioner.config["tokens"]
     if len(patches) != 1 or not patches[0]:
         raise ValueError(
@@ -96,8 +92,7 @@ def splice_images(
 
     Args:
         pipe: A pipeline on all tokens, or on patches.
-        source: `(C, H, W)` in [0, 1].
-        other: The same shape.
+        source, other: `(C, H, W)` in [0, 1].
         masks: Where the other's patches go: `(side, side)` bool by name, see `splice_masks`.
         num_noises: Images from each condition.
         seed: Of the noises.
@@ -122,11 +117,7 @@ def splice_images(
 def travelled(result: Tensor, source: Tensor, other: Tensor, region: Tensor) -> float:
     """How far a region went from the source's reconstruction (0) to the other's (1) from the same noises.
 
-    Args:
-        result: `(N, C, H, W)`.
-        source: The same shape.
-        other: The same shape.
-        region: `(H, W)` bool, not empty.
+    Images are `(N, C, H, W)`, the region is `(H, W)` bool and not empty.
     """
     way, gone = (other - source)[..., region], (result - source)[..., region]
     return (way * gone).sum().item() / way.square().sum().item()

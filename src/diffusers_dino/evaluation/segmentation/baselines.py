@@ -15,11 +15,7 @@ __all__ = ["kmeans_segments", "mean_mask_of_others", "otsu_mask"]
 
 
 def otsu_mask(image: Tensor) -> Tensor:
-    """Pixels `(H, W)` bool that are darker than Otsu's threshold (1979), as lungs are.
-
-    Args:
-        image: `(H, W)` in [0, 1].
-    """
+    """Pixels `(H, W)` bool of an image in [0, 1] that are darker than Otsu's threshold (1979), as lungs are."""
     levels = (image.clamp(0, 1) * 255).round().long()
     counts = torch.bincount(levels.flatten(), minlength=256).double()
     below = counts.cumsum(0)  # pixels up to each level
@@ -30,17 +26,9 @@ def otsu_mask(image: Tensor) -> Tensor:
 
 
 def kmeans_segments(image: Tensor, num_segments: int, position_weight: float, side: int = 64, seed: int = 0) -> Tensor:
-    """Segments `(H, W)` int64 by k-means on brightness and position.
+    """Segments `(H, W)` int64 of an image by k-means on brightness and position, at `side` x `side` pixels.
 
-    Args:
-        image: `(H, W)`, clustered at `side` x `side` pixels.
-        num_segments: Clusters.
-        position_weight: Of the two coordinates, against brightness; all three have a standard deviation of 1.
-        side: Pixels along a side that are clustered.
-        seed: Of the initial centres.
-
-    Raises:
-        ImportError: If scikit-learn is missing.
+    `position_weight` is that of the two coordinates, against brightness; all three have a standard deviation of 1.
     """
     cluster = require("sklearn.cluster", "eval", "k-means needs scikit-learn")
     small = F.interpolate(image[None, None], size=(side, side), mode="bilinear", antialias=True).flatten().numpy()
@@ -57,14 +45,7 @@ def kmeans_segments(image: Tensor, num_segments: int, position_weight: float, si
 def mean_mask_of_others(masks: Tensor, patients: Sequence[str]) -> Tensor:
     """For each image the pixels that most masks of *other* patients hold: `(N, H, W)` bool.
 
-    It has seen reference masks, but nothing of the image.
-
-    Args:
-        masks: `(N, H, W)` bool.
-        patients: Whose mask each is.
-
-    Raises:
-        ValueError: If all masks are of one patient.
+    It has seen reference masks, but nothing of the image. ValueError if all masks are of one patient.
     """
     codes = torch.tensor([sorted(set(patients)).index(patient) for patient in patients])
     if len(codes.unique()) < 2:

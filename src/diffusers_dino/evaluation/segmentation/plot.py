@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 __all__ = ["SWEEP_AXES", "draw_segmentation", "plot_segmentation_examples", "plot_segmentation_sweep"]
 
 SWEEP_AXES = ("checkpoint", "layers", "timestep", "threshold")
-_CONTOUR = {"reference": "tab:green", "prediction": "tab:red"}
 
 
 def draw_segmentation(
@@ -27,14 +26,7 @@ def draw_segmentation(
 ) -> None:
     """Write curves over each axis that was swept, and each model's best and worst images, as PNGs.
 
-    Args:
-        study: Figures and segments.
-        images: The images.
-        folder: Where the pictures go.
-        num_examples: Best and worst images of each model; 0 draws no patient.
-
-    Raises:
-        ImportError: If matplotlib is missing.
+    `num_examples` is the number of best and of worst images; 0 draws no patient.
     """
 
     def save(figure: Figure, name: str) -> None:
@@ -62,15 +54,8 @@ def draw_segmentation(
 def plot_segmentation_sweep(result: SegmentationResult, axis: str) -> Figure:
     """Dice coefficient against one axis of the sweep: mean, median and quartiles over images, one panel a model.
 
-    At each value the other axes are where the mean is best, so a curve shows what this axis can cost.
-
-    Args:
-        result: Of one data set.
-        axis: One of `SWEEP_AXES`.
-
-    Raises:
-        ImportError: If matplotlib is missing.
-        ValueError: If there is no such axis, or no model.
+    `axis` is one of `SWEEP_AXES`. At each value the other axes are where the mean is best, so a curve shows what this
+    axis can cost.
     """
     if axis not in SWEEP_AXES:
         raise ValueError(f"An axis is one of {', '.join(SWEEP_AXES)}, not {axis!r}.")
@@ -97,18 +82,7 @@ def plot_segmentation_sweep(result: SegmentationResult, axis: str) -> Figure:
 def plot_segmentation_examples(
     images: Sequence[Tensor], references: Sequence[Tensor], predictions: Sequence[Tensor], titles: Sequence[str]
 ) -> Figure:
-    """Images with the outlines of reference (green) and prediction (red).
-
-    Args:
-        images: N of `(H, W)`, any range.
-        references: N masks `(H, W)` bool.
-        predictions: N masks `(H, W)` bool.
-        titles: Of each, such as its Dice coefficient.
-
-    Raises:
-        ImportError: If matplotlib is missing.
-        ValueError: If there is nothing to draw, or the numbers differ.
-    """
+    """Images `(H, W)` of any range with the outlines of their masks `(H, W)` bool: reference green, prediction red."""
     if not titles or not len(images) == len(references) == len(predictions) == len(titles):
         raise ValueError(
             f"Expected as many images, references, predictions and titles, at least one, got {len(images)}, "
@@ -124,7 +98,7 @@ def plot_segmentation_examples(
         panels, images, references, predictions, titles, strict=False
     ):
         axes.imshow(image.numpy(), cmap="gray")
-        for mask, color in ((reference, _CONTOUR["reference"]), (prediction, _CONTOUR["prediction"])):
+        for mask, color in ((reference, "tab:green"), (prediction, "tab:red")):
             if mask.any() and not mask.all():  # a constant has no outline
                 axes.contour(mask.numpy().astype(float), levels=[0.5], colors=[color], linewidths=1)
         axes.set_title(title, fontsize=8)

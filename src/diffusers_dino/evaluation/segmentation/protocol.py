@@ -120,12 +120,7 @@ class SegmentationResult(JsonResult):
 
 
 class SegmentationStudy(NamedTuple):
-    """Figures, and the segments behind them.
-
-    Attributes:
-        result: All figures.
-        swept: The segments of each model, one entry for each of its checkpoints.
-    """
+    """Figures, and the segments of each model behind them, one entry for each of its checkpoints."""
 
     result: SegmentationResult
     swept: dict[str, list[SweptSegments]]
@@ -192,17 +187,9 @@ def score_segments(
     seed: int = 0,
     progress: bool = True,
 ) -> SegmentationResult:
-    """Score models that have been swept over a data set, beside the baselines.
+    """The second half of `evaluate_segmentation`: score models that have been swept; now masks are read.
 
-    Args:
-        models: The segments of each model, one entry for each of its checkpoints.
-        images: The same images; now their masks are read.
-        dataset: Name of the data set.
-        seed: Of the split in halves, the bootstrap and k-means.
-        progress: Whether to show a bar.
-
-    Raises:
-        ValueError: If there are not at least two patients, or a mask does not fit its image.
+    `models` are the segments of each, one entry for each of its checkpoints.
     """
     halves = split_in_halves(images.patients, seed)
     masks = torch.stack([images.mask(i) for i in range(len(images))])
@@ -259,13 +246,7 @@ def chosen_masks(
 
 
 class CrossFit(NamedTuple):
-    """Scores `(N,)` of images at a setting that was not chosen on them.
-
-    Attributes:
-        scores: `(N,)`.
-        indices: `(N,)` int64, the setting of each image.
-        settings: The setting chosen on the first half and the one chosen on the second.
-    """
+    """Scores `(N,)` at settings `(N,)` that were not chosen on the same images, and those chosen on either half."""
 
     scores: Tensor
     indices: Tensor
@@ -275,12 +256,7 @@ class CrossFit(NamedTuple):
 def cross_fit(scores: Tensor, halves: Tensor) -> CrossFit:
     """Choose the setting with the best mean on one half of the images and score it on the other, both ways.
 
-    Args:
-        scores: `(H, N)`, of N images at H settings; higher is better.
-        halves: `(N,)` bool, from `split_in_halves`.
-
-    Raises:
-        ValueError: If the shapes do not fit or a half is empty.
+    `scores` are `(H, N)`, of N images at H settings, and higher is better; `halves` `(N,)` are from `split_in_halves`.
     """
     if scores.ndim != 2 or halves.shape != scores.shape[1:] or halves.all() or not halves.any():
         raise ValueError(

@@ -92,15 +92,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class SweptSegments:
-    """The segments of all images at all settings, on disk.
-
-    Attributes:
-        folder: Of one checkpoint's segments.
-        checkpoint: Its name.
-        sweep: The settings.
-        num_images: Of the data set.
-        chunk: Images in a file.
-    """
+    """The segments of all images at all settings of one checkpoint, on disk, `chunk` images in a file."""
 
     folder: Path
     checkpoint: str
@@ -119,9 +111,8 @@ class SweptSegments:
 
     def units(self) -> list[tuple[int, range]]:
         """All (view, images) that are a file each."""
-        chunks = [
-            range(first, min(first + self.chunk, self.num_images)) for first in range(0, self.num_images, self.chunk)
-        ]
+        numbers = range(self.num_images)
+        chunks = [numbers[first : first + self.chunk] for first in numbers[:: self.chunk]]
         return [(view, images) for view in range(len(self.sweep.views)) for images in chunks]
 
     def path(self, view: int, first: int) -> Path:
@@ -149,19 +140,10 @@ def segment_images(
     chunk: int = 8,
     progress: bool = True,
 ) -> SweptSegments:
-    """Segment all images at all settings; files that are there already are not made again.
+    """Segment all images at all settings, `chunk` images at once; files that are there already are not made again.
 
-    Args:
-        pipe: The model.
-        images: Of these the masks are not read.
-        sweep: The settings.
-        folder: Where the segments go.
-        checkpoint: Name of the model's state, for the table.
-        chunk: Images in a unit of work, which the model sees at once.
-        progress: Whether to show a bar.
-
-    Raises:
-        ValueError: If `folder` holds the segments of another model, of other images or of other settings.
+    Masks are not read. `checkpoint` is the name of the model's state, for the table. ValueError if `folder` holds the
+    segments of another model, of other images or of other settings.
     """
     folder = make_writable_folder(folder)
     swept = SweptSegments(folder, checkpoint, sweep, len(images), chunk)

@@ -13,12 +13,8 @@ __all__ = ["format_segmentation_table"]
 def format_segmentation_table(results: Sequence[SegmentationResult], style: str = "markdown") -> str:
     """Methods as rows, data sets as columns: mean Dice coefficient with its interval, and median with quartiles.
 
-    Args:
-        results: One for each data set.
-        style: `"markdown"`, `"latex"` or `"csv"`; the last has a line for each method and data set, with all figures.
-
-    Raises:
-        ValueError: If the style is unknown, or there is no result.
+    `style` is `"markdown"`, `"latex"` or `"csv"`; the last has a line for each method and data set, with all figures.
+    ValueError if there is no result.
     """
     require_table_format(style)
     if not results:

@@ -10,14 +10,7 @@ MODULES = ("frechet_distance", "kernel_distance", "manifold_figures", "vendi_sco
 
 
 def module_path(name: str) -> str:
-    """The folder that `evaluate.load` takes.
-
-    Args:
-        name: One of `MODULES`.
-
-    Raises:
-        ValueError: If there is no such module.
-    """
+    """The folder that `evaluate.load` takes, of one of `MODULES`; ValueError if it is none of them."""
     if name not in MODULES:
         raise ValueError(f"There is no evaluation module {name!r}: give one of {', '.join(MODULES)}.")
     return str(Path(__file__).parent / name)

@@ -22,21 +22,13 @@ _REFERENCES = """
 
 
 class FeatureModule(evaluate.Metric):
-    """A figure of features. The docstring of a module says what it measures.
+    """A figure of features. The docstring of a module says what it measures."""
 
-    Attributes:
-        published: Where it was published.
-        returns: The names of its figures.
-        arguments: Lines on arguments of its own.
-        paired: Whether it has references at all.
-        takes_statistics: Whether a reference may be a file of `GaussianStatistics`.
-    """
-
-    published: str
-    returns: str
-    arguments = ""
-    paired = True
-    takes_statistics = False
+    published: str  # where
+    returns: str  # the names of its figures
+    arguments = ""  # lines on arguments of its own
+    paired = True  # whether it has references at all
+    takes_statistics = False  # whether a reference may be a file of `GaussianStatistics`
 
     def _info(self) -> evaluate.MetricInfo:
         row = datasets.Sequence(datasets.Value("float32"))
@@ -55,11 +47,7 @@ class FeatureModule(evaluate.Metric):
 
 
 def to_tensor(rows: Any) -> Tensor:
-    """Rows as `evaluate` hands them over, as a tensor `(N, D)`.
-
-    Raises:
-        ValueError: If the rows differ in length.
-    """
+    """Rows as `evaluate` hands them over, as a tensor `(N, D)`; ValueError if they differ in length."""
     lengths = {len(row) for row in rows}
     if len(lengths) > 1:
         raise ValueError(f"All features have one width, got rows of {', '.join(map(str, sorted(lengths)))} numbers.")
@@ -67,11 +55,7 @@ def to_tensor(rows: Any) -> Tensor:
 
 
 def reference_features(references: Any, reference_file: str | Path | None) -> Tensor:
-    """The reference from its rows, or from a `FeatureSet` file.
-
-    Raises:
-        ValueError: If neither or both are given.
-    """
+    """The reference from its rows, or from a `FeatureSet` file; ValueError if neither or both are given."""
     if references is None and reference_file is None:
         raise ValueError(f"compute() of the configuration {_FROM_FILE!r} needs `reference_file`, a file of features.")
     if references is not None and reference_file is not None:

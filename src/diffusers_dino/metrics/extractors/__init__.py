@@ -10,13 +10,12 @@ import torch
 
 from .base import FeatureExtractor, FeatureSpec
 from .files import require_local
-from .thumbnails import open_local_contrast, open_pixels, pixel_features
+from .thumbnails import THUMBNAILS, open_thumbnails, pixel_features
 from .tiny import open_tiny
 
 __all__ = ["EXTRACTORS", "FeatureExtractor", "FeatureSpec", "open_extractor", "pixel_features"]
 
 EXTRACTORS = ("pixels", "local-contrast", "tiny", "xrv", "rad-dino", "dinov2", "inception", "timm/NAME")
-_WITHOUT_WEIGHTS = {"pixels": open_pixels, "local-contrast": open_local_contrast}
 _REPOSITORIES = {"rad-dino": "microsoft/rad-dino", "dinov2": "facebook/dinov2-large"}
 
 
@@ -49,10 +48,10 @@ def open_extractor(
         FileNotFoundError: If the weights do not exist.
         ImportError: If a package that this extractor needs is not installed.
     """
-    if name in _WITHOUT_WEIGHTS:
+    if name in THUMBNAILS:
         if weights is not None or sha256 is not None:
             raise ValueError(f"The extractor {name} has no weights: it takes neither a file of them nor a hash.")
-        return _WITHOUT_WEIGHTS[name](device)
+        return open_thumbnails(name, device)
     if name == "tiny":
         return open_tiny(weights, device, sha256)
     # large libraries are imported only for the extractors that need them

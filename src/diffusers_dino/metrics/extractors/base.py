@@ -43,11 +43,7 @@ class FeatureSpec:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FeatureSpec:
-        """Read what `to_dict` wrote.
-
-        Raises:
-            ValueError: If a key is missing or unknown.
-        """
+        """Read what `to_dict` wrote; ValueError if a key is missing or unknown."""
         known = {field.name for field in fields(cls)}
         if wrong := known ^ set(values):
             raise ValueError(f"A description of features has missing or unknown keys: {', '.join(sorted(wrong))}.")
@@ -63,11 +59,7 @@ class FeatureSpec:
         return cls.from_dict(json.loads(text))
 
     def require_same(self, other: FeatureSpec) -> None:
-        """Refuse to go on with features of another description.
-
-        Raises:
-            ValueError: If a field differs; the message names each.
-        """
+        """ValueError that names each field that differs."""
         own, others = self.to_dict(), other.to_dict()
         if unequal := [f"{name}: {own[name]!r} and {others[name]!r}" for name in own if own[name] != others[name]]:
             raise ValueError(
@@ -97,13 +89,7 @@ class FeatureExtractor:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Features of one batch.
-
-        Args:
-            images: `(N, C, H, H)` in [0, 1], with C = 1 or 3.
-
-        Returns:
-            `(N, D)` float32 on the CPU.
+        """Features `(N, D)` float32 on the CPU of images `(N, C, H, H)` in [0, 1], with C = 1 or 3.
 
         Raises:
             ValueError: If the images are of another shape or range, or hold NaN; or a feature is not finite.

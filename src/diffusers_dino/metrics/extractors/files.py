@@ -14,15 +14,7 @@ _SIDECAR = ".sha256"  # beside a weight file: what `sha256sum FILE` prints
 
 
 def checked_sha256(path: Path, expected: str | None = None) -> str:
-    """SHA-256 of a weight file, once it is what it should be.
-
-    Args:
-        path: The file. Where `FILE.sha256` lies beside it, the file must have that hash.
-        expected: The hash that it must have.
-
-    Raises:
-        ValueError: If the hash is another.
-    """
+    """SHA-256 of a weight file; ValueError unless it is the one expected and that of a `FILE.sha256` beside it."""
     found = sha256_of(path)
     sidecar = path.with_name(path.name + _SIDECAR)
     if sidecar.is_file():
@@ -53,12 +45,7 @@ def folder_sha256(folder: Path, expected: str | None = None) -> str:
 
 
 def require_local(name: str, weights: str | os.PathLike[str] | None, hint: str) -> Path:
-    """The path of weights that exist here.
-
-    Raises:
-        ValueError: If none are given.
-        FileNotFoundError: If they do not exist.
-    """
+    """The path of weights; ValueError if none are given, FileNotFoundError if they do not exist here."""
     if weights is None:
         raise ValueError(
             f"The extractor {name} needs its weights (`weights`) from this machine, nothing is downloaded: {hint}"

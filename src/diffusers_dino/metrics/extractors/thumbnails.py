@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .base import FeatureExtractor, FeatureSpec
 
-__all__ = ["gaussian_blur", "local_contrast_features", "open_local_contrast", "open_pixels", "pixel_features"]
+__all__ = ["THUMBNAILS", "gaussian_blur", "local_contrast_features", "open_thumbnails", "pixel_features"]
 
 _SIDE = 16
 _SIGMA = 2.0  # of the neighbourhood of local contrast, in pixels of the thumbnail
@@ -41,9 +39,7 @@ def local_contrast_features(images: Tensor, side: int = _SIDE) -> Tensor:
     Radiographs share their coarse brightness, so in plain pixels images of different people are near each other. What
     is left here is where an image is brighter or darker than its own surroundings.
 
-    Args:
-        images: `(N, C, H, W)` in [0, 1], with C = 1 or 3.
-        side: Side of the thumbnail in pixels.
+    Images and `side` are those of `pixel_features`.
 
     Returns:
         `(N, side * side)` float32 of norm 1, so that squared distances are `2 - 2 * correlation`; 0 for a flat image.
@@ -54,15 +50,15 @@ def local_contrast_features(images: Tensor, side: int = _SIDE) -> Tensor:
     return F.normalize(relief.flatten(1), dim=1)
 
 
-def open_pixels(device: torch.device | str = "cpu") -> FeatureExtractor:
-    """`pixel_features` of 16 x 16 px as an extractor."""
-    return _open("pixels", "gray values", pixel_features, device)
+_LOCAL_CONTRAST = f"gray values in units of local contrast, sigma {_SIGMA:g}, floor {_FLOOR:g}, norm 1"
+THUMBNAILS = {"pixels": ("gray values", pixel_features), "local-contrast": (_LOCAL_CONTRAST, local_contrast_features)}
 
 
-def open_local_contrast(device: torch.device | str = "cpu") -> FeatureExtractor:
-    """`local_contrast_features` of 16 x 16 px as an extractor."""
-    layer = f"gray values in units of local contrast, sigma {_SIGMA:g}, floor {_FLOOR:g}, norm 1"
-    return _open("local-contrast", layer, local_contrast_features, device)
+def open_thumbnails(name: str, device: torch.device | str = "cpu") -> FeatureExtractor:
+    """One of `THUMBNAILS` as an extractor of 16 x 16 px."""
+    layer, features = THUMBNAILS[name]
+    spec = FeatureSpec(name, layer, _SIDE**2, _SIDE, "gray, [0, 1]", "bilinear, antialiased", None)
+    return FeatureExtractor(spec, features, device)
 
 
 def gaussian_blur(images: Tensor, sigma: float, padding_mode: str) -> Tensor:
@@ -79,8 +75,3 @@ def _thumbnails(images: Tensor, side: int) -> Tensor:
     """Gray `(N, 1, side, side)`."""
     gray = images.float().mean(dim=1, keepdim=True)
     return F.interpolate(gray, size=(side, side), mode="bilinear", antialias=True)
-
-
-def _open(name: str, layer: str, features: Callable[[Tensor], Tensor], device: torch.device | str) -> FeatureExtractor:
-    spec = FeatureSpec(name, layer, _SIDE**2, _SIDE, "gray, [0, 1]", "bilinear, antialiased", None)
-    return FeatureExtractor(spec, features, device)

@@ -41,12 +41,8 @@ def open_timm(
 ) -> FeatureExtractor:
     """An extractor from timm's weights, with the size, mean, std and resampling that belong to them.
 
-    Args:
-        name: A model of timm. Its tag (`resnet50.a1_in1k`) tells the preprocessing of a bare file of weights.
-        weights: A `.safetensors` file, or a folder with `config.json` and `model.safetensors` as the Hub has them,
-            whose preprocessing then counts.
-        device: Where it computes.
-        sha256: What the hash of the weights must be.
+    `weights` is a folder with `config.json` and `model.safetensors` as the Hub has them, or only the latter file: then
+    the tag of the name (`resnet50.a1_in1k`) tells the preprocessing.
     """
     path = Path(weights)
     file = path / "model.safetensors" if path.is_dir() else path

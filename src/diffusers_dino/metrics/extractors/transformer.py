@@ -35,29 +35,22 @@ class _ClassToken(nn.Module):
 def open_transformer(
     name: str, folder: str | os.PathLike[str], device: torch.device | str = "cpu", sha256: str | None = None
 ) -> FeatureExtractor:
-    """An extractor from a checkpoint of transformers, with the size, mean and std of its image processor.
+    """An extractor from a folder with `config.json`, `preprocessor_config.json` and `model.safetensors`.
 
-    Args:
-        name: What to call it.
-        folder: With `config.json`, `preprocessor_config.json` and `model.safetensors`.
-        device: Where it computes.
-        sha256: What the hash of the weights must be.
+    Size, mean and std are those of its image processor.
     """
     folder = Path(folder)
     encoder_spec, model = load_encoder(folder)
     network = _ClassToken(encoder_spec, model)
     has_token = network.encoder.has_class_token
+    mean, std = ([round(x, 6) for x in values] for values in (encoder_spec.mean, encoder_spec.std))
     spec = FeatureSpec(
         extractor=name,
         layer="class token after the last norm" if has_token else "mean of the patch tokens after the last norm",
         dim=network.encoder.width,
         input_size=encoder_spec.size,
-        pixel_range=f"RGB, (x - {_rounded(encoder_spec.mean)}) / {_rounded(encoder_spec.std)}",
+        pixel_range=f"RGB, (x - {mean}) / {std}",
         resize=f"{encoder_spec.resample}, antialiased",
         weights_sha256=folder_sha256(folder, sha256),
     )
     return FeatureExtractor(spec, network, device)
-
-
-def _rounded(values: list[float]) -> list[float]:
-    return [round(value, 6) for value in values]

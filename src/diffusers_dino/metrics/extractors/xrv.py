@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torchvision.models import DenseNet
 
 from ...extras import require
-from ...files import atomic_write, sha256_of
+from ...files import atomic_write
 from ...pixels import unit_to_xrv
 from .base import FeatureExtractor, FeatureSpec
 from .files import checked_sha256, require_local, write_sha256
@@ -92,9 +92,12 @@ def convert_xrv_weights(
     source, output = require_local("xrv", weights, "give the file that torchxrayvision published."), Path(output)
     if output.suffix != ".safetensors":
         raise ValueError(f"The converted weights are safetensors: {output.name} should end in .safetensors.")
-    if sha256 is None:
-        _require_published(source)
     found = checked_sha256(source, sha256)
+    if sha256 is None and found != PUBLISHED_SHA256:
+        raise ValueError(
+            f"{source} has the SHA-256 {found}, the published densenet121-res224-all {PUBLISHED_SHA256}. If you trust "
+            "this file, and it is the same network with other weights, give its hash as `sha256`."
+        )
     tensors = _tensors_of(_unpickle(source, found))
     network = XrvNetwork()
     _load(network, tensors, source)
@@ -102,15 +105,6 @@ def convert_xrv_weights(
         # one entry: several would come in any order, and the hash would change with it
         file.write(save(network.state_dict(), metadata={"source_sha256": found}))
     return write_sha256(output)
-
-
-def _require_published(source: Path) -> None:
-    found = sha256_of(source)
-    if found != PUBLISHED_SHA256:
-        raise ValueError(
-            f"{source} has the SHA-256 {found}, the published densenet121-res224-all {PUBLISHED_SHA256}. If you trust "
-            "this file, and it is the same network with other weights, give its hash as `sha256`."
-        )
 
 
 def _unpickle(path: Path, found: str) -> Any:
