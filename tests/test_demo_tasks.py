@@ -54,28 +54,6 @@ class TestReading:
         assert (opened[0, 0], opened[-1, -1]) == (0, 255)
         assert len(np.unique(opened)) == 256
 
-    def test_the_first_picture_of_an_animation_is_read(self, tmp_path):
-        first, second = picture(0), picture(1)
-        first.save(tmp_path / "moving.gif", save_all=True, append_images=[second])
-        assert np.asarray(tasks.open_image(tmp_path / "moving.gif")).mean() == pytest.approx(
-            np.asarray(first).mean(), abs=40
-        )
-
-    def test_dicom_is_read(self, tmp_path):
-        pytest.importorskip("pydicom")
-        from dicom_files import dicom_bytes
-
-        pixels = np.arange(64 * 48, dtype=np.uint16).reshape(64, 48)
-        (tmp_path / "1.2.840").write_bytes(dicom_bytes(pixels, bits=12))
-        assert tasks.open_image(tmp_path / "1.2.840").size == (48, 64)
-
-    def test_dicom_without_the_extra_names_the_extra(self, tmp_path, monkeypatch):
-        path = tmp_path / "scan.dcm"
-        path.write_bytes(bytes(128) + b"DICM" + bytes(64))
-        monkeypatch.setitem(sys.modules, "pydicom", None)
-        with pytest.raises(ImportError, match=r"diffusers-dino\[dicom\]"):
-            tasks.open_image(path)
-
     @pytest.mark.parametrize(
         ("name", "content", "message"),
         [
@@ -105,48 +83,36 @@ class TestSampling:
         done = []
         made = tasks.vary(pipe, picture(), 6, sampling, done.append)
         assert len(made) == 6
-        assert made[0].size == (tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
+        assert made[0].size == (tasks.model_size(pipe),) * 2 == (tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
         assert done == pytest.approx([0.25, 0.5, 0.75, 1])  # two batches of two steps
         alone = tasks.vary(pipe, picture(), 1, tasks.SamplerSettings(steps=2, seed=12))
         assert np.abs(arrays(made[5:]).astype(int) - arrays(alone)).max() <= 1
-        expected = pipe(
-            picture(), num_images_per_prompt=4, num_inference_steps=2, generator=tiny.generators(7, 8, 9, 10)
-        )
+        options = {"num_images_per_prompt": 4, "num_inference_steps": 2}
+        expected = pipe(picture(), generator=tiny.generators(7, 8, 9, 10), **options)
         assert np.array_equal(arrays(made[:4]), arrays(expected.images))
 
     def test_every_scheduler_of_the_list_samples_and_leaves_the_pipeline_its_own(self, pipe):
         own = pipe.scheduler
-        made = [
-            tasks.vary(pipe, picture(), 1, tasks.SamplerSettings(steps=3, scheduler=name))[0]
-            for name in tasks.SCHEDULERS
-        ]
+        settings = [tasks.SamplerSettings(steps=3, scheduler=name) for name in tasks.SCHEDULERS]
+        made = [tasks.vary(pipe, picture(), 1, sampling)[0] for sampling in settings]
         assert len(np.unique(arrays(made), axis=0)) > 1
         assert pipe.scheduler is own
 
     @pytest.mark.parametrize("method", ["lerp", "slerp"])
     def test_a_blend_is_the_path_of_the_pipeline(self, pipe, method):
         done = []
-        made = tasks.blend(
-            pipe, picture(0), picture(1), 3, method, tasks.SamplerSettings(steps=2, seed=1), done.append
-        )
-        path = DinoInterpolationPipeline.from_pipe(pipe)(
-            picture(0),
-            picture(1),
-            [0, 0.5, 1],
-            method=method,
-            num_inference_steps=2,
-            generator=torch.Generator().manual_seed(1),
-        )
+        sampling = tasks.SamplerSettings(steps=2, seed=1)
+        made = tasks.blend(pipe, picture(0), picture(1), 3, method, sampling, done.append)
+        options = {"method": method, "num_inference_steps": 2, "generator": torch.Generator().manual_seed(1)}
+        path = DinoInterpolationPipeline.from_pipe(pipe)(picture(0), picture(1), [0, 0.5, 1], **options)
         assert np.array_equal(arrays(made), arrays(path.images))
         assert done[-1] == pytest.approx(1)
-
-    def test_the_side_of_the_images_is_the_models(self, pipe):
-        assert tasks.model_size(pipe) == tiny.IMAGE_SIZE
 
 
 class TestSegments:
     def test_another_threshold_does_not_run_the_model_again(self, pipe, monkeypatch):
-        segmenter = tasks.Segmenter(pipe)
+        segmenter = tasks.Segmenter(pipe, kept=1)
+        segmenter.segment(picture(), 100, 1.5)
         image = picture(size=40)
         few = segmenter.segment(image, 100, 1.5)
         assert tasks.labels_of(few, image).shape == (40, 40)
@@ -155,12 +121,7 @@ class TestSegments:
         many = segmenter.segment(image, 100, 0.05)
         assert not calls
         assert len(many) > len(few)
-
-    def test_maps_of_the_last_images_are_kept_and_no_more(self, pipe):
-        segmenter = tasks.Segmenter(pipe, kept=2)
-        for seed in range(3):
-            segmenter.segment(picture(seed), 50, 0.5)
-        assert len(segmenter._maps) == 2
+        assert len(segmenter._maps) == 1  # of the last image
 
     def test_layers_can_be_chosen(self, pipe):
         segmenter = tasks.Segmenter(pipe)
@@ -179,9 +140,7 @@ class TestSegments:
         assert areas.min() > 0
         options = {"timestep": 100, "merge_threshold": 0.05, "relative_threshold": True, "refine": True}
         expected = DiffSegPipeline.from_pipe(pipe)(image, **options).masks[0].numpy()
-        pairs = {
-            (ours, theirs) for ours, theirs in zip(labels.ravel().tolist(), expected.ravel().tolist(), strict=True)
-        }
+        pairs = set(zip(labels.ravel().tolist(), expected.ravel().tolist(), strict=True))
         assert len(pairs) == len(areas)  # the same segments under other numbers
 
     def test_large_images_are_labelled_at_their_own_size(self, pipe):
@@ -190,33 +149,22 @@ class TestSegments:
         assert tasks.labels_of(segments, image).shape == (1500, 1500)
         assert tasks.fitted(image, tasks.DISPLAY).size == (1024, 1024)
 
-    def test_a_mask_file_holds_the_numbers(self):
-        labels = np.arange(256, dtype=np.uint8).reshape(16, 16)
-        opened = Image.open(io.BytesIO(tasks.png(tasks.mask_image(labels))))
-        assert np.array_equal(np.asarray(opened), labels)
-        assert np.array_equal(np.asarray(opened.convert("RGB")), tasks.palette()[labels])
-
-    def test_an_overlay_goes_from_the_image_to_the_colours(self):
+    def test_an_overlay_goes_from_the_image_to_the_colours_and_a_mask_holds_the_numbers(self):
         image, labels = picture(size=32), np.repeat(np.arange(2, dtype=np.uint8), 512).reshape(32, 32)
         assert np.array_equal(np.asarray(tasks.overlay(image, labels, 0)), np.asarray(image.convert("RGB")))
         assert np.array_equal(np.asarray(tasks.overlay(image, labels, 1)), tasks.palette()[labels])
-
-    def test_colours_of_neighbouring_numbers_differ(self):
-        palette = tasks.palette().astype(int)
-        assert len(np.unique(palette, axis=0)) > 200
-        assert np.abs(np.diff(palette[:12], axis=0)).sum(axis=1).min() > 100
+        mask = Image.open(io.BytesIO(tasks.png(tasks.mask_image(labels))))
+        assert np.array_equal(np.asarray(mask), labels)
 
 
 def test_an_archive_holds_the_pictures_at_their_size_and_says_how_they_were_made():
-    archive = tasks.archive(
-        {"a": picture(), "b": picture(1)}, "tiny", tasks.SamplerSettings(steps=3), task="variations"
-    )
+    sampling = tasks.SamplerSettings(steps=3)
+    archive = tasks.archive({"a": picture(), "b": picture(1)}, "tiny", sampling, task="variations")
     with zipfile.ZipFile(io.BytesIO(archive)) as file:
         assert sorted(file.namelist()) == ["a.png", "b.png", "settings.json"]
         assert np.array_equal(np.asarray(Image.open(file.open("b.png"))), np.asarray(picture(1)))
         noted = json.loads(file.read("settings.json"))
-    made_with = {"steps": 3, "guidance": 2.0, "seed": 0, "scheduler": "the model's own"}
-    assert noted == {"synthetic": True, "model": "tiny", **made_with, "task": "variations"}
+    assert noted.items() >= {"synthetic": True, "model": "tiny", "steps": 3, "task": "variations"}.items()
 
 
 class TestStarting:
