@@ -198,7 +198,7 @@ class Trainer:
         }
 
     def denoise(self, *args: Any, **kwargs: Any) -> Any:
-        """The UNet as accelerate prepares it: in mixed precision, and it alone."""
+        """The UNet as accelerate prepares it: in mixed precision, and only it."""
         with torch.autocast(self.bench.device.type, self.bench.dtype, enabled=self.bench.dtype != torch.float32):
             return self.bench.pipe.unet(*args, **kwargs)
 

@@ -5,7 +5,7 @@
 On a CPU, `enable_model_cpu_offload` has nowhere to move a model to: its line is the price of its hooks. Groups of
 layers that wait on a disk, however, run a model in less memory than its weights take. Each way runs in a process of
 its own, all of them in turn, with random weights (`gpu_models.py`); ratios are medians of neighbours in time, peaks
-are resident memory, mapped files included, above that of the process before it built anything. Linux alone. `gpu.py`
+are resident memory, mapped files included, above that of the process before it built anything. Linux only. `gpu.py`
 measures offloading from a GPU.
 """
 

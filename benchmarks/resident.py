@@ -1,4 +1,4 @@
-"""Resident memory of the process that asks (Linux alone)."""
+"""Resident memory of the process that asks (Linux only)."""
 
 from __future__ import annotations
 

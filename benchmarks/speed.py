@@ -70,7 +70,7 @@ def scheduler(name: str, steps: int, **options: Any) -> Way:
 
 
 def guide_in_the_middle(pipe: Pipe, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-    """Guidance on an interval of noise levels alone (Kynkäänniemi et al., NeurIPS 2024)."""
+    """Guidance only on an interval of noise levels (Kynkäänniemi et al., NeurIPS 2024)."""
     pipe._guidance_scale = 2.0 if 200 < timestep < 800 else 1.0
     return {}
 

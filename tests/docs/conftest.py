@@ -1,6 +1,6 @@
 """The folder that the code of the documentation runs in: what a reader has, at the smallest size.
 
-What needs torch is imported where it is used: most tests of this folder read text alone.
+What needs torch is imported where it is used: most tests of this folder read only text.
 """
 
 import csv

@@ -1,4 +1,4 @@
-"""Features with their keys: extracted as a stream, kept in a file, compared with their like alone."""
+"""Features with their keys: extracted as a stream, kept in a file, compared only with their like."""
 
 import logging
 

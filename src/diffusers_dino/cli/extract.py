@@ -30,7 +30,7 @@ class Arguments:
     device: str | None = flag(None, "Where to compute; a GPU if there is one.")
     batch_size: int = flag(64, "Images computed at once.")
     split: str = flag("train", "Split of a `datasets` set, or of a folder of shards with a manifest.", group="Images")
-    keys_file: str | None = flag(None, "Text file of sample keys, one a line: take these alone.")
+    keys_file: str | None = flag(None, "Text file of sample keys, one a line: take only these.")
     resolution: int = flag(512, "Side that images are prepared at, before the extractor's own resize.")
     remove_borders: bool = flag(True, "Cut uniform borders off.")
     max_unreadable: float = flag(0.05, "Largest tolerated fraction of images that cannot be read.")
