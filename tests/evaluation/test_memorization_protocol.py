@@ -21,12 +21,15 @@ def phantoms():
     return torch.stack([images[i]["image"] for i in range(len(images))])
 
 
+def synthetic_images(phantoms: torch.Tensor) -> torch.Tensor:
+    """Images that were not trained on, and copies of two that were."""
+    return torch.cat([phantoms[1::2][:60], phantoms[::2][7:8], phantoms[::2][9:10].flip(-1)])
+
+
 @pytest.fixture(scope="module")
 def study(phantoms):
-    """Half of the phantoms trained, others are "generated", and with them copies of two training images."""
-    training, others = phantoms[::2], phantoms[1::2]
-    synthetic = torch.cat([others[:60], training[7:8], training[9:10].flip(-1)])
-    return evaluate_memorization(training, synthetic, others[60:], false_alarms=FALSE_ALARMS, num_pairs=5)
+    options = {"held_out": phantoms[1::2][60:], "false_alarms": FALSE_ALARMS, "num_pairs": 5}
+    return evaluate_memorization(phantoms[::2], synthetic_images(phantoms), **options)
 
 
 def test_planted_copies_head_the_closest_pairs(study, phantoms):
@@ -38,7 +41,8 @@ def test_planted_copies_head_the_closest_pairs(study, phantoms):
     assert third.relative_distance > 0.1
     assert [x.copy for x in result.closest] == [x.relative_distance < result.threshold for x in result.closest]
     assert gate.fingerprint() == result.gate
-    refused = ~gate(torch.cat([phantoms[1::2][:60], phantoms[::2][7:8], phantoms[::2][9:10].flip(-1)]))
+    assert CopyGate.calibrate(phantoms[::2], false_alarms=FALSE_ALARMS).fingerprint() == result.gate
+    refused = ~gate(synthetic_images(phantoms))
     assert refused.sum() == result.synthetic.copies >= 2
 
 
@@ -68,13 +72,8 @@ def test_images_of_the_same_patient_are_not_compared(phantoms):
     training = phantoms[::2]
     patients = list(range(len(training)))
     blind = evaluate_memorization(training, held_out=training[:40], false_alarms=FALSE_ALARMS).result
-    known = evaluate_memorization(
-        training,
-        held_out=training[:40],
-        training_groups=patients,
-        held_out_groups=patients[:40],
-        false_alarms=FALSE_ALARMS,
-    ).result
+    groups = {"training_groups": patients, "held_out_groups": patients[:40]}
+    known = evaluate_memorization(training, held_out=training[:40], false_alarms=FALSE_ALARMS, **groups).result
     assert blind.held_out.copies == 40  # they are the training images themselves
     assert known.held_out.copies <= 2
     assert known.training == blind.training
@@ -86,16 +85,12 @@ def test_results_go_to_json_and_back(study, tmp_path):
         assert MemorizationResult.load(tmp_path / "memorization.json") == result
 
 
-def test_the_gate_of_a_study_is_that_of_calibrate(study, phantoms):
-    assert CopyGate.calibrate(phantoms[::2], false_alarms=FALSE_ALARMS).fingerprint() == study.result.gate
-
-
 def test_results_are_drawn(study, phantoms):
     axes = plot_memorization(study.result).axes[0]
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert "synthetic (N = 62)" in labels
     assert len(labels) == 4
-    synthetic = torch.cat([phantoms[1::2][:60], phantoms[::2][7:8], phantoms[::2][9:10].flip(-1)])
+    synthetic = synthetic_images(phantoms)
     sheet = draw_closest_pairs(study.result, synthetic, phantoms[::2], columns=2)
     assert sheet.size == (4 * 32, 2 * 32)  # two pairs in a row; the fifth has no partner
     for left in (0, 64):  # a copy and its original, mirrored as it was compared, are the same picture
@@ -107,13 +102,12 @@ def test_results_are_drawn(study, phantoms):
 
 def test_bad_sets_are_refused(phantoms):
     training = phantoms[::2]
-    with pytest.raises(ValueError, match="nothing to compare"):
-        evaluate_memorization(training, training[:0], false_alarms=FALSE_ALARMS)
-    with pytest.raises(ValueError, match="finite"):
-        evaluate_memorization(training, training[:2] * float("nan"), false_alarms=FALSE_ALARMS)
-    with pytest.raises(ValueError, match="no held-out images"):
-        evaluate_memorization(training, calibrate_on="held out")
-    with pytest.raises(ValueError, match="training_groups"):
-        evaluate_memorization(training, held_out=training, held_out_groups=range(len(training)))
-    with pytest.raises(ValueError, match="one group an image"):
-        evaluate_memorization(training, training_groups=["p"])
+    for message, options in (
+        ("nothing to compare", {"synthetic": training[:0]}),
+        ("finite", {"synthetic": training[:2] * float("nan")}),
+        ("no held-out images", {"calibrate_on": "held out"}),
+        ("training_groups", {"held_out": training, "held_out_groups": range(len(training))}),
+        ("one group an image", {"training_groups": ["p"]}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate_memorization(training, false_alarms=FALSE_ALARMS, **options)

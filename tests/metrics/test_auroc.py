@@ -183,9 +183,7 @@ def test_holm_is_the_closure_of_bonferroni():
         sets = [s for size in range(1, len(ps) + 1) for s in combinations(range(len(ps)), size)]
         expected = [max(min(1, len(s) * min(ps[j] for j in s)) for s in sets if i in s) for i in range(len(ps))]
         assert holm(ps) == pytest.approx(expected)
-
-
-def test_a_test_that_was_not_made_counts():
+    # a test that was not made counts
     first, missing, last = holm([0.01, None, 0.02])
     assert (first, last) == pytest.approx(holm([0.01, 1.0, 0.02])[::2])
     assert missing is None

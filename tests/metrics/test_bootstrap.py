@@ -97,10 +97,7 @@ def test_values_are_the_figures_and_lie_inside():
         assert estimate.value == pytest.approx(value, rel=1e-9)
         assert estimate.low <= estimate.value <= estimate.high
         assert estimate.low < estimate.high
-
-
-def test_a_share_stays_a_share():
-    real = gaussian(60, 2)
+    real = gaussian(60, 2)  # a share stays a share
     for estimate in estimate_manifolds(real[:40], real[20:], 5, Bootstrap(repeats=60))[::3]:
         assert 0 <= estimate.low <= estimate.high <= 1
 

@@ -274,17 +274,19 @@ def test_inception_refuses_other_weights(inception_weights, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_pixels_are_thumbnails():
+def test_pixels_are_thumbnails_of_area_means():
     extractor = open_extractor("pixels")
     images = random_images(3)
     assert torch.equal(extractor(images), pixel_features(images))
     assert extractor.spec.dim == 256
     assert extractor(images[:0]).shape == (0, 256)
+    ramp = torch.linspace(0, 1, 64)
+    features = pixel_features(ramp.expand(2, 3, 64, 64), side=16).view(2, 16, 16)
+    assert torch.allclose(features[0, 3, 1:-1], ramp.view(16, 4).mean(1)[1:-1], atol=1e-5)
+    with pytest.raises(ValueError, match="16 x 16"):
+        pixel_features(torch.zeros(1, 1, 8, 8))
     with pytest.raises(ValueError, match="has no weights"):
         open_extractor("pixels", "weights.safetensors")
-
-
-def test_an_unknown_name_says_what_there_is():
     with pytest.raises(ValueError, match="give one of pixels, "):
         open_extractor("resnet")
 
@@ -330,13 +332,3 @@ def test_a_description_goes_to_json_and_back():
     spec().require_same(spec())
     with pytest.raises(ValueError, match=r"layer: 'last' and 'first'; weights_sha256: None and 'ab'"):
         spec().require_same(spec(layer="first", weights_sha256="ab"))
-
-
-def test_pixel_features_are_the_area_means_of_smooth_images():
-    ramp = torch.linspace(0, 1, 64).expand(2, 3, 64, 64)
-    features = pixel_features(ramp, side=16).view(2, 16, 16)
-    assert features.shape == (2, 16, 16)
-    expected = torch.linspace(0, 1, 64).view(16, 4).mean(1)
-    assert torch.allclose(features[0, 3, 1:-1], expected[1:-1], atol=1e-5)
-    with pytest.raises(ValueError, match="16 x 16"):
-        pixel_features(torch.zeros(1, 1, 8, 8))

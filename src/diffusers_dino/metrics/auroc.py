@@ -43,11 +43,7 @@ class SingleClassError(ValueError):
 
 
 def label_auroc(probabilities: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """AUROC of each label: `(N, L)` probabilities and bool targets give `(L,)` in [0, 1], NaN for a single class.
-
-    Raises:
-        ValueError: If shapes do not fit or a probability is not finite.
-    """
+    """AUROC of each label: `(N, L)` probabilities and bool targets give `(L,)` in [0, 1], NaN for a single class."""
     return auroc_draws(probabilities, targets)[0]
 
 

@@ -86,11 +86,7 @@ def bootstrap_samples(
 
 
 def percentile_interval(samples: np.ndarray, level: float = 0.95) -> Interval:
-    """The interval that holds `level` of `(repeats,)` draws, those that are not finite left out.
-
-    Raises:
-        ValueError: If fewer than half of them are finite, or `level` is not a probability.
-    """
+    """The interval that holds `level` of `(repeats,)` draws; ValueError if fewer than half of them are finite."""
     if not 0 < level < 1:
         raise ValueError(f"The level of an interval is in (0, 1), got {level}.")
     finite = samples[np.isfinite(samples)]
@@ -104,13 +100,9 @@ def percentile_interval(samples: np.ndarray, level: float = 0.95) -> Interval:
 
 
 def resamples(n: int, groups: Sequence[Any] | None = None, repeats: int = 1000, seed: int = 0) -> Iterator[np.ndarray]:
-    """Row numbers of each draw; arguments are those of `bootstrap_interval`.
+    """Row numbers `(m,)` of each draw; arguments and errors are those of `bootstrap_interval`.
 
-    Yields:
-        `(m,)` int64 in [0, n): as many groups as there are, drawn with replacement, each with all of its rows.
-
-    Raises:
-        ValueError: If there are fewer than two groups, not one for each item, or no draw.
+    As many groups as there are, are drawn with replacement, each with all of its rows.
     """
     names, codes = np.unique(np.arange(n) if groups is None else np.asarray(groups), return_inverse=True)
     if len(codes) != n:

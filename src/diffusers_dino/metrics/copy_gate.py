@@ -123,11 +123,7 @@ class CopyGate:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], extractor: FeatureExtractor | None = None) -> CopyGate:
-        """Read what `save` wrote.
-
-        Args:
-            path: The file.
-            extractor: Needed if the gate's has weights: opened with the same ones.
+        """Read what `save` wrote; the extractor is needed if the gate's has weights: opened with the same ones.
 
         Raises:
             FileNotFoundError: If there is no such file.

@@ -41,16 +41,12 @@ def iou(prediction: Tensor, target: Tensor) -> Tensor:
 def best_union(segments: Tensor, target: Tensor, max_segments: int = 2) -> SegmentUnion:
     """The union of one or two segments that agrees best with a reference: an oracle, as it looks at the answer.
 
+    Of equal ones it is the one with fewer segments, then with the smaller numbers.
+
     Args:
         segments: `(H, W)` integers of 0 or more, the segment of each pixel.
         target: `(H, W)` bool.
         max_segments: 1 or 2: a left and a right lung may be two segments.
-
-    Returns:
-        The best union; of equal ones the one with fewer segments, then with the smaller numbers.
-
-    Raises:
-        ValueError: If shapes or types do not fit.
     """
     if segments.shape != target.shape or segments.ndim != 2 or target.dtype != torch.bool:
         raise ValueError(

@@ -27,11 +27,8 @@ class GaussianStatistics:
     These do not subtract large sums from each other, so features far from zero lose no digits. Memory is that of a few
     D x D matrices, whatever the number of features.
 
-    Args:
-        dim: Width of the features, D.
-        spec: How they were computed, if it is known; then other features are refused.
-
     Attributes:
+        spec: How the features were computed, if it is known; then other features are refused.
         count: Number of features so far.
         mean: `(D,)` float64.
         scatter: `(D, D)` float64, the sum of outer products of the features less their mean.
@@ -58,21 +55,13 @@ class GaussianStatistics:
 
     @property
     def covariance(self) -> Tensor:
-        """`(D, D)` float64, unbiased.
-
-        Raises:
-            ValueError: If there are fewer than two features.
-        """
+        """`(D, D)` float64, unbiased; ValueError if there are fewer than two features."""
         if self.count < 2:
             raise ValueError(f"A covariance needs two features at least, got {self.count}.")
         return self.scatter / (self.count - 1)
 
     def update(self, features: Features) -> GaussianStatistics:
-        """Count features `(N, D)` in; N may be 0. Returns itself.
-
-        Raises:
-            ValueError: If they are of another width or extractor, or not finite.
-        """
+        """Count features `(N, D)` in; N may be 0. Returns itself. ValueError if they do not fit, or are not finite."""
         matrix = feature_matrix(features, at_least=0)
         self.require_same(matrix.shape[1], features.spec if isinstance(features, FeatureSet) else None)
         for rows in matrix.split(_ROWS):
@@ -105,12 +94,7 @@ class GaussianStatistics:
 
     @classmethod
     def load(cls, path: str | Path) -> GaussianStatistics:
-        """Read what `save` wrote.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If it is another kind of file, or damaged.
-        """
+        """Read what `save` wrote; ValueError if it is another kind of file, or damaged."""
         try:
             with safe_open(str(path), framework="pt") as file:
                 spec = (file.metadata() or {}).get("spec")

@@ -27,15 +27,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """Features of N images.
+    """Features of N images: `(N, D)` float32, finite, with the images' keys and how they were computed.
 
-    Attributes:
-        features: `(N, D)` float32, finite.
-        keys: The images' keys, in order.
-        spec: How they were computed.
-
-    Raises:
-        ValueError: If the three do not fit together, or a feature is not finite.
+    ValueError if the three do not fit together, or a feature is not finite.
     """
 
     features: Tensor
@@ -57,11 +51,7 @@ class FeatureSet:
         return len(self.keys)
 
     def select(self, keys: Sequence[str]) -> FeatureSet:
-        """The features of these images, in the order of `keys`.
-
-        Raises:
-            KeyError: If a key is not in the set.
-        """
+        """The features of these images, in the order of `keys`; KeyError if one is not in the set."""
         rows = {key: row for row, key in enumerate(self.keys)}
         if missing := [key for key in keys if key not in rows]:
             raise KeyError(f"{len(missing)} keys have no features, such as {', '.join(missing[:3])}")
@@ -76,12 +66,7 @@ class FeatureSet:
 
     @classmethod
     def load(cls, path: str | Path) -> FeatureSet:
-        """Read what `save` wrote.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If it is another kind of file, or damaged.
-        """
+        """Read what `save` wrote; ValueError if it is another kind of file, or damaged."""
         try:
             with safe_open(str(path), framework="pt") as file:
                 spec = FeatureSpec.from_json((file.metadata() or {})["spec"])

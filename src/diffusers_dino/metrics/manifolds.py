@@ -45,13 +45,8 @@ class ManifoldFigures:
 def manifold_figures(features: Features, reference: Features, k: int = 5) -> ManifoldFigures:
     """Precision, recall, density and coverage; memory does not grow with N x M.
 
-    Args:
-        features: `(N, D)` of the generated images, N > k.
-        reference: `(M, D)` of the real ones, M > k.
-        k: Compare only figures of one k.
-
-    Raises:
-        ValueError: If the sets do not compare or are too small for k, or a feature is not finite.
+    Features are `(N, D)` of the generated images and `(M, D)` of the real ones, N and M > k. Compare only figures of
+    one k. ValueError if the sets do not compare or are too small, or a feature is not finite.
     """
     hits = manifold_hits(features, reference, k)
     return ManifoldFigures(**{name: terms.mean().item() for name, terms in hits.items()}, k=k)
@@ -89,11 +84,7 @@ def vendi_score(features: Features) -> float:
     with that of as many real images. The eigenvalues are taken of the smaller of the N x N and the D x D Gram matrix,
     which have the same.
 
-    Args:
-        features: `(N, D)`, N >= 1, no row of zeros.
-
-    Raises:
-        ValueError: If a feature is not finite, or has no direction.
+    Features are `(N, D)`, N >= 1. ValueError if one is not finite, or zero and so without a direction.
     """
     matrix = feature_matrix(features, at_least=1)
     if len(matrix) <= matrix.shape[1]:

@@ -174,16 +174,11 @@ def evaluate_fidelity(
         folder: Where features are kept, under a name that follows from weights, images and settings: another call
             with these computes only what is missing.
         untrained: Whether to add a row of the last model's UNet before training.
-        num_inference_steps: Of each model's own scheduler.
-        guidance_scale: 1 is none.
-        neighbors: The neighbour that balls of precision, recall, density and coverage reach to.
+        num_inference_steps, guidance_scale, batch_size: See `Sampling`; each model has its own scheduler.
+        neighbors: See `FidelityScores`.
         bootstrap_repeats: Draws of the intervals.
-        batch_size: Images at once.
         seed: Of noise and bootstrap.
         progress: Whether to show bars.
-
-    Returns:
-        Rows of the models, of `UNTRAINED` and of `REAL`.
 
     Raises:
         ValueError: If sources are in the reference, or a set is too small.

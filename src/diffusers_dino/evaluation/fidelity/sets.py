@@ -19,11 +19,9 @@ logger = logging.getLogger(__name__)
 
 
 class FidelitySets(NamedTuple):
-    """Sources and reference.
+    """Images that the model generates from, and real images of other patients.
 
     Attributes:
-        sources: What the model generates from.
-        reference: Real images of other patients.
         patients: The patient of each key, whom the bootstrap draws whole; None draws images.
         places: Where sources and reference come from. Only names of kept features depend on it.
     """
@@ -53,8 +51,7 @@ def choose_sets(
         reference_keys: Those of `images` to compare with, such as the training images; all others are sources.
             Without these and `reference`, one half of the patients is compared with the other.
         patients: The patient of each key of both data sets.
-        num_sources: Draw so many of the sources at random.
-        num_reference: Draw so many images of the reference at random.
+        num_sources, num_reference: Draw so many of each at random.
         seed: Of the halves and the draws.
         places: See `FidelitySets`.
 

@@ -32,8 +32,7 @@ class PathFigures:
     """How paths leave their source and approach their target within one feature space.
 
     Attributes:
-        to_source: Mean cosine to the source at each fraction.
-        to_target: Mean cosine to the target at each fraction.
+        to_source, to_target: Mean cosine to either end at each fraction.
         monotone_paths: Share of paths in [0, 1] on which each step leaves the source and approaches the target.
         monotone_steps: Share of single steps that do both.
     """

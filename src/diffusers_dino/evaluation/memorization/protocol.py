@@ -46,17 +46,14 @@ Images = ImageDataset | Tensor
 
 @dataclass(frozen=True)
 class SetFigures:
-    """How near the N images of one set are to the training images.
+    """How near the images of one set are to the training images.
 
     Attributes:
-        num_images: N.
         copies: How many are nearer than the threshold.
-        share: The same as a share of N.
-        low, high: Interval of the share (95 %, Wilson; as if the images were independent).
+        share, low, high: The same as a share, with its interval (95 %, Wilson; as if the images were independent).
         authentic: Share that is farther from its nearest training image than that is from its own nearest (AuthPct).
         authentic_low, authentic_high: Interval of it.
-        nearest: The smallest relative distance.
-        median: The middle one.
+        nearest, median: The smallest and the middle relative distance.
         histogram: Images by relative distance, in `NUM_BINS` equal bins of [0, 1].
     """
 

@@ -83,14 +83,7 @@ class MethodScores:
 
 @dataclass(frozen=True)
 class SweepScores:
-    """The best pair's Dice coefficient of one model at each setting, for curves.
-
-    Attributes:
-        method: The model.
-        settings: H of them.
-        dice: H rows of N images.
-        num_segments: H rows of N images.
-    """
+    """The best pair's Dice coefficient of one model at each of H settings, for curves: H rows of N images."""
 
     method: str
     settings: tuple[Setting, ...]

@@ -24,9 +24,6 @@ def pixel_features(images: Tensor, side: int = _SIDE) -> Tensor:
 
     Returns:
         `(N, side * side)` float32: the mean over channels, downsampled with antialiasing.
-
-    Raises:
-        ValueError: If the images are not `(N, C, H, W)` or are smaller than the thumbnail.
     """
     if images.ndim != 4 or min(images.shape[-2:]) < side:
         raise ValueError(f"Expected images (N, C, H, W) of at least {side} x {side} px, got {tuple(images.shape)}.")
