@@ -29,6 +29,23 @@ class Killed(BaseException):
     """Stands for a kill: nothing catches it."""
 
 
+def _stop(*_) -> None:
+    raise Killed
+
+
+@pytest.fixture
+def stopped(make, monkeypatch):
+    """Make shards until a function of the package is called, which stands for a kill there."""
+
+    def run(name: str, **flags) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(f"diffusers_dino.data.sharding.{name}", _stop)
+            with pytest.raises(Killed):
+                make(**flags)
+
+    return run
+
+
 class TestRestart:
     def test_stopped_around_any_rename(self, make, tmp_path, monkeypatch):
         """Runs are stopped before or after their 1st to 6th rename, and each goes on where the last one stopped."""
@@ -71,11 +88,8 @@ class TestRestart:
         assert manifest["lineage"]["duplicates"] == [["exact", "images", "images", 1]]
         assert make() == manifest  # complete: only compared
 
-    def test_what_is_done_is_not_done_again(self, make, tmp_path, monkeypatch):
-        monkeypatch.setattr("diffusers_dino.data.sharding.make.write_manifest", _stop)
-        with pytest.raises(Killed):
-            make()
-        monkeypatch.undo()
+    def test_what_is_done_is_not_done_again(self, make, stopped, tmp_path, monkeypatch):
+        stopped("make.write_manifest")
         out = tmp_path / "out"
         times = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
         assert times
@@ -84,13 +98,10 @@ class TestRestart:
         assert times == {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
         assert not (out / ".work").exists()
 
-    def test_a_finished_shard_that_changed_is_written_anew(self, make, tmp_path, monkeypatch):
+    def test_a_finished_shard_that_changed_is_written_anew(self, make, stopped, tmp_path):
         expected = content(make())
         cut = tmp_path / "cut"
-        monkeypatch.setattr("diffusers_dino.data.sharding.make.write_manifest", _stop)
-        with pytest.raises(Killed):
-            make(output_dir=cut)
-        monkeypatch.undo()
+        stopped("make.write_manifest", output_dir=cut)
         shard = cut / "train-000000.tar"
         shard.write_bytes(shard.read_bytes()[:-700])
         (cut / "train-000001.tar").unlink()
@@ -121,11 +132,8 @@ class TestRestart:
             ({"drop_duplicates": "exact"}, "drop_duplicates was none, is exact"),
         ],
     )
-    def test_another_configuration_is_refused(self, make, tmp_path, monkeypatch, changed, message):
-        monkeypatch.setattr("diffusers_dino.data.sharding.parts.prepare", _stop)
-        with pytest.raises(Killed):
-            make()
-        monkeypatch.undo()
+    def test_another_configuration_is_refused(self, make, stopped, tmp_path, changed, message):
+        stopped("parts.prepare")
         with pytest.raises(ValueError, match=message):
             make(**changed)
         before = content(make())
@@ -133,11 +141,8 @@ class TestRestart:
             make(**changed)
         assert content(tmp_path / "out") == before
 
-    def test_other_images_or_another_salt_are_refused(self, make, images, tmp_path, monkeypatch):
-        monkeypatch.setattr("diffusers_dino.data.sharding.parts.prepare", _stop)
-        with pytest.raises(Killed):
-            make()
-        monkeypatch.undo()
+    def test_other_images_or_another_salt_are_refused(self, make, stopped, images, tmp_path):
+        stopped("parts.prepare")
         (tmp_path / "other").write_text("another salt of 20 bytes")
         with pytest.raises(ValueError, match="fingerprint of images's images, labels and salt was"):
             make(salt_file=tmp_path / "other")
@@ -171,10 +176,6 @@ class TestRestart:
         assert len(list((cut / ".work" / "parts").glob("*.json"))) == 7
         make(size=96, output_dir=cut, part_size=2)
         assert content(cut) == expected
-
-
-def _stop(*_) -> None:
-    raise Killed
 
 
 @pytest.mark.slow

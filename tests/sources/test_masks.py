@@ -51,7 +51,7 @@ def test_companions_and_shards_hold_masks_too(tmp_path):
     assert 0.05 < phantom.mask.float().mean() < 0.6
 
 
-def test_left_and_right_masks_are_united(tmp_path):
+def test_masks_of_records_are_united_and_may_be_of_half_the_size(tmp_path):
     image, left, right = np.zeros((40, 40)), np.zeros((40, 40)), np.zeros((40, 40))
     left[5:30, 22:35] = right[5:30, 5:18] = 255
     for name, array in (("image", image), ("left", left), ("right", right)):
@@ -63,13 +63,9 @@ def test_left_and_right_masks_are_united(tmp_path):
     assert images.keys == ["MCU_1"]
     assert images.patients == ["7"]
     assert torch.equal(images.mask(0), torch.from_numpy(left + right > 0))
-
-
-def test_records_may_have_masks_of_half_the_size(tmp_path):
-    save(tmp_path / "image.png", np.zeros((40, 40)))
-    save(tmp_path / "mask.png", disc(20, 20))
-    record = Record("jsrt", tmp_path / "image.png", "JPCLN001", patient="1", masks=(tmp_path / "mask.png",))
-    assert open_masked_images([record], 20, 20).mask(0).any()
+    save(tmp_path / "left.png", disc(20, 20))
+    half = Record("jsrt", tmp_path / "image.png", "JPCLN001", patient="1", masks=masks[:1])
+    assert open_masked_images([half], 20, 20).mask(0).any()
 
 
 def test_a_missing_mask_is_named(folder, tmp_path):

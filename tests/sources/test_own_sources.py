@@ -94,6 +94,9 @@ def test_what_does_not_fit_is_counted_and_named(tmp_path, caplog):
     for name in ("gone.png", "extra.png", "b.png", "a.png"):
         assert name in caplog.text
     assert OpenSource(source.source, tmp_path, find_unlisted=False).report.unlisted.count == 0
+    many = own(tmp_path, "a.png,1,nodule\n" + "".join(f"x{n}.png,1,nodule\n" for n in range(50)))
+    assert len(list(many)) == 1
+    assert (many.report.missing.count, len(many.report.missing.examples)) == (50, 10)
 
 
 @pytest.mark.parametrize(
@@ -146,13 +149,6 @@ def test_memory_does_not_grow_with_the_table(tmp_path):
     assert (sizes[-1] - sizes[99]) / (count - 100) < 400, "bytes a row: it keeps more than hashes"
 
 
-def test_many_missing_images_are_counted_but_not_all_named(tmp_path):
-    source = own(tmp_path, "a.png,1,nodule\n" + "".join(f"x{n}.png,1,nodule\n" for n in range(50)))
-    assert len(list(source)) == 1
-    assert source.report.missing.count == 50
-    assert len(source.report.missing.examples) == 10
-
-
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_byte_order_marks_are_recognised(tmp_path, encoding):
     source = own(tmp_path, "a.png,1,nódulo\n")
@@ -172,18 +168,14 @@ def test_another_encoding_is_refused_until_it_is_named(tmp_path):
     assert next(iter(OpenSource(source, tmp_path))).labels == ("nódulo",)
 
 
-def test_a_truncated_gz_is_named(tmp_path):
-    own(tmp_path, "")
+def test_a_table_that_is_cut_off_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"t\.csv.*line 3 has 2 cells, the header 3"):
+        list(own(tmp_path, "a.png,1,nodule\nb.png,1\n"))
     (tmp_path / "t.csv").unlink()
     whole = gzip.compress(("file,patient,finding\n" + "a.png,1,nodule\n" * 500).encode(), mtime=0)
     (tmp_path / "t.csv.gz").write_bytes(whole[: len(whole) - 12])
     with pytest.raises(ValueError, match=r"Cannot read .*t\.csv\.gz"):
         list(open_source(tmp_path / "own.yaml", tmp_path))
-
-
-def test_a_row_that_is_cut_off_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"t\.csv.*line 3 has 2 cells, the header 3"):
-        list(own(tmp_path, "a.png,1,nodule\nb.png,1\n"))
 
 
 @pytest.mark.parametrize(
@@ -265,18 +257,14 @@ def test_unknown_names_bring_the_closest(tmp_path):
         ({"repeats": "mean"}, "repeats is any or majority"),
         ({"raw": {"width": 0, "height": 4}}, "raw of .* at least 1 pixel"),
         ({"image": None}, "image"),
+        ("- a\n- b", "does not describe a source"),
+        ("a: [", "not a YAML file"),
     ],
 )
 def test_descriptions_that_make_no_sense_are_refused(tmp_path, change, match):
-    description = {key: value for key, value in (TABLE | change).items() if value is not None}
-    (tmp_path / "own.yaml").write_text(yaml.safe_dump(description))
-    with pytest.raises(ValueError, match=match):
-        find_source(tmp_path / "own.yaml")
-
-
-@pytest.mark.parametrize(("text", "match"), [("- a\n- b", "does not describe a source"), ("a: [", "not a YAML file")])
-def test_files_that_describe_nothing_are_refused(tmp_path, text, match):
-    (tmp_path / "own.yaml").write_text(text)
+    if isinstance(change, dict):
+        change = yaml.safe_dump({key: value for key, value in (TABLE | change).items() if value is not None})
+    (tmp_path / "own.yaml").write_text(change)
     with pytest.raises(ValueError, match=match):
         find_source(tmp_path / "own.yaml")
 
