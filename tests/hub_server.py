@@ -36,7 +36,6 @@ class Repository:
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     references: dict[str, str] = field(default_factory=dict)
     private: bool = False
-    messages: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.commit({}, "initial commit")
@@ -49,7 +48,6 @@ class Repository:
         commit_id = _sha1(f"{listing}{message}{len(self.commits)}".encode())
         self.commits[commit_id] = files
         self.references[branch] = commit_id
-        self.messages.append(message)
         return commit_id
 
     def resolve(self, revision: str) -> str | None:
@@ -156,9 +154,6 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         return repository, commit_id
 
-    def who_am_i(self, _: bytes) -> None:
-        self._json({"type": "user", "name": "tester", "orgs": [{"name": "org"}]})
-
     def info(self, _: bytes, repo: str, revision: str | None = None) -> None:
         if found := self._find(repo, revision):
             repository, commit_id = found
@@ -219,7 +214,7 @@ class _Handler(BaseHTTPRequestHandler):
         if hashlib.sha256(body).hexdigest() != oid:
             return self._fail(422, "HashMismatch", "The content does not have the hash that was announced.")
         self.hub.lfs[oid] = body
-        return self._send(200, b"")
+        return self._json({})
 
     def commit(self, body: bytes, repo: str, revision: str) -> None:
         if not (found := self._find(repo, revision)):
@@ -270,11 +265,9 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {**(headers or {}), "X-Error-Code": code, "X-Error-Message": message}
         self._send(status, json.dumps({"error": message}).encode(), headers, "application/json")
 
-    def _send(
-        self, status: int, content: bytes, headers: dict[str, str] | None = None, content_type: str = "text/plain"
-    ) -> None:
+    def _send(self, status: int, content: bytes, headers: dict[str, str], content_type: str) -> None:
         self.send_response(status)
-        for name, value in {"Content-Type": content_type, "Content-Length": len(content), **(headers or {})}.items():
+        for name, value in {"Content-Type": content_type, "Content-Length": len(content), **headers}.items():
             self.send_header(name, str(value))
         self.end_headers()
         if self.command != "HEAD":
@@ -302,7 +295,6 @@ def _sha1(content: bytes) -> str:
 
 _REPO = r"(?P<repo>[^/]+/[^/]+)"
 _ROUTES = [
-    ("GET", "/api/whoami-v2", _Handler.who_am_i),
     ("GET", f"/api/models/{_REPO}", _Handler.info),
     ("GET", f"/api/models/{_REPO}/revision/(?P<revision>.+)", _Handler.info),
     ("GET", f"/api/models/{_REPO}/tree/(?P<revision>[^/]+)/?", _Handler.tree),

@@ -132,12 +132,7 @@ def test_samples_of_what_may_be_patients_are_refused(flags, tmp_path):
         publish(**{**flags, "samples": tmp_path / "ward7"}, dry_run=True)
     phantoms = tmp_path / "phantoms"
     phantoms.mkdir()
-    for name in ("phantom-cxr.json", "phantom-cxr-test-000000.tar"):
-        (phantoms / name).write_bytes((PHANTOMS / name).read_bytes())
-    (phantoms / "phantom-cxr-test-000001.tar").write_bytes(b"other images")
-    with pytest.raises(ValueError, match=r"phantom-cxr-test-000001\.tar is not in the manifest"):
-        publish(**{**flags, "samples": phantoms}, dry_run=True)
-    (phantoms / "phantom-cxr-test-000001.tar").unlink()
+    (phantoms / "phantom-cxr.json").write_bytes((PHANTOMS / "phantom-cxr.json").read_bytes())
     (phantoms / "phantom-cxr-test-000000.tar").write_bytes(b"exchanged")
     with pytest.raises(ValueError, match=r"phantom-cxr-test-000000\.tar has changed"):
         publish(**{**flags, "samples": phantoms}, dry_run=True)
@@ -146,9 +141,7 @@ def test_samples_of_what_may_be_patients_are_refused(flags, tmp_path):
 
 
 def test_samples_that_are_near_copies_are_refused(flags, trained, tmp_path):
-    training = tiny.random_images(320, channels=1, size=32)
-    CopyGate.calibrate(training).save(tmp_path / "strict.safetensors")
-    gate = CopyGate.load(tmp_path / "strict.safetensors")
+    gate = CopyGate.calibrate(tiny.random_images(320, channels=1, size=32))
     gate.threshold = 1.0  # every image is a copy
     gate.save(tmp_path / "strict.safetensors")
     with pytest.raises(ValueError, match="4 of 4 samples are near-copies"):
@@ -188,8 +181,6 @@ def test_credentialed_sources_are_not_made_public_unasked(flags):
         ({"repo_id": None}, "--repo_id org/name, or --output_dir"),
         ({"repo_id": "a/b/c"}, "Repo id must"),
         ({"variant": "int8"}, "fp16 or bf16"),
-        ({"results": "nowhere"}, "no results at nowhere"),
-        ({"results": PHANTOMS}, "holds no result of an evaluation"),
         ({"num_samples": 1000}, "1000 samples were asked for"),
     ],
 )

@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+
 from diffusers_dino.workers import run_apart
 
 
@@ -53,14 +55,6 @@ def test_who_stops_listening_ends_the_workers(tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     running.close()
-    while _is_alive(int(pid_file.read_text())):
+    while psutil.pid_exists(int(pid_file.read_text())):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True

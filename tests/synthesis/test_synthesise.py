@@ -95,15 +95,10 @@ def test_the_set_is_complete_labelled_and_readable(whole, plan):
 
 
 def test_pixels_are_those_that_the_pipeline_gives(whole, plan, pipe, sources):
-    images = [dict(zip(sources.keys, range(7), strict=True))[key] for row in list(plan)[4:8] for key in row.sources]
-    numbers, tokens = sorted(set(images)), {}
-    for number in numbers:
-        tokens[number] = pipe.encode_image(sources[number]["image"])[0]
-    embeds = lerp(
-        torch.stack([tokens[number] for number in images[::2]]),
-        torch.stack([tokens[number] for number in images[1::2]]),
-        torch.tensor([row.fraction for row in list(plan)[4:8]]),
-    )
+    tokens = {key: pipe.encode_image(sample["image"])[0] for key, sample in zip(sources.keys, sources, strict=True)}
+    rows = list(plan)[4:8]
+    ends = (torch.stack([tokens[row.sources[end]] for row in rows]) for end in (0, 1))
+    embeds = lerp(*ends, torch.tensor([row.fraction for row in rows]))
     generators = [generator_for(0, "synthesis", index, 0) for index in range(4, 8)]
     expected = pipe(image_embeds=embeds, generator=generators, num_inference_steps=2, output_type="pt").images
     made = torch.stack([whole.images()[index]["image"] for index in range(4, 8)])
