@@ -37,17 +37,7 @@ PARTIAL = ".partial"
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """Write a file aside, force it to disk, then give it its name. On an error nothing is left behind.
-
-    Args:
-        path: The file; one of that name is replaced.
-
-    Yields:
-        A file to write bytes to.
-
-    Raises:
-        OSError: If the disk is full, or the folder is not writable.
-    """
+    """Write a file aside, force it to disk, then give it its name. On an error nothing is left behind."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
@@ -115,11 +105,7 @@ def sync(path: str | Path) -> None:
 
 @contextmanager
 def save_atomically(final: str | Path) -> Iterator[Path]:
-    """Write a folder under another name and rename it when it is complete, replacing one that was there.
-
-    Yields:
-        The folder to write into. If the body raises, what was there stays.
-    """
+    """Write a folder under another name and rename it when it is complete. On an error, what was there stays."""
     final = Path(final)
     partial = beside(final, "partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -134,12 +120,7 @@ def save_atomically(final: str | Path) -> Iterator[Path]:
 
 
 def make_writable_folder(path: str | Path) -> Path:
-    """Make a folder and try to write to it, so that a run that could not save anything ends before it starts.
-
-    Raises:
-        PermissionError: If nothing can be written there.
-        NotADirectoryError: If a file is in the way.
-    """
+    """Make a folder and try to write to it, so that a run that could not save anything ends before it starts."""
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -153,14 +134,9 @@ def make_writable_folder(path: str | Path) -> Path:
 
 @contextmanager
 def lock_folder(folder: Path, error: type[Exception] = RuntimeError) -> Iterator[None]:
-    """Hold a lock on a folder. It ends with this process, even if that is killed. Some network file systems have none.
+    """Hold a lock on a folder, by a file `lock` in it; raise `error` if another process holds it.
 
-    Args:
-        folder: The folder; a file `lock` is made in it.
-        error: What to raise if another process holds the lock.
-
-    Raises:
-        error: If another process holds the lock.
+    It ends with this process, even if that is killed. Some network file systems have none.
     """
     with open(folder / "lock", "w") as file:
         try:

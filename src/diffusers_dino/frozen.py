@@ -15,17 +15,10 @@ __all__ = ["differences", "freeze", "require_same"]
 def freeze(
     path: str | Path, settings: dict[str, Any], error: type[Exception] = ValueError, place: str | Path | None = None
 ) -> None:
-    """Write the settings of a folder to a JSON file, or check that the file there says the same.
+    """Write the settings of a folder to a JSON file; raise `error` if the one there is damaged, or says otherwise.
 
-    Args:
-        path: The file.
-        settings: All that decides what the folder will hold; dictionaries may be nested. A setting of None is as good
-            as none, so that a folder from before there was such a setting is accepted.
-        error: What to raise if they differ.
-        place: What the message calls the folder; by default that of the file.
-
-    Raises:
-        error: If the folder was begun with other settings, or the file is damaged.
+    `settings` are all that decides what the folder will hold. A setting of None is as good as none, so that a folder
+    from before there was such a setting is accepted. `place` is what the message calls the folder.
     """
     path = Path(path)
     if not path.is_file():

@@ -27,15 +27,9 @@ def progress_bar(title: str, unit: str, total: int, done: int = 0, show: bool = 
 
 
 def run_parallel(function: Callable[..., T], jobs: Iterable[tuple[Any, ...]], num_workers: int) -> Iterator[T]:
-    """Call a function on each job, and yield what it returns, in the order in which jobs are done.
+    """Call a module's function, which can be pickled, on each job, and yield the results in the order they are done.
 
-    Args:
-        function: A module's function, since it must be picklable.
-        jobs: Its arguments, job by job.
-        num_workers: Processes; 0 works in this one.
-
-    Raises:
-        BrokenProcessPool: If a process was killed, such as when memory ran out.
+    Without workers it works in this process. A killed process, such as by want of memory, raises `BrokenProcessPool`.
     """
     if num_workers == 0:
         for job in jobs:
@@ -51,13 +45,7 @@ def run_parallel(function: Callable[..., T], jobs: Iterable[tuple[Any, ...]], nu
 
 
 class Outcome(NamedTuple):
-    """What became of a job.
-
-    Attributes:
-        number: Which job.
-        value: What the function returned; None after an error.
-        error: What went wrong; empty if nothing did.
-    """
+    """What became of a job: what the function returned, or what went wrong (empty if nothing did)."""
 
     number: int
     value: Any
@@ -65,16 +53,10 @@ class Outcome(NamedTuple):
 
 
 def run_apart(function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], num_workers: int) -> Iterator[Outcome]:
-    """Call a function on each job, each in a process of its own: if one fails or is killed, the others go on.
+    """Call a module's function on each job, each in its own process: if one fails or is killed, the others go on.
 
-    Args:
-        function: A module's function. Its first argument is the number, in [0, num_workers), of its place, such as a
-            GPU; two calls at a time never have the same place.
-        jobs: Its other arguments, job by job.
-        num_workers: Processes at a time; 0 works in this one.
-
-    Yields:
-        One outcome for each job, in the order in which they end.
+    Its first argument is the number, in [0, num_workers), of its place, such as a GPU; two calls at a time never have
+    the same place. Without workers it works in this process.
     """
     if num_workers == 0:
         for number, job in enumerate(jobs):

@@ -31,7 +31,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
     """Prepared images of a source, by number.
 
     An image that cannot be read is named in a warning and counted in `unreadable`, and its place goes to another
-    sample, which depends only on its number: length and order stay the same in every process and every run.
+    sample, which depends only on its number: length and order stay the same in every process and every run. More than
+    `max_unreadable` raise `ValueError`, also later, when it turns out.
 
     Args:
         store: Where the images come from.
@@ -42,9 +43,6 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     Attributes:
         unreadable: Message by number of each image that could not be read so far, by this process or its workers.
-
-    Raises:
-        ValueError: If more images than tolerated cannot be read; also later, when it turns out.
     """
 
     def __init__(
@@ -89,11 +87,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return {"key": key, "image": to_float(array)}
 
     def read_many(self, indices: Sequence[int]) -> Iterator[tuple[str, np.ndarray]]:
-        """Several samples, whose bytes a remote store fetches at once.
-
-        Yields:
-            For each place the key of the sample that holds it, and its prepared image (see `Preprocessing`).
-        """
+        """Key and prepared image of several samples, fetched at once; another takes the place of an unreadable one."""
         for index in indices:
             if not -len(self) <= index < len(self):
                 raise IndexError(f"index {index} is out of range for {len(self)} images")
@@ -114,11 +108,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return WindowedOrder(np.bincount(shards, minlength=len(ends)).tolist(), window_shards)
 
     def select(self, keys: Sequence[str]) -> ImageDataset:
-        """The samples of the given keys, in this data set's order.
-
-        Raises:
-            KeyError: If a key is not in the data set.
-        """
+        """The samples of the given keys, in this data set's order; raises `KeyError` if it lacks one."""
         wanted = set(keys)
         keys = self.keys
         chosen = [place for place, key in enumerate(keys) if key in wanted]
@@ -199,20 +189,15 @@ def open_images(
         source: A folder of images (with subfolders); webdataset tars as a path, a folder of them, a glob or a brace
             range, here or behind `http(s)://`, `s3://`, `gs://` or `hf://`; a `datasets` folder (`save_to_disk` or
             Parquet) or a data set of the Hub.
-        preprocessing: How each image is prepared.
+        preprocessing, in_memory, max_unreadable: See `ImageDataset`, also for what it raises.
         split: Split of a `datasets` set, or of a folder of shards whose manifest names splits.
         image_column: Column of images of a `datasets` set.
         config_name: Configuration of a `datasets` set.
-        in_memory: Whether to prepare all images now and keep them in memory: for small sets.
-        max_unreadable: Largest tolerated fraction of unreadable images.
         local_files_only: Whether a name that is not here is an error, rather than looked for on the Hub.
-
-    Returns:
-        A data set of `{"key": str, "image": float32 (C, size, size) in [0, 1]}`.
 
     Raises:
         FileNotFoundError: If the source does not exist, or holds no image.
-        ValueError: If the source is of another kind, or too many images cannot be read.
+        ValueError: If the source is of another kind.
     """
     opened = open_store(source, split, image_column, config_name, local_files_only)
     return ImageDataset(opened, preprocessing, in_memory, max_unreadable)

@@ -27,9 +27,6 @@ class LabelTable:
         keys: Name of each image within its data set, without repeats.
         labels: The labels of each image, which may be empty.
         patients: The patient of each image; where it is unknown, a patient of its own.
-
-    Raises:
-        ValueError: If the lengths differ or a key comes twice.
     """
 
     keys: tuple[str, ...]
@@ -55,11 +52,7 @@ class LabelTable:
         return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
     def select(self, keys: Sequence[str]) -> LabelTable:
-        """The rows of these keys, in their order.
-
-        Raises:
-            KeyError: If the table lacks a key.
-        """
+        """The rows of these keys, in their order; raises `KeyError` if the table lacks one."""
         places = {key: place for place, key in enumerate(self.keys)}
         missing = [key for key in keys if key not in places]
         if missing:
@@ -72,11 +65,7 @@ class LabelTable:
         )
 
     def restrict(self, names: Sequence[str]) -> LabelTable:
-        """The same images with only these labels.
-
-        Raises:
-            ValueError: If no image has one of the labels.
-        """
+        """The same images with only these labels; raises `ValueError` if no image has one of them."""
         absent = [name for name in names if not any(name in labels for labels in self.labels)]
         if absent:
             raise ValueError(
@@ -85,11 +74,7 @@ class LabelTable:
         return LabelTable(self.keys, tuple(labels & set(names) for labels in self.labels), self.patients)
 
     def most_frequent(self, count: int, always: Sequence[str] = (NO_FINDING,)) -> tuple[str, ...]:
-        """The `count` most frequent findings, then those of `always` that any image has.
-
-        Raises:
-            ValueError: If there are fewer findings.
-        """
+        """The `count` most frequent findings (`ValueError` if there are fewer), then those of `always` that occur."""
         counts = self.counts()
         findings = [name for name in counts if name not in always]
         if len(findings) < count:
@@ -110,7 +95,7 @@ def read_label_table(
     patient_column: str | None = "patient",
     separator: str = "|",
 ) -> LabelTable:
-    """Read a CSV file with a row for each image.
+    """Read a CSV file with a row for each image; raises `ValueError` if one lacks its key or patient, or comes twice.
 
     Args:
         path: The file.
@@ -118,9 +103,6 @@ def read_label_table(
         label_column: Column of the labels of an image, joined by `separator`; may be blank. None leaves labels out.
         patient_column: Column of patients. None makes each image a patient of its own.
         separator: Between labels.
-
-    Raises:
-        ValueError: If a column is missing, a key or a patient is blank, or a key comes twice.
     """
     columns = [column for column in (key_column, label_column, patient_column) if column]
     keys, labels, patients = [], [], []
@@ -144,11 +126,7 @@ def read_label_table(
 
 
 def stored_labels(images: ImageDataset) -> LabelTable:
-    """The labels that stand beside the images in `KEY.json`, as shards have them.
-
-    Raises:
-        ValueError: If an image has no such file, or the file has no list `labels`.
-    """
+    """The labels beside the images in `KEY.json`, as shards have them; raises `ValueError` if an image has none."""
     labels, patients, keys = [], [], images.keys
     for place, key in enumerate(keys):
         try:

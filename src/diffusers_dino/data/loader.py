@@ -28,12 +28,8 @@ class TrainingViews(Dataset[dict[str, Any]]):
     """What training shows at each slot of the global order: an image, augmented for its epoch.
 
     The work is in two parts: `load`, for the processes that load data, and `finish`, for the device of training, where
-    random views cost little. What comes out depends only on (seed, epoch, key).
-
-    Args:
-        images: The data set.
-        augmentation: Random views, or None for the images as they are.
-        seed: Seed of the run.
+    random views cost little. What comes out depends only on (seed, epoch, key). Without augmentation, images stay as
+    they are.
     """
 
     def __init__(self, images: ImageDataset, augmentation: Augmentation | None, seed: int = 0) -> None:
@@ -46,20 +42,13 @@ class TrainingViews(Dataset[dict[str, Any]]):
         return len(self.images)
 
     def __getitems__(self, slots: Sequence[Slot]) -> dict[str, Any]:
-        """A whole batch at once.
-
-        Returns:
-            `image` float32 `(B, C, size, size)` in [0, 1], `key` and `position` (lists of B).
-        """
+        """A whole batch: `image` float32 `(B, C, size, size)` in [0, 1], `key` and `position` (lists of B)."""
         return self.finish(self.load(slots))
 
     def load(self, slots: Sequence[Slot], memory: np.ndarray | None = None) -> dict[str, Any]:
         """Read a batch: `image` uint8 `(B, C, size, size)`, `key`, `position` and what `finish` needs to know.
 
-        Args:
-            slots: What to read.
-            memory: Where the images go, and stay until it is used again: at least `4 * B * size**2` bytes. By default
-                new memory.
+        The images go to `memory`, at least `4 * B * size**2` bytes, and stay until it is used again.
         """
         size = self.images.preprocessing.size
         memory = np.empty(4 * len(slots) * size**2, np.uint8) if memory is None else memory
@@ -141,15 +130,11 @@ class _Transport(Dataset[dict[str, Any]]):
 
     A plain `DataLoader` opens new shared memory for each batch: its fresh pages cost half as much as decoding 512 px
     JPEGs does (`benchmarks/loader.py`), and the `/dev/shm` of a container is often too small. Here each forked worker
-    writes to a few blocks in turn that exist from the start, and only the number of the block travels.
+    writes to a few blocks in turn that exist from the start, and only the number of the block travels. Without forked
+    workers, batches travel as they are.
 
     A worker starts on a batch when the main process has taken the one `_PREFETCH` before it, and that is copied before
     the next is taken: no more than `_PREFETCH + 1` blocks are in use at once.
-
-    Args:
-        views: The views.
-        batches: The batches that will be asked for.
-        num_workers: Number of workers; without any, and where workers are not forked, batches travel as they are.
     """
 
     def __init__(

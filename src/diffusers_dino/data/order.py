@@ -44,9 +44,6 @@ class WindowedOrder:
     Args:
         shard_sizes: Samples in each shard; shards follow each other in the data set.
         window_shards: Shards in a window.
-
-    Raises:
-        ValueError: If a number is out of its range.
     """
 
     def __init__(self, shard_sizes: Sequence[int], window_shards: int) -> None:
@@ -88,14 +85,10 @@ class GlobalBatchSampler(Sampler[list[Slot]]):
         num_samples: Size of the data set.
         batch_size: Samples per batch of one process.
         seed: Seed of the order.
-        num_processes: Number of processes.
-        process_index: Which process this is.
+        num_processes, process_index: How many processes there are, and which this is.
         start: Global position to start from, for resuming.
         shuffle: Whether to permute each epoch.
         order: How to permute it, in place of a full shuffle: see `ImageDataset.order`.
-
-    Raises:
-        ValueError: If a number is out of its range.
     """
 
     def __init__(

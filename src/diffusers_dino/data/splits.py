@@ -24,13 +24,9 @@ class SplitRule:
     any order and on any machine. In return, the fractions are only met on average.
 
     Args:
-        validation: Probability of the validation split.
-        test: Probability of the test split.
+        validation, test: Probabilities of these splits; together below 1.
         seed: Seed of the draw.
         official: Whether to keep the splits of the providers; images without one are drawn.
-
-    Raises:
-        ValueError: If the fractions are negative or leave nothing to train on.
     """
 
     validation: float = 0.0
@@ -54,14 +50,9 @@ class SplitRule:
 
 
 def link_patients(patients: Sequence[str], links: np.ndarray) -> np.ndarray:
-    """Put images that must share a split into groups: those of a patient, and those of patients who share a picture.
+    """The group `(N,)` of each image: images of a patient, and of patients who share a picture, must share a split.
 
-    Args:
-        patients: The patient of each of N images.
-        links: `(P, 2)`, pairs of image numbers that are the same picture.
-
-    Returns:
-        `(N,)`, the number of each image's group.
+    `links` `(P, 2)` are pairs of image numbers that are the same picture.
     """
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
@@ -76,17 +67,11 @@ def link_patients(patients: Sequence[str], links: np.ndarray) -> np.ndarray:
 def assign_splits(
     patients: Sequence[str], official: Sequence[str | None], groups: np.ndarray, rule: SplitRule
 ) -> list[str]:
-    """The split of each image: one for a whole group.
+    """The split of each image, by its patient's salted hash, the provider's split and its group of `link_patients`.
 
     The images of a group each ask for a split: the provider's, if the rule keeps those, else the draw of their
     patient. If they differ, the whole group goes to the last one of `SPLITS` that is asked for, so that no copy of a
     test image trains.
-
-    Args:
-        patients: Salted hash of the patient of each of N images.
-        official: The provider's split of each, or None.
-        groups: `(N,)`, as `link_patients` gives them.
-        rule: How to draw.
     """
     drawn = {patient: rule.draw(patient) for patient in set(patients)}
     asked: defaultdict[int, int] = defaultdict(int)

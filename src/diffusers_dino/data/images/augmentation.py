@@ -28,9 +28,6 @@ class Augmentation:
         translation: Largest shift along each axis, as a fraction of the image's side.
         scale: Range of magnification. Below 1 the image shrinks and its surroundings are black.
         flip: Probability of a left-right flip.
-
-    Raises:
-        ValueError: If a value is out of its range.
     """
 
     sharpness: float = 1.0
@@ -51,17 +48,7 @@ class Augmentation:
             raise ValueError(f"flip is a probability, got {self.flip}")
 
     def __call__(self, images: Tensor, keys: Sequence[str], seed: int, epochs: Sequence[int]) -> Tensor:
-        """Augment a batch.
-
-        Args:
-            images: `(B, C, H, W)` float in [0, 1].
-            keys: The B sample keys.
-            seed: Seed of the run.
-            epochs: The B epochs in which the samples are shown.
-
-        Returns:
-            `(B, C, H, W)` in [0, 1].
-        """
+        """Augment `(B, C, H, W)` floats in [0, 1] with these B keys, each shown in one of B epochs of a run."""
         return self.apply(images, self.draw(keys, seed, epochs))
 
     def draw(self, keys: Sequence[str], seed: int, epochs: Sequence[int]) -> Tensor:

@@ -84,8 +84,7 @@ def read_dicom(
         data: The bytes of the file.
         name: What to call it in a warning.
         view: Whether to apply the header's VOI LUT or window.
-        inverted: Whether large values are dark; by default what the file says.
-        max_pixels: Largest image that is decoded.
+        inverted, max_pixels: See `read_image`.
 
     Returns:
         `(H, W)` uint8 or, above 8 bits, uint16; for colour `(H, W, 3)` uint8.
@@ -93,7 +92,6 @@ def read_dicom(
     Raises:
         UnreadableImageError: If the file is damaged, too large, holds several images or none, or is of an unsupported
             kind. The message quotes nothing of the header.
-        ImportError: If pydicom or a decoder is not installed.
     """
     syntax, dataset = parse_dicom(data, _TAGS, most_bytes=6 * max_pixels + 2**26)
     layout = _layout(dataset, syntax)

@@ -1,8 +1,7 @@
 """The header of a DICOM file, of which almost nothing is handed on.
 
-A header is full of names, dates and free text, and any of its fields may hold what belongs in another. So only the
-fields that are needed are looked at, as bytes; what `dicom_facts` gives is checked against what its field may hold;
-errors are in words of this package; and pydicom, whose warnings quote values, is kept silent.
+A header is full of names, dates and free text, also in fields that are for something else. So only needed fields are
+looked at, as bytes; `dicom_facts` checks what it gives; and pydicom, whose warnings quote values, is kept silent.
 """
 
 from __future__ import annotations
@@ -69,7 +68,6 @@ def dicom_facts(source: str | PathLike[str] | bytes | Dataset, salt: str | bytes
 
     Raises:
         UnreadableImageError: If the file is damaged or not DICOM.
-        ImportError: If pydicom is not installed.
     """
     if isinstance(source, str | PathLike):
         source = Path(source).read_bytes()
@@ -93,21 +91,15 @@ def dicom_facts(source: str | PathLike[str] | bytes | Dataset, salt: str | bytes
 
 
 def salted_hash(identifier: str, salt: str | bytes) -> str:
-    """A name for a patient or a study that cannot be traced back without the salt.
+    """A name of 16 hexadecimal digits for a patient or a study that cannot be traced back without the salt.
 
     HMAC-SHA256 with the salt as key, cut to 64 bits: two of a million ids coincide with probability 3e-8. The
     same id and salt give the same name, so files of one patient stay together. Whoever has the salt can try all ids:
     keep it secret, and never publish it.
 
     Args:
-        identifier: The id; space around it is ignored.
-        salt: A secret of at least 16 bytes, such as `secrets.token_hex(16)`.
-
-    Returns:
-        16 hexadecimal digits.
-
-    Raises:
-        ValueError: If the salt is too short, or the identifier is empty.
+        identifier: The id, not empty; space around it is ignored.
+        salt: A secret of at least 16 bytes, such as `secrets.token_hex(16)`; `ValueError` if it is shorter.
     """
     key = salt.encode() if isinstance(salt, str) else salt
     if len(key) < 16:
@@ -118,16 +110,9 @@ def salted_hash(identifier: str, salt: str | bytes) -> str:
 
 
 def parse_dicom(data: bytes, tags: list[int], most_bytes: int = 2**30) -> tuple[str, Dataset]:
-    """The transfer syntax, and a data set of the given fields and those of `dicom_facts`.
+    """The transfer syntax, and a data set of the fields `tags` and those of `dicom_facts`.
 
-    Args:
-        data: The bytes of a file.
-        tags: Which fields to read, besides.
-        most_bytes: What a deflated file may unpack to.
-
-    Raises:
-        UnreadableImageError: If the file is damaged or not DICOM. The message quotes nothing of the header.
-        ImportError: If pydicom is not installed.
+    A deflated file may unpack to `most_bytes`. `UnreadableImageError` quotes nothing of the header.
     """
     require("pydicom", "dicom", "Reading DICOM needs pydicom")
     if not is_dicom(data):
@@ -172,10 +157,7 @@ _SEQUENCES = (0x00283000, 0x00283010)
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep pydicom silent: its warnings, which it also logs, quote values of the header.
-
-    The filters of warnings belong to the whole process, hence the lock between threads.
-    """
+    """Keep pydicom silent, whose warnings and log quote values. Filters are of the whole process, hence the lock."""
     log = logging.getLogger("pydicom")
     with _quiet_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -22,9 +22,6 @@ class Encoding:
         preprocessing: How it is prepared.
         format: `"jpg"`, or `"png"`, which loses nothing and takes twice the room.
         quality: Of JPEG, in 1..100.
-
-    Raises:
-        ValueError: If the format is unknown or the quality out of range.
     """
 
     preprocessing: Preprocessing = field(default_factory=Preprocessing)

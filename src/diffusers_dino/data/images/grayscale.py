@@ -15,14 +15,7 @@ __all__ = ["Grayscale", "LookupTable", "StoredBits", "Window", "brightness_table
 
 
 class StoredBits(NamedTuple):
-    """Where in a stored cell the value lies.
-
-    Args:
-        allocated: 8 or 16, the size of a cell.
-        stored: How many of its bits hold the value.
-        high_bit: The highest of them.
-        signed: Whether values are in two's complement.
-    """
+    """Where in a cell of `allocated` (8 or 16) bits the value lies; `signed` values are in two's complement."""
 
     allocated: int
     stored: int
@@ -38,12 +31,9 @@ class StoredBits(NamedTuple):
 
 @dataclass(frozen=True)
 class LookupTable:
-    """A modality LUT or VOI LUT.
+    """A modality LUT or VOI LUT: `entries` `(N,)` in 0..2^bits - 1 for the values from `first` on.
 
-    Args:
-        first: The value that the first entry is for; smaller ones take the first entry, larger ones the last.
-        bits: Bits of an entry.
-        entries: The table, `(N,)` in 0..2^bits - 1.
+    Smaller values take the first entry, larger ones the last.
     """
 
     first: int
@@ -63,12 +53,9 @@ class LookupTable:
 
 @dataclass(frozen=True)
 class Window:
-    """A window of brightness (C.11.2.1.2 and C.11.2.1.3).
+    """A window of brightness, in values after the modality transformation (C.11.2.1.2 and C.11.2.1.3).
 
-    Args:
-        center: Its center, in values after the modality transformation.
-        width: Its width, at least 1 for `"LINEAR"`, else above 0.
-        function: `"LINEAR"`, `"LINEAR_EXACT"` or `"SIGMOID"`.
+    The width is at least 1 for the function `"LINEAR"`, above 0 for `"LINEAR_EXACT"` and `"SIGMOID"`.
     """
 
     center: float
@@ -97,14 +84,8 @@ class Window:
 class Grayscale:
     """How the stored values of an image become brightness.
 
-    Args:
-        bits: Where the values lie.
-        inverted: Whether large values are dark (MONOCHROME1).
-        slope: Rescale slope.
-        intercept: Rescale intercept.
-        modality: A modality LUT, which takes the place of slope and intercept.
-        view: The window or VOI LUT to show it with, if any.
-        padding: First and last stored value that stand for "no image here", if any.
+    `inverted`: large values are dark (MONOCHROME1). A `modality` LUT takes the place of slope and intercept. `padding`
+    is the first and the last stored value that stand for "no image here".
     """
 
     bits: StoredBits
@@ -117,18 +98,11 @@ class Grayscale:
 
 
 def brightness_table(gray: Grayscale, counts: np.ndarray) -> np.ndarray:
-    """Brightness of each content of a cell, dark being 0.
+    """Brightness `(2^allocated,)` of each content of a cell, dark being 0: uint8 or, above 8 bits, uint16.
 
     Without a view nothing is rounded: an image of 12 bits has values in 0..4095. A view fills uint16, or uint8 for an
     image of at most 8 bits. A view that would clip more than half of the image is of another image, and is ignored.
-    Padding becomes as dark as the darkest pixel beside it.
-
-    Args:
-        gray: How values are stored and shown.
-        counts: `(2^allocated,)`, how many pixels have each content.
-
-    Returns:
-        `(2^allocated,)` uint8 or, above 8 bits, uint16.
+    Padding becomes as dark as the darkest pixel beside it. `counts`: how many pixels have each content.
     """
     stored = gray.bits.values()
     padding = _padding(gray.padding, stored, counts)

@@ -34,13 +34,10 @@ class Preprocessing:
     Args:
         size: Side of the result in pixels.
         remove_borders: Whether to cut uniform bands (padding, collimation) off the four sides.
-        border_tolerance: Largest deviation inside a band, as a fraction of the image's dynamic range.
+        border_tolerance: Largest deviation inside a band, as a fraction of the image's dynamic range, in [0, 1).
         clip_percent: Percentage of pixels clipped at each end of the dynamic range, in [0, 50). 0 maps exactly
             minimum..maximum to 0..255.
         resampling: `"box"`, `"bilinear"`, `"bicubic"` or `"lanczos"`; all are antialiased.
-
-    Raises:
-        ValueError: If a value is out of its range.
     """
 
     size: int = 512
@@ -60,14 +57,7 @@ class Preprocessing:
             raise ValueError(f"resampling must be one of {', '.join(_RESAMPLING)}, got {self.resampling!r}")
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
-        """Prepare one image.
-
-        Args:
-            image: `(H, W)` or `(H, W, 3)`, any integer or floating type without NaN.
-
-        Returns:
-            uint8 `(size, size)` or `(size, size, 3)`.
-        """
+        """Prepare an image `(H, W)` or `(H, W, 3)` of numbers, none NaN: uint8 `(size, size)` or `(size, size, 3)`."""
         if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3) or 0 in image.shape:
             raise ValueError(f"Expected an image of shape (H, W) or (H, W, 3), got {image.shape}")
         if self.remove_borders:
@@ -84,15 +74,7 @@ class Preprocessing:
         return slice(top, top + side), slice(left, left + side)
 
     def prepare_mask(self, mask: np.ndarray, window: tuple[slice, slice]) -> np.ndarray:
-        """Cut a mask as its image is cut, and resize it without inventing values.
-
-        Args:
-            mask: `(H, W)` bool, of the image's size.
-            window: `window(image)`.
-
-        Returns:
-            bool `(size, size)`.
-        """
+        """Cut a mask `(H, W)` bool by its image's `window`, resize it without new values: bool `(size, size)`."""
         square = Image.fromarray(mask[window].astype(np.uint8))
         return np.array(square.resize((self.size, self.size), Image.Resampling.NEAREST)).astype(bool)
 

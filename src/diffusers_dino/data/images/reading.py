@@ -67,9 +67,6 @@ class RawLayout:
         byte_order: `"little"` or `"big"`, which byte of a pixel of two is first.
         bits: How many of its bits a pixel uses, the lower ones; all of them by default.
         inverted: Whether large values are dark.
-
-    Raises:
-        ValueError: If a value is out of its range.
     """
 
     width: int
@@ -91,11 +88,7 @@ class RawLayout:
             raise ValueError(f"bits must be in [1, {width}] for {self.dtype}, got {self.bits}")
 
     def decode(self, data: bytes) -> np.ndarray:
-        """The pixels `(height, width)` in `data`, of type `dtype` and with large values bright.
-
-        Raises:
-            ValueError: If the data is of another size, or uses more bits.
-        """
+        """The pixels `(height, width)`, large values bright; `ValueError` if the size or the bits are wrong."""
         stored = np.dtype(self.dtype).newbyteorder(">" if self.byte_order == "big" else "<")
         expected = self.width * self.height * stored.itemsize
         if len(data) != expected:
@@ -121,7 +114,7 @@ def read_image(
     Alpha is composited on black. A file that stores grayscale in three equal channels comes back as grayscale. The
     orientation noted in EXIF is applied. Of a file with several pages the first is read; a DICOM file with several
     images is refused. Sixteen-bit and wider grayscale keeps its precision: values beyond 0..65535 and floating ones
-    are mapped linearly to that range, colour of more than 8 bits to 0..255. See `dicom.read_dicom` for DICOM.
+    are mapped linearly to that range, colour of more than 8 bits to 0..255. See `read_dicom` for DICOM.
 
     Args:
         source: A path, or the bytes of a file.
@@ -135,7 +128,6 @@ def read_image(
 
     Raises:
         UnreadableImageError: If the file is missing, empty, truncated, damaged, too large or not an image.
-        ImportError: If it is a DICOM file and the `dicom` extra is not installed.
     """
     name = name or ("an image in memory" if isinstance(source, bytes) else str(source))
     tell = name if callable(name) else lambda: name
@@ -313,17 +305,9 @@ def _image_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def as_image(array: np.ndarray) -> np.ndarray:
-    """Bring numbers of any type to what `read_image` returns.
+    """Bring `(H, W)` or `(H, W, 3)`, besides axes of 1, to what `read_image` returns; raises `UnreadableImageError`.
 
-    Args:
-        array: `(H, W)` or `(H, W, 3)`, besides axes of 1. Booleans are black and white; uint8 and uint16 grayscale
-            stay as they are; others are mapped as `read_image` says.
-
-    Returns:
-        `(H, W)` uint8 or uint16, or `(H, W, 3)` uint8.
-
-    Raises:
-        UnreadableImageError: If the array has another shape or type, or values that are not finite.
+    Booleans are black and white; uint8 and uint16 grayscale stay as they are; others are mapped as `read_image` says.
     """
     array = array.reshape(_image_shape(array.shape))
     if array.dtype == np.bool_:

@@ -36,11 +36,7 @@ class Duplicates:
         return self.distance < 0
 
     def copies(self, near: bool = False) -> set[int]:
-        """The images to leave out so that none occurs twice; the first of equal ones stays.
-
-        Args:
-            near: Leave out near duplicates, too: those of an earlier image that stays.
-        """
+        """The images to leave out so that the first of equal ones stays; `near`: and of nearly equal ones."""
         left_out = set(self.pairs[self.exact, 1].tolist())
         if near:  # pairs are sorted: whether `first` stays is known by then
             for first, second in self.pairs[~self.exact].tolist():
@@ -67,13 +63,7 @@ def perceptual_hash(image: np.ndarray) -> bytes:
 
 
 def find_duplicates(digests: list[str], hashes: np.ndarray, max_distance: int = MAX_DISTANCE) -> Duplicates:
-    """Find equal and nearly equal images.
-
-    Args:
-        digests: `pixel_digest` of each of N images.
-        hashes: `(N, 32)` uint8, the `perceptual_hash` of each.
-        max_distance: Largest number of differing bits of near duplicates, at most `MAX_DISTANCE`.
-    """
+    """Find equal images by their `pixel_digest`, and nearly equal ones by `perceptual_hash`: `(N, 32)` uint8."""
     _, first, group = np.unique(np.asarray(digests), return_index=True, return_inverse=True)
     numbers = np.arange(len(digests))
     copies = numbers[first[group] != numbers]
@@ -87,20 +77,11 @@ def find_duplicates(digests: list[str], hashes: np.ndarray, max_distance: int = 
 
 
 def near_pairs(hashes: np.ndarray, max_distance: int) -> tuple[np.ndarray, np.ndarray]:
-    """All pairs of hashes that differ in few bits, by multi-index hashing (Norouzi et al., CVPR 2012).
+    """All pairs of hashes `(N, 32)` that differ in few bits, by multi-index hashing (Norouzi et al., CVPR 2012).
 
     Only hashes that share one of 16 bands are compared, and equal hashes only once: a million hashes take minutes
-    instead of days. Of equal hashes each is paired with the first.
-
-    Args:
-        hashes: `(N, 32)` uint8.
-        max_distance: Largest number of differing bits, in [0, `MAX_DISTANCE`].
-
-    Returns:
-        `(P, 2)` int64, pairs of numbers with the smaller first, and `(P,)` int64, their differing bits.
-
-    Raises:
-        ValueError: If the distance is out of range. Beyond it, pairs would be missed silently.
+    instead of days. Of equal hashes each is paired with the first. Beyond `MAX_DISTANCE` pairs would be missed, hence
+    `ValueError`. Gives `(P, 2)` int64, the smaller number first, and `(P,)` int64, their differing bits.
     """
     if not 0 <= max_distance <= MAX_DISTANCE:
         raise ValueError(f"The distance of near duplicates must be in [0, {MAX_DISTANCE}] bits, got {max_distance}")

@@ -46,7 +46,7 @@ def make_shards(
     """Turn one or several data sets into webdataset shards of prepared images, as docs/shards.md describes.
 
     A run that is stopped at any moment goes on where it stopped when it is called again, and ends with the same
-    bytes, whatever the number of workers. A complete folder is compared with its manifest.
+    bytes, whatever the number of workers. A complete folder is compared with its manifest, which is returned.
 
     Args:
         sources: Data sets (`open_source`) and folders, of which all images are taken; in a folder `KEY.mask.png` is
@@ -63,15 +63,11 @@ def make_shards(
         work_dir: Where prepared images wait for the plan; by default in `output_dir`.
         progress: Whether to show progress bars.
 
-    Returns:
-        The manifest: see `read_manifest`.
-
     Raises:
         ValueError: If an argument is out of range, two sources have one name or two images of a source one id.
         FileNotFoundError: If a folder is not there or holds no image.
         ShardError: If the folder was begun with other settings or images, is damaged, or too much is unreadable.
         RuntimeError: If another run is at work in the folder.
-        OSError: If the disk is full.
     """
     encoding, rule = encoding or Encoding(), rule or PlanRule()
     for name, value, least in (("part_size", part_size, 1), ("num_workers", num_workers, 0)):

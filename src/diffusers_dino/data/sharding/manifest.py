@@ -44,13 +44,7 @@ class Shard:
 
 
 def write_shard(path: Path, split: str, samples: Iterable[tuple[str, dict[str, bytes]]]) -> Shard:
-    """Write a shard and its index. The bytes depend only on the samples: no times, no owners.
-
-    Args:
-        path: The tar. It gets this name when it is complete; its index is written after it.
-        split: What its samples are for.
-        samples: Key and `{extension: content}` of each sample.
-    """
+    """Write a shard of `(key, {extension: content})`, then its index. The bytes hold no times and no owners."""
     from webdataset import TarWriter  # slow to import, and only writers need it
 
     plain = {"user": "", "group": "", "mode": 0o644, "mtime": 0, "encoder": False}
@@ -67,14 +61,7 @@ def write_shard(path: Path, split: str, samples: Iterable[tuple[str, dict[str, b
 def write_manifest(
     folder: Path, preprocessing: Preprocessing, shards: Sequence[Shard], lineage: dict[str, Any]
 ) -> None:
-    """Write `manifest.json`, which makes a folder of shards complete.
-
-    Args:
-        folder: Folder of the shards.
-        preprocessing: How their images were prepared.
-        shards: All shards.
-        lineage: Where the images come from, and what was done to them.
-    """
+    """Write `manifest.json`, which makes a folder of shards complete; `lineage` says where the images come from."""
     content = {
         "format": _FORMAT,
         "preprocessing": asdict(preprocessing),
@@ -86,12 +73,7 @@ def write_manifest(
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of a folder of shards.
-
-    Raises:
-        FileNotFoundError: If there is none: the folder is incomplete.
-        ShardError: If it cannot be read.
-    """
+    """The manifest of a folder of shards; `FileNotFoundError` if there is none yet, `ShardError` if it is damaged."""
     path = Path(folder) / MANIFEST
     try:
         content = json.loads(path.read_bytes())
@@ -105,18 +87,9 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def verify_shards(folder: str | Path, num_workers: int = 4) -> list[str]:
-    """Compare all shards of a folder, byte for byte, with the manifest.
+    """Compare all shards of a folder, byte for byte, with the manifest: what is wrong, one sentence for each file.
 
-    Args:
-        folder: Folder of the shards and the manifest.
-        num_workers: How many files to read at once.
-
-    Returns:
-        What is wrong, one sentence for each file; empty if nothing is.
-
-    Raises:
-        FileNotFoundError: If there is no manifest.
-        ShardError: If the manifest is damaged.
+    `num_workers` files are read at once. See `read_manifest` for errors.
     """
     folder = Path(folder)
     entries = read_manifest(folder)["shards"]

@@ -1,10 +1,7 @@
-"""Prepared images on their way into shards.
+"""Prepared images on their way into shards: the shard of each depends on duplicates, known only when all are prepared.
 
-The shard of an image depends on its duplicates, which are known only when all images are prepared. So each image is
-read and prepared once and kept with its facts in a part; shards are copied together from parts. Neither parts nor
-shards hold ids, file names or headers of the originals.
-
-A part is two files: `000000.bin` holds the bytes of its images, `000000.json`, written last, their facts.
+So each image is prepared once and kept with its facts in a part: `000000.bin` holds the bytes of its images,
+`000000.json`, written last, their facts. Neither parts nor shards hold ids, file names or headers of the originals.
 """
 
 from __future__ import annotations
@@ -98,11 +95,7 @@ _COLUMNS = [entry.name for entry in fields(Sample) if entry.name != "part"]
 
 
 def list_items(records: Iterable[Record], salt: str) -> list[Item]:
-    """The images of a source in the order of their ids, with hashes for names.
-
-    Raises:
-        ValueError: If two images have one id, or the salt is too short.
-    """
+    """The images of a source in the order of their ids, which are unique (`ValueError`), with hashes for names."""
     items = []
     for record in sorted(records, key=lambda record: record.image_id):
         key = f"{record.source}-{salted_hash(f'{record.source}/{record.image_id}', salt)}"
@@ -116,9 +109,6 @@ def prepare(item: Item, encoding: Encoding, salt: str) -> tuple[dict[str, Any], 
     """Read and prepare one image: the facts of its `Sample`, and its files by extension.
 
     If the source has no patient ids, the patient is that of the DICOM header, hashed with the salt.
-
-    Raises:
-        UnreadableImageError: If it, or its mask, cannot be read or used.
     """
     record = item.record
     original = read_image(record.image, item.key, raw=record.raw, inverted=record.invert)
@@ -151,11 +141,7 @@ def prepare(item: Item, encoding: Encoding, salt: str) -> tuple[dict[str, Any], 
 
 
 def write_part(folder: Path, number: int, items: Sequence[Item], encoding: Encoding, salt: str) -> tuple[int, int]:
-    """Prepare some images and write them as one part.
-
-    Returns:
-        How many images there are, and how many of them cannot be read.
-    """
+    """Prepare some images and write them as one part: how many there are, and how many of them cannot be read."""
     rows: list[list[Any]] = []
     unreadable: list[Unreadable] = []
     with atomic_write(_blob(folder, number)) as blob:
@@ -194,19 +180,7 @@ def read_part(folder: Path, number: int) -> tuple[list[Sample], list[Unreadable]
 
 
 def assemble_shard(name: str, split: str, samples: Sequence[Sample], parts: Path, folder: Path, done: Path) -> Shard:
-    """Copy a shard together from parts, unless it is there already.
-
-    Args:
-        name: The file of the shard.
-        split: What its samples are for.
-        samples: Its samples in order.
-        parts: Folder of the parts.
-        folder: Where the shard goes.
-        done: Folder of the records of finished shards. A shard that does not match its record is written anew.
-
-    Raises:
-        ShardError: If a part is damaged.
-    """
+    """Copy a shard together from parts, unless it is there already and matches its record in the folder `done`."""
     path, record = folder / name, done / f"{name}.json"
     if record.is_file():
         shard = Shard(**json.loads(record.read_bytes()))

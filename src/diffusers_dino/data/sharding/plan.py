@@ -45,9 +45,6 @@ class PlanRule:
         shard_size: Largest number of samples in a shard.
         drop_duplicates: Which copies of an image to leave out; the first of the copies stays.
         duplicate_distance: Differing bits, of 256, up to which images are near duplicates, in [0, 15].
-
-    Raises:
-        ValueError: If a value is out of range.
     """
 
     splits: SplitRule = field(default_factory=SplitRule)
@@ -77,11 +74,8 @@ class PlannedShard:
 class ShardPlan:
     """Which sample goes into which shard, and what was found on the way.
 
-    Attributes:
-        shards: The shards, samples by number.
-        duplicates: Kind, two sources and the number of pairs.
-        dropped: How many copies are left out.
-        largest_group: Samples of the largest group that no split may tear.
+    `duplicates`: kind, two sources and the number of pairs. `dropped`: copies that are left out. `largest_group`:
+    samples of the largest group that no split may tear.
     """
 
     shards: list[PlannedShard]
@@ -148,16 +142,10 @@ def make_plan(samples: Sequence[Sample], rule: PlanRule, output: Path, work: Pat
 
 
 def plan_shards(keys: Sequence[str], splits: Sequence[str | None], shard_size: int, seed: int) -> list[PlannedShard]:
-    """Assign samples to shards.
+    """Assign samples, by their keys, to shards of their splits; None as a split leaves one out.
 
     Samples are shuffled, so that each shard holds all sources: training that shuffles within a few shards then sees a
     mixture. Shards of a split differ by at most one sample.
-
-    Args:
-        keys: The key of each sample.
-        splits: The split of each; None leaves the sample out.
-        shard_size: Largest number of samples in a shard.
-        seed: Seed of the order, which is a function of it and the key.
     """
     order = {key: derive_seed(seed, "shard", key) for key in keys}
     planned = []

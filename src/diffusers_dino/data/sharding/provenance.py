@@ -47,13 +47,9 @@ def describe_lineage(
 
 
 def recorded_sources(data_dir: str | Path) -> list[dict[str, Any]]:
-    """The data sets that a folder of shards says its images are from; empty if it says nothing.
+    """What `describe_source` said of each data set in a folder of shards, or of tars in it; empty if it is unknown.
 
-    Args:
-        data_dir: A folder, or tars in it by name or pattern. Remote ones are not looked up.
-
-    Returns:
-        For each what `describe_source` says of it.
+    Remote folders are not looked up.
     """
     folder = _folder_of(data_dir)
     if folder is None:
@@ -68,15 +64,10 @@ def recorded_sources(data_dir: str | Path) -> list[dict[str, Any]]:
 
 
 def require_synthetic(data_dir: str | Path) -> None:
-    """Refuse images unless they are those of a synthetic set or phantoms, byte for byte as their manifest says.
+    """Refuse images, with `ValueError`, unless they are synthetic or phantoms, byte for byte as their manifest says.
 
-    This guards against the wrong folder, not against a forged manifest.
-
-    Args:
-        data_dir: A folder of shards, or tars in it by name or pattern.
-
-    Raises:
-        ValueError: If the manifest does not say that the images are synthetic, or the shards are not those it lists.
+    This guards against the wrong folder, not against a forged manifest. `data_dir` is a folder of shards, or tars in
+    it by name or pattern.
     """
     folder = _folder_of(data_dir)
     if folder is None:

@@ -29,7 +29,6 @@ def find_source(name_or_yaml: str | Path) -> Source:
 
     Raises:
         ValueError: If the name is unknown, with the closest ones in the message, or the file is wrong.
-        FileNotFoundError: If the YAML file is not there.
     """
     text = str(name_or_yaml)
     if not text.endswith((".yaml", ".yml")):
@@ -46,9 +45,7 @@ def find_source(name_or_yaml: str | Path) -> Source:
 def open_source(name_or_yaml: str | Path, root: str | Path, find_unlisted: bool = True) -> OpenSource:
     """Open a data set as it is downloaded: an iterable of `Record`. No image is read.
 
-    Args:
-        name_or_yaml: See `find_source`, also for what it raises.
-        root, find_unlisted: See `OpenSource`, also for what it raises.
+    See `find_source` and `OpenSource` for the arguments and errors.
     """
     return OpenSource(find_source(name_or_yaml), root, find_unlisted)
 

@@ -142,15 +142,7 @@ class Source:
 
 
 def describe(mapping: Mapping[str, Any], where: str = "the description") -> Source:
-    """Build a `Source` from the mapping that a YAML file holds.
-
-    Args:
-        mapping: Attributes of `Source`; `table`, `join` and `labels` are mappings or lists of them.
-        where: What to call it in messages, such as the file's name.
-
-    Raises:
-        ValueError: If a key is unknown or missing, or a value is wrong. The message names it.
-    """
+    """Build a `Source` from the mapping that a YAML file holds; `ValueError` names a key or value that is wrong."""
     values = dict(mapping)
     for key in ("table", "join"):
         values[key] = [_build(Table, table, f"{key} of {where}") for table in _as_list(values.get(key))]

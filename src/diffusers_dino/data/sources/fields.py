@@ -216,11 +216,9 @@ class LabelRule:
 
 
 def combine(findings: Sequence[Finding], majority: bool = False) -> Finding:
-    """Join several statements about one image, such as those of several radiologists.
+    """Join statements about one image, such as those of several radiologists: what any of them states.
 
-    Args:
-        findings: One or more.
-        majority: Keep what more than half of those that say anything state; otherwise what any of them states.
+    `majority`: what more than half of those state that say anything.
     """
     if len(findings) == 1:
         return findings[0]

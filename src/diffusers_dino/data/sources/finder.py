@@ -24,9 +24,6 @@ class FileFinder:
     """Finds the file of a row by path templates below a root. The first template that leads to a file counts.
 
     If a folder of a template holds `*` (`images_*/images/{Image Index}`), the folders that match are listed once.
-
-    Raises:
-        ValueError: If a template has a wildcard after a column or in the name of the file.
     """
 
     def __init__(self, root: Path, patterns: Sequence[str]) -> None:
@@ -40,11 +37,7 @@ class FileFinder:
                 raise ValueError(f"{template.text!r}: a wildcard may only be in a folder, before any column")
 
     def find(self, row: Row) -> str | None:
-        """The path below the root, or None if there is no such file.
-
-        Raises:
-            ValueError: If the path leads out of the root, or a name is in several folders of a wildcard.
-        """
+        """The path below the root, or None; `ValueError` if it leads out of the root or is in several folders."""
         for number, template in enumerate(self.templates):
             if "*" in template.text:
                 found = self._look_up(number, Template(template.text.rpartition("/")[2]).fill(row))

@@ -54,12 +54,7 @@ class _Entry:
 
 
 class MaskedImages(Sequence[MaskedImage]):
-    """Images with masks, read on access.
-
-    Attributes:
-        size: Side of the images in pixels.
-        mask_size: Side of the masks in pixels.
-    """
+    """Images with masks, read on access; `size` and `mask_size` are their sides in pixels."""
 
     def __init__(self, entries: Iterable[_Entry], size: int, mask_size: int, max_scale: int = 1) -> None:
         self._entries = list(entries)
@@ -80,12 +75,7 @@ class MaskedImages(Sequence[MaskedImage]):
         return len(self._entries)
 
     def __getitem__(self, index: int) -> MaskedImage:  # type: ignore[override]
-        """Read one sample.
-
-        Raises:
-            UnreadableImageError: If a file is damaged.
-            ValueError: If a mask does not have its image's size, or has more than two values.
-        """
+        """Read one sample; `UnreadableImageError` if a file is damaged, `ValueError` if the mask does not fit."""
         entry = self._entries[index]
         pixels = entry.read_image()
         mask = self._mask(entry, pixels.shape[:2])
@@ -129,8 +119,7 @@ def open_masked_images(
         source: A folder with `images` and `masks`, where a mask has the name of its image, with or without `_mask`;
             a folder of `KEY.png` beside `KEY.mask.png`; webdataset tars of such pairs; or the records of a data set
             of the catalogue, whose masks, such as those of the left and the right lung, are united.
-        size: Side of the images in pixels.
-        mask_size: Side of the masks in pixels.
+        size, mask_size: Sides of the images and of the masks in pixels.
         max_samples: Use only the first ones.
 
     Raises:
@@ -148,15 +137,10 @@ def open_masked_images(
 
 
 def to_mask(values: Any, name: str = "mask") -> Tensor:
-    """Check that an array is a mask, and make it one: `(..., H, W)` bool.
+    """Check that an array or tensor is a mask, and make it one: `(..., H, W)` bool.
 
-    Args:
-        values: Array or tensor of booleans or numbers with at most two values, of which the smaller one is
-            background. A single value is background if it is 0 and foreground if it is 1 or 255.
-        name: What to call it in an error, such as the file.
-
-    Raises:
-        ValueError: If it is not `(..., H, W)`, is empty, has more than two values, or values that are not finite.
+    It has at most two values, of which the smaller one is background. A single value is background if it is 0 and
+    foreground if it is 1 or 255. Anything else raises `ValueError`, with `name` in the message.
     """
     values = values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
     if values.ndim < 2 or values.numel() == 0:

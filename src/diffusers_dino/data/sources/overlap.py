@@ -24,12 +24,7 @@ PHANTOMS = Source(
 
 @dataclass(frozen=True)
 class Overlap:
-    """Two chosen sources that may hold the same images.
-
-    Attributes:
-        first, second: Their names.
-        through: Sets whose images both hold. It may be one of the two, if the other holds its images.
-    """
+    """Two chosen sources that may hold the same images: those of the sets `through`, which may be one of the two."""
 
     first: str
     second: str
@@ -67,8 +62,7 @@ def overlaps(sources: Iterable[Source | str]) -> list[Overlap]:
 def describe_source(source: Source | str) -> dict[str, Any]:
     """What manifests and cards say of a data set: name, title, licence, citation, url, contains.
 
-    Args:
-        source: A description, or what `find_source` takes; `"phantom_cxr"` are the bundled phantoms.
+    Of names there are those that `find_source` takes, and `"phantom_cxr"`, the bundled phantoms.
     """
     if source == PHANTOMS.name:
         source = PHANTOMS

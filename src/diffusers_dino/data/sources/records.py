@@ -64,12 +64,8 @@ def select_labels(records: Iterable[Record], minimum_prevalence: float = 0.04) -
     An image whose findings are all rare becomes unlabelled: it is not an image without findings.
 
     Args:
-        records: A source or a list. It is iterated over twice.
+        records: A source or a list. It is iterated over twice: an iterator raises `TypeError`.
         minimum_prevalence: Smallest fraction of the labelled records that must have a label, in [0, 1].
-
-    Raises:
-        ValueError: If the minimum is not in [0, 1].
-        TypeError: If the records can be iterated over only once.
     """
     if not 0 <= minimum_prevalence <= 1:
         raise ValueError(f"minimum_prevalence is a fraction in [0, 1], got {minimum_prevalence}")

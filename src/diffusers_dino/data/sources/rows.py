@@ -84,15 +84,7 @@ class SourceReport:
 
 
 class RowReader:
-    """Reads the tables of a source, or the names of its files, and finds the image of each row.
-
-    Attributes:
-        label_columns: For each rule of `source.labels`, the columns of findings.
-
-    Raises:
-        FileNotFoundError: If a required table is not there.
-        ValueError: If a table cannot be read or lacks a column.
-    """
+    """Reads the tables of a source, or the names of its files, and finds the image of each row."""
 
     def __init__(self, source: Source, root: Path) -> None:
         self.source, self.root = source, root
@@ -109,12 +101,7 @@ class RowReader:
         self._blank = dict.fromkeys(self._needed, "")
 
     def read(self, report: SourceReport) -> Iterator[Row]:
-        """Each row whose image is there, with its `path`; what does not fit goes to the report.
-
-        Raises:
-            FileNotFoundError: At the end, if there was no image.
-            ValueError: If a table is damaged.
-        """
+        """Each row whose image is there, with its `path`; what does not fit goes to the report."""
         report.absent += [table.files[0] for table, opened in self._joins if opened is None]
         joined = self._load_joins()
         rows = self._table_rows() if self._tables else self._file_rows()

@@ -91,12 +91,7 @@ class OpenTable:
 
 
 def open_table(table: Table, root: Path, source: Source) -> OpenTable | None:
-    """Find and open a table: below the root, or in torchxrayvision's package. None if it is optional and not there.
-
-    Raises:
-        FileNotFoundError: If it is required and not there. The message says where to get it.
-        ValueError: If it cannot be read, or a pattern matches several files.
-    """
+    """Find and open a table: below the root, or in torchxrayvision's package. None if it is optional and not there."""
     for name in table.files:
         found = sorted(root.glob(name)) or sorted(root.glob(f"{name}.gz"))
         if len(found) > 1:

@@ -59,11 +59,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 class PackedKeys(Sequence[str]):
-    """A list of strings in two arrays, without slices. Reading one in a forked worker copies no page of memory.
-
-    Args:
-        keys: Strings without line breaks.
-    """
+    """Strings without line breaks, in two arrays. Reading one in a forked worker copies no page of memory."""
 
     def __init__(self, keys: Sequence[str] = ()) -> None:
         self._unpack("".join(f"{key}\n" for key in keys).encode())
@@ -145,18 +141,9 @@ class TarIndex:
 
 
 def write_index(tar: str | Path) -> Path:
-    """Index a finished local tar and keep the index beside it, as `NAME.tar.index.npz`.
+    """Index a finished local tar and keep the index beside it, as `NAME.tar.index.npz`: the path that is returned.
 
-    The same tar gives the same bytes. The file is written aside, then renamed.
-
-    Args:
-        tar: The tar.
-
-    Returns:
-        The path of the index.
-
-    Raises:
-        ValueError: If the file is not a tar, or is damaged: its index would hide that from readers.
+    The same tar gives the same bytes. A damaged one raises `ValueError`: its index would hide that from readers.
     """
     tar = Path(tar)
     with open(tar, "rb") as file:
@@ -170,15 +157,7 @@ def write_index(tar: str | Path) -> Path:
 
 
 def parse_index(content: bytes, tar_bytes: int) -> TarIndex:
-    """Read an index file; nothing in it is trusted.
-
-    Args:
-        content: Its bytes.
-        tar_bytes: Size of the tar beside it.
-
-    Raises:
-        ValueError: If the index is damaged, of another format, or of another tar. The message starts with the reason.
-    """
+    """Read an index file of a tar of this size. Nothing in it is trusted; `ValueError` says why it cannot be used."""
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             version, described = (int(value) for value in arrays["header"])
@@ -212,15 +191,8 @@ def parse_index(content: bytes, tar_bytes: int) -> TarIndex:
 def index_tar(file: BinaryIO, name: str, size: int) -> TarIndex:
     """Index a tar by its headers. Nothing is extracted; links, devices and names that lead elsewhere are ignored.
 
-    After a damaged header the search goes on at the next sound one. Of two files of one name the first counts.
-
-    Args:
-        file: The tar, seekable.
-        name: What to call it in a message.
-        size: Its size in bytes.
-
-    Raises:
-        ValueError: If it holds no file: it is not a tar, or is compressed.
+    After a damaged header the search goes on at the next sound one. Of two files of one name the first counts. A file
+    that is not a tar, or is compressed, raises `ValueError`.
     """
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     refused: list[str] = []

@@ -18,12 +18,6 @@ class FolderStore(ImageStore):
     """All images below a folder, sorted by path. Masks (`KEY.mask.png`) are companions, not images.
 
     DICOM files are also found if they have no extension or are named by a UID.
-
-    Args:
-        root: The folder.
-
-    Raises:
-        FileNotFoundError: If it holds no image.
     """
 
     def __init__(self, root: str | Path) -> None:

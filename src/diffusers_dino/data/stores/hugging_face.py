@@ -18,16 +18,7 @@ __all__ = ["HuggingFaceStore"]
 class HuggingFaceStore(ImageStore):
     """A data set of the `datasets` library: an id on the Hub, a `save_to_disk` folder or a folder of Parquet files.
 
-    Args:
-        name: Hub id or folder.
-        split: Which split to use.
-        image_column: Name of the column of images.
-        config_name: Name of the data set's configuration, if it has several.
-
-    Raises:
-        FileNotFoundError: If there is no such data set.
-        ValueError: If it has no such split or column, or no sample.
-        ImportError: If `datasets` is not installed.
+    See `open_images` for the arguments and errors.
     """
 
     def __init__(

@@ -66,16 +66,9 @@ def _redact_all(text: str) -> str:
 
 
 class RemoteFileSystem(FileSystem):
-    """Files of one service.
+    """Files of the service of a URL.
 
     What fails for a moment (a connection, HTTP 429 or 5xx) is tried again, up to five times within 15 seconds.
-
-    Args:
-        url: One URL of the service.
-
-    Raises:
-        ValueError: If its scheme is not among those above.
-        ImportError: If the package for it is missing.
     """
 
     def __init__(self, url: str) -> None:

@@ -45,14 +45,6 @@ class ShardStore(ImageStore):
     Args:
         pattern: A tar, a folder of tars, a glob or a brace range (`cxr-{000000..000009}.tar`), as a path or a URL.
         split: Of a folder with a manifest: only the shards of this split. None takes all.
-
-    Attributes:
-        shards: Their paths or URLs.
-
-    Raises:
-        FileNotFoundError: If nothing matches, a named shard is missing, or no shard holds an image.
-        ValueError: If a file is not a tar (and no manifest says what it should hold), or the manifest is damaged or
-            has no such split.
     """
 
     def __init__(self, pattern: str | Path, split: str | None = None) -> None:
