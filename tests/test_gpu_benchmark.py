@@ -116,13 +116,11 @@ def test_the_batch_shrinks_until_it_fits(timing):
     with pytest.raises(RuntimeError, match="not enough memory for a batch of 8"):
         timing.largest_batch([16, 8], attempt, torch.device("cpu"))
 
-
-def test_other_errors_do_not_shrink_it(timing):
-    def attempt(size):
+    def of_another_kind(size):
         raise RuntimeError("expected scalar type Half")
 
     with pytest.raises(RuntimeError, match="scalar type"):
-        timing.largest_batch([2, 1], attempt, torch.device("cpu"))
+        timing.largest_batch([2, 1], of_another_kind, torch.device("cpu"))
 
 
 def test_rates_and_ratios_are_medians(timing):

@@ -14,14 +14,7 @@ import numpy as np
 import pytest
 import torch
 from anatomy import LEFT, RIGHT, Chest, load_chest
-from findings import (
-    add_effusion,
-    add_nodule,
-    add_pneumothorax,
-    consolidate,
-    enlarge_heart,
-    positions,
-)
+from findings import add_effusion, add_nodule, add_pneumothorax, consolidate, enlarge_heart, positions
 from PIL import Image
 from projection import WATER, attenuation, deform, develop, lung_centre, project
 from sampling import LABELS, Phantom, draw_findings, make_phantom
@@ -79,10 +72,8 @@ class TestFindings:
         assert gained.sum() > 0.2 * chest.heart.sum()
         torch.testing.assert_close(big.lungs.sum(0) + gained, chest.lungs.sum(0))
         assert ((big.hu != chest.hu) <= (chest.lungs.sum(0) > 0)).all()
-        assert big.lungs[LEFT].sum() / chest.lungs[LEFT].sum() < big.lungs[RIGHT].sum() / chest.lungs[RIGHT].sum()
-
-    def test_a_heart_of_the_same_size_changes_nothing(self, chest):
         torch.testing.assert_close(enlarge_heart(chest, (1.0, 1.0, 1.0)).hu, chest.hu, atol=1e-2, rtol=0)
+        assert big.lungs[LEFT].sum() / chest.lungs[LEFT].sum() < big.lungs[RIGHT].sum() / chest.lungs[RIGHT].sum()
 
     @pytest.mark.parametrize("side", [RIGHT, LEFT])
     def test_pneumothorax_trades_lung_for_air_at_the_wall(self, chest, side):
@@ -96,10 +87,7 @@ class TestFindings:
         kept = hurt.lungs[side] > 0.5
         towards_the_wall = 1 if side == LEFT else -1
         assert towards_the_wall * (x[air].mean() - x[kept].mean()) > 0
-
-    def test_more_collapse_leaves_less_lung(self, chest):
-        kept = [add_pneumothorax(chest, LEFT, c).lungs[LEFT].sum() for c in (0.1, 0.3, 0.5)]
-        assert kept == sorted(kept, reverse=True)
+        assert add_pneumothorax(chest, side, 0.5).lungs[side].sum() < hurt.lungs[side].sum()
 
     def test_effusion_lies_below_its_level_and_climbs_at_the_wall(self, chest):
         wet = add_effusion(chest, RIGHT, 0.4, rise=30.0)
@@ -210,7 +198,7 @@ def random_phantoms(count: int) -> list[Phantom]:
 
 
 class TestWriting:
-    def test_shards_hold_what_was_given(self, tmp_path):
+    def test_shards_hold_what_was_given_and_nothing_else(self, tmp_path):
         phantoms = random_phantoms(5)
         shards = make_phantoms.write_shards(tmp_path, "train", iter(phantoms), shard_size=2)
         assert [s["samples"] for s in shards] == [2, 2, 1]
@@ -221,15 +209,10 @@ class TestWriting:
             assert np.array_equal(image, phantom.image)
             assert np.array_equal(mask, phantom.mask * np.uint8(255))
             assert meta == phantom.meta
-
-    def test_bytes_follow_from_the_samples(self, tmp_path):
-        digests = []
-        for name in ("a", "b"):
-            (tmp_path / name).mkdir()
-            (shard,) = make_phantoms.write_shards(tmp_path / name, "test", iter(random_phantoms(3)), shard_size=8)
-            digests.append(shard["sha256"])
-            assert hashlib.sha256((tmp_path / name / shard["file"]).read_bytes()).hexdigest() == shard["sha256"]
-        assert digests[0] == digests[1]
+        assert hashlib.sha256((tmp_path / shards[0]["file"]).read_bytes()).hexdigest() == shards[0]["sha256"]
+        (tmp_path / "again").mkdir()
+        again = make_phantoms.write_shards(tmp_path / "again", "train", iter(phantoms), shard_size=2)
+        assert again == shards  # the bytes, too
 
 
 class TestCommandLine:
@@ -349,13 +332,6 @@ class TestCommittedShards:
         assert min(map(len, shares.values())) >= 5
         assert np.mean(shares["right"]) + 0.1 < np.mean(shares["left"])
 
-    def test_readable_as_webdataset(self, manifest):
-        webdataset = pytest.importorskip("webdataset", reason="needs `pip install diffusers-dino[train]`")
-        shard = next(s for s in manifest["shards"] if s["split"] == "test")
-        samples = list(webdataset.WebDataset(str(SHARDS / shard["file"]), shardshuffle=False))
-        assert len(samples) == shard["samples"]
-        assert {"png", "mask.png", "json"} <= set(samples[0])
-
 
 def radiograph(chest: Chest, healthy: Chest) -> tuple[torch.Tensor, ...]:
     """Attenuation, lung path and heart path of a chest, each (64, 64), in a view centred on the healthy lungs."""
@@ -363,24 +339,25 @@ def radiograph(chest: Chest, healthy: Chest) -> tuple[torch.Tensor, ...]:
     return tuple(project(volumes, healthy, **VIEW))
 
 
+def assert_same(one: Phantom, two: Phantom) -> None:
+    assert np.array_equal(one.image, two.image)
+    assert np.array_equal(one.mask, two.mask)
+    assert one.meta == two.meta
+
+
 @pytest.mark.slow
 class TestRendering:
     def test_a_sample_follows_from_its_index(self, scan):
         one, two = (make_phantom(scan, 3, "train", 5, size=64) for _ in range(2))
-        assert np.array_equal(one.image, two.image)
-        assert np.array_equal(one.mask, two.mask)
-        assert one.meta == two.meta
+        assert_same(one, two)
         for other in (make_phantom(scan, *key, size=64) for key in ((4, "train", 5), (3, "test", 5), (3, "train", 6))):
             assert not np.array_equal(one.image, other.image)
 
     def test_workers_change_nothing(self, scan):
         jobs = [("train", 1), ("test", 0), ("train", 0)]
-        alone = list(make_phantoms.render(scan, jobs, seed=1, size=64, num_workers=0))
-        shared = list(make_phantoms.render(scan, jobs, seed=1, size=64, num_workers=2))
+        alone, shared = (make_phantoms.render(scan, jobs, seed=1, size=64, num_workers=n) for n in (0, 2))
         for one, two in zip(alone, shared, strict=True):
-            assert one.meta == two.meta
-            assert np.array_equal(one.image, two.image)
-            assert np.array_equal(one.mask, two.mask)
+            assert_same(one, two)
 
     def test_committed_samples_come_out_again(self, scan, committed, manifest):
         for split, index in (("train", 0), ("test", 63)):

@@ -15,7 +15,7 @@ import scripts
 import tiny
 from diffusers_dino.data import Augmentation, ImageDataset, Preprocessing, Slot, TrainingViews, open_images
 from diffusers_dino.training.feature_cache import FeatureCacheError, Recipe, open_feature_cache, write_feature_cache
-from diffusers_dino.training.features import FeatureEncoder, cache_in_memory
+from diffusers_dino.training.features import CachedViews, FeatureEncoder, cache_in_memory
 
 COUNT, VIEWS = 11, 3
 SHARDS = ["features-000000.safetensors", "features-000001.safetensors", "features-000002.safetensors"]
@@ -42,6 +42,11 @@ def images(folder) -> ImageDataset:
 
 
 @pytest.fixture
+def views(images) -> TrainingViews:
+    return TrainingViews(images, Augmentation())
+
+
+@pytest.fixture
 def accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
     yield Accelerator(cpu=True)
@@ -61,42 +66,48 @@ def write(vae, conditioner, accelerator, tmp_path):
     return run
 
 
+@pytest.fixture
+def reopen(vae, conditioner, tmp_path):
+    """Open the cache of some views to train on images, by default on those of the views."""
+
+    def run(views: TrainingViews, images: ImageDataset | None = None, place: Path = tmp_path) -> CachedViews:
+        return open_feature_cache(place, Recipe.of(vae, conditioner, views, VIEWS), images or views.images)
+
+    return run
+
+
 def slots(count: int = COUNT, epochs: int = VIEWS + 1) -> list[Slot]:
     return [Slot(position, epoch, (7 * position) % count) for epoch in range(epochs) for position in range(count)]
 
 
-def test_disk_holds_what_memory_holds(write, vae, conditioner, images, tmp_path):
+def test_disk_holds_what_memory_holds(write, reopen, vae, conditioner, images):
     views = TrainingViews(images, Augmentation(), seed=5)
     manifest = write(views)
     assert [shard["samples"] for shard in manifest["shards"]] == [4, 4, 3]
-    memory = cache_in_memory(views, FeatureEncoder(vae, conditioner, "cpu"), VIEWS, batch_size=2 * VIEWS)
-    disk = open_feature_cache(tmp_path, Recipe.of(vae, conditioner, views, VIEWS), images)
-    one, other = memory.__getitems__(slots()), disk.__getitems__(slots())
+    encoder = FeatureEncoder(vae, conditioner, "cpu")
+    memory = cache_in_memory(views, encoder, VIEWS, batch_size=2 * VIEWS)
+    one, other = memory.__getitems__(slots()), reopen(views).__getitems__(slots())
     assert all(torch.equal(a, b) for a, b in zip(one["features"], other["features"], strict=True))
     assert (one["key"], one["position"]) == (other["key"], other["position"])
     # and both hold the views that training would make, epoch K being view 0 again
-    encoder = FeatureEncoder(vae, conditioner, "cpu")
     online = encoder(views.__getitems__([slot._replace(epoch=slot.epoch % VIEWS) for slot in slots()]))
     for cached, now in zip(encoder(other), online, strict=True):
         torch.testing.assert_close(cached, now, atol=1e-5, rtol=1e-5)
 
 
-def test_half_precision_rounds_by_one_part_in_two_thousand(write, vae, conditioner, images, tmp_path):
-    views = TrainingViews(images, Augmentation())
-    recipe = Recipe.of(vae, conditioner, views, VIEWS)
-    exact, rounded = [], []
-    for dtype, features in ((torch.float32, exact), (torch.float16, rounded)):
-        (tmp_path / str(dtype)).mkdir()
-        write(views, tmp_path / str(dtype), dtype=dtype)
-        batch = open_feature_cache(tmp_path / str(dtype), recipe, images).__getitems__(slots())
-        features += FeatureEncoder(vae, conditioner, "cpu")(batch)
-    for one, other in zip(exact, rounded, strict=True):
+def test_half_precision_rounds_by_one_part_in_two_thousand(write, reopen, vae, conditioner, views, tmp_path):
+    features = []
+    for dtype in (torch.float32, torch.float16):
+        place = tmp_path / str(dtype)
+        place.mkdir()
+        write(views, place, dtype=dtype)
+        features.append(FeatureEncoder(vae, conditioner, "cpu")(reopen(views, place=place).__getitems__(slots())))
+    for one, other in zip(*features, strict=True):
         assert other.dtype == torch.float32
         assert 0 < (one - other).abs().max() <= one.abs().max() * 2**-11
 
 
-def test_stopped_writing_goes_on_and_ends_with_the_same_bytes(write, images, tmp_path):
-    views = TrainingViews(images, Augmentation())
+def test_stopped_writing_goes_on_and_ends_with_the_same_bytes(write, views, tmp_path):
     write(views)
     whole = {name: (tmp_path / name).read_bytes() for name in [*SHARDS, "keys.txt", "manifest.json"]}
     for name in ("manifest.json", "keys.txt", SHARDS[1]):
@@ -115,8 +126,8 @@ def test_stopped_writing_goes_on_and_ends_with_the_same_bytes(write, images, tmp
 
 
 @pytest.mark.parametrize("complete", [True, False])
-def test_a_folder_with_other_features_is_not_written_to(write, images, tmp_path, complete):
-    write(TrainingViews(images, Augmentation()))
+def test_a_folder_with_other_features_is_not_written_to(write, views, images, tmp_path, complete):
+    write(views)
     if not complete:
         (tmp_path / "manifest.json").unlink()
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -127,8 +138,7 @@ def test_a_folder_with_other_features_is_not_written_to(write, images, tmp_path,
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_what_differs_is_named(write, vae, conditioner, images, folder, tmp_path):
-    views = TrainingViews(images, Augmentation())
+def test_what_differs_is_named(write, vae, conditioner, views, images, folder, tmp_path):
     write(views)
     recipe = Recipe.of(vae, conditioner, views, VIEWS)
     larger, wider = open_images(folder, Preprocessing(64)), Augmentation(scale=(0.9, 1.5))
@@ -152,43 +162,39 @@ def test_what_differs_is_named(write, vae, conditioner, images, folder, tmp_path
     open_feature_cache(tmp_path, replace(recipe, seed=9, num_views=0), images)  # runs of several seeds share views
 
 
-def test_other_images_under_the_same_names_are_noticed(write, vae, conditioner, images, tmp_path):
-    write(TrainingViews(images, None))
+def test_other_images_under_the_same_names_are_noticed(write, reopen, images, tmp_path):
+    views = TrainingViews(images, None)
+    write(views)
     other = tmp_path / "other"
     other.mkdir()
     for key in images.keys:
         Image.new("L", (40, 40), 100).save(other / f"{key}.png")
-    recipe = Recipe.of(vae, conditioner, TrainingViews(images, None), 0)
     with pytest.raises(FeatureCacheError, match="shows something else"):
-        open_feature_cache(tmp_path, recipe, open_images(other, images.preprocessing))
+        reopen(views, open_images(other, images.preprocessing))
     Image.new("L", (40, 40)).save(other / "new.png")
     with pytest.raises(FeatureCacheError, match="samples: 1 of 12 are not there, such as new"):
-        open_feature_cache(tmp_path, recipe, open_images(other, images.preprocessing))
+        reopen(views, open_images(other, images.preprocessing))
 
 
-def test_incomplete_or_damaged_folders_are_named(write, vae, conditioner, images, tmp_path):
-    recipe = Recipe.of(vae, conditioner, TrainingViews(images, None), VIEWS)
+def test_incomplete_or_damaged_folders_are_named(write, reopen, views, tmp_path):
     with pytest.raises(FeatureCacheError, match=r"not hold complete features: it has no manifest\.json"):
-        open_feature_cache(tmp_path, recipe, images)
-    write(TrainingViews(images, None))
+        reopen(views)
+    write(views)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     shard = tmp_path / SHARDS[1]
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(FeatureCacheError, match=rf"{SHARDS[1]} is missing or cut short"):
-        open_feature_cache(tmp_path, recipe, images)
+        reopen(views)
     for text, message in (("{", "damaged"), (json.dumps({**manifest, "format": 99}), "of format 99")):
         (tmp_path / "manifest.json").write_text(text)
         with pytest.raises(FeatureCacheError, match=message):
-            open_feature_cache(tmp_path, recipe, images)
+            reopen(views)
 
 
-def test_part_of_the_samples_in_their_own_order(write, vae, conditioner, images, tmp_path):
-    views = TrainingViews(images, Augmentation())
+def test_part_of_the_samples_in_their_own_order(write, reopen, views, images):
     write(views)
-    recipe = Recipe.of(vae, conditioner, views, VIEWS)
     part = images.select(["008", "001", "010"])
-    some = open_feature_cache(tmp_path, recipe, part)
-    everything = open_feature_cache(tmp_path, recipe, images)
+    some, everything = reopen(views, part), reopen(views)
     for index, key in enumerate(part.keys):
         one = some[Slot(0, 2, index)]
         other = everything[Slot(0, 2, images.keys.index(key))]
@@ -196,7 +202,7 @@ def test_part_of_the_samples_in_their_own_order(write, vae, conditioner, images,
         assert all(torch.equal(a, b) for a, b in zip(one["features"], other["features"], strict=True))
 
 
-def test_unreadable_images_are_noted_and_no_sample_of_another_set_stands_in(write, vae, conditioner, folder, tmp_path):
+def test_unreadable_images_are_noted_and_no_sample_of_another_set_stands_in(write, reopen, tmp_path):
     mixed, cache = tmp_path / "mixed", tmp_path / "cache"
     cache.mkdir()
     scripts.image_folder(mixed, COUNT, size=40)
@@ -206,19 +212,18 @@ def test_unreadable_images_are_noted_and_no_sample_of_another_set_stands_in(writ
     manifest = write(views, cache)
     noted = {key: used for shard in manifest["shards"] for key, used in shard["substitutes"].items()}
     assert list(noted) == ["004"]
-    recipe = Recipe.of(vae, conditioner, views, VIEWS)
     part = images.select([key for key in images.keys if key != noted["004"]])
     place = part.keys.index("004")
     shown = part[place]["key"]
     assert shown not in ("004", noted["004"])
-    opened = open_feature_cache(cache, recipe, part)
+    opened = reopen(views, part, cache)
     one, other = opened[Slot(0, 0, place)], opened[Slot(0, 0, part.keys.index(shown))]
     assert all(torch.equal(a, b) for a, b in zip(one["features"], other["features"], strict=True))
 
 
 def test_values_that_cannot_be_stored(vae, write, images):
     views = TrainingViews(images, None)
-    vae_config = dict(vae.config)
+    factor = vae.config["scaling_factor"]
     try:
         vae.register_to_config(scaling_factor=1e8)
         with pytest.raises(FeatureCacheError, match=r"does not fit into torch\.float16: store float32"):
@@ -227,7 +232,7 @@ def test_values_that_cannot_be_stored(vae, write, images):
         with pytest.raises(ValueError, match="The features of 000 are not finite"):
             write(views)
     finally:
-        vae.register_to_config(scaling_factor=vae_config["scaling_factor"])
+        vae.register_to_config(scaling_factor=factor)
 
 
 def test_samples_of_one_name_are_refused(write, images):
@@ -236,10 +241,9 @@ def test_samples_of_one_name_are_refused(write, images):
         write(TrainingViews(images, None))
 
 
-def test_reading_takes_no_memory_of_its_own_and_travels_to_spawned_workers(write, vae, conditioner, images, tmp_path):
-    views = TrainingViews(images, Augmentation())
+def test_reading_takes_no_memory_of_its_own_and_travels_to_spawned_workers(write, reopen, views):
     write(views)
-    opened = open_feature_cache(tmp_path, Recipe.of(vae, conditioner, views, VIEWS), images)
+    opened = reopen(views)
     before = opened.__getitems__(slots())
     sent = pickle.dumps(opened.shards)
     assert len(sent) < 1000  # paths, no tensors

@@ -33,8 +33,3 @@ def test_the_clock_runs_from_the_last_checkpoint():
     assert interruption.wishes() == (0, 1)
     interruption.saved()
     assert interruption.wishes() == (0, 0)
-
-
-def test_negative_minutes_are_refused():
-    with pytest.raises(ValueError, match="must not be negative, got -1"):
-        Interruption(-1)

@@ -60,6 +60,9 @@ def test_min_snr_agrees_with_its_definition_and_is_finite_at_its_limits(predicti
     limits = min_snr_weights(torch.tensor([0.0, 1.0]), 5.0, prediction_type)
     expected = {"epsilon": [1.0, 0.0], "v_prediction": [0.0, 0.0], "sample": [0.0, 5.0]}[prediction_type]
     assert limits.tolist() == expected
+    for gamma in (0, -1):
+        with pytest.raises(ValueError, match="gamma must be positive"):
+            min_snr_weights(torch.ones(1), gamma, prediction_type)
 
 
 def test_dropped_conditions_become_the_null_condition():
@@ -76,12 +79,6 @@ def test_weighted_loss_is_the_mean_over_samples_in_float32(latents):
     weights = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0])
     torch.testing.assert_close(weighted_mse(latents, target, weights), latents[0].square().mean() / 5)
     assert weighted_mse(latents.half(), target.half()).dtype == torch.float32
-
-
-@pytest.mark.parametrize("gamma", [0, -1])
-def test_gamma_must_be_positive(gamma):
-    with pytest.raises(ValueError, match="gamma must be positive"):
-        min_snr_weights(torch.ones(1), gamma, "epsilon")
 
 
 def test_target_is_what_the_schedule_predicts(latents):

@@ -99,13 +99,9 @@ def describe_run(seed: int, preprocessing: Preprocessing, shuffle_window_shards:
 def resume_run(
     accelerator: Accelerator, output_dir: str | Path, name: str, expected: dict[str, Any]
 ) -> Checkpoint | None:
-    """Load a checkpoint that `save_run` wrote, by a name as in `find_checkpoint`; every process must call this.
+    """Load a checkpoint that `save_run` wrote, named as in `find_checkpoint`; every process must call this.
 
-    Args:
-        accelerator: Prepared as for `save_run`.
-        output_dir: Folder of the run.
-        name: As in `find_checkpoint`.
-        expected: What the manifest must have noted, from `describe_run`.
+    It must have noted what is `expected`, from `describe_run`.
 
     Returns:
         The checkpoint that was loaded; None if there is none.
@@ -151,12 +147,8 @@ def saving_checkpoint(
 ) -> Iterator[Path]:
     """Save a checkpoint: `with saving_checkpoint(out, 500) as folder: accelerator.save_state(folder)`.
 
-    Args:
-        output_dir: Where `checkpoint-STEP` shall be; all processes must see the same folder.
-        step: Number of updates of the weights so far.
-        info: JSON-serialisable facts to store in the manifest.
-        is_main_process: Whether this process writes the manifest. Every process must enter.
-        wait_for_everyone: Barrier between the processes.
+    Every process must enter, and all must see the same folder. The main process writes the manifest, with `info`,
+    which JSON can hold. `wait_for_everyone` is a barrier between the processes.
 
     Yields:
         The folder to write into. If the body raises, no checkpoint appears.
@@ -167,7 +159,8 @@ def saving_checkpoint(
         yield partial
         wait_for_everyone()
         if is_main_process:
-            files = {name: describe_file(partial / name) for name in _list_files(partial)}
+            written = sorted(path for path in partial.rglob("*") if path.is_file())
+            files = {path.relative_to(partial).as_posix(): describe_file(path) for path in written}
             manifest = {"format": _FORMAT, "step": step, "info": info or {}, "files": files}
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
     wait_for_everyone()
@@ -196,11 +189,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def find_checkpoint(output_dir: str | Path, name: str = "latest") -> Checkpoint | None:
-    """The checkpoint to resume from.
-
-    Args:
-        output_dir: Folder of the run.
-        name: `"latest"`, the name of a checkpoint in `output_dir`, or a path to one.
+    """The checkpoint to resume from: `"latest"`, the name of a checkpoint in `output_dir`, or a path to one.
 
     Returns:
         The newest complete checkpoint for `"latest"` (incomplete ones are named in a warning), None if there is none.
@@ -265,7 +254,3 @@ def _delete_leftovers(output_dir: str | Path) -> None:
 def _checkpoint_folders(output_dir: str | Path) -> list[Path]:
     folders = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
     return sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]))
-
-
-def _list_files(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())

@@ -47,13 +47,8 @@ class FeatureCacheError(ValueError):
 class Recipe:
     """What features are made with: of the same images, equal recipes give equal features.
 
-    Attributes:
-        conditioner: `fingerprint_model` of the conditioner.
-        vae: `fingerprint_model` of the autoencoder.
-        preprocessing: Settings and fingerprint of the `Preprocessing`.
-        augmentation: Settings of the `Augmentation`, None for the images as they are.
-        seed: Seed of the views.
-        num_views: Views of each sample, K.
+    Models are told by their `fingerprint_model`. Without an augmentation the images are taken as they are. `seed` is
+    that of the views, `num_views` their number for each sample, K.
     """
 
     conditioner: str

@@ -14,15 +14,7 @@ from ..data import ImageDataset, Slot, TrainingViews, load_batches
 from ..latents import VAE, encode_to_moments
 from ..pixels import unit_to_vae
 
-__all__ = [
-    "CachedViews",
-    "FeatureEncoder",
-    "Features",
-    "Views",
-    "cache_in_memory",
-    "encode_views",
-    "evenly_spread",
-]
+__all__ = ["CachedViews", "FeatureEncoder", "Features", "Views", "cache_in_memory", "encode_views", "evenly_spread"]
 
 
 class Features(NamedTuple):
@@ -42,10 +34,7 @@ class Features(NamedTuple):
 class FeatureEncoder:
     """Encodes batches with the frozen models, or takes the features that come with a batch.
 
-    Args:
-        vae: The autoencoder.
-        conditioner: The conditioner.
-        device: Where training is. For batches without features both models must be there.
+    `device` is where training is. For batches without features both models must be there.
     """
 
     def __init__(self, vae: VAE, conditioner: DinoImageConditioner, device: torch.device | str) -> None:
@@ -69,18 +58,10 @@ def encode_views(
     batch_size: int = 32,
     num_workers: int = 0,
 ) -> Iterator[tuple[Features, list[str]]]:
-    """Features of several views of each sample; view k is the one that training shows in epoch k.
+    """Features of several views of each of some samples; view k is the one that training shows in epoch k.
 
-    Batches hold whole samples. What is in a batch may change the last bit of a float, so a cache that is to equal
-    another bit for bit must be made of the same batches.
-
-    Args:
-        views: The views to encode.
-        encoder: What encodes them.
-        samples: Numbers of the samples.
-        num_views: Views of each, K.
-        batch_size: Views encoded at once.
-        num_workers: Processes that load images.
+    Batches hold whole samples, about `batch_size` views. What is in a batch may change the last bit of a float, so a
+    cache that is to equal another bit for bit must be made of the same batches.
 
     Yields:
         Features `(n, K, ...)` of the next n samples on the CPU, and for each the key of what was shown in its place.

@@ -25,14 +25,7 @@ from ..sheets import contact_sheet
 from .models import on_device
 from .state import TrainingState
 
-__all__ = [
-    "DISTANCES",
-    "FeatureMetric",
-    "Validator",
-    "generate_for_validation",
-    "measure",
-    "open_metric",
-]
+__all__ = ["DISTANCES", "FeatureMetric", "Validator", "generate_for_validation", "measure", "open_metric"]
 
 
 @dataclass(frozen=True)
@@ -156,16 +149,12 @@ class Validator:
     `output_dir/best` with `metric.json`. Every process must call `run`.
 
     Args:
-        pipe: The pipeline in training.
-        state: Its state.
+        pipe: The pipeline in training, with its `state`.
         output_dir: Folder of the run.
         images: Data set of `{"key", "image"}`; its first images are used.
-        grid_steps: Updates between pictures of variations; 0 draws none.
-        num_sources: Sources in a picture.
-        num_variations: Variations of each source.
+        grid_steps: Updates between pictures of `num_variations` of `num_sources` images; 0 draws none.
         metric: What to measure, without guidance.
-        metric_steps: Updates between measurements; 0 measures nothing.
-        num_metric_images: Images to generate for a measurement.
+        metric_steps: Updates between measurements on `num_metric_images`; 0 measures nothing.
         batch_size: Images generated at once.
         seed: Seed of the noise, the same at every look.
         guidance_scale: Guidance of the pictures.
