@@ -138,7 +138,7 @@ def consolidate(chest: Chest, centre: Sequence[float], radius: float, density: f
 
 
 def add_nodule(chest: Chest, centre: Sequence[float], diameter: float, hu: float) -> Chest:
-    """Nodule: a ball (mm, Hounsfield units); voxels that its surface cuts are filled in part."""
+    """Nodule: a ball of `diameter` mm and density `hu`; voxels that its surface cuts are filled in part."""
     if not 3 <= diameter <= 30:
         raise ValueError(f"A nodule is 3 to 30 mm across (larger is a mass), got {diameter}.")
     distance = (positions(chest) - torch.tensor(centre).view(3, 1, 1, 1)).square().sum(0).sqrt()

@@ -80,7 +80,7 @@ def _render_one(job: tuple[str, int], seed: int, size: int) -> Phantom:
 
 
 def render(chest: Chest, jobs: list[tuple[str, int]], seed: int, size: int, num_workers: int) -> Iterator[Phantom]:
-    """Render samples in the order of `jobs`, pairs of split and index; without workers in this process."""
+    """Render samples in the order of `jobs`, pairs of split and index; 0 workers render in this process."""
     one = partial(_render_one, seed=seed, size=size)
     if num_workers == 0:
         threads = torch.get_num_threads()

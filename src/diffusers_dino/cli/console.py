@@ -23,7 +23,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def run_resumable(main: Callable[[], None]) -> None:
-    """Run a script whose work stays when it is stopped: a RuntimeError, too, is what a user can mend."""
+    """Like `run`, for a script whose work stays when it is stopped; a RuntimeError ends with one line, too."""
     try:
         main()
     except (ImportError, OSError, RuntimeError, ValueError) as error:

@@ -28,7 +28,7 @@ class TrainingRun:
     """Gives the batches of each update, takes the optimizer's step, and saves: `for batches in run.updates(): ...`
 
     Args:
-        args: Flags that are `RunArguments` and `ImageArguments`.
+        args: The flags, which are `RunArguments` and `ImageArguments`.
         accelerator: Its `gradient_accumulation_steps` is the number of batches in an update.
         model: What is trained; may be a tuple of modules in one. Only matrices and kernels decay.
         images: What it is trained on.

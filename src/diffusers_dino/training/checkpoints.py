@@ -233,7 +233,7 @@ def delete_old_checkpoints(output_dir: str | Path, keep: int) -> None:
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    """Its size and SHA-256."""
+    """Size and SHA-256 of a file."""
     return {"size": path.stat().st_size, "sha256": sha256_of(path)}
 
 
