@@ -86,12 +86,9 @@ class CopyGate:
             training: The images, or `(M, C, H, H)` in [0, 1].
             extractor: By default `local-contrast`.
             groups: Group of each image, such as its patient: images of one patient are not compared.
-            false_alarms: Share of unseen real images that the gate may refuse; to promise 0.01 takes 299 images (see
-                `calibrate_threshold`).
+            false_alarms: Share of unseen real images that the gate may refuse; to promise 0.01 takes 299 images, and
+                fewer are refused (see `calibrate_threshold`).
             batch_size: Images computed at once.
-
-        Raises:
-            ValueError: If there are too few images for the share of false alarms.
         """
         extractor = extractor or open_extractor("local-contrast")
         views = extract_views(extractor, training, batch_size)

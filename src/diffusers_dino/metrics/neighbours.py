@@ -71,9 +71,8 @@ def nearest_training(
         training: `(M, D)`.
         k: Number of neighbours.
         chunk: Images at once.
-        groups: Group of each image, such as its patient.
-        training_groups: Group of each training image. Images of one group are not compared, so a training image does
-            not find itself or others of its patient. Give both or none.
+        groups, training_groups: Group of each image, such as its patient; both or none. Images of one group are not
+            compared, so a training image does not find itself or others of its patient.
 
     Raises:
         ValueError: If shapes do not fit, a feature is not finite, or an image has fewer than k training images of

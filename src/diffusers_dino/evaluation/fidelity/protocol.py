@@ -65,8 +65,7 @@ class Sampling:
     """How images were generated.
 
     Attributes:
-        scheduler: Class of the noise schedule.
-        num_inference_steps: Its steps.
+        scheduler, num_inference_steps: Class of the noise schedule, and its steps.
         guidance_scale: 1 is none.
         seed: Of the noise, together with the key of the source.
         batch_size: Images generated at once; rounding depends on it.
@@ -88,17 +87,13 @@ class FidelityScores(JsonResult):
     Attributes:
         images: What they are: the name of a model or checkpoint, `UNTRAINED` or `REAL`.
         step: Updates of the checkpoint; None for what is not one.
-        num_images: N.
-        num_reference: M.
+        num_images, num_reference: N and M.
         features: Extractor, layer, pixel range, resize and hash of the weights.
         sampling: How they were generated; None for real images.
         neighbors: The neighbour that balls of precision, recall, density and coverage reach to.
-        repeats: Draws of the bootstrap.
-        bootstrap_seed: Of the draws.
-        level: Probability mass of the intervals.
+        repeats, bootstrap_seed, level: Of the intervals: see `metrics.Bootstrap`.
         by_patient: Whether patients were drawn, not images.
-        frechet: Fréchet distance; lower is better.
-        kernel: Kernel distance (KID), unbiased; lower is better.
+        frechet, kernel: Fréchet and kernel distance (KID); lower is better. The latter is unbiased.
         precision, recall, density, coverage: See `metrics.ManifoldFigures`; higher is better.
         vendi: Vendi score of the N images.
     """

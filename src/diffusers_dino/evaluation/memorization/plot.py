@@ -51,13 +51,8 @@ def draw_closest_pairs(
 ) -> PIL.Image.Image:
     """The closest pairs, nearest first: a synthetic image, and its nearest training image as it was compared.
 
-    A training image is mirrored if the mirror image is what the synthetic one is near to.
-
-    Args:
-        result: ValueError if it holds no pair.
-        synthetic, training: The images that `evaluate_memorization` was given.
-        columns: Pairs in a row.
-        size: Width and height of an image in pixels, as in `contact_sheet`.
+    A training image is mirrored if the mirror image is what the synthetic one is near to. Images are those that
+    `evaluate_memorization` was given, `columns` the pairs in a row, and `size` is that of `contact_sheet`.
     """
     if not result.closest:
         raise ValueError("The result holds no pair to draw: it is of no synthetic images, or num_pairs is 0.")

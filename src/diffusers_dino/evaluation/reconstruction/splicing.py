@@ -73,7 +73,10 @@ def splice_masks(side: int, lungs: Tensor) -> dict[str, Tensor]:
 def generate_from_noises(
     pipe: DinoDiffusionPipeline, tokens: Tensor, num_noises: int = 4, seed: int = 0, **call: Any
 ) -> Tensor:
-    """Images `(B, num_noises, C, H, W)` in [0, 1] from tokens `(B, S, D)`; the noises are the same for every row."""
+    """Images `(B, num_noises, C, H, W)` in [0, 1] from tokens `(B, S, D)`; the noises are the same for every row.
+
+    `call` are further arguments of the pipeline.
+    """
     noises = [generator_for(seed, "patches", n) for _ in tokens for n in range(num_noises)]
     options = {"num_images_per_prompt": num_noises, "generator": noises, "output_type": "pt", **call}
     return pipe(image_embeds=tokens, **options).images.unflatten(0, (len(tokens), -1))
@@ -94,9 +97,7 @@ def splice_images(
         pipe: A pipeline on all tokens, or on patches.
         source, other: `(C, H, W)` in [0, 1].
         masks: Where the other's patches go: `(side, side)` bool by name, see `splice_masks`.
-        num_noises: Images from each condition.
-        seed: Of the noises.
-        call: Further arguments of the pipeline, such as `num_inference_steps` and `guidance_scale`.
+        num_noises, seed, call: As of `generate_from_noises`.
     """
     source_tokens, other_tokens = pipe.encode_image(torch.stack([source, other]))[:, None]  # (1, S, D) each
     spliced = [splice_patch_tokens(source_tokens, other_tokens, mask) for mask in masks.values()]

@@ -58,12 +58,9 @@ class MethodScores:
     """Dice coefficients of one method on N images.
 
     Attributes:
-        method: Its name.
         selection: How segments were chosen.
         dice: Of each image, in [0, 1].
-        mean: Of them.
         low, high: Bootstrap interval of the mean (95 %), over patients.
-        median, lower_quartile, upper_quartile: Of them.
         chosen: The setting chosen on the first half and the one chosen on the second; empty if there was no choice.
         optimistic: The mean at the one setting that is best on all images; None if there was no choice.
     """
@@ -96,7 +93,6 @@ class SegmentationResult(JsonResult):
     """All figures of one data set.
 
     Attributes:
-        dataset: Its name.
         keys: Of its N images.
         mask_size: Side in pixels that Dice coefficients are taken at.
         seed: Of the split in halves, the bootstrap and k-means.
