@@ -22,21 +22,8 @@ def run(tmp_path_factory) -> Path:
     """A run of two checkpoints with averaged weights, and one that was cut short."""
     folder = tmp_path_factory.mktemp("run")
     tiny.tiny_pipeline().save_pretrained(folder / "start")
-    (folder / "images").mkdir()
-    scripts.call_script(
-        "train_dino.py",
-        train_data_dir=scripts.image_folder(folder / "images", 24, size=32),
-        pretrained_pipeline=folder / "start",
-        resolution=32,
-        train_batch_size=4,
-        max_train_steps=2,
-        checkpointing_steps=1,
-        learning_rate=1e-2,
-        lr_warmup_steps=0,
-        use_ema=True,
-        validation_steps=0,
-        output_dir=folder / "run",
-    )
+    training = {"max_train_steps": 2, "checkpointing_steps": 1, "learning_rate": 1e-2, "use_ema": True}
+    scripts.call_script("train_dino.py", **scripts.tiny_training(folder) | training | {"output_dir": folder / "run"})
     (folder / "run" / "checkpoint-3").mkdir()
     (folder / "keys.txt").write_text("\n".join(f"{i:03d}" for i in range(14)))
     lines = [f"{i:03d}.png,{i // 2}" for i in range(24)]

@@ -48,23 +48,9 @@ def test_figures_of_a_model_and_of_its_controls_are_written(flags):
 
 
 @pytest.mark.slow
-def test_checkpoints_and_stable_diffusion_stand_beside_each_other(flags, pipeline, tmp_path):
-    images = tmp_path / "images"
-    images.mkdir()
-    run = tmp_path / "run"
-    scripts.call_script(
-        "train_dino.py",
-        train_data_dir=scripts.image_folder(images, 8, size=32),
-        pretrained_pipeline=pipeline,
-        resolution=32,
-        train_batch_size=4,
-        max_train_steps=2,
-        checkpointing_steps=1,
-        learning_rate=1e-3,
-        lr_warmup_steps=0,
-        validation_steps=0,
-        output_dir=run,
-    )
+def test_checkpoints_and_stable_diffusion_stand_beside_each_other(flags, tmp_path):
+    run, training = tmp_path / "run", {"max_train_steps": 2, "checkpointing_steps": 1}
+    scripts.call_script("train_dino.py", **scripts.tiny_training(tmp_path, 8) | training | {"output_dir": run})
     tiny_text.stable_diffusion().save_pretrained(tmp_path / "sd")
     flags |= {
         "pipeline": [f"ours={run / 'checkpoint-1'}", f"ours={run}"],
