@@ -53,13 +53,8 @@ class ClassifierSettings:
         validation_steps: Updates after which the weights are compared with the best so far.
         learning_rate: Peak of AdamW's, after a linear warm-up (a tenth of the updates) and before a cosine to zero.
         weight_decay: Of AdamW.
-        shear: Largest shear of the augmentation, as a fraction of the side.
-        translation: Largest shift, likewise.
-        min_scale: Least magnification.
-        max_scale: Largest magnification.
-
-    Raises:
-        ValueError: If a value is out of its range.
+        shear, translation: Largest shear and shift of the augmentation, as fractions of the side.
+        min_scale, max_scale: Range of its magnification.
     """
 
     model: str = "densenet121"
@@ -106,13 +101,7 @@ class ClassifierSettings:
 
 
 class LabelledImages(NamedTuple):
-    """Some of a file's images, with their targets.
-
-    Attributes:
-        images: The file.
-        rows: `(N,)` int64, numbers of its images.
-        targets: `(N, L)` bool.
-    """
+    """Some of a file's images: their numbers `(N,)` int64, and their targets `(N, L)` bool."""
 
     images: PackedImages
     rows: np.ndarray
@@ -136,9 +125,7 @@ class TrainedClassifier(NamedTuple):
 def make_classifier(settings: ClassifierSettings, num_labels: int, seed: int = 0) -> nn.Module:
     """Build a classifier of images in [0, 1]; the same seed gives the same weights.
 
-    Raises:
-        ValueError: If timm has no such architecture, it does not take the options, or the weights do not fit.
-        FileNotFoundError: If there is no such file of weights.
+    ValueError if timm does not make the architecture with these options and weights.
     """
     import timm
 
@@ -172,16 +159,9 @@ def train_classifier(
 ) -> TrainedClassifier:
     """Train a classifier with binary cross-entropy on each label; the same arguments give the same weights.
 
-    Args:
-        train: Images to train on, all shown equally often, whichever part they are in.
-        validation: Images that choose the weights with the highest macro AUROC, the earliest of equals. Without them,
-            or if no label has both classes among them, the last weights are taken.
-        settings: Architecture and training.
-        seed: Of initial weights, order and augmentation. The weights at the start depend on nothing else of the data.
-        device: Where to train; on the CPU with as many threads as PyTorch has.
-
-    Raises:
-        ValueError: If there is no image to train on.
+    All images are shown equally often, whichever part they are in. Validation images choose the weights with the
+    highest macro AUROC, the earliest of equals; without them, or if no label has both classes among them, the last
+    weights are taken. The weights at the start depend on nothing of the data but the number of labels.
     """
     targets = torch.from_numpy(np.concatenate([part.targets for part in train])).float()  # (N, L)
     if not len(targets):

@@ -15,19 +15,12 @@ def assign_folds(targets: np.ndarray, groups: Sequence[Hashable], num_folds: int
     """The fold of each image: multi-label stratification (Sechidis et al. 2011) of whole groups.
 
     Groups are placed one by one, those with the label that fewest remaining groups have first, each into the fold
-    that lacks most of that label; ties go to the fold that lacks most images, then to a draw.
+    that lacks most of that label; ties go to the fold that lacks most images, then to a draw. The folds `(N,)` int64
+    depend neither on the order of the images nor on that of the labels.
 
     Args:
         targets: `(N, L)` bool, which image has which label.
-        groups: The patient of each of N images, who is in one fold only.
-        num_folds: Number of folds.
-        seed: Of the order of groups and of ties.
-
-    Returns:
-        `(N,)` int64 in [0, num_folds). The folds depend neither on the order of the images nor on that of the labels.
-
-    Raises:
-        ValueError: If there are fewer groups than folds, or the lengths differ.
+        groups: The patient of each image, who is in one fold only; at least as many as folds.
     """
     if num_folds < 2:
         raise ValueError(f"Cross-validation has two folds or more, got {num_folds}.")
@@ -60,19 +53,9 @@ def assign_folds(targets: np.ndarray, groups: Sequence[Hashable], num_folds: int
 
 
 def hold_out(targets: np.ndarray, groups: Sequence[Hashable], fraction: float, seed: int = 0) -> np.ndarray:
-    """A stratified share of whole groups, such as the patients whose images choose a classifier's weights.
+    """`(N,)` bool, a stratified share of whole groups, such as patients whose images choose a classifier's weights.
 
-    Args:
-        targets: `(N, L)` bool, which image has which label.
-        groups: The patient of each of N images.
-        fraction: About which share of the groups, in [0, 0.5].
-        seed: Of the choice.
-
-    Returns:
-        `(N,)` bool.
-
-    Raises:
-        ValueError: If the fraction is out of its range, or there are fewer groups than shares of this size.
+    Targets and groups are as in `assign_folds`; the fraction of the groups is about met, and in [0, 0.5].
     """
     check_fraction(fraction)
     if not fraction:

@@ -24,20 +24,12 @@ _READ_TOGETHER = 64
 
 
 class PackedImages:
-    """Images that `pack_images` wrote, by number. It travels to other processes as a path.
-
-    Args:
-        path: The `.npy` file; its keys are beside it.
+    """Images that `pack_images` wrote to a `.npy` file, by number. It travels to other processes as a path.
 
     Attributes:
-        keys: Of the images.
         recipe: A digest of what the pixels depend on.
         num_averaged: How many images had colours and became gray; None in files of older versions, which did not count
             them and weighted the colours (ITU-R BT.601).
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If array and keys do not fit each other.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -67,20 +59,14 @@ class PackedImages:
 
 
 def pack_images(images: ImageDataset, path: str | Path, recipe: str = "", channels: int = 1) -> PackedImages:
-    """Read all images once and write them as one array, whole or not at all; what is there already is kept.
+    """Read all images once and write them to a `.npy` file, whole or not at all; what is there already is kept.
 
     Images that cannot be read are left out: another sample in their place would have labels that are not its own.
 
     Args:
-        images: The images.
-        path: The `.npy` file to write.
         recipe: What else the pixels depend on, such as the digest of a plan. A file of another recipe, of other keys
             or another preprocessing is written anew.
         channels: 1 for gray, the mean of the colours; 3 for colour.
-
-    Raises:
-        OSError: If the disk is full.
-        ValueError: If too many images cannot be read, or `channels` is neither 1 nor 3.
     """
     if channels not in (1, 3):
         raise ValueError(f"Images have 1 or 3 channels, got {channels}.")

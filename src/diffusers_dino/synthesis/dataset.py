@@ -44,12 +44,7 @@ class SyntheticSet:
 
     @classmethod
     def open(cls, folder: str | Path) -> Self:
-        """Open a folder that `synthesise` has completed.
-
-        Raises:
-            FileNotFoundError: If it is not complete.
-            SynthesisError: If its plan was changed.
-        """
+        """Open a folder that `synthesise` has completed; FileNotFoundError if it is not complete."""
         manifest = read_manifest(folder)
         return cls(Path(folder), load_plan(folder), manifest)
 
@@ -72,13 +67,7 @@ class SyntheticSet:
 
 
 def draw_examples(made: SyntheticSet, sources: ImageDataset, count: int = 8) -> PIL.Image.Image:
-    """Draw the first images of a set beside their sources: rows of source | synthetic, and | source if it has two.
-
-    Args:
-        made: The set.
-        sources: Holds the plan's sources.
-        count: Rows at most.
-    """
+    """Draw the first `count` images of a set beside their sources: rows of source | synthetic, and | source if two."""
     planned = [image for image, _ in zip(made.planned(), range(count), strict=False)]
     chosen = sources.select(sorted({key for image in planned for key in image.sources}))
     place = {key: number for number, key in enumerate(chosen.keys)}
@@ -107,11 +96,7 @@ def check_left_out(plan: Plan, left_out: int, max_left_out: float) -> None:
 
 
 def complete_set(plan: Plan, folder: Path, max_left_out: float = 0.05) -> SyntheticSet:
-    """Write `labels.csv` and, last, the manifest; then delete what is no longer needed. Only one process does this.
-
-    Raises:
-        SynthesisError: If a shard has not been made, or too many images are left out.
-    """
+    """Write `labels.csv` and, last, the manifest; then delete what is no longer needed. Only one process does this."""
     found = [read_record(plan, number, folder) for number in range(plan.num_shards)]
     records = [record for record in found if record is not None]
     if len(records) < len(found):

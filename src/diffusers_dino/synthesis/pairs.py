@@ -35,12 +35,7 @@ class Pair(NamedTuple):
 def interpolated_labels(
     source: Collection[Hashable], target: Collection[Hashable], fraction: float
 ) -> frozenset[Hashable]:
-    """Labels of an image between two: those of the nearer one.
-
-    Args:
-        source: Labels of one image.
-        target: Labels of the other.
-        fraction: How far from source to target, in [0, 1]; at 0.5 the source counts as nearer.
+    """Labels of an image between two: those of the nearer one; at a fraction of 0.5 the source counts as nearer.
 
     Raises:
         ValueError: If the two do not share a label, or the fraction is outside [0, 1].

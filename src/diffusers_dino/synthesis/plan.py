@@ -76,9 +76,6 @@ class SynthesisSettings:
         quality: Of JPEG, in 1..100.
         grayscale: Whether to store the mean of a model's three colour channels.
         max_attempts: How often an image is drawn before the gate's refusal is final.
-
-    Raises:
-        ValueError: If a value is out of its range.
     """
 
     num_inference_steps: int = 50
@@ -279,12 +276,10 @@ def plan_interpolation(
     A longer plan of the same seed begins with the same images.
 
     Args:
-        keys: Of the N source images, each once.
-        labels: Labels of each, in the same order.
+        keys, labels, settings: As for `plan_reconstruction`; labels must be known.
         ratio, num_images: As for `plan_reconstruction`; the pairs are then those of `sample_pairs`.
         pairs: Numbers of keys, and how far to go from one to the other, in place of `ratio` and `num_images`.
         seed: Of pairs, fractions and noise.
-        settings: How images are computed and stored.
 
     Raises:
         SynthesisError: As for `plan_reconstruction`, and if there are no labels or no two images share one.
@@ -370,12 +365,7 @@ def save_plan(plan: Plan, folder: str | Path) -> None:
 
 
 def load_plan(folder: str | Path) -> Plan:
-    """Read what `save_plan` wrote.
-
-    Raises:
-        FileNotFoundError: If there is no plan.
-        SynthesisError: If it was changed since, is damaged, or of another format.
-    """
+    """Read what `save_plan` wrote; SynthesisError if it was changed since, is damaged, or of another format."""
     folder = Path(folder)
     try:
         content = json.loads((folder / PLAN).read_bytes())
@@ -408,11 +398,7 @@ def load_plan(folder: str | Path) -> Plan:
 
 
 def freeze_plan(plan: Plan, folder: str | Path) -> None:
-    """Write a plan into its folder, or check that the folder holds this very plan.
-
-    Raises:
-        SynthesisError: If the folder holds another plan, a plan that was changed, or other shards.
-    """
+    """Write a plan into its folder, or raise SynthesisError unless the folder holds this very plan."""
     folder = Path(folder)
     if (folder / PLAN).is_file():
         require_same(_comparable(load_plan(folder)), _comparable(plan), folder, SynthesisError)

@@ -53,9 +53,6 @@ class RayResources:
         num_gpus: GPUs of each worker; with 0.5, two workers share one, with 0 they compute on the CPU.
         address: Of a running cluster, or `"auto"` for the one that this machine is part of; by default what
             `RAY_ADDRESS` says. Without either, Ray is started on this machine and stopped at the end.
-
-    Raises:
-        ValueError: If a number is out of range.
     """
 
     num_workers: int | None = None
@@ -87,21 +84,16 @@ def synthesise_with_ray(
     A worker occupies as many CPUs as the plan has threads. One that dies is replaced, and its shard made again.
 
     Args:
-        plan, max_left_out: As for `synthesise`.
+        plan, max_left_out, progress: As for `synthesise`.
         pipe: On the CPU. Workers load it from the output folder.
         images: Holds the plan's sources. Workers must be able to read them under the same paths.
         output_dir: As for `synthesise`. All machines must share it under one path.
         gate: As for `synthesise`. Workers must be able to import its class.
         resources: Which workers; by default those of this machine, without its GPUs.
-        progress: Whether to show the rate and the time left, shard by shard.
-
-    Returns:
-        The finished set.
 
     Raises:
-        ImportError: If Ray is not installed.
         SynthesisError: As `synthesise`, and if a machine does not see the folder or a shard ends its worker each time.
-        OSError: If the disk is full. What is finished stays.
+        ImportError, OSError: If Ray is not installed; if the disk is full. What is finished stays.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # otherwise it reports home
     ray = require("ray", "ray", "Generating on a Ray cluster needs Ray")
@@ -243,11 +235,7 @@ class _Worker:
 def _work(
     job: _Job, kind: Literal["part", "shard"], numbers: Sequence[int], num_workers: int, num_gpus: float, bar: tqdm
 ) -> Iterator[_Answer]:
-    """Have parts encoded or shards made, and yield the answers as they come.
-
-    Raises:
-        Exception: What the first worker that failed raised.
-    """
+    """Have parts encoded or shards made, yield the answers as they come, and raise the first error of a worker."""
     if not numbers:
         return
     data = require("ray.data", "ray", "Generating on a Ray cluster needs Ray Data")

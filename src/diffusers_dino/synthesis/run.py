@@ -50,7 +50,7 @@ def synthesise(
 
     Args:
         plan: Which images, and how.
-        pipe: A `DinoDiffusionPipeline` on the device that computes.
+        pipe: On the device that computes.
         images: Holds the plan's sources.
         output_dir: Where shards, `labels.csv` and `manifest.json` go. All processes and machines must share it.
         gate: Which images may pass; the others are drawn again.
@@ -58,14 +58,10 @@ def synthesise(
         max_left_out: Largest tolerated fraction of images that the gate refuses in every attempt.
         progress: Whether to show the rate and the time left.
 
-    Returns:
-        The finished set.
-
     Raises:
         SynthesisError: If the folder holds something else, another run is at work there, a source is missing or
             unreadable, or the gate refuses too much. The message says what to do.
-        PermissionError: If the folder is not writable.
-        OSError: If the disk is full. What is finished stays.
+        OSError: If the folder is not writable or the disk is full. What is finished stays.
     """
     if not 0 <= max_left_out <= 1:
         raise ValueError(f"max_left_out is a fraction in [0, 1], got {max_left_out}.")
@@ -112,11 +108,7 @@ def load_generator(model: str | Path, dtype: str = "float32", scheduler: str | N
     Args:
         model: A folder, or a repository of the Hub.
         dtype: Of the weights: `"float32"`, `"bfloat16"` or `"float16"`.
-        scheduler: Class of diffusers that takes the place of the model's scheduler, such as
-            `"DPMSolverMultistepScheduler"`.
-
-    Raises:
-        ValueError: If diffusers has no such scheduler.
+        scheduler: Class of diffusers in place of the model's scheduler, such as `"DPMSolverMultistepScheduler"`.
     """
     pipe = DinoDiffusionPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
     if scheduler:
@@ -149,9 +141,8 @@ def open_gate(
 def bind(plan: Plan, pipe: DinoDiffusionPipeline, images: ImageDataset, gate: Gate | None = None) -> Plan:
     """The plan with fingerprints of all that its images follow from: model, scheduler, sources, gate.
 
-    Raises:
-        SynthesisError: If sources are missing or unreadable, or the model does not make square images.
-        TypeError: If the gate has no fingerprint, or the pipeline is of another kind.
+    SynthesisError if sources are missing or unreadable, or the model does not make square images; TypeError if the
+    gate has no fingerprint.
     """
     if not isinstance(pipe, DinoDiffusionPipeline):
         raise TypeError(
@@ -178,12 +169,7 @@ def bind(plan: Plan, pipe: DinoDiffusionPipeline, images: ImageDataset, gate: Ga
 
 
 def prepare_folder(plan: Plan, output_dir: str | Path) -> Path:
-    """Freeze a bound plan in its folder. Only one process does this.
-
-    Raises:
-        SynthesisError: If the folder holds another plan or other shards.
-        PermissionError: If it is not writable.
-    """
+    """Freeze a bound plan in a folder without another plan or other shards. Only one process does this."""
     folder = make_writable_folder(output_dir)
     freeze_plan(plan, folder)
     if finished_set(folder) is not None:
@@ -197,11 +183,7 @@ def prepare_folder(plan: Plan, output_dir: str | Path) -> Path:
 
 @contextmanager
 def only_run(folder: Path) -> Iterator[None]:
-    """Hold a lock on an output folder, and remove what killed runs left half-written.
-
-    Raises:
-        SynthesisError: If another run holds it.
-    """
+    """Hold the lock of an output folder, unless another run does, and remove what killed runs left half-written."""
     with lock_folder(folder / RECORDS, SynthesisError):
         for place in (folder, folder / RECORDS, folder / TOKENS):
             remove_partials(place)

@@ -72,24 +72,11 @@ def make_shard(
     gate: Gate | None = None,
     on_images: Callable[[int], None] | None = None,
 ) -> ShardRecord:
-    """Generate one shard: the tar, its index and, last, its record. Each appears when it is complete.
+    """Generate one shard of a bound plan: the tar, its index and, last, its record. Each appears when it is complete.
 
     Images that the gate refuses are drawn again with other noise, together and in batches of the same size, up to
-    `max_attempts` times. So every byte follows from the plan and the number.
-
-    Args:
-        plan: Bound to this model and gate.
-        number: In `range(plan.num_shards)`.
-        pipe: On the device that computes.
-        tokens: Of the plan's sources.
-        folder: The output folder.
-        gate: Which images may pass; all by default.
-        on_images: Called with the number of images after each batch of first attempts.
-
-    Raises:
-        SynthesisError: If the gate refuses all images of the shard, or its verdicts have a wrong form.
-        RuntimeError: If images come out with NaN or infinity.
-        OSError: If the disk is full.
+    `max_attempts` times. So every byte follows from the plan and the number. `on_images` is called with the number of
+    images after each batch of first attempts.
     """
     settings = plan.settings
     encoding = Encoding(format=settings.format, quality=settings.quality)

@@ -29,15 +29,7 @@ _MAX_PARTS = 512  # each process has all of them open at once
 
 
 class PlannedSources:
-    """The source images of a plan within a data set, by the plan's numbers.
-
-    Args:
-        plan: The plan.
-        images: A data set that holds all of them.
-
-    Raises:
-        SynthesisError: If a key of the plan is not in the data set, or is there twice.
-    """
+    """The source images of a plan within a data set that has each of them once, by the plan's numbers."""
 
     def __init__(self, plan: Plan, images: ImageDataset) -> None:
         places: dict[str, int] = {}
@@ -68,13 +60,9 @@ class PlannedSources:
 
 
 class TokenStore:
-    """The condition tokens of a plan's sources, kept in the output folder in parts of whole batches.
+    """The condition tokens of a bound plan's sources, kept in the output folder in parts of whole batches.
 
     Parts are memory-mapped when they are first asked for.
-
-    Args:
-        plan: Bound to a model and its sources.
-        folder: The output folder.
     """
 
     def __init__(self, plan: Plan, folder: Path) -> None:
@@ -95,20 +83,9 @@ class TokenStore:
         return header == self._header(number) and shape[0] == len(self._sources_of(number))
 
     def encode_part(self, number: int, pipe: DinoDiffusionPipeline, sources: PlannedSources) -> list[str]:
-        """Encode the sources of a part and write their tokens, in the encoder's own type, unless one cannot be read.
+        """Encode the sources of a part and write their tokens in the encoder's type; or say why some cannot be read.
 
         Batches have one size, so that the tokens follow only from the plan and the images.
-
-        Args:
-            number: In `range(num_parts)`.
-            pipe: Its conditioner encodes.
-            sources: `PlannedSources(plan, images)`.
-
-        Returns:
-            Why sources of this part cannot be read, a sentence each; empty if the part is written.
-
-        Raises:
-            OSError: If the disk is full.
         """
         numbers, settings = self._sources_of(number), self.plan.settings
         tokens, problems = [], []

@@ -1,7 +1,6 @@
 """One cell of the classification grid: a classifier's training images, and its predictions of images of its test fold.
 
-The grid has a cell for each strategy, mode, ratio, regime and fold (DiNO-Diffusion, section 2.4). A cell is a file of
-its own, written whole or not at all; tables and tests are made from these files only.
+A cell is a file of its own, written whole or not at all; tables and tests are made from these files only.
 """
 
 from __future__ import annotations
@@ -52,9 +51,6 @@ class CellSpec:
         ratio: Synthetic images for each real one; 0 for the baseline.
         regime: Number of real images, from which the synthetic ones are made.
         fold: Whose patients are tested.
-
-    Raises:
-        ValueError: If strategy, mode and ratio do not fit each other.
     """
 
     strategy: str
@@ -90,12 +86,10 @@ class CellFacts:
     """How a cell came about.
 
     Attributes:
-        num_real: Real images that were trained on.
-        num_synthetic: Synthetic images that were trained on.
+        num_real, num_synthetic: Images that were trained on.
         num_validation: Real images that chose the weights, of patients that are neither trained on nor tested.
         steps: Optimiser updates that were made.
-        best_step: The update after which the weights were kept.
-        validation_auroc: Macro AUROC on the validation images then; NaN without any.
+        best_step, validation_auroc: As in `TrainedClassifier`.
         seconds: Wall-clock time of training and prediction.
         seed: Of the experiment.
         settings: Digest of the experiment's settings; cells of one table have one.
@@ -123,16 +117,11 @@ class CellResult:
     """The predictions of one cell's classifier on the N images of its test fold.
 
     Attributes:
-        spec: Where it stands in the grid.
+        spec, facts: Where it stands in the grid, and how it came about.
         labels: Names of the L labels.
-        keys: Of the images.
-        patients: Of the images.
+        keys, patients: Of the images.
         probabilities: `(N, L)` float32 in [0, 1].
         targets: `(N, L)` bool.
-        facts: How it came about.
-
-    Raises:
-        ValueError: If the shapes do not fit, or a probability is not in [0, 1].
     """
 
     spec: CellSpec
@@ -166,11 +155,7 @@ class CellResult:
 
     @classmethod
     def load(cls, path: str | Path) -> CellResult:
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: If the file is damaged or not a cell.
-        """
+        """Read what `save` wrote; ValueError if the file is damaged or not a cell."""
         try:
             with safe_open(path, "numpy") as file:
                 text = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
@@ -187,12 +172,7 @@ class CellResult:
 
 
 def load_cells(folder: str | Path) -> list[CellResult]:
-    """All cells of a folder, in the order of the grid.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If one is damaged, or they are of different experiments.
-    """
+    """All cells of a folder, at least one and of one experiment, in the order of the grid."""
     cells = [CellResult.load(path) for path in sorted(Path(folder).glob(f"*{_SUFFIX}"))]
     if not cells:
         raise FileNotFoundError(f"There is no cell of a grid in {str(folder)!r}.")
@@ -210,11 +190,7 @@ def grid_of(
     strategies: Sequence[str] = (RECONSTRUCTION, INTERPOLATION),
     modes: Sequence[str] = (AUGMENTATION, FULL_SYNTHETIC),
 ) -> list[CellSpec]:
-    """All cells of a grid: for each regime and fold the baseline, then every strategy, mode and ratio.
-
-    Raises:
-        ValueError: If a strategy, mode, ratio or regime is not one.
-    """
+    """All cells of a grid: for each regime and fold the baseline, then every strategy, mode and ratio."""
     kinds = [(REAL, REAL, 0), *((s, m, r) for s in strategies for m in modes for r in sorted(set(ratios)))]
     places = [(regime, fold) for regime in sorted(set(regimes), reverse=True) for fold in range(num_folds)]
     return [CellSpec(*kind, *place) for place in places for kind in kinds]
@@ -241,10 +217,6 @@ def run_cell(job: CellJob, folder: str | Path, device: torch.device | str = "cpu
 
     The result is a function of the job: on the CPU it is computed by one thread, since sums depend on their number.
     All cells of a fold start from the same weights, so that they differ by their images only.
-
-    Raises:
-        ValueError: If there is no image to train on, or training diverges.
-        OSError: If the disk is full, or the folder is not writable.
     """
     started = time.perf_counter()
     with deterministic(threads=1):

@@ -52,11 +52,7 @@ def write_folds(
     Args:
         table: Labels and patients of N images.
         labels: Names of the labels that folds are balanced over.
-        output_dir: The folder of the experiment.
-        num_folds: Number of folds.
-        training_keys: A file with the keys, one a line, that the generator of each fold was trained on. If one
-            generator serves all folds, its patients are tested in none.
-        seed: Of the folds.
+        output_dir, num_folds, training_keys, seed: As in `evaluate_augmentation`.
 
     Returns:
         `(N,)` int64, the fold that each image is tested in; -1 for none.
@@ -101,19 +97,10 @@ def write_folds(
 def check_generators(
     table: LabelTable, folds: np.ndarray, generators: PerFold, training_keys: PerFold | None = None
 ) -> str:
-    """What is known about generators having seen patients of the folds that they are used for.
+    """A sentence about whether generators have seen patients of the folds `(N,)` that they are used for.
 
-    Args:
-        table: Labels and patients of N images.
-        folds: `(N,)` from `write_folds`.
-        generators: The generator of each fold.
-        training_keys: A file with the keys that each was trained on, if known.
-
-    Returns:
-        A sentence for the record.
-
-    Raises:
-        ValueError: If a fold's generator was trained on images of patients whom the fold tests.
+    ValueError if a fold's generator was trained on images of patients whom the fold tests, by the keys in the files
+    `training_keys`.
     """
     if training_keys is None:
         if not is_shared(generators):

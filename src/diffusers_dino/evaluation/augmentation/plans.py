@@ -70,10 +70,6 @@ def split_folds(
         labels: Names of the labels to stratify and to balance.
         folds: `(N,)`, the fold that each image is tested in; -1 for images that are only trained on.
         regimes, validation_fraction, seed: As in `evaluate_augmentation`.
-
-    Raises:
-        ValueError: If regimes are not different positive numbers, one is larger than the training data of a fold, or
-            the fraction is not in [0, 0.5].
     """
     if not regimes or min(regimes) < 1 or len(set(regimes)) < len(regimes):
         raise ValueError(f"Regimes are different numbers of images, of at least 1, got {list(regimes)}.")
@@ -116,9 +112,6 @@ def order_balanced(targets: np.ndarray, keys: Sequence[str], count: int, seed: i
 
     Returns:
         `(count,)` int64, numbers of images, each once.
-
-    Raises:
-        ValueError: If there are fewer images than `count`, or the lengths differ.
     """
     if targets.ndim != 2 or len(targets) != len(keys):
         raise ValueError(f"Expected targets (N, L) of {len(keys)} images, got {targets.shape}.")
@@ -168,14 +161,11 @@ def plan_regimes(
 
     Args:
         strategy: `RECONSTRUCTION` or `INTERPOLATION`.
-        keys: Of the images of the largest regime; a regime of R images has the first R (`order_balanced`).
-        labels: Of each.
-        regimes: Numbers of real images.
-        ratio: The largest number of synthetic images for each real one.
+        keys, labels: Of the images of the largest regime; a regime of R images has the first R (`order_balanced`).
+        regimes, ratio: Numbers of real images, and the largest number of synthetic ones for each.
         seed, settings: As in `plan_interpolation`.
 
     Raises:
-        ValueError: If the strategy is unknown, or a regime is larger than `keys`.
         SynthesisError: If no two images of a regime share a label.
     """
     if not regimes or max(regimes) > len(keys) or min(regimes) < 1 or ratio < 1:

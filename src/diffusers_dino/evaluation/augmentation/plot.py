@@ -22,13 +22,6 @@ def plot_augmentation(result: AugmentationResult) -> Figure:
 
     Points are means over folds with their standard deviation; the line and band are the real-only baseline.
     Configurations that are not finished are left out.
-
-    Args:
-        result: From `evaluate_augmentation`.
-
-    Raises:
-        ImportError: If matplotlib is missing.
-        ValueError: If no configuration is finished.
     """
     rows = [row for row in result.configurations if row.mean is not None]
     if not rows:
@@ -60,13 +53,6 @@ def plot_differences(result: AugmentationResult) -> Figure:
 
     The thin line is the corrected interval over folds, as in the table; the thick one is the bootstrap interval over
     patients. A filled point is significant at 5 % after correction.
-
-    Args:
-        result: From `evaluate_augmentation`.
-
-    Raises:
-        ImportError: If matplotlib is missing.
-        ValueError: If there is no difference to draw.
     """
     rows = [row for row in result.configurations if row.difference is not None]
     if not rows:

@@ -52,12 +52,7 @@ EXPERIMENT = "experiment.json"
 
 
 class UnfinishedGridError(RuntimeError):
-    """Some cells could not be made. Call again to try them again; `result` has the others.
-
-    Args:
-        message: What is missing, and why.
-        result: Of the cells that are there.
-    """
+    """Some cells could not be made. Call again to try them again; `result` has the others."""
 
     def __init__(self, message: str, result: AugmentationResult) -> None:
         super().__init__(message)
@@ -123,15 +118,11 @@ def evaluate_augmentation(
         device: Where to compute; by default on all GPUs in turn, or else on the CPU.
         progress: Whether to show progress bars.
 
-    Returns:
-        The figures of all cells; `table` and `plot` show them.
-
     Raises:
         UnfinishedGridError: If cells could not be made; it has the result of the others.
         ValueError: If the folder was begun with other settings, a generator has seen its test patients, a regime is
             larger than the training data of a fold, or an argument is out of its range.
         KeyError: If an image has no row in the table.
-        PermissionError: If the folder is not writable.
         RuntimeError: If another process is at work in the folder, or no cell could be made.
     """
     grid = grid_of(regimes, ratios, num_folds, strategies, modes)
@@ -303,13 +294,8 @@ def _make_set(place: int, sampling: _Sampling, fold: int, plan: Plan, folder: Pa
     gate = None if sampling.gates is None else CopyGate.load(of_fold(sampling.gates, fold))
     made = synthesise(plan, pipe, sources, folder, gate=gate, progress=sampling.progress and place == 0)
     images = open_images(folder, Preprocessing(sampling.classifier.size, remove_borders=False))
-    pack_images(images, _pack_path(folder), made.plan.digest, sampling.classifier.channels)
+    pack_images(images, folder.with_name(f"{folder.name}.npy"), made.plan.digest, sampling.classifier.channels)
     return made.plan.digest
-
-
-def _pack_path(folder: Path) -> Path:
-    """Where the images of a set are packed."""
-    return folder.parent / f"{folder.name}.npy"
 
 
 def _cell_job(
@@ -326,7 +312,8 @@ def _cell_job(
 
     train = [] if spec.mode == FULL_SYNTHETIC else [real(split.ordered[: spec.regime])]
     if not spec.is_baseline:
-        packed = PackedImages(_pack_path(experiment.set_folder(spec.fold, spec.strategy)))
+        folder = experiment.set_folder(spec.fold, spec.strategy)
+        packed = PackedImages(folder.with_name(f"{folder.name}.npy"))
         train.append(synthetic_images(packed, planned[spec.fold, spec.strategy], labels, spec.regime, spec.ratio))
     return CellJob(
         spec=spec,

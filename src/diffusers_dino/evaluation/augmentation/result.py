@@ -1,16 +1,7 @@
 """Table 1 of the paper from the cells of a grid: is training with synthetic images better than with only real ones?
 
 Every configuration (strategy, mode, ratio) is compared with the real-only baseline of its regime, on the same test
-images, fold by fold:
-
-- The figure of a fold is its macro AUROC, the mean over labels; that of a configuration is the mean over folds.
-- Interval and p value of a difference come from `corrected_t_test` over folds. It takes into account that other
-  training images and another random start would have given other classifiers; a bootstrap of the predictions does not.
-- The bootstrap over patients stands beside it: the interval of these very classifiers on other patients.
-- p values are corrected over all configurations of the planned grid (`holm`); those of single labels over all
-  configurations and labels, as a family of their own.
-
-A configuration that lacks a fold has no mean: it is shown as unfinished.
+images, fold by fold. docs/augmentation.md says why by these tests, intervals and corrections.
 """
 
 from __future__ import annotations
@@ -161,13 +152,7 @@ def summarise(
         cells: Those that are finished, in any order.
         planned: All cells of the grid; by default every configuration that any cell has, in every regime and fold
             that any cell has.
-        repeats: Draws of the bootstrap.
-        seed: Of the bootstrap.
-
-    Raises:
-        ImportError: If scipy is missing.
-        ValueError: If there is no cell, cells of one fold have other images, patients or targets, a patient is in two
-            folds, or no label of a fold has both classes.
+        repeats, seed: Of the bootstrap.
     """
     finished = _check(cells)
     planned = _span(list(finished)) if planned is None else planned

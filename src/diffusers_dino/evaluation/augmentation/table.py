@@ -17,15 +17,8 @@ def format_augmentation_table(result: AugmentationResult, style: str = "markdown
     """Regimes and ratios as rows, modes and strategies as columns.
 
     A cell holds the macro AUROC (mean, standard deviation over folds) and below it the difference to the real-only
-    baseline with its interval; where folds are missing it says how many are there.
-
-    Args:
-        result: From `evaluate_augmentation`.
-        style: `"markdown"`, `"latex"` (a float with caption, needs booktabs), or `"csv"`, which has a line for each
-            configuration and label, with all figures.
-
-    Raises:
-        ValueError: If the style is unknown.
+    baseline with its interval; where folds are missing it says how many are there. Styles: `"markdown"`, `"latex"`
+    (a float with caption, needs booktabs), or `"csv"`, with a line for each configuration and label, with all figures.
     """
     require_table_format(style)
     return {"markdown": _markdown, "latex": _latex, "csv": _csv}[style](result)

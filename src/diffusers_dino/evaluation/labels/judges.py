@@ -48,11 +48,7 @@ class SyntheticImages:
 
     @classmethod
     def open(cls, folder: str | Path, pack: str | Path, size: int, channels: int) -> SyntheticImages:
-        """Open a folder that `synthesise` has completed, and pack its images to a `.npy` file, at a side in pixels.
-
-        Raises:
-            FileNotFoundError: If the set is not complete.
-        """
+        """Open a folder that `synthesise` has completed, and pack its images to a `.npy` file, at a side in pixels."""
         made = SyntheticSet.open(folder)
         images = open_images(folder, Preprocessing(size, remove_borders=False))
         packed = pack_images(images, pack, made.plan.digest, channels)
@@ -63,15 +59,8 @@ class SyntheticImages:
 def held_out_pairs(folds: np.ndarray, num_folds: int) -> np.ndarray:
     """Which two folds an image's judge must not have seen: those of its sources, or theirs and the next one.
 
-    Args:
-        folds: `(N, 2)` int64, the folds of both sources; the same one twice for a single source.
-        num_folds: How many folds there are, at least 3: a judge needs one to train on.
-
-    Returns:
-        `(N, 2)` int64, ascending and different.
-
-    Raises:
-        ValueError: If there are fewer than 3 folds, or a fold is not one of them.
+    Takes the folds `(N, 2)` int64 of both sources (one twice for a single source) of at least 3 folds, since a judge
+    needs one to train on; returns `(N, 2)` int64, ascending and different.
     """
     if num_folds < 3:
         raise ValueError(f"Two folds are held out from a judge, so there must be at least 3, got {num_folds}.")
@@ -91,12 +80,8 @@ class Judges:
         table: Labels and patients of the N real images, in the same order.
         labels: Names of the L labels.
         folds: `(N,)` int64, the fold of each.
-        settings: Architecture and training.
         folder: Where weights go, a file for each judge.
-        validation_fraction, seed: As in `evaluate_labels`.
-
-    Raises:
-        ValueError: If table and folds are not of the real images, or the fraction is not in [0, 0.5].
+        settings, validation_fraction, seed: As `classifier` and the others in `evaluate_labels`.
     """
 
     real: PackedImages
@@ -133,8 +118,7 @@ class Judges:
     def train(self, pair: tuple[int, int], device: torch.device | str = "cpu") -> Path:
         """Train the judge that has not seen two folds, unless it is there; returns the file of its weights.
 
-        Raises:
-            ValueError: If there is a file of another judge, or of other images or settings.
+        ValueError if the file is of another judge, or of other images or settings.
         """
         path = self._path(pair)
         if path.is_file():
@@ -161,9 +145,7 @@ class Judges:
     def judge(self, images: SyntheticImages, device: torch.device | str = "cpu") -> JudgedSet:
         """Judge synthetic images and the sources whose labels they have, each by a judge that has not seen them.
 
-        Raises:
-            ValueError: If a source is not among the real images, or an image has no labels or others than its source.
-            FileNotFoundError: If a judge has not been trained.
+        ValueError if a source is not among the real images, or an image has no labels or others than its source.
         """
         pairs, ends = self.pairs_of(images), self._sources(images)
         fractions = np.array([image.fraction for image in images.planned])

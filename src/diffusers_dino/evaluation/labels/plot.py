@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from .result import Agreement, LabelPreservationResult, Part
+    from .result import Agreement, LabelPreservationResult
 
 __all__ = ["plot_label_preservation"]
 
@@ -21,13 +21,6 @@ def plot_label_preservation(result: LabelPreservationResult) -> Figure:
 
     Points are synthetic images, squares their sources, with 95 % intervals over patients; grey is what shuffled labels
     reach.
-
-    Args:
-        result: The report.
-
-    Raises:
-        ImportError: If matplotlib is missing.
-        ValueError: If there is nothing to draw.
     """
     if not result.parts:
         raise ValueError("The report has no set, so there is nothing to draw.")
@@ -41,7 +34,7 @@ def plot_label_preservation(result: LabelPreservationResult) -> Figure:
         _draw(axes, rows, [row.label for row in rows])
         axes.set_title(f"{whole.name}, 1:{whole.ratio:g} (N = {whole.num_images})", fontsize="medium")
     for axes, (name, parts) in zip(panels[len(wholes) :], binned.items(), strict=True):
-        _draw(axes, [part.macro for part in parts], [_bounds(part) for part in parts])
+        _draw(axes, [part.macro for part in parts], [f"{part.near:g} to {part.far:g}" for part in parts])
         axes.set_title(f"{name}: macro, by the fraction", fontsize="medium")
         axes.set_xlabel("|fraction - 0.5|: from the middle to a source")
     panels[0].set_ylabel("AUROC of the given labels")
@@ -72,7 +65,3 @@ def _draw(axes: Axes, rows: Sequence[Agreement], names: Sequence[str]) -> None:
     axes.axhline(0.5, color="grey", linewidth=0.8)
     axes.set_xticks(range(len(names)), names, rotation=35, ha="right", fontsize="small")
     axes.grid(alpha=0.3, axis="y")
-
-
-def _bounds(part: Part) -> str:
-    return f"{part.near:g} to {part.far:g}"

@@ -1,9 +1,4 @@
-"""Does a synthetic image show what its label says? A classifier trained on real images is asked.
-
-It must not have seen the image's sources: a classifier remembers its training images, and would give a variation of
-one the label that it remembers. Patients are shared out to folds, and an image whose sources are in folds a and b is
-judged by a classifier that was trained without both.
-"""
+"""Does a synthetic image show what its label says? A classifier trained on real images of other patients is asked."""
 
 from __future__ import annotations
 
@@ -71,9 +66,7 @@ def evaluate_labels(
     Raises:
         ValueError: If there is no set, a set has sources that are not among the images, its labels are not those of
             the table, or an argument is out of its range.
-        FileNotFoundError: If a set is not complete.
-        KeyError: If an image has no row in the table.
-        PermissionError: If the folder is not writable.
+        FileNotFoundError, KeyError: If a set is not complete; if an image has no row in the table.
         RuntimeError: If another process is at work in the folder, or a judge could not be trained.
     """
     if not sets:

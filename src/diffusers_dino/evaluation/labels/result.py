@@ -1,11 +1,7 @@
 """Figures of label preservation: what judges say about synthetic images, and what to compare it with.
 
-All figures compare only images that one judge has scored. Beside each figure stand:
-
-- *sources*: the same judges on the real image that each synthetic one took its label from. The same labels, and never
-  seen either: what a perfect generator would reach.
-- *shuffled*: the same scores with the labels dealt out anew among the images of each judge: what labels at random
-  would reach, with its spread.
+Only images that one judge has scored are compared. Beside each figure stand those of the same judges on the real
+images that the labels were taken from (what a perfect generator would reach), and with shuffled labels.
 """
 
 from __future__ import annotations
@@ -41,11 +37,7 @@ class JudgedSet:
         rounds: `(N,)` float64, number of the image in its plan over the number of the plan's sources: the images of
             ratio 1:r are those below r.
         targets: `(N, L)` bool, labels that they were given.
-        synthetic: `(N, L)` float32 probabilities of the images.
-        sources: `(N, L)` float32 probabilities of the sources whose labels they have.
-
-    Raises:
-        ValueError: If lengths do not fit, there is no image, or a probability is not in [0, 1].
+        synthetic, sources: `(N, L)` float32 probabilities of the images, and of the sources whose labels they have.
     """
 
     strategy: str
@@ -143,14 +135,10 @@ class LabelPreservationResult(JsonResult):
     """All figures of the report.
 
     Attributes:
-        labels: Names of the labels.
-        num_folds: Folds that real patients are shared out to.
-        num_real: Real images that judges are trained and tested on.
-        num_real_patients: Patients of these.
-        model: Name of the judges' architecture.
+        labels, num_folds, model: Names of the labels, number of folds, and name of the judges' architecture.
+        num_real, num_real_patients: Real images that judges are trained and tested on, and their patients.
         judges_seed: Of folds and training.
-        seed: Of bootstrap and shuffles.
-        repeats: Draws of the bootstrap.
+        seed, repeats: Of bootstrap and shuffles; draws of the bootstrap.
         real: Of held-out real images: macro first, then each label.
         parts: Of each set first the whole, then smaller ratios and bins of the fraction.
     """
@@ -180,16 +168,7 @@ def score_sets(
     repeats: int = 1000,
     seed: int = 0,
 ) -> tuple[Part, ...]:
-    """Score synthetic images by what judges say about them.
-
-    Args:
-        sets: By name; the parts of one, such as those of several folds, are taken together.
-        labels: Names of the L labels.
-        ratios, repeats, seed: As in `evaluate_labels`.
-
-    Raises:
-        ValueError: If a set has no part, parts of several strategies, or another number of labels.
-    """
+    """Score sets by name; the parts of one, such as those of several folds, are taken together."""
     parts = []
     for name, members in sets.items():
         whole = _join(name, members, labels)
@@ -221,14 +200,8 @@ def score_real(
 ) -> tuple[RealScores, ...]:
     """AUROC of held-out real images, which several judges may have scored.
 
-    Args:
-        probabilities: `(N, L)`, a row for each judge and image.
-        targets: `(N, L)` bool.
-        judges: `(N,)` int64.
-        images: `(N,)` int64, which image a row is of: each is counted once.
-        patients: Of each row.
-        labels: Names of the L labels.
-        repeats, seed: As in `evaluate_labels`.
+    Probabilities, targets `(N, L)` and patients have a row for each judge and image, whose numbers `(N,)` int64 are
+    `judges` and `images`: each image is counted once.
     """
     weights = draw_weights(patients, np.zeros(len(patients), int), repeats, seed)
     figures = _with_mean(stratified_auroc(probabilities, targets, judges))[0]

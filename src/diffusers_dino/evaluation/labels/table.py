@@ -14,13 +14,8 @@ _HEADER = ["set", "ratio", "|fraction - 0.5|", "images (patients)", *_FIGURES]
 def format_preservation_table(result: LabelPreservationResult, style: str = "markdown") -> str:
     """Sets, ratios and bins of the fraction as rows: AUROC of the labels that were given, and what to compare it with.
 
-    Args:
-        result: The report.
-        style: `"markdown"` (macro, and below it each label of whole sets), `"latex"` (macro, a float with caption;
-            needs booktabs), or `"csv"`, which has a line for each part and label, with all figures.
-
-    Raises:
-        ValueError: If the style is unknown.
+    Styles: `"markdown"` (macro, and below it each label of whole sets), `"latex"` (macro, a float with caption; needs
+    booktabs), or `"csv"`, which has a line for each part and label, with all figures.
     """
     require_table_format(style)
     if style == "csv":
