@@ -1,8 +1,7 @@
 """A multi-label classifier of images: any architecture of timm, trained for a fixed number of updates.
 
-Source: DiNO-Diffusion (arXiv 2407.11594), section 2.5: DenseNet-121. Every classifier of an experiment makes the same
-number of updates whatever the number of its images, so that more data is not more training, and validation images of
-other patients choose among its weights equally often.
+Source: DiNO-Diffusion (arXiv 2407.11594), section 2.5: DenseNet-121. All classifiers of an experiment make as many
+updates, whatever the number of their images, so that more data is not more training.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -129,11 +128,7 @@ def make_classifier(settings: ClassifierSettings, num_labels: int, seed: int = 0
     """
     import timm
 
-    options: dict[str, Any] = {
-        "num_classes": num_labels,
-        "in_chans": settings.channels,
-        **json.loads(settings.options),
-    }
+    options = {"num_classes": num_labels, "in_chans": settings.channels, **json.loads(settings.options)}
     if settings.weights is not None:
         if not Path(settings.weights).is_file():
             raise FileNotFoundError(f"There is no file of weights {settings.weights!r}.")

@@ -83,7 +83,6 @@ def _rarest(counts: np.ndarray) -> int:
 
 
 def _neediest(lacking: np.ndarray, label: int, draw: int) -> int:
-    best = [fold for fold in range(len(lacking)) if lacking[fold, label] == lacking[:, label].max()]
-    most = max(lacking[fold, 0] for fold in best)
-    best = [fold for fold in best if lacking[fold, 0] == most]
+    needs = lacking[:, [label, 0]].tolist()  # lists compare by the first item, then by the second
+    best = [fold for fold, need in enumerate(needs) if need == max(needs)]
     return best[draw % len(best)]

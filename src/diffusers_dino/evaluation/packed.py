@@ -62,11 +62,8 @@ def pack_images(images: ImageDataset, path: str | Path, recipe: str = "", channe
     """Read all images once and write them to a `.npy` file, whole or not at all; what is there already is kept.
 
     Images that cannot be read are left out: another sample in their place would have labels that are not its own.
-
-    Args:
-        recipe: What else the pixels depend on, such as the digest of a plan. A file of another recipe, of other keys
-            or another preprocessing is written anew.
-        channels: 1 for gray, the mean of the colours; 3 for colour.
+    Channels are 1 for gray, the mean of the colours, or 3 for colour. `recipe` says what else the pixels depend on,
+    such as the digest of a plan: a file of another recipe, of other keys or another preprocessing is written anew.
     """
     if channels not in (1, 3):
         raise ValueError(f"Images have 1 or 3 channels, got {channels}.")

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import PIL.Image
 
@@ -19,23 +19,16 @@ from .plan import LABEL_SEPARATOR, Plan, PlannedImage, SynthesisError, load_plan
 from .shards import ShardRecord, read_record
 from .tokens import WORK
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 __all__ = ["LABELS", "SyntheticSet", "check_left_out", "complete_set", "draw_examples", "finished_set"]
 
 LABELS = "labels.csv"
-_COLUMNS = ("key", "labels", "strategy", "sources", "fraction")
 
 
 @dataclass(frozen=True)
 class SyntheticSet:
-    """A complete folder of synthetic images.
+    """A complete folder of synthetic images, what was planned, and its manifest.
 
-    Attributes:
-        folder: Where it is.
-        plan: What was planned.
-        manifest: The shards, and under `lineage` what they were made from and how.
+    The manifest has the shards, and under `lineage` what they were made from and how.
     """
 
     folder: Path
@@ -43,7 +36,7 @@ class SyntheticSet:
     manifest: dict[str, Any]
 
     @classmethod
-    def open(cls, folder: str | Path) -> Self:
+    def open(cls, folder: str | Path) -> SyntheticSet:
         """Open a folder that `synthesise` has completed; FileNotFoundError if it is not complete."""
         manifest = read_manifest(folder)
         return cls(Path(folder), load_plan(folder), manifest)
@@ -105,18 +98,16 @@ def complete_set(plan: Plan, folder: Path, max_left_out: float = 0.05) -> Synthe
         )
     left_out = {index for record in records for index in record.left_out}
     check_left_out(plan, len(left_out), max_left_out)
-    made = (planned for planned in plan if planned.index not in left_out)
-    write_csv(folder / LABELS, _COLUMNS, (_row(plan, planned) for planned in made))
+    rows = (  # those of unlabelled sources have a blank
+        (p.key, LABEL_SEPARATOR.join(p.labels or ()), plan.strategy, LABEL_SEPARATOR.join(p.sources), p.fraction)
+        for p in plan
+        if p.index not in left_out
+    )
+    write_csv(folder / LABELS, ("key", "labels", "strategy", "sources", "fraction"), rows)
     preprocessing = Preprocessing(**{**plan.made_with["preprocessing"], "size": plan.made_with["image_size"]})
     write_manifest(folder, preprocessing, [record.shard for record in records], _lineage(plan, records))
     shutil.rmtree(folder / WORK)
     return SyntheticSet.open(folder)
-
-
-def _row(plan: Plan, planned: PlannedImage) -> tuple[Any, ...]:
-    """Of the table of labels; those of unlabelled sources are blank."""
-    labels, sources = (LABEL_SEPARATOR.join(names or ()) for names in (planned.labels, planned.sources))
-    return planned.key, labels, plan.strategy, sources, planned.fraction
 
 
 def _lineage(plan: Plan, records: list[ShardRecord]) -> dict[str, Any]:

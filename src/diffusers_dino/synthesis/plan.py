@@ -134,9 +134,7 @@ class Plan:
     Shard k holds `images_per_shard` images from number `k * images_per_shard` on, in batches of `batch_size`.
 
     Attributes:
-        strategy: `"reconstruction"` or `"interpolation"`.
         seed: Of the choice of sources and of all noise.
-        settings: How images are computed and stored.
         keys: The U source images, each once.
         label_sets: The combinations of labels that occur, each sorted.
         sources: `(N, 1)` or `(N, 2)` int64, numbers of keys.

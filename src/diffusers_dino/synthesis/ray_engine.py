@@ -1,9 +1,4 @@
-"""The making of a synthetic set on a Ray cluster: the plan, shards and files of `synthesise`, made by other workers.
-
-Ray Data has checkpoints of its own (`ray.data.checkpoint.CheckpointConfig`), but only Ray reads them, and they do not
-look at the files. The records beside the shards serve all engines: a set that one engine began another one goes on
-with, and a shard that was lost or changed is made again.
-"""
+"""The making of a synthetic set on a Ray cluster: the plan, shards and files are those of `synthesise`."""
 
 from __future__ import annotations
 
@@ -178,7 +173,7 @@ class _Worker:
     """
 
     def __init__(self, job: _Job, kind: Literal["part", "shard"]) -> None:
-        self.job, self.kind = job, kind
+        self.job, self.kind, self.tokens = job, kind, TokenStore(job.plan, job.folder)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, bytes]:
         number, host, attempt = int(row["number"]), platform.node(), 1
@@ -208,10 +203,6 @@ class _Worker:
     @cached_property
     def sources(self) -> PlannedSources:
         return PlannedSources(self.job.plan, self.job.images)
-
-    @cached_property
-    def tokens(self) -> TokenStore:
-        return TokenStore(self.job.plan, self.job.folder)
 
     def _begin(self, number: int, host: str) -> int:
         """Note that this part or shard is begun, and return how often it has been; give up if that is too often."""

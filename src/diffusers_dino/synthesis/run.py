@@ -159,11 +159,17 @@ def bind(plan: Plan, pipe: DinoDiffusionPipeline, images: ImageDataset, gate: Ga
     model["scheduler"] = (
         f"{type(pipe.scheduler).__name__} {hash_of(json.dumps(as_json(scheduler), sort_keys=True))[:16]}"
     )
+    # Keys such as 000001 name images of many data sets: a few sources' pixels tell them apart
+    count = len(plan.keys)
+    probe = list(PlannedSources(plan, images).read(sorted({0, count // 2, count - 1})))
+    problems = [reason for image, reason in probe if image is None]
+    if problems:
+        raise SynthesisError(f"A source image cannot be read: {problems[0]}. Mend it, or plan without it.")
     return plan.bound_to(
         model=model,
         image_size=size * pipe.vae_scale_factor,
         preprocessing=asdict(images.preprocessing),
-        source_pixels=_probe(plan, images),
+        source_pixels=hash_of(*(image for image, _ in probe))[:16],
         gate=None if gate is None else gate.fingerprint(),
     )
 
@@ -225,14 +231,3 @@ class _Processes:
         """Of this process's share; only the first process shows one."""
         of = f", process 1 of {self.count}" if self.count > 1 else ""
         return progress_bar(title + of, unit, total, done, progress and self.is_main)
-
-
-def _probe(plan: Plan, images: ImageDataset) -> str:
-    """A hash of a few sources' pixels: keys such as 000001 name images of many data sets."""
-    sources = PlannedSources(plan, images)
-    count = len(plan.keys)
-    read = list(sources.read(sorted({0, count // 2, count - 1})))
-    problems = [reason for image, reason in read if image is None]
-    if problems:
-        raise SynthesisError(f"A source image cannot be read: {problems[0]}. Mend it, or plan without it.")
-    return hash_of(*(image for image, _ in read))[:16]

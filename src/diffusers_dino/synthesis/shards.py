@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,8 +49,7 @@ class ShardRecord:
         plan: Digest of the plan.
         shard: The shard's entry in the manifest.
         refused: How many drawn images the gate refused.
-        redrawn: Numbers of the images that passed in a later attempt.
-        left_out: Numbers of the images that the gate refused in every attempt.
+        redrawn, left_out: Numbers of the images that passed in a later attempt, and in none.
         environment: Versions and device that the images were computed with.
     """
 
@@ -92,7 +90,8 @@ def make_shard(
                 passed = _verdicts(gate, images)
                 for index, image, good in zip(batch, images, passed, strict=True):
                     if good:
-                        drawn[index] = attempt, pool.submit(encoding.encode, _as_array(image))
+                        pixels = image[0] if len(image) == 1 else image.movedim(0, -1)  # (H, W) or (H, W, 3)
+                        drawn[index] = attempt, pool.submit(encoding.encode, pixels.numpy())
                     else:
                         again.append(index)
                 if on_images is not None and attempt == 0:
@@ -197,18 +196,12 @@ def _verdicts(gate: Gate | None, images: Tensor) -> list[bool]:
     return verdicts.tolist()
 
 
-def _as_array(image: Tensor) -> np.ndarray:
-    """uint8 `(1 or 3, H, W)` as `(H, W)` or `(H, W, 3)`."""
-    return (image[0] if len(image) == 1 else image.movedim(0, -1)).numpy()
-
-
 def _samples(
     plan: Plan, drawn: dict[int, tuple[int, Future[bytes]]], extension: str
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Key and files of each image, in the order of the plan."""
     for index in sorted(drawn):
-        attempt, content = drawn[index]
-        planned = plan[index]
+        planned, (attempt, content) = plan[index], drawn[index]
         facts: dict[str, Any] = {
             "source": "synthetic",
             "labels": planned.labels,

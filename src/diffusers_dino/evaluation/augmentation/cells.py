@@ -114,12 +114,9 @@ class CellFacts:
 
 @dataclass(frozen=True)
 class CellResult:
-    """The predictions of one cell's classifier on the N images of its test fold.
+    """The predictions of one cell's classifier on the N images of its test fold, of which keys and patients are.
 
     Attributes:
-        spec, facts: Where it stands in the grid, and how it came about.
-        labels: Names of the L labels.
-        keys, patients: Of the images.
         probabilities: `(N, L)` float32 in [0, 1].
         targets: `(N, L)` bool.
     """

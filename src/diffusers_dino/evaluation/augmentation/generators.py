@@ -47,19 +47,9 @@ def write_folds(
 ) -> np.ndarray:
     """Share out patients to folds, and write which images the generator of each fold may be trained on.
 
-    Writes `folds.csv`, and `fold-K/training_keys.txt` for each fold K: train its generator on these images.
-
-    Args:
-        table: Labels and patients of N images.
-        labels: Names of the labels that folds are balanced over.
-        output_dir, num_folds, training_keys, seed: As in `evaluate_augmentation`.
-
-    Returns:
-        `(N,)` int64, the fold that each image is tested in; -1 for none.
-
-    Raises:
-        ValueError: If there are fewer patients to test than folds, or the folder holds other folds, by which
-            generators may have been trained.
+    Writes `folds.csv`, and `fold-K/training_keys.txt` for each fold K: train its generator on these images. The
+    arguments are those of `evaluate_augmentation`. Returns `(N,)` int64, the fold that each image of the table is
+    tested in; -1 for none. ValueError if there are fewer patients to test than folds, or the folder has other folds.
     """
     seen: set[str] = set()
     if training_keys is not None and is_shared(training_keys):

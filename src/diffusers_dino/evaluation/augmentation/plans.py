@@ -1,14 +1,12 @@
 """What a fold trains on: nested regimes of real images, and one plan of synthetic images that serves all of them.
 
-A user with 50 images can vary these 50 and interpolate between them, and nothing else: the synthetic images of a
-regime come from its own images only. Regimes are nested, so much of what a small one needs serves larger ones, too:
+The synthetic images of a regime come from its own images only, as those of a user who has no more. Much of what a
+small regime needs serves larger ones, too:
 
 - Reconstruction: of each variation of all images of the largest regime, a smaller one takes those of its own images.
 - Interpolation: in the random order of a regime's pairs, those between two images of the next smaller regime are taken
   from that regime's order. Both orders are equally random, each pair still comes once before any comes again, and an
-  image is sampled once for all regimes that hold it.
-
-Within a regime the images of ratio 1:1 are the first of those of 1:5.
+  image is sampled once for all regimes that hold it. The images of ratio 1:1 are the first of those of 1:5.
 """
 
 from __future__ import annotations
@@ -59,17 +57,11 @@ def split_folds(
     validation_fraction: float = 0.15,
     seed: int = 0,
 ) -> list[FoldSplit]:
-    """Divide the images of each fold into test, validation and training.
+    """Divide the images of each fold `(N,)` (-1: only trained on) into test, validation and training.
 
     Validation images are those of a stratified share of the training patients. They are the same in all cells of a
     fold and in none of its regimes: all methods choose among their weights in the same way, and no choice looks at a
-    test image.
-
-    Args:
-        table: N images.
-        labels: Names of the labels to stratify and to balance.
-        folds: `(N,)`, the fold that each image is tested in; -1 for images that are only trained on.
-        regimes, validation_fraction, seed: As in `evaluate_augmentation`.
+    test image. Arguments without a word here are as in `evaluate_augmentation`.
     """
     if not regimes or min(regimes) < 1 or len(set(regimes)) < len(regimes):
         raise ValueError(f"Regimes are different numbers of images, of at least 1, got {list(regimes)}.")
@@ -104,14 +96,8 @@ def order_balanced(targets: np.ndarray, keys: Sequence[str], count: int, seed: i
     without any of the labels are balanced like a label of their own. Where a label runs out, or never comes without
     another one, the rest is as even as it can be.
 
-    Args:
-        targets: `(N, L)` bool.
-        keys: Of the N images; what is drawn depends on keys, not on the order of the images.
-        count: How many images to order, at most N.
-        seed: Of the draws within a combination.
-
-    Returns:
-        `(count,)` int64, numbers of images, each once.
+    Takes `(N, L)` bool, and keys, on which the draws within a combination depend, not on the order of the images;
+    returns the numbers `(count,)` int64 of `count` images, each once.
     """
     if targets.ndim != 2 or len(targets) != len(keys):
         raise ValueError(f"Expected targets (N, L) of {len(keys)} images, got {targets.shape}.")
@@ -157,16 +143,10 @@ def plan_regimes(
     seed: int = 0,
     settings: SynthesisSettings | None = None,
 ) -> RegimePlan:
-    """Plan the synthetic images of all regimes at the largest ratio.
+    """Plan the synthetic images of all regimes at the largest ratio; seed and settings are as in `plan_interpolation`.
 
-    Args:
-        strategy: `RECONSTRUCTION` or `INTERPOLATION`.
-        keys, labels: Of the images of the largest regime; a regime of R images has the first R (`order_balanced`).
-        regimes, ratio: Numbers of real images, and the largest number of synthetic ones for each.
-        seed, settings: As in `plan_interpolation`.
-
-    Raises:
-        SynthesisError: If no two images of a regime share a label.
+    Keys and labels are those of the images of the largest regime; a regime of R images has the first R
+    (`order_balanced`). SynthesisError if no two images of a regime share a label.
     """
     if not regimes or max(regimes) > len(keys) or min(regimes) < 1 or ratio < 1:
         raise ValueError(f"Regimes {list(regimes)} at ratio {ratio} cannot be planned from {len(keys)} images.")

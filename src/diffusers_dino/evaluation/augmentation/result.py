@@ -24,12 +24,10 @@ __all__ = ["AugmentationResult", "Configuration", "Difference", "LabelFigures", 
 
 @dataclass(frozen=True)
 class Difference:
-    """AUROC of a configuration minus that of the baseline of its regime.
+    """AUROC of a configuration minus that of the baseline of its regime: mean over folds.
 
     Attributes:
-        mean: Over folds.
-        low, high: 95 % interval by the corrected t test over folds: for other training runs and patients.
-        p: By the same test, two-sided.
+        low, high, p: 95 % interval and two-sided p by the corrected t test over folds: for other training runs.
         corrected_p: For all tests of its family.
         patients_low, patients_high: 95 % bootstrap interval over patients: for these very classifiers.
     """
@@ -48,7 +46,6 @@ class LabelFigures:
     """AUROC of one label.
 
     Attributes:
-        label: Its name.
         num_positive: Test images that have it, of all folds.
         folds: AUROC of each finished fold; None where the fold's images all have it, or none has.
         mean: Over the folds that have one; None if the configuration is unfinished or there is none.
@@ -68,12 +65,9 @@ class Configuration:
 
     Attributes:
         strategy, mode, ratio, regime: As in `CellSpec`.
-        folds: Folds that are finished.
-        num_images: Test images in them.
-        num_patients: Patients of these.
-        macro: Macro AUROC of each finished fold.
-        mean: Of them; None while a fold is missing, as are all below.
-        sd: Standard deviation over folds.
+        folds, macro: Folds that are finished, and the macro AUROC of each.
+        num_images, num_patients: Test images in them, and their patients.
+        mean, sd: Over folds; None while a fold is missing, as are all below.
         patients_low, patients_high: 95 % bootstrap interval of the mean over patients.
         difference: To the baseline; None for the baseline itself, and while that is unfinished.
         labels: Of each label.
@@ -105,15 +99,10 @@ class AugmentationResult(JsonResult):
     """All figures of a grid.
 
     Attributes:
-        labels: Names of the labels.
-        num_folds: Of the cross-validation.
-        num_images: Test images of all folds that any cell has tested.
-        num_patients: Patients of these.
-        model: Name of the classifier.
-        experiment_seed: Of folds, training and synthesis.
-        settings: Digest of the experiment's settings.
-        seed: Of the bootstrap.
-        repeats: Draws of the bootstrap.
+        labels, num_folds, model: Names of the labels, number of folds, and name of the classifier.
+        num_images, num_patients: Test images of all folds that any cell has tested, and their patients.
+        experiment_seed, settings: Seed of the experiment, and digest of its settings.
+        seed, repeats: Of the bootstrap.
         num_tests: Configurations that p values are corrected for.
         undefined: Labels that have no AUROC in a fold, as `LABEL in fold K`; left out of that fold's macro AUROC.
         configurations: Of each regime the baseline, then the others; the largest regime first.
@@ -148,14 +137,13 @@ def summarise(
 ) -> AugmentationResult:
     """Compare all configurations of a grid with the real-only baselines.
 
-    Args:
-        cells: Those that are finished, in any order.
-        planned: All cells of the grid; by default every configuration that any cell has, in every regime and fold
-            that any cell has.
-        repeats, seed: Of the bootstrap.
+    The planned cells are by default those of every configuration, in every regime and fold, that any cell has.
     """
     finished = _check(cells)
-    planned = _span(list(finished)) if planned is None else planned
+    if planned is None:
+        kinds, regimes = {_kind(spec) for spec in finished}, {spec.regime for spec in finished}
+        folds = range(1 + max(spec.fold for spec in finished))
+        planned = [CellSpec(*kind, regime, fold) for kind in kinds for regime in regimes for fold in folds]
     strays = set(finished) - set(planned)
     if strays:
         raise ValueError(f"{len(strays)} cells are not in the grid that was planned, such as {min(strays).name}.")
@@ -227,11 +215,6 @@ def _align(cell: CellResult, like: CellResult) -> CellResult:
     if patients != like.patients or not np.array_equal(targets, like.targets):
         raise ValueError(f"{cell.spec.name} and {like.spec.name} have other patients or labels for the same images.")
     return replace(cell, keys=like.keys, patients=patients, probabilities=cell.probabilities[order], targets=targets)
-
-
-def _span(specs: Sequence[CellSpec]) -> list[CellSpec]:
-    kinds, regimes, folds = {_kind(s) for s in specs}, {s.regime for s in specs}, {s.fold for s in specs}
-    return [CellSpec(*kind, regime, fold) for kind in kinds for regime in regimes for fold in range(max(folds) + 1)]
 
 
 def _kind(spec: CellSpec) -> tuple[str, str, int]:

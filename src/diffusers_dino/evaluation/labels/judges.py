@@ -1,7 +1,6 @@
 """The classifiers that judge synthetic images: each trained on real images without two folds of patients.
 
-An image made from patients of folds a and b needs a judge that has seen neither. With K folds there are K (K - 1) / 2
-judges, all trained on as many folds; reconstructions, whose sources are in one fold, need K of them.
+With K folds there are K (K - 1) / 2 judges; reconstructions, whose sources are in one fold, need K of them.
 """
 
 from __future__ import annotations
@@ -35,8 +34,6 @@ class SyntheticImages:
     """A set to judge.
 
     Attributes:
-        strategy: How it was made.
-        images: Its pixels.
         planned: Its images in the plan; those that cannot be read are left out.
         num_sources: Different sources in the whole plan.
     """

@@ -46,21 +46,20 @@ def plot_label_preservation(result: LabelPreservationResult) -> Figure:
 
 def _draw(axes: Axes, rows: Sequence[Agreement], names: Sequence[str]) -> None:
     for kind, marker, color, shift in (("synthetic", "o", "C0", -0.12), ("sources", "s", "C2", 0.12)):
-        known = [(place, row) for place, row in enumerate(rows) if getattr(row, kind) is not None]
         places, values, low, high = [], [], [], []
-        for place, row in known:
-            value = getattr(row, kind)
-            ends = getattr(row, f"{kind}_low"), getattr(row, f"{kind}_high")
+        for place, row in enumerate(rows):
+            value, *ends = (getattr(row, f"{kind}{end}") for end in ("", "_low", "_high"))
+            if value is None:
+                continue
             places.append(place + shift)
             values.append(value)
             low.append(0 if ends[0] is None else max(0, value - ends[0]))
             high.append(0 if ends[1] is None else max(0, ends[1] - value))
         axes.errorbar(places, values, yerr=[low, high], fmt=marker, color=color, capsize=2, label=kind)
-    known = [(place, row) for place, row in enumerate(rows) if row.shuffled_low is not None]
-    heights = [row.shuffled_high - row.shuffled_low for _, row in known]
-    bottoms = [row.shuffled_low for _, row in known]
-    places = [place for place, _ in known]
-    axes.bar(places, heights, 0.7, bottoms, color="grey", alpha=0.3, linewidth=0, label="shuffled labels")
+    shuffled = {place: row for place, row in enumerate(rows) if row.shuffled_low is not None}
+    heights = [row.shuffled_high - row.shuffled_low for row in shuffled.values()]
+    bottoms = [row.shuffled_low for row in shuffled.values()]
+    axes.bar(list(shuffled), heights, 0.7, bottoms, color="grey", alpha=0.3, linewidth=0, label="shuffled labels")
     axes.use_sticky_edges = False  # bars would end the axis at their feet
     axes.axhline(0.5, color="grey", linewidth=0.8)
     axes.set_xticks(range(len(names)), names, rotation=35, ha="right", fontsize="small")

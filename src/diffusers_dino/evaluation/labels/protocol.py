@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -52,16 +53,11 @@ def evaluate_labels(
         table: Labels and patients of (at least) these images: the labels that the sets were made with.
         sets: By name the folders that `synthesise` has completed; several of one name are taken together.
         output_dir: Where judges and packed images go.
-        labels: Names of the labels to score; by default the four most frequent findings and "No Finding".
         ratios: Smaller ratios of synthetic to real images to show as well, from the beginnings of the plans.
         num_folds: Folds of patients, at least 3; each judge is trained without two of them.
-        classifier: Architecture and training of the judges.
         validation_fraction: Share of the training patients that chooses a judge's weights; 0 takes the last weights.
         seed: Of folds, training, bootstrap and shuffles.
-        bootstrap_repeats: Draws of the intervals over patients.
-        num_workers: Processes at a time; by default one for each GPU, or for each core without one; 0: this one.
-        device: Where to compute; by default on all GPUs in turn, or else on the CPU.
-        progress: Whether to show a progress bar.
+        labels, classifier, bootstrap_repeats, num_workers, device, progress: As in `evaluate_augmentation`.
 
     Raises:
         ValueError: If there is no set, a set has sources that are not among the images, its labels are not those of
@@ -110,13 +106,12 @@ def _open_sets(
     sets: Mapping[str, str | Path | Sequence[str | Path]], output: Path, classifier: ClassifierSettings
 ) -> dict[str, list[SyntheticImages]]:
     opened: dict[str, list[SyntheticImages]] = {}
-    place = 0
+    place = itertools.count()
     for name, folders in sets.items():
         for folder in [folders] if isinstance(folders, (str, Path)) else folders:
-            file = re.sub(r"[^\w.-]+", "_", f"set-{place}-{Path(folder).resolve().name}") + ".npy"
+            file = re.sub(r"[^\w.-]+", "_", f"set-{next(place)}-{Path(folder).resolve().name}") + ".npy"
             one = SyntheticImages.open(folder, output / file, classifier.size, classifier.channels)
             opened.setdefault(name, []).append(one)
-            place += 1
     return opened
 
 

@@ -98,14 +98,11 @@ class Part:
     """Some of the images of a set.
 
     Attributes:
-        name: Of the set.
-        strategy: How it was made.
+        name, strategy: Of the set.
         ratio: Synthetic images for each source, counted from the beginning of the plan.
         near, far: Bounds of |fraction - 0.5|, 0 in the middle between two sources and 0.5 at one; None for all.
-        num_images: Synthetic images.
-        num_patients: Patients of the sources whose labels they have.
-        macro: Mean over labels.
-        labels: Of each label.
+        num_images, num_patients: Synthetic images, and patients of the sources whose labels they have.
+        macro, labels: Mean over labels, and each label.
     """
 
     name: str
@@ -135,7 +132,7 @@ class LabelPreservationResult(JsonResult):
     """All figures of the report.
 
     Attributes:
-        labels, num_folds, model: Names of the labels, number of folds, and name of the judges' architecture.
+        model: Name of the judges' architecture.
         num_real, num_real_patients: Real images that judges are trained and tested on, and their patients.
         judges_seed: Of folds and training.
         seed, repeats: Of bootstrap and shuffles; draws of the bootstrap.
@@ -235,21 +232,20 @@ def _part(
 ) -> Part:
     scores = {"synthetic": images.synthetic, "sources": images.sources}
     figures = {kind: _with_mean(stratified_auroc(s, images.targets, images.judges))[0] for kind, s in scores.items()}
-    draws = dict.fromkeys(scores)
+    figures["difference"] = figures["synthetic"] - figures["sources"]
+    draws = {}
     if len(set(images.patients)) > 1:  # else there is nobody to draw
         weights = draw_weights(images.patients, np.zeros(len(images.patients), int), repeats, seed)
         for kind, s in scores.items():
             draws[kind] = _with_mean(stratified_auroc(s, images.targets, images.judges, weights))
-    shuffled = _with_mean(_shuffle(images, derive_seed(seed, "shuffles")))
-    figures["difference"] = figures["synthetic"] - figures["sources"]
-    if draws["synthetic"] is not None:
         draws["difference"] = draws["synthetic"] - draws["sources"]
+    shuffled = _with_mean(_shuffle(images, derive_seed(seed, "shuffles")))
     agreements = []
     counts = _counts(images.targets, figures["synthetic"])
     for place, (label, number) in enumerate(zip(("macro", *labels), counts, strict=True)):
         row: list[float | None] = []
         for kind in ("synthetic", "sources", "difference"):
-            column = draws[kind][:, place] if draws.get(kind) is not None else None
+            column = draws[kind][:, place] if draws else None
             row += [_number(figures[kind][place]), *_interval(column)]
         agreements.append(Agreement(label, number, *row, *_interval(shuffled[:, place])))
     patients = len(set(images.patients))
