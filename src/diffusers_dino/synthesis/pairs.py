@@ -19,13 +19,7 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class Pair(NamedTuple):
-    """A point between two images.
-
-    Attributes:
-        source: Index of one image.
-        target: Index of the other, larger than `source`.
-        fraction: How far from source to target, in (0, 1).
-    """
+    """A point between images number `source` and `target`, the larger: a `fraction` in (0, 1) of the way between them."""
 
     source: int
     target: int
@@ -89,7 +83,9 @@ def _rounds(members: list[np.ndarray], ends: np.ndarray, sizes: np.ndarray, seed
                 source, target = int(members[label][i]), int(members[label][j])
                 # a pair that shares several labels is counted under each of them, and drawn only under the first
                 if min(having[source] & having[target]) == label:
-                    yield Pair(source, target, _fraction(seed, source, target, round_))
+                    start = derive_seed(seed, "fraction", source, target) / 2**63
+                    fraction = (start + round_ * _GOLDEN) % 1
+                    yield Pair(source, target, min(max(fraction, 1e-6), 1 - 1e-6))  # not the images themselves
         round_ += 1
 
 
@@ -136,8 +132,3 @@ def _hash(values: np.ndarray, key: int) -> np.ndarray:
     mixed = (mixed ^ mixed >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ mixed >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return mixed ^ mixed >> np.uint64(31)
-
-
-def _fraction(seed: int, source: int, target: int, round_: int) -> float:
-    start = derive_seed(seed, "fraction", source, target) / 2**63
-    return min(max((start + round_ * _GOLDEN) % 1, 1e-6), 1 - 1e-6)  # not the ends, which are the images themselves

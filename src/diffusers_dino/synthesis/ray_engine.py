@@ -33,7 +33,6 @@ __all__ = ["RayResources", "synthesise_with_ray"]
 
 _MAX_ATTEMPTS = 4  # work that ends its worker each time, such as for want of memory, would do so for ever
 _OBJECT_STORE_BYTES = 200 * 2**20  # only numbers of shards travel through it
-_FOREVER = -1
 
 logger = logging.getLogger(__name__)
 
@@ -240,7 +239,7 @@ def _work(
         num_gpus=num_gpus or None,
     )
     answers.context.enable_progress_bars = False
-    answers.context.execution_no_progress_timeout_s = _FOREVER  # nobody knows how long a shard will take
+    answers.context.execution_no_progress_timeout_s = -1  # none, as nobody knows how long a shard will take
     for row in answers.iter_rows():
         answer = pickle.loads(row["answer"])
         if answer.error is not None:

@@ -18,7 +18,6 @@ __all__ = ["FOLD", "PerFold", "check_generators", "of_fold", "write_folds"]
 logger = logging.getLogger(__name__)
 
 FOLD = "{fold}"
-FOLDS = "folds.csv"
 TRAINING_KEYS = "training_keys.txt"
 _COLUMNS = ("key", "patient", "fold")
 
@@ -66,7 +65,7 @@ def write_folds(
     folds[tested] = assign_folds(table.targets(labels)[tested], patients, num_folds, seed)
 
     rows = sorted(zip(table.keys, table.patients, map(str, folds.tolist()), strict=True))
-    path = make_writable_folder(output_dir) / FOLDS
+    path = make_writable_folder(output_dir) / "folds.csv"
     if not path.is_file():
         write_csv(path, _COLUMNS, rows)
     with open(path, newline="") as file:

@@ -48,8 +48,6 @@ __all__ = ["UnfinishedGridError", "evaluate_augmentation"]
 
 logger = logging.getLogger(__name__)
 
-EXPERIMENT = "experiment.json"
-
 
 class UnfinishedGridError(RuntimeError):
     """Some cells could not be made. Call again to try them again; `result` has the others."""
@@ -155,7 +153,7 @@ def evaluate_augmentation(
             "gate": gates,
             "classifier": asdict(classifier) | {"weights": classifier.weights and sha256_of(classifier.weights)},
         }
-        begun, path = as_json(begun), output / EXPERIMENT
+        begun, path = as_json(begun), output / "experiment.json"
         if path.is_file():
             require_same(json.loads(path.read_bytes())["configuration"], begun, output)
         write_json(

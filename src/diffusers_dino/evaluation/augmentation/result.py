@@ -155,7 +155,9 @@ def summarise(
     rows: list[Configuration] = []
     for regime in sorted({spec.regime for spec in planned}, reverse=True):
         baseline = None
-        for kind in sorted({_kind(spec) for spec in planned if spec.regime == regime}, key=_place):
+        kinds = {_kind(spec) for spec in planned if spec.regime == regime}
+        # the baseline first, then by ratio, mode and strategy, in the order of the paper
+        for kind in sorted(kinds, key=lambda kind: (kind[2], kind[1], kind[0] == INTERPOLATION)):
             found = {fold: finished.get(CellSpec(*kind, regime, fold)) for fold in range(num_folds)}
             own = _figures({fold: cell for fold, cell in found.items() if cell is not None}, weights, num_folds)
             baseline = own if kind[2] == 0 else baseline
@@ -219,12 +221,6 @@ def _align(cell: CellResult, like: CellResult) -> CellResult:
 
 def _kind(spec: CellSpec) -> tuple[str, str, int]:
     return spec.strategy, spec.mode, spec.ratio
-
-
-def _place(kind: tuple[str, str, int]) -> tuple[int, str, bool]:
-    """The baseline first, then by ratio, mode and strategy, in the order of the paper."""
-    strategy, mode, ratio = kind
-    return ratio, mode, strategy == INTERPOLATION
 
 
 def _undefined(test: CellResult) -> list[str]:

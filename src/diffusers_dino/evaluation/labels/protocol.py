@@ -86,7 +86,14 @@ def evaluate_labels(
         judges = Judges(real, table, labels, folds, classifier, folder, validation_fraction, seed)
         opened = _open_sets(sets, output, classifier)
         pairs = judges.pairs_for([one for members in opened.values() for one in members])
-        _train(judges, pairs, num_workers, device, progress)
+        jobs, problems = [(judges, pair, device) for pair in pairs], []
+        with progress_bar("Classifiers", "classifier", len(pairs), show=progress) as bar:
+            for outcome in run_apart(_train_judge, jobs, count_workers(num_workers, device)):
+                if outcome.error:
+                    problems.append(f"the classifier without folds {pairs[outcome.number]}: {outcome.error}")
+                bar.update()
+        if problems:
+            raise RuntimeError(f"{len(problems)} classifiers were not trained: {'; '.join(problems)}")
         place, options = device_of(0, device), {"repeats": bootstrap_repeats, "seed": seed}
         judged = {name: [judges.judge(one, place) for one in members] for name, members in opened.items()}
         return LabelPreservationResult(
@@ -113,19 +120,6 @@ def _open_sets(
             one = SyntheticImages.open(folder, output / file, classifier.size, classifier.channels)
             opened.setdefault(name, []).append(one)
     return opened
-
-
-def _train(
-    judges: Judges, pairs: Sequence[tuple[int, int]], num_workers: int | None, device: str | None, progress: bool
-) -> None:
-    jobs, problems = [(judges, pair, device) for pair in pairs], []
-    with progress_bar("Classifiers", "classifier", len(pairs), show=progress) as bar:
-        for outcome in run_apart(_train_judge, jobs, count_workers(num_workers, device)):
-            if outcome.error:
-                problems.append(f"the classifier without folds {pairs[outcome.number]}: {outcome.error}")
-            bar.update()
-    if problems:
-        raise RuntimeError(f"{len(problems)} classifiers were not trained: {'; '.join(problems)}")
 
 
 def _train_judge(place: int, judges: Judges, pair: tuple[int, int], device: str | None) -> None:
