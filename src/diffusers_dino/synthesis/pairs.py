@@ -19,7 +19,7 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class Pair(NamedTuple):
-    """A point between images number `source` and `target`, the larger: a `fraction` in (0, 1) of the way between them."""
+    """A point between two images: a `fraction` in (0, 1) of the way from index `source` to the larger `target`."""
 
     source: int
     target: int
