@@ -30,11 +30,7 @@ figcaption { font-size: .9rem; opacity: .8; }
 
 
 class Report:
-    """Collects the parts of a page in order and writes them as one HTML file. All text is escaped.
-
-    Args:
-        title: Heading of the page.
-    """
+    """Collects the parts of a page, headed by a title, and writes them as one HTML file. All text is escaped."""
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -49,15 +45,7 @@ class Report:
         self._parts.append(f"<p>{html.escape(text)}</p>")
 
     def add_table(self, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """Add a table.
-
-        Args:
-            header: Names of the columns.
-            rows: Cells, one per column; floats are shown with three significant digits.
-
-        Raises:
-            ValueError: A row has another number of cells than the header.
-        """
+        """Add a table; each row has one cell per column. Floats are shown with three significant digits."""
         if any(len(row) != len(header) for row in rows):
             raise ValueError(f"Each row needs {len(header)} cells, one per column.")
         head = "".join(f"<th>{html.escape(name)}</th>" for name in header)

@@ -11,16 +11,13 @@ __all__ = ["contact_sheet"]
 
 
 def contact_sheet(*groups: ImageInput, size: tuple[int, int] | None = None) -> PIL.Image.Image:
-    """Lay groups of images out in rows, such as sources | paths between them | targets.
+    """Lay groups of images out in the rows of one RGB picture, such as sources | paths between them | targets.
 
     Args:
         groups: The first has one image for each of the N rows. Any other has k images for each, those of a row
             together, which become k columns. Types as in `diffusers_dino.pixels`, sizes may differ.
         size: Width and height of a cell in pixels; by default those of the smallest image. Images are scaled to it,
             cut to its shape around their centre.
-
-    Returns:
-        An RGB picture.
 
     Raises:
         ValueError: If there is no image, or the rows of a group cannot be of equal length.

@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 
 from .. import DinoDiffusionPipeline
+from ..pipelines.pipeline_dino_interpolation import METHODS
 from . import tasks
 
 __all__ = ["LOOK", "build_page"]
 
 KEPT = 3600  # seconds that a visitor's images and files are kept
-CHECKED = 60  # seconds between two looks for older ones
 POINTS = 9  # images on a path
 
 ONE_AT_A_TIME = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}  # for all visitors
@@ -33,7 +33,6 @@ _PICTURE = {
     "buttons": ["download", "fullscreen"],  # and not the one that uploads to a forum
     "elem_classes": "picture",
 }
-INTRODUCTION = "# diffusers-dino\nA diffusion model that sees an image through its DINO tokens. Model: `{model}`"
 NOTE = (
     "What is generated here is **synthetic**. This is not a medical device: nothing it makes may be used to diagnose "
     "or treat a patient. Images stay on the machine that serves this page and are deleted after an hour."
@@ -54,15 +53,10 @@ SHOW_POINT = "(fraction, strip) => strip?.length ? strip[Math.round(fraction * (
 
 
 def build_page(pipe: DinoDiffusionPipeline, model: str, examples: Sequence[Image.Image]) -> gr.Blocks:
-    """The page on a pipeline.
-
-    Args:
-        pipe: On the device where it computes.
-        model: What to call it.
-        examples: Images to choose from; the first one is chosen already.
-    """
-    with gr.Blocks(title="diffusers-dino", delete_cache=(CHECKED, KEPT), analytics_enabled=False) as page:
-        gr.Markdown(INTRODUCTION.format(model=model))
+    """The page on a pipeline, which it calls `model`; the first of the examples is chosen already."""
+    with gr.Blocks(title="diffusers-dino", delete_cache=(60, KEPT), analytics_enabled=False) as page:
+        about = "A diffusion model that sees an image through its DINO tokens."
+        gr.Markdown(f"# diffusers-dino\n{about} Model: `{model}`")
         with gr.Tab("Variations", elem_id="variations-tab"):
             variations_tab(pipe, model, examples)
         with gr.Tab("Blend", elem_id="blend-tab"):
@@ -88,9 +82,8 @@ def variations_tab(pipe: DinoDiffusionPipeline, model: str, examples: Sequence[I
     def make(image, count, steps, guidance, seed, scheduler, progress=PROGRESS):
         sampling = tasks.SamplerSettings(steps, guidance, seed, scheduler)
         made = tasks.vary(pipe, chosen(image), count, sampling, progress)
-        seeds = [sampling.seed + number for number in range(count)]
-        files = {f"variation_seed_{seed}": picture for seed, picture in zip(seeds, made, strict=True)}
-        captioned = [(picture, f"seed {seed}") for seed, picture in zip(seeds, made, strict=True)]
+        files = {f"variation_seed_{number}": picture for number, picture in enumerate(made, seed)}
+        captioned = [(picture, f"seed {number}") for number, picture in enumerate(made, seed)]
         return captioned, offered("variations.zip", tasks.archive(files, model, sampling, task="variations"))
 
     run.click(make, [image, count, *sampling], [gallery, download], **ONE_AT_A_TIME)
@@ -106,7 +99,7 @@ def blend_tab(pipe: DinoDiffusionPipeline, model: str, examples: Sequence[Image.
                 with gr.Column(min_width=160):
                     gr.Markdown("To")
                     target = image_input(examples[::-1], 3)
-            method = gr.Radio(tasks.METHODS, value="lerp", label="Between the tokens", info="Straight, or on an arc")
+            method = gr.Radio(METHODS, value="lerp", label="Between the tokens", info="Straight, or on an arc")
             sampling = sampling_inputs()
             run = gr.Button("Blend", variant="primary")
         with gr.Column(scale=3):
@@ -120,8 +113,7 @@ def blend_tab(pipe: DinoDiffusionPipeline, model: str, examples: Sequence[Image.
         sampling = tasks.SamplerSettings(steps, guidance, seed, scheduler)
         made = tasks.blend(pipe, chosen(source), chosen(target), POINTS, method, sampling, progress)
         files = {f"blend_{place / (POINTS - 1):.3f}": picture for place, picture in enumerate(made)}
-        archive = tasks.archive(files, model, sampling, task="blend", method=method)
-        return made, offered("blend.zip", archive)
+        return made, offered("blend.zip", tasks.archive(files, model, sampling, task="blend", method=method))
 
     def choose(event: gr.SelectData):
         return event.index / (POINTS - 1)

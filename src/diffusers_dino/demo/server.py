@@ -17,8 +17,6 @@ from .tasks import example_images, model_size
 
 __all__ = ["launch", "read_logins"]
 
-NUM_EXAMPLES = 6
-
 
 def launch(
     model: str | Path,
@@ -56,7 +54,7 @@ def launch(
         if lora:
             pipe.load_lora_weights(lora)
         pipe.to(device_of(0, device))
-        shown = example_images(examples, model_size(pipe), NUM_EXAMPLES) if examples else []
+        shown = example_images(examples, model_size(pipe), count=6) if examples else []
         page = build_page(pipe, Path(model).name, shown)
         _, address, public = page.launch(
             server_name=server_name,
@@ -76,11 +74,7 @@ def launch(
 
 
 def read_logins(path: str | Path) -> list[tuple[str, str]]:
-    """Names and passwords from a file with a line `NAME:PASSWORD` for each person.
-
-    Raises:
-        ValueError: If a line is not of this form, or there is none: the page would be open to everybody.
-    """
+    """Names and passwords from a file of lines `NAME:PASSWORD`; a file of none, which would let all in, is refused."""
     logins = [tuple(line.split(":", 1)) for line in Path(path).read_text().splitlines() if line.strip()]
     if not logins or not all(len(login) == 2 and all(login) for login in logins):
         raise ValueError(f"{path} must have a line NAME:PASSWORD for each who may enter.")

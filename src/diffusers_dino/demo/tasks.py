@@ -33,7 +33,6 @@ SCHEDULERS = {
     "Euler": "EulerDiscreteScheduler",
     "Euler, stochastic": "EulerAncestralDiscreteScheduler",
 }
-METHODS = ("lerp", "slerp")
 ALL_LAYERS = "all"
 DISPLAY = 1024  # pixels: larger images are shown smaller, and kept and downloaded at their own size
 MIN_SIDE = 32  # of an image in pixels: a smaller one has nothing to show
@@ -46,14 +45,7 @@ Pipeline = TypeVar("Pipeline", DinoDiffusionPipeline, DinoInterpolationPipeline)
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """How images are sampled.
-
-    Args:
-        steps: Denoising steps.
-        guidance: Guidance scale; 1 is none.
-        seed: Of the initial noise.
-        scheduler: A key of `SCHEDULERS`.
-    """
+    """How images are sampled, by a scheduler of `SCHEDULERS`; a guidance of 1 is none."""
 
     steps: int = 20
     guidance: float = 2.0
@@ -64,11 +56,8 @@ class SamplerSettings:
 def open_image(path: str | Path) -> Image.Image:
     """Read a file that somebody dropped: gray or RGB of 8 bits, from its darkest to its brightest value.
 
-    Training stretches the range in the same way (`Preprocessing`), so the model sees what it knows.
-
-    Raises:
-        ValueError: If it is not an image, damaged, or too small; the message names the file without its folder.
-        ImportError: If it is DICOM and the `dicom` extra is not installed.
+    Training stretches the range in the same way (`Preprocessing`), so the model sees what it knows. Errors name the
+    file without its folder.
     """
     name = Path(path).name
     pixels = read_image(path, name=name)  # (H, W) or (H, W, 3)
@@ -147,11 +136,8 @@ def blend(
 class Segmenter:
     """Segments of images, with the attention maps of the last few images and timesteps kept.
 
-    The maps take the model and do not depend on the threshold, so another threshold costs only the merging.
-
-    Args:
-        pipe: Whose UNet is read.
-        kept: How many images and timesteps are kept; each takes s^4 numbers at attention of side s (67 MB for 64).
+    Another threshold costs only the merging. Each of the maps `kept` takes s^4 numbers at attention of side s (67 MB
+    for 64).
 
     Attributes:
         layers: All of the UNet's self-attention, then the names of its blocks.
@@ -169,33 +155,23 @@ class Segmenter:
         self._maps: OrderedDict[tuple, Tensor] = OrderedDict()
 
     def segment(self, image: Image.Image, timestep: int, threshold: float, layer: str = ALL_LAYERS) -> Tensor:
-        """Segment an image.
+        """`(K, s, s)`: a map of each segment of an image, that of the largest one first; see `labels_of`.
 
-        Args:
-            image: Gray or RGB.
-            timestep: Of the denoising step whose attention is read.
-            threshold: Maps closer than this are merged, in units of the mean divergence of the image's maps.
-            layer: One of `layers`.
-
-        Returns:
-            `(K, s, s)`: a map of each segment, that of the largest one first; see `labels_of`.
+        The threshold is in units of the mean divergence of the image's maps; `layer` is one of `layers`.
         """
-        maps = self._attention(image, timestep, layer)
-        width, height = fitted(image, DISPLAY).size
-        output = self._pipe.segment(maps, threshold, relative_threshold=True, refine=True, output_size=(height, width))
-        areas = torch.bincount(output.masks[0].flatten(), minlength=len(output.maps[0]))
-        order = areas.argsort(descending=True, stable=True)
-        return output.maps[0][order[: output.num_segments[0]]]
-
-    def _attention(self, image: Image.Image, timestep: int, layer: str) -> Tensor:
         key = hashlib.sha256(image.tobytes()).digest(), image.size, timestep, layer
         if key not in self._maps:
             layers = None if layer == ALL_LAYERS else [layer]
             self._maps[key] = self._pipe.attention_maps(image, timestep, layers=layers)
         self._maps.move_to_end(key)
-        while len(self._maps) > self._kept:
+        if len(self._maps) > self._kept:
             self._maps.popitem(last=False)
-        return self._maps[key]
+        maps = self._maps[key]
+        width, height = fitted(image, DISPLAY).size
+        output = self._pipe.segment(maps, threshold, relative_threshold=True, refine=True, output_size=(height, width))
+        areas = torch.bincount(output.masks[0].flatten(), minlength=len(output.maps[0]))
+        order = areas.argsort(descending=True, stable=True)
+        return output.maps[0][order[: output.num_segments[0]]]
 
 
 def labels_of(segments: Tensor, image: Image.Image) -> np.ndarray:

@@ -83,7 +83,7 @@ def model_card(
         record: How it was trained. Only the last part of a local path is told, and nothing of local data sets, since
             names of folders can tell more than should be published.
         kind: Class of the pipeline, `"lora"`, `"conditioner"`, or the class of an autoencoder.
-        parts: Preprocessing and components, as `folder.part_facts` reads them.
+        parts: Facts of preprocessing and components, by name.
         measurements: As `measurements.read_results` reads them.
         samples: Pictures in the repository by path, with their captions; only of phantoms or synthetic images.
         license: Of the weights, as the Hub spells it, such as `"apache-2.0"`.
@@ -91,9 +91,6 @@ def model_card(
 
     Returns:
         A card whose `data` holds the metadata; `str()` of it is the README.
-
-    Raises:
-        ValueError: If the kind is unknown.
     """
     key = "vae" if kind.startswith("Autoencoder") else kind
     if key not in _TASKS:
@@ -114,43 +111,42 @@ def model_card(
     origins = [f"Data sets of the Hub: {', '.join(f'`{name}`' for name in datasets)}."] if datasets else []
     if record.sources or not datasets:
         origins.append(origin(record.sources, "model"))
+    parts = parts or {}
+    works = ["tian2024diffuse"] if kind == "DiffSegPipeline" else []
+    works += ["oquab2024dinov2"] * any("dinov2" in str(value) for value in parts.values())
     return _fill(
         ModelCard,
         "model_card.md",
         metadata,
         measurements,
-        works=_works(kind, parts or {}),
+        works=works,
         title=title,
         kind=key,
         class_name=kind,
         model=model,
         base=next(iter(bases), "org/base-pipeline"),
         origin="\n\n".join(origins),
-        parts=fact_table(parts or {}),
+        parts=fact_table(parts),
         facts=fact_table({"made from": bases, **record.facts}),
         samples=samples or {},
     )
 
 
 def folder_card(folder: str | os.PathLike, model: str, record: TrainingRecord, **options: Any) -> ModelCard:
-    """The card of the model in a folder.
-
-    Args:
-        folder: A trained pipeline, LoRA, conditioner or autoencoder.
-        model: Its Hub id, or a name.
-        record: How it was trained.
-        options: Those of `model_card`; kind and parts are read from the folder.
-
-    Raises:
-        FileNotFoundError: If the folder holds no model.
-    """
+    """`model_card` of the pipeline, LoRA, conditioner or autoencoder in a folder, which tells its kind and parts."""
     kind = folder_kind(folder)
     kind = class_of(folder) if kind in ("pipeline", "vae") else kind
     return model_card(model, record, kind=kind, parts=part_facts(folder), **options)
 
 
 def write_model_card(folder: str | os.PathLike, model: str, record: TrainingRecord, **options: Any) -> Path:
-    """Write `folder_card(...)` as the folder's README.md and return its path."""
+    """Write the card of the model in a folder as its README.md and return the path.
+
+    The arguments are those of `model_card`; kind and parts are read from the folder.
+
+    Raises:
+        FileNotFoundError: If the folder holds no model.
+    """
     return _write(folder_card(folder, model, record, **options), folder)
 
 
@@ -164,19 +160,13 @@ def dataset_card(
     license: str | None = None,
     tags: Iterable[str] = (),
 ) -> DatasetCard:
-    """Describe a finished synthetic set.
+    """Describe a finished synthetic set. What is not listed here is as in `model_card`.
 
     Args:
         made: The set.
         title: Of the card.
         model: Name of the model that made it; a local path is shortened to its last part.
         sources: The data sets of its real images, as `diffusers_dino.data.sharding.recorded_sources` reads them.
-        measurements: As `measurements.read_results` reads them.
-        license: Of the set, as the Hub spells it, such as `"cc-by-4.0"`.
-        tags: Further tags for the Hub's search.
-
-    Returns:
-        A card whose `data` holds the metadata; `str()` of it is the README.
     """
     plan = made.plan
     metadata = DatasetCardData(
@@ -240,11 +230,6 @@ def _write(card: ModelCard | DatasetCard, folder: str | os.PathLike) -> Path:
     return path
 
 
-def _works(kind: str, parts: Mapping[str, Any]) -> list[str]:
-    works = ["tian2024diffuse"] if kind == "DiffSegPipeline" else []
-    return works + ["oquab2024dinov2"] * any("dinov2" in str(value) for value in parts.values())
-
-
 def _recipe(made: SyntheticSet, model: str | None) -> dict[str, Any]:
     plan, lineage = made.plan, made.manifest["lineage"]
     settings = plan.settings
@@ -268,7 +253,6 @@ def _recipe(made: SyntheticSet, model: str | None) -> dict[str, Any]:
 
 
 def _count_labels(made: SyntheticSet) -> list[tuple[str, str]]:
-    """Images of each label, the most frequent first."""
     plan = made.plan
     sets = Counter(plan.labels.tolist())
     sets.subtract(plan.labels[list(made.left_out)].tolist())

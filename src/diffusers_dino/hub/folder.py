@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,10 @@ _INDEX = "model_index.json"
 _LORA = "pytorch_lora_weights.safetensors"
 _COMPONENTS = {"DinoImageConditioner": "conditioner", "AutoencoderKL": "vae", "AutoencoderTiny": "vae"}
 _WEIGHTS = "diffusion_pytorch_model"
-# What `save_pretrained` writes into the folder of a component, also into that of Stable Diffusion's tokenizer.
-_SUFFIXES = (".json", ".safetensors")
-_NAMES = ("merges.txt",)
 
 
 def folder_kind(folder: str | Path) -> str:
-    """`"pipeline"`, `"lora"`, `"conditioner"` or `"vae"`.
-
-    Raises:
-        FileNotFoundError: If the folder holds none of them.
-    """
+    """`"pipeline"`, `"lora"`, `"conditioner"` or `"vae"`."""
     folder = Path(folder)
     if (folder / _INDEX).is_file():
         return "pipeline"
@@ -57,9 +49,6 @@ def model_files(folder: str | Path) -> dict[str, Content]:
 
     Weights are safetensors, whole or in several files with their index, also of variants. Configs lose the note of
     where a component was loaded from (`_name_or_path`), a folder of this machine.
-
-    Raises:
-        FileNotFoundError: If the folder holds no model, or files of it are missing.
     """
     folder = Path(folder)
     kind = folder_kind(folder)
@@ -80,15 +69,9 @@ def model_files(folder: str | Path) -> dict[str, Content]:
 
 
 def half_precision_files(folder: str | Path, variant: str, aside: str | Path) -> dict[str, Content]:
-    """Write the weights of a model in half precision, and list the files that this adds to the model's.
+    """Write the weights of a model as `"fp16"` or `"bf16"`, and list the files that this adds to the model's.
 
-    Args:
-        folder: The trained model.
-        variant: `"fp16"` or `"bf16"`.
-        aside: Where to write them; it has to last until the files are used.
-
-    Raises:
-        ValueError: If the variant is unknown, or the folder holds a LoRA.
+    They are written to the folder `aside`, which has to last until the files are used.
     """
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
     if variant not in dtypes:
@@ -139,12 +122,12 @@ def _components(folder: Path) -> list[str]:
 
 
 def _listed(folder: Path) -> list[Path]:
-    paths = sorted(folder.glob("*")) if folder.is_dir() else []
-    return [path for path in paths if path.is_file() and (path.suffix in _SUFFIXES or path.name in _NAMES)]
+    """What `save_pretrained` writes into the folder of a component, also into that of Stable Diffusion's tokenizer."""
+    paths = (path for path in sorted(folder.glob("*")) if path.is_file())
+    return [path for path in paths if path.suffix in (".json", ".safetensors") or path.name == "merges.txt"]
 
 
-def _check_weights(folder: Path, paths: Iterable[Path]) -> None:
-    paths = list(paths)
+def _check_weights(folder: Path, paths: list[Path]) -> None:
     names = {path.name for path in paths}
     for index in (path for path in paths if path.name.endswith(".json") and ".index." in path.name):
         if missing := sorted(set(_read(index).get("weight_map", {}).values()) - names):
@@ -154,9 +137,7 @@ def _check_weights(folder: Path, paths: Iterable[Path]) -> None:
 
 
 def _content(path: Path) -> Content:
-    if path.suffix != ".json":
-        return path
-    config = _read(path)
+    config = _read(path) if path.suffix == ".json" else {}
     if "_name_or_path" not in config:
         return path
     del config["_name_or_path"]

@@ -4,37 +4,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from .privacy import without_folders
 
-__all__ = ["bibliography", "cite", "fact_table", "needs_agreement", "origin", "table", "table_cell"]
+__all__ = ["cite", "fact_table", "needs_agreement", "origin", "table", "table_cell"]
 
 _ALWAYS_CITED = ("jimenezperez2024dinodiffusion", "caron2021emerging", "rombach2022high")
 
 
-@cache
-def bibliography() -> dict[str, str]:
-    """The BibTeX entries of `citations.bib` by their keys."""
-    text = Path(__file__).with_name("citations.bib").read_text(encoding="utf-8")
-    return {match[1]: match[0] for match in re.finditer(r"^@\w+\{(.+?),\n.*?^\}\n", text, re.DOTALL | re.MULTILINE)}
-
-
 def cite(*keys: str) -> str:
     """BibTeX of the method, of DINO and Stable Diffusion, which it stands on, and of the further works named."""
-    return "".join(entry for key, entry in bibliography().items() if key in {*_ALWAYS_CITED, *keys})
+    text = Path(__file__).with_name("citations.bib").read_text(encoding="utf-8")
+    entries = re.finditer(r"^@\w+\{(.+?),\n.*?^\}\n", text, re.DOTALL | re.MULTILINE)
+    return "".join(entry[0] for entry in entries if entry[1] in {*_ALWAYS_CITED, *keys})
 
 
 def origin(sources: Sequence[Mapping[str, Any]], derived: str) -> str:
-    """The data sets that images are from, with their licences and terms.
-
-    Args:
-        sources: Of each `name` or `title`, and `licence`, `citation`, `url` and `contains` where known, as
-            `diffusers_dino.data.sharding.recorded_sources` reads them.
-        derived: What was derived from the images: `"model"` or `"set"`.
-    """
+    """The data sets that a model or set is derived from, as `TrainingRecord.sources` has them, with their terms."""
     terms = f"Their terms apply to what is derived from them, this {derived} included."
     if not sources:
         return f"Which data sets the images are from is not on record here. {terms}"

@@ -43,11 +43,9 @@ def read_result(path: str | Path) -> JsonResult | None:
 
 
 def read_results(paths: Iterable[str | Path], dataset: str = "held-out images") -> list[Measurement]:
-    """What a card tells of all results in files and folders.
+    """What a card tells of all results in JSON files and in folders with their subfolders.
 
-    Args:
-        paths: JSON files of results, or folders of them with their subfolders.
-        dataset: Name of the images that the figures are of; a segmentation has its own.
+    `dataset` names the images that the figures are of; a segmentation has its own.
 
     Raises:
         FileNotFoundError: If there is no such file or folder.
@@ -68,11 +66,7 @@ def read_results(paths: Iterable[str | Path], dataset: str = "held-out images") 
 
 
 def describe_result(result: JsonResult, dataset: str = "held-out images") -> Measurement:
-    """What a card tells of one result. Keys of images, which can name patients, are left out.
-
-    Raises:
-        ValueError: If a search for copies was given no synthetic images.
-    """
+    """What a card tells of one result. Keys of images, which can name patients, are left out."""
     return _DESCRIBE[type(result)](result, dataset)
 
 

@@ -41,11 +41,7 @@ def private_traces(text: str) -> list[str]:
 
 
 def check_private(files: Mapping[str, Content]) -> None:
-    """Search the cards, configs and headers of weights among files to upload, by their path in the repository.
-
-    Raises:
-        ValueError: If one of them names a user's folder or a DICOM UID, or is damaged.
-    """
+    """Refuse files whose cards, configs or headers of weights name a user's folder or a DICOM UID, or are damaged."""
     for path, content in files.items():
         if traces := private_traces(_readable(path, content)):
             raise ValueError(
@@ -54,15 +50,7 @@ def check_private(files: Mapping[str, Content]) -> None:
 
 
 def check_pictures(card: str, paths: Iterable[str]) -> None:
-    """Refuse a card that shows a picture from elsewhere, which could be of a patient.
-
-    Args:
-        card: Its Markdown.
-        paths: The pictures that were verified to be synthetic.
-
-    Raises:
-        ValueError: If the card shows another one.
-    """
+    """Refuse a card (Markdown) with a picture that could be of a patient: any but those verified, at `paths`."""
     shown = {match[1] or match[2] for match in _PICTURE.finditer(card)}
     if others := sorted(path for path in shown if path.removeprefix("./") not in set(paths)):
         raise ValueError(

@@ -38,11 +38,7 @@ class TrainingRecord:
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> TrainingRecord:
-        """Read what `save` wrote; an empty record if there is none.
-
-        Raises:
-            ValueError: If the file is damaged.
-        """
+        """Read what `save` wrote; an empty record if there is none. A damaged file is a `ValueError`."""
         path = Path(folder) / RECORD_FILE
         try:
             return cls(**json.loads(path.read_text()))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,16 +18,14 @@ from .privacy import Content, check_private
 
 __all__ = ["files_to_push", "push_files", "push_folder", "replaced_weights", "write_files"]
 
-CHECKSUMS = "SHA256SUMS"
 _HTTP_ERROR = HfHubHTTPError.__mro__[1]  # base of all errors of the HTTP library that huggingface_hub has
 
 
 def files_to_push(folder: str | os.PathLike, also: Iterable[str] = ()) -> dict[str, Content]:
     """What `push_folder` uploads, by path in the repository: a file, or the bytes of a config without private folders.
 
-    Only what is listed here: the card; of a pipeline `model_index.json` with its components'
-    configs and safetensors; of a conditioner or autoencoder its config and safetensors; of a LoRA its weights. Logs,
-    checkpoints, arguments and validation pictures, which may show patients, stay.
+    Only the card, and the configs and safetensors of the model and its components. Logs, checkpoints, arguments and
+    validation pictures, which may show patients, stay.
 
     Args:
         folder: Written by `save_pretrained`, `save_lora_weights` or a training script.
@@ -47,18 +44,10 @@ def files_to_push(folder: str | os.PathLike, also: Iterable[str] = ()) -> dict[s
 
 
 def write_files(files: Mapping[str, Content], folder: str | os.PathLike) -> Path:
-    """Write what would be uploaded to a folder to carry, with `SHA256SUMS` for `sha256sum`.
-
-    Args:
-        files: By path: where each is, or what is in it.
-        folder: Made if it does not exist; it must be empty.
-
-    Returns:
-        The folder.
+    """Write the files of `files_to_push` to a folder to carry, with `SHA256SUMS` for `sha256sum`, and return it.
 
     Raises:
         FileExistsError: If the folder is not empty.
-        OSError: If it cannot be written.
     """
     folder = Path(folder)
     if folder.is_dir() and any(folder.iterdir()):
@@ -68,7 +57,7 @@ def write_files(files: Mapping[str, Content], folder: str | os.PathLike) -> Path
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(content) if isinstance(content, bytes) else shutil.copyfile(content, place)
     lines = [f"{sha256_of(folder / path)}  {path}\n" for path in sorted(files)]
-    (folder / CHECKSUMS).write_text("".join(lines))
+    (folder / "SHA256SUMS").write_text("".join(lines))
     return folder
 
 
@@ -85,7 +74,7 @@ def push_files(
     """Upload files in one commit, and remove the weights that they replace.
 
     Args:
-        files: By path in the repository: where each is, or what is in it.
+        files: As `files_to_push` lists them.
         repo_id: `"org/name"`, or `"name"` in the token owner's own space; made if it does not exist.
         token: By default the one that `hf auth login` stored.
         private: Whether a repository that is made here is private.
@@ -101,29 +90,35 @@ def push_files(
         ConnectionError: If the Hub cannot be reached, or offline mode is on.
     """
     api = HfApi(token=token)
-    with _explained(repo_id, api.endpoint):
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    try:
+        full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        stale = replaced_weights(api.list_repo_files(repo_id, revision=revision), files)
+            api.create_branch(full_id, branch=revision, exist_ok=True)
+        stale = replaced_weights(api.list_repo_files(full_id, revision=revision), files)
         operations = [CommitOperationDelete(path) for path in stale]
         operations += [CommitOperationAdd(path, content) for path, content in files.items()]
         return api.create_commit(
-            repo_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr
+            full_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr
         )
+    except HfHubHTTPError as error:
+        if error.response is None or error.response.status_code not in (401, 403):
+            raise
+        raise PermissionError(
+            f"The Hub does not let you write to {repo_id}: log in with `hf auth login`, with a token that may write."
+        ) from error
+    except _HTTP_ERROR as error:
+        raise ConnectionError(
+            f"The Hub ({api.endpoint}) cannot be reached: {error}. "
+            "Without a network, write a folder that can be carried."
+        ) from error
 
 
 def push_folder(folder: str | os.PathLike, repo_id: str, *, also: Iterable[str] = (), **options: Any) -> str:
-    """Upload a trained pipeline, LoRA, conditioner or autoencoder from the folder of its training.
+    """Upload a trained pipeline, LoRA, conditioner or autoencoder, and return the repository's full id, `"org/name"`.
 
-    Args:
-        folder: See `files_to_push`, which says what is uploaded and what is refused.
-        repo_id: See `push_files`, which says what else can go wrong.
-        also: Patterns of further files to upload, such as `"samples/*.png"`.
-        options: Those of `push_files`: `token`, `private`, `revision`, `create_pr`, `commit_message`.
-
-    Returns:
-        The full id of the repository, `"org/name"`.
+    `files_to_push` says what is uploaded and refused, and what `folder` and `also` are. `push_files` says what else
+    can go wrong, and what `repo_id` and the `options` are: `token`, `private`, `revision`, `create_pr`,
+    `commit_message`.
     """
     return push_files(files_to_push(folder, also), repo_id, **options).repo_url.repo_id
 
@@ -135,23 +130,6 @@ def replaced_weights(there: Iterable[str], files: Mapping[str, Content]) -> list
     """
     new = {_weights_of(path) for path in files} - {None}
     return sorted(path for path in there if path not in files and _weights_of(path) in new)
-
-
-@contextmanager
-def _explained(repo_id: str, endpoint: str) -> Iterator[None]:
-    """Say of an error of the Hub what to do about it."""
-    try:
-        yield
-    except HfHubHTTPError as error:
-        if error.response is None or error.response.status_code not in (401, 403):
-            raise
-        raise PermissionError(
-            f"The Hub does not let you write to {repo_id}: log in with `hf auth login`, with a token that may write."
-        ) from error
-    except _HTTP_ERROR as error:
-        raise ConnectionError(
-            f"The Hub ({endpoint}) cannot be reached: {error}. Without a network, write a folder that can be carried."
-        ) from error
 
 
 def _weights_of(path: str) -> tuple[str, str | None] | None:
