@@ -53,9 +53,9 @@ def assign_folds(targets: np.ndarray, groups: Sequence[Hashable], num_folds: int
 
 
 def hold_out(targets: np.ndarray, groups: Sequence[Hashable], fraction: float, seed: int = 0) -> np.ndarray:
-    """`(N,)` bool, a stratified share of whole groups, such as patients whose images choose a classifier's weights.
+    """`(N,)` bool: about a fraction of the groups, in [0, 0.5], stratified as by `assign_folds`.
 
-    Targets and groups are as in `assign_folds`; the fraction of the groups is about met, and in [0, 0.5].
+    The patients whose images choose a classifier's weights, for example.
     """
     check_fraction(fraction)
     if not fraction:

@@ -87,7 +87,8 @@ def synthesise_with_ray(
 
     Raises:
         SynthesisError: As `synthesise`, and if a machine does not see the folder or a shard ends its worker each time.
-        ImportError, OSError: If Ray is not installed; if the disk is full. What is finished stays.
+        ImportError: If Ray is not installed.
+        OSError: If the disk is full. What is finished stays.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # otherwise it reports home
     ray = require("ray", "ray", "Generating on a Ray cluster needs Ray")

@@ -114,7 +114,7 @@ class CellFacts:
 
 @dataclass(frozen=True)
 class CellResult:
-    """The predictions of one cell's classifier on the N images of its test fold, of which keys and patients are.
+    """The predictions of one cell's classifier on the N images of its test fold, with their keys and patients.
 
     Attributes:
         probabilities: `(N, L)` float32 in [0, 1].

@@ -78,7 +78,8 @@ class Judges:
         labels: Names of the L labels.
         folds: `(N,)` int64, the fold of each.
         folder: Where weights go, a file for each judge.
-        settings, validation_fraction, seed: As `classifier` and the others in `evaluate_labels`.
+        settings: Architecture and training.
+        validation_fraction, seed: As in `evaluate_labels`.
     """
 
     real: PackedImages

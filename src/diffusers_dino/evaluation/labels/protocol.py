@@ -62,7 +62,8 @@ def evaluate_labels(
     Raises:
         ValueError: If there is no set, a set has sources that are not among the images, its labels are not those of
             the table, or an argument is out of its range.
-        FileNotFoundError, KeyError: If a set is not complete; if an image has no row in the table.
+        FileNotFoundError: If a set is not complete.
+        KeyError: If an image has no row in the table.
         RuntimeError: If another process is at work in the folder, or a judge could not be trained.
     """
     if not sets:
