@@ -23,11 +23,9 @@ __all__ = [
     "make_writable_folder",
     "open_private",
     "remove_partials",
-    "replace_folder",
     "save_atomically",
     "sha256_of",
     "sync",
-    "sync_folder",
     "write_csv",
     "write_json",
 ]
@@ -112,11 +110,18 @@ def save_atomically(final: str | Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        sync_folder(partial)
+        for path in (*partial.rglob("*"), partial):
+            sync(path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    replace_folder(partial, final)
+    old = beside(final, "old")
+    if final.exists():  # no system call replaces a folder that is not empty; at each moment one of the two is there
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+    partial.rename(final)
+    sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def make_writable_folder(path: str | Path) -> Path:
@@ -153,20 +158,3 @@ def lock_folder(folder: Path, error: type[Exception] = RuntimeError) -> Iterator
 def beside(path: Path, suffix: str) -> Path:
     """The hidden name beside a file or folder under which another version of it is kept for a moment."""
     return path.with_name(f".{path.name}.{suffix}")
-
-
-def sync_folder(folder: Path) -> None:
-    """Force a folder and all in it to disk."""
-    for path in (*folder.rglob("*"), folder):
-        sync(path)
-
-
-def replace_folder(partial: Path, final: Path) -> None:
-    """Give a complete folder its final name, replacing one that was there."""
-    old = beside(final, "old")
-    if final.exists():  # no system call replaces a folder that is not empty; at each moment one of the two is there
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-    partial.rename(final)
-    sync(final.parent)
-    shutil.rmtree(old, ignore_errors=True)

@@ -141,16 +141,17 @@ class ImageDataset(Dataset[dict[str, Any]]):
         wanted = [place for place, bad in zip(places, known, strict=True) if not bad]
         images = self.store.read_many(self._indices[wanted].tolist())
         for place, bad in zip(places, known, strict=True):
-            yield None if bad else self._prepare_one(place, next(images))
-
-    def _prepare_one(self, place: int, image: np.ndarray | UnreadableImageError) -> np.ndarray | None:
-        if not isinstance(image, UnreadableImageError):
-            # Borders would be looked for, and the dynamic range stretched, a second time.
-            done = self._is_prepared and image.dtype == np.uint8 and image.shape[:2] == 2 * (self.preprocessing.size,)
-            return image if done else self.preprocessing(image)
-        self.unreadable[place] = str(image)
-        logger.warning("%s. Skipped: another sample takes its place.", image)
-        return None
+            image = None if bad else next(images)
+            if isinstance(image, UnreadableImageError):
+                self.unreadable[place] = str(image)
+                logger.warning("%s. Skipped: another sample takes its place.", image)
+                image = None
+            if image is not None:
+                # Borders would be looked for, and the dynamic range stretched, a second time.
+                size = self.preprocessing.size
+                done = self._is_prepared and image.dtype == np.uint8 and image.shape[:2] == (size, size)
+                image = image if done else self.preprocessing(image)
+            yield image
 
     def _substitute(self, wanted: int) -> tuple[int, np.ndarray]:
         """Another sample for a place whose own cannot be read; which one depends only on the number."""

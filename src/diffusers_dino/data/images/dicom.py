@@ -1,7 +1,6 @@
 """Radiographs in DICOM files: the pixels, as a display shows them.
 
 Rows and columns stay as they are stored: viewers show them so, and masks and boxes of data sets refer to them.
-`dicom_header` says what is read of the header.
 """
 
 from __future__ import annotations

@@ -115,9 +115,12 @@ def brightness_table(gray: Grayscale, counts: np.ndarray) -> np.ndarray:
         unit = (stored - stored.min()) / (2**bits - 1)
         unit = 1 - unit if gray.slope < 0 else unit
     top = 255 if bits <= 8 else 2**bits - 1
-    if gray.view and _shows_most(gray.view, values[used], counts[used]):
-        unit, top = gray.view(values), 255 if bits <= 8 else 65535
-        unit = unit / (2**gray.view.bits - 1) if isinstance(gray.view, LookupTable) else unit
+    if gray.view:
+        low, high = gray.view.span
+        shown = counts[used & (values >= low) & (values <= high)].sum()
+        if shown * 2 >= counts[used].sum():
+            unit, top = gray.view(values), 255 if bits <= 8 else 65535
+            unit = unit / (2**gray.view.bits - 1) if isinstance(gray.view, LookupTable) else unit
     unit = 1 - unit if gray.inverted else unit
     table = np.round(unit.clip(0, 1) * top).astype(np.uint8 if top == 255 else np.uint16)
     if padding.any():
@@ -132,9 +135,3 @@ def _padding(limits: tuple[int, int] | None, stored: np.ndarray, counts: np.ndar
         return none
     padding = (stored >= min(limits)) & (stored <= max(limits))
     return padding if counts[~padding].any() else none
-
-
-def _shows_most(view: Window | LookupTable, values: np.ndarray, counts: np.ndarray) -> bool:
-    """Whether at least half of the pixels lie where the view tells values apart."""
-    low, high = view.span
-    return bool(counts[(values >= low) & (values <= high)].sum() * 2 >= counts.sum())

@@ -62,7 +62,10 @@ class Preprocessing:
             raise ValueError(f"Expected an image of shape (H, W) or (H, W, 3), got {image.shape}")
         if self.remove_borders:
             image = remove_borders(image, self.border_tolerance)
-        return self._resize(center_crop(stretch_to_uint8(image, self.clip_percent)))
+        square = center_crop(stretch_to_uint8(image, self.clip_percent))
+        if square.shape[0] == self.size:
+            return np.ascontiguousarray(square)
+        return np.array(Image.fromarray(square).resize((self.size, self.size), _RESAMPLING[self.resampling]))
 
     def window(self, image: np.ndarray) -> tuple[slice, slice]:
         """Rows and columns of the square that is kept of an image."""
@@ -77,12 +80,6 @@ class Preprocessing:
         """Cut a mask `(H, W)` bool by its image's `window`, resize it without new values: bool `(size, size)`."""
         square = Image.fromarray(mask[window].astype(np.uint8))
         return np.array(square.resize((self.size, self.size), Image.Resampling.NEAREST)).astype(bool)
-
-    def _resize(self, image: np.ndarray) -> np.ndarray:
-        if image.shape[0] == self.size:
-            return np.ascontiguousarray(image)
-        resized = Image.fromarray(image).resize((self.size, self.size), _RESAMPLING[self.resampling])
-        return np.array(resized)
 
     def fingerprint(self) -> str:
         """A short hash that is equal for equal configurations only."""

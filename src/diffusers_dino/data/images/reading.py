@@ -1,7 +1,6 @@
 """From the bytes of a file to an array of its pixels, with nothing lost.
 
-The first bytes of a file, not its name, tell its format. Nothing is decoded before its size is known and allowed, and
-whatever is wrong with a file ends in an `UnreadableImageError`.
+The first bytes, not the name, tell the format. Nothing is decoded before its size is known and allowed.
 """
 
 from __future__ import annotations
@@ -148,12 +147,9 @@ def read_image(
 
 
 def is_unnamed_dicom(path: Path) -> bool:
-    """Whether a file is DICOM though its name does not say it: no extension, or only digits, as UIDs end.
-
-    Other files are not opened. `DICOMDIR`, the index of a medium, holds no image.
-    """
+    """Whether a file without an extension, or with one of digits, as UIDs end, is DICOM. Others are not opened."""
     extension = path.suffix[1:]
-    if (extension and not extension.isdigit()) or path.name == "DICOMDIR":
+    if (extension and not extension.isdigit()) or path.name == "DICOMDIR":  # the index of a medium
         return False
     try:
         with path.open("rb") as file:

@@ -20,11 +20,10 @@ _ONES = np.array([value.bit_count() for value in range(1 << 16)], np.uint8)
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Pairs of images that are the same. Where many are equal, each is paired with the first.
+    """Pairs `(P, 2)` int64 of numbers of images that are the same, the earlier one first; sorted.
 
-    Attributes:
-        pairs: `(P, 2)` int64, numbers of images, the earlier one first; sorted.
-        distance: `(P,)` int64, differing bits of the perceptual hashes; -1 if all pixels are equal.
+    Where many are equal, each is paired with the first. `distance` `(P,)` int64 are the differing bits of the
+    perceptual hashes; -1 if all pixels are equal.
     """
 
     pairs: np.ndarray

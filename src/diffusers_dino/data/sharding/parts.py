@@ -52,17 +52,10 @@ class Item:
 class Sample:
     """What is known of a prepared image, and where its bytes are. Nothing else of the original is kept.
 
-    Attributes:
-        key, patient: See `Item`.
-        source, labels, uncertain, view, split: See `Record`.
-        modality: DICOM's term, such as `"DX"`; None if unknown.
-        spacing: mm between rows and between columns of the prepared image; None if unknown.
-        size: Height and width of the original in pixels.
-        digest: `pixel_digest` of the prepared image.
-        hash: `perceptual_hash` of it, in hexadecimal digits.
-        files: Extension -> offset and length within the part.
-        checksum: CRC-32 of those bytes.
-        part: Number of the part.
+    See `Item` and `Record` for what is not said here. `modality` is DICOM's term, such as `"DX"`; `spacing` is in mm
+    between rows and between columns of the prepared image; `size` is the original's, height and width; `digest` and
+    `hash` (hexadecimal) are those of `duplicates`. `files` are extension -> offset and length within the part number
+    `part`, `checksum` is the CRC-32 of those bytes.
     """
 
     key: str

@@ -79,9 +79,8 @@ class Template:
 class Value:
     """One fact of an image: the first of some templates that is not blank, translated by a map.
 
-    Args:
-        description: A template, a list of them, or `{"from": template(s), "map": {value: word}}`, where the key `"*"`
-            stands for any other value.
+    Its description is a template, a list of them, or `{"from": template(s), "map": {value: word}}`, where the key
+    `"*"` stands for any other value.
     """
 
     def __init__(self, description: str | Sequence[str] | Mapping) -> None:

@@ -97,6 +97,7 @@ class OpenSource:
         if self._patient and not patient:
             self.report.no_patient.add(image_id)
         masks = (finder.find(row) for finder in self._masks)
+        rule = self.source.invert
         return Record(
             source=self.source.name,
             image=self.root / path,
@@ -108,7 +109,7 @@ class OpenSource:
             split=self._read_split(row, image_id),
             masks=tuple(self.root / mask for mask in masks if mask is not None),
             raw=self.source.raw,
-            invert=self._read_invert(row),
+            invert=row[rule["from"]] in rule["values"] if rule and row[rule["from"]] else None,
         )
 
     def _read_split(self, row: Row, image_id: str) -> str | None:
@@ -133,7 +134,3 @@ class OpenSource:
             else:
                 self.report.absent.append(name)
         return splits
-
-    def _read_invert(self, row: Row) -> bool | None:
-        rule = self.source.invert
-        return row[rule["from"]] in rule["values"] if rule and row[rule["from"]] else None

@@ -90,9 +90,7 @@ class RowReader:
         self.source, self.root = source, root
         self._images = FileFinder(root, source.patterns) if source.table else None
         self._expressions = {column: _compile(several) for column, several in source.derive.items()}
-        self._tables = [
-            table for table in (open_table(table, root, source) for table in source.table) if table is not None
-        ]
+        self._tables = [opened for table in source.table if (opened := open_table(table, root, source)) is not None]
         self._joins = [(table, open_table(table, root, source)) for table in source.join]
         header = [column for table in self._tables for column in table.header if column not in table.table.columns]
         self.label_columns = [rule.findings_columns(dict.fromkeys(header)) for rule in source.labels]
@@ -112,7 +110,9 @@ class RowReader:
                 empty = False
                 yield row
         if empty:
-            self._refuse_emptiness(report)
+            missing, looked = report.missing, " or ".join(map(repr, self.source.patterns))
+            few = f" {missing.count} rows have none there, the first {missing.examples[0]!r}." if missing.count else ""
+            raise FileNotFoundError(f"No image of {self.source.name} in {str(self.root)!r}: looked for {looked}.{few}")
 
     def unlisted(self, seen: array[int]) -> Iterator[str]:
         """The images to which a row could lead, but whose path's hash is not in `seen`."""
@@ -226,11 +226,6 @@ class RowReader:
         except ValueError as error:
             raise ValueError(f"Cannot read {str(path)!r}: {error}") from error
         return {column: _dig(content, column) for column in self._sidecar_columns}
-
-    def _refuse_emptiness(self, report: SourceReport) -> None:
-        missing, patterns = report.missing, " or ".join(map(repr, self.source.patterns))
-        rows = f" {missing.count} rows have none there, the first {missing.examples[0]!r}." if missing.count else ""
-        raise FileNotFoundError(f"No image of {self.source.name} in {str(self.root)!r}: looked for {patterns}.{rows}")
 
 
 def _load_join(table: Table, opened: OpenTable, columns: list[str]) -> Joined:

@@ -1,7 +1,7 @@
-"""Webdataset tars read at random: an index of each says where the bytes of every sample are.
+"""Webdataset tars read at random, by an index of each: where the bytes of every sample are.
 
-The index is a few NumPy arrays: a million samples take tens of megabytes, which forked workers share. It can be kept
-beside its tar (`train-000000.tar.index.npz`), so that a remote shard is opened without walking its headers.
+Its few NumPy arrays take tens of megabytes for a million samples, shared by forked workers. It can be kept beside its
+tar, as `train-000000.tar.index.npz`, so that a remote shard is opened without walking its headers.
 """
 
 from __future__ import annotations
@@ -97,16 +97,12 @@ class PackedKeys(Sequence[str]):
 
 @dataclass(frozen=True)
 class TarIndex:
-    """The samples of one tar, in the order of their first files.
+    """The samples of one tar of `tar_bytes`, in the order of their first files.
 
     Attributes:
-        tar_bytes: Size of the tar that is described.
-        keys: The keys of the S samples.
-        extensions: The E extensions that occur.
         first_member: `(S + 1,)` int64. Files `first_member[i] : first_member[i + 1]` belong to sample i.
         kinds: `(M,)` int32, the extension of each file.
-        offsets: `(M,)` int64, where its bytes start.
-        sizes: `(M,)` int64, how many there are.
+        offsets, sizes: `(M,)` int64, where its bytes start and how many there are.
         damage: What is wrong with the tar, empty if nothing.
     """
 

@@ -60,11 +60,6 @@ def redact(url: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
-def _redact_all(text: str) -> str:
-    """A message of another library without secrets of the URLs in it."""
-    return re.sub(r"\w+://[^\s'\"<>)]+", lambda match: redact(match.group()), text)
-
-
 class RemoteFileSystem(FileSystem):
     """Files of the service of a URL.
 
@@ -177,7 +172,8 @@ class RemoteFileSystem(FileSystem):
 
     def _wait(self, path: str, error: Exception, delay: float | None) -> None:
         """Wait before the next attempt; after the last one raise what the error means, without secrets."""
-        reason = f"{type(error).__name__}: {_redact_all(str(error))}"
+        said = re.sub(r"\w+://[^\s'\"<>)]+", lambda match: redact(match.group()), str(error))  # it quotes whole URLs
+        reason = f"{type(error).__name__}: {said}"
         if delay is not None and _is_transient(error):
             logger.warning("Cannot read %s (%s). Trying again in %g s.", redact(path), reason, delay)
             time.sleep(delay)

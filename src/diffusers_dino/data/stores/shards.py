@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -77,7 +77,9 @@ class ShardStore(ImageStore):
     def describe(self, index: int) -> str:
         """The file in its tar, or only the tar where the file is lost."""
         shard = self._files.show(self.shards[self._shard(index)])
-        return f"{shard}:{self.keys[index]}.{self._extension(index)}" if self._image[index] >= 0 else shard
+        if self._image[index] < 0:
+            return shard
+        return f"{shard}:{self.keys[index]}.{self._index.extensions[self._index.kinds[self._image[index]]]}"
 
     def read(self, index: int) -> np.ndarray:
         (image,) = self.read_many([index])
@@ -120,9 +122,6 @@ class ShardStore(ImageStore):
     def _shard(self, index: int) -> int:
         return int(np.searchsorted(self._shard_ends, index, side="right"))
 
-    def _extension(self, index: int) -> str:
-        return self._index.extensions[self._index.kinds[self._image[index]]]
-
     def _places(self, indices: Sequence[int]) -> list[ByteRange]:
         members = self._image[indices]
         shards = np.searchsorted(self._shard_ends, indices, side="right").tolist()
@@ -136,16 +135,16 @@ class ShardStore(ImageStore):
             except FileNotFoundError:  # a missing shard tells nothing of the server
                 continue
 
-    def _open(self, shard: str, promised: _Promise | None) -> tuple[TarIndex, np.ndarray, str]:
+    def _open(self, shard: str, promised: dict[str, Any] | None) -> tuple[TarIndex, np.ndarray, str]:
         """The index of a shard, the number of each sample's image among its files, and what is wrong with it."""
         shown = self._files.show(shard)
-        expected = promised.samples if promised else None
+        expected = promised["samples"] if promised else None
         try:
             whole = _open_index(self._files, shard)
             index, images = _keep_images(whole)
             reason = index.damage
-            if not reason and promised and promised.bytes not in (None, whole.tar_bytes):
-                reason = f"has {whole.tar_bytes} bytes, not {promised.bytes} as its manifest says"
+            if not reason and promised and promised.get("bytes") not in (None, whole.tar_bytes):
+                reason = f"has {whole.tar_bytes} bytes, not {promised['bytes']} as its manifest says"
             if len(whole.keys) > len(images):
                 bare = len(whole.keys) - len(images)
                 logger.warning(
@@ -154,7 +153,9 @@ class ShardStore(ImageStore):
         except (FileNotFoundError, ValueError) as error:
             if expected is None:
                 raise
-            index, images = _keep_images(_empty_index())
+            none = np.zeros(0, np.int64)
+            index = TarIndex(0, PackedKeys(), (), np.zeros(1, np.int64), none.astype(np.int32), none, none)
+            images = none
             reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be used: {error}"
         missing = max(0, (expected or 0) - len(images))
         if reason or missing:
@@ -167,36 +168,22 @@ class ShardStore(ImageStore):
         return *_pad(index, images, keys), reason
 
 
-class _Promise(NamedTuple):
-    """What a manifest says of a shard."""
-
-    samples: int
-    bytes: int | None
-
-    @classmethod
-    def of(cls, entry: dict[str, Any]) -> _Promise:
-        return cls(entry["samples"], entry.get("bytes"))
-
-
-def _find_shards(files: FileSystem, pattern: str, split: str | None) -> tuple[list[str], dict[str, _Promise]]:
+def _find_shards(files: FileSystem, pattern: str, split: str | None) -> tuple[list[str], dict[str, dict]]:
     """The shards that a pattern stands for, sorted, and what a manifest says of them."""
     if not url_path(pattern).endswith(".tar"):
         return _find_in_folder(files, pattern.rstrip("/"), split)
     found: set[str] = set()
-    expected: dict[str, _Promise] = {}
-    manifests: dict[str, dict[str, _Promise]] = {}
+    expected: dict[str, dict] = {}
+    manifests: dict[str, dict[str, dict]] = {}
     for path in expand_braces(pattern):
         folder = url_path(path).rpartition("/")[0]
         if folder not in manifests:
-            shards = _read_manifest(files, folder)
-            manifests[folder] = {_join(folder, shard["name"]): _Promise.of(shard) for shard in shards}
+            manifests[folder] = {_join(folder, shard["name"]): shard for shard in _read_manifest(files, folder)}
         if is_pattern(url_path(path)):
             promised = {shard for shard in manifests[folder] if fnmatch.fnmatchcase(shard, path)}
             matched = {*files.glob(path), *promised}
         else:
-            promised, matched = {path} & set(manifests[folder]), {path}
-            if not promised and not _exists(files, path):
-                matched = set()
+            matched = {path} if path in manifests[folder] or _exists(files, path) else set()
         if not matched:
             hint = "Give tar files, a glob or a brace range such as {000..009}."
             raise FileNotFoundError(f"No shard {files.show(path)!r} (from {files.show(pattern)!r}). {hint}")
@@ -205,7 +192,7 @@ def _find_shards(files: FileSystem, pattern: str, split: str | None) -> tuple[li
     return sorted(found), expected
 
 
-def _find_in_folder(files: FileSystem, folder: str, split: str | None) -> tuple[list[str], dict[str, _Promise]]:
+def _find_in_folder(files: FileSystem, folder: str, split: str | None) -> tuple[list[str], dict[str, dict]]:
     shards = _read_manifest(files, folder)
     if not shards:
         found = files.glob(_join(folder, "*.tar"))
@@ -217,7 +204,7 @@ def _find_in_folder(files: FileSystem, folder: str, split: str | None) -> tuple[
         shards = [shard for shard in shards if shard.get("split") == split]
         if not shards:
             raise ValueError(f"{files.show(folder)!r} has no split {split!r}, but {', '.join(splits)}.")
-    expected = {_join(folder, shard["name"]): _Promise.of(shard) for shard in shards}
+    expected = {_join(folder, shard["name"]): shard for shard in shards}
     return sorted(expected), expected
 
 
@@ -284,23 +271,13 @@ def _open_index(files: FileSystem, shard: str) -> TarIndex:
     with files.open(shard) as file:
         index = index_tar(file, files.show(shard), size)
     if not index.damage:
-        _keep(cached, index.to_bytes())
+        try:
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(cached) as file:
+                file.write(index.to_bytes())
+        except OSError as error:
+            logger.warning("Cannot keep %s: %s", cached, error)
     return index
-
-
-def _keep(path: Path, content: bytes) -> None:
-    """Write a file of the cache, if that can be written to; processes that do so at once do not disturb each other."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
-            file.write(content)
-    except OSError as error:
-        logger.warning("Cannot keep %s: %s", path, error)
-
-
-def _empty_index() -> TarIndex:
-    none = np.zeros(0, np.int64)
-    return TarIndex(0, PackedKeys(), (), np.zeros(1, np.int64), none.astype(np.int32), none, none)
 
 
 def _keep_images(index: TarIndex) -> tuple[TarIndex, np.ndarray]:
