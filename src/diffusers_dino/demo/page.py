@@ -26,13 +26,8 @@ ONE_AT_A_TIME = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibil
 QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 
 PROGRESS = gr.Progress()  # as a default: Gradio then gives the function one of the call
-_PICTURE = {
-    "show_label": False,
-    "format": "png",  # Gradio's own is lossy
-    "interactive": False,
-    "buttons": ["download", "fullscreen"],  # and not the one that uploads to a forum
-    "elem_classes": "picture",
-}
+PICTURE = {"show_label": False, "format": "png", "interactive": False, "elem_classes": "picture"}  # not a lossy format
+BUTTONS = ["download", "fullscreen"]  # and not the one that uploads to a forum
 NOTE = (
     "What is generated here is **synthetic**. This is not a medical device: nothing it makes may be used to diagnose "
     "or treat a patient. Images stay on the machine that serves this page and are deleted after an hour."
@@ -75,7 +70,7 @@ def variations_tab(pipe: DinoDiffusionPipeline, model: str, examples: Sequence[I
             sampling = sampling_inputs()
             run = gr.Button("Make variations", variant="primary")
         with gr.Column(scale=3):
-            gallery = pictures("variations", columns=2)
+            gallery = gr.Gallery(elem_id="variations", columns=2, buttons=BUTTONS, **PICTURE)
             download = gr.DownloadButton("Download all (ZIP)", interactive=False)
 
     @explain_errors
@@ -103,9 +98,9 @@ def blend_tab(pipe: DinoDiffusionPipeline, model: str, examples: Sequence[Image.
             sampling = sampling_inputs()
             run = gr.Button("Blend", variant="primary")
         with gr.Column(scale=3):
-            picture = shown_picture("blend", height=480)
+            picture = gr.Image(elem_id="blend", height=480, buttons=BUTTONS, **PICTURE)
             fraction = gr.Slider(0, 1, 0.5, step=1 / (POINTS - 1), label="Fraction of the way")
-            strip = pictures("path", columns=POINTS, allow_preview=False, buttons=[])
+            strip = gr.Gallery(elem_id="path", columns=POINTS, allow_preview=False, buttons=[], **PICTURE)
             download = gr.DownloadButton("Download all (ZIP)", interactive=False)
 
     @explain_errors
@@ -135,7 +130,7 @@ def segments_tab(pipe: DinoDiffusionPipeline, examples: Sequence[Image.Image]) -
             layer = gr.Dropdown(layers, value=segmenter.finest_layer, label="Self-attention of")
             run = gr.Button("Segment", variant="primary")
         with gr.Column(scale=3):
-            picture = shown_picture("segments", height=560)
+            picture = gr.Image(elem_id="segments", height=560, buttons=BUTTONS, **PICTURE)
             summary = gr.Markdown()
             opacity = gr.Slider(0, 1, 0.35, step=0.05, label="Opacity")
             with gr.Row():
@@ -178,7 +173,7 @@ def image_input(examples: Sequence[Image.Image], columns: int) -> gr.State:
     """Where an image is dropped or chosen. It is in the state returned, 8 bits deep, only in the server's memory."""
     first = examples[0] if examples else None
     image = gr.State(first, time_to_live=KEPT)
-    picture = shown_picture(None, height=240, value=first, buttons=["fullscreen"])
+    picture = gr.Image(first, height=240, buttons=["fullscreen"], **PICTURE)
     file = gr.File(show_label=False, height=60, elem_classes="drop")
     gr.Markdown("PNG, JPEG, TIFF, NumPy or DICOM" + (", or one of these:" if examples else ""), elem_classes="note")
 
@@ -197,7 +192,7 @@ def image_input(examples: Sequence[Image.Image], columns: int) -> gr.State:
     for done in (opened.success, opened.failure):  # then free the place for the next file, also after a broken one
         done(None, None, file, js="() => null")
     if examples:
-        choices = pictures(None, columns=columns, value=list(examples), allow_preview=False, buttons=[])
+        choices = gr.Gallery(list(examples), columns=columns, allow_preview=False, buttons=[], **PICTURE)
         choices.select(choose, None, [image, picture], **QUIET)
     return image
 
@@ -211,14 +206,6 @@ def sampling_inputs() -> list[gr.components.Component]:
             gr.Number(0, precision=0, minimum=0, maximum=2**31, label="Seed"),
             gr.Dropdown(list(tasks.SCHEDULERS), value=tasks.SamplerSettings().scheduler, label="Scheduler"),
         ]
-
-
-def pictures(elem_id: str | None, **options: Any) -> gr.Gallery:
-    return gr.Gallery(elem_id=elem_id, **{**_PICTURE, **options})
-
-
-def shown_picture(elem_id: str | None, height: int, **options: Any) -> gr.Image:
-    return gr.Image(elem_id=elem_id, height=height, **{**_PICTURE, **options})
 
 
 def chosen(image: Image.Image | None) -> Image.Image:

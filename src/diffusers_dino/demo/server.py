@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -42,13 +41,16 @@ def launch(
         server_port: By default the first free one from 7860 on.
         logins: Names and passwords of those who may enter, as `read_logins` reads them; by default all may.
         share: Publish the page through Gradio's servers. Never with images of patients.
-
-    Raises:
-        ImportError: If Gradio is not installed.
     """
-    with _private_gradio():
+    # Uploads and results lie in a folder that only this user can read and that is deleted at the end; Gradio's own
+    # default outlives the program. Gradio reads its settings when it is imported.
+    with tempfile.TemporaryDirectory(prefix="diffusers-dino-demo-", dir=os.environ.get("GRADIO_TEMP_DIR")) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = os.environ["GRADIO_RUN_HISTORY"] = "False"
+        for name in ("no_proxy", "NO_PROXY"):  # Gradio calls itself at the start, not through a hospital's proxy
+            os.environ[name] = ",".join(filter(None, (os.environ.get(name), "localhost", "127.0.0.1")))
         require("gradio", "demo", "The demo needs Gradio")
-        from .page import LOOK, build_page  # Gradio reads the environment that was just set
+        from .page import LOOK, build_page
 
         pipe = load_trained_pipeline(model, None if dtype == torch.float32 else dtype)
         if lora:
@@ -79,17 +81,3 @@ def read_logins(path: str | Path) -> list[tuple[str, str]]:
     if not logins or not all(len(login) == 2 and all(login) for login in logins):
         raise ValueError(f"{path} must have a line NAME:PASSWORD for each who may enter.")
     return logins
-
-
-@contextmanager
-def _private_gradio() -> Iterator[None]:
-    """Gradio's settings, which it reads when it is imported: no telemetry, and a folder that only this user can read.
-
-    Uploads and results are in that folder, which is deleted at the end; Gradio's own default outlives the program.
-    """
-    with tempfile.TemporaryDirectory(prefix="diffusers-dino-demo-", dir=os.environ.get("GRADIO_TEMP_DIR")) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        os.environ["GRADIO_ANALYTICS_ENABLED"] = os.environ["GRADIO_RUN_HISTORY"] = "False"
-        for name in ("no_proxy", "NO_PROXY"):  # Gradio calls itself at the start, not through a hospital's proxy
-            os.environ[name] = ",".join(filter(None, (os.environ.get(name), "localhost", "127.0.0.1")))
-        yield

@@ -75,8 +75,9 @@ def open_image(path: str | Path) -> Image.Image:
 def example_images(source: str | Path, size: int, count: int) -> list[Image.Image]:
     """A few images of a folder or of shards, evenly spread, prepared as for training: `size` x `size` pixels."""
     images = open_images(source, Preprocessing(size, remove_borders=False), local_files_only=True)
-    places = [place * len(images) // count for place in range(count)] if len(images) > count else range(len(images))
-    return [Image.fromarray(array) for _, array in images.read_many(list(places))]
+    count = min(count, len(images))
+    places = [place * len(images) // count for place in range(count)]
+    return [Image.fromarray(array) for _, array in images.read_many(places)]
 
 
 def model_size(pipe: DinoDiffusionPipeline) -> int:

@@ -248,7 +248,7 @@ def _recipe(made: SyntheticSet, model: str | None) -> dict[str, Any]:
         "seed": plan.seed,
         "plan": plan.digest,
         "computed with": [*versions, f"diffusers-dino {lineage['diffusers_dino']}"],
-        "computed on": sorted({environment["device"] for environment in lineage["environments"]}),
+        "computed on": sorted({e["device"] for e in lineage["environments"]}),
     }
 
 

@@ -93,11 +93,9 @@ def part_facts(folder: str | Path) -> dict[str, Any]:
     places = {name: folder / name for name in _components(folder)} if kind == "pipeline" else {kind: folder}
     configs = {name: _read(place / "config.json") for name, place in places.items()}
     facts = _conditioner_facts(configs.get("conditioner", {})) | _vae_facts(configs.get("vae", {}))
-    unet = configs.get("unet", {})
-    if unet:
-        facts["UNet"] = (
-            f"{unet['sample_size']} x {unet['sample_size']} latents, levels of {unet['block_out_channels']}"
-        )
+    if unet := configs.get("unet"):
+        side = unet["sample_size"]
+        facts["UNet"] = f"{side} x {side} latents, levels of {unet['block_out_channels']}"
         facts["width of the condition"] = unet.get("cross_attention_dim")
     if "scheduler" in places:
         schedule = _read(places["scheduler"] / "scheduler_config.json")

@@ -79,11 +79,8 @@ def push_files(
         token: By default the one that `hf auth login` stored.
         private: Whether a repository that is made here is private.
         revision: Branch to commit to, made if it does not exist; by default `main`.
-        create_pr: Open a pull request with the commit, which takes no right to write.
+        create_pr: Open a pull request with the commit, which takes no right to write; the result has its `pr_url`.
         commit_message: Of the commit.
-
-    Returns:
-        The commit; `pr_url` is that of the pull request.
 
     Raises:
         PermissionError: If the token is missing, wrong, or may not write there.
