@@ -27,9 +27,9 @@ def progress_bar(title: str, unit: str, total: int, done: int = 0, show: bool = 
 
 
 def run_parallel(function: Callable[..., T], jobs: Iterable[tuple[Any, ...]], num_workers: int) -> Iterator[T]:
-    """Call a module's function, which can be pickled, on each job, and yield the results in the order they are done.
+    """Call a module's function, which can be pickled, on each job, and yield the results as they are done.
 
-    Without workers it works in this process. A killed process, such as by want of memory, raises `BrokenProcessPool`.
+    With 0 workers it works in this process. `BrokenProcessPool`: a process was killed, such as when memory ran out.
     """
     if num_workers == 0:
         for job in jobs:
@@ -56,7 +56,7 @@ def run_apart(function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], num
     """Call a module's function on each job, each in its own process: if one fails or is killed, the others go on.
 
     Its first argument is the number, in [0, num_workers), of its place, such as a GPU; two calls at a time never have
-    the same place. Without workers it works in this process.
+    the same place. With 0 workers it works in this process.
     """
     if num_workers == 0:
         for number, job in enumerate(jobs):

@@ -87,7 +87,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return {"key": key, "image": to_float(array)}
 
     def read_many(self, indices: Sequence[int]) -> Iterator[tuple[str, np.ndarray]]:
-        """Key and prepared image of several samples, fetched at once; another takes the place of an unreadable one."""
+        """Key and prepared image of several samples, fetched at once; another one stands in for an unreadable one."""
         for index in indices:
             if not -len(self) <= index < len(self):
                 raise IndexError(f"index {index} is out of range for {len(self)} images")

@@ -95,7 +95,7 @@ def read_label_table(
     patient_column: str | None = "patient",
     separator: str = "|",
 ) -> LabelTable:
-    """Read a CSV file with a row for each image; raises `ValueError` if one lacks its key or patient, or comes twice.
+    """Read a CSV file with a row for each image; `ValueError` if a key or a patient is blank, or a key comes twice.
 
     Args:
         path: The file.

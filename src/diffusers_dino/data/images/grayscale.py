@@ -1,7 +1,7 @@
-"""From the stored values of a DICOM grayscale to brightness, as one lookup table.
+"""From the stored values of a DICOM grayscale to brightness, as one lookup table of at most 2^16 values.
 
 Source: DICOM PS3.3 C.11.1 (modality LUT, rescale), C.11.2 (windows, VOI LUT), C.7.6.3 (stored values, polarity) and
-C.7.5.1.1.2 (padding). A radiograph stores at most 2^16 values, so the whole chain is worked out once for each of them.
+C.7.5.1.1.2 (padding).
 """
 
 from __future__ import annotations

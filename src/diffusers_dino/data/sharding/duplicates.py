@@ -35,7 +35,7 @@ class Duplicates:
         return self.distance < 0
 
     def copies(self, near: bool = False) -> set[int]:
-        """The images to leave out so that the first of equal ones stays; `near`: and of nearly equal ones."""
+        """The images to leave out so that only the first of equal ones, or with `near` of nearly equal ones, stays."""
         left_out = set(self.pairs[self.exact, 1].tolist())
         if near:  # pairs are sorted: whether `first` stays is known by then
             for first, second in self.pairs[~self.exact].tolist():
@@ -62,7 +62,7 @@ def perceptual_hash(image: np.ndarray) -> bytes:
 
 
 def find_duplicates(digests: list[str], hashes: np.ndarray, max_distance: int = MAX_DISTANCE) -> Duplicates:
-    """Find equal images by their `pixel_digest`, and nearly equal ones by `perceptual_hash`: `(N, 32)` uint8."""
+    """Find equal images by their `pixel_digest`, and nearly equal ones by their `perceptual_hash`, `(N, 32)` uint8."""
     _, first, group = np.unique(np.asarray(digests), return_index=True, return_inverse=True)
     numbers = np.arange(len(digests))
     copies = numbers[first[group] != numbers]

@@ -88,7 +88,7 @@ _COLUMNS = [entry.name for entry in fields(Sample) if entry.name != "part"]
 
 
 def list_items(records: Iterable[Record], salt: str) -> list[Item]:
-    """The images of a source in the order of their ids, which are unique (`ValueError`), with hashes for names."""
+    """The images of a source in the order of their ids, with hashes for names; `ValueError` if two have one id."""
     items = []
     for record in sorted(records, key=lambda record: record.image_id):
         key = f"{record.source}-{salted_hash(f'{record.source}/{record.image_id}', salt)}"

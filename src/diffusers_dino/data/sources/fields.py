@@ -217,7 +217,7 @@ class LabelRule:
 def combine(findings: Sequence[Finding], majority: bool = False) -> Finding:
     """Join statements about one image, such as those of several radiologists: what any of them states.
 
-    `majority`: what more than half of those state that say anything.
+    With `majority`, what more than half of those state that say anything.
     """
     if len(findings) == 1:
         return findings[0]

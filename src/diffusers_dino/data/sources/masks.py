@@ -32,13 +32,7 @@ _MASK = "mask.png"
 
 @dataclass(frozen=True)
 class MaskedImage:
-    """One image with its mask.
-
-    Attributes:
-        key: Its name within the data set.
-        image: `(1 or 3, size, size)` float32 in [0, 1].
-        mask: `(mask_size, mask_size)` bool, True where the structure is.
-    """
+    """One image `(1 or 3, size, size)` float32 in [0, 1] with its mask `(mask_size, mask_size)` bool."""
 
     key: str
     image: Tensor

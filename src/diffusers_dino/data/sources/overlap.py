@@ -62,7 +62,7 @@ def overlaps(sources: Iterable[Source | str]) -> list[Overlap]:
 def describe_source(source: Source | str) -> dict[str, Any]:
     """What manifests and cards say of a data set: name, title, licence, citation, url, contains.
 
-    Of names there are those that `find_source` takes, and `"phantom_cxr"`, the bundled phantoms.
+    Takes what `find_source` takes, a `Source`, or `"phantom_cxr"` for the bundled phantoms.
     """
     if source == PHANTOMS.name:
         source = PHANTOMS

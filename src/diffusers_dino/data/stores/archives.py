@@ -137,7 +137,7 @@ class TarIndex:
 
 
 def write_index(tar: str | Path) -> Path:
-    """Index a finished local tar and keep the index beside it, as `NAME.tar.index.npz`: the path that is returned.
+    """Index a finished local tar, keep the index beside it as `NAME.tar.index.npz`, and return the index's path.
 
     The same tar gives the same bytes. A damaged one raises `ValueError`: its index would hide that from readers.
     """
