@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ from .encoders import (
     LastingModelMixin,
     Moments,
     TokenHead,
-    copy_of_backbone,
     describe_model,
     load_encoder,
     semi_orthogonal,
@@ -98,7 +98,7 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
     ) -> DinoImageConditioner:
-        """Wrap the checkpoint of an encoder, or of several side by side.
+        """Wrap the checkpoint of an encoder, or of several side by side; `ValueError`s are as for the class.
 
         Args:
             name_or_path: Hub id or folder of a DINOv1, DINOv2 (also with registers, also RAD-DINO) or DINOv3 ViT in
@@ -116,7 +116,6 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
             local_files_only: Use only downloaded files.
 
         Raises:
-            ValueError: If the architecture is not supported, or an option does not fit it.
             FileNotFoundError: If a checkpoint lacks its config, its preprocessing, or weights in safetensors.
         """
         single = isinstance(name_or_path, (str, os.PathLike))
@@ -149,18 +148,13 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
     ) -> DinoImageConditioner:
         """Wrap a copy of an encoder in memory, for example one that was just trained.
 
+        `tokens`, `projection_dim` and `projection_seed` are as in `from_encoder`; `size`, `mean`, `std` and `resample`
+        describe its preprocessing as in `EncoderSpec`, and `source` is what to record as its name.
+
         Args:
             model: A `ViTModel`, `Dinov2Model`, `Dinov2WithRegistersModel` or `DINOv3ViTModel` of transformers, or a
                 ViT of timm. The pooler of a `ViTModel` counts as trained: where it is not, make the model with
                 `add_pooling_layer=False`.
-            size: Side in pixels of the images that it sees; a multiple of its patch.
-            mean: Red, green and blue that are subtracted from pixels in [0, 1].
-            std: By which the difference is divided.
-            resample: `"nearest"`, `"bilinear"` or `"bicubic"`.
-            tokens: Which tokens to give, see the class.
-            projection_dim: Width to project the tokens to.
-            projection_seed: Seed of the projection.
-            source: What to record as the encoder's name.
             model_args: Arguments that a timm model was created with, where timm does not remember them.
 
         Raises:
@@ -175,7 +169,10 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
             source=source,
             revision=None,
         )
-        return cls._assemble([(spec, copy_of_backbone(model))], tokens, projection_dim, projection_seed)
+        backbone = deepcopy(model)
+        if hasattr(backbone, "reset_classifier"):  # timm's models may carry one
+            backbone.reset_classifier(0)
+        return cls._assemble([(spec, backbone)], tokens, projection_dim, projection_seed)
 
     @classmethod
     def _assemble(
@@ -241,15 +238,11 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
         off after resizing (256 to 224 pixels, say) are followed in size, not in the cut.
 
         Args:
-            images: Images of any size and of the types that `diffusers_dino.pixels` lists.
+            images: One or a list of B, of any type that `diffusers_dino.pixels.to_unit` reads, with its errors; a
+                ValueError also if one is smaller than a patch.
 
         Returns:
             `(B, 3, size, size)` float32 in [0, 1], differentiable; a tuple of them for several encoders.
-
-        Raises:
-            TypeError: If an image is of another type.
-            ValueError: If there is no image, or one has a wrong layout, values outside its range, NaN, or is smaller
-                than a patch.
         """
         squares = [center_square(unit) for unit in to_unit(images)]
         patch = max(encoder.patch for encoder in self.image_encoders)
@@ -260,14 +253,11 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
                     f"pixels, a patch {patch}."
                 )
         specs = [encoder.spec for encoder in self.image_encoders]
-        if len({square.shape for square in squares}) == 1:
-            batch = torch.stack(squares)
-            resized = tuple(resize_unit(batch, spec.size, spec.resample) for spec in specs)
-        else:
-            resized = tuple(
-                torch.cat([resize_unit(square[None], spec.size, spec.resample) for square in squares])
-                for spec in specs
-            )
+        same = len({square.shape for square in squares}) == 1
+        batches = [torch.stack(squares)] if same else [square[None] for square in squares]
+        resized = tuple(
+            torch.cat([resize_unit(batch, spec.size, spec.resample) for batch in batches]) for spec in specs
+        )
         return resized[0] if len(resized) == 1 else resized
 
     def forward(self, pixel_values: PixelValues) -> Tensor:
@@ -279,25 +269,15 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
         Returns:
             Tokens `(B, num_tokens, token_dim)` in the encoders' type: of each encoder in turn, its class token, its
             trained pooler, its registers, its patches in raster order, as far as `tokens` asks for them.
-
-        Raises:
-            ValueError: If there is not one batch for each encoder, or one has another shape.
         """
         outputs = self._encoder_outputs(pixel_values)
         tokens = [head(*output) for head, output in zip(self.heads, outputs, strict=True)]
         return torch.cat(tokens, dim=1).to(self.dtype)  # (B, S, D)
 
     def encode(self, images: ImageInput) -> Tensor:
-        """Tokens `(B, num_tokens, token_dim)` of images of any type and size, on this module's device.
+        """Tokens `(B, num_tokens, token_dim)` of what `preprocess` takes as `images`, on this module's device.
 
         Gradients flow if an image requires them; otherwise none are recorded.
-
-        Args:
-            images: One image or a list of B: PIL, array or tensor, gray or RGB, see `diffusers_dino.pixels.to_unit`.
-
-        Raises:
-            TypeError: If an image is of a type that is not supported.
-            ValueError: If an image cannot be used, see `preprocess`.
         """
         return self._without_graph(self, self.preprocess(images))
 
@@ -305,10 +285,7 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
         """The condition of guidance's unconditional half, `(batch_size, num_tokens, token_dim)`.
 
         It lives in the output space, is zero unless `null_tokens` is set, and is saved with the weights, so that
-        training and sampling share it.
-
-        Args:
-            batch_size: How often it is repeated, without a copy.
+        training and sampling share it. It is repeated `batch_size` times without a copy.
         """
         return self.null_tokens.to(self.dtype).expand(batch_size, -1, -1)
 
@@ -323,11 +300,8 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
         each slot gets a fixed random vector as its new mean, the same for every conditioner of this shape.
 
         Args:
-            batches: Images, batch by batch, at least 16 in all.
+            batches: Images, batch by batch; a ValueError if they are fewer than 16 in all, or a token is not finite.
             slot_offset: Root mean square of that vector, in standard deviations of the tokens; 0 for none.
-
-        Raises:
-            ValueError: If there are fewer images, or a token is not finite.
         """
         moments = [Moments(head) for head in self.heads]
         count = 0
@@ -348,7 +322,7 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
             head.std.copy_(std)
 
     def train(self, mode: bool = True) -> DinoImageConditioner:
-        """Nothing, whatever `mode` says: a frozen encoder stays in evaluation mode."""
+        """Does nothing: a frozen encoder stays in evaluation mode, whatever `mode` says."""
         return super().train(False)
 
     def _encoder_outputs(self, pixel_values: PixelValues) -> list[tuple[Tensor, Tensor]]:

@@ -20,15 +20,12 @@ def lerp(source: Tensor, target: Tensor, fraction: float | Tensor, restore_norm:
     Args:
         source: `(..., S, D)`, returned bit for bit at fraction 0.
         target: The same shape, returned bit for bit at fraction 1.
-        fraction: In [0, 1]: one number, or a tensor of the leading dimensions.
+        fraction: In [0, 1]: one number, or a tensor of the leading dimensions; a ValueError if it is outside.
         restore_norm: Whether to give each token the interpolated norm of its two ends, which the chord between them
             falls short of: halfway between orthogonal tokens by a factor of 0.71.
 
     Returns:
         `(..., S, D)`.
-
-    Raises:
-        ValueError: If the shapes differ, or a fraction is outside [0, 1].
     """
     weight = _weight(source, target, fraction)
     mixed = torch.lerp(source, target, weight)
@@ -60,14 +57,11 @@ def mix(tokens: Tensor, weights: Tensor, restore_norm: bool = False) -> Tensor:
 
     Args:
         tokens: `(K, ..., S, D)`.
-        weights: `(K,)`, none negative, sum 1.
+        weights: `(K,)`, none negative, sum 1; a ValueError if they are not.
         restore_norm: Whether to give each token the weighted mean of the norms of its K parts.
 
     Returns:
         `(..., S, D)`.
-
-    Raises:
-        ValueError: If there is not one weight an image, one is negative, or they do not sum to 1.
     """
     weights = torch.as_tensor(weights, dtype=tokens.dtype, device=tokens.device)
     if weights.shape != tokens.shape[:1]:
@@ -94,10 +88,6 @@ def splice_patch_tokens(source: Tensor, other: Tensor, mask: Tensor) -> Tensor:
 
     Returns:
         `(..., S, D)` with `source`'s global tokens.
-
-    Raises:
-        ValueError: If the shapes differ, or the mask has more patches than there are tokens.
-        TypeError: If the mask is not bool.
     """
     _check_pair(source, other)
     if mask.dtype != torch.bool:

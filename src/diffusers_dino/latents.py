@@ -20,7 +20,7 @@ def encode_to_moments(vae: VAE, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Encode pixels to the mean and standard deviation of their *standardised* latent distribution.
 
     Args:
-        vae: An `AutoencoderKL`, or an `AutoencoderTiny`, whose distribution is a point (standard deviation 0).
+        vae: Of an `AutoencoderTiny`, the distribution is a point (standard deviation 0).
         pixels: `(B, C, H, W)` in [-1, 1], C being the autoencoder's number of input channels.
 
     Returns:

@@ -47,15 +47,14 @@ def to_unit(images: ImageInput) -> list[Tensor]:
 
     Args:
         images: A PIL image, an array, a tensor, a batch of either, or a list of them, sizes may differ; the module's
-            table gives the range and the layout of each type. Integers of 16 and 32 bits have no range of their own
-            (a radiograph uses 10 to 16 of its bits), so each image is stretched from its minimum to its maximum; a
-            constant one becomes black.
+            table gives ranges and layouts. Integers of 16 and 32 bits have no range of their own (a radiograph uses
+            10 to 16 of its bits), so each image is stretched from its minimum to its maximum; a constant one is black.
 
     Returns:
         One float32 tensor `(3, H, W)` in [0, 1] an image. Tensors keep their device and their autograd graph.
 
     Raises:
-        TypeError: If an image is of another type, or of an integer type without a documented range.
+        TypeError: If an image is of a type that the table lacks.
         ValueError: If there are no images, or one has another layout, no pixels, NaN, or floats outside [0, 1].
     """
     listed = list(images) if isinstance(images, (list, tuple)) else [images]
@@ -74,12 +73,9 @@ def center_square(image: Tensor) -> Tensor:
 
 
 def resize_unit(images: Tensor, size: int, resample: str) -> Tensor:
-    """Bring `(N, C, H, W)` in [0, 1] to squares `(N, C, size, size)` in [0, 1]; bicubic's overshoot is clipped.
+    """Bring `(N, C, H, W)` in [0, 1] to squares `(N, C, size, size)` in [0, 1], stretching what is not a square.
 
-    Args:
-        images: Squares; other images are stretched.
-        size: Side of the result in pixels.
-        resample: `"nearest"`, or antialiased `"bilinear"` or `"bicubic"`.
+    `resample` is `"nearest"`, or antialiased `"bilinear"` or `"bicubic"`, whose overshoot is clipped.
     """
     if images.shape[-2:] == (size, size):
         return images
@@ -90,15 +86,7 @@ def resize_unit(images: Tensor, size: int, resample: str) -> Tensor:
 
 
 def unit_to_vae(x: Tensor, channels: int) -> Tensor:
-    """Bring `(..., 1 or 3, H, W)` in [0, 1] to `(..., channels, H, W)` in [-1, 1], an autoencoder's range.
-
-    Args:
-        x: Gray or RGB images.
-        channels: 3, or 1 for an autoencoder of gray images, which gets the mean of the three colours.
-
-    Raises:
-        ValueError: If `channels` or the channels of `x` are neither 1 nor 3.
-    """
+    """Bring `(..., 1 or 3, H, W)` in [0, 1] to `(..., channels, H, W)` in [-1, 1], an autoencoder's range."""
     return with_channels(x, channels) * 2 - 1
 
 
@@ -118,10 +106,9 @@ def unit_to_xrv(x: Tensor) -> Tensor:
 
 
 def with_channels(x: Tensor, channels: int) -> Tensor:
-    """Bring `(..., 1 or 3, H, W)` to 1 or 3 channels. Gray is the mean of red, green and blue, here and everywhere.
+    """Bring `(..., 1 or 3, H, W)` to 1 or 3 channels, or raise a ValueError.
 
-    Raises:
-        ValueError: If `channels` or the channels of `x` are neither 1 nor 3.
+    Gray is the mean of red, green and blue, here and everywhere.
     """
     if x.ndim < 3 or x.shape[-3] not in (1, 3):
         raise ValueError(f"Expected images (..., 1 or 3, H, W), got shape {tuple(x.shape)}.")

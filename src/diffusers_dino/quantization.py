@@ -40,8 +40,6 @@ def quantize(
         The same model.
 
     Raises:
-        ImportError: If bitsandbytes is missing.
-        TypeError: If the model or the config is of another kind.
         ValueError: If the model is quantised already, or has adapters.
     """
     require("bitsandbytes", "train", "Quantisation needs bitsandbytes")

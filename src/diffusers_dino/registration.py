@@ -7,20 +7,15 @@ moves within the package.
 """
 
 from diffusers import ModelMixin
-from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
 __all__ = ["ModelMixin", "register"]
 
-_LIBRARY = __name__.split(".")[0]
-_SAVE_AND_LOAD = ["save_pretrained", "from_pretrained"]
-
 
 def register() -> None:
-    """Add the package's base classes to diffusers' tables; doing it again changes nothing."""
-    classes = {"ModelMixin": _SAVE_AND_LOAD}
-    LOADABLE_CLASSES.setdefault(_LIBRARY, classes)
-    for name, methods in classes.items():
-        ALL_IMPORTABLE_CLASSES.setdefault(name, methods)
+    """Add the package's base class to diffusers' table; doing it again changes nothing."""
+    methods = ["save_pretrained", "from_pretrained"]
+    LOADABLE_CLASSES.setdefault(__name__.split(".")[0], {"ModelMixin": methods})
 
 
 register()

@@ -29,16 +29,14 @@ def capture_self_attention(
     Args:
         unet: A `UNet2DConditionModel`, a `UNet2DModel` or another of diffusers' image models built of its `Attention`
             layers; compiled ones run eagerly inside. Its input must be square.
-        sides: Side lengths s of the layers to collect, those with s * s positions; by default all.
+        sides: Side lengths s of the layers to collect, those with s * s positions; by default all. A ValueError, on
+            leaving, if no layer of one of them has run.
+        layers: Names of the layers to collect, or of their blocks; by default all.
 
     Yields:
         A dictionary, filled as the model runs: s to maps `(B, s * s, s * s)` float32, queries by keys, each row of sum
         1, the mean over all heads, layers and forward passes with s * s positions. For one image it is what
         `merging.aggregate_attention` takes.
-
-    Raises:
-        ValueError: If the model has no self-attention (in `layers`), if its input is not square, or, on leaving, if no
-            layer of a side that was asked for has run.
     """
     chosen = _choose(self_attention_layers(unet), layers, type(unet).__name__)
     maps: dict[int, Tensor] = {}

@@ -1,12 +1,9 @@
 """Choose lungs among segments, and the settings of DiffSeg for each image, without looking at any reference mask.
 
-Two ideas, each a pure function. *Which segments are lungs*: the union of one or two that overlaps best with a prior of
-shape and position, and that is darker than what is around it. *Which setting*: a sweep gives one such union a setting;
-the one that the others agree with most is stable against the choice of timestep and threshold, and is taken.
-
-The prior is two upright ellipses in the upper two thirds of a frontal chest radiograph, in round numbers that were
-written by hand and not fitted. It decides which segments are named; their outline is the segments' own. Anything that
-is chosen with it must be compared with the prior by itself.
+`name_lungs` chooses segments, `most_agreed` the setting of a sweep whose lungs are stable against the choice of
+timestep and threshold. The prior is two upright ellipses in the upper two thirds of a frontal chest radiograph, in
+round numbers that were written by hand and not fitted. It decides which segments are named; their outline is the
+segments' own. Anything that is chosen with it must be compared with the prior by itself.
 """
 
 from __future__ import annotations
@@ -20,12 +17,7 @@ __all__ = ["EllipsePrior", "NamedSegments", "lung_prior", "most_agreed", "name_l
 
 
 class EllipsePrior(NamedTuple):
-    """One upright ellipse; lengths in units of the image's side, from the top left.
-
-    Attributes:
-        x, y: Its centre.
-        width, height: Its semi-axes.
-    """
+    """One upright ellipse: its centre and its semi-axes, in units of the image's side, from the top left."""
 
     x: float
     y: float
@@ -71,9 +63,6 @@ def name_lungs(
         image: `(H, H)`, air dark; any range.
         darkness_weight: 0 leaves brightness out.
         ellipses: The prior.
-
-    Raises:
-        ValueError: If segments and image are not squares of one size.
     """
     size = segments.shape[-1]
     if segments.shape != (size, size) or image.shape != segments.shape:
@@ -109,17 +98,11 @@ def union_table(values: Tensor) -> Tensor:
 
 
 def most_agreed(masks: Tensor, weights: Tensor | None = None) -> int:
-    """The mask that the others agree with most: the one of largest mean Dice coefficient with all others.
+    """The number of the mask that the others agree with most: of largest mean Dice coefficient with all others.
 
     Args:
-        masks: `(P, H, W)` bool, such as one for each setting of a sweep.
+        masks: `(P, H, W)` bool, such as one for each setting of a sweep; of equals the first is taken.
         weights: `(P,)` of 0 or more, how much each mask's vote counts; all alike by default.
-
-    Returns:
-        Its number; the first of equals.
-
-    Raises:
-        ValueError: If there is no mask, or the weights do not fit.
     """
     if masks.ndim != 3 or not len(masks) or masks.dtype != torch.bool:
         raise ValueError(f"Expected boolean masks (P, H, W), at least one, got {tuple(masks.shape)} {masks.dtype}.")

@@ -43,15 +43,11 @@ def aggregate_attention(
 
     Args:
         attention: Maps `(heads * layers, s * s, s * s)`, queries by keys, for each side length s.
-        size: Side of the result; by default the largest s.
-        weights: Weight of each resolution, scaled to sum 1; by default proportional to s.
+        size: Side of the result; by default the largest s, and not less.
+        weights: Weight of each resolution, 0 or more, scaled to sum 1; by default proportional to s.
 
     Returns:
         `(size * size, size, size)` float32, each map of sum 1.
-
-    Raises:
-        ValueError: If there are no maps, shapes do not fit their side, one is larger than `size`, or a weight is
-            missing or negative.
     """
     if not attention:
         raise ValueError("There are no attention maps to aggregate.")
@@ -84,7 +80,7 @@ def merge_attention(
     the symmetric Kullback-Leibler divergence, `(KL(x, y) + KL(y, x)) / 2`, in nats.
 
     Args:
-        maps: `(size * size, size, size)`, each of sum 1, as `aggregate_attention` gives them.
+        maps: `(size * size, size, size)`, as `aggregate_attention` gives them; a ValueError if their sums are not 1.
         thresholds: One a pass, each positive; an infinite one merges all.
         anchors_per_side: Anchors along each side, from 1 to size.
         divergence: What `anchor_divergence` gives for these maps and anchors, so that merging them again with other
@@ -92,10 +88,6 @@ def merge_attention(
 
     Returns:
         `(K, size, size)` float32, K >= 1.
-
-    Raises:
-        ValueError: If a threshold is not positive, there is none, the anchors do not fit, or the maps are not
-            distributions.
     """
     flat = _flat(maps)
     if not len(thresholds) or not all(threshold > 0 for threshold in thresholds):
@@ -108,7 +100,8 @@ def merge_attention(
         )
     within = divergence < thresholds[0]  # (A, N)
     within[torch.arange(len(anchors)), anchors] = True  # a map is like itself, whatever rounding says
-    merged = _average(flat, within).to(_precise(flat.device))  # few from here on: precision costs nothing
+    precise = torch.float32 if flat.device.type == "mps" else torch.float64  # which MPS lacks
+    merged = _average(flat, within).to(precise)  # few from here on: precision costs nothing
     for threshold in thresholds[1:]:
         within = pairwise_kl(merged, merged) < threshold
         within.fill_diagonal_(True)
@@ -119,12 +112,7 @@ def merge_attention(
 def anchor_divergence(maps: Tensor, anchors_per_side: int = 16) -> Tensor:
     """Divergence between the maps of a grid of anchors and all maps, for several calls of `merge_attention`.
 
-    Args:
-        maps: `(size * size, size, size)`, each of sum 1.
-        anchors_per_side: Anchors along each side, from 1 to size; A is its square.
-
-    Returns:
-        `(A, size * size)` float32, in nats.
+    Arguments are as there; the result is `(anchors_per_side ** 2, size * size)` float32, in nats.
     """
     flat = _flat(maps)
     return pairwise_kl(flat[anchor_positions(maps.shape[-1], anchors_per_side, flat.device)], flat)
@@ -134,13 +122,7 @@ def relative_thresholds(maps: Tensor, fractions: Sequence[float]) -> list[float]
     r"""Thresholds for `merge_attention` in units of the mean divergence between all pairs of an image's maps.
 
     That mean is :math:`\sum_d \mathrm{cov}(p_d, \log p_d)` over the maps p, one pass instead of all pairs.
-
-    Args:
-        maps: `(size * size, size, size)`, each of sum 1.
-        fractions: One a pass, each positive.
-
-    Returns:
-        One threshold a pass, in nats; never quite 0, so that equal maps are merged.
+    `fractions` has one positive number a pass; thresholds are in nats, and never quite 0: equal maps are merged.
     """
     flat = _flat(maps)
     log = flat.clamp(min=torch.finfo(torch.float32).tiny).log()
@@ -157,9 +139,6 @@ def refine_segments(maps: Tensor, merged: Tensor) -> Tensor:
 
     Returns:
         `(K', size, size)`, K' <= K: the mean map of each cluster that is not empty.
-
-    Raises:
-        ImportError: If scikit-learn is missing.
     """
     cluster = require("sklearn.cluster", "eval", "Refinement needs scikit-learn")
     flat = maps.flatten(1).float().cpu()
@@ -173,12 +152,7 @@ def refine_segments(maps: Tensor, merged: Tensor) -> Tensor:
 def suppress(merged: Tensor, size: int | tuple[int, int]) -> Tensor:
     """Give each pixel to the candidate with the largest value there (non-maximum suppression, section 3.4).
 
-    Args:
-        merged: `(K, h, w)`.
-        size: Height and width of the result, or the side of a square one.
-
-    Returns:
-        `(H, W)` int64 in [0, K).
+    Candidates are `(K, h, w)`, the result `(H, W)` int64 in [0, K); `size` is H and W, or the side of a square.
     """
     height_width = (size, size) if isinstance(size, int) else tuple(size)
     best = labels = None
@@ -234,10 +208,6 @@ def _flat(maps: Tensor) -> Tensor:
     if not bool((flat.sum(dim=1) - 1).abs().max() < _SUM_ERROR):  # also refuses NaN
         raise ValueError("Each map must be a distribution of sum 1, as `aggregate_attention` gives them.")
     return flat
-
-
-def _precise(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # which has no float64
 
 
 def _average(maps: Tensor, members: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Frozen vision transformers and what happens to their tokens, under the conditioner."""
 
 from .loading import load_encoder
-from .model import Encoder, EncoderSpec, ExactBuffers, copy_of_backbone, describe_model
+from .model import Encoder, EncoderSpec, ExactBuffers, describe_model
 from .storage import LastingModelMixin
 from .tokens import TOKENS, Moments, TokenHead, semi_orthogonal
 
@@ -13,7 +13,6 @@ __all__ = [
     "LastingModelMixin",
     "Moments",
     "TokenHead",
-    "copy_of_backbone",
     "describe_model",
     "load_encoder",
     "semi_orthogonal",

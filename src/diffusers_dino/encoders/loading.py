@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 def load_encoder(
     name_or_path: str | os.PathLike[str], *, size: int | None = None, revision: str | None = None, **hub: Any
 ) -> tuple[EncoderSpec, nn.Module]:
-    """Load a checkpoint of transformers or timm in float32.
+    """Load a checkpoint of transformers or timm in float32: what the encoder is, and the network with its weights.
 
     Args:
         name_or_path: A folder, an id on the Hub (timm's prefixes `hf-hub:` and `local-dir:` are understood), or the
@@ -48,9 +48,6 @@ def load_encoder(
         size: Side in pixels of the images to encode, instead of the checkpoint's own.
         revision: Branch, tag or commit on the Hub.
         hub: `token`, `cache_dir` and `local_files_only` of `huggingface_hub.snapshot_download`.
-
-    Returns:
-        What the encoder is, and the network with its weights.
 
     Raises:
         ValueError: If the name is neither a folder nor an id, the architecture is not supported, weights are missing,
@@ -176,8 +173,7 @@ def _load_timm(
 def _timm_weights(folder: Path, pretrained_cfg: Mapping[str, Any]) -> dict[str, Any]:
     """What points timm at the safetensors; its own search would also take a pickle.
 
-    timm drops a classifier that is not asked for, and then no longer minds if other weights are missing. Here there is
-    none to begin with, so timm stays strict.
+    timm is strict about missing weights only if there is no classifier to drop, so there is none to begin with.
     """
     names = pretrained_cfg.get("classifier") or ()
     heads = tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))

@@ -7,7 +7,6 @@ checkpoint it came from.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-__all__ = ["Encoder", "EncoderSpec", "ExactBuffers", "copy_of_backbone", "describe_model"]
+__all__ = ["Encoder", "EncoderSpec", "ExactBuffers", "describe_model"]
 
 TRANSFORMERS_FAMILIES: dict[str, tuple[type, type]] = {
     "vit": (transformers.ViTConfig, transformers.ViTModel),
@@ -86,11 +85,7 @@ class EncoderSpec:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EncoderSpec:
-        """Read what `to_dict` wrote.
-
-        Raises:
-            ValueError: If a key is missing or unknown.
-        """
+        """Read what `to_dict` wrote; a ValueError if a key is missing or unknown."""
         known = {field.name for field in fields(cls)}
         if wrong := known ^ set(values):
             raise ValueError(
@@ -129,10 +124,7 @@ class ExactBuffers(nn.Module):
 
 
 class Encoder(ExactBuffers):
-    """A vision transformer with its own normalisation of pixels.
-
-    Args:
-        spec: What to build; the weights are random until a state dict is loaded.
+    """A vision transformer with its own normalisation of pixels; the weights are random until a state dict is loaded.
 
     Attributes:
         model: transformers' or timm's module.
@@ -141,9 +133,6 @@ class Encoder(ExactBuffers):
         num_global: Number of its global tokens: class token, trained pooler, registers.
         num_patches: Number of its patch tokens.
         has_class_token: False for the timm models that pool their patches.
-
-    Raises:
-        ValueError: If the architecture is not supported, or the size is not a multiple of its patch.
     """
 
     exact_buffers = ("pixel_mean", "pixel_std", "rope")
@@ -155,7 +144,12 @@ class Encoder(ExactBuffers):
         self.width, self.patch, self.num_prefix, self.has_class_token = _shape(self.model)
         self.num_global = self.num_prefix + int(spec.pooler)
         check_size(spec.size, self.patch, spec.source)
-        _check_timm_size(self.model, spec)
+        embed = getattr(self.model, "patch_embed", None)
+        if getattr(embed, "strict_img_size", False) and tuple(embed.img_size) != (spec.size, spec.size):
+            raise ValueError(
+                f"{spec.source} was built by timm for images of {tuple(embed.img_size)} pixels and gets "
+                f"size={spec.size}: build it with that `img_size`, or with `dynamic_img_size=True`."
+            )
         self.num_patches = (spec.size // self.patch) ** 2
         # Not persistent: the config holds them, and one truth is enough.
         for name, values in (("pixel_mean", spec.mean), ("pixel_std", spec.std)):
@@ -168,9 +162,6 @@ class Encoder(ExactBuffers):
         Returns:
             Global tokens `(B, G, D)`, class token first, then the trained pooler, then the registers; and patch tokens
             `(B, P, D)` in raster order. Both are after the network's last layer norm.
-
-        Raises:
-            ValueError: If the images have another shape.
         """
         expected = (3, self.spec.size, self.spec.size)
         if tuple(pixel_values.shape[1:]) != expected:
@@ -209,11 +200,7 @@ class Encoder(ExactBuffers):
 
 
 def build_model(spec: EncoderSpec) -> nn.Module:
-    """The network of a spec, with random weights.
-
-    Raises:
-        ValueError: If its backend or architecture is not supported, or an argument has nothing to do with it.
-    """
+    """The network of a spec, with random weights."""
     if forbidden := _FORBIDDEN & set(spec.arguments):
         raise ValueError(f"An encoder's arguments cannot hold {', '.join(sorted(forbidden))}.")
     if spec.backend == "transformers" and spec.architecture in TRANSFORMERS_FAMILIES:
@@ -236,11 +223,7 @@ def is_timm_family(architecture: str) -> bool:
 
 
 def check_size(size: int, patch: int, name: str) -> None:
-    """Refuse a size that does not hold a whole number of patches (Dinov2Model would silently ignore the rest).
-
-    Raises:
-        ValueError: If `size` is not a multiple of `patch`.
-    """
+    """Refuse a size that does not hold a whole number of patches (Dinov2Model would silently ignore the rest)."""
     if size % patch:
         below = size // patch * patch
         choice = f"{below} or {below + patch}" if below else f"{patch}"
@@ -249,25 +232,11 @@ def check_size(size: int, patch: int, name: str) -> None:
         )
 
 
-def _check_timm_size(model: nn.Module, spec: EncoderSpec) -> None:
-    """timm fixes the image size when it builds a model, unless `dynamic_img_size` was asked for."""
-    embed = getattr(model, "patch_embed", None)
-    if getattr(embed, "strict_img_size", False) and tuple(embed.img_size) != (spec.size, spec.size):
-        raise ValueError(
-            f"{spec.source} was built by timm for images of {tuple(embed.img_size)} pixels and gets size={spec.size}: "
-            "build it with that `img_size`, or with `dynamic_img_size=True`."
-        )
-
-
 def describe_model(model: nn.Module, model_args: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The `backend`, `architecture`, `arguments` and `pooler` of an `EncoderSpec`, read from a module in memory.
 
-    Args:
-        model: One of the classes of `TRANSFORMERS_FAMILIES` (a base model, without a head), or a ViT of timm.
-        model_args: The arguments that a timm model was created with, where timm does not remember them.
-
-    Raises:
-        ValueError: If the model is of another kind, takes other than 3 channels, or has a pooler of another width.
+    It is a base model without a head. `model_args` are those that a timm model was created with, where timm does not
+    remember them.
     """
     for family, (_, model_class) in TRANSFORMERS_FAMILIES.items():
         if type(model) is model_class:
@@ -289,14 +258,6 @@ def describe_model(model: nn.Module, model_args: Mapping[str, Any] | None = None
     arguments = dict(getattr(model, "_model_args", {}) if model_args is None else model_args)
     arguments = {key: value for key, value in arguments.items() if key != "num_classes"}
     return {"backend": "timm", "architecture": architecture, "arguments": arguments, "pooler": False}
-
-
-def copy_of_backbone(model: nn.Module) -> nn.Module:
-    """A copy of a model that `describe_model` knows, without the classifier that timm's models may carry."""
-    backbone = deepcopy(model)
-    if hasattr(backbone, "reset_classifier"):
-        backbone.reset_classifier(0)
-    return backbone
 
 
 def _check_channels(channels: int) -> None:

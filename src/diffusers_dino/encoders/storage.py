@@ -21,8 +21,6 @@ from ..registration import ModelMixin  # diffusers', which knows this library fr
 
 __all__ = ["LastingModelMixin", "quiet_transformers"]
 
-Rename = Callable[[transformers.PreTrainedModel, dict[str, Tensor]], dict[str, Tensor]]
-
 
 class LastingModelMixin(ModelMixin):
     """A model of diffusers that holds models of transformers, saves them under lasting names, and loads whole."""
@@ -33,10 +31,8 @@ class LastingModelMixin(ModelMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
         """Load what `save_pretrained` wrote, with the options of diffusers' `ModelMixin.from_pretrained`.
 
-        Weights are read from safetensors unless `use_safetensors=False` is given.
-
-        Raises:
-            ValueError: If tensors are missing: diffusers would warn, and go on with what an empty model holds.
+        Weights are read from safetensors unless `use_safetensors=False` is given. Missing tensors raise a ValueError,
+        where diffusers would warn and go on with what an empty model holds.
         """
         with_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("use_safetensors", True)  # else diffusers looks for a pickle where there is none
@@ -85,7 +81,7 @@ class LastingModelMixin(ModelMixin):
         state_dict.clear()
         state_dict.update(renamed)
 
-    def _renamed(self, state: Mapping[str, Tensor], rename: Rename) -> dict[str, Tensor]:
+    def _renamed(self, state: Mapping[str, Tensor], rename: Callable[..., dict[str, Tensor]]) -> dict[str, Tensor]:
         renamed = dict(state)
         done: tuple[str, ...] = ()
         for path, module in self.named_modules():

@@ -17,14 +17,8 @@ _MIN_RELATIVE_STD = 0.01
 class TokenHead(ExactBuffers):
     """Choose the tokens of one encoder, standardise them, and project them: all in float32.
 
-    Args:
-        encoder: The encoder whose tokens these are.
-        tokens: One of `TOKENS`.
-        projection: Matrix `(projection_dim, width)`, or None.
-
-    Attributes:
-        mean, std: `(G' + P', width)`, what is subtracted and divided by: one row for each global token that is kept,
-            then one that all patches share.
+    `mean` and `std` are `(G' + P', width)`: a row for each global token that is kept, then one that all patches share.
+    `projection` is `(projection_dim, width)` or None.
     """
 
     exact_buffers = ("mean", "std", "projection")

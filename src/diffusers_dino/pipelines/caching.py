@@ -49,10 +49,6 @@ class UNetCacheMixin:
             config: `deep_cache(pipe.unet)`, or one of diffusers': `PyramidAttentionBroadcastConfig`,
                 `FasterCacheConfig` (saves guidance's unconditional half, and of a UNet no more) or
                 `TaylorSeerCacheConfig`. `current_timestep_callback` may be left out.
-
-        Raises:
-            TypeError: If diffusers' cache is one that a UNet has no blocks for.
-            ValueError: If a cache is enabled already.
         """
         if type(config) not in _APPLY:
             raise TypeError(
@@ -92,9 +88,6 @@ def deep_cache(unet: nn.Module, every: int = 3, order: int = 0) -> TaylorSeerCac
         unet: The UNet, of at least two levels.
         every: Steps from one full pass to the next; 1 computes all.
         order: 0 repeats what the deep levels said; 1 continues it in a straight line (TaylorSeer, Liu et al. 2025).
-
-    Raises:
-        ValueError: If the UNet has one level, or a number is out of range.
     """
     levels = len(unet.config["up_block_types"])
     if levels < 2:
@@ -133,14 +126,7 @@ def restart_cache(unet: nn.Module) -> None:
 def cache_context(unet: nn.Module, cached: bool, timestep: float, guided: bool) -> AbstractContextManager[Any]:
     """What diffusers' caches need around each call of a model that has one; empties it when guidance begins or ends.
 
-    Args:
-        unet: The model.
-        cached: Whether it has a cache, as `has_cache` says.
-        timestep: Of the call.
-        guided: Whether the null condition is evaluated beside the condition.
-
-    Raises:
-        ValueError: If the cache is FasterCache, which saves the unconditional half of guidance, without guidance.
+    `guided` says whether the null condition is evaluated beside the condition; without it, FasterCache is refused.
     """
     if not cached:
         return nullcontext()

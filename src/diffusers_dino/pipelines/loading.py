@@ -38,10 +38,7 @@ class ComponentLoadingMixin:
 
         Args:
             pipeline: Any pipeline that has components of these names, such as a Stable Diffusion.
-            kwargs: Components in place of its own, by name; `dtype` casts them all.
-
-        Raises:
-            ValueError: If a component is missing, or they do not fit together.
+            kwargs: Components in place of its own or missing ones, by name; `dtype` casts them all.
         """
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         names, _ = cls._get_signature_keys(cls)

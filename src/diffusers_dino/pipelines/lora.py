@@ -36,19 +36,13 @@ class UNetLoraLoaderMixin(LoraBaseMixin):
         hotswap: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Add an adapter to the UNet.
+        """Add an adapter to the UNet; errors are as in `lora_state_dict`, and a ValueError if it is of another UNet.
 
         Args:
             pretrained_model_name_or_path_or_dict: A Hub id, a folder or file of safetensors, or a state dict.
             adapter_name: Name for `set_adapters` and `fuse_lora`; by default `default_{i}`.
             hotswap: Replace the loaded adapter of that name in place.
-            kwargs: As in diffusers' `lora_state_dict`: `weight_name`, `revision`, `subfolder`, `cache_dir`, ...;
-                also `low_cpu_mem_usage`.
-
-        Raises:
-            ImportError: If peft is missing.
-            ValueError: If the file is corrupt, holds no LoRA weights of a UNet, or those of another UNet.
-            FileNotFoundError: If it is neither a folder or file nor an id on the Hub.
+            kwargs: As in `lora_state_dict`; also `low_cpu_mem_usage`.
         """
         require("peft", "train", "LoRA needs peft")
         if self.unet is None:
@@ -82,8 +76,8 @@ class UNetLoraLoaderMixin(LoraBaseMixin):
         """Read a LoRA file as diffusers does, from safetensors unless `use_safetensors=False` is given.
 
         Args:
-            pretrained_model_name_or_path_or_dict: A folder, an id on the Hub, or a state dict.
-            kwargs: `weight_name`, `revision`, `cache_dir`, `local_files_only`, ... of diffusers.
+            pretrained_model_name_or_path_or_dict: As in `load_lora_weights`.
+            kwargs: `weight_name`, `revision`, `subfolder`, `cache_dir`, `local_files_only`, ... of diffusers.
 
         Returns:
             State dict and network alphas, and with `return_lora_metadata=True` the metadata too.
@@ -95,7 +89,12 @@ class UNetLoraLoaderMixin(LoraBaseMixin):
         kwargs.setdefault("use_safetensors", True)
         source = pretrained_model_name_or_path_or_dict
         if not isinstance(source, dict) and not os.path.exists(source):
-            _check_hub_id(source)
+            try:
+                validate_repo_id(source)
+            except HFValidationError as error:  # also of a `Path`
+                raise FileNotFoundError(
+                    f"{str(source)!r} is neither a folder or file nor an id on the Hub."
+                ) from error
             if kwargs["use_safetensors"] and (kwargs.get("local_files_only") or HF_HUB_OFFLINE):
                 # diffusers would ask the Hub for the file's name
                 kwargs["weight_name"] = kwargs.get("weight_name") or LORA_WEIGHT_NAME_SAFE
@@ -115,9 +114,6 @@ class UNetLoraLoaderMixin(LoraBaseMixin):
             unet_lora_layers: From `convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))`.
             kwargs: As in diffusers: `weight_name`, `is_main_process` (False on all but one process of a distributed
                 run), `unet_lora_adapter_metadata` (the adapter's `LoraConfig`, by which it is rebuilt exactly), ...
-
-        Raises:
-            NotADirectoryError: If `save_directory` is a file.
         """
         if os.path.isfile(save_directory):  # diffusers would log it, and write nothing
             raise NotADirectoryError(f"A LoRA is saved to a folder, and {save_directory} is a file.")
@@ -133,24 +129,14 @@ class UNetLoraLoaderMixin(LoraBaseMixin):
     ) -> None:
         """Merge adapters into the UNet's weights, so that they cost nothing at sampling; `unfuse_lora` reverts it.
 
-        Args:
-            components: Only `["unet"]`, which is the default.
-            lora_scale: Strength of the adapters.
-            safe_fusing: Refuse to merge weights that become NaN.
-            adapter_names: By default all active ones.
+        `lora_scale` is their strength, `safe_fusing` refuses to merge weights that become NaN, `adapter_names` are by
+        default all active ones, and `components` are `["unet"]`.
         """
         super().fuse_lora(components or [self.unet_name], lora_scale, safe_fusing, adapter_names, **kwargs)
 
     def unfuse_lora(self, components: list[str] | None = None, **kwargs: Any) -> None:
         """Take merged adapters out of the UNet's weights again."""
         super().unfuse_lora(components or [self.unet_name], **kwargs)
-
-
-def _check_hub_id(name: str | os.PathLike) -> None:
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:  # also of a `Path`
-        raise FileNotFoundError(f"{str(name)!r} is neither a folder or file nor an id on the Hub.") from error
 
 
 def _check_fit(unet: nn.Module, weights: dict[str, Tensor], prefix: str) -> None:

@@ -47,7 +47,7 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
     Images are stretched to a square for the model, and masks back to the image's size, so every pixel gets a segment.
 
     Args:
-        unet: Denoiser with spatial self-attention.
+        unet: Denoiser with spatial self-attention; a ValueError if it takes other latents than the VAE makes.
         scheduler: Its noise schedule; the range of timesteps, and how noise is added where it is asked for.
         vae: Autoencoder of images with 1 or 3 channels; None for a UNet on pixels.
         conditioner: Images to condition tokens.
@@ -55,9 +55,6 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         tokenizer: Of `text_encoder`.
         text_encoder_2: Second one, of Stable Diffusion XL.
         tokenizer_2: Of `text_encoder_2`.
-
-    Raises:
-        ValueError: If the UNet takes other latents than the VAE makes.
 
     Example:
         ```python
@@ -109,12 +106,7 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         image_embeds: Tensor | None = None,
         unet_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        """Refuse what cannot work before any work is done; arguments as in `attention_maps`.
-
-        Raises:
-            TypeError: If an argument has the wrong type.
-            ValueError: If an argument has the wrong value, or a component is missing.
-        """
+        """Refuse what cannot work before any work is done; arguments and errors as in `__call__`."""
         check_channels(self.vae, self.unet, "in_channels")
         if has_cache(self.unet):
             raise ValueError(
@@ -139,7 +131,7 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
 
         Args:
             images: B square images `(3, S, S)` in [0, 1], sizes may differ.
-            size: Side in pixels that the model sees them at.
+            size: Side in pixels that the model sees them at; by default the UNet's.
 
         Returns:
             Keyword arguments of the UNet, for B images or for one that stands for all.
@@ -164,15 +156,8 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
     def prepare_latents(self, images: list[Tensor], size: int | None = None) -> Tensor:
         """Encode square images to the clean latents that the UNet was trained on, the mean of the VAE's distribution.
 
-        Args:
-            images: B square images `(3, S, S)` in [0, 1].
-            size: Side in pixels that they are resized to; by default the UNet's.
-
-        Returns:
-            `(B, L, size / f, size / f)` with f pixels per latent; pixels in [-1, 1] without a VAE.
-
-        Raises:
-            RuntimeError: If the latents come out with NaN or infinity.
+        `images` and `size` are as in `encode_condition`; the result is `(B, L, size / f, size / f)` with f pixels per
+        latent, or pixels in [-1, 1] without a VAE.
         """
         size, model = self._size(size), self.vae if self.vae is not None else self.unet
         squares = torch.cat([resize_unit(image[None], size, "bicubic") for image in images])
@@ -238,14 +223,13 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         output_size: int | tuple[int, int] | None = None,
         output_type: str = "pt",
     ) -> DiffSegPipelineOutput:
-        """Merge aggregated maps to segments; arguments are as in `__call__`.
+        """Merge aggregated maps to segments.
 
         Args:
             maps: `(B, s * s, s, s)`, as `attention_maps` gives them.
             output_size: Height and width of the masks, or the side of square ones; by default s.
 
-        Returns:
-            Masks, merged maps and numbers of segments of B images.
+        The other arguments, and the result, are as in `__call__`.
         """
         thresholds = _thresholds(merge_threshold, num_merges)
         anchors_per_side = min(_ANCHORS_PER_SIDE, maps.shape[-1]) if anchors_per_side is None else anchors_per_side
@@ -322,7 +306,12 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         _thresholds(merge_threshold, num_merges)  # refused before the model runs
         check_choice(("pt", "np"), output_type=output_type)
         images = to_unit(image)
-        output_size = _common_size(images) if output_size is None else output_size
+        sizes = sorted({tuple(unit.shape[-2:]) for unit in images})
+        if output_size is None and len(sizes) > 1:
+            raise ValueError(
+                f"The images have different sizes, {sizes}, and masks of one batch have one: give `output_size`, or "
+                "call once for each size."
+            )
         maps = self.attention_maps(
             images,
             timestep,
@@ -343,7 +332,7 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
             anchors_per_side=anchors_per_side,
             relative_threshold=relative_threshold,
             refine=refine,
-            output_size=output_size,
+            output_size=sizes[0] if output_size is None else output_size,
             output_type=output_type,
         )
         return output if return_dict else output.to_tuple()
@@ -361,17 +350,6 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         if own is None:
             raise ValueError("The UNet's config has no sample_size: give `size` in pixels.")
         return (own if isinstance(own, int) else max(own)) * self.vae_scale_factor
-
-
-def _common_size(images: list[Tensor]) -> tuple[int, int]:
-    """Height and width of images `(3, H, W)` that share them.; a ValueError if they do not."""
-    sizes = sorted({tuple(image.shape[-2:]) for image in images})
-    if len(sizes) > 1:
-        raise ValueError(
-            f"The images have different sizes, {sizes}, and masks of one batch have one: give `output_size`, or call "
-            "once for each size."
-        )
-    return sizes[0]
 
 
 def _empty_prompt(text_encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Any:

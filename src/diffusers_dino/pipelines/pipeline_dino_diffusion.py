@@ -47,16 +47,14 @@ class DinoDiffusionPipeline(
     """Generate semantic variations of images, as in DiNO-Diffusion (arXiv 2407.11594, section 2.3, reconstruction).
 
     The image takes the place that the prompt has in Stable Diffusion: its DINO tokens are the UNet's condition.
+    A component may be None if the calls do not need it: no `vae` for latents out, no `conditioner` for `image_embeds`
+    in and no guidance. Components that do not fit together raise a ValueError.
 
     Args:
         vae: Autoencoder of images with 1 or 3 channels.
         conditioner: Images to condition tokens, and the null condition of guidance.
         unet: Denoiser of the VAE's latents; its `cross_attention_dim` is the conditioner's `token_dim`.
         scheduler: Any of diffusers' `KarrasDiffusionSchedulers`, with the noise schedule of the UNet's training.
-
-    Raises:
-        ValueError: If the components do not fit together. A component may be None if the calls do not need it: no
-            `vae` for latents out, no `conditioner` for `image_embeds` in and no guidance.
 
     Example:
         ```python
@@ -127,14 +125,7 @@ class DinoDiffusionPipeline(
         return self._interrupt
 
     def encode_image(self, image: ImageInput) -> Tensor:
-        """Encode images to condition tokens, for `image_embeds`.
-
-        Args:
-            image: B images of any type that `diffusers_dino.pixels.to_unit` reads, sizes may differ.
-
-        Returns:
-            Tokens `(B, S, D)`, class token first, on the device that the pipeline computes on.
-        """
+        """Encode `image`, as in `__call__`, to condition tokens `(B, S, D)`, class token first, for `image_embeds`."""
         if self.conditioner is None:
             raise ValueError("This pipeline has no conditioner to encode `image` with. Give `image_embeds`.")
         # an offloaded module does not know where it will run: its hooks act when it is called, not its `encode`
@@ -157,14 +148,9 @@ class DinoDiffusionPipeline(
         callback_on_step_end_tensor_inputs: list[str] | None = None,
         name: str = "image",
     ) -> None:
-        """Refuse what cannot work before any work is done; arguments as in `__call__`.
+        """Refuse what cannot work before any work is done; arguments and errors as in `__call__`.
 
-        Args:
-            name: What messages call `image`, and `image_embeds` after it.
-
-        Raises:
-            TypeError: If an argument has the wrong type.
-            ValueError: If an argument has the wrong value, or the components do not fit together or are missing.
+        Messages call the image `name`, and its tokens that with `_embeds` after it.
         """
         check_choice(("pil", "np", "pt", "latent"), output_type=output_type)
         if self.unet is None or self.scheduler is None:
@@ -207,21 +193,8 @@ class DinoDiffusionPipeline(
     ) -> Tensor:
         """Draw the initial noise, or take it from `latents`, and scale it to what the scheduler starts from.
 
-        Args:
-            batch_size: Images to generate, B.
-            num_channels_latents: L, of the UNet's input.
-            height: Of the images, in pixels.
-            width: Of the images, in pixels.
-            dtype: Of the latents that are returned.
-            device: Where they are returned.
-            generator: One for the batch, or a list of B, one for each image.
-            latents: Noise of unit variance, `(B, L, h, w)`, in place of drawing it.
-
-        Returns:
-            `(batch_size, num_channels_latents, height / f, width / f)` with f pixels per latent.
-
-        Raises:
-            ValueError: If the number of generators is not `batch_size`, or `latents` has another shape.
+        Arguments are as in `__call__`, with `batch_size` for B * n and `num_channels_latents` for L. The result is
+        `(B * n, L, height / f, width / f)` with f pixels per latent, in `dtype` on `device`.
         """
         f = self.vae_scale_factor
         shape = (batch_size, num_channels_latents, height // f, width // f)

@@ -33,13 +33,11 @@ class DinoInterpolationPipeline(DinoDiffusionPipeline):
 
     Example:
         ```python
-        import torch
         from diffusers.utils import load_image
         from diffusers_dino import DinoInterpolationPipeline
 
         pipe = DinoInterpolationPipeline.from_pretrained("outputs/quickstart/model")  # or an id on the Hub
-        source, target = load_image("radiograph.png"), load_image("other.png")
-        path = pipe(source, target, generator=torch.Generator().manual_seed(0)).images
+        path = pipe(load_image("radiograph.png"), load_image("other.png")).images
         ```
     """
 
@@ -53,20 +51,16 @@ class DinoInterpolationPipeline(DinoDiffusionPipeline):
         method: Literal["lerp", "slerp"] = "lerp",
         restore_norm: bool = False,
     ) -> Tensor:
-        """Condition tokens on the paths between P pairs of images, see `diffusers_dino.embeddings`.
+        """Condition tokens on the paths between P pairs of images.
 
         Args:
             source_embeds: `(P, S, D)`.
             target_embeds: `(P, S, D)`.
-            fractions: In [0, 1]: F for all pairs, or `(P, F)`, for each pair its own.
-            method: `"lerp"` or `"slerp"`.
-            restore_norm: Whether `"lerp"` gives tokens the norm between those of the ends, as `"slerp"` does anyway.
+
+        `fractions`, `method` and `restore_norm` are as in `__call__`.
 
         Returns:
             `(P, F, S, D)`; at fractions 0 and 1 the source's and the target's tokens, bit for bit.
-
-        Raises:
-            ValueError: If a fraction is outside [0, 1], the shapes do not fit, or the method is unknown.
         """
         check_choice(METHODS, method=method)
         if source_embeds.shape != target_embeds.shape:
@@ -74,7 +68,13 @@ class DinoInterpolationPipeline(DinoDiffusionPipeline):
                 f"Each source needs its target: got tokens of shape {tuple(source_embeds.shape)} and "
                 f"{tuple(target_embeds.shape)}. Repeat the image that is to meet several others."
             )
-        table = _table(fractions, len(source_embeds))  # (P, F)
+        pairs, table = len(source_embeds), torch.as_tensor(fractions, dtype=torch.float32)
+        if table.ndim < 2:
+            table = table.reshape(1, -1).expand(pairs, -1)
+        if table.ndim != 2 or len(table) != pairs or not table.shape[1]:
+            raise ValueError(
+                f"`fractions` must be F numbers, or (P, F) with P = {pairs} pairs, got {tuple(table.shape)}."
+            )
         source, target = (
             # (P, F, S, D); float32 holds half precision exactly, and mixes it without further rounding
             embeds.float()[:, None].expand(-1, table.shape[1], -1, -1)
@@ -93,9 +93,6 @@ class DinoInterpolationPipeline(DinoDiffusionPipeline):
 
         Returns:
             `(M, S, D)`; of a mixture with one weight of 1, that image's tokens, bit for bit.
-
-        Raises:
-            ValueError: If there is not one weight for each image, one is negative, or they do not sum to 1.
         """
         rows = torch.atleast_2d(torch.as_tensor(weights, dtype=torch.float32))  # (M, K)
         if rows.ndim != 2 or not len(rows):
@@ -134,7 +131,8 @@ class DinoInterpolationPipeline(DinoDiffusionPipeline):
 
         The points are generated one after the other, each in a batch of P * n: to fill a large device, give several
         pairs. `height`, `width`, `num_inference_steps`, `timesteps`, `sigmas`, `guidance_scale`, `guidance_rescale`,
-        `eta`, `output_type`, `return_dict` and `cross_attention_kwargs` are as in `DinoDiffusionPipeline.__call__`.
+        `eta`, `output_type`, `return_dict`, `cross_attention_kwargs` and errors are as in
+        `DinoDiffusionPipeline.__call__`.
 
         Args:
             source: P images of any type that `diffusers_dino.pixels.to_unit` reads, sizes may differ.
@@ -143,7 +141,7 @@ class DinoInterpolationPipeline(DinoDiffusionPipeline):
             source_embeds: In place of `source`: tokens `(P, S, D)` from `encode_image`.
             target_embeds: In place of `target`, likewise.
             method: `"lerp"`, as in the paper, or `"slerp"`, on great circles.
-            restore_norm: Whether to give tokens back the norm that linear mixing takes from them.
+            restore_norm: Whether to give tokens back the norm that `"lerp"` takes from them, and `"slerp"` does not.
             same_noise: False continues with the generator from point to point: other noise at each.
             num_images_per_prompt: Paths of each pair, n, each with noise of its own.
             generator: One for the call, or a list of P * n, one for each path.
@@ -154,11 +152,6 @@ class DinoInterpolationPipeline(DinoDiffusionPipeline):
 
         Returns:
             P * n * F images: path after path, each from its first fraction to its last.
-
-        Raises:
-            TypeError: If an argument has the wrong type.
-            ValueError: If an argument has the wrong value, or the components do not fit together or are missing.
-            RuntimeError: If the images come out with NaN or infinity.
         """
         # 1. Check
         check_choice(METHODS, method=method)
@@ -233,13 +226,3 @@ class DinoInterpolationPipeline(DinoDiffusionPipeline):
         """As in diffusers, but after the last point of a path."""
         if self._bar is None:
             super().maybe_free_model_hooks()
-
-
-def _table(fractions: Numbers, pairs: int) -> Tensor:
-    """Fractions as `(P, F)`, from one number, F of them, or a table."""
-    table = torch.as_tensor(fractions, dtype=torch.float32)
-    if table.ndim < 2:
-        table = table.reshape(1, -1).expand(pairs, -1)
-    if table.ndim != 2 or len(table) != pairs or not table.shape[1]:
-        raise ValueError(f"`fractions` must be F numbers, or (P, F) with P = {pairs} pairs, got {tuple(table.shape)}.")
-    return table
