@@ -125,7 +125,11 @@ def _batch(image: Image) -> Tensor:
         image = _array(image)
     if isinstance(image, np.ndarray):
         layout = "(H, W), (H, W, C) or (N, H, W, C)"
-        x = _from_numpy(np.moveaxis(image, -1, -3) if image.ndim > 2 else image)
+        if image.dtype.kind not in "biuf":
+            raise TypeError(f"An image array must hold numbers, got dtype {image.dtype}.")
+        array = np.moveaxis(image, -1, -3) if image.ndim > 2 else image
+        # torch knows neither negative strides nor foreign byte orders; the copy also protects the caller's array
+        x = torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
     elif isinstance(image, Tensor):
         layout = "(H, W), (C, H, W) or (N, C, H, W)"
         x = image
@@ -155,13 +159,6 @@ def _array(image: PIL.Image.Image) -> np.ndarray:
     if image.has_transparency_data:
         return np.array((image.convert("LA") if image.mode == "La" else image).convert("RGBA"))
     return np.array(image.convert("L" if image.mode in ("1", "L") else "RGB"))
-
-
-def _from_numpy(array: np.ndarray) -> Tensor:
-    if array.dtype.kind not in "biuf":
-        raise TypeError(f"An image array must hold numbers, got dtype {array.dtype}.")
-    # torch knows neither negative strides nor foreign byte orders; the copy also protects the caller's array
-    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
 
 
 def _unit(x: Tensor) -> Tensor:

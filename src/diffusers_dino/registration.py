@@ -1,9 +1,7 @@
 """Make this package known to diffusers' pipeline loader; importing the module does it.
 
-A pipeline's `model_index.json` names the library of each component. diffusers downloads a component only if that
-library is one of its `LOADABLE_CLASSES`, and records a component of any other library under its full module path.
-Registered, a conditioner is `["diffusers_dino", "DinoImageConditioner"]`: loadable from the Hub, wherever the class
-moves within the package.
+diffusers downloads a component only if its library in `model_index.json` is one of `LOADABLE_CLASSES`. Registered, a
+conditioner is saved as `["diffusers_dino", "DinoImageConditioner"]`, wherever the class moves within the package.
 """
 
 from diffusers import ModelMixin

@@ -57,7 +57,13 @@ def load_encoder(
     """
     name = _hub_id(os.fspath(name_or_path))
     folder, commit = _fetch(name, _CONFIGS, revision, hub)
-    config = _read_json(folder / "config.json")
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{folder} is not an encoder's checkpoint: it has no {path.name}.") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from error
     family = config.get("model_type")
     if family in TRANSFORMERS_FAMILIES:
         load = _load_transformers
@@ -231,12 +237,3 @@ def _resampling(name: str | None) -> str:
 def _three(value: float | list[float]) -> list[float]:
     values = [value] if isinstance(value, (int, float)) else list(value)
     return [float(v) for v in (values * 3 if len(values) == 1 else values)]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path.parent} is not an encoder's checkpoint: it has no {path.name}.") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from error

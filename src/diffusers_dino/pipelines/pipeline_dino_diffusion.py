@@ -150,7 +150,7 @@ class DinoDiffusionPipeline(
     ) -> None:
         """Refuse what cannot work before any work is done; arguments and errors as in `__call__`.
 
-        Messages call the image `name`, and its tokens that with `_embeds` after it.
+        Messages call `image` what `name` says, and `image_embeds` that with `_embeds` after it.
         """
         check_choice(("pil", "np", "pt", "latent"), output_type=output_type)
         if self.unet is None or self.scheduler is None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -41,7 +41,7 @@ class DinoInterpolationPipeline(DinoDiffusionPipeline):
         ```
     """
 
-    _bar: Any = None  # the progress bar of a call, which all its points share
+    _bar: Any = None  # the progress bar of a call, which all its points share, with offloaded models left in place
 
     def interpolate(
         self,
@@ -183,24 +183,27 @@ class DinoInterpolationPipeline(DinoDiffusionPipeline):
         # 4. Denoise, point after point
         schedule, _ = retrieve_timesteps(self.scheduler, num_inference_steps, None, timesteps, sigmas)
         denoised = []
-        with self._as_one_call(len(points) * len(schedule)):
-            for image_embeds in points:  # F times (P, S, D)
-                if same_noise:
-                    for each, state in zip(generators, states, strict=True):
-                        each.set_state(state)
-                output = super().__call__(
-                    image_embeds=image_embeds,
-                    timesteps=timesteps,
-                    sigmas=sigmas,
-                    eta=eta,
-                    generator=generator,
-                    latents=latents,
-                    output_type="latent",
-                    cross_attention_kwargs=cross_attention_kwargs,
-                    callback_on_step_end=callback_on_step_end,
-                    **sampling,
-                )
-                denoised.append(output.images)  # (P * n, L, h, w)
+        with self.progress_bar(total=len(points) * len(schedule)) as self._bar:
+            try:
+                for image_embeds in points:  # F times (P, S, D)
+                    if same_noise:
+                        for each, state in zip(generators, states, strict=True):
+                            each.set_state(state)
+                    output = super().__call__(
+                        image_embeds=image_embeds,
+                        timesteps=timesteps,
+                        sigmas=sigmas,
+                        eta=eta,
+                        generator=generator,
+                        latents=latents,
+                        output_type="latent",
+                        cross_attention_kwargs=cross_attention_kwargs,
+                        callback_on_step_end=callback_on_step_end,
+                        **sampling,
+                    )
+                    denoised.append(output.images)  # (P * n, L, h, w)
+            finally:
+                self._bar = None
 
         # 5. Decode each batch as it was made, so that its images do not depend on the other points by a bit
         batches = denoised if output_type == "latent" else [self._decode(batch) for batch in denoised]
@@ -208,15 +211,6 @@ class DinoInterpolationPipeline(DinoDiffusionPipeline):
         images = self.image_processor.postprocess(images, output_type)
         self.maybe_free_model_hooks()
         return DinoInterpolationPipelineOutput(images=images) if return_dict else (images,)
-
-    @contextmanager
-    def _as_one_call(self, total: int) -> Iterator[None]:
-        """Let the calls inside share a progress bar of `total` steps, and leave offloaded models where they are."""
-        with self.progress_bar(total=total) as self._bar:
-            try:
-                yield
-            finally:
-                self._bar = None
 
     def progress_bar(self, iterable: Any = None, total: int | None = None) -> AbstractContextManager[Any]:
         """As in diffusers, but for the points of a path, which share one."""
