@@ -23,6 +23,7 @@ from ..files import make_writable_folder, save_atomically
 from ..training.feature_cache import Recipe, write_feature_cache
 from ..training.features import FeatureEncoder
 from .arguments import flag
+from .console import show_messages
 from .training_flags import FeatureArguments, check_frozen_models, load_frozen, open_views
 
 logger = logging.getLogger("diffusers_dino.cache")
@@ -46,8 +47,7 @@ def main(args: Arguments) -> None:
     check_frozen_models(args)
     folder = make_writable_folder(args.feature_cache)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logger.setLevel(logging.INFO)
+    show_messages(logger.name)
 
     views = open_views(args)
     with accelerator.main_process_first():  # one process downloads

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import logging
 import sys
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 
-__all__ = ["run", "run_resumable", "say_what_failed"]
+__all__ = ["run", "run_resumable", "say_what_failed", "show_messages"]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -39,3 +40,9 @@ def say_what_failed(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in _FULL:
         return f"there is no room ({error.strerror}). What is done stays: make room, and the same command goes on."
     return str(error)
+
+
+def show_messages(name: str) -> None:
+    """Print what the loggers below `name` tell of the work, and the warnings of all others."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger(name).setLevel(logging.INFO)

@@ -18,7 +18,6 @@ import torch
 
 from .. import DinoDiffusionPipeline
 from ..data.sources.masks import MaskedImage, MaskedImages, open_masked_images
-from ..evaluation.generation import image_size
 from ..evaluation.reconstruction.splicing import (
     draw_splices,
     generate_from_noises,
@@ -28,6 +27,7 @@ from ..evaluation.reconstruction.splicing import (
 )
 from ..files import make_writable_folder
 from ..metrics.dice import dice
+from ..pipelines.checks import image_size
 from ..sheets import contact_sheet
 from .arguments import flag
 

@@ -23,6 +23,7 @@ from ..data.sharding import recorded_sources
 from ..files import atomic_write
 from ..hub.cards import write_dataset_card
 from ..hub.measurements import read_results
+from ..pipelines.checks import image_size
 from ..synthesis import (
     RayResources,
     SynthesisSettings,
@@ -98,9 +99,8 @@ def main(args: Arguments) -> None:
         raise ValueError("Ray distributes the work by itself: start the command as one process, without a launcher.")
     with accelerator.main_process_first():  # one process downloads
         pipe = load_generator(args.model, args.dtype, args.scheduler)
-    size = pipe.unet.config["sample_size"] * pipe.vae_scale_factor
     must_calibrate = args.gate is not None and not Path(args.gate).exists()  # only that needs patients
-    images, table = open_real_images(args, size, need_patients=must_calibrate)
+    images, table = open_real_images(args, image_size(pipe), need_patients=must_calibrate)
     gate = None
     if args.gate is not None:
         with accelerator.main_process_first():  # one process calibrates

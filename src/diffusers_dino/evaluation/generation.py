@@ -22,7 +22,6 @@ __all__ = [
     "embed_images",
     "generate_batches",
     "generate_variations",
-    "image_size",
     "load_models",
     "models_of",
     "stack_images",
@@ -68,12 +67,6 @@ def load_models(
 
     for name, path in paths:
         yield Model(name, load_trained_pipeline(path, dtype).to(device), (steps or {}).get(name))
-
-
-def image_size(pipe: DiffusionPipeline) -> int:
-    """The side in pixels of the images that a pipeline was trained on, by its UNet's config; the longer one of two."""
-    side = pipe.unet.config["sample_size"]
-    return (side if isinstance(side, int) else max(side)) * pipe.vae_scale_factor
 
 
 def stack_images(images: ImageDataset | Tensor) -> Tensor:

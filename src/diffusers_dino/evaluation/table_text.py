@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..files import csv_text
-
 __all__ = [
     "TABLE_FORMATS",
-    "csv_text",
     "escape_latex",
     "latex_line",
     "latex_table",

@@ -14,8 +14,9 @@ from .. import DinoDiffusionPipeline
 from ..data import Preprocessing, open_images
 from ..data.datasets import collate
 from ..data.sharding import require_synthetic
-from ..latents import decode_latents, encode_to_moments, vae_scale_factor
+from ..latents import decode_latents, encode_to_moments
 from ..metrics.copy_gate import CopyGate
+from ..pipelines.checks import image_size
 from ..pixels import unit_to_vae, vae_to_unit
 from ..sheets import contact_sheet
 from .folder import class_of, folder_kind
@@ -71,7 +72,7 @@ def draw_samples(
         if kind == "lora":
             pipe.load_lora_weights(folder)
         pipe.to(device).set_progress_bar_config(disable=True)
-        sources = _open_sources(data_dir, pipe.unet.config["sample_size"] * vae_scale_factor(pipe.vae), num_samples)
+        sources = _open_sources(data_dir, image_size(pipe), num_samples)
         drawn = pipe(
             sources,
             num_images_per_prompt=num_variations,

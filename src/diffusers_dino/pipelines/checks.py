@@ -7,7 +7,7 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from torch import Tensor
 
 from ..latents import VAE
@@ -26,10 +26,19 @@ __all__ = [
     "check_numbers",
     "check_schedule",
     "condition_width",
+    "image_size",
 ]
 
 Generators = torch.Generator | list[torch.Generator] | None
 _EXTRA_CONDITIONS = ("addition_embed_type", "class_embed_type", "num_class_embeds", "time_cond_proj_dim")
+
+
+def image_size(pipe: DiffusionPipeline) -> int:
+    """The side in pixels of the images that a pipeline was trained on, by its UNet's config; the longer one of two."""
+    side = pipe.unet.config.get("sample_size")
+    if side is None:
+        raise ValueError("The UNet's config has no sample_size: give `size` in pixels.")
+    return (side if isinstance(side, int) else max(side)) * pipe.vae_scale_factor
 
 
 def condition_width(unet: UNet2DConditionModel) -> int:

@@ -28,7 +28,7 @@ from ..diffseg.merging import aggregate_attention, merge_attention, refine_segme
 from ..latents import encode_to_moments, vae_scale_factor
 from ..pixels import ImageInput, resize_unit, to_unit, unit_to_vae
 from .caching import has_cache
-from .checks import Generators, check_channels, check_choice, check_finite, check_generator, check_numbers
+from .checks import Generators, check_channels, check_choice, check_finite, check_generator, check_numbers, image_size
 from .loading import ComponentLoadingMixin
 from .lora import UNetLoraLoaderMixin
 from .pipeline_output import DiffSegPipelineOutput
@@ -343,13 +343,7 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         return self.unet.config.get("cross_attention_dim") is not None
 
     def _size(self, size: int | None) -> int:
-        """The side in pixels that was given, or that the UNet's config says."""
-        if size is not None:
-            return size
-        own = self.unet.config.get("sample_size")
-        if own is None:
-            raise ValueError("The UNet's config has no sample_size: give `size` in pixels.")
-        return (own if isinstance(own, int) else max(own)) * self.vae_scale_factor
+        return image_size(self) if size is None else size
 
 
 def _empty_prompt(text_encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Any:

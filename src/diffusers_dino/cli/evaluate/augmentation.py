@@ -11,7 +11,6 @@ Stopped at any moment, the same command goes on where it was. docs/augmentation.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from ...files import lock_folder, make_writable_folder
 from ...synthesis import SynthesisSettings
 from ..arguments import flag
 from ..classifier_flags import ClassifierArguments, LabelledImageArguments, classifier_settings, open_labelled_images
+from ..console import show_messages
 from ..sampling_flags import SamplingArguments
 
 
@@ -53,8 +53,7 @@ class Arguments(SamplingArguments, ClassifierArguments, LabelledImageArguments):
 
 
 def main(args: Arguments) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("diffusers_dino.evaluation").setLevel(logging.INFO)
+    show_messages("diffusers_dino.evaluation")
     output = make_writable_folder(args.output_dir)
     images, table, names = open_labelled_images(args, args.size)
     options = {"num_folds": args.num_folds, "training_keys": args.training_keys, "seed": args.seed}

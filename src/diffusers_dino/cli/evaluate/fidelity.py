@@ -13,7 +13,6 @@ needs the extra `eval`.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -29,12 +28,14 @@ from ...evaluation.fidelity.plot import plot_fidelity
 from ...evaluation.fidelity.protocol import evaluate_fidelity, keep_best
 from ...evaluation.fidelity.sets import FidelitySets, choose_sets
 from ...evaluation.fidelity.table import format_fidelity_table
-from ...evaluation.generation import image_size, load_models
+from ...evaluation.generation import load_models
 from ...evaluation.table_text import write_tables
 from ...files import make_writable_folder
 from ...metrics import open_extractor
+from ...pipelines.checks import image_size
 from ...training.checkpoints import complete_checkpoints
 from ..arguments import flag
+from ..console import show_messages
 from ..image_flags import read_keys
 
 
@@ -72,8 +73,7 @@ class Arguments:
 
 
 def main(args: Arguments) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("diffusers_dino.evaluation").setLevel(logging.INFO)
+    show_messages("diffusers_dino.evaluation")
     check_arguments(args)
     paths, steps = list_models(args)
     output_dir = make_writable_folder(args.output_dir)

@@ -16,10 +16,11 @@ import torch
 from ... import DinoInterpolationPipeline
 from ...data import Preprocessing, open_images
 from ...evaluation import evaluate_interpolation
-from ...evaluation.generation import image_size, stack_images
+from ...evaluation.generation import stack_images
 from ...evaluation.interpolation.plot import draw_paths, plot_path
 from ...evaluation.interpolation.table import format_interpolation_table
 from ...files import make_writable_folder
+from ...pipelines.checks import image_size
 from ..arguments import flag
 from ..image_flags import read_keys
 

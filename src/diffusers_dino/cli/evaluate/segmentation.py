@@ -11,7 +11,6 @@ Needs the extra `eval`.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from ...evaluation.segmentation.table import format_segmentation_table
 from ...evaluation.table_text import write_tables
 from ...files import make_writable_folder
 from ..arguments import flag
+from ..console import show_messages
 
 
 @dataclass
@@ -58,8 +58,7 @@ class Arguments:
 
 
 def main(args: Arguments) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("diffusers_dino.evaluation").setLevel(logging.INFO)
+    show_messages("diffusers_dino.evaluation")
     output_dir = make_writable_folder(args.output_dir)
     if not args.data or not (args.pipeline or args.stable_diffusion):
         raise ValueError("Give --data, and --pipeline or --stable_diffusion.")

@@ -18,11 +18,12 @@ import numpy as np
 from ...data import ImageDataset, Preprocessing, open_images
 from ...data.labels import LabelTable
 from ...devices import count_workers, device_of
-from ...files import PARTIAL, lock_folder, make_writable_folder, sha256_of, write_json
+from ...files import lock_folder, make_writable_folder, remove_partials, sha256_of, write_json
 from ...fingerprints import as_json, hash_of
 from ...frozen import require_same
 from ...metrics.auroc import check_classes
 from ...metrics.copy_gate import CopyGate
+from ...pipelines.checks import image_size
 from ...seeds import derive_seed
 from ...synthesis import Plan, SynthesisSettings, load_generator, synthesise
 from ...workers import progress_bar, run_apart
@@ -226,8 +227,8 @@ def _make_cells(experiment: _Experiment) -> list[str]:
     """Make all synthetic sets that are needed, then all cells; returns what went wrong."""
     cells, sampling = experiment.cells, experiment.sampling
     cells.mkdir(exist_ok=True)
-    for leftover in (*experiment.output.glob(f".*{PARTIAL}"), *cells.glob(f".*{PARTIAL}")):
-        leftover.unlink()
+    for folder in (experiment.output, cells):
+        remove_partials(folder)
     left = [spec for spec in experiment.grid if not CellResult.path(cells, spec).is_file()]
     made = next(cells.iterdir(), None)
     if made is not None and CellResult.load(made).facts.settings != experiment.digest:
@@ -288,7 +289,7 @@ def _make_set(place: int, sampling: _Sampling, fold: int, plan: Plan, folder: Pa
     """Make a set, or go on with it, and pack its images for classifiers. Returns the digest of its plan."""
     generator = of_fold(sampling.generators, fold)
     pipe = load_generator(generator, sampling.dtype, sampling.scheduler).to(device_of(place, sampling.device))
-    sources = at_size(sampling.images, pipe.unet.config["sample_size"] * pipe.vae_scale_factor)
+    sources = at_size(sampling.images, image_size(pipe))
     gate = None if sampling.gates is None else CopyGate.load(of_fold(sampling.gates, fold))
     made = synthesise(plan, pipe, sources, folder, gate=gate, progress=sampling.progress and place == 0)
     images = open_images(folder, Preprocessing(sampling.classifier.size, remove_borders=False))

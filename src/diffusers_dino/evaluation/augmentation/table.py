@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from ..table_text import csv_text, escape_latex, latex_line, markdown_table, require_table_format
+from ...files import csv_text
+from ..table_text import escape_latex, latex_line, markdown_table, require_table_format
 from .result import AugmentationResult, Configuration, Difference, LabelFigures
 
 __all__ = ["MARKS", "format_augmentation_table", "format_label_table", "significance_mark"]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+from ...files import csv_text
 from ...metrics import FeatureSpec
 from ...metrics.bootstrap import Estimate
-from ..table_text import csv_text, latex_table, markdown_table, require_table_format
+from ..table_text import latex_table, markdown_table, require_table_format
 from .protocol import FidelityResult, FidelityScores, Sampling
 
 __all__ = ["format_fidelity_table"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..table_text import csv_text, escape_latex, latex_table, markdown_table, require_table_format
+from ...files import csv_text
+from ..table_text import escape_latex, latex_table, markdown_table, require_table_format
 from .result import Agreement, LabelPreservationResult, Part
 
 __all__ = ["format_preservation_table"]

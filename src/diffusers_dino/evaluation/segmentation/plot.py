@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from ...data.sources.masks import MaskedImages
+from ...pixels import with_channels
 from ..figures import new_figure
 from .protocol import SegmentationResult, SegmentationStudy, SweepScores, chosen_masks, file_name
 
@@ -43,7 +44,7 @@ def draw_segmentation(
         order = sorted(range(len(images)), key=lambda i: scores.dice[i])
         for kind, chosen in (("failures", order[:num_examples]), ("examples", order[-num_examples:])):
             figure = plot_segmentation_examples(
-                [images.image(i).mean(dim=0) for i in chosen],
+                [with_channels(images.image(i), 1)[0] for i in chosen],
                 [images.mask(i) for i in chosen],
                 chosen_masks(study, scores, images, chosen),
                 [f"Dice {scores.dice[i]:.2f}" for i in chosen],

@@ -29,6 +29,7 @@ from ...diffseg.lungs import lung_prior, most_agreed, name_lungs
 from ...metrics.bootstrap import bootstrap_interval
 from ...metrics.dice import best_union, dice, union_of
 from ...pipelines import DiffSegPipeline
+from ...pixels import with_channels
 from ..controls import split_in_halves, with_fresh_unet
 from ..generation import Model, models_of
 from ..results import JsonResult
@@ -294,4 +295,4 @@ def _read_all(swept: Sequence[SweptSegments], index: int) -> Tensor:
 def _gray_images(images: MaskedImages, indices: Sequence[int]) -> Tensor:
     """Images in gray at the size of the masks: `(N, mask_size, mask_size)` in [0, 1]."""
     shown = images.resized(images.mask_size)
-    return torch.stack([shown.image(i).mean(dim=0) for i in indices])
+    return torch.stack([with_channels(shown.image(i), 1)[0] for i in indices])

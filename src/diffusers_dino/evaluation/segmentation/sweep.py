@@ -21,8 +21,8 @@ from ...files import atomic_write, make_writable_folder
 from ...fingerprints import fingerprint_pipeline, hash_of
 from ...frozen import freeze
 from ...pipelines import DiffSegPipeline
+from ...pipelines.checks import image_size
 from ...seeds import generator_for
-from ..generation import image_size
 
 __all__ = ["Setting", "Sweep", "SweptSegments", "segment_images"]
 

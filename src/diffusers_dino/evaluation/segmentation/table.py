@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..table_text import csv_text, latex_table, markdown_table, require_table_format
+from ...files import csv_text
+from ..table_text import latex_table, markdown_table, require_table_format
 from .protocol import MethodScores, SegmentationResult
 
 __all__ = ["format_segmentation_table"]
