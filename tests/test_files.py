@@ -1,5 +1,7 @@
 """What base modules promise of files and folders: whole or not there, one run at a time, begun with these settings."""
 
+import errno
+import json
 import os
 import re
 
@@ -10,6 +12,8 @@ from diffusers_dino.files import (
     lock_folder,
     make_writable_folder,
     open_private,
+    read_json,
+    read_regular,
     remove_partials,
     save_atomically,
     write_csv,
@@ -74,6 +78,68 @@ def test_one_run_at_a_time(tmp_path):
         pass
     with lock_folder(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EIO])
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog, number):
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with lock_folder(tmp_path):
+        assert "cannot be locked" in caplog.text
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP])
+def test_a_file_system_that_forces_nothing_to_disk_is_written_to(tmp_path, monkeypatch, number):
+    def refuse(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with atomic_write(tmp_path / "file") as file:
+        file.write(b"x")
+    with save_atomically(tmp_path / "folder") as folder:
+        (folder / "file").touch()
+    assert (tmp_path / "file").read_bytes() == b"x"
+    assert (tmp_path / "folder" / "file").exists()
+
+
+class TestReadJson:
+    def test_what_write_json_wrote(self, tmp_path):
+        (tmp_path / "a.json").write_text('{"a": [1, null]}')
+        assert read_json(tmp_path / "a.json") == {"a": [1, None]}
+        assert read_regular(tmp_path / "a.json") == b'{"a": [1, null]}'
+
+    @pytest.mark.parametrize(
+        "content", [b"", b"{", b"\xff", b"[" * 100_000, b'{"a":' * 100_000, b"9" * 10_000, b"\0" * 100, b"[1] 2"]
+    )
+    def test_damage_is_named(self, tmp_path, content):
+        (tmp_path / "a.json").write_bytes(content)
+        with pytest.raises(KeyError, match=r"a\.json is damaged: "):
+            read_json(tmp_path / "a.json", error=KeyError)
+
+    def test_only_files_of_a_sensible_size(self, tmp_path):
+        with open(tmp_path / "huge.json", "wb") as file:
+            file.truncate(1 << 40)
+        with pytest.raises(ValueError, match=r"huge\.json has more than 67,108,864 bytes"):
+            read_json(tmp_path / "huge.json")
+        (tmp_path / "a.json").write_text(json.dumps("x" * 100))
+        with pytest.raises(ValueError, match="more than 101 bytes"):
+            read_json(tmp_path / "a.json", limit=101)
+        assert read_json(tmp_path / "a.json", limit=102) == "x" * 100
+
+    def test_pipes_devices_and_folders_are_not_read(self, tmp_path):
+        os.mkfifo(tmp_path / "pipe")
+        (tmp_path / "link").symlink_to("/dev/zero")
+        for name in (tmp_path / "pipe", tmp_path / "link", "/dev/null"):
+            with pytest.raises(ValueError, match="is a pipe or a device"):
+                read_json(name)
+        with pytest.raises(IsADirectoryError):
+            read_json(tmp_path)
+        with pytest.raises(FileNotFoundError):
+            read_json(tmp_path / "absent.json")
 
 
 def test_a_file_in_the_way_of_a_folder(tmp_path):

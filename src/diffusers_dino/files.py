@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import io
 import json
+import logging
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +25,8 @@ __all__ = [
     "lock_folder",
     "make_writable_folder",
     "open_private",
+    "read_json",
+    "read_regular",
     "remove_partials",
     "save_atomically",
     "sha256_of",
@@ -30,7 +35,10 @@ __all__ = [
     "write_json",
 ]
 
+logger = logging.getLogger(__name__)
+
 PARTIAL = ".partial"
+_UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 @contextmanager
@@ -61,6 +69,31 @@ def write_json(path: str | Path, content: Any, indent: int | None = 1) -> None:
     with atomic_write(path) as file:
         separators = (",", ":") if indent is None else None
         file.write(json.dumps(content, indent=indent, separators=separators).encode() + b"\n")
+
+
+def read_regular(path: str | Path, limit: int = 64 << 20, error: type[Exception] = ValueError) -> bytes:
+    """The content of a file of at most `limit` bytes; `error` for larger ones, and for pipes and devices."""
+    path = Path(path)
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        raise error(f"{path} is a pipe or a device, not a file.")
+    with open(path, "rb") as file:
+        content = file.read(limit + 1) if status.st_size <= limit else None
+    if content is None or len(content) > limit:
+        raise error(f"{path} has more than {limit:,} bytes: it is damaged, or not the file that is meant.")
+    return content
+
+
+def read_json(path: str | Path, limit: int = 64 << 20, error: type[Exception] = ValueError) -> Any:
+    """The content of a JSON file. `error` names the file if it is damaged, or as `read_regular` says."""
+    content = read_regular(path, limit, error)
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as damage:
+        reason = "it is nested too deeply" if isinstance(damage, RecursionError) else damage
+        raise error(f"{path} is damaged: {reason}.") from damage
 
 
 def write_csv(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -97,6 +130,9 @@ def sync(path: str | Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:  # some network file systems have nothing to force
+            raise
     finally:
         os.close(descriptor)
 
@@ -141,17 +177,18 @@ def make_writable_folder(path: str | Path) -> Path:
 def lock_folder(folder: Path, error: type[Exception] = RuntimeError) -> Iterator[None]:
     """Hold a lock on a folder, by a file `lock` in it; raise `error` if another process holds it.
 
-    It ends with this process, even if that is killed. Some network file systems have none.
+    It ends with this process, even if that is killed. Where the file system has no locks, as on some networks, a
+    warning says so.
     """
     with open(folder / "lock", "w") as file:
         try:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as held:
+        except (BlockingIOError, PermissionError) as held:
             raise error(f"Another run is at work in {folder}: wait for it, or stop it.") from held
-        except (ImportError, OSError):  # not on Windows, nor on every network's file system
-            pass
+        except (ImportError, OSError) as missing:  # not on Windows, nor on every network's file system
+            logger.warning("%s cannot be locked (%s): see to it that no other run works there.", folder, missing)
         yield
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from .files import write_json
+from .files import read_json, write_json
 from .fingerprints import as_json
 
 __all__ = ["differences", "freeze", "require_same"]
@@ -24,10 +23,9 @@ def freeze(
     if not path.is_file():
         write_json(path, settings)
         return
-    try:
-        begun = json.loads(path.read_bytes())
-    except ValueError as damage:
-        raise error(f"{path} is damaged ({damage}). Give another output folder.") from damage
+    begun = read_json(path, error=error)
+    if not isinstance(begun, dict):
+        raise error(f"{path} is damaged: it holds no settings. Give another output folder.")
     require_same(begun, settings, place or path.parent, error)
 
 

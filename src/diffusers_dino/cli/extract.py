@@ -12,10 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..data import Preprocessing, open_images
+from ..data.keys import read_keys
 from ..devices import device_of
 from ..metrics import extract_features, open_extractor
 from .arguments import flag
-from .image_flags import read_keys
 
 
 @dataclass

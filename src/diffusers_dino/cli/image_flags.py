@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..data import ImageDataset, Preprocessing, open_images
+from ..data.keys import read_keys
 from ..data.labels import LabelTable, read_label_table, stored_labels
 from .arguments import flag
 
-__all__ = ["STORED", "RealImageArguments", "open_real_images", "read_keys"]
+__all__ = ["STORED", "RealImageArguments", "open_real_images"]
 
 STORED = "stored"
 
@@ -49,8 +49,3 @@ def open_real_images(
         raise ValueError(
             f"{error.args[0]}. Check --keys_file, and name files in --labels as in --data_dir."
         ) from error
-
-
-def read_keys(path: str) -> list[str]:
-    """The keys of a text file, one a line."""
-    return [key for key in Path(path).read_text().splitlines() if key]

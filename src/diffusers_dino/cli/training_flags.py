@@ -15,13 +15,13 @@ from accelerate.utils import ProjectConfiguration, set_seed
 
 from .. import data
 from ..conditioner import DinoImageConditioner
+from ..data.keys import read_keys
 from ..files import make_writable_folder, write_json
 from ..latents import VAE
 from ..training.features import evenly_spread
 from ..training.models import load_vae
 from ..training.progress import check_tracker
 from .arguments import flag
-from .image_flags import read_keys
 
 logger = logging.getLogger("diffusers_dino")
 

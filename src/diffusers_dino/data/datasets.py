@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from ..seeds import derive_seed
 from .images.errors import UnreadableImageError
 from .images.preprocessing import Preprocessing
+from .keys import find_keys
 from .order import WindowedOrder
 from .stores import ImageStore, open_store
 
@@ -108,13 +109,11 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return WindowedOrder(np.bincount(shards, minlength=len(ends)).tolist(), window_shards)
 
     def select(self, keys: Sequence[str]) -> ImageDataset:
-        """The samples of the given keys, in this data set's order; raises `KeyError` if it lacks one."""
-        wanted = set(keys)
-        keys = self.keys
-        chosen = [place for place, key in enumerate(keys) if key in wanted]
-        missing = sorted(wanted - {keys[place] for place in chosen})
-        if missing:
-            raise KeyError(f"{len(missing)} keys are not in the data set, such as {', '.join(missing[:3])}")
+        """The samples of the given keys, in this data set's order; raises `KeyError` if it lacks one.
+
+        Other spellings of a key are known as well: see `keys.match_keys`.
+        """
+        chosen = sorted(set(find_keys(keys, self.keys, "keys are not in the data set")))
         indices = self._indices[chosen]
         selection = ImageDataset(self.store, self.preprocessing, False, self.max_unreadable, indices)
         if self._prepared is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .datasets import ImageDataset
+from .keys import find_keys
 from .stores.folder import image_key
 
 __all__ = ["NO_FINDING", "LabelTable", "read_label_table", "stored_labels"]
@@ -52,14 +53,13 @@ class LabelTable:
         return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
     def select(self, keys: Sequence[str]) -> LabelTable:
-        """The rows of these keys, in their order; raises `KeyError` if the table lacks one."""
-        places = {key: place for place, key in enumerate(self.keys)}
-        missing = [key for key in keys if key not in places]
-        if missing:
-            raise KeyError(f"{len(missing)} images have no row in the labels, such as {', '.join(missing[:3])}")
-        chosen = [places[key] for key in keys]
+        """The rows of these keys, in their order and under their names; raises `KeyError` if the table lacks one.
+
+        Other spellings of a key are known as well: see `keys.match_keys`.
+        """
+        chosen = find_keys(keys, self.keys, "images have no row in the labels")
         return LabelTable(
-            tuple(self.keys[i] for i in chosen),
+            tuple(keys),
             tuple(self.labels[i] for i in chosen),
             tuple(self.patients[i] for i in chosen),
         )

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data import ImageDataset, Slot, TrainingViews, load_batches
+from ..data.keys import find_keys
 from ..files import atomic_write
 from .extractors import FeatureExtractor, FeatureSpec
 
@@ -52,10 +53,8 @@ class FeatureSet:
 
     def select(self, keys: Sequence[str]) -> FeatureSet:
         """The features of these images, in the order of `keys`; KeyError if one is not in the set."""
-        rows = {key: row for row, key in enumerate(self.keys)}
-        if missing := [key for key in keys if key not in rows]:
-            raise KeyError(f"{len(missing)} keys have no features, such as {', '.join(missing[:3])}")
-        return FeatureSet(self.features[[rows[key] for key in keys]], tuple(keys), self.spec)
+        rows = find_keys(keys, self.keys, "keys have no features")
+        return FeatureSet(self.features[rows], tuple(keys), self.spec)
 
     def save(self, path: str | Path) -> None:
         """Write one `.safetensors` file, whole or not at all; the same set gives the same bytes."""

@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 
 from ...data import Preprocessing, open_images
+from ...data.keys import read_keys
 from ...data.labels import read_label_table
 from ...devices import device_of
 from ...evaluation.fidelity.plot import plot_fidelity
@@ -36,7 +37,6 @@ from ...pipelines.checks import image_size
 from ...training.checkpoints import complete_checkpoints
 from ..arguments import flag
 from ..console import show_messages
-from ..image_flags import read_keys
 
 
 @dataclass

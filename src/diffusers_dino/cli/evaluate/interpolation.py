@@ -15,6 +15,7 @@ import torch
 
 from ... import DinoInterpolationPipeline
 from ...data import Preprocessing, open_images
+from ...data.keys import read_keys
 from ...evaluation import evaluate_interpolation
 from ...evaluation.generation import stack_images
 from ...evaluation.interpolation.plot import draw_paths, plot_path
@@ -22,7 +23,6 @@ from ...evaluation.interpolation.table import format_interpolation_table
 from ...files import make_writable_folder
 from ...pipelines.checks import image_size
 from ..arguments import flag
-from ..image_flags import read_keys
 
 
 @dataclass
@@ -49,8 +49,8 @@ def main(args: Arguments) -> None:
     output_dir = make_writable_folder(args.output_dir)
     pipe = DinoInterpolationPipeline.from_pretrained(args.model).to(args.device)
     images = open_images(args.data_dir, Preprocessing(image_size(pipe), remove_borders=args.remove_borders))
-    training_keys = read_keys(args.training_keys)
-    others = sorted(set(images.keys) - set(training_keys))
+    training = images.select(read_keys(args.training_keys))
+    others = sorted(set(images.keys) - set(training.keys))
     held_out_keys = read_keys(args.held_out_keys) if args.held_out_keys else others
     held_out = stack_images(images.select(held_out_keys[: args.num_images]))
     path = {
@@ -59,7 +59,7 @@ def main(args: Arguments) -> None:
         "num_inference_steps": args.num_inference_steps,
         "guidance_scale": args.guidance_scale,
     }
-    result = evaluate_interpolation(pipe, held_out, images.select(training_keys), seeds=args.seeds, **path)
+    result = evaluate_interpolation(pipe, held_out, training, seeds=args.seeds, **path)
     result.save(output_dir / "interpolation.json")
     plot_path(result).savefig(output_dir / "interpolation.png", dpi=150, bbox_inches="tight")
     generator = torch.Generator().manual_seed(args.seeds[0])

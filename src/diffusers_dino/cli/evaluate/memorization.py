@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...data import ImageDataset, Preprocessing, open_images
+from ...data.keys import read_keys
 from ...data.labels import read_label_table, stored_labels
 from ...evaluation import evaluate_memorization
 from ...evaluation.memorization.plot import draw_closest_pairs, plot_memorization
@@ -23,7 +24,6 @@ from ...evaluation.memorization.table import make_report, table_of_sets
 from ...files import make_writable_folder
 from ...metrics import open_extractor
 from ..arguments import flag
-from ..image_flags import read_keys
 
 
 @dataclass

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ...data.keys import match_keys, read_keys
 from ...data.labels import LabelTable
 from ...files import atomic_write, make_writable_folder, write_csv
 from ..folds import assign_folds
@@ -116,5 +117,4 @@ def check_generators(
 
 def _patients_of(path: str, table: LabelTable) -> set[str]:
     """Patients of the images whose keys are in a file, one a line."""
-    keys = set(Path(path).read_text().splitlines())
-    return {patient for key, patient in zip(table.keys, table.patients, strict=True) if key in keys}
+    return {table.patients[place] for place in match_keys(read_keys(path), table.keys) if place is not None}

@@ -65,8 +65,8 @@ def choose_sets(
     if reference is not None:
         sources, real = images.keys, known.keys
     elif reference_keys is not None:
-        listed = set(reference_keys)
-        real = images.select(listed).keys
+        real = images.select(reference_keys).keys
+        listed = set(real)
         sources = [key for key in images.keys if key not in listed]
     else:
         if patients is None:
