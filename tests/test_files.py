@@ -14,11 +14,13 @@ from diffusers_dino.files import (
     open_private,
     read_json,
     read_regular,
+    recover_folder,
     remove_partials,
     save_atomically,
     write_csv,
 )
 from diffusers_dino.frozen import freeze
+from kills import kills
 
 SETTINGS = {"size": 32, "splits": {"test": 0.1, "seed": 0}, "sides": (1, 2), "path": None}
 
@@ -62,6 +64,28 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_and_stop()
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["folder", "folder/two"]
+
+
+def test_a_folder_whose_replacement_was_killed_is_recovered(tmp_path):
+    folder = tmp_path / "folder"
+
+    def save(content: str) -> None:
+        with save_atomically(folder) as partial:
+            (partial / "content").write_text(content)
+
+    save("old")
+    found = []
+    for _ in kills(lambda: save("new")):
+        recover_folder(folder)
+        assert os.listdir(tmp_path) == ["folder"]
+        found.append((folder / "content").read_text())
+        save("old")
+    assert set(found) == {"old", "new"}
+    assert sorted(found, reverse=True) == found  # the old one up to some moment, the new one from there on
+    recover_folder(folder)
+    assert (folder / "content").read_text() == "new"
+    recover_folder(tmp_path / "absent")
+    assert os.listdir(tmp_path) == ["folder"]
 
 
 def test_tables_and_private_files(tmp_path):

@@ -27,6 +27,7 @@ __all__ = [
     "open_private",
     "read_json",
     "read_regular",
+    "recover_folder",
     "remove_partials",
     "save_atomically",
     "sha256_of",
@@ -139,10 +140,13 @@ def sync(path: str | Path) -> None:
 
 @contextmanager
 def save_atomically(final: str | Path) -> Iterator[Path]:
-    """Write a folder under another name and rename it when it is complete. On an error, what was there stays."""
+    """Write a folder under another name and rename it when it is complete. On an error, what was there stays.
+
+    After a kill, `recover_folder` brings back what was there; the next call does so first.
+    """
     final = Path(final)
+    recover_folder(final)
     partial = beside(final, "partial")
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -152,12 +156,21 @@ def save_atomically(final: str | Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     old = beside(final, "old")
-    if final.exists():  # no system call replaces a folder that is not empty; at each moment one of the two is there
-        shutil.rmtree(old, ignore_errors=True)
+    if final.exists():  # no portable call replaces a folder that is not empty; at each moment one of the two is there
         final.rename(old)
     partial.rename(final)
     sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(final: str | Path) -> None:
+    """Undo a `save_atomically` that was killed, and remove what it left. Other runs must not be at work there."""
+    final = Path(final)
+    old, partial = beside(final, "old"), beside(final, "partial")
+    if old.exists() and partial.exists() and not final.exists():  # killed between the two renames
+        old.rename(final)
+    for leftover in (old, partial):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def make_writable_folder(path: str | Path) -> Path:
