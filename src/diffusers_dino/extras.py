@@ -9,16 +9,7 @@ __all__ = ["require"]
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:
-    """Import an optional module.
-
-    Args:
-        module: Its dotted name, such as `"sklearn.cluster"`.
-        extra: The extra of this package that installs it.
-        purpose: What needs it, and its name on PyPI, such as `"k-means needs scikit-learn"`.
-
-    Raises:
-        ImportError: If it is not installed.
-    """
+    """Import a module by its dotted name; ImportError with its purpose, `"k-means needs scikit-learn"`, if it is missing."""
     try:
         return import_module(module)
     except ImportError as error:

@@ -13,13 +13,9 @@ __all__ = ["derive_seed", "generator_for"]
 
 
 def derive_seed(*parts: int | str) -> int:
-    """Mix integers and strings into one seed.
+    """A seed in [0, 2^63) of what a draw is for, such as `(seed, "noise", position)`, the same on every machine.
 
-    Args:
-        parts: What the draw is for, such as `(seed, "noise", position)`. Order and types matter: 1 is not "1".
-
-    Returns:
-        A number in [0, 2^63), the same on every machine and Python version.
+    Order and types matter: 1 is not "1".
     """
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1

@@ -63,15 +63,8 @@ def parse_arguments(
     """Read flags, and before them a YAML file if one is named: `script.py config.yaml --learning_rate 1e-4`.
 
     The file is the first argument or follows `--config`; flags of the command line win over it. An unknown name ends
-    the program with the closest known one.
-
-    Args:
-        kind: A dataclass whose fields are flag, type, default and help.
-        argv: The command line without the program's name; by default the real one.
-        description: Shown above the flags by `--help`.
-        prog: Name of the program in messages; by default the script's.
-        owner_of: Which other command has a flag of a given name.
-        skip_foreign_keys: Leave out keys of the file that are not nearly a flag, as they may be another program's.
+    the program with the closest known one, or with the command that has it (`owner_of`). With `skip_foreign_keys`,
+    keys of the file that are not nearly a flag are left out, as they may be another program's.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     usage = "%(prog)s [CONFIG.yaml] [--FLAG VALUE ...]"

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from ...files import atomic_write, sha256_of, write_json
+from ...files import atomic_write, read_json, sha256_of, write_json
 from ..images.dicom_header import dicom_facts, is_dicom, salted_hash
 from ..images.encoding import Encoding
 from ..images.errors import UnreadableImageError
@@ -159,15 +159,14 @@ def write_part(folder: Path, number: int, items: Sequence[Item], encoding: Encod
 def is_complete(folder: Path, number: int) -> bool:
     """Whether a part is there and has the right size."""
     try:
-        facts = json.loads(_facts(folder, number).read_bytes())
-        return _blob(folder, number).stat().st_size == facts["bytes"]
-    except (FileNotFoundError, ValueError, KeyError):
+        return _blob(folder, number).stat().st_size == read_json(_facts(folder, number))["bytes"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return False
 
 
 def read_part(folder: Path, number: int) -> tuple[list[Sample], list[Unreadable]]:
     """The facts of a part's samples, and its unreadable images."""
-    content = json.loads(_facts(folder, number).read_bytes())
+    content = read_json(_facts(folder, number))
     samples = [Sample(**dict(zip(_COLUMNS, row, strict=True)), part=number) for row in content["samples"]]
     return samples, [Unreadable(*row) for row in content["unreadable"]]
 

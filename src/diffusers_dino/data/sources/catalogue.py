@@ -21,14 +21,10 @@ def source_names() -> list[str]:
 
 
 def find_source(name_or_yaml: str | Path) -> Source:
-    """The description of a data set.
+    """The description of a data set, by its name in the catalogue or in a YAML file of the attributes of `Source`.
 
-    Args:
-        name_or_yaml: A name of the catalogue, or a YAML file with the attributes of `Source`. In the file,
-            `base: NAME` takes those of a source of the catalogue; the file's own override them.
-
-    Raises:
-        ValueError: If the name is unknown, with the closest ones in the message, or the file is wrong.
+    In the file, `base: NAME` takes those of a source of the catalogue; its own override them. `ValueError` if the name
+    is unknown or the file is wrong.
     """
     text = str(name_or_yaml)
     if not text.endswith((".yaml", ".yml")):

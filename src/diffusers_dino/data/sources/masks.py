@@ -48,7 +48,7 @@ class _Entry:
 
 
 class MaskedImages(Sequence[MaskedImage]):
-    """Images with masks, read on access; `size` and `mask_size` are their sides in pixels."""
+    """Images with masks, read on access."""
 
     def __init__(self, entries: Iterable[_Entry], size: int, mask_size: int, max_scale: int = 1) -> None:
         self._entries = list(entries)
@@ -116,9 +116,7 @@ def open_masked_images(
         size, mask_size: Sides of the images and of the masks in pixels.
         max_samples: Use only the first ones.
 
-    Raises:
-        FileNotFoundError: If there is no such folder, no image in it, or an image has no mask.
-        ValueError: If no record has a mask.
+    `FileNotFoundError` if there is no folder, no image or no mask of an image; `ValueError` if no record has a mask.
     """
     max_scale = 1
     if not isinstance(source, str | Path):

@@ -21,14 +21,8 @@ logger = logging.getLogger(__name__)
 class OpenSource:
     """The records of a data set. Each iteration reads its tables anew.
 
-    Args:
-        source: Its description.
-        root: The folder that holds it.
-        find_unlisted: Whether to look, at the end, for images without a row. This lists all folders, which takes a
-            while on a network drive.
-
-    Attributes:
-        report: What did not fit in the latest iteration; also logged as warnings at its end.
+    With `find_unlisted`, images without a row are looked for at the end, which takes a while on a network drive.
+    `report` says what did not fit in the latest iteration; it is also logged as warnings at its end.
 
     Raises:
         FileNotFoundError: If the folder or a required table is not there; during iteration, if there is no image.

@@ -61,11 +61,8 @@ def label_prevalence(records: Iterable[Record]) -> dict[str, float]:
 def select_labels(records: Iterable[Record], minimum_prevalence: float = 0.04) -> Iterator[Record]:
     """Each record with only its frequent labels, as the paper does for MIMIC-CXR (4 % or more).
 
-    An image whose findings are all rare becomes unlabelled: it is not an image without findings.
-
-    Args:
-        records: A source or a list. It is iterated over twice: an iterator raises `TypeError`.
-        minimum_prevalence: Smallest fraction of the labelled records that must have a label, in [0, 1].
+    An image whose findings are all rare becomes unlabelled: it is not an image without findings. `minimum_prevalence`
+    is a fraction of the labelled records, in [0, 1]. They are iterated over twice: an iterator raises `TypeError`.
     """
     if not 0 <= minimum_prevalence <= 1:
         raise ValueError(f"minimum_prevalence is a fraction in [0, 1], got {minimum_prevalence}")

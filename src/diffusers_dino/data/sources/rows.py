@@ -37,7 +37,7 @@ class Named:
     examples: list[str] = field(default_factory=list)
 
     def add(self, name: str) -> None:
-        """Count one more; only the first few names are kept."""
+        """Count one more."""
         self.count += 1
         if len(self.examples) < _EXAMPLES:
             self.examples.append(name)
@@ -45,18 +45,9 @@ class Named:
 
 @dataclass
 class SourceReport:
-    """What was read of a source, and what did not fit. Complete once its records have been iterated over.
+    """What was read of a source, and what did not fit (see `lines`). Complete once its records were iterated over.
 
-    Attributes:
-        records: Records that were given.
-        missing: Rows without an image, by the expected path.
-        unlisted: Images without a row, by path.
-        repeated: Rows of an image that had one before, by image id.
-        no_patient: Images without a patient id though the source has them; each counts as a patient.
-        no_sidecar: Images without their JSON file.
-        unjoined: Rows without a counterpart in a joined table, by their key.
-        left_out: Rows that the description's `where` leaves out.
-        absent: Optional files that were not there.
+    `left_out` are rows that the description's `where` leaves out, `absent` optional files that were not there.
     """
 
     records: int = 0
