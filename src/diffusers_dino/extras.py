@@ -9,7 +9,7 @@ __all__ = ["require"]
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:
-    """Import a module by its dotted name; ImportError with its purpose, `"k-means needs scikit-learn"`, if it is missing."""
+    """Import a module by its dotted name; ImportError says what needs it (`"k-means needs scikit-learn"`)."""
     try:
         return import_module(module)
     except ImportError as error:
