@@ -1,5 +1,6 @@
 """Runs that are killed and started again, and runs as processes of their own."""
 
+import json
 import os
 import resource
 import subprocess
@@ -20,7 +21,7 @@ from diffusers_dino.data.images.encoding import Encoding
 from diffusers_dino.data.sharding import PlanRule, make_shards
 from diffusers_dino.data.splits import SplitRule
 from scripts import EXAMPLES, call_script, losses, run_script
-from shard_runs import SALT, content, picture
+from shard_runs import SALT, content, keys_of, picture
 
 ROOT = EXAMPLES.parent
 
@@ -31,6 +32,15 @@ class Killed(BaseException):
 
 def _stop(*_) -> None:
     raise Killed
+
+
+def edit(name: str, old: str, new: str):
+    """A function that replaces a text once in a file of a folder."""
+
+    def change(root: Path) -> None:
+        (root / name).write_text((root / name).read_text().replace(old, new, 1))
+
+    return change
 
 
 @pytest.fixture
@@ -148,6 +158,66 @@ class TestRestart:
             make(salt_file=tmp_path / "other")
         Image.fromarray(picture(99)).save(images / "new.png")
         with pytest.raises(ValueError, match="fingerprint of images's images"):
+            make()
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            edit("t.csv", "Mass", "Edema"),
+            edit("t.csv", "p3", "p2"),
+            edit("t.csv", ",PA", ",AP"),
+            edit("t.csv", "3.png,", "9.png,"),
+            lambda root: Image.fromarray(picture(50, 64)).save(root / "i" / "2.png"),
+            lambda root: (root / "i" / "2.png").unlink(),
+            lambda root: Image.fromarray(picture(1) > 99).save(root / "i" / "1.mask.png"),
+            edit("mine.yaml", "id:", "invert: {from: view, values: [PA]}\nid:"),
+            edit("mine.yaml", "mine", "other"),
+            edit("salt", "0", "1"),
+        ],
+        ids=["labels", "patient", "view", "rows", "pixels", "less", "mask", "polarity", "source", "salt"],
+    )
+    def test_a_finished_folder_takes_nothing_else(self, make, tmp_path, change):
+        (tmp_path / "i").mkdir()
+        for number in range(1, 6):
+            Image.fromarray(picture(number)).save(tmp_path / "i" / f"{number}.png")
+        rows = [f"{number}.png,p{number},Mass,PA\n" for number in range(1, 6)]
+        (tmp_path / "t.csv").write_text("".join(["file,who,what,view\n", *rows]))
+        (tmp_path / "mine.yaml").write_text(
+            "name: mine\ntable: {file: t.csv}\nimage: 'i/{file}'\nid: '{file}'\npatient: '{who}'\n"
+            "labels: {column: '{what}'}\nview: '{view}'\nmasks: 'i/{stem}.mask.png'\n"
+        )
+        make = partial(make, source=f"{tmp_path}/mine.yaml={tmp_path}")
+        before = content(make())
+        make()
+        change(tmp_path)
+        with pytest.raises(ValueError, match=r"(?s)was begun with other settings:.*fingerprint of (mine|other)'s"):
+            make()
+        assert content(tmp_path / "out") == before
+        manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+        del manifest["lineage"]["images"]  # as older versions wrote it
+        (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+        if "other" in (tmp_path / "mine.yaml").read_text() or not (tmp_path / "i" / "2.png").exists():
+            with pytest.raises(ValueError, match=r"images of mine was 5, is (4|None)"):
+                make()
+
+    def test_a_second_source_and_a_mended_image_are_refused_too(self, make, images, tmp_path):
+        (images / "broken.png").write_bytes(b"")
+        before = content(make(max_unreadable=0.1))
+        make(max_unreadable=0.1, write_key_map=tmp_path / "keys.csv")
+        assert len(keys_of(tmp_path / "keys.csv")) == 15
+        (tmp_path / "more").mkdir()
+        Image.fromarray(picture(77)).save(tmp_path / "more" / "a.png")
+        with pytest.raises(ValueError, match="fingerprint of images2's files was None"):
+            make(max_unreadable=0.1, source=[images, tmp_path / "more"])
+        Image.fromarray(picture(78)).save(images / "broken.png")
+        with pytest.raises(ValueError, match="fingerprint of images's files was"):
+            make(max_unreadable=0.1)
+        assert content(tmp_path / "out") == before
+
+    def test_images_that_change_on_the_way_are_refused(self, make, stopped, images, tmp_path):
+        stopped("make.write_manifest")
+        Image.fromarray(picture(50, 64)).save(images / "Doe^02.png")
+        with pytest.raises(ValueError, match="1 images have changed since they were prepared"):
             make()
 
     def test_two_runs_at_once_are_refused(self, make, flags):

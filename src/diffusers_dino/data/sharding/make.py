@@ -18,9 +18,9 @@ from ..sources import OpenSource, Record, Source
 from ..sources.finder import is_image
 from ..stores.archives import split_name
 from .manifest import MANIFEST, Shard, ShardError, check_shards, read_manifest, write_manifest
-from .parts import Item, Sample, Unreadable, assemble_shard, is_complete, list_items, read_part, write_part
-from .plan import PLAN, PlanRule, ShardPlan, configuration_of, images_of, make_plan, read_plan
-from .provenance import describe_lineage
+from .parts import Item, Sample, Unreadable, assemble_shard, file_bytes, is_complete, list_items, read_part, write_part
+from .plan import PLAN, PlanRule, ShardPlan, configuration_of, files_of, images_of, make_plan, read_plan
+from .provenance import describe_lineage, lineage_of
 from .summary import write_summary
 
 __all__ = ["check_outside", "make_shards"]
@@ -82,25 +82,25 @@ def make_shards(
     configuration = configuration_of(encoding, rule)
     with lock_folder(make_writable_folder(work)):
         try:
+            opened = _open(sources)
+            items = [item for _, records in opened for item in list_items(records, salt)]
+            if key_map is not None:
+                _write_key_map(Path(key_map), items)
             if (output / MANIFEST).is_file():
-                require_same(read_manifest(output)["lineage"]["configuration"], configuration, output, ShardError)
+                _require_same_as_finished(output, configuration, items)
                 return check_shards(output, num_workers)
             parts, done = work / "parts", work / "shards"
             for folder in (output, work, parts, done):
                 folder.mkdir(exist_ok=True)
                 remove_partials(folder)
-            opened = _open(sources)
-            items = [item for _, records in opened for item in list_items(records, salt)]
             begun = configuration | {"part_size": part_size} | images_of(items)
             freeze(work / "configuration.json", begun, ShardError, output)
-            if key_map is not None:
-                _write_key_map(Path(key_map), items)
             if retry_unreadable:
                 _forget_plan(output, work, done)
             groups = [items[start : start + part_size] for start in range(0, len(items), part_size)]
             jobs = [(parts, number, group, encoding, salt) for number, group in enumerate(groups)]
             samples, unreadable = _prepare(jobs, max_unreadable, retry_unreadable, num_workers, progress)
-            write_csv(output / _UNREADABLE, ["key", "source", "reason"], sorted(map(astuple, unreadable)))
+            write_csv(output / _UNREADABLE, ["key", "source", "reason"], sorted(astuple(u)[:3] for u in unreadable))
             _check_unreadable(unreadable, len(items), max_unreadable, output)
             with progress_bar("Looking for duplicates", "image", len(samples), show=progress) as bar:
                 plan = read_plan(work) or make_plan(samples, rule, output, work)
@@ -108,12 +108,26 @@ def make_shards(
             shards = _assemble(plan, samples, parts, output, done, num_workers, progress)
             lineage = describe_lineage([source for source, _ in opened], plan, samples, unreadable)
             lineage["configuration"] = configuration
+            size_of = {one.key: one.file_bytes for one in (*samples, *unreadable)}
+            sizes = [file_bytes(i.record) if size_of[i.key] is None else size_of[i.key] for i in items]
+            lineage["images"] = images_of(items) | files_of(items, sizes)
             write_summary(output / "summary.html", lineage, plan, samples, unreadable, parts)
             write_manifest(output, encoding.preprocessing, shards, lineage)
             return read_manifest(output)
         finally:
             if (output / MANIFEST).is_file():  # complete: nothing is left to go on with
                 shutil.rmtree(work)
+
+
+def _require_same_as_finished(output: Path, configuration: dict[str, Any], items: Sequence[Item]) -> None:
+    """Refuse other settings, images, labels or files than a complete folder was made from, with ShardError."""
+    lineage = lineage_of(output)
+    now = images_of(items) | files_of(items, [file_bytes(item.record) for item in items])
+    begun = lineage.get("images")
+    if begun is None:  # a folder of an older version
+        begun = {f"images of {source['name']}": source["images"] for source in lineage.get("sources", [])}
+        now = {f"images of {name}": count for name, count in Counter(i.record.source for i in items).items()}
+    require_same(lineage.get("configuration", {}) | begun, configuration | now, output, ShardError)
 
 
 def _forget_plan(output: Path, work: Path, done: Path) -> None:
@@ -192,7 +206,15 @@ def _prepare(
             if damaged > max_unreadable * total:
                 break
     found = [read_part(*job[:2]) for job in jobs if is_complete(*job[:2])]
-    return [sample for samples, _ in found for sample in samples], [one for _, refused in found for one in refused]
+    samples = [sample for of_part, _ in found for sample in of_part]
+    record_of = {item.key: item.record for _, _, items, _, _ in jobs for item in items}
+    changed = [s for s in samples if s.file_bytes not in (None, file_bytes(record_of[s.key]))]
+    if changed:
+        raise ShardError(
+            f"{len(changed)} images have changed since they were prepared, such as that of key {changed[0].key}. "
+            "Give another output folder."
+        )
+    return samples, [one for _, refused in found for one in refused]
 
 
 def _check_unreadable(unreadable: Sequence[Unreadable], total: int, max_unreadable: float, output: Path) -> None:

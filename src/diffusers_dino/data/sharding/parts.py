@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ __all__ = [
     "Sample",
     "Unreadable",
     "assemble_shard",
+    "file_bytes",
     "is_complete",
     "list_items",
     "prepare",
@@ -55,7 +56,8 @@ class Sample:
     See `Item` and `Record` for what is not said here. `modality` is DICOM's term, such as `"DX"`; `spacing` is in mm
     between rows and between columns of the prepared image; `size` is the original's, height and width; `digest` and
     `hash` (hexadecimal) are those of `duplicates`. `files` are extension -> offset and length within the part number
-    `part`, `checksum` is the CRC-32 of those bytes.
+    `part`, `checksum` is the CRC-32 of those bytes. `file_bytes` are those of the original and its masks when they
+    were read; None in parts of older versions.
     """
 
     key: str
@@ -73,6 +75,7 @@ class Sample:
     files: dict[str, tuple[int, int]]
     checksum: int
     part: int
+    file_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +85,10 @@ class Unreadable:
     key: str
     source: str
     reason: str
+    file_bytes: int | None = None
 
 
-_COLUMNS = [entry.name for entry in fields(Sample) if entry.name != "part"]
+_COLUMNS = [entry.name for entry in fields(Sample) if entry.name != "part"]  # `file_bytes` last: it may be missing
 
 
 def list_items(records: Iterable[Record], salt: str) -> list[Item]:
@@ -139,21 +143,30 @@ def write_part(folder: Path, number: int, items: Sequence[Item], encoding: Encod
     unreadable: list[Unreadable] = []
     with atomic_write(_blob(folder, number)) as blob:
         for item in items:
+            size = file_bytes(item.record)
             try:
                 known, files = prepare(item, encoding, salt)
             except (UnreadableImageError, ValueError, OSError) as error:
-                unreadable.append(Unreadable(item.key, item.record.source, _reason(error)))
+                unreadable.append(Unreadable(item.key, item.record.source, _reason(error), size))
                 continue
-            known["files"], known["checksum"] = {}, 0
+            known |= {"files": {}, "checksum": 0, "file_bytes": size}
             for extension, content in files.items():
                 known["files"][extension] = (blob.tell(), len(content))
                 known["checksum"] = zlib.crc32(content, known["checksum"])
                 blob.write(content)
             rows.append([known[column] for column in _COLUMNS])
         size = blob.tell()
-    refused = [[one.key, one.source, one.reason] for one in unreadable]
-    write_json(_facts(folder, number), {"bytes": size, "samples": rows, "unreadable": refused}, indent=None)
+    facts = {"bytes": size, "samples": rows, "unreadable": list(map(astuple, unreadable))}
+    write_json(_facts(folder, number), facts, indent=None)
     return len(items), len(unreadable)
+
+
+def file_bytes(record: Record) -> int:
+    """Bytes of an image's file and of its masks, by which other images of the same names are noticed; -1 without."""
+    try:
+        return sum(path.stat().st_size for path in (record.image, *record.masks))
+    except OSError:
+        return -1
 
 
 def is_complete(folder: Path, number: int) -> bool:
@@ -167,7 +180,7 @@ def is_complete(folder: Path, number: int) -> bool:
 def read_part(folder: Path, number: int) -> tuple[list[Sample], list[Unreadable]]:
     """The facts of a part's samples, and its unreadable images."""
     content = read_json(_facts(folder, number))
-    samples = [Sample(**dict(zip(_COLUMNS, row, strict=True)), part=number) for row in content["samples"]]
+    samples = [Sample(**dict(zip(_COLUMNS, row, strict=False)), part=number) for row in content["samples"]]
     return samples, [Unreadable(*row) for row in content["unreadable"]]
 
 
@@ -175,7 +188,7 @@ def assemble_shard(name: str, split: str, samples: Sequence[Sample], parts: Path
     """Copy a shard together from parts, unless it is there already and matches its record in the folder `done`."""
     path, record = folder / name, done / f"{name}.json"
     if record.is_file():
-        shard = Shard(**json.loads(record.read_bytes()))
+        shard = Shard(**read_json(record))
         if path.is_file() and path.stat().st_size == shard.bytes and sha256_of(path) == shard.sha256:
             return shard
     shard = write_shard(path, split, _with_facts(samples, split, parts))

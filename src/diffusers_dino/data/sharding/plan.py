@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from ...files import write_csv, write_json
+from ...files import read_json, write_csv, write_json
 from ...seeds import derive_seed
 from ..images.encoding import Encoding
 from ..splits import SPLITS, SplitRule, assign_splits, link_patients
 from .duplicates import MAX_DISTANCE, find_duplicates
+from .manifest import ShardError
 from .parts import Item, Sample
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "PlannedShard",
     "ShardPlan",
     "configuration_of",
+    "files_of",
     "images_of",
     "make_plan",
     "plan_shards",
@@ -99,12 +100,22 @@ def configuration_of(encoding: Encoding, rule: PlanRule) -> dict[str, Any]:
 
 def images_of(items: Sequence[Item]) -> dict[str, str]:
     """A fingerprint for each source, by which a restart notices other images, labels or another salt."""
+    facts = [(i.key, i.patient, i.record.labels, i.record.uncertain, i.record.view, i.record.split) for i in items]
+    return _digest("images, labels and salt", items, facts)
+
+
+def files_of(items: Sequence[Item], file_bytes: Iterable[int]) -> dict[str, str]:
+    """A fingerprint for each source, by which a finished folder notices other files of the same names."""
+    pairs = zip(items, file_bytes, strict=True)
+    facts = [(i.key, size, len(i.record.masks), i.record.raw, i.record.invert) for i, size in pairs]
+    return _digest("files", items, facts)
+
+
+def _digest(what: str, items: Sequence[Item], facts: Sequence[Any]) -> dict[str, str]:
     digests: dict[str, Any] = {}
-    for item in items:
-        record = item.record
-        facts = (item.key, item.patient, record.labels, record.uncertain, record.view, record.split)
-        digests.setdefault(record.source, hashlib.sha256()).update(repr(facts).encode())
-    return {f"fingerprint of {name}'s images, labels and salt": d.hexdigest()[:16] for name, d in digests.items()}
+    for item, fact in zip(items, facts, strict=True):
+        digests.setdefault(item.record.source, hashlib.sha256()).update(repr(fact).encode())
+    return {f"fingerprint of {name}'s {what}": digest.hexdigest()[:16] for name, digest in digests.items()}
 
 
 def read_plan(work: Path) -> ShardPlan | None:
@@ -112,7 +123,7 @@ def read_plan(work: Path) -> ShardPlan | None:
     path = work / PLAN
     if not path.is_file():
         return None
-    content = json.loads(path.read_bytes())
+    content = read_json(path, limit=1 << 30, error=ShardError)
     return ShardPlan(**content | {"shards": [PlannedShard(**shard) for shard in content["shards"]]})
 
 

@@ -16,7 +16,7 @@ from .manifest import MANIFEST, ShardError, read_manifest, verify_shards
 from .parts import Sample, Unreadable
 from .plan import ShardPlan
 
-__all__ = ["PHANTOM_MANIFEST", "describe_lineage", "recorded_sources", "require_synthetic"]
+__all__ = ["PHANTOM_MANIFEST", "describe_lineage", "lineage_of", "recorded_sources", "require_synthetic"]
 
 PHANTOM_MANIFEST = "phantom-cxr.json"  # beside the bundled phantoms
 
@@ -56,7 +56,7 @@ def recorded_sources(data_dir: str | Path) -> list[dict[str, Any]]:
         return []
     if (folder / PHANTOM_MANIFEST).is_file():
         return [describe_source(PHANTOMS)]
-    found = _lineage_of(folder)
+    found = lineage_of(folder)
     if found.get("kind") == "synthetic":
         return [{"title": f"a synthetic set (plan {found['plan'][:16]})"}]
     sources = found.get("sources", [])
@@ -75,7 +75,7 @@ def require_synthetic(data_dir: str | Path) -> None:
     if (folder / PHANTOM_MANIFEST).is_file():
         problems = _wrong_phantoms(folder)
     else:
-        if _lineage_of(folder).get("kind") != "synthetic":
+        if lineage_of(folder).get("kind") != "synthetic":
             raise ValueError(
                 f"{folder.name}: nothing says that these images are synthetic. Images shown in public must be "
                 f"phantoms (with {PHANTOM_MANIFEST}) or a synthetic set (with its {MANIFEST})."
@@ -92,7 +92,7 @@ def _folder_of(data_dir: str | Path) -> Path | None:
     return path.parent if path.suffix == ".tar" else path
 
 
-def _lineage_of(folder: Path) -> dict[str, Any]:
+def lineage_of(folder: Path) -> dict[str, Any]:
     """What a manifest says of the origin of the images; nothing if there is no sound manifest."""
     try:
         found = read_manifest(folder).get("lineage")
