@@ -142,6 +142,10 @@ class TestDrawing:
         seen = set()
         for i in range(40):
             hurt, labels, found = draw_findings(chest, np.random.default_rng(i))
+            if i in (3, 11):
+                again = draw_findings(chest, np.random.default_rng(i))
+                assert again[1:] == (labels, found)
+                assert torch.equal(again[0].hu, hurt.hu)
             assert labels == [label for label in LABELS if label in {f["name"] for f in found}]
             assert bool(labels) == (not torch.equal(hurt.hu, chest.hu))
             assert json.loads(json.dumps(found)) == found
@@ -150,12 +154,6 @@ class TestDrawing:
             seen.add(tuple(labels))
         assert {label for labels in seen for label in labels} == set(LABELS)
         assert () in seen
-
-    def test_findings_follow_from_the_generator(self, chest):
-        for i in (3, 11):
-            one, two = (draw_findings(chest, np.random.default_rng(i)) for _ in range(2))
-            assert one[1:] == two[1:]
-            assert torch.equal(one[0].hu, two[0].hu)
 
 
 class TestProjectionArithmetic:
@@ -167,12 +165,10 @@ class TestProjectionArithmetic:
         assert float(bone) > 2 * WATER
         assert float(attenuation(torch.tensor(-2048.0))) == 0
 
-    def test_deforming_by_nothing_is_the_identity(self, chest):
-        still = deform(chest.hu[None], chest, (1.0, 1.0, 1.0), torch.zeros(3, 5, 4, 5))
-        torch.testing.assert_close(still[0], chest.hu, atol=0.05, rtol=0)
-
-    def test_scaling_multiplies_volume(self, chest):
-        grown = deform(chest.heart[None], chest, (1.2, 1.1, 0.9), torch.zeros(3, 5, 4, 5))
+    def test_deforming_scales_volumes_and_by_nothing_is_the_identity(self, chest):
+        flat = torch.zeros(3, 5, 4, 5)
+        torch.testing.assert_close(deform(chest.hu[None], chest, (1.0,) * 3, flat)[0], chest.hu, atol=0.05, rtol=0)
+        grown = deform(chest.heart[None], chest, (1.2, 1.1, 0.9), flat)
         assert float(grown.sum() / chest.heart.sum()) == pytest.approx(1.2 * 1.1 * 0.9, rel=0.02)
 
     def test_development_makes_denser_brighter(self):
@@ -190,26 +186,19 @@ class TestProjectionArithmetic:
         assert error[0] < error[1]
 
 
-def random_phantoms(count: int) -> list[Phantom]:
-    rng = np.random.default_rng(0)
-    pictures = rng.integers(0, 256, (count, 32, 32), np.uint8)
-    masks = rng.random((count, 32, 32)) > 0.5
-    return [Phantom(pictures[i], masks[i], {"labels": ["Nodule"], "index": i}) for i in range(count)]
-
-
 class TestWriting:
     def test_shards_hold_what_was_given_and_nothing_else(self, tmp_path):
-        phantoms = random_phantoms(5)
+        rng = np.random.default_rng(0)
+        pictures, masks = rng.integers(0, 256, (5, 32, 32), np.uint8), rng.random((5, 32, 32)) > 0.5
+        phantoms = [Phantom(pictures[i], masks[i], {"labels": ["Nodule"], "index": i}) for i in range(5)]
         shards = make_phantoms.write_shards(tmp_path, "train", iter(phantoms), shard_size=2)
         assert [s["samples"] for s in shards] == [2, 2, 1]
-        assert shards[0]["file"] == "phantom-cxr-train-000000.tar"
         samples = [s for shard in shards for s in read_shard(tmp_path / shard["file"])]
         assert [key for key, *_ in samples] == [f"train-{i:05d}" for i in range(5)]
         for phantom, (_, image, mask, meta) in zip(phantoms, samples, strict=True):
             assert np.array_equal(image, phantom.image)
             assert np.array_equal(mask, phantom.mask * np.uint8(255))
             assert meta == phantom.meta
-        assert hashlib.sha256((tmp_path / shards[0]["file"]).read_bytes()).hexdigest() == shards[0]["sha256"]
         (tmp_path / "again").mkdir()
         again = make_phantoms.write_shards(tmp_path / "again", "train", iter(phantoms), shard_size=2)
         assert again == shards  # the bytes, too
@@ -231,20 +220,14 @@ class TestCommandLine:
         assert shard.read_bytes() == b"precious"
 
     @pytest.mark.parametrize(
-        ("flags", "message"),
-        [
-            (["--num_train", "-1"], "--num_train"),
-            (["--num_test", "-5"], "--num_test"),
-            (["--size", "8"], "--size"),
-            (["--shard_size", "0"], "--shard_size"),
-            (["--num_workers", "-1"], "--num_workers"),
-            (["--seed", "-3"], "--seed"),
-            (["--num_train", "0", "--num_test", "0"], "Nothing to render"),
-        ],
+        "flags",
+        ["--num_train -1", "--num_test -5", "--size 8", "--shard_size 0", "--num_workers -1", "--seed -3"],
     )
-    def test_numbers_out_of_range_are_named(self, tmp_path, flags, message):
-        with pytest.raises(ValueError, match=message):
-            make_phantoms.main(["--output_dir", str(tmp_path), *flags])
+    def test_numbers_out_of_range_are_named(self, tmp_path, flags):
+        with pytest.raises(ValueError, match=flags.split()[0]):
+            make_phantoms.main(["--output_dir", str(tmp_path), *flags.split()])
+        with pytest.raises(ValueError, match="Nothing to render"):
+            make_phantoms.main(["--output_dir", str(tmp_path), "--num_train", "0", "--num_test", "0"])
 
 
 def read_shard(path: Path) -> list[tuple[str, np.ndarray, np.ndarray, dict]]:
@@ -339,25 +322,18 @@ def radiograph(chest: Chest, healthy: Chest) -> tuple[torch.Tensor, ...]:
     return tuple(project(volumes, healthy, **VIEW))
 
 
-def assert_same(one: Phantom, two: Phantom) -> None:
-    assert np.array_equal(one.image, two.image)
-    assert np.array_equal(one.mask, two.mask)
-    assert one.meta == two.meta
-
-
 @pytest.mark.slow
 class TestRendering:
-    def test_a_sample_follows_from_its_index(self, scan):
-        one, two = (make_phantom(scan, 3, "train", 5, size=64) for _ in range(2))
-        assert_same(one, two)
-        for other in (make_phantom(scan, *key, size=64) for key in ((4, "train", 5), (3, "test", 5), (3, "train", 6))):
-            assert not np.array_equal(one.image, other.image)
-
-    def test_workers_change_nothing(self, scan):
+    def test_a_sample_follows_from_its_index_in_any_process(self, scan):
         jobs = [("train", 1), ("test", 0), ("train", 0)]
-        alone, shared = (make_phantoms.render(scan, jobs, seed=1, size=64, num_workers=n) for n in (0, 2))
-        for one, two in zip(alone, shared, strict=True):
-            assert_same(one, two)
+        here, shared = (list(make_phantoms.render(scan, jobs, seed=1, size=64, num_workers=n)) for n in (0, 2))
+        for one, two in zip(here, shared, strict=True):
+            assert np.array_equal(one.image, two.image)
+            assert np.array_equal(one.mask, two.mask)
+            assert one.meta == two.meta
+        for one, other in ((0, 1), (1, 2), (0, 2)):
+            assert not np.array_equal(here[one].image, here[other].image)
+        assert not np.array_equal(here[2].image, make_phantom(scan, 2, "train", 0, size=64).image)  # another seed
 
     def test_committed_samples_come_out_again(self, scan, committed, manifest):
         for split, index in (("train", 0), ("test", 63)):
@@ -368,31 +344,21 @@ class TestRendering:
             assert np.abs(phantom.image.astype(int) - image).max() <= 2
             assert (phantom.mask != (mask > 0)).mean() < 0.001
 
-    def test_the_heart_lies_on_the_pictures_right_and_grows(self, scan):
-        heart = radiograph(scan, scan)[2] > 5
-        columns = torch.arange(64.0).expand(64, 64)
-        assert float(columns[heart].mean()) > 34
+    def test_large_findings_show_on_their_side(self, scan):
+        clear, lung, heart = radiograph(scan, scan)
+        heart, lung = heart > 5, lung > 40
+        rows, columns = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+        assert float(columns[heart].float().mean()) > 34
         big = radiograph(enlarge_heart(scan, (1.5, 1.3, 1.25)), scan)[2] > 5
         assert big.sum() > 1.15 * heart.sum()
         assert (big | ~heart).all()
-
-    def test_effusion_whitens_the_lower_lung_of_its_side(self, scan):
-        dry, wet = radiograph(scan, scan)[0], radiograph(add_effusion(scan, RIGHT, 0.4, 30.0), scan)[0]
-        gained = wet - dry
-        lung = radiograph(scan, scan)[1] > 40
-        rows, columns = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
-        middle = rows[lung].float().mean()
-        right = lung & (columns < 30)
-        assert gained[right & (rows > middle + 8)].mean() > 0.5
-        assert gained[right & (rows < middle - 8)].abs().mean() < 0.02
-        assert gained[lung & (columns > 36)].abs().mean() < 0.02
-
-    def test_pneumothorax_darkens_its_apex(self, scan):
-        gained = radiograph(add_pneumothorax(scan, LEFT, 0.4), scan)[0] - radiograph(scan, scan)[0]
-        lung = radiograph(scan, scan)[1] > 40
-        rows, columns = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
-        apex = lung & (columns > 36) & (rows < rows[lung].min() + 8)
-        assert gained[apex].mean() < -0.05
+        fluid = radiograph(add_effusion(scan, RIGHT, 0.4, 30.0), scan)[0] - clear
+        middle, right = rows[lung].float().mean(), lung & (columns < 30)
+        assert fluid[right & (rows > middle + 8)].mean() > 0.5
+        assert fluid[right & (rows < middle - 8)].abs().mean() < 0.02
+        assert fluid[lung & (columns > 36)].abs().mean() < 0.02
+        air = radiograph(add_pneumothorax(scan, LEFT, 0.4), scan)[0] - clear
+        assert air[lung & (columns > 36) & (rows < rows[lung].min() + 8)].mean() < -0.05
 
     def test_consolidation_and_nodule_show_where_they_are(self, scan):
         x, y, z = (lung_centre(scan) / scan.spacing).round().int().tolist()

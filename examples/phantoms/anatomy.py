@@ -34,25 +34,18 @@ OWN_NODULE = ((316, 145, 90), 17.0)  # centre in voxels of the scan, radius in m
 
 @dataclass(frozen=True)
 class Chest:
-    """A chest as aligned volumes: X runs to the patient's left, Y to the front, Z to the head.
+    """A chest as aligned volumes `(X, Y, Z)`: X runs to the patient's left, Y to the front, Z to the head.
 
-    Attributes:
-        hu: `(X, Y, Z)` Hounsfield units, -1000 for air.
-        lungs: `(2, X, Y, Z)`, how much of each voxel is right and left lung tissue, in [0, 1].
-        pleural_air: `(X, Y, Z)`, how much of each voxel is air around a collapsed lung, in [0, 1].
-        heart: `(X, Y, Z)`, how much of each voxel is heart, in [0, 1].
-        abdomen: `(X, Y, Z)`, how much of each voxel is an organ below the diaphragm, in [0, 1].
-        lobes: `(X, Y, Z)` uint8; 0 outside the lungs, else 1-3 right upper, middle, lower, 4-5 left upper, lower.
-        spacing: Side of a voxel in mm.
+    Lungs, air, heart and abdomen are the share of each voxel that they fill, in [0, 1].
     """
 
-    hu: Tensor
-    lungs: Tensor
-    pleural_air: Tensor
+    hu: Tensor  # Hounsfield units, -1000 for air
+    lungs: Tensor  # (2, X, Y, Z): tissue of the right and the left lung
+    pleural_air: Tensor  # around a collapsed lung
     heart: Tensor
-    abdomen: Tensor
-    lobes: Tensor
-    spacing: float
+    abdomen: Tensor  # organs below the diaphragm
+    lobes: Tensor  # uint8; 0 outside the lungs, else 1-3 right upper, middle, lower, 4-5 left upper, lower
+    spacing: float  # side of a voxel in mm
 
 
 def load_chest() -> Chest:
@@ -99,7 +92,8 @@ def clean_and_resample(hu: Tensor, labels: Tensor, in_plane: float) -> Chest:
     lobes = torch.where(shares.sum(0) > 0.5, shares.argmax(0) + 1, 0).byte()
     lungs = torch.stack([shares[:3].sum(0), shares[3:].sum(0)])
 
-    rows = slice(*_extent(hu[:, :, 10] > -300, axis=1, margin=6))
+    inside = (hu[:, :, 10] > -300).any(0).nonzero()
+    rows = slice(max(int(inside.min()) - 6, 0), int(inside.max()) + 7)
     volumes = (hu, lungs, torch.zeros_like(hu), heart, abdomen, lobes)
     return Chest(*(_pad(volume[..., rows, :]) for volume in volumes), spacing=SPACING)
 
@@ -133,11 +127,6 @@ def _complete_body(hu: np.ndarray, bone: np.ndarray, scanned: np.ndarray, midlin
         ~known, sampling=(1, 3, 1000), return_distances=False, return_indices=True
     )
     return np.where(known, hu, without_bone[tuple(nearest)]).astype(np.float32)
-
-
-def _extent(inside: Tensor, axis: int, margin: int) -> tuple[int, int]:
-    hits = inside.movedim(axis, 0).flatten(1).any(1).nonzero()
-    return max(int(hits.min()) - margin, 0), int(hits.max()) + 1 + margin
 
 
 def _pad(volume: Tensor) -> Tensor:

@@ -38,10 +38,6 @@ def sample_at(volumes: Tensor, points: Tensor, spacing: float) -> Tensor:
     return F.grid_sample(volumes[None], grid[None].float(), padding_mode="border", align_corners=True)[0]
 
 
-def _mix(inside: float | Tensor, outside: Tensor, share: Tensor) -> Tensor:
-    return share * inside + (1 - share) * outside
-
-
 def _bounds(lung: Tensor, spacing: float) -> tuple[Tensor, Tensor]:
     """Lowest and highest corner of a lung in mm, `(3,)` each."""
     voxels = (lung > 0.5).nonzero()
@@ -65,7 +61,7 @@ def enlarge_heart(chest: Chest, scale: Sequence[float]) -> Chest:
     invaded = (grown * chest.lungs.sum(0)).clamp(0, 1)
     return replace(
         chest,
-        hu=_mix(HEART_MUSCLE, chest.hu, invaded),
+        hu=invaded * HEART_MUSCLE + (1 - invaded) * chest.hu,
         heart=torch.maximum(chest.heart, invaded),
         lungs=chest.lungs * (1 - invaded),
     )
@@ -112,18 +108,14 @@ def add_effusion(chest: Chest, side: int, level: float, rise: float) -> Chest:
     fluid = ((surface - positions(chest)[2]) / chest.spacing + 0.5).clamp(0, 1) * lung
     lungs = chest.lungs.clone()
     lungs[side] = lung - fluid
-    return replace(chest, hu=_mix(FLUID, chest.hu, fluid), lungs=lungs)
+    return replace(chest, hu=fluid * FLUID + (1 - fluid) * chest.hu, lungs=lungs)
 
 
 def consolidate(chest: Chest, centre: Sequence[float], radius: float, density: float, texture: Tensor) -> Chest:
     """Consolidation: a soft cloud of fluid-filled lung that stays within the lobe of its centre.
 
-    Args:
-        chest: The chest.
-        centre: Middle of the cloud in mm, inside a lobe.
-        radius: Distance at which the cloud thins out, in mm.
-        density: Share of the air that is replaced at its densest, in (0, 1].
-        texture: Coarse noise of about unit variance, `(x, y, z)` of any size, spread over the chest.
+    It thins out `radius` mm from its centre (in mm); `density` in (0, 1] is the share of air that is replaced there.
+    `texture` is coarse noise of about unit variance, `(x, y, z)` of any size, spread over the chest.
     """
     index = tuple(round(c / chest.spacing) for c in centre)
     lobe = int(chest.lobes[index])
@@ -134,7 +126,8 @@ def consolidate(chest: Chest, centre: Sequence[float], radius: float, density: f
     noise = F.interpolate(texture[None, None].float(), size=chest.hu.shape, mode="trilinear", align_corners=True)[0, 0]
     cloud = torch.sigmoid(6 * (1 - distance / radius + 0.25 * noise))
     share = density * cloud * (chest.lobes == lobe) * chest.lungs.sum(0)
-    return replace(chest, hu=torch.maximum(chest.hu, _mix(PUS, chest.hu, share.clamp(0, 1))))
+    share = share.clamp(0, 1)
+    return replace(chest, hu=torch.maximum(chest.hu, share * PUS + (1 - share) * chest.hu))
 
 
 def add_nodule(chest: Chest, centre: Sequence[float], diameter: float, hu: float) -> Chest:
@@ -143,4 +136,4 @@ def add_nodule(chest: Chest, centre: Sequence[float], diameter: float, hu: float
         raise ValueError(f"A nodule is 3 to 30 mm across (larger is a mass), got {diameter}.")
     distance = (positions(chest) - torch.tensor(centre).view(3, 1, 1, 1)).square().sum(0).sqrt()
     share = ((diameter / 2 - distance) / chest.spacing + 0.5).clamp(0, 1)
-    return replace(chest, hu=torch.maximum(chest.hu, _mix(hu, chest.hu, share)))
+    return replace(chest, hu=torch.maximum(chest.hu, share * hu + (1 - share) * chest.hu))

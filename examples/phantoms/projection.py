@@ -55,20 +55,11 @@ def project(
 ) -> Tensor:
     """Line integrals through volumes for a PA radiograph (source behind the patient), patient's right on the left.
 
-    Args:
-        volumes: `(C, X, Y, Z)` densities.
-        chest: Gives the voxels' size and the lungs' centre, about which the patient turns. Pass the healthy chest, so
-            that a finding does not move the view.
-        size: Side of the picture in pixels.
-        field: Side of the square that the picture shows in the plane of the lungs' centre, in mm.
-        rotation: Degrees about the body's long axis, its left-right axis and the line of sight.
-        shift: Millimetres by which the picture is moved to the patient's right and to the head.
-        source_distance: From the source to the lungs' centre, in mm.
-        detector_distance: From the lungs' centre to the detector, in mm.
-        samples: Points along a ray for each voxel of the chest's depth.
-
-    Returns:
-        `(C, size, size)` integrals of density times mm.
+    Densities `(C, X, Y, Z)` -> integrals `(C, size, size)`, density times mm. The patient turns about the centre of
+    the lungs of `chest`: pass the healthy one, so that a finding does not move the view. `field` is the side of the
+    square that the picture shows in the plane of that centre; `rotation` is in degrees about the body's long axis, its
+    left-right axis and the line of sight; `shift` moves the picture to the patient's right and to the head; distances
+    are from the centre. All lengths are in mm. `samples` are points along a ray for each voxel of the chest's depth.
     """
     from diffdrr.data import read
     from diffdrr.drr import DRR
@@ -111,21 +102,10 @@ def develop(
 ) -> Tensor:
     """Line integrals to the grey values of a radiograph: dark lungs, bright bones.
 
-    Args:
-        integrals: `(H, W)` line integrals of attenuation.
-        photons: Quanta that reach a pixel through nothing; sets the noise.
-        scatter: Scattered over primary radiation, spread over the picture.
-        flatten: Share of the broad brightness differences that processing takes out, in [0, 1).
-        sharpen: Gain of the finest detail, at least 0.
-        black: Quantile of the picture below which all is equally dark.
-        white: Quantile of the picture above which all is equally bright.
-        gamma: Exponent of the tone curve.
-        darkest: Grey value of the darkest pixels, in [0, 1].
-        brightest: Grey value of the brightest pixels, in [0, 1].
-        noise: `(H, W)` standard normal draws.
-
-    Returns:
-        `(H, W)` in [0, 1].
+    Of `photons` that would reach a pixel through nothing, `noise` (standard normal draws) makes the noise; `scatter`
+    is scattered over primary radiation. `flatten` in [0, 1) takes out broad differences of brightness, `sharpen` is
+    the gain of the finest detail. What is beyond the quantiles `black` and `white` is equally dark or bright:
+    `darkest` and `brightest`, with an exponent `gamma` between. `(H, W)` -> `(H, W)` in [0, 1].
     """
     primary = torch.exp(-integrals)
     signal = primary + scatter * _blur(primary, len(integrals) / 5)

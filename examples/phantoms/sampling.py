@@ -24,16 +24,10 @@ LUNG_PATH, ABDOMEN_PATH = 20.0, 20.0
 
 @dataclass(frozen=True)
 class Phantom:
-    """One synthetic radiograph.
+    """One synthetic radiograph, its lung fields, and its labels and the numbers that made it, ready for JSON."""
 
-    Attributes:
-        image: `(size, size)` uint8.
-        mask: `(size, size)` bool, the lung fields.
-        meta: Labels and the numbers that made it, ready for JSON.
-    """
-
-    image: np.ndarray
-    mask: np.ndarray
+    image: np.ndarray  # (size, size) uint8
+    mask: np.ndarray  # (size, size) bool
     meta: dict
 
 
@@ -67,12 +61,6 @@ def _uniform(rng: np.random.Generator, low: float, high: float) -> float:
     return round(float(rng.uniform(low, high)), 3 if high <= 2 else 1)
 
 
-def _draw_labels(rng: np.random.Generator) -> list[str]:
-    count = rng.choice(4, p=[0.25, 0.4, 0.25, 0.1])
-    chosen = rng.choice(len(LABELS), size=count, replace=False)
-    return [label for i, label in enumerate(LABELS) if i in chosen]
-
-
 def _without_specks(mask: Tensor) -> np.ndarray:
     """Drop what is smaller than 1/500 of the picture: rays that slip past the organs below the diaphragm."""
     from scipy import ndimage
@@ -89,7 +77,9 @@ def draw_findings(chest: Chest, rng: np.random.Generator) -> tuple[Chest, list[s
 
     Gives the diseased chest, its labels (none for a healthy one), and the numbers of each finding.
     """
-    labels = _draw_labels(rng)
+    count = rng.choice(4, p=[0.25, 0.4, 0.25, 0.1])
+    chosen = rng.choice(len(LABELS), size=count, replace=False)
+    labels = [label for i, label in enumerate(LABELS) if i in chosen]
     found: list[dict] = []
     side = int(rng.integers(2))  # fluid and air are put on opposite sides
 
@@ -111,7 +101,7 @@ def draw_findings(chest: Chest, rng: np.random.Generator) -> tuple[Chest, list[s
         for _ in range(int(rng.integers(1, 3))):
             numbers = note(
                 "Consolidation",
-                centre=_place(chest, rng, margin=10),
+                centre=_place(chest, rng),
                 radius=_uniform(rng, 22, 45),
                 density=_uniform(rng, 0.5, 0.9),
             )
@@ -121,7 +111,7 @@ def draw_findings(chest: Chest, rng: np.random.Generator) -> tuple[Chest, list[s
         for _ in range(int(rng.integers(1, 3))):
             numbers = note(
                 "Nodule",
-                centre=_place(chest, rng, margin=10),
+                centre=_place(chest, rng),
                 diameter=_uniform(rng, 6, 15),
                 hu=_uniform(rng, 50, 300),
             )
@@ -129,13 +119,12 @@ def draw_findings(chest: Chest, rng: np.random.Generator) -> tuple[Chest, list[s
     return chest, labels, found
 
 
-def _place(chest: Chest, rng: np.random.Generator, margin: float) -> list[float]:
-    """A random place in aerated lung, `margin` mm away from anything else, in mm."""
+def _place(chest: Chest, rng: np.random.Generator) -> list[float]:
+    """A random place in aerated lung, 10 mm away from anything else, in mm."""
     from scipy import ndimage
 
     inside = ((chest.lungs.sum(0) > 0.9) & (chest.lobes > 0)).numpy()
-    steps = round(margin / chest.spacing)
-    core = ndimage.binary_erosion(inside, iterations=steps)
+    core = ndimage.binary_erosion(inside, iterations=round(10 / chest.spacing))
     voxels = np.argwhere(core if core.any() else inside)
     return [float(c) * chest.spacing for c in voxels[rng.integers(len(voxels))]]
 

@@ -94,12 +94,10 @@ def write_feature_cache(
         folder: Where the cache shall be; all processes must see it.
         recipe: Of `encoder`, `views` and the number of views, K.
         views: The views to encode.
-        encoder: What encodes them.
-        accelerator: Tells the processes apart.
+        encoder: What encodes them, about `batch_size` views at once.
+        accelerator: Tells the processes apart; each loads images in `num_workers` processes.
         dtype: Type to store: `torch.float16`, or `torch.float32` for features as exact as those of a batch.
         samples_per_shard: Samples in a file; rounded down to what is encoded together.
-        batch_size: Views encoded at once.
-        num_workers: Processes that load images, for each process.
         say: Called with a line after each shard.
 
     Returns:

@@ -86,17 +86,10 @@ def build_pipeline(
 
 
 def load_trained_pipeline(name_or_path: str | Path, dtype: torch.dtype | None = None) -> DinoDiffusionPipeline:
-    """Load a pipeline, or a checkpoint (or `best`) of a training run, whose other parts lie in the folder above it.
+    """Load a pipeline's folder or repository, or `RUN/checkpoint-500` (or `best`), whose other parts lie in `RUN`.
 
     If the run averaged its weights, `unet/` of a checkpoint holds the average, which is loaded. A LoRA is fused into
-    the weights of the pipeline that it was trained on.
-
-    Args:
-        name_or_path: A pipeline's folder or repository, or `RUN/checkpoint-500`.
-        dtype: Of the weights; as they are stored by default.
-
-    Raises:
-        FileNotFoundError: If a part is missing.
+    the weights of the pipeline that it was trained on. FileNotFoundError if a part is missing.
     """
     folder, options = Path(name_or_path), {} if dtype is None else {"dtype": dtype}
     run = folder.resolve().parent
@@ -268,14 +261,8 @@ def adapt_for_training(
 ) -> list[nn.Parameter]:
     """Move a pipeline to where it is trained: frozen weights in `frozen_dtype`, trained ones in float32.
 
-    Args:
-        pipe: Its VAE is frozen here; the UNet's weights that require gradients are the trained ones.
-        device: Where to train.
-        frozen_dtype: Type of the VAE, the conditioner and the UNet's frozen weights.
-        frozen_device: Where VAE and conditioner stay, see `on_device`; by default where training is.
-
-    Returns:
-        The trained parameters.
+    Its VAE is frozen here; the UNet's weights that require gradients are the trained ones, which are returned. VAE and
+    conditioner stay on `frozen_device`, see `on_device`; by default where training is.
     """
     for model in (pipe.vae.requires_grad_(False), pipe.conditioner):
         # diffusers' own `to` warns of layers that this one handles too

@@ -66,14 +66,8 @@ class Crops:
 class DistillationNetwork(nn.Module):
     """An encoder and a projection head on its global tokens: the student, and once more the teacher.
 
-    The head sees the class token and the registers side by side, not their mean: each token must carry something of
-    its own, and all of them become a condition.
-
-    Args:
-        encoder: The vision transformer.
-        head: Maps `(N, tokens * width)` to `(N, K)`; `global_width(encoder)` is the number of its inputs.
-        mean: Subtracted from pixels in [0, 1] before the encoder.
-        std: By which the difference is divided.
+    The head maps the class token and the registers side by side, not their mean, to `(N, K)`: each token must carry
+    something of its own, and all of them become a condition. `mean` and `std` standardise pixels in [0, 1].
     """
 
     def __init__(self, encoder: Dinov2WithRegistersModel, head: nn.Module, mean: float, std: float) -> None:

@@ -30,13 +30,10 @@ __all__ = ["DISTANCES", "FeatureMetric", "Validator", "generate_for_validation",
 
 @dataclass(frozen=True)
 class FeatureMetric:
-    """A distance between generated and real images, split where processes can share the work.
+    """A distance between generated and real images (lower is better), split where processes can share the work.
 
-    Attributes:
-        name: Under which it is logged.
-        features: Images `(N, C, H, W)` in [0, 1] -> `(N, D)`.
-        distance: Features of the generated and of the real images -> a number; lower is better.
-        spec: What the features are, for the record; None where nobody says.
+    `features` maps images `(N, C, H, W)` in [0, 1] to `(N, D)`, `distance` features of the generated and of the real
+    images to a number; `spec` says what the features are, for the record.
     """
 
     name: str
@@ -74,19 +71,10 @@ def generate_for_validation(
     seed: int = 0,
     **call: Any,
 ) -> Tensor:
-    """Generate from images, each with noise that depends only on (seed, its index, the variation).
+    """Generate V variations of images `(N, C, H, W)` in [0, 1]: `(N, V, C, H, W)` in [0, 1] on the CPU.
 
-    Args:
-        pipe: The pipeline.
-        sources: `(N, C, H, W)` in [0, 1].
-        indices: Number of each of the N sources in its data set.
-        num_variations: Images from each source, V.
-        batch_size: Images generated at once.
-        seed: Seed of the noise.
-        call: Further arguments of the pipeline, such as `num_inference_steps` and `guidance_scale`.
-
-    Returns:
-        `(N, V, C, H, W)` in [0, 1] on the CPU.
+    The noise depends only on (seed, the source's index in its data set, the variation). `batch_size` images are
+    generated at once; `call` are further arguments of the pipeline, such as `guidance_scale`.
     """
     height, width = sources.shape[-2:]
     per_batch = max(1, batch_size // num_variations)
@@ -129,17 +117,12 @@ def measure(
         generated, reference = (
             torch.cat([metric.features(batch) for batch in part.split(batch_size)]) for part in (images[:, 0], sources)
         )
-    both = [_gather(accelerator, features) for features in (generated, reference)]
+    both = [generated, reference]
+    if accelerator.num_processes > 1:  # the numbers of their rows may differ
+        both = [torch.cat([part.cpu() for part in gather_object([rows]) if len(part)]) for rows in both]
     if not all(torch.isfinite(features).all() for features in both):
         return math.nan
     return metric.distance(*both)
-
-
-def _gather(accelerator: Accelerator, features: Tensor) -> Tensor:
-    """Rows of all processes, whose numbers may differ."""
-    if accelerator.num_processes == 1:
-        return features
-    return torch.cat([part.cpu() for part in gather_object([features]) if len(part)])
 
 
 class Validator:
