@@ -42,10 +42,12 @@ def delong_difference(first: np.ndarray, second: np.ndarray, targets: np.ndarray
     return over_positive.mean(), variance**0.5
 
 
-def test_auroc_is_that_of_sklearn_for_each_draw():
+def test_auroc_is_that_of_sklearn_for_each_draw(monkeypatch):
     scores, targets = coarse_predictions()
     weights = np.random.default_rng(1).integers(0, 4, (5, len(scores)))
     figures = auroc_draws(scores, targets, weights)
+    monkeypatch.setattr("diffusers_dino.metrics.auroc._CHUNK", 2 * len(scores))  # in pieces
+    np.testing.assert_array_equal(auroc_draws(scores, targets, weights), figures)
     for draw, label in np.ndindex(*figures.shape):
         expected = roc_auc_score(targets[:, label], scores[:, label], sample_weight=weights[draw])
         assert figures[draw, label] == pytest.approx(expected, abs=1e-12)
@@ -60,14 +62,6 @@ def test_closed_cases_of_auroc():
         assert auroc_draws(np.array(scores, float)[:, None], targets).item() == expected
     one_class = np.array([[1, 1, 0, 0], [1, 0, 1, 1]])
     np.testing.assert_array_equal(auroc_draws(np.zeros((4, 1)), targets, one_class), [[np.nan], [0.5]])
-
-
-def test_draws_in_pieces_are_those_of_one_piece(monkeypatch):
-    scores, targets = coarse_predictions()
-    weights = np.random.default_rng(1).integers(0, 4, (7, len(scores)))
-    whole = auroc_draws(scores, targets, weights)
-    monkeypatch.setattr("diffusers_dino.metrics.auroc._CHUNK", 2 * len(scores))
-    np.testing.assert_array_equal(auroc_draws(scores, targets, weights), whole)
 
 
 def test_bootstrap_of_a_paired_difference_agrees_with_delong():
@@ -119,7 +113,7 @@ def test_patients_are_drawn_whole_and_folds_keep_their_size():
     np.testing.assert_array_equal(draw_weights(np.array(patients)[some], folds[some], 50, 4), weights[:, some])
 
 
-def test_the_corrected_test_without_correction_is_the_paired_t_test():
+def test_the_corrected_test_is_the_published_one_and_without_correction_the_paired_t_test():
     random = np.random.default_rng(5)
     values = random.normal(0.3, 1, 7)
     plain = stats.ttest_1samp(values, 0)
@@ -127,9 +121,7 @@ def test_the_corrected_test_without_correction_is_the_paired_t_test():
     low, high = plain.confidence_interval(0.95)
     assert (test.mean, test.p) == pytest.approx((values.mean(), plain.pvalue))
     assert (test.low, test.high) == pytest.approx((low, high))
-
-
-def test_the_correction_for_five_folds_is_the_published_one():
+    # that for five folds is the published one
     values = [0.03, 0.01, 0.02, 0.05, -0.01]
     t = np.mean(values) / (np.std(values, ddof=1) * np.sqrt(1 / 5 + 1 / 4))
     assert corrected_t_test(values, 5).p == pytest.approx(2 * (1 - stats.t.cdf(t, 4)))
@@ -220,10 +212,7 @@ def test_a_label_with_a_single_class_is_named_counted_and_left_out(caplog):
     per_label = label_auroc(scores, targets)
     assert np.isnan(per_label).tolist() == [False, True, False]
     assert macro_auroc(scores, targets) == pytest.approx((per_label[0] + per_label[2]) / 2)
-
-
-def test_nothing_to_score_is_an_error():
-    scores, targets = coarse_predictions(60, 3)
+    # nothing to score is an error
     targets[:] = [True, False, True]
     with pytest.raises(SingleClassError, match=r"No label of Edema, Effusion, No Finding has both .* 60 of fold 0"):
         check_classes(targets, NAMES, "fold 0")

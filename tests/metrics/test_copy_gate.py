@@ -101,9 +101,8 @@ def test_too_few_and_bad_images_are_refused(phantoms, gate):
     for message, count, false_alarms in (("it takes 299", 50, 0.01), ("At least 11", 10, 0.5), ("nothing", 0, 0.01)):
         with pytest.raises(ValueError, match=message):
             CopyGate.calibrate(phantoms[:count], false_alarms=false_alarms)
-    for message, images in (("finite", phantoms[:2] * float("nan")), (r"\[0, 1\]", phantoms[:2] * 255)):
-        with pytest.raises(ValueError, match=message):
-            gate(images)
+    with pytest.raises(ValueError, match="finite"):
+        gate(phantoms[:2] * float("nan"))
 
 
 def test_an_unreadable_image_does_not_move_the_groups_of_the_others(phantoms, tmp_path):

@@ -82,14 +82,6 @@ def test_xrv_is_converted_from_a_state_dict_too(xrv_model, xrv_weights, tmp_path
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_xrv_refuses_weights_that_are_not_the_published_ones(xrv_weights, tmp_path):
-    with pytest.raises(ValueError, match="published densenet121-res224-all"):
-        convert_xrv_weights(xrv_weights.with_name("model.pt"), tmp_path / "xrv.safetensors")
-    with pytest.raises(ValueError, match="asked for is 0000"):
-        convert_xrv_weights(xrv_weights.with_name("model.pt"), tmp_path / "xrv.safetensors", "0" * 64)
-    assert not list(tmp_path.iterdir())
-
-
 class Exploit:
     def __init__(self, path):
         self.path = path
@@ -122,9 +114,14 @@ def test_xrv_reads_the_published_file_even_if_torch_calls_it_unsafe(xrv_weights,
     )
 
 
-def test_xrv_refuses_another_network(xrv_weights, tmp_path):
+def test_xrv_refuses_other_files_and_networks(xrv_weights, tmp_path):
+    pickled = xrv_weights.with_name("model.pt")
+    for message, expected in (("published densenet121-res224-all", None), ("asked for is 0000", "0" * 64)):
+        with pytest.raises(ValueError, match=message):
+            convert_xrv_weights(pickled, tmp_path / "xrv.safetensors", expected)
+    assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="convert_xrv"):
-        open_extractor("xrv", xrv_weights.with_name("model.pt"))
+        open_extractor("xrv", pickled)
     torch.save({"features.conv0.weight": torch.zeros(1)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="another network"):
         convert_xrv_weights(tmp_path / "other.pt", tmp_path / "xrv.safetensors", sha256(tmp_path / "other.pt"))
@@ -308,21 +305,15 @@ def test_images_that_cannot_be_measured_are_refused(images, message):
         FeatureExtractor(spec(), lambda x: x.mean(dim=(2, 3)).expand(-1, 3))(images)
 
 
-def test_features_that_are_not_finite_or_of_another_width_are_refused():
-    images = torch.zeros(2, 1, 8, 8)
+def test_networks_are_frozen_and_bad_features_refused():
+    images = random_images(2, 1, 8)
+    dropout = FeatureExtractor(spec(dim=64), nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 64)))
+    assert torch.equal(dropout(images), dropout(images))
+    assert not dropout(images).requires_grad
     with pytest.raises(ValueError, match="first for image 1"):
         FeatureExtractor(spec(), lambda x: torch.tensor([[0.0, 0, 0], [0, float("inf"), 0]]))(images)
     with pytest.raises(ValueError, match="gives 3 features"):
         FeatureExtractor(spec(), lambda x: x.flatten(1))(images)
-
-
-def test_extractors_are_frozen():
-    network = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 3))
-    extractor = FeatureExtractor(spec(), network)
-    images = random_images(2, 1, 8)
-    features = extractor(images)
-    assert torch.equal(features, extractor(images))
-    assert not features.requires_grad
 
 
 def test_a_description_goes_to_json_and_back():

@@ -52,13 +52,6 @@ def test_images_that_cannot_be_read_are_left_out_and_not_replaced(folder, caplog
     assert "1 images cannot be read and have no features" in caplog.text
 
 
-def test_a_tensors_images_are_numbered():
-    images = random_images(3)
-    assert extract_features(open_extractor("pixels"), images, batch_size=2).keys == ("0", "1", "2")
-    with pytest.raises(ValueError, match="2 keys for 3 images"):
-        extract_features(open_extractor("pixels"), images, keys=["a", "b"])
-
-
 def test_a_file_gives_back_what_was_saved(features, tmp_path):
     features.save(tmp_path / "features.safetensors")
     loaded = FeatureSet.load(tmp_path / "features.safetensors")
@@ -92,7 +85,11 @@ def test_features_that_do_not_fit_their_keys_are_refused(features):
             FeatureSet(values, keys, features.spec)
 
 
-def test_features_are_chosen_by_key(features):
+def test_features_are_numbered_and_chosen_by_key(features):
+    images = random_images(3)
+    assert extract_features(open_extractor("pixels"), images, batch_size=2).keys == ("0", "1", "2")
+    with pytest.raises(ValueError, match="2 keys for 3 images"):
+        extract_features(open_extractor("pixels"), images, keys=["a", "b"])
     chosen = features.select(["c", "a"])
     assert chosen.keys == ("c", "a")
     assert torch.equal(chosen.features, features.features[[2, 0]])

@@ -56,11 +56,8 @@ def macro_auroc(probabilities: np.ndarray, targets: np.ndarray) -> float:
 def check_classes(targets: np.ndarray, labels: Sequence[str], where: str) -> tuple[str, ...]:
     """Warn of labels that all of the images have, or none, and return them: macro AUROC leaves them out.
 
-    `targets` are `(N, L)` bool; `where` names the images in messages, such as `"fold 3"`.
-
-    Raises:
-        SingleClassError: If no label has both classes.
-        ValueError: If shapes do not fit.
+    `targets` are `(N, L)` bool; `where` names the images in messages, such as `"fold 3"`. SingleClassError if no label
+    has both classes, ValueError if shapes do not fit.
     """
     if targets.ndim != 2 or targets.shape[1] != len(labels):
         raise ValueError(f"Expected targets (N, {len(labels)}) of {', '.join(labels)}, got {targets.shape}.")
@@ -104,10 +101,8 @@ def auroc_draws(scores: np.ndarray, targets: np.ndarray, weights: np.ndarray | N
         weights: `(R, N)`, how often each image was drawn in each of R draws; None is one draw of all.
 
     Returns:
-        `(R, L)` float64; NaN where a draw lacks positive or negative images of a label.
-
-    Raises:
-        ValueError: If the shapes do not fit, or a score is not finite.
+        `(R, L)` float64; NaN where a draw lacks positive or negative images of a label. ValueError if the shapes do
+        not fit, or a score is not finite.
     """
     if scores.ndim != 2 or scores.shape != targets.shape or targets.dtype != bool:
         raise ValueError(
@@ -156,14 +151,8 @@ def draw_weights(
     """How often each image is drawn when patients are, with replacement and within their fold.
 
     The number of patients in each fold is kept, because each fold's classifier is a different one. `patients` and
-    `folds` are those of N images, and R is `repeats`. The draws of a fold depend only on the seed, the fold and its
-    patients.
-
-    Returns:
-        `(R, N)` uint16.
-
-    Raises:
-        ValueError: If the lengths differ or a fold has fewer than two patients.
+    `folds` are those of N images; the result is `(repeats, N)` uint16. The draws of a fold depend only on the seed, the
+    fold and its patients. ValueError if the lengths differ or a fold has fewer than two patients.
     """
     if len(patients) != len(folds):
         raise ValueError(f"Each image has a patient and a fold, got {len(patients)} and {len(folds)}.")
@@ -193,9 +182,7 @@ def corrected_t_test(differences: Sequence[float], num_folds: int, level: float 
         num_folds: K, how many folds the data was cut into, which is more than J where runs are missing.
         level: Probability mass of the interval.
 
-    Raises:
-        ImportError: If scipy is missing.
-        ValueError: If there are fewer than two differences or folds, or one is not finite.
+    ImportError without scipy; ValueError with fewer than two differences or folds, or one that is not finite.
     """
     t = require("scipy.stats", "eval", "Tests of significance need scipy").t
     values = np.asarray(differences, dtype=np.float64)
@@ -215,14 +202,9 @@ def corrected_t_test(differences: Sequence[float], num_folds: int, level: float 
 def holm(p_values: Sequence[float | None]) -> tuple[float | None, ...]:
     """p values corrected for there being several, so that the chance of any false finding is bounded (Holm 1979).
 
-    It needs no assumption of how the tests depend on each other.
-
-    Args:
-        p_values: Of the whole family. None is a test that is planned and has not been made: it counts as one, so
-            that what is significant in a part of a table stays so in the whole. None comes back for it.
-
-    Raises:
-        ValueError: If a value is not in [0, 1].
+    It needs no assumption of how the tests depend on each other. `p_values` are those of the whole family. None is a
+    test that is planned and has not been made: it counts as one, so that what is significant in a part of a table
+    stays so in the whole, and None comes back for it. ValueError if a value is not in [0, 1].
     """
     if any(p is not None and not 0 <= p <= 1 for p in p_values):
         raise ValueError(f"p values are in [0, 1], got {list(p_values)}.")

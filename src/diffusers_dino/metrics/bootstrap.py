@@ -65,8 +65,7 @@ def bootstrap_interval(
         seed: Two figures of the same seed, n and groups see the same draws.
         level: Probability mass between the ends.
 
-    Raises:
-        ValueError: If there are fewer than two groups, or the figure is not defined on half of the draws.
+    ValueError if there are fewer than two groups, or the figure is not defined on half of the draws.
     """
     return percentile_interval(bootstrap_samples(statistic, n, groups, repeats, seed), level)
 

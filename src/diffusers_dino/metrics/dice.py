@@ -25,8 +25,7 @@ class SegmentUnion(NamedTuple):
 def dice(prediction: Tensor, target: Tensor) -> Tensor:
     """Dice coefficient `2 |A and B| / (|A| + |B|)` of masks `(..., H, W)` bool: `(...)` float64 in [0, 1].
 
-    Raises:
-        ValueError: If the shapes differ or the masks are not boolean.
+    ValueError if the shapes differ or the masks are not boolean.
     """
     both, _, total = _counts(prediction, target)
     return torch.where(total > 0, 2 * both / total.clamp(min=1), 1.0)
@@ -41,12 +40,8 @@ def iou(prediction: Tensor, target: Tensor) -> Tensor:
 def best_union(segments: Tensor, target: Tensor, max_segments: int = 2) -> SegmentUnion:
     """The union of one or two segments that agrees best with a reference: an oracle, as it looks at the answer.
 
-    Of equal ones it is the one with fewer segments, then with the smaller numbers.
-
-    Args:
-        segments: `(H, W)` integers of 0 or more, the segment of each pixel.
-        target: `(H, W)` bool.
-        max_segments: 1 or 2: a left and a right lung may be two segments.
+    Of equal ones it is the one with fewer segments, then with the smaller numbers. `segments` `(H, W)` are integers of
+    0 or more, `target` is `(H, W)` bool; `max_segments` is 1 or 2, as a left and a right lung may be two segments.
     """
     if segments.shape != target.shape or segments.ndim != 2 or target.dtype != torch.bool:
         raise ValueError(

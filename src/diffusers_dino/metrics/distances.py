@@ -124,12 +124,8 @@ def frechet_distance(features: Features | GaussianStatistics, reference: Feature
     It falls as sets grow (Chong & Forsyth 2020), so compare it only with figures of sets of the same two sizes. Sets
     that are not larger than the feature are warned of: their covariance is singular, and `kernel_distance` says more.
 
-    Args:
-        features: `(N, D)`, N >= 2, or their statistics.
-        reference: `(M, D)`, M >= 2, or their statistics.
-
-    Raises:
-        ValueError: If the sets do not compare, or a feature is not finite.
+    Features are `(N, D)` and `(M, D)`, N and M >= 2, or their statistics. ValueError if the sets do not compare, or a
+    feature is not finite.
     """
     if isinstance(features, GaussianStatistics) or isinstance(reference, GaussianStatistics):
         first, second = (

@@ -114,15 +114,12 @@ def extract_features(
         extractor: What computes them.
         images: A data set (see `data.open_images`), or `(N, C, H, H)` in [0, 1].
         batch_size: Images computed at once.
-        keys: Of a tensor's images; by default their numbers.
+        keys: Of a tensor's images, one an image; by default their numbers.
         num_workers: Processes that load a data set.
         progress: Whether to show a bar.
 
     Returns:
-        Features of all images but those that cannot be read, in order.
-
-    Raises:
-        ValueError: As of the extractor, or if `keys` are not one an image.
+        Features of all images but those that cannot be read, in order. ValueError as of the extractor.
     """
     bar = partial(tqdm, total=-(-len(images) // batch_size), unit="batch", leave=False, disable=not progress)
     if isinstance(images, Tensor):

@@ -39,12 +39,9 @@ Groups = Sequence[Hashable]
 
 
 class Neighbors(NamedTuple):
-    """The nearest training images of N images.
+    """The nearest training images of N images, and which view of the image is that near: each `(N, k)`.
 
-    Attributes:
-        distance: `(N, k)` float64, ascending.
-        index: `(N, k)` int64, the training image.
-        view: `(N, k)` int64, which view of the image is that near.
+    Distances are float64, ascending; the others are int64.
     """
 
     distance: Tensor
@@ -74,9 +71,8 @@ def nearest_training(
         groups, training_groups: Group of each image, such as its patient; both or none. Images of one group are not
             compared, so a training image does not find itself or others of its patient.
 
-    Raises:
-        ValueError: If shapes do not fit, a feature is not finite, or an image has fewer than k training images of
-            other groups.
+    ValueError if shapes do not fit, a feature is not finite, or an image has fewer than k training images of other
+    groups.
     """
     views = _views_of(features, training)
     if not 1 <= k <= len(training):
@@ -142,15 +138,9 @@ def calibrate_threshold(real: Tensor, false_alarms: float = 0.01, confidence: fl
 
     With the given confidence at most a share of `false_alarms` of all real images that are drawn like the given ones
     fall below it: it is their largest order statistic that is a lower tolerance limit (Wilks 1941). That takes the
-    distances for independent; several images of a patient are not, and weaken the promise.
-
-    Args:
-        real: `(n,)` relative distances of real images to training images of other patients.
-        false_alarms: Share of real images that may be called copies, in (0, 1).
-        confidence: Probability, over the draw of `real`, that it is no more, in (0, 1).
-
-    Raises:
-        ValueError: If there are too few images for that, or so many copies among them that none could be told.
+    distances for independent; several images of a patient are not, and weaken the promise. `real` `(n,)` are relative
+    distances to training images of other patients; ValueError if they are too few for that, or if so many of them are
+    copies that none could be told.
     """
     if real.ndim != 1 or not real.isfinite().all():
         raise ValueError(f"Expected finite distances (n,), got {tuple(real.shape)}, or NaN among them.")

@@ -45,7 +45,6 @@ def open_extractor(
 
     Raises:
         ValueError: If the name is not known, weights are missing or do not fit, or their hash is wrong.
-        FileNotFoundError: If the weights do not exist.
         ImportError: If a package that this extractor needs is not installed.
     """
     if name in THUMBNAILS:

@@ -91,8 +91,7 @@ class FeatureExtractor:
     def __call__(self, images: Tensor) -> Tensor:
         """Features `(N, D)` float32 on the CPU of images `(N, C, H, H)` in [0, 1], with C = 1 or 3.
 
-        Raises:
-            ValueError: If the images are of another shape or range, or hold NaN; or a feature is not finite.
+        ValueError if the images are of another shape or range, or hold NaN; or a feature is not finite.
         """
         images = _checked(images)
         if not len(images):

@@ -74,7 +74,7 @@ def convert_xrv_weights(
 ) -> str:
     """Turn the published pickle into safetensors, with its hash in `OUTPUT.sha256` for every later use.
 
-    The same file always gives the same bytes.
+    The same file always gives the same bytes. Needs torchxrayvision, since the pickle names its classes.
 
     Args:
         weights: torchxrayvision's file.
@@ -82,12 +82,7 @@ def convert_xrv_weights(
         sha256: Of another file of the same architecture that you trust; by default it must be the published one.
 
     Returns:
-        SHA-256 of the new file.
-
-    Raises:
-        ValueError: If the hash is another, or the file holds another network or more than a network.
-        FileNotFoundError: If there is no such file.
-        ImportError: If torchxrayvision is not installed: the pickle names its classes.
+        SHA-256 of the new file. ValueError if the hash is another, or the file holds another network or more than one.
     """
     source, output = require_local("xrv", weights, "give the file that torchxrayvision published."), Path(output)
     if output.suffix != ".safetensors":
