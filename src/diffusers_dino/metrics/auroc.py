@@ -151,8 +151,8 @@ def draw_weights(
     """How often each image is drawn when patients are, with replacement and within their fold.
 
     The number of patients in each fold is kept, because each fold's classifier is a different one. `patients` and
-    `folds` are those of N images; the result is `(repeats, N)` uint16. The draws of a fold depend only on the seed, the
-    fold and its patients. ValueError if the lengths differ or a fold has fewer than two patients.
+    `folds` are those of N images; the result is `(repeats, N)` uint16. The draws of a fold depend only on the seed,
+    the fold and its patients. ValueError if the lengths differ or a fold has fewer than two patients.
     """
     if len(patients) != len(folds):
         raise ValueError(f"Each image has a patient and a fold, got {len(patients)} and {len(folds)}.")

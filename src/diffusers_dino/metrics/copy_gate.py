@@ -8,16 +8,14 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from ..data import ImageDataset
-from ..files import atomic_write
 from ..fingerprints import hash_of
 from .extractors import FeatureExtractor, FeatureSpec, open_extractor
 from .features import FeatureSet, extract_features
 from .neighbours import Groups, Neighbors, calibrate_threshold, nearest_training, relative_distances, typical_distances
+from .tensor_files import read_tensors, refusing, write_tensors
 
 __all__ = [
     "CopyGate",
@@ -30,6 +28,7 @@ __all__ = [
 ]
 
 _FORMAT = 1
+_KIND = "the file of a gate"
 
 
 class ImageViews(NamedTuple):
@@ -115,8 +114,7 @@ class CopyGate:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one `.safetensors` file, whole or not at all."""
         description = {**self._description(), "fingerprint": self.fingerprint()}
-        with atomic_write(path) as file:
-            file.write(save({"training": self._training}, metadata={"gate": json.dumps(description)}))
+        write_tensors(path, {"training": self._training}, {"gate": description})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], extractor: FeatureExtractor | None = None) -> CopyGate:
@@ -126,16 +124,13 @@ class CopyGate:
             FileNotFoundError: If there is no such file.
             ValueError: If it is another kind of file, damaged or edited, or the extractor is not the gate's.
         """
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                description = json.loads((file.metadata() or {})["gate"])
-                features = file.get_tensor("training")
+        tensors, metadata = read_tensors(path, _KIND, "training")
+        with refusing(path, _KIND):
+            description, features = metadata["gate"], tensors["training"]
             spec, threshold = FeatureSpec.from_dict(description["spec"]), float(description["threshold"])
             if description["format"] != _FORMAT:
                 raise ValueError(f"its format is {description['format']}, and {_FORMAT} is read")
             training = FeatureSet(features, tuple(map(str, range(len(features)))), spec)
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not the file of a gate, or is damaged: {error}.") from error
         gate = cls(training, threshold, extractor or _open_by(spec))
         if gate.fingerprint() != description.get("fingerprint"):
             raise ValueError(f"{path} was edited after it was written: calibrate the gate again.")

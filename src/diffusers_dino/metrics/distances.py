@@ -7,13 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from ..files import atomic_write
 from .extractors import FeatureSpec
 from .features import Features, FeatureSet, comparable, feature_matrix
+from .tensor_files import read_tensors, refusing, write_tensors
 
 __all__ = ["GaussianStatistics", "frechet_distance", "kernel_distance", "kernel_distance_of_subsets"]
 
@@ -88,21 +86,24 @@ class GaussianStatistics:
     def save(self, path: str | Path) -> None:
         """Write one `.safetensors` file, whole or not at all."""
         tensors = {"count": torch.tensor(self.count), "mean": self.mean, "scatter": self.scatter}
-        metadata = None if self.spec is None else {"spec": self.spec.to_json()}
-        with atomic_write(path) as file:
-            file.write(save(tensors, metadata=metadata))
+        write_tensors(path, tensors, {} if self.spec is None else {"spec": self.spec.to_dict()})
 
     @classmethod
     def load(cls, path: str | Path) -> GaussianStatistics:
-        """Read what `save` wrote; ValueError if it is another kind of file, or damaged."""
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                spec = (file.metadata() or {}).get("spec")
-                statistics = cls(len(file.get_tensor("mean")), spec and FeatureSpec.from_json(spec))
-                statistics.count = int(file.get_tensor("count"))
-                statistics.mean, statistics.scatter = file.get_tensor("mean"), file.get_tensor("scatter")
-        except (SafetensorError, ValueError) as error:
-            raise ValueError(f"{path} is not a file of statistics, or is damaged: {error}.") from error
+        """Read what `save` wrote; ValueError if it is another kind of file, damaged, or was edited."""
+        tensors, description = read_tensors(path, "a file of statistics", "count", "mean", "scatter")
+        with refusing(path, "a file of statistics"):
+            count, mean, scatter = (tensors[name] for name in ("count", "mean", "scatter"))
+            if mean.ndim != 1 or scatter.shape != 2 * mean.shape or count.shape or count.dtype != torch.int64:
+                raise ValueError(f"it holds arrays {tuple(count.shape)}, {tuple(mean.shape)}, {tuple(scatter.shape)}")
+            for values in (mean, scatter):
+                if values.dtype != torch.float64 or not values.isfinite().all():
+                    raise ValueError("its numbers are not float64, or not finite")
+            if count < 0 or (scatter.diagonal() < 0).any():
+                raise ValueError("its numbers are not those of features")
+            spec = FeatureSpec.from_dict(description["spec"]) if "spec" in description else None
+            statistics = cls(len(mean), spec)
+            statistics.count, statistics.mean, statistics.scatter = int(count), mean, scatter
         return statistics
 
     def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:

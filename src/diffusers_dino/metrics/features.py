@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import TypeAlias
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
 from ..data import ImageDataset, Slot, TrainingViews, load_batches
 from ..data.keys import find_keys
-from ..files import atomic_write
 from .extractors import FeatureExtractor, FeatureSpec
+from .tensor_files import read_tensors, refusing, write_tensors
 
 __all__ = ["FeatureSet", "Features", "comparable", "extract_features", "feature_matrix", "iterate_features"]
 
@@ -59,20 +57,17 @@ class FeatureSet:
     def save(self, path: str | Path) -> None:
         """Write one `.safetensors` file, whole or not at all; the same set gives the same bytes."""
         keys = torch.frombuffer(bytearray(json.dumps(self.keys).encode()), dtype=torch.uint8)
-        tensors = {"features": self.features.float().contiguous(), "keys": keys}
-        with atomic_write(path) as file:
-            file.write(save(tensors, metadata={"spec": self.spec.to_json()}))
+        write_tensors(path, {"features": self.features.float(), "keys": keys}, {"spec": self.spec.to_dict()})
 
     @classmethod
     def load(cls, path: str | Path) -> FeatureSet:
-        """Read what `save` wrote; ValueError if it is another kind of file, or damaged."""
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                spec = FeatureSpec.from_json((file.metadata() or {})["spec"])
-                keys = json.loads(bytes(file.get_tensor("keys").tolist()))
-                return cls(file.get_tensor("features"), tuple(keys), spec)
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise ValueError(f"{path} is not a file of features, or is damaged: {error}.") from error
+        """Read what `save` wrote; ValueError if it is another kind of file, damaged, or was edited."""
+        tensors, description = read_tensors(path, "a file of features", "features", "keys")
+        with refusing(path, "a file of features"):
+            keys = json.loads(tensors["keys"].numpy().tobytes())
+            if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+                raise ValueError("its keys are not a list of texts")
+            return cls(tensors["features"], tuple(keys), FeatureSpec.from_dict(description["spec"]))
 
 
 Features: TypeAlias = Tensor | FeatureSet

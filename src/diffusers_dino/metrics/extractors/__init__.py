@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 import torch
 
 from .base import FeatureExtractor, FeatureSpec
-from .files import require_local
+from .files import read_config, require_local
 from .thumbnails import THUMBNAILS, open_thumbnails, pixel_features
 from .tiny import open_tiny
 
@@ -86,7 +85,7 @@ def _open_folder(
         raise ValueError(f"{folder} holds its own weights: give a folder or a name with `weights`, not both.")
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is not a checkpoint of transformers or timm: it has no config.json.")
-    config = json.loads((folder / "config.json").read_text())
+    config = read_config(folder)
     if "architecture" in config:
         from .timm_model import open_timm
 

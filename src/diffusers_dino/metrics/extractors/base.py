@@ -43,10 +43,15 @@ class FeatureSpec:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FeatureSpec:
-        """Read what `to_dict` wrote; ValueError if a key is missing or unknown."""
+        """Read what `to_dict` wrote; ValueError if it is something else."""
         known = {field.name for field in fields(cls)}
-        if wrong := known ^ set(values):
-            raise ValueError(f"A description of features has missing or unknown keys: {', '.join(sorted(wrong))}.")
+        if not isinstance(values, Mapping) or (wrong := known ^ set(values)):
+            found = ", ".join(sorted(wrong)) if isinstance(values, Mapping) else type(values).__name__
+            raise ValueError(f"A description of features has missing or unknown keys: {found}.")
+        for name, value in values.items():
+            kind = int if name in ("dim", "input_size") else str
+            if type(value) is not kind and not (name == "weights_sha256" and value is None):
+                raise ValueError(f"A description of features has {name} = {value!r}, which is not {kind.__name__}.")
         return cls(**values)
 
     def to_json(self) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
-from ...files import atomic_write, sha256_of
+from ...files import atomic_write, read_json, read_regular, sha256_of
 
-__all__ = ["checked_sha256", "folder_sha256", "require_local", "write_sha256"]
+__all__ = ["checked_sha256", "folder_sha256", "read_config", "require_local", "write_sha256"]
 
 _SIDECAR = ".sha256"  # beside a weight file: what `sha256sum FILE` prints
 
@@ -18,7 +19,8 @@ def checked_sha256(path: Path, expected: str | None = None) -> str:
     found = sha256_of(path)
     sidecar = path.with_name(path.name + _SIDECAR)
     if sidecar.is_file():
-        _require(path, found, sidecar.read_text().split(maxsplit=1)[0], f"{sidecar.name} says")
+        words = read_regular(sidecar, limit=1 << 16).decode("utf-8", "replace").split(maxsplit=1)
+        _require(path, found, words[0] if words else "nothing", f"{sidecar.name} says")
     if expected is not None:
         _require(path, found, expected.lower(), "asked for is")
     return found
@@ -44,6 +46,14 @@ def folder_sha256(folder: Path, expected: str | None = None) -> str:
     return found
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a checkpoint; ValueError if it is damaged."""
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or not isinstance(config.get("architecture", ""), str):
+        raise ValueError(f"{folder / 'config.json'} is not the configuration of a model.")
+    return config
+
+
 def require_local(name: str, weights: str | os.PathLike[str] | None, hint: str) -> Path:
     """The path of weights; ValueError if none are given, FileNotFoundError if they do not exist here."""
     if weights is None:
@@ -51,7 +61,7 @@ def require_local(name: str, weights: str | os.PathLike[str] | None, hint: str) 
             f"The extractor {name} needs its weights (`weights`) from this machine, nothing is downloaded: {hint}"
         )
     path = Path(weights)
-    if not path.exists():
+    if not (path.is_file() or path.is_dir()):  # nor a pipe or a device, which nobody could finish to read
         raise FileNotFoundError(f"There are no weights {path} for the extractor {name}: {hint}")
     return path
 

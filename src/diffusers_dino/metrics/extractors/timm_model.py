@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from ...pixels import resize_unit, with_channels
 from .base import FeatureExtractor, FeatureSpec
-from .files import checked_sha256
+from .files import checked_sha256, read_config
 
 __all__ = ["open_timm"]
 
@@ -48,11 +47,11 @@ def open_timm(
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file() or file.suffix != ".safetensors":
         raise FileNotFoundError(f"timm's weights are a .safetensors file or a folder with model.safetensors: {path}.")
-    config = json.loads((path / "config.json").read_text()) if path.is_dir() else {"architecture": name}
-    if config["architecture"].split(".")[0] != name.split(".")[0]:
-        raise ValueError(f"{path} holds {config['architecture']}, not {name}.")
+    held = read_config(path).get("architecture", "another model") if path.is_dir() else name
+    if held.split(".")[0] != name.split(".")[0]:
+        raise ValueError(f"{path} holds {held}, not {name}.")
     found = checked_sha256(file, sha256)
-    model, data = _load(name, config, path, file)
+    model, data = _load(name, path, file)
     size = data["input_size"][-1]
     network = _Pooled(model, size, data["interpolation"], list(data["mean"]), list(data["std"]))
     channels = "gray" if network.mean.shape[1] == 1 else "RGB"
@@ -68,13 +67,13 @@ def open_timm(
     return FeatureExtractor(spec, network, device)
 
 
-def _load(name: str, config: dict[str, Any], path: Path, file: Path) -> tuple[nn.Module, dict[str, Any]]:
+def _load(name: str, path: Path, file: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The model without its classifier, and its preprocessing."""
     try:
         source = f"local-dir:{path}" if path.is_dir() else name
         model = timm.create_model(source, pretrained=False, num_classes=0).eval()
     except RuntimeError as error:
-        raise ValueError(f"timm cannot build {config['architecture']!r}: {error}") from error
+        raise ValueError(f"timm cannot build {name!r}: {error}") from error
     try:
         # timm's own loading warns of missing weights, and goes on with random ones
         missing, _ = model.load_state_dict(load_file(file), strict=False)
