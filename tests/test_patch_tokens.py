@@ -76,18 +76,10 @@ def test_a_model_on_global_tokens_is_refused(data_dir, tmp_path):
 @pytest.mark.slow
 def test_the_commands_of_the_script_from_training_on(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)  # where the config's paths start
-    scripts.run_script(
-        "train_dino.py",
-        ROOT / "examples/configs/quickstart.yaml",
-        tokens="all",
-        normalize_tokens=32,
-        train_data_dir="examples/data/phantom-cxr/phantom-cxr-train-*.tar",
-        output_dir=tmp_path / "model",
-        max_train_samples=32,
-        cache_views=1,
-        max_train_steps=2,
-        lr_warmup_steps=1,
-    )
+    flags = {"tokens": "all", "normalize_tokens": 32, "output_dir": tmp_path / "model"}
+    flags["train_data_dir"] = "examples/data/phantom-cxr/phantom-cxr-train-*.tar"
+    flags |= {"max_train_samples": 32, "cache_views": 1, "max_train_steps": 2, "lr_warmup_steps": 1}
+    scripts.run_script("train_dino.py", ROOT / "examples/configs/quickstart.yaml", **flags)
     conditioner = DinoDiffusionPipeline.from_pretrained(tmp_path / "model").conditioner
     assert conditioner.num_tokens == 5 + 64
     assert conditioner.heads[0].std.ne(1).all()  # fitted

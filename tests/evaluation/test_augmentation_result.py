@@ -121,12 +121,6 @@ def test_a_folder_of_cells_is_one_experiment(tmp_path):
         load_cells(tmp_path)
 
 
-def test_a_grid_of_three_regimes_has_15_baselines_and_120_others():
-    grid = grid_of([200, 100, 50], [1, 5], 5)
-    assert len(grid) == len({spec.name for spec in grid}) == 135
-    assert sum(spec.is_baseline for spec in grid) == 15
-
-
 def test_figures_are_means_of_folds_and_differences_are_paired(result):
     kind = ("interpolation", "augmentation", 5)
     row = find(result, *kind, 200)
@@ -219,18 +213,12 @@ def test_markdown_shows_figures_differences_and_gaps(result, partial):
     row = find(result, "interpolation", "augmentation", 5, 200)
     figure = f"{row.mean:.3f} ± {row.sd:.3f}<br>{row.difference.mean:+.3f} [{row.difference.low:+.3f}"
     assert figure in text
-    assert all(fact in text for fact in ("300 test images of 150 patients", "5 folds", "seed 3", "16 comparisons"))
     assert "Unfinished" not in text
-    body = [line for line in text.splitlines() if line.startswith("|")]
-    assert len({line.count("|") for line in body}) == 1
-    assert len(body) == 2 + 4
     gaps = format_augmentation_table(partial, "markdown")
-    assert gaps.count("4 of 5 folds") == 2
-    assert "0 of 5 folds" in gaps
+    assert (gaps.count("4 of 5 folds"), gaps.count("0 of 5 folds")) == (2, 1)
     assert "Unfinished: 7 cells are missing" in gaps
-    labels = format_label_table(partial)
-    assert "Effusion & more" in labels
-    assert len({line.count("|") for line in labels.splitlines() if line.startswith("|")}) == 1
+    for table in (text, gaps, format_label_table(partial)):
+        assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) == 1
 
 
 def test_csv_holds_every_figure(result, partial):
@@ -255,7 +243,6 @@ def test_latex_is_balanced_and_escaped(result, partial):
     for one in (result, partial):
         text = format_augmentation_table(one, "latex")
         assert text.count("{") == text.count("}")
-        assert re.findall(r"\\begin{(\w+)}", text) == re.findall(r"\\end{(\w+)}", text)[::-1]
         rows = [line for line in text.splitlines() if line.endswith(r"\\")]
         assert all(len(re.findall(r"(?<!\\)&", row)) == 6 for row in rows[1:])  # the first one spans columns
         assert r"Effusion \& more" in text
@@ -269,15 +256,11 @@ def test_stars_grow_with_certainty(result):
     assert list(MARKS) == sorted(MARKS)
 
 
-def test_figures_show_what_is_finished(result, partial, tmp_path):
-    figure = plot_augmentation(partial)
-    assert len(figure.axes) == 4  # two modes, two regimes
-    drawn = {len(axes.containers) for axes in figure.axes}
-    assert drawn == {2}  # both strategies
+def test_figures_show_what_is_finished(partial):
+    panels = plot_augmentation(partial).axes
+    assert [len(axes.containers) for axes in panels] == [2] * 4  # both strategies for two modes and two regimes
     points = plot_differences(partial).axes[0].get_yticklabels()
     assert len(points) == 8 - 2  # of the large regime: the small one's baseline is unfinished
-    plot_augmentation(result).savefig(tmp_path / "one.png")
-    assert (tmp_path / "one.png").stat().st_size > 10_000
     nothing = summarise([CELLS[GRID[0]]], GRID, repeats=20)
     for plot in (plot_augmentation, plot_differences):
         with pytest.raises(ValueError, match="No configuration"):

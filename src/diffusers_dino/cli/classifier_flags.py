@@ -45,17 +45,14 @@ def classifier_settings(args: ClassifierArguments) -> ClassifierSettings:
             options[name] = json.loads(value)
         except json.JSONDecodeError as error:
             raise ValueError(f"--classifier_options takes NAME=VALUE with a value in JSON, got {text!r}.") from error
+    same = ("size", "channels", "validation_steps", "learning_rate", "weight_decay")
     return ClassifierSettings(
-        model=args.classifier,
-        options=json.dumps(options, sort_keys=True),
-        weights=args.classifier_weights,
-        size=args.size,
-        channels=args.channels,
+        args.classifier,
+        json.dumps(options, sort_keys=True),
+        args.classifier_weights,
         batch_size=args.train_batch_size,
         max_steps=args.max_train_steps,
-        validation_steps=args.validation_steps,
-        learning_rate=args.learning_rate,
-        weight_decay=args.weight_decay,
+        **{name: getattr(args, name) for name in same},
     )
 
 

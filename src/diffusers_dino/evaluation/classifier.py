@@ -108,12 +108,9 @@ class LabelledImages(NamedTuple):
 
 
 class TrainedClassifier(NamedTuple):
-    """A classifier and how its weights were chosen.
+    """A classifier in evaluation mode, the update that its weights are of, and its macro AUROC on validation images.
 
-    Attributes:
-        model: Images `(B, C, size, size)` in [0, 1] -> logits `(B, L)`; in evaluation mode.
-        best_step: The update after which the weights were taken.
-        validation_auroc: Macro AUROC on the validation images then; NaN without any.
+    The model takes images `(B, C, size, size)` in [0, 1] to logits `(B, L)`; the AUROC is NaN without such images.
     """
 
     model: nn.Module
@@ -193,14 +190,15 @@ def train_classifier(
 
 def predict(model: nn.Module, images: LabelledImages, device: torch.device | str = "cpu") -> np.ndarray:
     """Probabilities `(N, L)` float32 of the labels; the model is left in the mode it was in."""
-    joined, total = _Joined([images]), len(images.rows)
-    parts = [range(i, min(i + _PREDICTED_TOGETHER, total)) for i in range(0, total, _PREDICTED_TOGETHER)]
-    was_training = model.training
+    joined, numbers, was_training = _Joined([images]), range(len(images.rows)), model.training
+    found = [torch.empty(0, images.targets.shape[1])]
     with torch.inference_mode():
         model.eval()
-        found = [model(joined.load(part, device)[1]).sigmoid().float().cpu() for part in parts]
+        for first in numbers[::_PREDICTED_TOGETHER]:
+            _, batch = joined.load(numbers[first : first + _PREDICTED_TOGETHER], device)
+            found.append(model(batch).sigmoid().float().cpu())
         model.train(was_training)
-    return torch.cat(found).numpy() if found else np.zeros((0, images.targets.shape[1]), np.float32)
+    return torch.cat(found).numpy()
 
 
 class _Centred(nn.Module):

@@ -102,9 +102,9 @@ def at_size(images: ImageDataset, size: int) -> ImageDataset:
 
 
 def _readable(images: ImageDataset) -> Iterator[tuple[str, np.ndarray]]:
-    names = images.keys
-    for first in range(0, len(images), _READ_TOGETHER):
-        places = range(first, min(first + _READ_TOGETHER, len(images)))
+    names, numbers = images.keys, range(len(images))
+    for first in numbers[::_READ_TOGETHER]:
+        places = numbers[first : first + _READ_TOGETHER]
         for place, (key, image) in zip(places, images.read_many(places), strict=True):
             if key == names[place]:  # else another sample stands in for one that cannot be read
                 yield key, image

@@ -13,7 +13,6 @@ needs the extra `eval`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -133,19 +132,18 @@ def open_sets(args: Arguments, size: int) -> FidelitySets:
     preprocessing = Preprocessing(size, remove_borders=args.remove_borders)
     images = open_images(args.data_dir, preprocessing)
     reference = open_images(args.reference_dir, preprocessing) if args.reference_dir else None
+    patients = None
+    if args.table:
+        table = read_label_table(args.table, args.key_column, None, args.patient_column)
+        table = table.select(list(dict.fromkeys([*images.keys, *(reference or images).keys])))
+        patients = dict(zip(table.keys, table.patients, strict=True))
     return choose_sets(
         images,
         reference,
         reference_keys=read_keys(args.training_keys) if args.training_keys else None,
-        patients=read_patients(args, [*images.keys, *(reference or images).keys]) if args.table else None,
+        patients=patients,
         num_sources=args.num_images,
         num_reference=args.num_reference,
         seed=args.seed,
         places=(args.data_dir, args.reference_dir or args.data_dir),
     )
-
-
-def read_patients(args: Arguments, keys: list[str]) -> Mapping[str, str]:
-    columns = {"key_column": args.key_column, "patient_column": args.patient_column}
-    table = read_label_table(args.table, label_column=None, **columns).select(list(dict.fromkeys(keys)))
-    return dict(zip(table.keys, table.patients, strict=True))

@@ -110,5 +110,4 @@ def read_patients(args: Arguments, images: ImageDataset | None) -> tuple[str, ..
         return None
     if args.patients == "stored":
         return stored_labels(images).patients
-    columns = {"key_column": args.key_column, "patient_column": args.patient_column}
-    return read_label_table(args.patients, label_column=None, **columns).select(images.keys).patients
+    return read_label_table(args.patients, args.key_column, None, args.patient_column).select(images.keys).patients

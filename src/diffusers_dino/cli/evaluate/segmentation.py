@@ -65,6 +65,8 @@ def main(args: Arguments) -> None:
     data_sets = {name: open_data(name, path, args) for name, path in map(name_and_path, args.data)}
     if len(data_sets) < len(args.data):
         raise ValueError(f"Two of {args.data} have one name: give them as NAME=PATH.")
+    same = ("timesteps", "thresholds", "layers", "refine", "num_merges", "add_noise", "size", "mask_size", "seed")
+    sweep = Sweep(relative=not args.absolute_thresholds, **{flag: getattr(args, flag) for flag in same})
     results = []
     for name, images in data_sets.items():
         folder = output_dir / file_name(name)
@@ -72,7 +74,7 @@ def main(args: Arguments) -> None:
             open_models(args),
             images,
             folder / "segments",
-            make_sweep(args),
+            sweep,
             dataset=name,
             untrained=args.untrained,
             batch_size=args.batch_size,
@@ -95,21 +97,6 @@ def open_data(name: str, path: str, args: Arguments) -> MaskedImages:
     known = name in sources.source_names() and Path(path).is_dir() and not (Path(path) / "images").is_dir()
     source = sources.open_source(name, path) if known else path
     return open_masked_images(source, args.mask_size, args.mask_size, args.max_samples)
-
-
-def make_sweep(args: Arguments) -> Sweep:
-    return Sweep(
-        timesteps=tuple(args.timesteps),
-        thresholds=tuple(args.thresholds),
-        layers=tuple(args.layers),
-        relative=not args.absolute_thresholds,
-        refine=args.refine,
-        num_merges=args.num_merges,
-        add_noise=args.add_noise,
-        size=args.size,
-        mask_size=args.mask_size,
-        seed=args.seed,
-    )
 
 
 def open_models(args: Arguments) -> Iterator[Model]:

@@ -71,7 +71,7 @@ class CellSpec:
 
     @property
     def name(self) -> str:
-        """What the cell is called in messages and as a file."""
+        """In messages, and as a file."""
         kind = REAL if self.strategy == REAL else f"{self.strategy}-{self.mode}-1to{self.ratio}"
         return f"{kind}-regime{self.regime}-fold{self.fold}"
 
@@ -88,14 +88,10 @@ class CellFacts:
     Attributes:
         num_real, num_synthetic: Images that were trained on.
         num_validation: Real images that chose the weights, of patients that are neither trained on nor tested.
-        steps: Optimiser updates that were made.
         best_step, validation_auroc: As in `TrainedClassifier`.
         seconds: Wall-clock time of training and prediction.
-        seed: Of the experiment.
         settings: Digest of the experiment's settings; cells of one table have one.
         plan: Digest of the plan of the synthetic images; empty for the baseline.
-        model: Name of the classifier's architecture, and its options.
-        device: Where it was trained.
     """
 
     num_real: int

@@ -37,10 +37,7 @@ __all__ = ["FoldSplit", "RegimePlan", "order_balanced", "plan_regimes", "split_f
 class FoldSplit(NamedTuple):
     """The images of one fold, as numbers of rows of a table; no patient is in two of the parts.
 
-    Attributes:
-        test: Those that are predicted.
-        validation: Those that choose the weights of a classifier.
-        ordered: Training images of the largest regime; a regime of R images has the first R.
+    A regime of R images trains on the first R of `ordered`.
     """
 
     test: np.ndarray

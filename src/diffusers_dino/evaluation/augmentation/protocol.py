@@ -172,10 +172,11 @@ def evaluate_augmentation(
         sampling = _Sampling(images, generators, gates, dtype, scheduler, classifier, device, progress)
         workers = count_workers(num_workers, device)
         experiment = _Experiment(output, real, table, labels, splits, grid, sampling, synthesis, seed, digest, workers)
-        problems = _make_cells(experiment)
-        if not any(experiment.cells.iterdir()):
+        cells = output / "cells"
+        problems = _make_cells(experiment, cells)
+        if not any(cells.iterdir()):
             raise RuntimeError(f"No cell was finished: {'; '.join(problems)}")
-        result = summarise(load_cells(experiment.cells), grid, repeats=bootstrap_repeats, seed=seed)
+        result = summarise(load_cells(cells), grid, repeats=bootstrap_repeats, seed=seed)
     if problems:
         raise UnfinishedGridError(
             f"{len(result.missing)} of {len(grid)} cells are missing. {'; '.join(problems[:5])}. Run again, and they "
@@ -215,17 +216,12 @@ class _Experiment:
     digest: str  # of the settings
     num_workers: int
 
-    @property
-    def cells(self) -> Path:
-        return self.output / "cells"
-
     def set_folder(self, fold: int, strategy: str) -> Path:
         return self.output / f"fold-{fold}" / strategy
 
 
-def _make_cells(experiment: _Experiment) -> list[str]:
+def _make_cells(experiment: _Experiment, cells: Path) -> list[str]:
     """Make all synthetic sets that are needed, then all cells; returns what went wrong."""
-    cells, sampling = experiment.cells, experiment.sampling
     cells.mkdir(exist_ok=True)
     for folder in (experiment.output, cells):
         remove_partials(folder)
@@ -240,6 +236,7 @@ def _make_cells(experiment: _Experiment) -> list[str]:
     digests, problems = _make_sets(experiment, planned)
     ready = [spec for spec in left if spec.is_baseline or (spec.fold, spec.strategy) in digests]
     # one by one: all jobs together hold the rows of the grid many times
+    sampling = experiment.sampling
     jobs = ((_cell_job(experiment, spec, planned, digests), cells, sampling.device) for spec in ready)
     total = len(experiment.grid)
     with progress_bar("Classifiers", "cell", total, total - len(left), sampling.progress) as bar:
@@ -303,8 +300,8 @@ def _cell_job(
     planned: Mapping[tuple[int, str], RegimePlan],
     digests: Mapping[tuple[int, str], str],
 ) -> CellJob:
-    split, table, labels = experiment.splits[spec.fold], experiment.table, experiment.labels
-    targets = table.targets(labels)
+    split, labels = experiment.splits[spec.fold], experiment.labels
+    targets = experiment.table.targets(labels)
 
     def real(rows: np.ndarray) -> LabelledImages:
         return LabelledImages(experiment.real, rows, targets[rows])
@@ -319,7 +316,7 @@ def _cell_job(
         train=tuple(train),
         validation=real(split.validation),
         test=real(split.test),
-        patients=tuple(table.patients[row] for row in split.test.tolist()),
+        patients=tuple(experiment.table.patients[row] for row in split.test.tolist()),
         labels=labels,
         classifier=experiment.sampling.classifier,
         seed=experiment.seed,

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -208,13 +208,10 @@ def evaluate_fidelity(
 
         shown = sets.places[0], images.preprocessing.fingerprint(), sources.keys
         features = kept(name, (parts, dict(pipe.scheduler.config), sampling, *shown), generate)
-        return scored(name, features, step, sampling)
+        return scored(name, features, step=step, sampling=sampling)
 
-    def scored(
-        name: str, features: FeatureSet, step: int | None = None, sampling: Sampling | None = None
-    ) -> FidelityScores:
-        options = {"step": step, "sampling": sampling, "neighbors": neighbors, "bootstrap": bootstrap}
-        scores = score_fidelity(name, features, reference, **options)
+    def scored(name: str, features: FeatureSet, **options: Any) -> FidelityScores:
+        scores = score_fidelity(name, features, reference, neighbors=neighbors, bootstrap=bootstrap, **options)
         frechet, kernel = scores.frechet.value, scores.kernel.value
         logger.info("%s: Fréchet distance %.4g, kernel distance %.4g", name, frechet, kernel)
         return scores

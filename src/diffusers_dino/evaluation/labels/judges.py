@@ -31,12 +31,7 @@ __all__ = ["Judges", "SyntheticImages", "held_out_pairs"]
 
 @dataclass(frozen=True)
 class SyntheticImages:
-    """A set to judge.
-
-    Attributes:
-        planned: Its images in the plan; those that cannot be read are left out.
-        num_sources: Different sources in the whole plan.
-    """
+    """A set to judge: its images as planned, less those that cannot be read, of `num_sources` sources in the plan."""
 
     strategy: str
     images: PackedImages
@@ -70,16 +65,9 @@ def held_out_pairs(folds: np.ndarray, num_folds: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Judges:
-    """The real images, and where the weights of judges are kept. It travels to other processes.
+    """The N real images with their labels, patients and folds `(N,)` int64, and the folder of the judges' weights.
 
-    Attributes:
-        real: Pixels of the real images.
-        table: Labels and patients of the N real images, in the same order.
-        labels: Names of the L labels.
-        folds: `(N,)` int64, the fold of each.
-        folder: Where weights go, a file for each judge.
-        settings: Architecture and training.
-        validation_fraction, seed: As in `evaluate_labels`.
+    It travels to other processes.
     """
 
     real: PackedImages
@@ -106,8 +94,7 @@ class Judges:
 
     def pairs_for(self, sets: Sequence[SyntheticImages]) -> list[tuple[int, int]]:
         """The folds that the judges of these sets must be trained without."""
-        pairs = [self.pairs_of(one) for one in sets]
-        return sorted({(a, b) for own in pairs for a, b in own.tolist()})
+        return sorted({(a, b) for one in sets for a, b in self.pairs_of(one).tolist()})
 
     def pairs_of(self, images: SyntheticImages) -> np.ndarray:
         """`(N, 2)` int64, the folds that are held out from the judge of each image."""

@@ -30,7 +30,6 @@ class JudgedSet:
     """What judges say about N synthetic images and about their sources.
 
     Attributes:
-        strategy: How they were made.
         judges: `(N,)` int64, the number of the classifier that judged each.
         patients: Of the source whose label each has.
         fractions: `(N,)` float64, as in the plan.

@@ -81,14 +81,9 @@ class PlantedFigures:
 
 @dataclass(frozen=True)
 class ClosePair:
-    """A synthetic image and its nearest training image.
+    """The keys of a synthetic image and of its nearest training image, and their relative distance in [0, 1].
 
-    Attributes:
-        key: Of the synthetic image.
-        training_key: Of the training image.
-        relative_distance: In [0, 1].
-        mirrored: Whether the synthetic image's mirror image is the near one.
-        copy: Whether it is nearer than the threshold.
+    `mirrored` says whether the mirror image of the synthetic one is near, `copy` whether it is below the threshold.
     """
 
     key: str

@@ -103,11 +103,7 @@ class SweptSegments:
     @property
     def settings(self) -> list[Setting]:
         """All settings, in the order of `read`."""
-        return [
-            Setting(self.checkpoint, layers, timestep, threshold)
-            for layers, timestep in self.sweep.views
-            for threshold in self.sweep.thresholds
-        ]
+        return [Setting(self.checkpoint, *view, t) for view in self.sweep.views for t in self.sweep.thresholds]
 
     def units(self) -> list[tuple[int, range]]:
         """All (view, images) that are a file each."""
@@ -177,17 +173,8 @@ def _segment_unit(
         add_noise=sweep.add_noise,
         generator=generators,
     )
+    merging = {"num_merges": sweep.num_merges, "anchors_per_side": sweep.anchors_per_side, "refine": sweep.refine}
+    merging |= {"relative_threshold": sweep.relative, "output_size": sweep.mask_size}
     for image_maps in maps:
-        results = [
-            pipe.segment(
-                image_maps[None],
-                threshold,
-                num_merges=sweep.num_merges,
-                anchors_per_side=sweep.anchors_per_side,
-                relative_threshold=sweep.relative,
-                refine=sweep.refine,
-                output_size=sweep.mask_size,
-            ).masks[0]
-            for threshold in sweep.thresholds
-        ]
+        results = [pipe.segment(image_maps[None], t, **merging).masks[0] for t in sweep.thresholds]
         yield torch.stack(results).cpu().numpy().astype(np.uint16)
