@@ -4,7 +4,7 @@ import unicodedata
 
 import pytest
 
-from diffusers_dino.data.keys import find_keys, match_keys, read_keys
+from diffusers_dino.data.keys import find_keys, match_keys, match_paths, read_keys
 
 KEYS = ["a", "b c", "Müller/01"]
 
@@ -89,3 +89,18 @@ def test_what_could_mean_several_is_not_guessed(wanted, known, places):
 def test_a_key_that_is_nearly_there_is_hinted_at(key, meant):
     with pytest.raises(KeyError, match=f"1 keys are lost, such as .* \\(is .*{meant}.* meant by"):
         find_keys([key, "a"], [*KEYS, "1"], "keys are lost")
+
+
+@pytest.mark.parametrize(
+    "spelt", ["/data/cxr/Müller/01.png", "C:\\data\\Müller\\01.dcm", "01.png", "s3://bucket/Müller/01.jpg", "01"]
+)
+def test_paths_and_names_of_files_lead_to_a_key(spelt):
+    assert match_paths(["a", spelt, "nobody"], KEYS) == [0, 2, None]
+    assert match_paths([unicodedata.normalize("NFD", spelt)], KEYS) == [2]
+
+
+def test_a_name_that_may_be_several_keys_is_not_guessed():
+    known = ["p1/view", "p2/view", "other"]
+    assert match_paths(["/data/p2/view.png", "/data/p3/view", "p3/view.png"], known) == [1, None, None]
+    with pytest.raises(ValueError, match=r"'view.png' may be 2 of the images, such as 'p1/view' or 'p2/view'"):
+        match_paths(["other", "view.png"], known)

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..files import read_regular
 from .stores.folder import image_key
 
-__all__ = ["find_keys", "match_keys", "read_keys"]
+__all__ = ["find_keys", "match_keys", "match_paths", "read_keys"]
 
 
 def read_keys(path: str | Path) -> list[str]:
@@ -58,6 +58,39 @@ def find_keys(wanted: Sequence[str], known: Sequence[str], complaint: str) -> li
     if missing:
         raise KeyError(f"{len(missing)} {complaint}, such as {', '.join(missing[:3])}{_hint(missing, known)}")
     return [place for place in places if place is not None]
+
+
+def match_paths(wanted: Sequence[str], known: Sequence[str]) -> list[int | None]:
+    """As `match_keys`, but a wanted key may also have more folders before it, or fewer: a path, or a file's name.
+
+    ValueError if such a one may be several known keys: what it means must not be guessed.
+    """
+    places = match_keys(wanted, known)
+    if None not in places:
+        return places
+    whole: dict[str, list[int]] = {}  # by known keys, and by all ends of them
+    ends: dict[str, list[int]] = {}
+    for place, key in enumerate(known):
+        whole.setdefault(_form(key), []).append(place)
+        for end in _ends(key):
+            ends.setdefault(end, []).append(place)
+    for number, key in enumerate(wanted):
+        if places[number] is not None:
+            continue
+        found = next((whole[end] for end in _ends(key) if end in whole), None) or ends.get(_form(key), [])
+        if len(found) > 1:
+            meant = " or ".join(repr(known[place]) for place in found[:2])
+            raise ValueError(
+                f"{key!r} may be {len(found)} of the images, such as {meant}: give keys with their folders."
+            )
+        places[number] = next(iter(found), None)
+    return places
+
+
+def _ends(key: str) -> list[str]:
+    """A key as `_form` has it, then without its first folder, without its first two, and so on."""
+    parts = _form(key).split("/")
+    return ["/".join(parts[first:]) for first in range(len(parts))]
 
 
 def _hint(missing: Iterable[str], known: Sequence[str]) -> str:

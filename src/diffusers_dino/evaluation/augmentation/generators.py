@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...data.keys import match_keys, read_keys
+from ...data.keys import match_paths, read_keys
 from ...data.labels import LabelTable
 from ...files import atomic_write, make_writable_folder, write_csv
 from ..folds import assign_folds
@@ -53,7 +53,7 @@ def write_folds(
     """
     seen: set[str] = set()
     if training_keys is not None and is_shared(training_keys):
-        seen = _patients_of(of_fold(training_keys, 0), table)
+        seen = _trained_on(of_fold(training_keys, 0), table)[0]
         logger.info(f"{len(seen)} patients that the generator was trained on are not tested")
     tested = np.array([patient not in seen for patient in table.patients])
     if not tested.any():
@@ -90,7 +90,7 @@ def check_generators(
     """A sentence about whether generators have seen patients of the folds `(N,)` that they are used for.
 
     ValueError if a fold's generator was trained on images of patients whom the fold tests, by the keys in the files
-    `training_keys`.
+    `training_keys`, or if none of these is the key of an image here.
     """
     if training_keys is None:
         if not is_shared(generators):
@@ -104,17 +104,42 @@ def check_generators(
             f"in fold-K/{TRAINING_KEYS}."
         )
         return "One generator for all folds, which may have been trained on images of the patients that are tested."
+    matches = []
     for fold in range(int(folds.max()) + 1):
-        trained = _patients_of(of_fold(training_keys, fold), table)
+        trained, matched = _trained_on(of_fold(training_keys, fold), table)
+        matches.append(f"{matched} for fold {fold}")
         tested = {table.patients[row] for row in np.flatnonzero(folds == fold).tolist()}
         if both := sorted(trained & tested):
             raise ValueError(
                 f"The generator of fold {fold} was trained on images of {len(both)} of the {len(tested)} patients "
                 f"that the fold tests, such as {both[0]}: train it on the keys in fold-{fold}/{TRAINING_KEYS}."
             )
-    return "By the training keys, no generator was trained on an image of a patient whom it is used to test."
+    matched = matches[0].rpartition(" for ")[0] if is_shared(training_keys) else ", ".join(matches)
+    checked = (
+        "By the training keys, no generator was trained on an image of a patient whom it is used to test. Of the "
+        f"training keys, these are of images here: {matched}."
+    )
+    if table.patients == table.keys:
+        checked += " Patients are not known: each image counted as a patient of its own."
+    return checked
 
 
-def _patients_of(path: str, table: LabelTable) -> set[str]:
-    """Patients of the images whose keys are in a file, one a line."""
-    return {table.patients[place] for place in match_keys(read_keys(path), table.keys) if place is not None}
+def _trained_on(path: str, table: LabelTable) -> tuple[set[str], str]:
+    """Patients of the images whose keys are in a file, and how many of its keys are of images in the table.
+
+    ValueError if none is: then nothing could be checked.
+    """
+    keys = read_keys(path)
+    rows = [row for row in match_paths(keys, table.keys) if row is not None]
+    if not rows:
+        raise ValueError(
+            f"None of the {len(keys)} keys in {path}, such as {keys[0]!r}, is of one of the {len(table)} images, such "
+            f"as {table.keys[0]!r}: it cannot be checked what the generator has seen. Give the keys that it was "
+            "trained on as they are in these images, or no training keys if it was trained on other images."
+        )
+    if len(rows) < len(keys):
+        logger.warning(
+            f"{len(rows)} of the {len(keys)} keys in {path} are of images here. The others are not checked: what the "
+            "generator was trained on besides may hold images of the patients that are tested."
+        )
+    return {table.patients[row] for row in rows}, f"{len(rows)} of {len(keys)}"
