@@ -29,6 +29,12 @@ def test_figures_and_pictures_of_unseen_images(flags, tmp_path, capsys):
     assert f"{result.by_pixels.generated.monotone_steps:.2f}" in printed
 
 
-def test_what_was_trained_on_must_be_said(flags):
-    with pytest.raises(ValueError, match="Give --training_keys"):
-        scripts.call_script("evaluate interpolation", **{**flags, "training_keys": None})
+def test_what_was_trained_on_must_be_said_and_is_not_held_out(flags, tmp_path):
+    keys = tmp_path / "held_out.txt"
+    keys.write_text("004.png\n005\n")
+    for message, changed in (
+        ("Give --training_keys", {"training_keys": None}),
+        ("such as 004", {"held_out_keys": keys}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            scripts.call_script("evaluate interpolation", **{**flags, **changed})

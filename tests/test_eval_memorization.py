@@ -88,6 +88,7 @@ def test_without_synthetic_images_the_gate_is_made(flags):
     assert sorted(path.name for path in out.iterdir()) == [
         "distances.png",
         "gate.safetensors",
+        "lock",
         "memorization.json",
         "report.html",
     ]
@@ -102,6 +103,8 @@ def test_what_cannot_be_measured_is_said(flags, tmp_path):
     fails("Give --training", training=None)
     fails("empty", FileNotFoundError, synthetic=tmp_path / "empty")
     fails("No image is held out", training_keys=None)
+    fails("No image is held out", training_keys=None, held_out=f"{flags['held_out']}/.")  # the same folder
+    fails("104 of the held-out images are training images, such as real-000", held_out_keys=flags["training_keys"])
     fails("it takes 2995", false_alarms=0.001)
     fails("has no column 'person'", patient_column="person")
     fails("There is no feature extractor", extractor="nobody")

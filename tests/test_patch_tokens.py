@@ -79,10 +79,10 @@ def test_the_commands_of_the_script_from_training_on(tmp_path, monkeypatch):
     flags = {"tokens": "all", "normalize_tokens": 32, "output_dir": tmp_path / "model"}
     flags["train_data_dir"] = "examples/data/phantom-cxr/phantom-cxr-train-*.tar"
     flags |= {"max_train_samples": 32, "cache_views": 1, "max_train_steps": 2, "lr_warmup_steps": 1}
-    scripts.run_script("train_dino.py", ROOT / "examples/configs/quickstart.yaml", **flags)
+    scripts.call_script("train_dino.py", ROOT / "examples/configs/quickstart.yaml", **flags)
     conditioner = DinoDiffusionPipeline.from_pretrained(tmp_path / "model").conditioner
     assert conditioner.num_tokens == 5 + 64
     assert conditioner.heads[0].std.ne(1).all()  # fitted
     flags = {"model": tmp_path / "model", "output_dir": tmp_path / "out", "num_noises": 1, "num_inference_steps": 2}
-    scripts.run_script("splice", **flags)
+    scripts.call_script("splice", **flags)
     assert list(json.loads((tmp_path / "out/splices.json").read_text())) == MASKS

@@ -230,6 +230,16 @@ def test_a_label_with_one_class_has_no_figure(judged, result):
     assert score_sets({"nothing": [nothing]}, LABELS, repeats=20)[0].macro.synthetic is None
 
 
+def test_judges_that_see_nothing_are_said_to(result):
+    assert result.judges_see
+    assert "no better than chance" not in format_preservation_table(result)
+    for low in (0.45, None):
+        blind = replace(result, real=(replace(result.real[0], low=low), *result.real[1:]))
+        assert not blind.judges_see
+        for style in ("markdown", "latex"):
+            assert "no better than chance" in format_preservation_table(blind, style)
+
+
 def test_bad_input_is_named(judges, judged, sets, table):
     one, images = judged["faithful"], sets["faithful"]
     strange, unlabelled = (

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from .. import DinoDiffusionPipeline
+from ..data.keys import find_keys
 from ..data.sources.masks import MaskedImage, MaskedImages, open_masked_images
 from ..evaluation.reconstruction.splicing import (
     draw_splices,
@@ -25,7 +27,7 @@ from ..evaluation.reconstruction.splicing import (
     splice_images,
     splice_masks,
 )
-from ..files import make_writable_folder
+from ..files import lock_folder, make_writable_folder
 from ..metrics.dice import dice
 from ..pipelines.checks import image_size
 from ..sheets import contact_sheet
@@ -50,6 +52,11 @@ class Arguments:
 
 def main(args: Arguments) -> None:
     output_dir = make_writable_folder(args.output_dir)
+    with lock_folder(output_dir, OSError):
+        splice(args, output_dir)
+
+
+def splice(args: Arguments, output_dir: Path) -> None:
     pipe = DinoDiffusionPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
     side, size = patch_grid(pipe.conditioner), image_size(pipe)
@@ -59,8 +66,10 @@ def main(args: Arguments) -> None:
     first = torch.stack([samples.image(i) for i in range(min(args.num_reconstructions, len(samples)))])
     again = generate_from_noises(pipe, pipe.encode_image(first), **call)
     contact_sheet(first, again.flatten(0, 1)).save(output_dir / "reconstructions.png")
-    source = samples[samples.keys.index(args.source) if args.source else 0]
-    other = samples[samples.keys.index(args.other)] if args.other else most_different(samples, source)
+    named = [key for key in (args.source, args.other) if key]
+    places = dict(zip(named, find_keys(named, samples.keys, f"of the keys are not in {args.data_dir}"), strict=True))
+    source = samples[places[args.source] if args.source else 0]
+    other = samples[places[args.other]] if args.other else most_different(samples, source)
     splices = splice_images(pipe, source.image, other.image, splice_masks(side, source.mask | other.mask), **call)
     draw_splices(splices, source.image, other.image).save(output_dir / "splices.png")
     (output_dir / "splices.json").write_text(json.dumps(splices.shares, indent=2) + "\n")

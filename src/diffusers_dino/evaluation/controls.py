@@ -1,7 +1,8 @@
-"""What experiments compare a model with: itself before training, shuffled pairs, halves of the patients."""
+"""What experiments compare a model with: itself before training, shuffled pairs, halves, images it has not seen."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -9,9 +10,12 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from ..pixels import unit_to_uint8, with_channels
 from ..seeds import generator_for
 
-__all__ = ["derangement", "split_in_halves", "with_fresh_unet"]
+__all__ = ["derangement", "rows_in", "split_in_halves", "warn_of_training_images", "with_fresh_unet"]
+
+logger = logging.getLogger(__name__)
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
@@ -45,3 +49,20 @@ def split_in_halves(patients: Sequence[str], seed: int = 0) -> Tensor:
     order = torch.randperm(len(names), generator=generator_for(seed, "halves")).tolist()
     first = {names[i] for i in order[: len(names) // 2]}
     return torch.tensor([patient in first for patient in patients])
+
+
+def rows_in(rows: Tensor, others: Tensor) -> Tensor:
+    """Which rows `(N, ...)` are among others `(M, ...)`, to the bit: `(N,)` bool."""
+    known = {hash(row.tobytes()) for row in others.cpu().numpy()}
+    return torch.tensor([hash(row.tobytes()) in known for row in rows.cpu().numpy()], dtype=torch.bool)
+
+
+def warn_of_training_images(images: Tensor, training_images: Tensor) -> None:
+    """Warn if images `(N, C, H, W)` that a model must not have seen are among those it was trained on."""
+    seen = int(rows_in(*(unit_to_uint8(with_channels(x, 1)) for x in (images, training_images))).sum())
+    if seen:
+        logger.warning(
+            "%d of %d images are among the training images, pixel by pixel: figures are not those of unseen images.",
+            seen,
+            len(images),
+        )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,7 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data import ImageDataset, collate
+from ..data.datasets import to_float
 from ..seeds import generator_for
+from .packed import readable_images
 
 if TYPE_CHECKING:
     from ..pipelines import DinoDiffusionPipeline
@@ -26,6 +30,9 @@ __all__ = [
     "models_of",
     "stack_images",
 ]
+
+
+logger = logging.getLogger(__name__)
 
 
 class Model(NamedTuple):
@@ -70,20 +77,37 @@ def load_models(
 
 
 def stack_images(images: ImageDataset | Tensor) -> Tensor:
-    """All images of a data set as `(N, C, size, size)` in [0, 1]; a tensor is returned as it is."""
-    return images if isinstance(images, Tensor) else collate([images[i] for i in range(len(images))])["image"]
+    """All images of a data set as `(N, C, size, size)` in [0, 1]; a tensor is returned as it is.
+
+    Images that cannot be read are left out, with a warning that counts them; ValueError if none is left.
+    """
+    if isinstance(images, Tensor):
+        return images
+    found = [{"key": key, "image": to_float(array)} for key, array in readable_images(images)]
+    if not found:
+        raise ValueError(f"None of {len(images)} images can be read.")
+    if len(found) < len(images):
+        logger.warning("%d of %d images cannot be read and are left out.", len(images) - len(found), len(images))
+    return collate(found)["image"]
 
 
 def embed_images(pipe: DinoDiffusionPipeline, images: ImageDataset | Tensor, batch_size: int = 64) -> Tensor:
     """Condition tokens `(N, S, D)`, float32 on the CPU, of a data set or of `(N, C, H, W)` in [0, 1].
 
-    Images of a data set pass through memory a batch at a time.
+    Images of a data set pass through memory a batch at a time. ValueError if one cannot be read: whoever takes a row
+    for each key would take that of another image.
     """
-    tokens = []
-    for rows in torch.arange(len(images)).split(batch_size):
-        batch = images[rows] if isinstance(images, Tensor) else collate([images[i] for i in rows.tolist()])["image"]
-        tokens.append(pipe.encode_image(batch).float().cpu())
-    return torch.cat(tokens)
+    batches = images.split(batch_size) if isinstance(images, Tensor) else _batches(images, batch_size)
+    tokens = torch.cat([pipe.encode_image(batch).float().cpu() for batch in batches])
+    if len(tokens) < len(images):
+        raise ValueError(f"{len(images) - len(tokens)} of {len(images)} images cannot be read: leave them out.")
+    return tokens
+
+
+def _batches(images: ImageDataset, batch_size: int) -> Iterator[Tensor]:
+    left = ({"key": key, "image": to_float(array)} for key, array in readable_images(images))
+    while samples := list(islice(left, batch_size)):
+        yield collate(samples)["image"]
 
 
 def generate_batches(

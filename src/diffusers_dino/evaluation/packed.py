@@ -6,7 +6,6 @@ A grid of classifiers reads the same images hundreds of times: decoding them onl
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
@@ -15,12 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from ..data.datasets import ImageDataset, to_float
-from ..files import atomic_write, write_json
+from ..files import atomic_write, read_json, write_json
 from ..pixels import unit_to_uint8, with_channels
 
-__all__ = ["PackedImages", "at_size", "pack_images"]
+__all__ = ["PackedImages", "at_size", "pack_images", "readable_images"]
 
 _READ_TOGETHER = 64
+_LARGEST_FACTS = 4 << 30  # bytes
 
 
 class PackedImages:
@@ -34,17 +34,26 @@ class PackedImages:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        facts = json.loads(_facts_path(self.path).read_text())
-        self.keys: tuple[str, ...] = tuple(facts["keys"])
-        self.recipe: str = facts["recipe"]
-        self.num_averaged: int | None = facts.get("num_averaged")
+        facts = read_json(_facts_path(self.path), _LARGEST_FACTS)
+        try:
+            self.keys: tuple[str, ...] = tuple(facts["keys"])
+            self.recipe: str = facts["recipe"]
+            self.num_averaged: int | None = facts.get("num_averaged")
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{_facts_path(self.path)} is damaged: delete it and run again.") from error
         if len(self.array) != len(self.keys):
             raise ValueError(f"{path} holds {len(self.array)} images for {len(self.keys)} keys: delete it, run again.")
 
     @cached_property
     def array(self) -> np.ndarray:
         """uint8 `(N, size, size)` or `(N, size, size, 3)`, read as it is needed."""
-        return np.load(self.path, mmap_mode="r", allow_pickle=False)
+        try:
+            array = np.load(self.path, mmap_mode="r", allow_pickle=False)
+        except (EOFError, ValueError) as error:
+            raise ValueError(f"{self.path} is damaged ({error}): delete it and run again.") from error
+        if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.ndim not in (3, 4):
+            raise ValueError(f"{self.path} holds no packed images: delete it and run again.")
+        return array
 
     @cached_property
     def places(self) -> dict[str, int]:
@@ -80,7 +89,7 @@ def pack_images(images: ImageDataset, path: str | Path, recipe: str = "", channe
     keys, num_averaged = [], 0
     with atomic_write(path) as file:
         _write_header(file, shape)
-        for key, image in _readable(images):
+        for key, image in readable_images(images):
             keys.append(key)
             num_averaged += image.ndim > 2 and channels == 1
             pixels = unit_to_uint8(with_channels(to_float(image), channels))  # (channels, size, size)
@@ -101,12 +110,13 @@ def at_size(images: ImageDataset, size: int) -> ImageDataset:
     return ImageDataset(images.store, preprocessing, max_unreadable=images.max_unreadable).select(images.keys)
 
 
-def _readable(images: ImageDataset) -> Iterator[tuple[str, np.ndarray]]:
+def readable_images(images: ImageDataset) -> Iterator[tuple[str, np.ndarray]]:
+    """Key and prepared image of each sample but those that cannot be read: none stands in for another."""
     names, numbers = images.keys, range(len(images))
     for first in numbers[::_READ_TOGETHER]:
         places = numbers[first : first + _READ_TOGETHER]
         for place, (key, image) in zip(places, images.read_many(places), strict=True):
-            if key == names[place]:  # else another sample stands in for one that cannot be read
+            if key == names[place]:
                 yield key, image
 
 

@@ -149,9 +149,10 @@ def calibrate_threshold(real: Tensor, false_alarms: float = 0.01, confidence: fl
     rank = _tolerance_rank(len(real), false_alarms, 1 - confidence)
     if rank < 1:
         needed = math.ceil(math.log(1 - confidence) / math.log1p(-false_alarms))
+        possible = 1 - (1 - confidence) ** (1 / max(len(real), 1))
         raise ValueError(
             f"{len(real)} real images are too few to promise at most {false_alarms:.2%} false alarms: it takes "
-            f"{needed}. Give more images or a larger share."
+            f"{needed}. Give more images, or set false_alarms to {math.ceil(possible * 1e4) / 1e4:g} or more."
         )
     threshold = real.sort().values[rank - 1].item()
     if threshold <= 0:

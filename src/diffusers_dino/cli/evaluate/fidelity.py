@@ -30,7 +30,7 @@ from ...evaluation.fidelity.sets import FidelitySets, choose_sets
 from ...evaluation.fidelity.table import format_fidelity_table
 from ...evaluation.generation import load_models
 from ...evaluation.table_text import write_tables
-from ...files import make_writable_folder
+from ...files import lock_folder, make_writable_folder
 from ...metrics import open_extractor
 from ...pipelines.checks import image_size
 from ...training.checkpoints import complete_checkpoints
@@ -76,6 +76,11 @@ def main(args: Arguments) -> None:
     check_arguments(args)
     paths, steps = list_models(args)
     output_dir = make_writable_folder(args.output_dir)
+    with lock_folder(output_dir):
+        measure(args, output_dir, paths, steps)
+
+
+def measure(args: Arguments, output_dir: Path, paths: dict[str, str], steps: dict[str, int]) -> None:
     device = torch.device(device_of(0, args.device))
     dtype = None if args.dtype == "float32" else getattr(torch, args.dtype)
     models = load_models(paths.items(), steps, device, dtype)

@@ -10,6 +10,7 @@ Needs the extra `eval`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -20,7 +21,7 @@ from ...evaluation import evaluate_interpolation
 from ...evaluation.generation import stack_images
 from ...evaluation.interpolation.plot import draw_paths, plot_path
 from ...evaluation.interpolation.table import format_interpolation_table
-from ...files import make_writable_folder
+from ...files import lock_folder, make_writable_folder
 from ...pipelines.checks import image_size
 from ..arguments import flag
 
@@ -47,11 +48,20 @@ def main(args: Arguments) -> None:
     if not args.training_keys:
         raise ValueError("Give --training_keys: what is not listed there counts as unseen.")
     output_dir = make_writable_folder(args.output_dir)
+    with lock_folder(output_dir, OSError):
+        measure(args, output_dir)
+
+
+def measure(args: Arguments, output_dir: Path) -> None:
     pipe = DinoInterpolationPipeline.from_pretrained(args.model).to(args.device)
     images = open_images(args.data_dir, Preprocessing(image_size(pipe), remove_borders=args.remove_borders))
     training = images.select(read_keys(args.training_keys))
     others = sorted(set(images.keys) - set(training.keys))
-    held_out_keys = read_keys(args.held_out_keys) if args.held_out_keys else others
+    held_out_keys = images.select(read_keys(args.held_out_keys)).keys if args.held_out_keys else others
+    if both := sorted(set(held_out_keys) & set(training.keys)):
+        raise ValueError(
+            f"{len(both)} keys of --held_out_keys are also in --training_keys, such as {both[0]}: they are not unseen."
+        )
     held_out = stack_images(images.select(held_out_keys[: args.num_images]))
     path = {
         "fractions": [i / (args.num_points - 1) for i in range(args.num_points)],

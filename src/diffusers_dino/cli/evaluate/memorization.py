@@ -12,7 +12,9 @@ Needs the extra `eval`.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from ...data import ImageDataset, Preprocessing, open_images
@@ -21,7 +23,7 @@ from ...data.labels import read_label_table, stored_labels
 from ...evaluation import evaluate_memorization
 from ...evaluation.memorization.plot import draw_closest_pairs, plot_memorization
 from ...evaluation.memorization.table import make_report, table_of_sets
-from ...files import make_writable_folder
+from ...files import lock_folder, make_writable_folder
 from ...metrics import open_extractor
 from ..arguments import flag
 
@@ -55,6 +57,11 @@ def main(args: Arguments) -> None:
     if not args.training:
         raise ValueError("Give --training: the images that the generator was trained on.")
     output_dir = make_writable_folder(args.output_dir)
+    with lock_folder(output_dir, OSError):
+        measure(args, output_dir)
+
+
+def measure(args: Arguments, output_dir: Path) -> None:
     training, held_out = open_real_images(args)
     # what was generated has been prepared already
     synthetic = open_images(args.synthetic, Preprocessing(args.size, remove_borders=False)) if args.synthetic else None
@@ -94,11 +101,16 @@ def open_real_images(args: Arguments) -> tuple[ImageDataset, ImageDataset | None
         training = training.select(read_keys(args.training_keys))
     if not args.held_out:
         return training, None
-    held_out = open_images(args.held_out, preprocessing)
+    held_out, trained = open_images(args.held_out, preprocessing), set(training.keys)
+    is_same = os.path.realpath(args.held_out) == os.path.realpath(args.training)
     if args.held_out_keys:
         held_out = held_out.select(read_keys(args.held_out_keys))
-    elif args.training_keys or args.held_out == args.training:
-        trained = set(training.keys)
+        if is_same and (both := sorted(trained & set(held_out.keys))):
+            raise ValueError(
+                f"{len(both)} of the held-out images are training images, such as {both[0]}: --held_out_keys and "
+                "--training_keys must not have keys in common."
+            )
+    elif args.training_keys or is_same:
         held_out = held_out.select([key for key in held_out.keys if key not in trained])
     if not len(held_out):
         raise ValueError("No image is held out: the training set has all keys of --held_out.")

@@ -28,7 +28,7 @@ from ...evaluation.segmentation.plot import draw_segmentation
 from ...evaluation.segmentation.protocol import file_name
 from ...evaluation.segmentation.table import format_segmentation_table
 from ...evaluation.table_text import write_tables
-from ...files import make_writable_folder
+from ...files import lock_folder, make_writable_folder
 from ..arguments import flag
 from ..console import show_messages
 
@@ -62,6 +62,11 @@ def main(args: Arguments) -> None:
     output_dir = make_writable_folder(args.output_dir)
     if not args.data or not (args.pipeline or args.stable_diffusion):
         raise ValueError("Give --data, and --pipeline or --stable_diffusion.")
+    with lock_folder(output_dir):
+        measure(args, output_dir)
+
+
+def measure(args: Arguments, output_dir: Path) -> None:
     data_sets = {name: open_data(name, path, args) for name, path in map(name_and_path, args.data)}
     if len(data_sets) < len(args.data):
         raise ValueError(f"Two of {args.data} have one name: give them as NAME=PATH.")

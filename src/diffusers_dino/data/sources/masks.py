@@ -6,6 +6,7 @@ because they are found in the pixels of the image.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ from torch import Tensor
 from ..datasets import to_float
 from ..images.preprocessing import Preprocessing, center_crop
 from ..images.reading import read_image
+from ..stores import ImageStore
 from ..stores.archives import split_name
 from ..stores.folder import FolderStore
 from ..stores.shards import ShardStore
@@ -42,7 +44,7 @@ class MaskedImage:
 @dataclass(frozen=True)
 class _Entry:
     key: str
-    patient: str
+    patient: str | None  # None if unknown
     read_image: Callable[[], np.ndarray]
     read_masks: Callable[[], list[tuple[str, np.ndarray]]]  # (name for messages, pixels)
 
@@ -63,7 +65,12 @@ class MaskedImages(Sequence[MaskedImage]):
     @property
     def patients(self) -> list[str]:
         """The patient of each sample; its key if unknown."""
-        return [entry.patient for entry in self._entries]
+        return [entry.patient or entry.key for entry in self._entries]
+
+    @property
+    def patients_known(self) -> bool:
+        """Whether the patient of every sample is known."""
+        return all(entry.patient is not None for entry in self._entries)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -87,6 +94,11 @@ class MaskedImages(Sequence[MaskedImage]):
     def resized(self, size: int) -> MaskedImages:
         """The same samples with images of another size."""
         return MaskedImages(self._entries, size, self.mask_size, self._max_scale)
+
+    def select(self, keys: Sequence[str]) -> MaskedImages:
+        """The samples of these keys, in their order; raises `KeyError` if one is missing."""
+        entries = {entry.key: entry for entry in self._entries}
+        return MaskedImages([entries[key] for key in keys], self.size, self.mask_size, self._max_scale)
 
     def _mask(self, entry: _Entry, image_shape: tuple[int, ...]) -> Tensor:
         united: np.ndarray | None = None
@@ -183,7 +195,7 @@ def _from_two_folders(images: Path, masks: Path) -> list[_Entry]:
             raise FileNotFoundError(
                 f"{store.describe(index)} has no mask: expected {masks / key}.png or {masks / key}_mask.png."
             )
-        entries.append(_Entry(key, key, partial(store.read, index), partial(_read_all, (path,))))
+        entries.append(_Entry(key, None, partial(store.read, index), partial(_read_all, (path,))))
     return entries
 
 
@@ -201,10 +213,23 @@ def _from_companions(source: str | Path) -> list[_Entry]:
             raise FileNotFoundError(f"{store.describe(index)} has no mask: expected KEY.{_MASK} beside it.") from error
 
     read_companion(0)  # a folder without masks is an error now, not after the first hour
+    patients = [_stored_patient(store, index) for index in range(len(store.keys))]
+    if None not in patients and len(set(patients)) == len(patients):
+        patients = list(store.keys)  # one image each: halves of them are then those of older versions
     return [
-        _Entry(key, key, partial(store.read, index), partial(read_companion, index))
-        for index, key in enumerate(store.keys)
+        _Entry(key, patient, partial(store.read, index), partial(read_companion, index))
+        for index, (key, patient) in enumerate(zip(store.keys, patients, strict=True))
     ]
+
+
+def _stored_patient(store: ImageStore, index: int) -> str | None:
+    """The patient in `KEY.json` beside an image, as shards have it."""
+    try:
+        facts = json.loads(store.companion(index, "json"))
+    except (KeyError, ValueError, RecursionError):
+        return None
+    patient = facts.get("patient") if isinstance(facts, dict) else None
+    return None if patient in (None, "") else str(patient)
 
 
 def _read_all(paths: Sequence[Path]) -> list[tuple[str, np.ndarray]]:

@@ -155,7 +155,7 @@ class CellResult:
                 probabilities, targets = file.get_tensor("probabilities"), file.get_tensor("targets")
             strings = (tuple(text[name]) for name in ("labels", "keys", "patients"))
             return cls(CellSpec(**text["spec"]), *strings, probabilities, targets, CellFacts(**text["facts"]))
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except (SafetensorError, KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is not a whole cell of a grid ({error}): delete it and run again.") from error
 
     @staticmethod

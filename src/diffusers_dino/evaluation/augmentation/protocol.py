@@ -18,7 +18,7 @@ import numpy as np
 from ...data import ImageDataset, Preprocessing, open_images
 from ...data.labels import LabelTable
 from ...devices import count_workers, device_of
-from ...files import lock_folder, make_writable_folder, remove_partials, sha256_of, write_json
+from ...files import lock_folder, make_writable_folder, read_json, remove_partials, sha256_of, write_json
 from ...fingerprints import as_json, hash_of
 from ...frozen import require_same
 from ...metrics.auroc import check_classes
@@ -156,7 +156,10 @@ def evaluate_augmentation(
         }
         begun, path = as_json(begun), output / "experiment.json"
         if path.is_file():
-            require_same(json.loads(path.read_bytes())["configuration"], begun, output)
+            before = read_json(path)
+            if not isinstance(before, dict) or not isinstance(before.get("configuration"), dict):
+                raise ValueError(f"{path} is damaged: it holds no configuration. Give another output folder.")
+            require_same(before["configuration"], begun, output)
         write_json(
             path, {"configuration": begun, "generators": check_generators(table, folds, generators, training_keys)}
         )
@@ -223,7 +226,7 @@ class _Experiment:
 def _make_cells(experiment: _Experiment, cells: Path) -> list[str]:
     """Make all synthetic sets that are needed, then all cells; returns what went wrong."""
     cells.mkdir(exist_ok=True)
-    for folder in (experiment.output, cells):
+    for folder in (experiment.output, cells, *experiment.output.glob("fold-*")):
         remove_partials(folder)
     left = [spec for spec in experiment.grid if not CellResult.path(cells, spec).is_file()]
     made = next(cells.iterdir(), None)
@@ -290,7 +293,11 @@ def _make_set(place: int, sampling: _Sampling, fold: int, plan: Plan, folder: Pa
     gate = None if sampling.gates is None else CopyGate.load(of_fold(sampling.gates, fold))
     made = synthesise(plan, pipe, sources, folder, gate=gate, progress=sampling.progress and place == 0)
     images = open_images(folder, Preprocessing(sampling.classifier.size, remove_borders=False))
-    pack_images(images, folder.with_name(f"{folder.name}.npy"), made.plan.digest, sampling.classifier.channels)
+    packed = pack_images(
+        images, folder.with_name(f"{folder.name}.npy"), made.plan.digest, sampling.classifier.channels
+    )
+    if lost := len(images) - len(packed):
+        logger.warning(f"{lost} of {len(images)} images of {folder} cannot be read and are left out.")
     return made.plan.digest
 
 

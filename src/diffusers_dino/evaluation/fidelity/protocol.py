@@ -14,6 +14,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from ...files import make_writable_folder, save_atomically
+from ...files import lock_folder, make_writable_folder, remove_partials, save_atomically
 from ...fingerprints import fingerprint_pipeline, hash_of
 from ...metrics import FeatureExtractor, FeatureSet, FeatureSpec, extract_features, open_extractor
 from ...metrics.bootstrap import (
@@ -177,53 +178,59 @@ def evaluate_fidelity(
 
     Raises:
         ValueError: If sources are in the reference, or a set is too small.
-        RuntimeError: If a model generates NaN.
+        RuntimeError: If a model generates NaN, or another process is at work in the folder.
     """
     extractor = extractor or open_extractor("pixels")
-    kept = partial(_kept, None if folder is None else make_writable_folder(folder), extractor.spec)
+    folder = None if folder is None else make_writable_folder(folder)
+    with nullcontext() if folder is None else lock_folder(folder):
+        if folder is not None:
+            remove_partials(folder)
+        kept = partial(_kept, folder, extractor.spec)
 
-    def of_images(name: str, images: ImageDataset, place: str) -> FeatureSet:
-        facts = place, images.preprocessing.fingerprint(), images.keys
-        return kept(name, facts, lambda: extract_features(extractor, images, batch_size, progress=progress))
+        def of_images(name: str, images: ImageDataset, place: str) -> FeatureSet:
+            facts = place, images.preprocessing.fingerprint(), images.keys
+            return kept(name, facts, lambda: extract_features(extractor, images, batch_size, progress=progress))
 
-    sources = of_images("sources", sets.sources, sets.places[0])
-    reference = of_images("reference", sets.reference, sets.places[1])
-    require_disjoint(sources, reference)
-    images = sets.sources.select(sources.keys)  # without what cannot be read
-    groups = [[sets.patients[k] for k in one.keys] if sets.patients else None for one in (sources, reference)]
-    bootstrap = Bootstrap(bootstrap_repeats, seed, 0.95, *groups)
-    tokens: dict[str, Tensor] = {}  # by the fingerprint of the conditioner, which checkpoints share
-    logger.info("%d sources, %d real images of others as the reference", len(sources), len(reference))
+        sources = of_images("sources", sets.sources, sets.places[0])
+        reference = of_images("reference", sets.reference, sets.places[1])
+        require_disjoint(sources, reference)
+        images = sets.sources.select(sources.keys)  # without what cannot be read
+        groups = [[sets.patients[k] for k in one.keys] if sets.patients else None for one in (sources, reference)]
+        bootstrap = Bootstrap(bootstrap_repeats, seed, 0.95, *groups)
+        tokens: dict[str, Tensor] = {}  # by the fingerprint of the conditioner, which checkpoints share
+        logger.info("%d sources, %d real images of others as the reference", len(sources), len(reference))
 
-    def row(name: str, pipe: DinoDiffusionPipeline, step: int | None = None) -> FidelityScores:
-        parts = fingerprint_pipeline(pipe)
-        dtype = str(pipe.unet.dtype).removeprefix("torch.")
-        settings = (num_inference_steps, guidance_scale, seed, batch_size, dtype)
-        sampling = Sampling(type(pipe.scheduler).__name__, *settings)
+        def row(name: str, pipe: DinoDiffusionPipeline, step: int | None = None) -> FidelityScores:
+            parts = fingerprint_pipeline(pipe)
+            dtype = str(pipe.unet.dtype).removeprefix("torch.")
+            settings = (num_inference_steps, guidance_scale, seed, batch_size, dtype)
+            sampling = Sampling(type(pipe.scheduler).__name__, *settings)
 
-        def generate() -> FeatureSet:
-            if parts["conditioner"] not in tokens:
-                tokens[parts["conditioner"]] = embed_images(pipe, images, batch_size)
-            return generate_features(pipe, tokens[parts["conditioner"]], sources.keys, extractor, sampling, progress)
+            def generate() -> FeatureSet:
+                if parts["conditioner"] not in tokens:
+                    tokens[parts["conditioner"]] = embed_images(pipe, images, batch_size)
+                return generate_features(
+                    pipe, tokens[parts["conditioner"]], sources.keys, extractor, sampling, progress
+                )
 
-        shown = sets.places[0], images.preprocessing.fingerprint(), sources.keys
-        features = kept(name, (parts, dict(pipe.scheduler.config), sampling, *shown), generate)
-        return scored(name, features, step=step, sampling=sampling)
+            shown = sets.places[0], images.preprocessing.fingerprint(), sources.keys
+            features = kept(name, (parts, dict(pipe.scheduler.config), sampling, *shown), generate)
+            return scored(name, features, step=step, sampling=sampling)
 
-    def scored(name: str, features: FeatureSet, **options: Any) -> FidelityScores:
-        scores = score_fidelity(name, features, reference, neighbors=neighbors, bootstrap=bootstrap, **options)
-        frechet, kernel = scores.frechet.value, scores.kernel.value
-        logger.info("%s: Fréchet distance %.4g, kernel distance %.4g", name, frechet, kernel)
-        return scores
+        def scored(name: str, features: FeatureSet, **options: Any) -> FidelityScores:
+            scores = score_fidelity(name, features, reference, neighbors=neighbors, bootstrap=bootstrap, **options)
+            frechet, kernel = scores.frechet.value, scores.kernel.value
+            logger.info("%s: Fréchet distance %.4g, kernel distance %.4g", name, frechet, kernel)
+            return scores
 
-    rows, model = [], None
-    for model in models_of(models):
-        rows.append(row(model.name, model.pipe, model.step))
-    if model is None:
-        raise ValueError("There is no model to measure.")
-    if untrained:
-        rows.append(row(UNTRAINED, with_fresh_unet(model.pipe)))
-    return FidelityResult((*rows, scored(REAL, sources)))
+        rows, model = [], None
+        for model in models_of(models):
+            rows.append(row(model.name, model.pipe, model.step))
+        if model is None:
+            raise ValueError("There is no model to measure.")
+        if untrained:
+            rows.append(row(UNTRAINED, with_fresh_unet(model.pipe)))
+        return FidelityResult((*rows, scored(REAL, sources)))
 
 
 def keep_best(

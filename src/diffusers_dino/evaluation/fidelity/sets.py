@@ -11,7 +11,7 @@ import torch
 from ...data import ImageDataset
 from ...metrics import FeatureSet
 from ...seeds import generator_for
-from ..controls import split_in_halves
+from ..controls import rows_in, split_in_halves
 
 __all__ = ["FidelitySets", "choose_sets", "require_disjoint"]
 
@@ -61,6 +61,8 @@ def choose_sets(
     """
     if reference is not None and reference_keys is not None:
         raise ValueError("Give the reference as a data set or as keys of the images, not both.")
+    if patients is None:
+        logger.warning("Patients are not known: images of one patient may be on both sides of the comparison.")
     known = images if reference is None else reference
     if reference is not None:
         sources, real = images.keys, known.keys
@@ -69,8 +71,6 @@ def choose_sets(
         listed = set(real)
         sources = [key for key in images.keys if key not in listed]
     else:
-        if patients is None:
-            logger.warning("Patients are not known: images of one patient may be on both sides of the comparison.")
         first = split_in_halves([patients[key] if patients else key for key in images.keys], seed).tolist()
         sources, real = ([k for k, inside in zip(images.keys, first, strict=True) if inside == s] for s in (1, 0))
     if patients and (left_out := {patients[key] for key in real} & {patients[key] for key in sources}):
@@ -83,13 +83,26 @@ def choose_sets(
 
 
 def require_disjoint(sources: FeatureSet, reference: FeatureSet) -> None:
-    """ValueError if an image of one key has the same features in both sets: a model would be rewarded for copying."""
+    """ValueError if an image of one key has the same features in both sets: a model would be rewarded for copying.
+
+    So it is if half of the sources have the features of images of other keys, as those of a copy of the folder have;
+    fewer are warned of, since data sets hold duplicates.
+    """
     shared = sorted(set(sources.keys) & set(reference.keys))
     if shared and (sources.select(shared).features == reference.select(shared).features).all(dim=1).any():
         raise ValueError(
             f"Images are in the reference and among the sources, such as {shared[0]!r} ({len(shared)} keys are in "
             "both): give other sources."
         )
+    same = rows_in(sources.features, reference.features)
+    message = (
+        f"{int(same.sum())} of the {len(sources)} sources are images of the reference under other names, such as "
+        f"{sources.keys[int(same.int().argmax())]!r}"
+    )
+    if 2 * same.sum() >= len(sources):
+        raise ValueError(f"{message}: give other sources.")
+    if same.any():
+        logger.warning("%s: leave duplicates out.", message)
 
 
 def _draw(keys: Sequence[str], count: int | None, seed: int) -> list[str]:

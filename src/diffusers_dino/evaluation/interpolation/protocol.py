@@ -17,7 +17,7 @@ from ...metrics import pixel_features
 from ...metrics.neighbours import nearest_by_cosine
 from ...pipelines import DinoInterpolationPipeline
 from ...seeds import generator_for
-from ..controls import derangement, with_fresh_unet
+from ..controls import derangement, warn_of_training_images, with_fresh_unet
 from ..generation import embed_images, stack_images
 from ..results import JsonResult
 
@@ -109,9 +109,10 @@ def evaluate_interpolation(
     Raises:
         ValueError: If there are fewer than two images, or the fractions do not ascend.
     """
+    images, training_images = stack_images(images), stack_images(training_images)
     if len(images) < 2 or not all(a < b for a, b in pairwise(fractions)):
         raise ValueError(f"Expected two images or more and ascending fractions, got {len(images)} and {fractions}.")
-    images, training_images = stack_images(images), stack_images(training_images)
+    warn_of_training_images(images, training_images)
     between = DinoInterpolationPipeline.from_pipe(pipe)
     between.set_progress_bar_config(disable=True)
     fresh = with_fresh_unet(between)

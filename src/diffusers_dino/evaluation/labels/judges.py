@@ -5,6 +5,7 @@ With K folds there are K (K - 1) / 2 judges; reconstructions, whose sources are 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +30,9 @@ from .result import JudgedSet
 __all__ = ["Judges", "SyntheticImages", "held_out_pairs"]
 
 
+logger = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True)
 class SyntheticImages:
     """A set to judge: its images as planned, less those that cannot be read, of `num_sources` sources in the plan."""
@@ -45,6 +49,8 @@ class SyntheticImages:
         images = open_images(folder, Preprocessing(size, remove_borders=False))
         packed = pack_images(images, pack, made.plan.digest, channels)
         planned = [image for image in made.planned() if image.key in packed.places]
+        if lost := len(images) - len(packed):
+            logger.warning(f"{lost} of {len(images)} images of {folder} cannot be read and are left out.")
         return cls(made.plan.strategy, packed, planned, len(made.plan.keys))
 
 

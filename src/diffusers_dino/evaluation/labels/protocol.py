@@ -13,7 +13,7 @@ import numpy as np
 from ...data import ImageDataset
 from ...data.labels import LabelTable
 from ...devices import count_workers, device_of
-from ...files import lock_folder, make_writable_folder
+from ...files import lock_folder, make_writable_folder, remove_partials
 from ...metrics.auroc import check_classes
 from ...workers import progress_bar, run_apart
 from ..classifier import ClassifierSettings, make_classifier
@@ -76,6 +76,9 @@ def evaluate_labels(
     make_classifier(classifier, len(labels))  # refuses what timm does not make before images are read
     output = make_writable_folder(output_dir)
     with lock_folder(output):
+        folder = make_writable_folder(output / "judges")
+        for place in (output, folder):
+            remove_partials(place)
         real = pack_images(at_size(images, classifier.size), output / "real.npy", channels=classifier.channels)
         if len(real) < len(table):
             logger.warning(f"{len(table) - len(real)} of {len(table)} images cannot be read and are left out.")
@@ -83,7 +86,6 @@ def evaluate_labels(
         targets = table.targets(labels)
         check_classes(targets, labels, "the real data")
         folds = assign_folds(targets, table.patients, num_folds, seed)
-        folder = make_writable_folder(output / "judges")
         judges = Judges(real, table, labels, folds, classifier, folder, validation_fraction, seed)
         opened = _open_sets(sets, output, classifier)
         pairs = judges.pairs_for([one for members in opened.values() for one in members])
@@ -97,7 +99,7 @@ def evaluate_labels(
             raise RuntimeError(f"{len(problems)} classifiers were not trained: {'; '.join(problems)}")
         place, options = device_of(0, device), {"repeats": bootstrap_repeats, "seed": seed}
         judged = {name: [judges.judge(one, place) for one in members] for name, members in opened.items()}
-        return LabelPreservationResult(
+        result = LabelPreservationResult(
             labels=labels,
             num_folds=num_folds,
             num_real=len(table),
@@ -108,6 +110,12 @@ def evaluate_labels(
             parts=score_sets(judged, labels, ratios=ratios, **options),
             **options,
         )
+        if not result.judges_see:
+            logger.warning(
+                "The classifiers are no better than chance on real images: what they say of synthetic ones says "
+                "nothing. Train them longer, or on more images."
+            )
+        return result
 
 
 def _open_sets(

@@ -151,6 +151,12 @@ class LabelPreservationResult(JsonResult):
     parts: tuple[Part, ...]
 
     @property
+    def judges_see(self) -> bool:
+        """Whether the judges tell the labels of real images: better than by chance, with the whole interval."""
+        low = self.real[0].low
+        return low is not None and low > 0.5
+
+    @property
     def wholes(self) -> tuple[Part, ...]:
         """The whole of each set."""
         return tuple({part.name: part for part in reversed(self.parts)}.values())[::-1]

@@ -64,6 +64,9 @@ def _bounded(value: float | None, low: float | None, high: float | None, sign: s
 
 def _note(result: LabelPreservationResult) -> list[str]:
     macro = result.real[0]
+    unable = (
+        "They are no better than chance there, so what they say of synthetic images and of their sources says nothing."
+    )
     return [
         f"Macro AUROC, over {len(result.labels)} labels ({', '.join(result.labels)}), of the labels that synthetic "
         f"images were given, by classifiers ({result.model}, seed {result.judges_seed}) trained on real images of "
@@ -72,4 +75,5 @@ def _note(result: LabelPreservationResult) -> list[str]:
         "the labels.",
         f"The classifiers reach {_bounded(macro.auroc, macro.low, macro.high)} on held-out images of the "
         f"{result.num_real} real ones ({result.num_real_patients} patients, {result.num_folds} folds, two held out).",
+        *([] if result.judges_see else [unable]),
     ]

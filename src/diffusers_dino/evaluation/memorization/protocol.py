@@ -7,13 +7,14 @@ images that were tampered with, which show what it finds.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...data import ImageDataset, collate
+from ...data import ImageDataset
 from ...metrics import FeatureExtractor, FeatureSpec, open_extractor
 from ...metrics.bootstrap import share_interval
 from ...metrics.copy_gate import (
@@ -26,6 +27,8 @@ from ...metrics.copy_gate import (
     search_training,
 )
 from ...metrics.neighbours import Groups, authenticity, calibrate_threshold
+from ..controls import rows_in
+from ..generation import stack_images
 from ..results import JsonResult
 from .planted import PLANTED
 
@@ -37,6 +40,8 @@ __all__ = [
     "SetFigures",
     "evaluate_memorization",
 ]
+
+logger = logging.getLogger(__name__)
 
 NUM_BINS = 50
 _NUM_PLANTED = 256
@@ -108,6 +113,7 @@ class MemorizationResult(JsonResult):
         synthetic: Of the synthetic images; None without them.
         planted: Of tampered copies of training images.
         closest: The nearest synthetic images, nearest first.
+        held_out_in_training: Held-out images that are training images, pixel by pixel: they should be none.
     """
 
     spec: FeatureSpec
@@ -120,6 +126,7 @@ class MemorizationResult(JsonResult):
     synthetic: SetFigures | None
     planted: tuple[PlantedFigures, ...]
     closest: tuple[ClosePair, ...]
+    held_out_in_training: int = 0
 
 
 class MemorizationStudy(NamedTuple):
@@ -175,11 +182,19 @@ def evaluate_memorization(
     groups = known_groups(views, training, training_groups)
     own = search_training(views, groups)
     spacing = own.neighbors.distance[:, 0]  # (M,)
-    unseen = generated = None
+    unseen, generated, num_seen = None, None, 0
     closest: tuple[ClosePair, ...] = ()
     if held_out is not None:
         held_out_views = extract_views(extractor, held_out, batch_size, progress)
         known = known_groups(held_out_views, held_out, held_out_groups)
+        num_seen = int(rows_in(held_out_views.upright.features, views.upright.features).sum())
+        if num_seen and calibrate_on == "held out":
+            raise ValueError(
+                f"{num_seen} of the {len(held_out_views.upright)} held-out images are training images: no threshold "
+                "can be learned from them. Leave them out."
+            )
+        if num_seen:
+            logger.warning("%d of the held-out images are training images: they say nothing.", num_seen)
         unseen = search_copies(held_out_views, views, known, None if known is None else groups)
     threshold = calibrate_threshold((own if calibrate_on == "training" else unseen).relative, false_alarms)
     if synthetic is not None:
@@ -199,6 +214,7 @@ def evaluate_memorization(
         gate=gate.fingerprint(),
         planted=_plant(training, views, extractor, threshold),
         closest=closest,
+        held_out_in_training=num_seen,
         **figures,
     )
     return MemorizationStudy(result, gate)
@@ -224,8 +240,9 @@ def _plant(
     training: Images, views: ImageViews, extractor: FeatureExtractor, threshold: float
 ) -> tuple[PlantedFigures, ...]:
     """Tamper with training images, evenly spread over their order, and search for them."""
-    rows = torch.linspace(0, len(training) - 1, min(len(training), _NUM_PLANTED)).round().long().tolist()
-    images = training[rows] if isinstance(training, Tensor) else collate([training[row] for row in rows])["image"]
+    keys = views.upright.keys  # of those that can be read
+    rows = torch.linspace(0, len(keys) - 1, min(len(keys), _NUM_PLANTED)).round().long().tolist()
+    images = training[rows] if isinstance(training, Tensor) else stack_images(training.select([keys[i] for i in rows]))
     figures = []
     for change, tamper in PLANTED.items():
         found = search_copies(extract_views(extractor, tamper(images).clamp(0, 1)), views)

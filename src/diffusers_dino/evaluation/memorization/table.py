@@ -46,6 +46,11 @@ def make_report(result: MemorizationResult) -> Report:
     )
     report.add_heading("What is near")
     report.add_table(*table_of_sets(result))
+    if result.held_out_in_training:
+        report.add_text(
+            f"{result.held_out_in_training} of the held-out images are training images, pixel by pixel. The figures of "
+            "held-out images are not those of unseen ones: leave them out and search again."
+        )
     report.add_text(
         "AuthPct is the share of images that are farther from their nearest training image than that is from its own "
         "nearest. Compare it with that of held-out images; it is not a verdict on an image."

@@ -13,7 +13,7 @@ from ...data import ImageDataset
 from ...metrics import pixel_features, retrieval_accuracy
 from ...metrics.distances import frechet_of_samples  # it does not warn of few samples: the result says how many
 from ...metrics.neighbours import nearest_by_cosine
-from ..controls import derangement, with_fresh_unet
+from ..controls import derangement, warn_of_training_images, with_fresh_unet
 from ..generation import embed_images, generate_variations, stack_images
 from ..results import JsonResult
 
@@ -80,6 +80,7 @@ def evaluate_reconstruction(
         progress: Whether to show bars.
     """
     images, training_images = stack_images(images), stack_images(training_images)
+    warn_of_training_images(images, training_images)
     sampling = {"num_inference_steps": num_inference_steps, "batch_size": batch_size, "progress": progress}
     untrained_pipe = with_fresh_unet(pipe)
     tokens = embed_images(pipe, images, batch_size)  # (N, S, D)

@@ -38,6 +38,7 @@ def draw_segmentation(
             save(plot_segmentation_sweep(study.result, axis), axis)
     if not num_examples:
         return
+    images = images.select(study.result.keys)
     for scores in study.result.methods:
         if scores.method not in study.swept:
             continue

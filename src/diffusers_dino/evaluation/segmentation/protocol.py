@@ -24,8 +24,10 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from tqdm import tqdm
 
+from ...data.images.errors import UnreadableImageError
 from ...data.sources.masks import MaskedImages
 from ...diffseg.lungs import lung_prior, most_agreed, name_lungs
+from ...files import lock_folder, make_writable_folder
 from ...metrics.bootstrap import bootstrap_interval
 from ...metrics.dice import best_union, dice, union_of
 from ...pipelines import DiffSegPipeline
@@ -99,6 +101,7 @@ class SegmentationResult(JsonResult):
         seed: Of the split in halves, the bootstrap and k-means.
         methods: Rows of the table.
         sweeps: One of each model.
+        patients_known: Whether the halves are of patients; else they are of images.
     """
 
     dataset: str
@@ -107,6 +110,7 @@ class SegmentationResult(JsonResult):
     seed: int
     methods: tuple[MethodScores, ...]
     sweeps: tuple[SweepScores, ...]
+    patients_known: bool = True
 
 
 class SegmentationStudy(NamedTuple):
@@ -133,7 +137,8 @@ def evaluate_segmentation(
     Args:
         models: A pipeline of this package or a Stable Diffusion (with the empty prompt), or several models; those of
             one name are checkpoints of one model. An iterator may load one after the other.
-        images: Images with masks; masks are read only once all segments are made.
+        images: Images with masks; masks are read only once all segments are made. Images that cannot be read are left
+            out: the result's keys are those of the others.
         folder: Where segments are kept: another call with it computes only what is missing.
         sweep: The settings.
         dataset: Name of the data set.
@@ -143,9 +148,13 @@ def evaluate_segmentation(
         progress: Whether to show bars.
 
     Raises:
-        ValueError: If there are not at least two patients, a mask does not fit its image, or `folder` was begun with
-            another model, other images or other settings.
+        ValueError: If there are not at least two patients, more than 5 % of the images cannot be read, a mask does not
+            fit its image, all masks are empty, or `folder` was begun with another model, other images or settings.
+        RuntimeError: If another process is at work in the folder.
     """
+    images = _readable(images)
+    if not images.patients_known:
+        logger.warning("Patients are not known: images of one patient may be in both halves.")
     split_in_halves(images.patients, seed)  # says at once if there is one patient only
     sweep = sweep or Sweep()
     swept: dict[str, list[SweptSegments]] = {}
@@ -156,12 +165,31 @@ def evaluate_segmentation(
         options = {"checkpoint": checkpoint, "chunk": batch_size, "progress": progress}
         swept.setdefault(name, []).append(segment_images(pipe, images, sweep, place, **options))
 
-    for model in models_of(models):
-        pipe, is_first = DiffSegPipeline.from_pipe(model.pipe), model.name not in swept
-        add(model.name, pipe, model.checkpoint)
-        if untrained and is_first and pipe.conditioner is not None:
-            add(f"{model.name}, untrained", with_fresh_unet(pipe))
+    with lock_folder(make_writable_folder(folder)):
+        for model in models_of(models):
+            pipe, is_first = DiffSegPipeline.from_pipe(model.pipe), model.name not in swept
+            add(model.name, pipe, model.checkpoint)
+            if untrained and is_first and pipe.conditioner is not None:
+                add(f"{model.name}, untrained", with_fresh_unet(pipe))
     return SegmentationStudy(score_segments(swept, images, dataset=dataset, seed=seed, progress=progress), swept)
+
+
+def _readable(images: MaskedImages, tolerated: float = 0.05) -> MaskedImages:
+    """Those of the images that can be read."""
+    lost = []
+    for index, key in enumerate(images.keys):
+        try:
+            images.image(index)
+        except UnreadableImageError as error:
+            logger.warning("%s. Left out.", error)
+            lost.append(key)
+    if not lost:
+        return images
+    if len(lost) > tolerated * len(images):
+        raise ValueError(
+            f"{len(lost)} of {len(images)} images cannot be read, such as {lost[0]}: mend or remove them."
+        )
+    return images.select([key for key in images.keys if key not in lost])
 
 
 def file_name(name: str) -> str:
@@ -183,6 +211,11 @@ def score_segments(
     """
     halves = split_in_halves(images.patients, seed)
     masks = torch.stack([images.mask(i) for i in range(len(images))])
+    empty = int((~masks.flatten(1).any(dim=1)).sum())
+    if empty == len(masks):
+        raise ValueError(f"All {empty} masks {dataset and f'of {dataset} '}are empty: there is nothing to find.")
+    if empty:
+        logger.warning("%d of %d masks are empty: only an empty prediction agrees with them.", empty, len(masks))
     gray = _gray_images(images, range(len(images)))
     rows, sweeps = [], []
 
@@ -215,14 +248,18 @@ def score_segments(
     }
     for method, prediction in constant.items():
         add(method, NOTHING, dice(prediction, masks)[None])
-    return SegmentationResult(dataset, tuple(images.keys), images.mask_size, seed, tuple(rows), tuple(sweeps))
+    facts = (dataset, tuple(images.keys), images.mask_size, seed, tuple(rows), tuple(sweeps))
+    return SegmentationResult(*facts, images.patients_known)
 
 
 def chosen_masks(
     study: SegmentationStudy, scores: MethodScores, images: MaskedImages, indices: Sequence[int]
 ) -> list[Tensor]:
-    """The masks `(mask_size, mask_size)` bool behind a row of scores of a model, of the images with these numbers."""
-    swept = study.swept[scores.method]
+    """The masks `(mask_size, mask_size)` bool behind a row of scores of a model, of the images with these numbers.
+
+    Numbers are those of the result's keys.
+    """
+    images, swept = images.select(study.result.keys), study.swept[scores.method]
     if scores.selection == NO_GROUND_TRUTH:
         gray = _gray_images(images, indices)
         return [_choose_unsupervised(_read_all(swept, i), image) for i, image in zip(indices, gray, strict=True)]

@@ -7,9 +7,11 @@ timestep); a file holds it, so a run that was killed continues with the unit it 
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...data.sources.masks import MaskedImages
-from ...files import atomic_write, make_writable_folder
+from ...files import atomic_write, make_writable_folder, remove_partials
 from ...fingerprints import fingerprint_pipeline, hash_of
 from ...frozen import freeze
 from ...pipelines import DiffSegPipeline
@@ -117,12 +119,20 @@ class SweptSegments:
         return self.folder / f"{layers.replace('/', '_')}-t{timestep:04d}-{first:06d}.npz"
 
     def read(self, index: int) -> Tensor:
-        """Segments `(settings, mask_size, mask_size)` int64 of one image."""
-        first = index - index % self.chunk
+        """Segments `(settings, mask_size, mask_size)` int64 of one image; ValueError if a file is damaged."""
+        first, side = index - index % self.chunk, self.sweep.mask_size
+        shape = (len(self.sweep.thresholds), min(self.chunk, self.num_images - first), side, side)
         parts = []
         for view in range(len(self.sweep.views)):
-            with np.load(self.path(view, first)) as file:
-                parts.append(torch.from_numpy(file["segments"][:, index - first].astype(np.int64)))
+            path = self.path(view, first)
+            try:
+                with np.load(path, allow_pickle=False) as file:
+                    segments = file["segments"]
+                if segments.shape != shape or segments.dtype != np.uint16:
+                    raise ValueError(f"it holds {segments.dtype} {segments.shape}, not uint16 {shape}")
+            except (BadZipFile, EOFError, KeyError, ValueError, zlib.error) as error:
+                raise ValueError(f"{path} is damaged ({error}): delete it and run again.") from error
+            parts.append(torch.from_numpy(segments[:, index - first].astype(np.int64)))
         return torch.cat(parts)
 
 
@@ -149,6 +159,7 @@ def segment_images(
         "images": hash_of("\n".join(images.keys))[:16],
         "model": fingerprint_pipeline(pipe),
     }
+    remove_partials(folder)
     freeze(folder / "sweep.json", identity)
     todo = [unit for unit in swept.units() if not swept.path(unit[0], unit[1].start).is_file()]
     shown = images.resized(sweep.size or image_size(pipe))

@@ -36,6 +36,8 @@ def format_segmentation_table(results: Sequence[SegmentationResult], style: str 
         return f"{latex_table(header, body, 'll' + 'c' * (len(header) - 2))}\n"
     notes = [_note(result.dataset, scores) for result in results for scores in result.methods if scores.chosen]
     heading = "Settings chosen on one half of the patients and scored on the other, both ways:"
+    if unknown := [result.dataset for result in results if not result.patients_known]:
+        notes.append(f"- {', '.join(unknown)}: patients are not known, so the halves are of images")
     return "\n".join([markdown_table(header, body), *(["", heading, "", *notes] if notes else []), ""])
 
 
