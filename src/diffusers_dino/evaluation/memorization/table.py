@@ -48,7 +48,7 @@ def make_report(result: MemorizationResult) -> Report:
     report.add_table(*table_of_sets(result))
     if result.held_out_in_training:
         report.add_text(
-            f"{result.held_out_in_training} of the held-out images are training images, pixel by pixel. The figures of "
+            f"{result.held_out_in_training} of the held-out images are training images, pixel by pixel. Figures of "
             "held-out images are not those of unseen ones: leave them out and search again."
         )
     report.add_text(
