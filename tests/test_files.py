@@ -1,14 +1,18 @@
 """What base modules promise of files and folders: whole or not there, one run at a time, begun with these settings."""
 
+import csv
 import errno
+import io
 import json
 import os
 import re
+from pathlib import Path
 
 import pytest
 
 from diffusers_dino.files import (
     atomic_write,
+    csv_text,
     lock_folder,
     make_writable_folder,
     open_private,
@@ -91,9 +95,34 @@ def test_a_folder_whose_replacement_was_killed_is_recovered(tmp_path):
 def test_tables_and_private_files(tmp_path):
     write_csv(tmp_path / "t.csv", ["a", "b"], [["x,y", 1], ["", None]])
     assert (tmp_path / "t.csv").read_bytes() == b'a,b\n"x,y",1\n,\n'
-    with open_private(tmp_path / "secret") as file:
-        file.write("salt")
-    assert (tmp_path / "secret").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("before", [None, 0o600, 0o666, 0o400, "link"])
+def test_private_files_are_read_by_nobody_else(tmp_path, before):
+    path = tmp_path / "secret"
+    if before == "link":
+        (tmp_path / "open").touch(0o666)
+        path.symlink_to(tmp_path / "open")
+    elif before is not None:
+        path.write_text("old")
+        path.chmod(before)
+    (tmp_path / ".secret.1.partial").write_text("of a killed run")
+    with open_private(path) as file:
+        file.write("sält \udce4\n")
+    assert path.read_bytes() == "sält ".encode() + b"\xe4\n"
+    assert path.lstat().st_mode & 0o777 == 0o600
+    assert set(os.listdir(tmp_path)) <= {"secret", "open"}
+    with pytest.raises(TypeError), open_private(path) as file:
+        file.write(b"not a text")
+    assert path.read_text(errors="replace").startswith("sält")
+
+
+def test_tables_for_people_hold_no_formulas():
+    cells = ["=1+1", "+cmd|' /C calc'!A0", "-2+3+cmd", "@SUM(A1)", "\t=x", "\r@x", " =x", Path("=a/b"), "-Mass"]
+    numbers = ["-0.5", "+0.05", "-0.1 [-0.2, +0.3]", "-1e-05", "-3 %", "-", "-nan", -1, None, "a=b", "Mass|-x", ""]
+    escaped, kept = csv.reader(io.StringIO(csv_text(cells, [numbers]), newline=""))
+    assert escaped == [f"'{cell}".replace("\r", " ") for cell in cells]
+    assert kept == ["" if number is None else str(number) for number in numbers]
 
 
 def test_one_run_at_a_time(tmp_path):

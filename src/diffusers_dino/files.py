@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import errno
+import glob
 import hashlib
 import io
 import json
 import logging
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -43,15 +45,15 @@ _UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+def atomic_write(path: str | Path, mode: int = 0o666) -> Iterator[BinaryIO]:
     """Write a file aside, force it to disk, then give it its name. On an error nothing is left behind."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
-        with open(aside, "wb") as file:
+        with open(aside, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            _force(file.fileno())
         os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)
@@ -100,19 +102,36 @@ def read_json(path: str | Path, limit: int = 64 << 20, error: type[Exception] = 
 def write_csv(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Write a table as `atomic_write` does."""
     with atomic_write(path) as file:
-        file.write(csv_text(header, rows).encode())
+        file.write(csv_text(header, rows, for_people=False).encode())
 
 
-def csv_text(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
-    """A table as CSV."""
+def csv_text(header: Sequence[Any], rows: Iterable[Sequence[Any]], for_people: bool = True) -> str:
+    """A table as CSV. For people, cells that a spreadsheet would take for a formula get a `'` before them."""
     text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    table = [header, *rows]
+    csv.writer(text, lineterminator="\n").writerows([map(_as_text, row) for row in table] if for_people else table)
     return text.getvalue()
 
 
-def open_private(path: str | Path) -> TextIO:
-    """Open a text file for writing that no other user may read."""
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", newline="")
+def _as_text(cell: Any) -> str:
+    """A cell that no spreadsheet runs: numbers, also with signs, percent or brackets, stay as they are."""
+    text = "" if cell is None else str(cell).replace("\r", " ")  # which csv does not quote
+    is_number = re.fullmatch(r"[-+\d.,%±()[\]\s]+(e[-+]?\d+)?|[-+](nan|inf)", text)
+    return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@")) and not is_number else text
+
+
+@contextmanager
+def open_private(path: str | Path) -> Iterator[TextIO]:
+    """Write a text file that no other user may read, as `atomic_write` does, also where there was one for all."""
+    path = Path(path)
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):  # of a killed run
+        leftover.unlink(missing_ok=True)
+    with atomic_write(path, 0o600) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
+        try:
+            yield text
+        finally:
+            text.detach()
 
 
 def sha256_of(path: str | Path) -> str:
@@ -130,12 +149,17 @@ def sync(path: str | Path) -> None:
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
+        _force(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _force(descriptor: int) -> None:
+    try:
         os.fsync(descriptor)
     except OSError as error:
         if error.errno not in _UNSUPPORTED:  # some network file systems have nothing to force
             raise
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -121,4 +122,6 @@ def read_salt(file: str | None, output_dir: str) -> str:
         with open_private(path) as written:
             written.write(secrets.token_hex(16) + "\n")
         print(f"Made a new salt: {path}. Keep it, and keep it secret.", flush=True)
+    elif os.name == "posix" and path.stat().st_mode & 0o077:
+        print(f"Others may read the salt {path}: chmod 600 keeps it secret.", file=sys.stderr, flush=True)
     return path.read_text().strip()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,7 +9,7 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-from ...files import lock_folder, make_writable_folder, open_private, remove_partials, write_csv
+from ...files import csv_text, lock_folder, make_writable_folder, open_private, remove_partials, write_csv
 from ...frozen import freeze, require_same
 from ...workers import progress_bar, run_parallel
 from ..images.encoding import Encoding
@@ -180,12 +179,10 @@ def _folder_records(name: str, root: Path) -> Iterator[Record]:
 
 
 def _write_key_map(path: Path, items: Iterable[Item]) -> None:
+    of_items = ((item.key, item.record) for item in items)
+    rows = [[key, r.source, r.image_id, r.patient, str(r.image)] for key, r in of_items]
     with open_private(path) as file:
-        writer = csv.writer(file)
-        writer.writerow(["key", "source", "image_id", "patient", "file"])
-        for item in items:
-            record = item.record
-            writer.writerow([item.key, record.source, record.image_id, record.patient, record.image])
+        file.write(csv_text(["key", "source", "image_id", "patient", "file"], rows))
 
 
 def _prepare(
