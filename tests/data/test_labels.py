@@ -60,11 +60,18 @@ def test_labels_beside_the_images_are_the_same_as_in_the_table():
         ("file,patient,findings\n,7,Edema\n", "Line 2 .* has no 'file'"),
         ("file,patient,findings\na.png,7,\na.jpg,7,\n", "1 keys come more than once"),
         ("", "no column"),
+        ("file;patient;findings\na;7;Edema\n", "its columns are 'file;patient;findings'"),
+        ("file,patient,findings\na,7\n", "line 2 has not as many cells as the header"),
+        ("file,patient,findings\na,7,Edema,Mass\n", "line 2 has not as many cells as the header"),
+        ("file,patient,findings,findings\na,7,Edema,Mass\n", "several columns 'findings'"),
+        ('file,patient,findings\na,7,"Edema\n' + "b,7,Mass\n" * 20_000, "Cannot read .*is a quote not closed"),
+        (b"file,patient,findings\na,7,n\xf3dulo\n", r"Cannot read .*labels\.csv.*Save it as UTF-8"),
+        ("file,patient,findings\na,7,Edema\n".encode("utf-16"), r"Cannot read .*labels\.csv.*Save it as UTF-8"),
     ],
 )
 def test_a_table_that_does_not_say_enough_is_refused(tmp_path, text, message):
     path = tmp_path / "labels.csv"
-    path.write_text(text)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message):
         read_label_table(path)
 
@@ -76,6 +83,11 @@ def test_images_without_stored_labels_are_named(tmp_path):
     images = open_images(tmp_path, Preprocessing(64, remove_borders=False))
     with pytest.raises(ValueError, match="No labels are stored beside image 'a'"):
         stored_labels(images)
-    (tmp_path / "a.json").write_text("{}")
-    with pytest.raises(ValueError, match="no list of labels"):
-        stored_labels(images)
+    for facts in ("{}", "[]", "3", '{"labels": "Mass"}', '{"labels": [["Mass"]]}', '{"labels": null}'):
+        (tmp_path / "a.json").write_text(facts)
+        with pytest.raises(ValueError, match="no list of labels"):
+            stored_labels(images)
+    for facts in (b"{", b"\xff", b"[" * 100_000):
+        (tmp_path / "a.json").write_bytes(facts)
+        with pytest.raises(ValueError, match="The facts of image 'a' are damaged"):
+            stored_labels(images)

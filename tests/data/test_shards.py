@@ -1,4 +1,5 @@
 import json
+import os
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -6,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from diffusers_dino.data import Preprocessing, verify_shards
-from diffusers_dino.data.sharding.manifest import ShardError, read_manifest, write_manifest, write_shard
+from diffusers_dino.data.sharding.manifest import ShardError, check_shards, read_manifest, write_manifest, write_shard
 from diffusers_dino.data.sharding.plan import plan_shards
 from diffusers_dino.data.stores.archives import INDEX_SUFFIX
 from diffusers_dino.files import sha256_of
@@ -119,6 +120,55 @@ class TestVerification:
         assert index.name in problem
         index.unlink()
         assert verify_shards(shards) == []  # readers do without
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            *(("samples", value) for value in (-1, 2**31, 10**400, 1.0, 1e30, True, "3", None, [3])),
+            *(("bytes", value) for value in (-1, 0, 2**63, float("nan"), "9", {})),
+            *(("name", value) for value in ("../train-000000.tar", "/etc/x.tar", "a\\b.tar", "x.zip", "", 7, None)),
+            *(("sha256", value) for value in ("", "ab", "g" * 64, 7, None)),
+            ("split", 3),
+            ("name", "train-000001.tar"),
+        ],
+    )
+    def test_what_cannot_be_is_not_believed(self, shards, key, value):
+        path = shards / "manifest.json"
+        manifest = json.loads(path.read_text())
+        manifest["shards"][0][key] = value
+        path.write_text(json.dumps(manifest))
+        with pytest.raises(ShardError, match=r"manifest\.json' is damaged"):
+            verify_shards(shards)
+        del manifest["shards"][0][key]
+        path.write_text(json.dumps(manifest | {"shards": [None]}))
+        with pytest.raises(ShardError, match=r"manifest\.json' is damaged"):
+            verify_shards(shards)
+
+    def test_many_missing_shards_are_counted_at_once(self, shards):
+        manifest = json.loads((shards / "manifest.json").read_text())
+        entry = manifest["shards"][0]
+        manifest["shards"] = [entry | {"name": f"train-{number:06d}.tar"} for number in range(100_000)]
+        (shards / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(ShardError, match="and 99989 more") as caught:
+            check_shards(shards)
+        assert len(str(caught.value)) < 2000
+
+    @pytest.mark.parametrize(
+        "content", ["[" * 100_000, '{"format":1,"shards":[' + "9" * 5000, "\0" * 50, "[]", "3", '"a"']
+    )
+    def test_other_json_is_no_manifest(self, tmp_path, content):
+        (tmp_path / "manifest.json").write_text(content)
+        with pytest.raises(ShardError, match=r"manifest\.json'? is (damaged|not a manifest)"):
+            verify_shards(tmp_path)
+
+    def test_pipes_and_devices_are_no_manifests(self, tmp_path):
+        os.mkfifo(tmp_path / "manifest.json")
+        with pytest.raises(ShardError, match="is a pipe or a device"):
+            verify_shards(tmp_path)
+        (tmp_path / "manifest.json").unlink()
+        (tmp_path / "manifest.json").symlink_to("/dev/zero")
+        with pytest.raises(ShardError, match="is a pipe or a device"):
+            verify_shards(tmp_path)
 
     def test_without_manifest_nothing_can_be_said(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"no manifest\.json"):

@@ -1,12 +1,11 @@
 """Runs that are killed and started again, and runs as processes of their own."""
 
 import json
-import os
 import resource
+import shutil
 import subprocess
 import sys
 import zipfile
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -20,14 +19,11 @@ from diffusers_dino.data import Preprocessing
 from diffusers_dino.data.images.encoding import Encoding
 from diffusers_dino.data.sharding import PlanRule, make_shards
 from diffusers_dino.data.splits import SplitRule
+from kills import Killed, killed_before, kills
 from scripts import EXAMPLES, call_script, losses, run_script
 from shard_runs import SALT, content, keys_of, picture
 
 ROOT = EXAMPLES.parent
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing catches it."""
 
 
 def _stop(*_) -> None:
@@ -57,30 +53,47 @@ def stopped(make, monkeypatch):
 
 
 class TestRestart:
-    def test_stopped_around_any_rename(self, make, tmp_path, monkeypatch):
-        """Runs are stopped before or after their 1st to 6th rename, and each goes on where the last one stopped."""
-        expected = content(make())
-        cut, rename, runs = tmp_path / "cut", os.replace, 0
-        while not (cut / "manifest.json").exists():
-            left = iter(range(runs // 2 % 6, -1, -1))
+    @pytest.mark.parametrize("retry", [False, True])
+    def test_killed_before_any_rename_or_removal(self, images, tmp_path, retry):
+        """Also runs that clean up after a finished one, and runs that make a new plan as an image was mended."""
+        cut, keys = tmp_path / "cut", tmp_path / "keys.csv"
+        folder = tmp_path / "few"
+        folder.mkdir()
+        for number in range(5):
+            Image.fromarray(picture(number)).save(folder / f"{number}.png")
+        options = {"encoding": Encoding(Preprocessing(16)), "rule": PlanRule(SplitRule(test=0.4))}
+        make = partial(make_shards, [folder], salt=SALT, part_size=5, max_unreadable=0.4, **options)
+        make(output_dir=tmp_path / "whole", key_map=keys)
+        expected, named = content(tmp_path / "whole"), keys.read_bytes()
+        mended = (folder / "2.png").read_bytes()
 
-            def rename_some(source, target, left=left, before=runs % 2):
-                last = next(left) == 0
-                if last and before:
-                    raise Killed
-                rename(source, target)
-                if last:
-                    raise Killed
+        def start() -> None:
+            """Nothing yet; for a retry, a run that has its plan, one shard, and one image too few."""
+            for path in (cut, keys):
+                if path.exists():
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if retry:
+                (folder / "2.png").write_bytes(b"")
+                with killed_before(9) as death:
+                    make(output_dir=cut)
+                assert death.happened
+                assert (cut / ".work" / "plan.json").exists()
+                assert list(cut.glob("*.tar"))
+                (folder / "2.png").write_bytes(mended)
 
-            monkeypatch.setattr("diffusers_dino.files.os.replace", rename_some)
-            runs += 1
-            assert runs < 60
-            with suppress(Killed):
-                make(output_dir=cut)
-        monkeypatch.undo()
-        assert runs > 8
-        make(output_dir=cut)
-        assert content(cut) == expected
+        run = partial(make, output_dir=cut, key_map=keys, retry_unreadable=retry)
+        start()
+        count = 0
+        for count in kills(run, at_most=14 if retry else 100):
+            if count % 3 == 0:
+                with killed_before(count // 2):  # once more, on the way back
+                    run()
+            run()
+            assert content(cut) == expected
+            assert keys.read_bytes() == named
+            assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+            start()
+        assert count > (12 if retry else 20)
 
     def test_a_folder_that_an_earlier_version_began(self, tmp_path, monkeypatch):
         """`begun.zip`: images, and a run of 2026-11-26 that was stopped after the first of three shards."""

@@ -38,6 +38,30 @@ class TestDuplicatesAndSplits:
         lineage = json.loads((out / "manifest.json").read_text())["lineage"]
         assert lineage["duplicates"] == [["exact", "images", "images2", 1], ["perceptual", "images", "images2", 1]]
 
+    @pytest.mark.parametrize(
+        ("patients", "told"),
+        [
+            (["ANONYMOUS"] * 8, "8 of 8 images have one patient id, and so one split"),
+            (["0"] * 6 + ["1", "2"], "6 of 8 images have one patient id"),
+            ([""] * 8, "8 of 8 images are DICOM files without a patient id, and count as a patient each"),
+            ([" ", "", *"abcdef"], "2 of 8 images are DICOM files without a patient id"),
+            (list("aabbccdd"), None),
+        ],
+    )
+    def test_patients_that_cannot_be_told_apart_are_a_warning(self, make, tmp_path, caplog, patients, told):
+        dicom_files = pytest.importorskip("dicom_files")
+        (tmp_path / "dicom").mkdir()
+        for number, patient in enumerate(patients):
+            data = dicom_files.dicom_bytes(picture(number), PatientID=patient)
+            (tmp_path / "dicom" / f"{number}.dcm").write_bytes(data)
+        make(source=tmp_path / "dicom", test_fraction=0)
+        assert (told in caplog.text and "names another column" in caplog.text) if told else not caplog.text
+
+    def test_a_split_without_images_is_a_warning(self, make, caplog):
+        make(test_fraction=0.001, validation_fraction=0.3)
+        assert caplog.text.count("No image is in the split") == 1
+        assert "'test'" in caplog.text
+
     @pytest.mark.parametrize(("policy", "gone"), [("exact", ["exact.bmp"]), ("perceptual", ["exact.bmp", "near.png"])])
     def test_copies_are_dropped_if_asked(self, make, images, copies, tmp_path, policy, gone):
         out = make(source=[images, copies], drop_duplicates=policy, write_key_map=tmp_path / "keys.csv")

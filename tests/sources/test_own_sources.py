@@ -3,8 +3,10 @@
 import gzip
 import itertools
 import logging
+import os
 import sys
 import tracemalloc
+import unicodedata
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from diffusers_dino.data.sources import (
     select_labels,
 )
 from diffusers_dino.data.sources.description import describe
+from diffusers_dino.data.sources.records import salted_key
 from source_layouts import lay_out, picture, write
 
 REPOSITORY = Path(__file__).parents[2]
@@ -171,6 +174,19 @@ def test_another_encoding_is_refused_until_it_is_named(tmp_path):
 def test_a_table_that_is_cut_off_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"t\.csv.*line 3 has 2 cells, the header 3"):
         list(own(tmp_path, "a.png,1,nodule\nb.png,1\n"))
+    for rows, told in (
+        ("a.png,1,nodule,more\n", "line 2 has 4 cells, the header 3"),
+        ('a.png,1,"nodule\n' + "b.png,1,mass\n" * 20_000, "is a quote not closed"),
+    ):
+        with pytest.raises(ValueError, match=rf"t\.csv.*{told}"):
+            list(own(tmp_path, rows))
+    write(tmp_path / "t.csv", "file,patient,finding,finding\na.png,1,x,y\n")
+    with pytest.raises(ValueError, match=r"t\.csv.*several columns 'finding'"):
+        list(open_source(tmp_path / "own.yaml", tmp_path))
+    (tmp_path / "t.csv").unlink()
+    os.mkfifo(tmp_path / "t.csv")
+    with pytest.raises(ValueError, match=r"t\.csv' is a pipe or a device"):
+        open_source(tmp_path / "own.yaml", tmp_path)
     (tmp_path / "t.csv").unlink()
     whole = gzip.compress(("file,patient,finding\n" + "a.png,1,nodule\n" * 500).encode(), mtime=0)
     (tmp_path / "t.csv.gz").write_bytes(whole[: len(whole) - 12])
@@ -255,6 +271,18 @@ def test_unknown_names_bring_the_closest(tmp_path):
         ({"derive": {"path": "(?P<x>"}}, "not a regular expression"),
         ({"name": "a/b"}, "not a name of a source"),
         ({"repeats": "mean"}, "repeats is any or majority"),
+        ({"labels": {"column": "finding"}}, r'labels: column is a column in braces and quotes: write "\{finding\}"'),
+        ({"labels": {"column": {"finding": None}}}, r'write "\{finding\}"'),
+        ({"patient": "who"}, r'patient is a column in braces and quotes: write "\{who\}"'),
+        ({"patient": {"who": None}}, r'write "\{who\}"'),
+        ({"patient": ["{who}", "who"]}, r'write "\{who\}"'),
+        ({"patient": {"from": "who", "map": {}}}, r'write "\{who\}"'),
+        ({"view": {"view": None}}, r'view is .*write "\{view\}"'),
+        ({"id": "file"}, r'id is .*write "\{file\}"'),
+        ({"image": "images/a.png"}, "image is a column in braces"),
+        ({"invert": {"from": "view"}}, "invert is"),
+        ({"where": {"usable": True}}, "put them in quotes"),
+        ({"labels": {"constant": [False]}}, "put them in quotes"),
         ({"raw": {"width": 0, "height": 4}}, "raw of .* at least 1 pixel"),
         ({"image": None}, "image"),
         ("- a\n- b", "does not describe a source"),
@@ -267,6 +295,124 @@ def test_descriptions_that_make_no_sense_are_refused(tmp_path, change, match):
     (tmp_path / "own.yaml").write_text(change)
     with pytest.raises(ValueError, match=match):
         find_source(tmp_path / "own.yaml")
+
+
+@pytest.mark.parametrize(
+    ("rule", "labels"),
+    [
+        ({"constant": "Mass"}, ("Mass",)),
+        ({"column": "{finding}", "none": "No Finding"}, ("No",)),
+        ({"column": "{finding}", "unlabelled": "No news"}, ("No",)),
+        ({"columns": "flag", "positive": "yes", "negative": "no"}, ("flag",)),
+        ({"columns": ["flag"], "positive": ["yes"], "negative": "no"}, ("flag",)),
+        ({"columns": "*", "exclude": "file", "positive": "yes", "negative": ["no", "No"]}, ("flag",)),
+    ],
+)
+def test_one_word_is_a_word_and_not_its_letters(tmp_path, rule, labels):
+    write(tmp_path / "t.csv", "file,finding,flag\na.png,No,yes\n")
+    picture(tmp_path / "images/a.png")
+    (record,) = OpenSource(describe(TABLE | {"labels": rule}), tmp_path)
+    assert record.labels == labels
+
+
+@pytest.mark.parametrize(("value", "left"), [(1, 2), ("1", 1), ([1, 2], 3), (["1", "1.0"], 2), (7, 0)])
+def test_numbers_choose_rows_and_polarity_however_they_are_written(tmp_path, value, left):
+    write(tmp_path / "t.csv", "file,use\na.png,1\nb.png,1.0\nc.png,2\nd.png,\n")
+    for name in "abcd":
+        picture(tmp_path / f"images/{name}.png")
+    if left:
+        assert len(list(OpenSource(describe(TABLE | {"where": {"use": value}}), tmp_path))) == left
+    inverted = OpenSource(describe(TABLE | {"invert": {"from": "use", "values": value}}), tmp_path)
+    assert sum(bool(record.invert) for record in inverted) == left
+    assert [record.invert for record in inverted][-1] is None
+
+
+@pytest.mark.parametrize(
+    ("findings", "rule", "told"),
+    [
+        ("xxxx", {"column": "{finding}"}, "all 4 images have the same label: 'x'"),
+        ("    ", {"column": "{finding}"}, "all 4 images have the same label: no label"),
+        ("nnnn", {"column": "{finding}", "none": "n"}, "all 4 images have the same label: no finding"),
+        ("0000", {"columns": ["finding"]}, "all 4 images have the same label: no finding"),
+        ("xxyx", {"column": "{finding}"}, None),
+        ("xxxx", {"constant": "x"}, None),
+    ],
+)
+def test_one_label_for_all_images_is_a_warning(tmp_path, caplog, findings, rule, told):
+    rows = "".join(f"{n}.png,{n},{finding}\n" for n, finding in enumerate(findings))
+    list(own(tmp_path, rows, tuple(f"{n}.png" for n in range(4)), labels=rule))
+    assert (told in caplog.text) if told else not caplog.text
+
+
+NFD = unicodedata.normalize("NFD", "Müller")
+
+
+@pytest.mark.parametrize(
+    ("cell", "file", "image"),
+    [
+        (r"sub\a.png", "sub/a.png", "images/{file}"),
+        (r".\sub\a.png", "sub/a.png", "images/{file}"),
+        (r"images\sub\a.png", "sub/a.png", "{file}"),
+        (" a.png ", "a.png", "images/{file}"),
+        ("7.0", "7.png", "images/{file}.png"),
+        ("Müller.png", f"{NFD}.png", "images/{file}"),
+        (f"{NFD}.png", "Müller.png", "images/{file}"),
+        (f"{NFD}\\a.png", "Müller/a.png", "images/{file}"),
+        ("7.0", "7.png", "imag*/{file}.png"),
+        ("Müller.png", f"{NFD}.png", "imag*/{file}"),
+    ],
+)
+def test_paths_of_other_systems_lead_to_the_file(tmp_path, cell, file, image):
+    (record,) = own(tmp_path, f"{cell},1,nodule\n", (file,), image=image)
+    assert record.image.samefile(tmp_path / "images" / file)
+
+
+def test_joined_rows_and_lists_of_splits_may_be_spelt_otherwise(tmp_path):
+    write(tmp_path / "j.csv", "name,view\n1.0,PA\n2,AP\n")
+    write(tmp_path / "train.txt", "\ufeff1.0\n\n")
+    write(tmp_path / "test.txt", "2\r\n")
+    description = TABLE | {
+        "join": {"file": "j.csv", "match": "{file}", "key": "{name}"},
+        "image": "images/{file}.png",
+        "view": "{view}",
+        "split": {"lists": {"train": "train.txt", "test": "test.txt"}},
+    }
+    for name in "12":
+        picture(tmp_path / f"images/{name}.png")
+    for cells in ("1\n2.0\n", "1.0\n2\n"):
+        write(tmp_path / "t.csv", "file\n" + cells)
+        records = list(OpenSource(describe(description), tmp_path))
+        assert [(record.view, record.split) for record in records] == [("PA", "train"), ("AP", "test")]
+    write(tmp_path / "train.txt", "x\ny\n")
+    write(tmp_path / "test.txt", "z\n")
+    source = OpenSource(describe(description), tmp_path)
+    assert {record.split for record in source} == {None}
+    assert "none of the 3 names in the lists of splits is an image's" in source.report.lines()
+
+
+def test_with_a_salt_messages_name_no_file_and_no_id(tmp_path, caplog):
+    salt, name = "a salt of 16 bytes", "Doe^Jane"
+    rows = f"{name}/a.png,1,nodule\n{name}/b.png,,x\n{name}/gone.png,1,mass\n{name}/a.png,1,mass\n"
+    source = own(tmp_path, rows, images=(f"{name}/a.png", f"{name}/b.png", f"{name}/extra.png"))
+    records = list(source.records(salt))
+    assert len(records) == 2
+    assert caplog.text.count("own-") == 3
+    assert salted_key("own", f"{name}/b.png", salt) in caplog.text
+    for wrong in (
+        {"labels": {"columns": ["finding"]}},
+        {"split": "{finding}"},
+        {"image": "../{file}"},
+        {"sidecar": ".json", "view": "{x}"},
+    ):
+        source = own(tmp_path, f"{name}/a.png,1,perhaps\n", **wrong)
+        (tmp_path / f"images/{name}/a.json").write_text("{")
+        with pytest.raises(ValueError) as caught:
+            list(source.records(salt))
+        assert "Jane" not in str(caught.value)
+    (tmp_path / "t.csv").write_text(f"file,patient,finding\n{name}/none.png,1,x\n")
+    with pytest.raises(FileNotFoundError) as caught:
+        list(source.records(salt))
+    assert "Jane" not in str(caught.value) + caplog.text
 
 
 def test_cells_that_are_not_understood_are_named(tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..files import read_regular
 from .stores.folder import image_key
 
-__all__ = ["find_keys", "match_keys", "match_paths", "read_keys"]
+__all__ = ["find_keys", "match_keys", "match_paths", "read_keys", "respell"]
 
 
 def read_keys(path: str | Path) -> list[str]:
@@ -104,11 +104,16 @@ def _hint(missing: Iterable[str], known: Sequence[str]) -> str:
     return ""
 
 
+def respell(text: str) -> str:
+    """A path or an id in the spelling that others are compared in: `/`, composed accents, `1` for `1.0`, no spaces."""
+    text = unicodedata.normalize("NFC", text).strip().replace("\\", "/")
+    text = re.sub(r"^(\./)+", "", text)
+    return text.partition(".")[0] if re.fullmatch(r"\d+\.0+", text) else text
+
+
 def _form(key: str) -> str:
     """What different spellings of a key have in common."""
-    key = unicodedata.normalize("NFC", key).strip().replace("\\", "/")
-    key = image_key(re.sub(r"^(\./)+", "", key))
-    return key.partition(".")[0] if re.fullmatch(r"\d+\.0+", key) else key
+    return respell(image_key(respell(key)))
 
 
 def _name(key: str) -> str:

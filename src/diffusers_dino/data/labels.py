@@ -13,6 +13,7 @@ import numpy as np
 
 from .datasets import ImageDataset
 from .keys import find_keys
+from .sources.tables import unreadable_table
 from .stores.folder import image_key
 
 __all__ = ["NO_FINDING", "LabelTable", "read_label_table", "stored_labels"]
@@ -104,17 +105,33 @@ def read_label_table(
         patient_column: Column of patients. None makes each image a patient of its own.
         separator: Between labels.
     """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no table {str(path)!r}.")
+    try:
+        return _read_rows(path, key_column, label_column, patient_column, separator)
+    except (UnicodeError, csv.Error) as error:
+        raise unreadable_table(path, error, "Save it as UTF-8.") from error
+
+
+def _read_rows(
+    path: str | Path, key_column: str, label_column: str | None, patient_column: str | None, separator: str
+) -> LabelTable:
     columns = [column for column in (key_column, label_column, patient_column) if column]
     keys, labels, patients = [], [], []
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
-        missing = [column for column in columns if column not in (reader.fieldnames or [])]
+        header = list(reader.fieldnames or [])
+        if twice := [column for column in columns if header.count(column) > 1]:
+            raise csv.Error(f"it has several columns {twice[0]!r}")
+        missing = [column for column in columns if column not in header]
         if missing:
             raise ValueError(
                 f"{str(path)!r} has no column {', '.join(map(repr, missing))}; "
-                f"its columns are {', '.join(map(repr, reader.fieldnames or []))}."
+                f"its columns are {', '.join(map(repr, header))}."
             )
         for row in reader:
+            if any(row[column] is None for column in columns) or any(row.get(None) or ()):
+                raise csv.Error(f"line {reader.line_num} has not as many cells as the header")
             blank = [column for column in columns if column != label_column and not (row[column] or "").strip()]
             if blank:
                 raise ValueError(f"Line {reader.line_num} of {str(path)!r} has no {blank[0]!r}.")
@@ -133,8 +150,10 @@ def stored_labels(images: ImageDataset) -> LabelTable:
             facts = json.loads(images.companion(place, "json"))
         except KeyError as error:
             raise ValueError(f"No labels are stored beside image {key!r}: give a table of labels.") from error
-        names = facts.get("labels")
-        if not isinstance(names, list):
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"The facts of image {key!r} are damaged: {error}.") from error
+        names = facts.get("labels") if isinstance(facts, dict) else None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"The facts of image {key!r} have no list of labels: give a table of labels.")
         labels.append(frozenset(names))
         patients.append(str(facts.get("patient") or key))

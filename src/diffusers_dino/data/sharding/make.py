@@ -18,7 +18,17 @@ from ..sources.finder import is_image
 from ..stores.archives import split_name
 from .manifest import MANIFEST, Shard, ShardError, check_shards, read_manifest, write_manifest
 from .parts import Item, Sample, Unreadable, assemble_shard, file_bytes, is_complete, list_items, read_part, write_part
-from .plan import PLAN, PlanRule, ShardPlan, configuration_of, files_of, images_of, make_plan, read_plan
+from .plan import (
+    PLAN,
+    PlanRule,
+    ShardPlan,
+    configuration_of,
+    files_of,
+    images_of,
+    make_plan,
+    read_plan,
+    warn_of_splits,
+)
 from .provenance import describe_lineage, lineage_of
 from .summary import write_summary
 
@@ -81,7 +91,7 @@ def make_shards(
     configuration = configuration_of(encoding, rule)
     with lock_folder(make_writable_folder(work)):
         try:
-            opened = _open(sources)
+            opened = _open(sources, salt)
             items = [item for _, records in opened for item in list_items(records, salt)]
             if key_map is not None:
                 _write_key_map(Path(key_map), items)
@@ -104,6 +114,7 @@ def make_shards(
             with progress_bar("Looking for duplicates", "image", len(samples), show=progress) as bar:
                 plan = read_plan(work) or make_plan(samples, rule, output, work)
                 bar.update(len(samples))
+            warn_of_splits(samples, plan, rule)
             shards = _assemble(plan, samples, parts, output, done, num_workers, progress)
             lineage = describe_lineage([source for source, _ in opened], plan, samples, unreadable)
             lineage["configuration"] = configuration
@@ -142,13 +153,13 @@ def check_outside(path: str | Path, folder: str | Path) -> None:
         raise ValueError(f"{path} would be passed on with the shards in {folder}. Put it elsewhere.")
 
 
-def _open(sources: Sequence[OpenSource | str | Path]) -> list[tuple[Source, Iterable[Record]]]:
+def _open(sources: Sequence[OpenSource | str | Path], salt: str) -> list[tuple[Source, Iterable[Record]]]:
     """The description and the records of each source; folders are named `images`, `images2`, ..."""
     opened: list[tuple[Source, Iterable[Record]]] = []
     folders = 0
     for source in sources:
         if isinstance(source, OpenSource):
-            opened.append((source.source, source))
+            opened.append((source.source, source.records(salt)))
         else:
             folders += 1
             described = Source(f"images{folders if folders > 1 else ''}", image="**/*", title="A folder of images")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...files import atomic_write, sha256_of, write_json
+from ...files import atomic_write, read_json, sha256_of, write_json
 from ..images.preprocessing import Preprocessing
 from ..stores.archives import INDEX_SUFFIX, index_tar, write_index
 from ..stores.shards import MANIFEST
@@ -19,6 +19,7 @@ __all__ = [
     "Shard",
     "ShardError",
     "check_shards",
+    "few",
     "read_manifest",
     "verify_shards",
     "write_manifest",
@@ -76,14 +77,35 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest of a folder of shards; `FileNotFoundError` if there is none yet, `ShardError` if it is damaged."""
     path = Path(folder) / MANIFEST
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path, error=ShardError)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"There is no {MANIFEST} in {str(folder)!r}: its shards are not complete.") from error
-    except ValueError as error:
-        raise ShardError(f"{str(path)!r} is damaged: {error}") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT or "shards" not in content:
         raise ShardError(f"{str(path)!r} is not a manifest of format {_FORMAT}.")
+    shards = content["shards"]
+    if not isinstance(shards, list) or not all(map(_is_sound, shards)):
+        raise ShardError(f"{str(path)!r} is damaged: the name, a number or the hash of a shard cannot be right.")
+    if len({shard["name"] for shard in shards}) < len(shards):
+        raise ShardError(f"{str(path)!r} is damaged: it names a shard twice.")
     return content
+
+
+def _is_sound(entry: Any) -> bool:
+    """Whether an entry of a manifest describes a tar beside it that could be: a sample takes 512 bytes or more."""
+    if not isinstance(entry, dict):
+        return False
+    name, split = entry.get("name"), entry.get("split")
+    numbers = [entry.get(key) for key in ("samples", "bytes")]
+    return (
+        isinstance(name, str)
+        and name.endswith(".tar")
+        and not set(name) & set("/\\\0")
+        and all(type(number) is int for number in numbers)
+        and 0 <= 512 * numbers[0] <= numbers[1] < 1 << 63
+        and isinstance(entry.get("sha256"), str)
+        and re.fullmatch("[0-9a-f]{64}", entry["sha256"]) is not None
+        and (split is None or isinstance(split, str))
+    )
 
 
 def verify_shards(folder: str | Path, num_workers: int = 4) -> list[str]:
@@ -104,10 +126,16 @@ def check_shards(folder: str | Path, num_workers: int = 4) -> dict[str, Any]:
     """The manifest of a folder, if `verify_shards` finds nothing wrong; else raise `ShardError`."""
     if problems := verify_shards(folder, num_workers):
         raise ShardError(
-            f"{folder} is damaged: {'; '.join(problems)}. Delete {MANIFEST} and make the shards anew, with the same "
+            f"{folder} is damaged: {few(problems)}. Delete {MANIFEST} and make the shards anew, with the same "
             "settings."
         )
     return read_manifest(folder)
+
+
+def few(problems: Sequence[str]) -> str:
+    """The first problems, and how many more there are."""
+    more = [f"and {len(problems) - 10} more"] if len(problems) > 10 else []
+    return "; ".join([*problems[:10], *more])
 
 
 def _problem(folder: Path, entry: dict[str, Any]) -> str | None:

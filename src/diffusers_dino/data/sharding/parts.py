@@ -22,6 +22,7 @@ from ..images.encoding import Encoding
 from ..images.errors import UnreadableImageError
 from ..images.reading import read_image
 from ..sources import Record
+from ..sources.records import salted_key
 from .duplicates import perceptual_hash, pixel_digest
 from .manifest import Shard, ShardError, write_shard
 
@@ -57,7 +58,7 @@ class Sample:
     between rows and between columns of the prepared image; `size` is the original's, height and width; `digest` and
     `hash` (hexadecimal) are those of `duplicates`. `files` are extension -> offset and length within the part number
     `part`, `checksum` is the CRC-32 of those bytes. `file_bytes` are those of the original and its masks when they
-    were read; None in parts of older versions.
+    were read; `nameless`: it is a DICOM file without a patient's id. None in parts of older versions.
     """
 
     key: str
@@ -76,6 +77,7 @@ class Sample:
     checksum: int
     part: int
     file_bytes: int | None = None
+    nameless: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +90,14 @@ class Unreadable:
     file_bytes: int | None = None
 
 
-_COLUMNS = [entry.name for entry in fields(Sample) if entry.name != "part"]  # `file_bytes` last: it may be missing
+_COLUMNS = [entry.name for entry in fields(Sample) if entry.name != "part"]  # the last two may be missing
 
 
 def list_items(records: Iterable[Record], salt: str) -> list[Item]:
     """The images of a source in the order of their ids, with hashes for names; `ValueError` if two have one id."""
     items = []
     for record in sorted(records, key=lambda record: record.image_id):
-        key = f"{record.source}-{salted_hash(f'{record.source}/{record.image_id}', salt)}"
+        key = salted_key(record.source, record.image_id, salt)
         items.append(Item(key, salted_hash(f"{record.source}/{record.patient}", salt), record))
     if len({item.key for item in items}) < len(items):
         raise ValueError(f"Images of {items[0].record.source} share an id: an id names one image.")
@@ -109,7 +111,8 @@ def prepare(item: Item, encoding: Encoding, salt: str) -> tuple[dict[str, Any], 
     """
     record = item.record
     original = read_image(record.image, item.key, raw=record.raw, inverted=record.invert)
-    facts = _header_facts(record, salt)
+    header = _header_facts(record, salt)
+    facts = header or {}
     image = encoding.preprocessing(original)
     if image.min() == image.max():
         raise UnreadableImageError("all its pixels are equal")
@@ -133,6 +136,7 @@ def prepare(item: Item, encoding: Encoding, salt: str) -> tuple[dict[str, Any], 
         "size": original.shape[:2],
         "digest": pixel_digest(image),
         "hash": perceptual_hash(image).hex(),
+        "nameless": header is not None and record.patient == record.image_id and "patient" not in header,
     }
     return known, files
 
@@ -218,11 +222,11 @@ def _with_facts(samples: Iterable[Sample], split: str, parts: Path) -> Iterator[
         yield sample.key, read_contents(sample, parts) | {"json": json.dumps(facts, separators=(",", ":")).encode()}
 
 
-def _header_facts(record: Record, salt: str) -> dict[str, Any]:
-    """What is taken from the header of a DICOM file. Nothing is taken from other files."""
+def _header_facts(record: Record, salt: str) -> dict[str, Any] | None:
+    """What is taken from the header of a DICOM file; None for other files, of which nothing is taken."""
     with open(record.image, "rb") as file:
         if record.raw is not None or not is_dicom(file.read(132)):
-            return {}
+            return None
     facts = dicom_facts(record.image, salt)
     if record.patient == record.image_id and "patient" in facts:
         return facts | {"patient": salted_hash(f"{record.source}/{facts['patient']}", salt)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -31,7 +32,10 @@ __all__ = [
     "make_plan",
     "plan_shards",
     "read_plan",
+    "warn_of_splits",
 ]
+
+logger = logging.getLogger(__name__)
 
 _DUPLICATES = "duplicates.csv"
 PLAN = "plan.json"
@@ -168,3 +172,26 @@ def plan_shards(keys: Sequence[str], splits: Sequence[str | None], shard_size: i
         for i, (start, end) in enumerate(itertools.pairwise(bounds)):
             planned.append(PlannedShard(f"{split}-{i:06d}.tar", split, members[start:end]))
     return planned
+
+
+def warn_of_splits(samples: Sequence[Sample], plan: ShardPlan, rule: PlanRule) -> None:
+    """Warn where ids of patients do not seem to tell people apart, and of splits without images."""
+    advice = "describe the source in a YAML file whose `patient` names another column, or a part of the path"
+    for source in dict.fromkeys(sample.source for sample in samples):
+        of_source = [sample for sample in samples if sample.source == source]
+        ((_, most),) = Counter(sample.patient for sample in of_source).most_common(1)
+        total, nameless = len(of_source), sum(bool(sample.nameless) for sample in of_source)
+        if most > 1 and (most == total or (most >= 5 and most > total / 2)):
+            logger.warning(
+                "%s: %d of %d images have one patient id, and so one split. If ids were removed, %s.",
+                *(source, most, total, advice),
+            )
+        if nameless:
+            logger.warning(
+                "%s: %d of %d images are DICOM files without a patient id, and count as a patient each. Images of one "
+                "person may be in several splits: %s.",
+                *(source, nameless, total, advice),
+            )
+    asked = {"train": 1, "validation": rule.splits.validation, "test": rule.splits.test}
+    for split in sorted({split for split, share in asked.items() if share} - {shard.split for shard in plan.shards}):
+        logger.warning("No image is in the split %r.", split)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ...files import sha256_of
+from ...files import read_json, sha256_of
 from ..sources import PHANTOMS, Source, describe_source, overlaps
 from ..stores.remote import is_remote
-from .manifest import MANIFEST, ShardError, read_manifest, verify_shards
+from .manifest import MANIFEST, ShardError, few, read_manifest, verify_shards
 from .parts import Sample, Unreadable
 from .plan import ShardPlan
 
@@ -82,7 +81,7 @@ def require_synthetic(data_dir: str | Path) -> None:
             )
         problems = verify_shards(folder)
     if problems:
-        raise ValueError(f"{folder.name} is not what its manifest says: {'; '.join(problems)}.")
+        raise ValueError(f"{folder.name} is not what its manifest says: {few(problems)}.")
 
 
 def _folder_of(data_dir: str | Path) -> Path | None:
@@ -103,7 +102,7 @@ def lineage_of(folder: Path) -> dict[str, Any]:
 
 def _wrong_phantoms(folder: Path) -> list[str]:
     try:
-        shards = json.loads((folder / PHANTOM_MANIFEST).read_text())["shards"]
+        shards = read_json(folder / PHANTOM_MANIFEST)["shards"]
         entries = {entry["file"]: entry["sha256"] for entry in shards}
     except (ValueError, KeyError, TypeError):
         return [f"{PHANTOM_MANIFEST} is damaged"]

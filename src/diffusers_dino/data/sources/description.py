@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..images.reading import RawLayout
-from .fields import LabelRule, Value
+from .fields import LabelRule, Value, as_list, as_words, require_column
 
 __all__ = ["Source", "Table", "describe", "read_yaml"]
 
@@ -127,6 +127,27 @@ class Source:
             raise ValueError(f"{self.name!r} is not a name of a source: use letters, digits and _")
         if self.repeats not in (None, "any", "majority"):
             raise ValueError(f"repeats is any or majority, got {self.repeats!r}")
+        for name in ("patient", "view", "split"):
+            self._check_value(name, getattr(self, name))
+        object.__setattr__(self, "where", {column: tuple(as_words(words)) for column, words in self.where.items()})
+        if self.invert is not None:
+            if not isinstance(self.invert, Mapping) or set(self.invert) != {"from", "values"}:
+                raise ValueError(f"invert is {{from: COLUMN, values: [WORD]}}, got {self.invert!r}")
+            object.__setattr__(self, "invert", {**self.invert, "values": tuple(as_words(self.invert["values"]))})
+        if self.id is not None:
+            require_column("id", self.id)
+        for pattern in self.patterns if self.table else ():
+            require_column("image", pattern)
+
+    def _check_value(self, name: str, given: Any) -> None:
+        """Refuse a value that cannot be read, and a patient that is the same for all images."""
+        if isinstance(given, Mapping) and "lists" in given:
+            return
+        if isinstance(given, Mapping) and "from" not in given:
+            require_column(name, given)
+        for text in as_list(given["from"] if isinstance(given, Mapping) else given):
+            if name == "patient" or not isinstance(text, str):
+                require_column(name, text)
 
     @property
     def patterns(self) -> tuple[str, ...]:
@@ -145,14 +166,14 @@ def describe(mapping: Mapping[str, Any], where: str = "the description") -> Sour
     """Build a `Source` from the mapping that a YAML file holds; `ValueError` names a key or value that is wrong."""
     values = dict(mapping)
     for key in ("table", "join"):
-        values[key] = [_build(Table, table, f"{key} of {where}") for table in _as_list(values.get(key))]
-    values["labels"] = [_build(LabelRule, rule, f"labels of {where}") for rule in _as_list(values.get("labels"))]
+        values[key] = [_build(Table, table, f"{key} of {where}") for table in as_list(values.get(key))]
+    values["labels"] = [_build(LabelRule, rule, f"labels of {where}") for rule in as_list(values.get("labels"))]
     if values.get("raw") is not None:
         values["raw"] = _build(RawLayout, values["raw"], f"raw of {where}")
     for key in ("inventory", "masks", "contains"):
-        values[key] = _as_list(values.get(key))
+        values[key] = as_list(values.get(key))
     source = _build(Source, values, where)
-    for expression in (one for several in source.derive.values() for one in _as_list(several)):
+    for expression in (one for several in source.derive.values() for one in as_list(several)):
         try:
             re.compile(expression)
         except re.error as error:
@@ -171,12 +192,6 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(mapping, dict):
         raise ValueError(f"{str(path)!r} does not describe a source: give a mapping with at least name and image.")
     return mapping
-
-
-def _as_list(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _build(kind: type[T], mapping: Any, where: str) -> T:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 __all__ = ["Finding", "LabelRule", "Template", "Value", "combine", "is_blank", "normalize_split", "normalize_view"]
 
@@ -26,6 +27,30 @@ _SPLITS = {
 }
 _VIEW_OF = {word: view for view, words in _VIEWS.items() for word in words}
 _SPLIT_OF = {word: split for split, words in _SPLITS.items() for word in words}
+
+
+def as_list(value: Any) -> list[Any]:
+    """What a description gives one or several of; a text is one, not its letters."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def as_words(value: Any) -> list[Any]:
+    """`as_list` of words and numbers; `ValueError` for truth values."""
+    words = as_list(value)
+    if any(isinstance(word, bool) for word in words):
+        raise ValueError("YAML reads yes, no, on and off as truth values: put them in quotes")
+    return words
+
+
+def require_column(name: str, template: Any) -> None:
+    """Refuse a template that is the same for all images, with ValueError: it names a column without braces."""
+    if isinstance(template, Mapping) and len(template) == 1 and set(template.values()) == {None}:
+        template = next(iter(template))  # YAML reads {column} without quotes as a mapping
+    elif isinstance(template, str) and Template(template).columns:
+        return
+    raise ValueError(f'{name} is a column in braces and quotes: write "{{{template}}}", not {template}')
 
 
 def is_blank(value: str) -> bool:
@@ -88,8 +113,7 @@ class Value:
         if isinstance(description, Mapping):
             self._map = {str(key): str(word) for key, word in description.get("map", {}).items()}
             description = description["from"]
-        texts = [description] if isinstance(description, str) else list(description)
-        self.templates = [Template(text) for text in texts]
+        self.templates = [Template(text) for text in as_list(description)]
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -148,10 +172,17 @@ class LabelRule:
     constant: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        for name in ("exclude", "none", "unlabelled", "constant"):
+            object.__setattr__(self, name, as_words(getattr(self, name)))
+        for name in ("positive", "negative", "uncertain"):
+            object.__setattr__(self, name, as_list(getattr(self, name)))
+        if self.columns != "*":
+            object.__setattr__(self, "columns", as_list(self.columns))
         if sum(map(bool, (self.column, self.columns, self.constant))) != 1:
             raise ValueError("labels need exactly one of column, columns and constant")
-        if any(isinstance(key, bool) for key in self.map):
-            raise ValueError("YAML reads yes, no, on and off as truth values: put them in quotes")
+        if self.column:
+            require_column("labels: column", self.column)
+        as_words(list(self.map))
         object.__setattr__(self, "map", {str(key): label for key, label in self.map.items()})
 
     @property
@@ -180,11 +211,11 @@ class LabelRule:
             if value.lower() in _BLANK:
                 continue
             labelled = True
-            if _matches(value, tuple(self.positive)):
+            if is_one_of(value, tuple(self.positive)):
                 present.append(column)
-            elif _matches(value, tuple(self.uncertain)):
+            elif is_one_of(value, tuple(self.uncertain)):
                 uncertain.append(column)
-            elif not _matches(value, tuple(self.negative)):
+            elif not is_one_of(value, tuple(self.negative)):
                 known = [*self.positive, *self.negative, *self.uncertain]
                 raise ValueError(f"Column {column!r} holds {value!r}, but only {known} are known: list it in labels")
         return self._finish(present, uncertain, labelled)
@@ -239,7 +270,7 @@ def _template(text: str) -> Template:
 
 
 @lru_cache
-def _matches(value: str, known: tuple[str | float, ...]) -> bool:
+def is_one_of(value: str, known: tuple[str | float, ...]) -> bool:
     """Whether a cell is one of some words, or equals one of some numbers."""
     try:
         number = float(value)

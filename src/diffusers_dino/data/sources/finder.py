@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ..images.reading import IMAGE_EXTENSIONS
+from ..keys import respell
 from .fields import Row, Template
 
 __all__ = ["FileFinder", "is_image"]
@@ -26,8 +28,8 @@ class FileFinder:
     If a folder of a template holds `*` (`images_*/images/{Image Index}`), the folders that match are listed once.
     """
 
-    def __init__(self, root: Path, patterns: Sequence[str]) -> None:
-        self.root = root
+    def __init__(self, root: Path, patterns: Sequence[str], show: Callable[[str], str] = str) -> None:
+        self.root, self._show = root, show
         self._base = os.path.abspath(root)
         self.templates = [Template(pattern) for pattern in patterns]
         self._folders: dict[int, dict[str, str | None]] = {}
@@ -37,7 +39,13 @@ class FileFinder:
                 raise ValueError(f"{template.text!r}: a wildcard may only be in a folder, before any column")
 
     def find(self, row: Row) -> str | None:
-        """The path below the root, or None; `ValueError` if it leads out of the root or is in several folders."""
+        """The path below the root, or None; `ValueError` if it leads out of the root or is in several folders.
+
+        Where there is no such file, cells are also read as Windows and spreadsheets write them: see `respell`.
+        """
+        return self._find(row) or self._find({column: respell(cell) for column, cell in row.items()})
+
+    def _find(self, row: Row) -> str | None:
         for number, template in enumerate(self.templates):
             if "*" in template.text:
                 found = self._look_up(number, Template(template.text.rpartition("/")[2]).fill(row))
@@ -59,17 +67,22 @@ class FileFinder:
             return None
         path = os.path.normpath(os.path.relpath(path, self._base) if os.path.isabs(path) else path)
         if path.split(os.sep, 1)[0] == os.pardir:
-            raise ValueError(f"A row leads to {path!r}, out of {str(self.root)!r}: give a folder that holds it.")
-        return path.replace(os.sep, "/") if os.path.isfile(f"{self._base}/{path}") else None
+            raise ValueError(
+                f"A row leads to {self._show(path)!r}, out of {str(self.root)!r}: give a folder that holds it."
+            )
+        there = (one for one in _compositions(path) if os.path.isfile(f"{self._base}/{one}"))
+        return next((one.replace(os.sep, "/") for one in there), None)
 
     def _look_up(self, number: int, name: str) -> str | None:
         if number not in self._folders:
             self._folders[number] = self._list(self.templates[number].text.rpartition("/")[0])
-        folder = self._folders[number].get(name, "")
+        folders = self._folders[number]
+        name = next((one for one in _compositions(name) if one in folders), name)
+        folder = folders.get(name, "")
         if folder is None:
+            places = f"{self.templates[number].text!r} of {str(self.root)!r}"
             raise ValueError(
-                f"{name!r} is in several of the folders {self.templates[number].text!r} of {str(self.root)!r}: "
-                "the table cannot tell which is meant."
+                f"{self._show(name)!r} is in several of the folders {places}: the table cannot tell which is meant."
             )
         return f"{folder}/{name}" if folder else None
 
@@ -82,3 +95,8 @@ class FileFinder:
                     if entry.is_file():
                         folders[entry.name] = None if entry.name in folders else folder.replace(os.sep, "/")
         return folders
+
+
+def _compositions(name: str) -> dict[str, None]:
+    """A name as it is, and with accents composed and decomposed: macOS and Linux differ."""
+    return dict.fromkeys((name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))))

@@ -7,10 +7,11 @@ from array import array
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
+from ..keys import read_keys, respell
 from .description import Source
-from .fields import Finding, Template, combine, normalize_split, normalize_view
+from .fields import Finding, Template, combine, is_one_of, normalize_split, normalize_view
 from .finder import FileFinder
-from .records import Record
+from .records import Record, salted_key
 from .rows import Row, RowReader, SourceReport
 
 __all__ = ["OpenSource"]
@@ -34,21 +35,35 @@ class OpenSource:
         self.report = SourceReport()
         if not self.root.is_dir():
             raise FileNotFoundError(f"There is no folder {str(root)!r} to find {source.name} in.")
-        self._rows = RowReader(source, self.root)
-        self._masks = [FileFinder(self.root, [mask]) for mask in source.masks]
+        self._salt: str | None = None
+        self._rows = RowReader(source, self.root, self._shown)
+        self._masks = [FileFinder(self.root, [mask], self._shown) for mask in source.masks]
         self._id = Template(source.id) if source.id else None
         self._patient, self._view, self._split = map(source.value, ("patient", "view", "split"))
 
     def __iter__(self) -> Iterator[Record]:
-        self.report = report = SourceReport()
+        return self.records()
+
+    def records(self, salt: str | None = None) -> Iterator[Record]:
+        """The records. With a salt, messages name `salted_key`s in place of files and ids, which may name patients."""
+        self._salt = salt
+        labels = any(not rule.constant for rule in self.source.labels)
+        self.report = report = SourceReport(expects_labels=labels)
         self._lists = self._load_lists()
         seen = array("q")  # hashes: 868,000 paths would take twenty times as much memory
-        yield from self._grouped(seen) if self.source.repeats else self._single(seen)
+        for record in self._grouped(seen) if self.source.repeats else self._single(seen):
+            report.add(record)
+            yield record
         if self.find_unlisted:
             for path in self._rows.unlisted(seen):
                 report.unlisted.add(path)
-        for line in report.lines():
+        if self._lists and not report.in_lists:
+            report.lost_lists = len(self._lists)
+        for line in report.lines(self._shown):
             logger.warning("%s: %s.", self.source.name, line)
+
+    def _shown(self, name: str) -> str:
+        return name if self._salt is None or not name.strip() else salted_key(self.source.name, name, self._salt)
 
     def _single(self, seen: array[int]) -> Iterator[Record]:
         ids: set[int] = set()
@@ -59,7 +74,6 @@ class OpenSource:
                 self.report.repeated.add(record.image_id)
                 continue
             ids.add(hash(record.image_id))
-            self.report.records += 1
             yield record
 
     def _grouped(self, seen: array[int]) -> Iterator[Record]:
@@ -74,7 +88,6 @@ class OpenSource:
             raters.setdefault(path, {}).setdefault(rater or f"row {row['row']}", []).append(self._finding(row))
         for path, row in rows.items():
             findings = [combine(of_one) for of_one in raters[path].values()]
-            self.report.records += 1
             yield self._record(row, combine(findings, majority=self.source.repeats == "majority"))
 
     def _finding(self, row: Row) -> Finding:
@@ -82,7 +95,7 @@ class OpenSource:
             rules = zip(self.source.labels, self._rows.label_columns, strict=True)
             return combine([rule.read(row, columns) for rule, columns in rules])
         except ValueError as error:
-            raise ValueError(f"{self.source.name}, {row['path']}: {error}") from error
+            raise ValueError(f"{self.source.name}, {self._shown(row['path'])}: {error}") from error
 
     def _record(self, row: Row, finding: Finding) -> Record:
         path = row["path"]
@@ -92,6 +105,7 @@ class OpenSource:
             self.report.no_patient.add(image_id)
         masks = (finder.find(row) for finder in self._masks)
         rule = self.source.invert
+        polarity = row[rule["from"]].strip() if rule else ""
         return Record(
             source=self.source.name,
             image=self.root / path,
@@ -103,17 +117,19 @@ class OpenSource:
             split=self._read_split(row, image_id),
             masks=tuple(self.root / mask for mask in masks if mask is not None),
             raw=self.source.raw,
-            invert=row[rule["from"]] in rule["values"] if rule and row[rule["from"]] else None,
+            invert=is_one_of(polarity, rule["values"]) if rule and polarity else None,
         )
 
     def _read_split(self, row: Row, image_id: str) -> str | None:
         if self._lists is not None:
             key = self.source.split.get("key")
-            return self._lists.get(Template(key).fill(row) if key else image_id)
+            split = self._lists.get(respell(Template(key).fill(row) if key else image_id))
+            self.report.in_lists += split is not None
+            return split
         try:
             return normalize_split(self._split.read(row)) if self._split else None
         except ValueError as error:
-            raise ValueError(f"{self.source.name}, {row['path']}: {error}") from error
+            raise ValueError(f"{self.source.name}, {self._shown(row['path'])}: {error}") from error
 
     def _load_lists(self) -> dict[str, str | None] | None:
         """Image -> split, from files that name one image on each line."""
@@ -123,8 +139,7 @@ class OpenSource:
         for split, name in self.source.split["lists"].items():
             path = self.root / name
             if path.is_file():
-                lines = path.read_text(encoding="utf-8-sig").splitlines()
-                splits.update(dict.fromkeys(filter(None, map(str.strip, lines)), normalize_split(split)))
+                splits.update(dict.fromkeys(map(respell, read_keys(path)), normalize_split(split)))
             else:
                 self.report.absent.append(name)
         return splits

@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..images.dicom_header import salted_hash
+
 if TYPE_CHECKING:
     from ..images.reading import RawLayout
 
-__all__ = ["Record", "label_prevalence", "select_labels"]
+__all__ = ["Record", "label_prevalence", "salted_key", "select_labels"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,11 @@ class Record:
     masks: tuple[Path, ...] = ()
     raw: RawLayout | None = None
     invert: bool | None = None
+
+
+def salted_key(source: str, image_id: str, salt: str) -> str:
+    """The name of an image that does not tell its id: that of its source, and a salted hash."""
+    return f"{source}-{salted_hash(f'{source}/{image_id}', salt)}"
 
 
 def label_prevalence(records: Iterable[Record]) -> dict[str, float]:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import glob
 import itertools
-import json
 import os
 import re
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from ...files import read_json
+from ..keys import respell
 from .description import Source, Table
-from .fields import Template
+from .fields import Template, is_one_of
 from .finder import FileFinder, is_image
+from .records import Record
 from .tables import OpenTable, open_table
 
 __all__ = ["Row", "RowReader", "SourceReport"]
@@ -48,9 +50,12 @@ class SourceReport:
     """What was read of a source, and what did not fit (see `lines`). Complete once its records were iterated over.
 
     `left_out` are rows that the description's `where` leaves out, `absent` optional files that were not there.
+    `expects_labels`: the description says which column holds labels.
     """
 
+    expects_labels: bool = False
     records: int = 0
+    label_sets: set[tuple[str, ...] | None] = field(default_factory=set)  # at most two
     missing: Named = field(default_factory=Named)
     unlisted: Named = field(default_factory=Named)
     repeated: Named = field(default_factory=Named)
@@ -58,10 +63,18 @@ class SourceReport:
     no_sidecar: Named = field(default_factory=Named)
     unjoined: Named = field(default_factory=Named)
     left_out: int = 0
+    in_lists: int = 0  # images that the lists of splits name
+    lost_lists: int = 0  # names in those lists, if none of them is an image's
     absent: list[str] = field(default_factory=list)
 
-    def lines(self) -> list[str]:
-        """What did not fit, one sentence each; empty if all did."""
+    def add(self, record: Record) -> None:
+        """Count an image, and note whether all have the same labels."""
+        self.records += 1
+        if len(self.label_sets) < 2:
+            self.label_sets.add(record.labels)
+
+    def lines(self, show: Callable[[str], str] = str) -> list[str]:
+        """What did not fit, one sentence each, with a few names as `show` gives them; empty if all did."""
         sentences = {
             "rows have no image": self.missing,
             "images have no row, and were left out": self.unlisted,
@@ -70,16 +83,26 @@ class SourceReport:
             "images have no JSON file beside them": self.no_sidecar,
             "rows have no counterpart in a joined table": self.unjoined,
         }
-        lines = [f"{n.count} {text}, such as {', '.join(n.examples[:3])}" for text, n in sentences.items() if n.count]
+        told = {text: (n.count, ", ".join(map(show, n.examples[:3]))) for text, n in sentences.items() if n.count}
+        lines = [f"{count} {text}, such as {names}" for text, (count, names) in told.items()]
+        if self.expects_labels and self.records > 1 and len(self.label_sets) == 1:
+            labels = next(iter(self.label_sets))
+            what = "no label" if labels is None else " and ".join(map(repr, labels)) or "no finding"
+            lines.append(f"all {self.records} images have the same label: {what}. Is the column of the labels right?")
+        if self.lost_lists:
+            lines.append(f"none of the {self.lost_lists} names in the lists of splits is an image's")
         return lines + [f"{name!r} is not there; what it says is unknown" for name in self.absent]
 
 
 class RowReader:
-    """Reads the tables of a source, or the names of its files, and finds the image of each row."""
+    """Reads the tables of a source, or the names of its files, and finds the image of each row.
 
-    def __init__(self, source: Source, root: Path) -> None:
-        self.source, self.root = source, root
-        self._images = FileFinder(root, source.patterns) if source.table else None
+    Messages name files as `show` gives them.
+    """
+
+    def __init__(self, source: Source, root: Path, show: Callable[[str], str]) -> None:
+        self.source, self.root, self._show = source, root, show
+        self._images = FileFinder(root, source.patterns, show) if source.table else None
         self._expressions = {column: _compile(several) for column, several in source.derive.items()}
         self._tables = [opened for table in source.table if (opened := open_table(table, root, source)) is not None]
         self._joins = [(table, open_table(table, root, source)) for table in source.join]
@@ -102,7 +125,8 @@ class RowReader:
                 yield row
         if empty:
             missing, looked = report.missing, " or ".join(map(repr, self.source.patterns))
-            few = f" {missing.count} rows have none there, the first {missing.examples[0]!r}." if missing.count else ""
+            first = f"the first {self._show(missing.examples[0])!r}" if missing.count else ""
+            few = f" {missing.count} rows have none there, {first}." if missing.count else ""
             raise FileNotFoundError(f"No image of {self.source.name} in {str(self.root)!r}: looked for {looked}.{few}")
 
     def unlisted(self, seen: array[int]) -> Iterator[str]:
@@ -189,7 +213,7 @@ class RowReader:
 
     def _is_wanted(self, row: Row, report: SourceReport) -> bool:
         for column, values in self.source.where.items():
-            if row[column].strip() not in ([values] if isinstance(values, str) else values):
+            if not is_one_of(row[column].strip(), values):
                 report.left_out += 1
                 return False
         return True
@@ -208,14 +232,14 @@ class RowReader:
         return True
 
     def _read_sidecar(self, image: str, report: SourceReport) -> Row:
-        path = self.root / PurePosixPath(image).with_suffix(str(self.source.sidecar))
         try:
-            content = json.loads(path.read_bytes())
+            content = read_json(self.root / PurePosixPath(image).with_suffix(str(self.source.sidecar)))
         except FileNotFoundError:
             report.no_sidecar.add(image)
             content = {}
         except ValueError as error:
-            raise ValueError(f"Cannot read {str(path)!r}: {error}") from error
+            reason = error.__cause__ or "it is not a file of a sensible size"
+            raise ValueError(f"The {self.source.sidecar} beside {self._show(image)} is damaged: {reason}") from error
         return {column: _dig(content, column) for column in self._sidecar_columns}
 
 
@@ -227,14 +251,16 @@ def _load_join(table: Table, opened: OpenTable, columns: list[str]) -> Joined:
     for row in opened.rows(list(dict.fromkeys([*columns, *key.columns]))):
         cells = tuple(row[column] for column in columns)
         rows.setdefault(key.fill(row), same.setdefault(cells, cells))
+    for name in [name for name in rows if respell(name) != name]:
+        rows.setdefault(respell(name), rows[name])
     return match, columns, rows
 
 
 def _join(row: Row, joined: Iterable[Joined], report: SourceReport) -> None:
     for match, columns, rows in joined:
         key = match.fill(row)
-        if key in rows:
-            row.update(zip(columns, rows[key], strict=True))
+        if (cells := rows.get(key) or rows.get(respell(key))) is not None:
+            row.update(zip(columns, cells, strict=True))
         else:
             report.unjoined.add(key or "a blank")
 

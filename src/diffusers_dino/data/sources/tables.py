@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import json
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -14,12 +13,14 @@ from operator import itemgetter
 from pathlib import Path
 from xml.etree import ElementTree
 
+from ...files import read_json
 from .description import Source, Table
 
-__all__ = ["OpenTable", "open_table"]
+__all__ = ["OpenTable", "open_table", "unreadable_table"]
 
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-_DAMAGE = (UnicodeError, csv.Error, EOFError, OSError, zlib.error, json.JSONDecodeError, ElementTree.ParseError)
+_DAMAGE = (UnicodeError, csv.Error, EOFError, OSError, zlib.error, ElementTree.ParseError)
+_MOST_JSON = 1 << 30
 
 
 class OpenTable:
@@ -61,11 +62,13 @@ class OpenTable:
         with self._text() as file:
             reader = self._reader(file)
             header = [name.strip() for name in next(reader)]
+            if twice := [column for column in wanted if header.count(column) > 1]:
+                raise csv.Error(f"it has several columns {twice[0]!r}")
             places = [header.index(column) for column in wanted]
             cells = itemgetter(*places) if len(places) > 1 else lambda row: tuple(row[place] for place in places)
             last = max(places, default=0)
             for row in reader:
-                if len(row) > last:
+                if last < len(row) and not any(row[len(header) :]):
                     yield dict(zip(wanted, cells(row), strict=True))
                 elif row:
                     raise csv.Error(f"line {reader.line_num} has {len(row)} cells, the header {len(header)}: damaged?")
@@ -84,16 +87,24 @@ class OpenTable:
         return csv.reader(file, delimiter=self.table.delimiter or ("\t" if tabs else ","))
 
     def _unreadable(self, error: Exception) -> ValueError:
-        hint = ""
-        if isinstance(error, UnicodeError):
-            hint = f" It is not {self.table.encoding}: name its encoding in the description (encoding: latin-1)."
-        return ValueError(f"Cannot read {str(self.path)!r}: {error}.{hint}")
+        hint = f"It is not {self.table.encoding}: name its encoding in the description (encoding: latin-1)."
+        return unreadable_table(self.path, error, hint)
+
+
+def unreadable_table(path: str | Path, error: Exception, encoding_hint: str) -> ValueError:
+    """An error that names the file, the reason and what to do; the hint is for text of another encoding."""
+    hint = encoding_hint if isinstance(error, UnicodeError) else ""
+    if "field larger" in str(error):
+        hint = f"A cell has more than {csv.field_size_limit():,} characters: is a quote not closed?"
+    return ValueError(f"Cannot read {str(path)!r}: {error}. {hint}".rstrip())
 
 
 def open_table(table: Table, root: Path, source: Source) -> OpenTable | None:
     """Find and open a table: below the root, or in torchxrayvision's package. None if it is optional and not there."""
     for name in table.files:
         found = sorted(root.glob(name)) or sorted(root.glob(f"{name}.gz"))
+        if strange := [path for path in found if not path.is_file() and not path.is_dir()]:
+            raise ValueError(f"{str(strange[0])!r} is a pipe or a device, not a table.")
         if len(found) > 1:
             names = ", ".join(path.name for path in found)
             raise ValueError(f"Several files in {str(root)!r} match {name!r}: {names}. Keep only the one to read.")
@@ -113,7 +124,7 @@ def open_table(table: Table, root: Path, source: Source) -> OpenTable | None:
 
 def _coco_rows(path: Path) -> Iterator[dict[str, str]]:
     """A row for each image of a COCO file, with the names of the categories of its boxes."""
-    content = json.loads(path.read_bytes())
+    content = read_json(path, _MOST_JSON, csv.Error)
     try:
         names = {category["id"]: category["name"] for category in content["categories"]}
         of_image: dict[int, dict[str, None]] = {}
