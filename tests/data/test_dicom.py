@@ -10,7 +10,14 @@ from pydicom.pixels import apply_modality_lut, apply_voi_lut
 from pydicom.uid import JPEG2000MC, JPEG2000Lossless, JPEGBaseline8Bit, JPEGLSLossless, RLELossless
 
 from dicom_files import COLOR, FILM, FILM_8, LOSSLESS, LOSSY, dicom_bytes, dicom_dataset, lut_item, to_bytes
-from diffusers_dino.data import Preprocessing, UnreadableImageError, open_images, read_image
+from diffusers_dino.data import (
+    NoImageError,
+    Preprocessing,
+    UnreadableImageError,
+    dicom_facts,
+    open_images,
+    read_image,
+)
 from diffusers_dino.data.images.codestreams import FrameHeader, frame_header
 from diffusers_dino.data.images.dicom import read_dicom
 from diffusers_dino.data.images.dicom_header import parse_dicom
@@ -215,7 +222,7 @@ def test_color_of_16_bits_becomes_8():
         ({"PhotometricInterpretation": "RGB"}, "1 samples a pixel do not make RGB"),
         ({"BitsAllocated": 32, "BitsStored": 32, "HighBit": 31}, "8 and 16 are read"),
         ({"BitsStored": 12, "HighBit": 5}, "8 and 16 are read"),
-        ({"Rows": 41}, "damaged or cut short"),
+        ({"Rows": 41}, "cut short: 4480 of 4592 bytes"),
         ({"Rows": 0}, "no pixels"),
         ({"Rows": 65535, "Columns": 65535}, "more than 100000000"),
         ({"Rows": None}, "does not say its rows"),
@@ -253,6 +260,110 @@ def test_unread_encodings_are_named_if_they_are_known():
     assert "JANE" not in str(caught.value)
 
 
+def several_frames(count: int, syntax, offsets: bool = True) -> bytes:
+    """A file whose pixels are those of several images, though its header says one."""
+    dataset = dicom_dataset(FILM_8, 8, syntax)
+    if not syntax.is_encapsulated:
+        dataset.PixelData = dataset.PixelData * count
+    else:
+        frame = get_frame(dataset.PixelData, 0, number_of_frames=1)
+        dataset.PixelData = encapsulate([frame] * count, has_bot=offsets)
+    return to_bytes(dataset)
+
+
+@pytest.mark.parametrize("syntax", [*LOSSLESS.values(), JPEGBaseline8Bit])
+@pytest.mark.parametrize("offsets", [True, False])
+def test_more_frames_than_the_header_says_are_refused(syntax, offsets):
+    assert read_image(several_frames(1, syntax, offsets)).shape == FILM_8.shape
+    for count in (2, 3):
+        with pytest.raises(UnreadableImageError, match="scan 7: its pixels are those of several images"):
+            read_image(several_frames(count, syntax, offsets), "scan 7")
+
+
+@pytest.mark.parametrize("syntax", [*LOSSLESS.values(), *LOSSY.values()])
+def test_a_file_that_is_cut_short_says_so(syntax):
+    data = dicom_bytes(FILM_8 if syntax in LOSSY.values() else FILM, None, syntax)
+    whole = read_image(data)
+    for cut in (1, 2, 100, len(data) // 2, len(data) - 500):
+        if (
+            syntax.is_encapsulated or syntax == LOSSLESS["deflated"]
+        ) and cut < 9:  # only what closes the pixels is gone
+            assert np.array_equal(read_image(data[:-cut]), whole)
+            continue
+        with pytest.raises(UnreadableImageError, match="cut short"):
+            read_image(data[:-cut])
+
+
+@pytest.mark.parametrize("kind", ["RLE", "JPEG lossless", "JPEG-LS", "JPEG 2000", "JPEG baseline", "JPEG extended"])
+@pytest.mark.parametrize("fragments", [1, 3])
+def test_a_missing_end_of_the_fragments_is_forgiven_but_no_missing_fragment(kind, fragments):
+    syntax = {**LOSSLESS, **LOSSY}[kind]
+    dataset = dicom_dataset(FILM_8, 8, syntax)
+    frame = get_frame(dataset.PixelData, 0, number_of_frames=1)
+    fragments = 1 if kind == "RLE" else fragments  # as the standard wants it
+    dataset.PixelData = encapsulate([frame], fragments_per_frame=fragments)
+    data = to_bytes(dataset)
+    assert data.endswith(b"\xfe\xff\xdd\xe0\0\0\0\0")
+    for missing in (8, 6, 4, 3):
+        assert np.array_equal(read_image(data[:-missing]), read_image(data))
+    if fragments > 1:
+        last = data.rindex(b"\xfe\xff\x00\xe0")
+        with pytest.raises(UnreadableImageError, match="cut short"):
+            read_image(data[:last])
+
+
+@pytest.mark.parametrize("said", [8, 10, 12, 15, 16])
+@pytest.mark.parametrize("field", ["VOILUTSequence", "ModalityLUTSequence"])
+def test_entries_of_a_table_may_be_wider_than_it_says(said, field):
+    entries = np.linspace(0, 65535, 4096).astype(np.uint16)
+    image = read_image(dicom_bytes(FILM, 12, **{field: lut_item(0, said, entries)}))
+    assert np.array_equal(image, entries[FILM])
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("1.2.840.10008.5.1.4.1.1.88.11", "1.2.840.10008.5.1.4.1.1.88.33", "1.2.840.10008.5.1.4.1.1.88.59"),
+        *("1.2.840.10008.5.1.4.1.1.11.1", "1.2.840.10008.5.1.4.1.1.104.1", "1.2.840.10008.5.1.4.1.1.481.5"),
+        *("1.2.840.10008.5.1.4.1.1.9.1.1", "1.2.840.10008.1.3.10"),
+    ],
+)
+def test_a_report_is_no_image_but_not_damaged(kind):
+    dataset = dicom_dataset(FILM, 12, SOPClassUID=kind)
+    for keyword in ("Rows", "Columns", "PixelData", "PhotometricInterpretation", "BitsAllocated"):
+        del dataset[keyword]
+    with pytest.raises(NoImageError, match="scan 7: it is not an image"):
+        read_image(to_bytes(dataset), "scan 7")
+
+
+@pytest.mark.parametrize("kind", ["1.2.840.10008.5.1.4.1.1.1", "1.2.3.4.5"])
+def test_an_image_without_pixels_is_damaged(kind):
+    dataset = dicom_dataset(FILM, 12, SOPClassUID=kind)
+    del dataset["PixelData"]
+    with pytest.raises(UnreadableImageError, match="cut short") as caught:
+        read_image(to_bytes(dataset))
+    assert not isinstance(caught.value, NoImageError)
+
+
+@pytest.mark.parametrize("name", ["implicit", "explicit", "big endian"])
+@pytest.mark.parametrize("part", ["no preamble", "no meta", "no meta, group length"])
+def test_files_without_a_preamble(name, part):
+    """As scanners and archives of the nineties write them."""
+    data = dicom_bytes(FILM, 12, LOSSLESS[name])
+    if part == "no preamble":
+        data = data[132:]
+    else:
+        order = "big" if name == "big endian" else "little"
+        first = (0x0008).to_bytes(2, order) + (0x0016).to_bytes(2, order)
+        data = data[data.index(first, 132) :]
+        if part.endswith("length"):
+            kind = b"" if name == "implicit" else b"UL"
+            length = (4).to_bytes(4 if name == "implicit" else 2, order)
+            data = (0x0008).to_bytes(2, order) + bytes(2) + kind + length + (100).to_bytes(4, order) + data
+    assert np.array_equal(read_image(data), FILM)
+    assert dicom_facts(data) == {}
+
+
 def test_rle_of_more_than_the_image_is_not_decoded():
     dataset = dicom_dataset(FILM_8, 8, RLELossless)
     dataset.PixelData = encapsulate([bytes([1, *[0] * 3, 64, *[0] * 59]) + b"\x81\x00" * 50_000])
@@ -263,7 +374,7 @@ def test_rle_of_more_than_the_image_is_not_decoded():
 def test_deflated_bomb():
     data = dicom_bytes(np.zeros((3000, 3000), np.uint8), 8, LOSSLESS["deflated"])
     assert len(data) < 20_000
-    with pytest.raises(UnreadableImageError, match="damaged"):
+    with pytest.raises(UnreadableImageError, match="unpacks to more"):
         parse_dicom(data, [], most_bytes=2**20)
     assert not read_image(data).any()
 

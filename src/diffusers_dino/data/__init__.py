@@ -4,7 +4,7 @@ from .datasets import ImageDataset, collate, open_images
 from .images.augmentation import Augmentation
 from .images.dicom import read_dicom
 from .images.dicom_header import dicom_facts, salted_hash
-from .images.errors import UnreadableImageError
+from .images.errors import NoImageError, UnreadableImageError
 from .images.preprocessing import Preprocessing
 from .images.reading import RawLayout, read_image
 from .labels import LabelTable, read_label_table, stored_labels
@@ -21,6 +21,7 @@ __all__ = [
     "ImageDataset",
     "ImageStore",
     "LabelTable",
+    "NoImageError",
     "Preprocessing",
     "RawLayout",
     "Slot",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..seeds import derive_seed
-from .images.errors import UnreadableImageError
+from .images.errors import NoImageError, UnreadableImageError
 from .images.preprocessing import Preprocessing
 from .keys import find_keys
 from .order import WindowedOrder
@@ -33,7 +33,11 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     An image that cannot be read is named in a warning and counted in `unreadable`, and its place goes to another
     sample, which depends only on its number: length and order stay the same in every process and every run. More than
-    `max_unreadable` raise `ValueError`, also later, when it turns out.
+    `max_unreadable` raise `ValueError`, also later, when it turns out. DICOM files of other kinds, such as reports, do
+    not count.
+
+    That is for training. A protocol that counts images must not count one twice: with `replace_unreadable=False`
+    nothing takes the place of a lost image, and `readable` leaves such places out.
 
     Args:
         store: Where the images come from.
@@ -41,9 +45,11 @@ class ImageDataset(Dataset[dict[str, Any]]):
         in_memory: Whether to prepare all images now and keep them as uint8 (`size * size` bytes each for grayscale).
         max_unreadable: Largest tolerated fraction of unreadable images.
         indices: Which samples of the source to use, all by default.
+        replace_unreadable: Whether another sample takes the place of one that cannot be read.
 
     Attributes:
         unreadable: Message by number of each image that could not be read so far, by this process or its workers.
+        not_images: The numbers of those that are sound files of another kind.
     """
 
     def __init__(
@@ -53,6 +59,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         in_memory: bool = False,
         max_unreadable: float = 0.05,
         indices: Sequence[int] | None = None,
+        replace_unreadable: bool = True,
     ) -> None:
         if not 0 <= max_unreadable <= 1:
             raise ValueError(f"max_unreadable is a fraction in [0, 1], got {max_unreadable}")
@@ -60,7 +67,9 @@ class ImageDataset(Dataset[dict[str, Any]]):
         self.preprocessing = preprocessing
         self._is_prepared = store.prepared_by == preprocessing.fingerprint()
         self.max_unreadable = max_unreadable
+        self.replace_unreadable = replace_unreadable
         self.unreadable: dict[int, str] = {}
+        self.not_images: set[int] = set()
         self._indices = np.arange(len(store.keys)) if indices is None else np.asarray(indices, np.int64)
         if store.lost:
             places = enumerate(self._indices.tolist())
@@ -68,9 +77,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
             self._check_unreadable()
         self._prepared: list[np.ndarray | None] | None = None
         if in_memory:
-            chunks = [range(i, min(i + _READ_TOGETHER, len(self))) for i in range(0, len(self), _READ_TOGETHER)]
             with ThreadPoolExecutor() as pool:  # decoders let go of the interpreter's lock
-                prepared = pool.map(lambda chunk: list(self._prepare(chunk)), chunks)
+                prepared = pool.map(lambda chunk: list(self._prepare(chunk)), self._chunks())
                 self._prepared = [array for chunk in prepared for array in chunk]
             self._check_unreadable()
 
@@ -83,22 +91,43 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return len(self._indices)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One sample: `key`, and `image` as float32 `(C, size, size)` in [0, 1], C being 1 or, for colour, 3."""
+        """One sample: `key`, and `image` as float32 `(C, size, size)` in [0, 1], C being 1 or, for colour, 3.
+
+        Raises `UnreadableImageError` if it cannot be read and is not to be replaced.
+        """
         ((key, array),) = self.read_many([index])
+        if array is None:
+            raise UnreadableImageError(self.unreadable[index % len(self)])
         return {"key": key, "image": to_float(array)}
 
-    def read_many(self, indices: Sequence[int]) -> Iterator[tuple[str, np.ndarray]]:
-        """Key and prepared image of several samples, fetched at once; another one stands in for an unreadable one."""
+    def read_many(self, indices: Sequence[int]) -> Iterator[tuple[str, np.ndarray | None]]:
+        """Key and prepared image of several samples, fetched at once.
+
+        Another one stands in for an unreadable one; with `replace_unreadable=False` its image is None.
+        """
         for index in indices:
             if not -len(self) <= index < len(self):
                 raise IndexError(f"index {index} is out of range for {len(self)} images")
         places = [index % len(self) for index in indices]
         keys = [self.store.keys[index] for index in self._indices[places].tolist()]
         for place, key, array in zip(places, keys, self._prepare(places), strict=True):
-            if array is None:
+            if array is None and self.replace_unreadable:
                 used, array = self._substitute(place)
                 key = self.store.keys[int(self._indices[used])]
+            elif array is None:
+                self._check_unreadable()
             yield key, array
+
+    def readable(self) -> ImageDataset:
+        """Only the samples that can be read, after reading each once. `unreadable` tells what was left out."""
+
+        def find_readable(chunk: range) -> list[int]:
+            return [place for place, array in zip(chunk, self._prepare(chunk), strict=True) if array is not None]
+
+        with ThreadPoolExecutor() as pool:
+            chosen = [place for places in pool.map(find_readable, self._chunks()) for place in places]
+        self._check_unreadable()
+        return self if len(chosen) == len(self) else self._choose(chosen)
 
     def order(self, window_shards: int) -> WindowedOrder | None:
         """The windowed shuffle over this data set's shards for `GlobalBatchSampler`; None, a full one, for 0."""
@@ -113,23 +142,34 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
         Other spellings of a key are known as well: see `keys.match_keys`.
         """
-        chosen = sorted(set(find_keys(keys, self.keys, "keys are not in the data set")))
-        indices = self._indices[chosen]
-        selection = ImageDataset(self.store, self.preprocessing, False, self.max_unreadable, indices)
+        known = self.keys
+        found = {known[place] for place in find_keys(keys, known, "keys are not in the data set")}
+        return self._choose([place for place, key in enumerate(known) if key in found])
+
+    def _choose(self, places: Sequence[int]) -> ImageDataset:
+        indices = self._indices[places]
+        selection = ImageDataset(
+            self.store, self.preprocessing, False, self.max_unreadable, indices, self.replace_unreadable
+        )
         if self._prepared is not None:
-            selection._prepared = [self._prepared[place] for place in chosen]
-        selection.unreadable = {new: self.unreadable[old] for new, old in enumerate(chosen) if old in self.unreadable}
+            selection._prepared = [self._prepared[place] for place in places]
+        selection.unreadable = {new: self.unreadable[old] for new, old in enumerate(places) if old in self.unreadable}
+        selection.not_images = {new for new, old in enumerate(places) if old in self.not_images}
         return selection
 
-    def note_unreadable(self, messages: Mapping[int, str]) -> None:
+    def note_unreadable(self, messages: Mapping[int, str], not_images: Collection[int] = ()) -> None:
         """Count what another process could not read, by number; raises `ValueError` if it is too much."""
         self.unreadable.update(messages)
+        self.not_images.update(not_images)
         if messages:
             self._check_unreadable()
 
     def companion(self, index: int, extension: str) -> bytes:
         """The file beside an image with the same key, such as `"json"` or `"mask.png"`; raises `KeyError`."""
         return self.store.companion(int(self._indices[index]), extension)
+
+    def _chunks(self) -> list[range]:
+        return [range(i, min(i + _READ_TOGETHER, len(self))) for i in range(0, len(self), _READ_TOGETHER)]
 
     def _prepare(self, places: Sequence[int]) -> Iterator[np.ndarray | None]:
         """The prepared images; for those that cannot be read None, with the reason in `unreadable`."""
@@ -143,7 +183,10 @@ class ImageDataset(Dataset[dict[str, Any]]):
             image = None if bad else next(images)
             if isinstance(image, UnreadableImageError):
                 self.unreadable[place] = str(image)
-                logger.warning("%s. Skipped: another sample takes its place.", image)
+                if isinstance(image, NoImageError):
+                    self.not_images.add(place)
+                then = "Skipped: another sample takes its place" if self.replace_unreadable else "It is left out"
+                logger.warning("%s. %s.", image, then)
                 image = None
             if image is not None:
                 # Borders would be looked for, and the dynamic range stretched, a second time.
@@ -164,10 +207,11 @@ class ImageDataset(Dataset[dict[str, Any]]):
                 return place, array
 
     def _check_unreadable(self) -> None:
-        if len(self.unreadable) > self.max_unreadable * len(self) or len(self.unreadable) == len(self):
-            examples = "; ".join(list(self.unreadable.values())[:3])
+        damaged = [place for place in self.unreadable if place not in self.not_images]
+        if len(damaged) > self.max_unreadable * len(self) or len(self.unreadable) == len(self):
+            examples = "; ".join(self.unreadable[place] for place in (damaged or list(self.unreadable))[:3])
             raise ValueError(
-                f"{len(self.unreadable)} of {len(self)} images cannot be read, more than the tolerated "
+                f"{len(damaged or self.unreadable)} of {len(self)} images cannot be read, more than the tolerated "
                 f"{self.max_unreadable:.1%} (max_unreadable). {examples}"
             )
 
@@ -182,6 +226,7 @@ def open_images(
     in_memory: bool = False,
     max_unreadable: float = 0.05,
     local_files_only: bool = False,
+    replace_unreadable: bool = True,
 ) -> ImageDataset:
     """Open a collection of images for random access.
 
@@ -189,7 +234,7 @@ def open_images(
         source: A folder of images (with subfolders); webdataset tars as a path, a folder of them, a glob or a brace
             range, here or behind `http(s)://`, `s3://`, `gs://` or `hf://`; a `datasets` folder (`save_to_disk` or
             Parquet) or a data set of the Hub.
-        preprocessing, in_memory, max_unreadable: See `ImageDataset`, also for what it raises.
+        preprocessing, in_memory, max_unreadable, replace_unreadable: See `ImageDataset`, also for what it raises.
         split: Split of a `datasets` set, or of a folder of shards whose manifest names splits.
         image_column: Column of images of a `datasets` set.
         config_name: Configuration of a `datasets` set.
@@ -200,7 +245,7 @@ def open_images(
         ValueError: If the source is of another kind.
     """
     opened = open_store(source, split, image_column, config_name, local_files_only)
-    return ImageDataset(opened, preprocessing, in_memory, max_unreadable)
+    return ImageDataset(opened, preprocessing, in_memory, max_unreadable, replace_unreadable=replace_unreadable)
 
 
 def to_float(array: np.ndarray) -> Tensor:

@@ -150,19 +150,20 @@ class _Transport(Dataset[dict[str, Any]]):
         self._turn = 0
 
     def __getitems__(self, slots: Sequence[Slot]) -> dict[str, Any]:
-        worker, unreadable = get_worker_info(), self.views.images.unreadable
+        worker, images = get_worker_info(), self.views.images
         if worker is None:
             return self.views.load(slots)
-        known = len(unreadable)
+        known = len(images.unreadable)
         number = worker.id * (_PREFETCH + 1) + self._turn
         self._turn = (self._turn + 1) % (_PREFETCH + 1)
         batch = self.views.load(slots, self._blocks[number] if self._blocks else None)
-        batch["unreadable"] = dict(list(unreadable.items())[known:])
+        batch["unreadable"] = dict(list(images.unreadable.items())[known:])
+        batch["not_images"] = images.not_images & batch["unreadable"].keys()
         return {**batch, "image": (number, batch["image"].shape[1])} if self._blocks else batch
 
     def receive(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch of a worker with its images, which stay what they are until the next batch is taken."""
-        self.views.images.note_unreadable(batch.get("unreadable", {}))
+        self.views.images.note_unreadable(batch.get("unreadable", {}), batch.get("not_images", ()))
         if isinstance(batch["image"], Tensor):
             return batch
         number, channels = batch["image"]

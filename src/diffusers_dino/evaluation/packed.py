@@ -107,7 +107,8 @@ def at_size(images: ImageDataset, size: int) -> ImageDataset:
     if images.preprocessing.size == size:
         return images
     preprocessing = replace(images.preprocessing, size=size)
-    return ImageDataset(images.store, preprocessing, max_unreadable=images.max_unreadable).select(images.keys)
+    options = {"max_unreadable": images.max_unreadable, "replace_unreadable": images.replace_unreadable}
+    return ImageDataset(images.store, preprocessing, **options).select(images.keys)
 
 
 def readable_images(images: ImageDataset) -> Iterator[tuple[str, np.ndarray]]:

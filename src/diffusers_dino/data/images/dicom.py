@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from ...extras import require
 from .codestreams import frame_header
-from .dicom_header import decimals, dicom_facts, integers, items, parse_dicom, text
-from .errors import MAX_PIXELS, UnreadableImageError, check_size
+from .dicom_header import PixelField, decimals, dicom_facts, integers, items, parse_dicom, text
+from .errors import MAX_PIXELS, NoImageError, UnreadableImageError, check_size
 from .grayscale import Grayscale, LookupTable, StoredBits, Window, brightness_table
 
 if TYPE_CHECKING:
@@ -30,13 +30,12 @@ _ALLOCATED, _STORED, _HIGH_BIT, _SIGNED, _PADDING, _PADDING_LIMIT = (0x00280100 
 _CENTER, _WIDTH, _INTERCEPT, _SLOPE, _FUNCTION = (0x00281050 + i for i in (0, 1, 2, 3, 6))
 _MODALITY_LUTS, _VOI_LUTS, _LUT_DESCRIPTOR, _LUT_DATA = 0x00283000, 0x00283010, 0x00283002, 0x00283006
 _PALETTES = [(0x00281101 + i, 0x00281201 + i) for i in range(3)]
-_PIXELS = 0x7FE00010
+_CLASS = 0x00080016
 _TAGS = [
     *(_SAMPLES, _PHOTOMETRIC, _PLANAR, _FRAMES, _ROWS, _COLUMNS),
     *(_ALLOCATED, _STORED, _HIGH_BIT, _SIGNED, _PADDING, _PADDING_LIMIT),
     *(_CENTER, _WIDTH, _INTERCEPT, _SLOPE, _FUNCTION, _MODALITY_LUTS, _VOI_LUTS),
     *(tag for pair in _PALETTES for tag in pair),
-    _PIXELS,
 ]
 _GRAYS = ("MONOCHROME1", "MONOCHROME2")
 _COLORS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
@@ -45,6 +44,8 @@ _RADIOGRAPHS = ("CR", "DR", "DX", "RG")
 _WHITE = 0.8
 
 _IMPLICIT, _JPEG_BASELINE, _RLE = "1.2.840.10008.1.2", "1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.5"
+# How JPEG, JPEG-LS and JPEG 2000 (bare, and in a file of its own) begin.
+_CODESTREAMS = (b"\xff\xd8\xff", b"\xff\x4f\xff\x51", b"\x00\x00\x00\x0cjP")
 # Pillow's libjpeg is the fastest; pylibjpeg-rle ends the process on damaged runs, where pydicom's own raises an error.
 _DECODERS = {_JPEG_BASELINE: "pillow", _RLE: "pydicom"}
 
@@ -89,13 +90,16 @@ def read_dicom(
         `(H, W)` uint8 or, above 8 bits, uint16; for colour `(H, W, 3)` uint8.
 
     Raises:
-        UnreadableImageError: If the file is damaged, too large, holds several images or none, or is of an unsupported
-            kind. The message quotes nothing of the header.
+        NoImageError: If the file is of a kind without pixels, such as a report or a presentation state.
+        UnreadableImageError: If it is damaged, too large, holds several images or none, or is of an unsupported kind.
+            The message quotes nothing of the header.
     """
-    syntax, dataset = parse_dicom(data, _TAGS, most_bytes=6 * max_pixels + 2**26)
+    syntax, dataset, pixels = parse_dicom(data, _TAGS, 6 * max_pixels + 2**26, pixels=True)
+    if pixels is None:
+        _explain_lack_of_pixels(dataset)
     layout = _layout(dataset, syntax)
     check_size(layout.columns, layout.rows, max_pixels)
-    cells = _decode(dataset, layout)
+    cells = _decode(pixels, layout)
     if layout.photometric == "PALETTE COLOR":
         return _palette_color(dataset, layout, cells)
     if layout.samples == 3:
@@ -167,24 +171,51 @@ def _find_decoder(syntax: str) -> tuple[Decoder, str]:
     return decoder, plugin
 
 
-def _decode(dataset: Dataset, layout: _Layout) -> np.ndarray:
+def _explain_lack_of_pixels(dataset: Dataset) -> NoReturn:
+    from pydicom.uid import UID_dictionary
+
+    kind = UID_dictionary.get(text(dataset, _CLASS), ("Image",))[0]
+    if "Image" in kind:
+        raise UnreadableImageError("it holds no pixels, or the file is cut short: it ends before them")
+    raise NoImageError(f"it is not an image ({kind})")
+
+
+def _decode(pixels: PixelField, layout: _Layout) -> np.ndarray:
     """The contents of the cells, unsigned, `(H, W)` or `(H, W, 3)` as RGB."""
+    from pydicom.encaps import encapsulate
+
     decoder, plugin = _find_decoder(layout.syntax)
-    pixels = dataset.get_item(_PIXELS) if _PIXELS in dataset else None
-    if pixels is None or not pixels.value:
-        raise UnreadableImageError("it holds no pixels, or ends before them")
-    agrees, array = True, None
+    value = _frame(pixels, layout, bool(plugin))
+    if not value:
+        raise UnreadableImageError("it holds no pixels")
+    if plugin and not _frame_agrees(value, layout):
+        raise UnreadableImageError(f"its frame is not of the size in its header, {layout.columns} x {layout.rows}")
     try:
-        agrees = not plugin or _frame_agrees(pixels.value, layout)
-        if agrees:
-            array, _ = decoder.as_array(pixels.value, decoding_plugin=plugin, **_options(layout, pixels.VR))
+        value = encapsulate([value]) if plugin else value
+        array, _ = decoder.as_array(value, decoding_plugin=plugin, **_options(layout, pixels.type))
     except Exception:
         array = None
-    if not agrees:  # raised out here, so that no other exception is attached
-        raise UnreadableImageError(f"its frame is not of the size in its header, {layout.columns} x {layout.rows}")
-    if array is None:
+    if array is None:  # raised out here, so that no other exception is attached
         raise UnreadableImageError(f"its pixels are damaged or cut short ({decoder.UID.name})")
     return array.astype(array.dtype.newbyteorder("="), copy=False).view(f"u{array.itemsize}")
+
+
+def _frame(pixels: PixelField, layout: _Layout, compressed: bool) -> bytes:
+    """The bytes of the only frame."""
+    several = "its pixels are those of several images, though its header says one. Export the one to read"
+    if compressed:
+        starts = sum(fragment.startswith(_CODESTREAMS) for fragment in pixels.fragments)
+        count = len(pixels.fragments) if layout.syntax == _RLE else max(starts, pixels.frames)
+        if count > 1:
+            raise UnreadableImageError(several)
+        return b"".join(pixels.fragments)
+    halves = 4 if layout.photometric == "YBR_FULL_422" else 2 * layout.samples  # two pixels share their colours
+    expected = layout.rows * layout.columns * halves // 2 * layout.bits.allocated // 8
+    if len(pixels.value) >= 2 * expected:
+        raise UnreadableImageError(several)
+    if 0 < len(pixels.value) < expected:
+        raise UnreadableImageError(f"its pixels are cut short: {len(pixels.value)} of {expected} bytes")
+    return pixels.value[: expected + expected % 2]
 
 
 def _options(layout: _Layout, vr: str | None) -> dict[str, Any]:
@@ -205,13 +236,11 @@ def _options(layout: _Layout, vr: str | None) -> dict[str, Any]:
     }
 
 
-def _frame_agrees(pixels: bytes, layout: _Layout) -> bool:
+def _frame_agrees(frame: bytes, layout: _Layout) -> bool:
     """Whether a compressed frame is as large as the header says, so that decoding it takes what was checked."""
-    from pydicom.encaps import get_frame
-
     if layout.syntax == _RLE:  # says no size, but never grows by more than a byte in 128
-        return len(pixels) <= 2 * layout.rows * layout.columns * layout.samples * layout.bits.allocated // 8 + 2**16
-    header = frame_header(get_frame(pixels, 0, number_of_frames=1))
+        return len(frame) <= 2 * layout.rows * layout.columns * layout.samples * layout.bits.allocated // 8 + 2**16
+    header = frame_header(frame)
     return header is not None and header[:3] == (layout.rows, layout.columns, layout.samples)
 
 
@@ -245,6 +274,7 @@ def _lookup_table(sequence: list[Dataset], signed: bool) -> LookupTable | None:
     entries = _entries(sequence[0], _LUT_DATA, length)
     if entries is None:
         return None
+    bits = max(bits, int(entries.max()).bit_length())  # some files say the bits of the pixels, not of the entries
     return LookupTable(first - 65536 if signed and first > 32767 else first, bits, entries)
 
 

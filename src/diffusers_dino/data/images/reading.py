@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from os import PathLike
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -30,12 +30,17 @@ from PIL import (
 
 from .dicom import read_dicom
 from .dicom_header import is_dicom
-from .errors import MAX_PIXELS, UnreadableImageError, check_size
+from .errors import MAX_PIXELS, NoImageError, UnreadableImageError, check_size
 
-__all__ = ["IMAGE_EXTENSIONS", "RawLayout", "as_image", "is_unnamed_dicom", "read_image"]
+__all__ = ["IMAGE_EXTENSIONS", "RawLayout", "as_image", "is_image_file", "read_image"]
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "tif", "tiff", "webp", "bmp", "dcm", "dicom", "npy", "npz")
 
+# Of files beside images, which are not opened to see whether they are DICOM.
+_OTHER_EXTENSIONS = (
+    *("json", "jsonl", "txt", "csv", "tsv", "xml", "html", "htm", "md", "yaml", "yml", "toml", "log", "pdf", "py"),
+    *("tar", "zip", "gz", "tgz", "bz2", "xz", "7z", "parquet", "arrow", "xls", "xlsx", "pkl", "safetensors", "pt"),
+)
 # Opened by their own classes: `Image.open` would try every format that is installed, some of which run programs.
 _PILLOW = (
     (b"\xff\xd8\xff", JpegImagePlugin.JpegImageFile),
@@ -143,19 +148,22 @@ def read_image(
         raise
     except Exception as error:
         reason = str(error) or type(error).__name__
-        raise UnreadableImageError(f"Cannot read {tell()}: {reason}") from error
+        kind = NoImageError if isinstance(error, NoImageError) else UnreadableImageError
+        raise kind(f"Cannot read {tell()}: {reason}") from error
 
 
-def is_unnamed_dicom(path: Path) -> bool:
-    """Whether a file without an extension, or with one of digits, as UIDs end, is DICOM. Others are not opened."""
-    extension = path.suffix[1:]
-    if (extension and not extension.isdigit()) or path.name == "DICOMDIR":  # the index of a medium
+def is_image_file(path: str | PathLike[str]) -> bool:
+    """Whether a file is an image: by its extension or, whatever else it is called, by DICOM content.
+
+    Files with an extension of text, tables or archives are not opened. `OSError` if another one cannot be.
+    """
+    extension = PurePath(path).suffix[1:].lower()
+    if extension in IMAGE_EXTENSIONS or extension in _OTHER_EXTENSIONS:
+        return extension in IMAGE_EXTENSIONS
+    if PurePath(path).name.upper() == "DICOMDIR":  # the index of a medium
         return False
-    try:
-        with path.open("rb") as file:
-            return is_dicom(file.read(132))
-    except OSError:
-        return False
+    with open(path, "rb") as file:
+        return is_dicom(file.read(132))
 
 
 def _read_file(path: Path, max_pixels: int) -> bytes:

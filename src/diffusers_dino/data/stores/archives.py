@@ -13,7 +13,7 @@ import re
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -23,10 +23,12 @@ import numpy as np
 from ...files import atomic_write
 
 __all__ = [
+    "COMPANIONS",
     "INDEX_SUFFIX",
     "PackedKeys",
     "TarIndex",
     "index_tar",
+    "parent_of",
     "parse_index",
     "split_name",
     "write_index",
@@ -39,6 +41,7 @@ _FORMAT = 1
 _BLOCK = 512
 # Kinds of pictures that accompany an image under the same key: `KEY.mask.png` is the mask of `KEY.png`.
 _COMPANIONS = ("mask",)
+COMPANIONS = "pictures that accompany an image, as KEY.seg.png does KEY.png"
 # Keys become file names: a key must not lead out of a folder, nor hold the line break that separates keys here.
 _UNSAFE = re.compile(r"^$|^/|^[A-Za-z]:|\\|(^|/)\.{1,2}(/|$)|[\x00-\x1f\x7f]")
 
@@ -53,9 +56,22 @@ def split_name(name: str) -> tuple[str, str]:
     if not key or "/" in extension:
         return name, ""
     for companion in _COMPANIONS:
-        if key.endswith(f".{companion}"):
-            return key.removesuffix(f".{companion}"), f"{companion}.{extension.lower()}"
+        if key.lower().endswith(f".{companion}"):
+            return key[: -len(companion) - 1], f"{companion}.{extension.lower()}"
     return key, extension.lower()
+
+
+def parent_of(key: str, keys: Container[str]) -> str | None:
+    """The image that an image accompanies: that of `KEY.seg` and of `KEY.lung.left` is `KEY`, if `keys` holds that.
+
+    What follows the key begins with a letter: `1.2.840.7` does not accompany `1.2.840`.
+    """
+    parent, dot, word = key.rpartition(".")
+    while dot and "/" not in word:
+        if word[:1].isalpha() and parent in keys:
+            return parent
+        parent, dot, word = parent.rpartition(".")
+    return None
 
 
 class PackedKeys(Sequence[str]):

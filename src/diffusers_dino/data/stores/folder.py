@@ -2,46 +2,94 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
-from ..images.reading import IMAGE_EXTENSIONS, is_unnamed_dicom, read_image
-from .archives import split_name
+from ..images.reading import IMAGE_EXTENSIONS, is_image_file, read_image
+from .archives import COMPANIONS, parent_of, split_name
 from .store import ImageStore
+from .walk import FolderFiles, list_files, printable
 
 __all__ = ["FolderStore", "image_key"]
 
+logger = logging.getLogger(__name__)
+
 
 class FolderStore(ImageStore):
-    """All images below a folder, sorted by path. Masks (`KEY.mask.png`) are companions, not images.
+    """All images below a folder, sorted by path: files with an extension of images, and DICOM files of any other name.
 
-    DICOM files are also found if they have no extension or are named by a UID.
+    `KEY.mask.png`, and any `KEY.word.png` beside an image `KEY.png`, are companions, not images. What `list_files`
+    leaves out is counted in a warning.
+
+    Args:
+        root: The folder.
+        show_names: Whether the warning gives examples; names of folders may be names of patients.
+
+    Attributes:
+        paths: The files of the images, below `root`.
+        left_out: By reason, the files and folders that are not looked at.
     """
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, show_names: bool = True) -> None:
         self.root = Path(root)
-        relative = sorted(path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if path.is_file())
-        self._paths = [path for path in relative if image_key(path) != path or is_unnamed_dicom(self.root / path)]
-        if not self._paths:
+        listing = list_files(root)
+        self.left_out = listing.left_out
+        images = {path: image_key(path) for path in listing.files if self._is_image(path, listing)}
+        keys = set(images.values())
+        self._renamed: dict[str, str] = {}  # companions whose extension is not in small letters
+        for path in listing.files:
+            key, extension = split_name(path)
+            if image_key(path) != path and (parent := parent_of(key, keys)) is not None:
+                del images[path]
+                listing.leave_out(COMPANIONS, path)
+                key, extension = parent, path[len(parent) + 1 :].lower()
+            if path not in images and path != f"{key}.{extension}":
+                self._renamed.setdefault(f"{key}.{extension}", path)
+        self.paths = list(images)
+        clauses = listing.counts(3 if show_names else 0)
+        for clause in clauses:
+            logger.warning("%s: left out: %s", self._show() if show_names else "A folder", clause)
+        if not self.paths:
             kinds = ", ".join(IMAGE_EXTENSIONS)
-            raise FileNotFoundError(f"No image in {str(root)!r} or its folders. Looked for {kinds}, and tars of them.")
-        keys = [image_key(path) for path in self._paths]
-        count = Counter(keys)  # `a.png` beside `a.jpg`: the extension keeps them apart
-        self.keys = [path if count[key] > 1 else key for path, key in zip(self._paths, keys, strict=True)]
+            left = "".join(f" {clause}." for clause in clauses)
+            raise FileNotFoundError(
+                f"No image in {str(root)!r} or its folders. Looked for {kinds}, and tars of them.{left}"
+            )
+        count = Counter(images.values())  # `a.png` beside `a.jpg`: the extension keeps them apart
+        self.keys = [printable(path if count[key] > 1 else key) for path, key in images.items()]
 
     def describe(self, index: int) -> str:
-        return str(self.root / self._paths[index])
+        return f"{self._show()}/{printable(self.paths[index])}"
 
     def read(self, index: int) -> np.ndarray:
-        return read_image(self.root / self._paths[index])
+        return read_image(self.root / self.paths[index], self.describe(index))
+
+    def companion_path(self, index: int, extension: str) -> Path | None:
+        """The file beside an image with the same key, such as its `"mask.png"` (or `mask.PNG`); None without one."""
+        name = f"{image_key(self.paths[index])}.{extension}"
+        path = self.root / self._renamed.get(name, name)
+        return path if path.is_file() else None
 
     def companion(self, index: int, extension: str) -> bytes:
-        path = self.root / f"{image_key(self._paths[index])}.{extension}"
-        if not path.is_file():
-            raise KeyError(f"{self.describe(index)} has no companion {path.name!r}")
+        path = self.companion_path(index, extension)
+        if path is None:
+            raise KeyError(f"{self.describe(index)} has no companion {extension!r}")
         return path.read_bytes()
+
+    def _is_image(self, path: str, listing: FolderFiles) -> bool:
+        if image_key(path) != path or split_name(path)[1].startswith("mask."):
+            return image_key(path) != path
+        try:
+            return is_image_file(self.root / path)
+        except OSError as error:
+            listing.leave_out(f"files that cannot be opened ({error.strerror})", path)
+            return False
+
+    def _show(self) -> str:
+        return printable(str(self.root))
 
 
 def image_key(name: str) -> str:

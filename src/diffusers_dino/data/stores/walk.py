@@ -1,0 +1,100 @@
+"""The files below a folder: one walk for training, evaluation and sharding."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+__all__ = ["FolderFiles", "is_junk", "list_files", "printable"]
+
+# What storage servers and operating systems put into folders, in lower case. Hidden names are junk as well.
+_JUNK = frozenset(
+    (
+        *("@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "~snapshot"),
+        *("__macosx", "$recycle.bin", "system volume information", "lost+found", "thumbs.db", "desktop.ini"),
+    )
+)
+
+
+def is_junk(name: str) -> bool:
+    """Whether a file or folder of this name is hidden (`._a.png`, `.Trash-1000`) or a system's (`@eaDir`)."""
+    return name.startswith(".") or name.lower() in _JUNK
+
+
+def printable(name: str) -> str:
+    """A name with those of its bytes that are not UTF-8 as `%E9`: it can be logged, encoded and hashed."""
+    return "".join(f"%{ord(c) - 0xDC00:02X}" if "\udc80" <= c <= "\udcff" else c for c in name)
+
+
+@dataclass
+class FolderFiles:
+    """What is below a folder: paths that begin there, with `/`.
+
+    Attributes:
+        files: Regular files, sorted.
+        left_out: By reason, what was not looked at.
+    """
+
+    files: list[str] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+
+    def leave_out(self, reason: str, path: str) -> None:
+        """Note a file or folder that is left out."""
+        self.left_out.setdefault(reason, []).append(path)
+
+    def counts(self, examples: int = 3) -> list[str]:
+        """Each reason with how much it keeps out, and some of the names."""
+        return [
+            f"{reason}: {len(paths)}"
+            + (f", such as {', '.join(map(printable, paths[:examples]))}" if examples else "")
+            for reason, paths in self.left_out.items()
+        ]
+
+
+def list_files(root: str | Path) -> FolderFiles:
+    """List a folder and the folders below it; raises `OSError` if it cannot be opened.
+
+    Links to folders are followed, but each folder is listed once, and none above `root`. Hidden files and folders,
+    those of operating systems and storage servers, folders that may not be opened and dead links are noted.
+    """
+    found = FolderFiles()
+    seen = {_identity(parent) for parent in Path(root).resolve().parents}
+    folders, links = [""], []
+    while folders or links:
+        # Links come last, so that a file keeps the path that it has without them.
+        path = folders.pop() if folders else links.pop(links.index(min(links)))
+        try:
+            identity = _identity(f"{root}/{path}")
+            if identity in seen:
+                found.leave_out("links to folders that are read anyway", path)
+                continue
+            seen.add(identity)
+            with os.scandir(f"{root}/{path}") as entries:
+                below = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            if not path:
+                raise
+            found.leave_out(f"folders that cannot be opened ({error.strerror})", path)
+            continue
+        for entry in below:
+            inside = f"{path}/{entry.name}" if path else entry.name
+            if os.path.isdir(entry.path):
+                if is_junk(entry.name):
+                    found.leave_out("hidden folders and those of systems", inside)
+                else:
+                    (links if entry.is_symlink() else folders).append(inside)
+            elif os.path.isfile(entry.path):
+                if is_junk(entry.name):
+                    found.leave_out("hidden files and those of systems", inside)
+                else:
+                    found.files.append(inside)
+            else:
+                found.leave_out("links that lead nowhere, pipes and devices", inside)
+    found.files.sort()
+    return found
+
+
+def _identity(path: str | Path) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
