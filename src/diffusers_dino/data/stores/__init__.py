@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 
-from .folder import FolderStore
-from .hugging_face import HuggingFaceStore
+from ..images.reading import IMAGE_EXTENSIONS
+from .filesystem import is_pattern
+from .folder import FolderStore, find_images
+from .hugging_face import SAVED, HuggingFaceStore
 from .remote import is_remote
-from .shards import MANIFEST, ShardStore
+from .shards import MANIFEST, ShardStore, is_shard_manifest
 from .store import ImageStore
+from .walk import list_files
 
 __all__ = ["FolderStore", "HuggingFaceStore", "ImageStore", "ShardStore", "open_store"]
+
+logger = logging.getLogger(__name__)
 
 
 def open_store(
@@ -25,21 +31,46 @@ def open_store(
     text = str(source)
     if text.startswith("pipe:"):
         raise ValueError(f"{text!r} would run a command. Give a path or a URL instead.")
-    if is_remote(text):
-        return ShardStore(text, split)
     folder = Path(text)
-    if folder.is_file() and folder.suffix != ".tar":
-        raise ValueError(f"{text!r} is a file. Give a folder of images, .tar shards or a data set of the Hub.")
+    if is_remote(text):
+        return ShardStore(text, split, image_column)
+    if folder.is_dir():
+        return _open_folder(folder, split, image_column, config_name)
     if text.endswith(".tar"):
-        return ShardStore(text)
-    if not folder.is_dir():
-        if local_files_only or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", text):
-            raise FileNotFoundError(f"There is no folder {text!r}.")
+        return ShardStore(text, None, image_column)
+    if text.endswith(".parquet") and (folder.is_file() or is_pattern(text)):
         return HuggingFaceStore(text, split, image_column, config_name)
-    if any((folder / file).is_file() for file in ("dataset_info.json", "dataset_dict.json")):
-        return HuggingFaceStore(text, split, image_column, config_name)
-    if any(folder.glob("*.tar")) or (folder / MANIFEST).is_file():
-        return ShardStore(text, split)
-    if any(folder.rglob("*.parquet")):
-        return HuggingFaceStore(text, split, image_column, config_name)
-    return FolderStore(folder)
+    if folder.is_file():
+        raise ValueError(f"{text!r} is a file. Give a folder of images, .tar shards or a data set of the Hub.")
+    if is_pattern(folder.name) and folder.suffix.lower() in (*(f".{one}" for one in IMAGE_EXTENSIONS), ""):
+        root = next(parent for parent in folder.parents if parent.is_dir())
+        return FolderStore(root, folder.relative_to(root).as_posix())
+    if local_files_only or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", text):
+        raise FileNotFoundError(f"There is no folder {text!r}.")
+    return HuggingFaceStore(text, split, image_column, config_name)
+
+
+def _open_folder(folder: Path, split: str, image_column: str, config_name: str | None) -> ImageStore:
+    """A folder holds images, tars or a data set: what holds several of them is not guessed at."""
+    listing = list_files(folder)
+    tars, tables = ([path for path in listing.files if path.endswith(end)] for end in (".tar", ".parquet"))
+    saved = any(name in listing.files for name in SAVED)
+    if not (tars or tables or saved or MANIFEST in listing.files):
+        return FolderStore(folder, listing=listing)
+    images = len(find_images(folder, listing))
+    if is_shard_manifest(folder / MANIFEST) or (MANIFEST in listing.files and not images):
+        if images:
+            logger.warning("%s: its %s names shards. %d images beside them are not read", folder, MANIFEST, images)
+        return ShardStore(folder, split, image_column)
+    kinds = {"images": images, "tar files": len(tars), "Parquet files": len(tables), "a saved data set": int(saved)}
+    found = [kind if kind.startswith("a ") else f"{count} {kind}" for kind, count in kinds.items() if count]
+    if len(found) > 1:
+        raise ValueError(
+            f"{str(folder)!r} holds {' and '.join(found)}: which are meant? Give the folder below it that holds only "
+            f"these, or a pattern such as '{folder}/*.png', '{folder}/*.tar' or '{folder}/**/*.parquet'."
+        )
+    if images:
+        return FolderStore(folder, listing=listing)
+    if tars:
+        return ShardStore(folder, split, image_column)
+    return HuggingFaceStore(folder, split, image_column, config_name)

@@ -12,7 +12,6 @@ import logging
 import re
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import BinaryIO
 import numpy as np
 
 from ...files import atomic_write
+from .walk import printable
 
 __all__ = [
     "COMPANIONS",
@@ -66,11 +66,11 @@ def parent_of(key: str, keys: Container[str]) -> str | None:
 
     What follows the key begins with a letter: `1.2.840.7` does not accompany `1.2.840`.
     """
-    parent, dot, word = key.rpartition(".")
-    while dot and "/" not in word:
-        if word[:1].isalpha() and parent in keys:
-            return parent
-        parent, dot, word = parent.rpartition(".")
+    dot = key.find(".", key.rfind("/") + 1)
+    while dot >= 0:
+        if key[dot + 1 : dot + 2].isalpha() and key[:dot] in keys:
+            return key[:dot]
+        dot = key.find(".", dot + 1)
     return None
 
 
@@ -171,13 +171,16 @@ def write_index(tar: str | Path) -> Path:
 def parse_index(content: bytes, tar_bytes: int) -> TarIndex:
     """Read an index file of a tar of this size. Nothing in it is trusted; `ValueError` says why it cannot be used."""
     try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            version, described = (int(value) for value in arrays["header"])
-            keys = PackedKeys.from_bytes(arrays["keys"].tobytes())
-            extensions = tuple(arrays["extensions"].tobytes().decode().split("\n"))
-            columns = [arrays[name] for name in ("first_member", "kinds", "offsets", "sizes")]
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            members = archive.infolist()
+            if any(one.compress_type for one in members) or sum(one.file_size for one in members) > len(content):
+                raise ValueError("it inflates")
+            version, described = _read_array(archive, "header").tolist()
+            keys = PackedKeys.from_bytes(_read_array(archive, "keys").tobytes())
+            extensions = tuple(_read_array(archive, "extensions").tobytes().decode().split("\n"))
+            columns = [_read_array(archive, name) for name in ("first_member", "kinds", "offsets", "sizes")]
         names = keys.to_bytes().decode().split("\n")[:-1]
-    except (ValueError, KeyError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+    except (ValueError, KeyError, TypeError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile) as error:
         raise ValueError(f"it is damaged: {error}") from error
     if version != _FORMAT:
         raise ValueError(f"its format is {version}, not {_FORMAT}")
@@ -200,6 +203,18 @@ def parse_index(content: bytes, tar_bytes: int) -> TarIndex:
     return TarIndex(tar_bytes, keys, extensions, first, kinds, offsets, sizes)
 
 
+def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """An array of numbers of an `.npz` file, in memory that the file already takes."""
+    file = io.BytesIO(archive.read(f"{name}.npy"))
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("an array is of another version")
+    (count,), _, dtype = np.lib.format.read_array_header_1_0(file)
+    values = file.read()
+    if dtype.kind not in "iu" or len(values) != count * dtype.itemsize:
+        raise ValueError("an array is of another size than it says")
+    return np.frombuffer(values, dtype)
+
+
 def index_tar(file: BinaryIO, name: str, size: int) -> TarIndex:
     """Index a tar by its headers. Nothing is extracted; links, devices and names that lead elsewhere are ignored.
 
@@ -210,12 +225,12 @@ def index_tar(file: BinaryIO, name: str, size: int) -> TarIndex:
     refused: list[str] = []
     walk = _Walk(file, size)
     for info in walk:
-        path = info.name.removeprefix("./")  # `tar -cf x.tar .` puts it there
+        path = printable(info.name.removeprefix("./"))  # `tar -cf x.tar .` puts it there
         key, extension = split_name(path)
         if not info.isreg() or info.issparse() or _UNSAFE.search(path):
             refused += [] if info.isdir() else [path]
         elif extension in samples.setdefault(key, {}):
-            walk.damage.append(f"holds {info.name!r} twice")
+            walk.damage.append(f"holds {path!r} twice")
         else:
             samples[key][extension] = (info.offset_data, info.size)
     if refused:
@@ -247,7 +262,7 @@ class _Walk:
     def __iter__(self) -> Iterator[tarfile.TarInfo]:
         end = 0  # where the next header is expected
         try:
-            options = {"encoding": "utf-8", "errors": "backslashreplace", "ignore_zeros": True}
+            options = {"encoding": "utf-8", "errors": "surrogateescape", "ignore_zeros": True}
             with tarfile.open(fileobj=self.file, mode="r:", **options) as tar:
                 for info in tar:
                     tar.members = []  # tarfile keeps all that it has seen

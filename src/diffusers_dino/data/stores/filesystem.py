@@ -12,7 +12,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
-__all__ = ["ByteRange", "FileSystem", "LocalFileSystem", "expand_braces", "is_pattern"]
+from ...files import read_regular
+
+__all__ = ["ByteRange", "FileSystem", "LocalFileSystem", "default_cache_dir", "expand_braces", "is_pattern"]
 
 # Far below the usual limit of 1,024 open files in a process.
 _MAX_HANDLES = 128
@@ -35,8 +37,8 @@ class FileSystem(Protocol):
     def size(self, path: str) -> int:
         """Bytes of a file; raises `FileNotFoundError`."""
 
-    def read(self, path: str) -> bytes:
-        """A whole small file; raises `FileNotFoundError`."""
+    def read(self, path: str, limit: int) -> bytes:
+        """A whole file of at most `limit` bytes; raises `FileNotFoundError`, and `ValueError` if it has more."""
 
     def open(self, path: str) -> BinaryIO:
         """A file to read from start to end, seekable."""
@@ -56,15 +58,19 @@ class LocalFileSystem(FileSystem):
         self._lock = threading.Lock()
 
     def glob(self, pattern: str) -> list[str]:
-        return sorted(path for path in glob.glob(pattern, recursive=True) if Path(path).is_file())
+        parts = pattern.split("/")
+        for number, part in enumerate(parts):  # a folder may be called `set[1]`
+            if os.path.lexists("/".join(pattern.split("/")[: number + 1])):
+                parts[number] = glob.escape(part)
+        return sorted(path for path in glob.glob("/".join(parts), recursive=True) if Path(path).is_file())
 
     def size(self, path: str) -> int:
         if not Path(path).is_file():
             raise FileNotFoundError(f"There is no file {path!r}.")
         return Path(path).stat().st_size
 
-    def read(self, path: str) -> bytes:
-        return Path(path).read_bytes()
+    def read(self, path: str, limit: int) -> bytes:
+        return read_regular(path, limit)
 
     def open(self, path: str) -> BinaryIO:
         return open(path, "rb")
@@ -98,15 +104,24 @@ class LocalFileSystem(FileSystem):
         self.__init__()
 
 
+def default_cache_dir() -> Path:
+    """Where what was learned of remote shards is kept: `$XDG_CACHE_HOME/diffusers-dino`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusers-dino"
+
+
 def is_pattern(path: str) -> bool:
     """Whether a path stands for several files."""
-    return any(sign in path for sign in "*[")
+    return any(sign in path for sign in "*?[")
 
 
 def expand_braces(pattern: str) -> Iterator[str]:
-    """Expand `{000..012}` and `{a,b}` as a shell does; leading zeros are kept."""
-    parts: list[list[str]] = []
-    for text in re.split(r"(\{[^{}]*\})", pattern):
+    """Expand `{000..012}` and `{a,b}` as a shell does, but not in names that are there; leading zeros are kept."""
+    if os.path.isfile(pattern):
+        return iter([pattern])
+    slashes = (place for place, sign in enumerate(pattern) if sign == "/")
+    known = max((place for place in slashes if os.path.isdir(pattern[:place])), default=0)
+    parts: list[list[str]] = [[pattern[:known]]]
+    for text in re.split(r"(\{[^{}]*\})", pattern[known:]):
         numbers = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", text)
         if numbers:
             first, last = numbers.groups()

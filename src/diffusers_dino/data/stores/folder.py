@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 from ..images.reading import IMAGE_EXTENSIONS, is_image_file, read_image
-from .archives import COMPANIONS, parent_of, split_name
+from .archives import COMPANIONS, INDEX_SUFFIX, parent_of, split_name
+from .filesystem import expand_braces
 from .store import ImageStore
 from .walk import FolderFiles, list_files, printable
 
-__all__ = ["FolderStore", "image_key"]
+__all__ = ["FolderStore", "find_images", "image_key"]
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +29,7 @@ class FolderStore(ImageStore):
 
     Args:
         root: The folder.
+        pattern: Which images, such as `**/*.{png,jpg}`; by default all. Companions that it names are images.
         show_names: Whether the warning gives examples; names of folders may be names of patients.
 
     Attributes:
@@ -33,16 +37,22 @@ class FolderStore(ImageStore):
         left_out: By reason, the files and folders that are not looked at.
     """
 
-    def __init__(self, root: str | Path, show_names: bool = True) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        pattern: str | None = None,
+        show_names: bool = True,
+        listing: FolderFiles | None = None,
+    ) -> None:
         self.root = Path(root)
-        listing = list_files(root)
+        listing = listing or list_files(root)
         self.left_out = listing.left_out
-        images = {path: image_key(path) for path in listing.files if self._is_image(path, listing)}
+        images = find_images(root, listing, pattern)
         keys = set(images.values())
         self._renamed: dict[str, str] = {}  # companions whose extension is not in small letters
         for path in listing.files:
             key, extension = split_name(path)
-            if image_key(path) != path and (parent := parent_of(key, keys)) is not None:
+            if path in images and images[path] == key and (parent := parent_of(key, keys)) is not None:
                 del images[path]
                 listing.leave_out(COMPANIONS, path)
                 key, extension = parent, path[len(parent) + 1 :].lower()
@@ -79,17 +89,37 @@ class FolderStore(ImageStore):
             raise KeyError(f"{self.describe(index)} has no companion {extension!r}")
         return path.read_bytes()
 
-    def _is_image(self, path: str, listing: FolderFiles) -> bool:
-        if image_key(path) != path or split_name(path)[1].startswith("mask."):
-            return image_key(path) != path
-        try:
-            return is_image_file(self.root / path)
-        except OSError as error:
-            listing.leave_out(f"files that cannot be opened ({error.strerror})", path)
-            return False
-
     def _show(self) -> str:
         return printable(str(self.root))
+
+
+def find_images(root: str | Path, listing: FolderFiles, pattern: str | None = None) -> dict[str, str]:
+    """The images among the files of a folder, also those that accompany others: their keys by path."""
+    images: dict[str, str] = {}
+    wanted = [_to_expression(one) for one in expand_braces(pattern)] if pattern else []
+    for path in listing.files:
+        if pattern and not any(expression.fullmatch(path) for expression in wanted):
+            continue
+        key, extension = split_name(path)
+        if path.endswith(INDEX_SUFFIX) or (extension.startswith("mask.") and not pattern):
+            continue
+        try:
+            if extension in IMAGE_EXTENSIONS:
+                images[path] = key
+            elif is_image_file(os.path.join(root, path)):
+                images[path] = path
+        except OSError as error:
+            listing.leave_out(f"files that cannot be opened ({error.strerror})", path)
+    return images
+
+
+def _to_expression(pattern: str) -> re.Pattern[str]:
+    """A pattern of a shell, in which `**/` stands for any folders."""
+    signs = {"**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]"}
+    parts = re.split(r"(\*\*/|\*|\?|\[[^]]+\])", pattern)
+    return re.compile(
+        "".join(signs.get(p) or (p.replace("[!", "[^") if p[:1] == "[" else re.escape(p)) for p in parts)
+    )
 
 
 def image_key(name: str) -> str:

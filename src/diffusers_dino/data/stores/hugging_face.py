@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import glob
+import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +13,19 @@ import numpy as np
 from ...extras import require
 from ..images.errors import UnreadableImageError
 from ..images.reading import as_image, read_image
+from .filesystem import LocalFileSystem, default_cache_dir, is_pattern
 from .store import ImageStore
 
-__all__ = ["HuggingFaceStore"]
+__all__ = ["SAVED", "HuggingFaceStore"]
+
+SAVED = ("dataset_info.json", "dataset_dict.json")  # either is in each folder that `save_to_disk` writes
 
 
 class HuggingFaceStore(ImageStore):
-    """A data set of the `datasets` library: an id on the Hub, a `save_to_disk` folder or a folder of Parquet files.
+    """A data set of the `datasets` library: an id on the Hub, a `save_to_disk` folder, or Parquet files.
 
-    See `open_images` for the arguments and errors.
+    Images are in its rows, or in files below its folder: a row that names any other file is not followed. See
+    `open_images` for the arguments and errors.
     """
 
     def __init__(
@@ -32,6 +39,7 @@ class HuggingFaceStore(ImageStore):
             raise ValueError(f"Split {split!r} of {str(name)!r} is empty.")
         self._name = f"{name}[{split}]"
         self._data = data
+        self._folders = _folders_of(str(name))
         self._column = image_column
         self.keys = [f"{index:09d}" for index in range(len(data))]
 
@@ -42,25 +50,54 @@ class HuggingFaceStore(ImageStore):
         value = self._data[index][self._column]
         if isinstance(value, dict):  # an undecoded Image: the reader here keeps 16-bit data, which Image's may not
             value = value.get("bytes") or value.get("path")
-        if value is None:
-            raise UnreadableImageError(f"Cannot read {self.describe(index)}: it holds no image")
-        if not isinstance(value, np.ndarray | list):
-            return read_image(value, self.describe(index))
         try:
-            return as_image(np.asarray(value))
+            if value is None:
+                raise UnreadableImageError("it holds no image")
+            if not isinstance(value, str | bytes):
+                return as_image(np.asarray(value))
+            value = value if isinstance(value, bytes) else self._find(value)
         except UnreadableImageError as error:
             raise UnreadableImageError(f"Cannot read {self.describe(index)}: {error}") from error
+        return read_image(value, self.describe(index))
+
+    def _find(self, path: str) -> str:
+        """The file that a row names, if it is in the data set's own folder."""
+        for folder in self._folders:
+            real = os.path.realpath(os.path.join(folder, path))
+            if real.startswith(f"{folder}{os.sep}") and os.path.isfile(real):
+                return real
+        raise UnreadableImageError("it names a file that is not below the folder of the data set, or not a file")
 
     def companion(self, index: int, extension: str) -> bytes:
         raise KeyError(f"{self.describe(index)} has no companion {extension!r}: a datasets set keeps columns instead")
+
+
+def _folders_of(name: str) -> list[str]:
+    """Where the files of a data set are: its folder, or those into which the Hub's libraries download it."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    path = Path(name)
+    if path.is_dir():
+        return [os.path.realpath(path)]
+    if name.endswith(".parquet"):
+        return [os.path.realpath(next(parent for parent in path.parents if parent.is_dir()))]
+    import datasets
+
+    repository = os.path.join(HF_HUB_CACHE, f"datasets--{name.replace('/', '--')}")
+    return [os.path.realpath(folder) for folder in (repository, datasets.config.DOWNLOADED_DATASETS_PATH)]
 
 
 def _load_hugging_face(name: str, split: str, config_name: str | None) -> Any:
     datasets = require("datasets", "train", f"Reading {name!r} needs the datasets library")
     folder = Path(name)
     try:
-        saved = folder.is_dir() and any((folder / f).is_file() for f in ("dataset_info.json", "dataset_dict.json"))
-        data = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, config_name)
+        if folder.is_dir() and any((folder / file).is_file() for file in SAVED):
+            data = datasets.load_from_disk(name)
+        elif name.endswith(".parquet"):
+            files = [glob.escape(os.path.abspath(path)) for path in LocalFileSystem().glob(name)]
+            data = datasets.load_dataset("parquet", data_files=files)
+        else:
+            data = datasets.load_dataset(_without_signs(folder) if folder.is_dir() else name, config_name)
     except (OSError, datasets.exceptions.DatasetNotFoundError) as error:
         raise FileNotFoundError(
             f"{name!r} is neither a folder or a shard here nor a data set that the Hub gave: {error}"
@@ -73,3 +110,15 @@ def _load_hugging_face(name: str, split: str, config_name: str | None) -> Any:
         if isinstance(feature, datasets.Image):
             data = data.cast_column(column, datasets.Image(decode=False))
     return data
+
+
+def _without_signs(folder: Path) -> str:
+    """A folder by a name that `datasets` does not take for a pattern, as it does `set [1]`: that of a link."""
+    path = str(folder.resolve())
+    if not is_pattern(path):
+        return path
+    link = default_cache_dir() / "links" / hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if not link.is_symlink():
+        link.symlink_to(path)
+    return str(link)

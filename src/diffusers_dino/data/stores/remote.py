@@ -113,7 +113,12 @@ class RemoteFileSystem(FileSystem):
                 "put them where ranges can be read, such as S3 or nginx."
             ) from error
 
-    def read(self, path: str) -> bytes:
+    def read(self, path: str, limit: int) -> bytes:
+        size = self._try(path, lambda: self._filesystem().info(path)).get("size")
+        if size is not None and size > limit:
+            raise ValueError(
+                f"{redact(path)!r} has {size:,} bytes, more than {limit:,}: it is not the file that is meant."
+            )
         return self._try(path, lambda: self._filesystem().cat_file(path))
 
     def open(self, path: str) -> BinaryIO:

@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import json
 import logging
-import os
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...files import atomic_write
+from ...files import atomic_write, read_json, read_regular
 from ..images.errors import UnreadableImageError
 from ..images.reading import IMAGE_EXTENSIONS, read_image
-from .archives import INDEX_SUFFIX, PackedKeys, TarIndex, index_tar, parse_index
-from .filesystem import ByteRange, FileSystem, LocalFileSystem, expand_braces, is_pattern
+from .archives import COMPANIONS, INDEX_SUFFIX, PackedKeys, TarIndex, index_tar, parent_of, parse_index
+from .filesystem import ByteRange, FileSystem, LocalFileSystem, default_cache_dir, expand_braces, is_pattern
 from .remote import RemoteFileSystem, add_suffix, is_remote, url_path
 from .store import ImageStore
+from .walk import is_junk
 
-__all__ = ["MANIFEST", "ShardStore", "default_cache_dir"]
+__all__ = ["MANIFEST", "ShardStore", "is_shard_manifest"]
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+_LARGEST_MANIFEST = 2**28  # bytes
+_OPENED_TOGETHER = 1000
+_REPORTED = 100
+_MOST_LOST = 10_000  # samples that a manifest may promise in vain, or ten times those that are there
+_WORD = re.compile(r"\.[^\W\d_][^/\n]*$", re.MULTILINE)  # what may follow the key of an image
 
 
 class ShardStore(ImageStore):
@@ -45,19 +51,31 @@ class ShardStore(ImageStore):
     Args:
         pattern: A tar, a folder of tars, a glob or a brace range (`cxr-{000000..000009}.tar`), as a path or a URL.
         split: Of a folder with a manifest: only the shards of this split. None takes all.
+        image_column: Which file of a sample is the image, such as `"seg.png"`; by default `KEY.png` and the like.
     """
 
-    def __init__(self, pattern: str | Path, split: str | None = None) -> None:
+    def __init__(self, pattern: str | Path, split: str | None = None, image_column: str = "image") -> None:
         pattern = str(pattern)
         self._files: FileSystem = RemoteFileSystem(pattern) if is_remote(pattern) else LocalFileSystem()
         self.shards, expected = _find_shards(self._files, pattern, split)
         if isinstance(self._files, RemoteFileSystem):
             self._check_ranges()
+        opened: list[_Opened] = []
         with ThreadPoolExecutor(16) as pool:
-            opened = list(pool.map(lambda shard: self._open(shard, expected.get(shard)), self.shards))
-        indexes, images, reasons = zip(*opened, strict=True)
+            for first in range(0, len(self.shards), _OPENED_TOGETHER):
+                some = self.shards[first : first + _OPENED_TOGETHER]
+                opened += pool.map(lambda shard: self._open(shard, expected.get(shard), image_column), some)
+                missing = [one.index.tar_bytes == 0 for one in opened]
+                self._check_claims(sum(missing), len(missing) - sum(missing))
+        self._check_claims(sum(one.missing for one in opened), sum(len(one.images) for one in opened))
+        self._report(opened)
+        names = [f"{Path(url_path(shard)).stem}#lost-" for shard in self.shards]
+        padded = [_pad(one, name) for one, name in zip(opened, names, strict=True)]
+        indexes, images = zip(*padded, strict=True)
+        reasons = [one.reason for one in opened]
         if not any(map(len, images)):
-            raise FileNotFoundError(f"No image in the {len(self.shards)} shard(s) of {self._files.show(pattern)!r}.")
+            kind = "image" if image_column == "image" else f"KEY.{image_column}"
+            raise FileNotFoundError(f"No {kind} in the {len(self.shards)} shard(s) of {self._files.show(pattern)!r}.")
         self.prepared_by = _prepared_by(self._files, self.shards) if set(self.shards) == set(expected) else None
         self._shard_ends = np.cumsum([len(image) for image in images])
         self._index = _concatenate(indexes)
@@ -135,37 +153,71 @@ class ShardStore(ImageStore):
             except FileNotFoundError:  # a missing shard tells nothing of the server
                 continue
 
-    def _open(self, shard: str, promised: dict[str, Any] | None) -> tuple[TarIndex, np.ndarray, str]:
-        """The index of a shard, the number of each sample's image among its files, and what is wrong with it."""
-        shown = self._files.show(shard)
+    def _open(self, shard: str, promised: dict[str, Any] | None, image_column: str) -> _Opened:
         expected = promised["samples"] if promised else None
         try:
             whole = _open_index(self._files, shard)
-            index, images = _keep_images(whole)
-            reason = index.damage
+            index, images, left_out = _keep_images(whole, image_column)
+            reason = whole.damage
             if not reason and promised and promised.get("bytes") not in (None, whole.tar_bytes):
                 reason = f"has {whole.tar_bytes} bytes, not {promised['bytes']} as its manifest says"
-            if len(whole.keys) > len(images):
-                bare = len(whole.keys) - len(images)
-                logger.warning(
-                    "Shard %s: %d of %d samples have no image, and are left out", shown, bare, len(whole.keys)
-                )
         except (FileNotFoundError, ValueError) as error:
             if expected is None:
                 raise
             none = np.zeros(0, np.int64)
             index = TarIndex(0, PackedKeys(), (), np.zeros(1, np.int64), none.astype(np.int32), none, none)
-            images = none
+            images, left_out = none, []
             reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be used: {error}"
         missing = max(0, (expected or 0) - len(images))
-        if reason or missing:
-            count = f"{missing} of {expected}" if expected is not None else "an unknown number of"
-            reason = reason or "is shorter than its manifest says"
-            logger.warning("Shard %s %s: %s samples are lost, %d are used", shown, reason, count, len(images))
-        if expected is not None and len(images) > expected:
-            logger.warning("Shard %s holds %d samples, not %d as its manifest says", shown, len(images), expected)
-        keys = [f"{Path(url_path(shard)).stem}#lost-{number:06d}" for number in range(missing)]
-        return *_pad(index, images, keys), reason
+        if missing and not reason:
+            reason = "is shorter than its manifest says"
+        return _Opened(index, images, expected, missing, reason, left_out)
+
+    def _check_claims(self, lost: int, there: int) -> None:
+        """Refuse a manifest that names far more than there is, before places for that are made."""
+        if lost > max(_MOST_LOST, 10 * there):
+            folder = self._files.show(url_path(self.shards[0]).rpartition("/")[0])
+            raise ValueError(
+                f"{MANIFEST} in {folder!r} names {len(self.shards):,} shards, but {lost:,} of the shards or samples "
+                f"that it promises are missing, and {there:,} are there. Copy the shards again, or rename the manifest "
+                "to read them without it."
+            )
+
+    def _report(self, opened: Sequence[_Opened]) -> None:
+        """Say what is wrong with the first few shards, and with how many others."""
+        lines = []
+        for shard, one in zip(self.shards, opened, strict=True):
+            used, shard = len(one.images), self._files.show(shard)
+            lines += [f"{shard}: left out: {clause}" for clause in one.left_out]
+            if one.reason:
+                count = f"{one.missing} of {one.expected}" if one.expected is not None else "an unknown number of"
+                lines.append(f"{shard} {one.reason}: {count} samples are lost, {used} are used")
+            if one.expected is not None and used > one.expected:
+                lines.append(f"{shard} holds {used} samples, not {one.expected} as its manifest says")
+        for line in lines[:_REPORTED]:
+            logger.warning("Shard %s", line)
+        if len(lines) > _REPORTED:
+            logger.warning("There are %d more findings of this kind about shards", len(lines) - _REPORTED)
+
+
+class _Opened(NamedTuple):
+    """A shard: the number `(S,)` of each sample's image among its files, and how many samples it lacks, and why."""
+
+    index: TarIndex
+    images: np.ndarray
+    expected: int | None
+    missing: int
+    reason: str
+    left_out: list[str]
+
+
+def is_shard_manifest(path: Path) -> bool:
+    """Whether a file is there and lists shards."""
+    try:
+        content = read_json(path, _LARGEST_MANIFEST)
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and isinstance(content.get("shards"), list)
 
 
 def _find_shards(files: FileSystem, pattern: str, split: str | None) -> tuple[list[str], dict[str, dict]]:
@@ -176,14 +228,16 @@ def _find_shards(files: FileSystem, pattern: str, split: str | None) -> tuple[li
     expected: dict[str, dict] = {}
     manifests: dict[str, dict[str, dict]] = {}
     for path in expand_braces(pattern):
-        folder = url_path(path).rpartition("/")[0]
+        folder, _, name = url_path(path).rpartition("/")
         if folder not in manifests:
             manifests[folder] = {_join(folder, shard["name"]): shard for shard in _read_manifest(files, folder)}
-        if is_pattern(url_path(path)):
-            promised = {shard for shard in manifests[folder] if fnmatch.fnmatchcase(shard, path)}
-            matched = {*files.glob(path), *promised}
+        if path in manifests[folder] or (not is_pattern(name) and _exists(files, path)):
+            matched = {path}
         else:
-            matched = {path} if path in manifests[folder] or _exists(files, path) else set()
+            promised = {
+                _join(folder, one["name"]) for one in manifests[folder].values() if fnmatchcase(one["name"], name)
+            }
+            matched = {*files.glob(path), *promised}
         if not matched:
             hint = "Give tar files, a glob or a brace range such as {000..009}."
             raise FileNotFoundError(f"No shard {files.show(path)!r} (from {files.show(pattern)!r}). {hint}")
@@ -213,9 +267,9 @@ def _read_manifest(files: FileSystem, folder: str) -> list[dict]:
     path = _join(folder, MANIFEST)
     hint = "Mend it, or rename it to read the shards without one."
     try:
-        shards = json.loads(files.read(path))["shards"]
+        shards = _parse_json(files.read(path, _LARGEST_MANIFEST))["shards"]
         names = [shard["name"] for shard in shards]
-        sound = all(isinstance(shard["samples"], int) and 0 <= shard["samples"] < 2**31 for shard in shards)
+        sound = all(type(shard["samples"]) is int and 0 <= shard["samples"] < 2**31 for shard in shards)
         sound = sound and all(isinstance(name, str) and name.endswith(".tar") and "/" not in name for name in names)
     except (FileNotFoundError, PermissionError):  # a bucket that may not be listed says "forbidden" for "missing"
         return []
@@ -229,8 +283,16 @@ def _read_manifest(files: FileSystem, folder: str) -> list[dict]:
 def _prepared_by(files: FileSystem, shards: Sequence[str]) -> str | None:
     """How the images of shards that are in a manifest were prepared, if in one way."""
     folders = {url_path(shard).rpartition("/")[0] for shard in shards}
-    told = {json.loads(files.read(_join(folder, MANIFEST))).get("preprocessing_hash") for folder in folders}
-    return told.pop() if len(told) == 1 else None
+    contents = [_parse_json(files.read(_join(folder, MANIFEST), _LARGEST_MANIFEST)) for folder in folders]
+    told = {str(content.get("preprocessing_hash") or "") for content in contents}
+    return (told.pop() or None) if len(told) == 1 else None
+
+
+def _parse_json(content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def _join(folder: str, name: str) -> str:
@@ -245,16 +307,11 @@ def _exists(files: FileSystem, path: str) -> bool:
     return True
 
 
-def default_cache_dir() -> Path:
-    """Where what was learned of remote shards is kept: `$XDG_CACHE_HOME/diffusers-dino`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusers-dino"
-
-
 def _open_index(files: FileSystem, shard: str) -> TarIndex:
     """The index of a shard: the one beside it, one that was made before, or a new one."""
     size = files.size(shard)
     try:
-        return parse_index(files.read(add_suffix(shard, INDEX_SUFFIX)), size)
+        return parse_index(files.read(add_suffix(shard, INDEX_SUFFIX), size + 2**16), size)
     except (FileNotFoundError, PermissionError):
         pass
     except ValueError as error:
@@ -265,7 +322,7 @@ def _open_index(files: FileSystem, shard: str) -> TarIndex:
     name = hashlib.sha256(f"{files.show(shard)}\n{files.version(shard)}".encode()).hexdigest()
     cached = default_cache_dir() / "indexes" / f"{name}.npz"
     try:
-        return parse_index(cached.read_bytes(), size)
+        return parse_index(read_regular(cached, size + 2**16), size)
     except (OSError, ValueError):
         logger.info("Reading %s whole, once: it has no index beside it", files.show(shard))
     with files.open(shard) as file:
@@ -280,31 +337,73 @@ def _open_index(files: FileSystem, shard: str) -> TarIndex:
     return index
 
 
-def _keep_images(index: TarIndex) -> tuple[TarIndex, np.ndarray]:
-    """The samples that have an image, and the number `(S,)` of the file that is it."""
+def _keep_images(index: TarIndex, image_column: str) -> tuple[TarIndex, np.ndarray, list[str]]:
+    """The samples that have an image, the number `(S,)` of the file that is it, and clauses on what is left out."""
     if not len(index.keys):
-        return index, np.zeros(0, np.int64)
+        return index, np.zeros(0, np.int64), []
+    left_out = []
+    index, joined = _join_companions(index)
+    if joined:
+        left_out.append(f"{COMPANIONS}: {joined}")
     order = {extension: rank for rank, extension in enumerate(IMAGE_EXTENSIONS)}
+    order = order if image_column == "image" else {image_column.lower(): 0}
     ranks = np.array([order.get(extension, len(order)) for extension in index.extensions])[index.kinds]  # (M,)
     count = len(ranks)
     best = np.minimum.reduceat(ranks * count + np.arange(count), index.first_member[:-1])  # (S,): rank, then number
     kept = best < len(order) * count
+    if not kept.all():
+        left_out.append(f"samples without an image: {np.count_nonzero(~kept)} of {len(kept)}")
+    if is_junk(index.keys.to_bytes().decode()):
+        junk = np.array([is_junk(key) for key in index.keys])
+        left_out.append(f"hidden files and those of systems: {np.count_nonzero(junk & kept)}")
+        kept &= ~junk
     if kept.all():
-        return index, best % count
-    sizes = np.diff(index.first_member)
-    members = np.repeat(kept, sizes)
+        return index, best % count, left_out
+    members = np.repeat(kept, np.diff(index.first_member))
     renumbered = np.cumsum(members) - 1
+    return _select(index, kept, members), renumbered[best[kept] % count], left_out
+
+
+def _join_companions(index: TarIndex) -> tuple[TarIndex, int]:
+    """Put `KEY.seg.png` to the sample of the image `KEY`, as its file `seg.png`; how many images that were."""
+    if not _WORD.search(index.keys.to_bytes().decode()):  # as with most sets
+        return index, 0
+    is_image = np.isin(index.kinds, [n for n, one in enumerate(index.extensions) if one in IMAGE_EXTENSIONS])
+    has_image = np.logical_or.reduceat(is_image, index.first_member[:-1])
+    number_of = {key: number for number, key in enumerate(index.keys) if has_image[number]}
+    owners, kinds = np.arange(len(index.keys)), index.kinds.copy()
+    known = {extension: number for number, extension in enumerate(index.extensions)}
+    for number, key in enumerate(index.keys):
+        if (parent := parent_of(key, number_of)) is not None:
+            owners[number] = number_of[parent]
+            for member in range(index.first_member[number], index.first_member[number + 1]):
+                extension = f"{key[len(parent) + 1 :]}.{index.extensions[kinds[member]]}".lower()
+                kinds[member] = known.setdefault(extension, len(known))
+    kept = owners == np.arange(len(owners))
+    if kept.all():
+        return index, 0
+    order = np.argsort(np.repeat(owners, np.diff(index.first_member)), kind="stable")
+    sizes = np.bincount(owners, np.diff(index.first_member), len(owners)).astype(np.int64)
+    sorted_columns = {"kinds": kinds[order], "offsets": index.offsets[order], "sizes": index.sizes[order]}
+    joined = replace(index, extensions=tuple(known), first_member=np.cumsum([0, *sizes]), **sorted_columns)
+    return _select(joined, kept, np.ones(len(kinds), bool)), int(np.count_nonzero(has_image & ~kept))
+
+
+def _select(index: TarIndex, samples: np.ndarray, members: np.ndarray) -> TarIndex:
+    """The samples and their files for which these masks, `(S,)` and `(M,)`, are true."""
     columns = {name: getattr(index, name)[members] for name in ("kinds", "offsets", "sizes")}
-    keys = PackedKeys([index.keys[number] for number in np.flatnonzero(kept)])
-    first = np.cumsum([0, *sizes[kept]])
-    return replace(index, keys=keys, first_member=first, **columns), renumbered[best[kept] % count]
+    keys = PackedKeys([index.keys[number] for number in np.flatnonzero(samples)])
+    first = np.cumsum([0, *np.diff(index.first_member)[samples]])
+    return replace(index, keys=keys, first_member=first, **columns)
 
 
-def _pad(index: TarIndex, images: np.ndarray, lost: list[str]) -> tuple[TarIndex, np.ndarray]:
-    """Add samples without files."""
-    if not lost:
+def _pad(one: _Opened, name: str) -> tuple[TarIndex, np.ndarray]:
+    """Add a sample without files, named with a number, for each that is missing."""
+    index, images = one.index, one.images
+    if not one.missing:
         return index, images
-    keys = PackedKeys.from_bytes(index.keys.to_bytes() + PackedKeys(lost).to_bytes())
+    lost = PackedKeys([f"{name}{number:06d}" for number in range(one.missing)])
+    keys = PackedKeys.from_bytes(index.keys.to_bytes() + lost.to_bytes())
     first = np.append(index.first_member, np.full(len(lost), index.first_member[-1]))
     return replace(index, keys=keys, first_member=first), np.append(images, np.full(len(lost), -1))
 

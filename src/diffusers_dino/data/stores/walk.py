@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 __all__ = ["FolderFiles", "is_junk", "list_files", "printable"]
 
-# What storage servers and operating systems put into folders, in lower case. Hidden names are junk as well.
-_JUNK = frozenset(
-    (
-        *("@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "~snapshot"),
-        *("__macosx", "$recycle.bin", "system volume information", "lost+found", "thumbs.db", "desktop.ini"),
-    )
+# What storage servers and operating systems put into folders, and everything that is hidden.
+_SYSTEM = (
+    *("@eaDir", "@Recycle", "@Recently-Snapshot", "#recycle", "#snapshot", "~snapshot", "__MACOSX", "$RECYCLE.BIN"),
+    *("System Volume Information", "lost+found", "Thumbs.db", "desktop.ini"),
 )
+_JUNK = re.compile(rf"(^|/)(\.|({'|'.join(map(re.escape, _SYSTEM))})(/|$))", re.IGNORECASE | re.MULTILINE)
 
 
-def is_junk(name: str) -> bool:
-    """Whether a file or folder of this name is hidden (`._a.png`, `.Trash-1000`) or a system's (`@eaDir`)."""
-    return name.startswith(".") or name.lower() in _JUNK
+def is_junk(path: str) -> bool:
+    """Whether a part of a path is hidden (`._a.png`, `.Trash-1000`) or a system's (`@eaDir`); of several, by lines."""
+    return _JUNK.search(path) is not None
 
 
 def printable(name: str) -> str:
