@@ -302,3 +302,79 @@ def test_every_real_radiograph_is_read():
         array = read_image(path)
         assert array.min() < array.max()
         assert min(array.shape[:2]) >= 512
+
+
+Y, X = np.mgrid[:48, :64]
+RAMP = np.round((0.6 * X / 63 + 0.4 * Y / 47) * 65535).astype(np.int64)
+
+
+def tiff_of(pixels: np.ndarray, **options) -> bytes:
+    tifffile = pytest.importorskip("tifffile")
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, pixels, **options)
+    return buffer.getvalue()
+
+
+def correlations(image: np.ndarray, *channels: np.ndarray) -> float:
+    pairs = zip([image] if image.ndim == 2 else np.moveaxis(image, 2, 0), channels, strict=True)
+    return min(np.corrcoef(one.ravel(), other.ravel())[0, 1] for one, other in pairs)
+
+
+@pytest.mark.parametrize("layout", [{}, {"tile": (16, 16)}, {"rowsperstrip": 5}, {"compression": "zlib"}])
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("white", [False, True])
+@pytest.mark.parametrize("kind", ["u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f2", "f4", "f8"])
+def test_gray_tiff_of_every_type_is_right_or_refused(kind, white, order, layout):
+    """Pillow wraps unsigned values, takes signed for unsigned ones, swaps bytes twice and forgets that white is 0."""
+    kind = np.dtype(kind)
+    if kind.kind == "f":
+        values = (RAMP / 65535 * 1000 - 200).astype(kind)
+    else:
+        bits = 8 * kind.itemsize
+        values = (RAMP.astype(np.uint64) << 48 >> (64 - bits)).astype(f"u{kind.itemsize}")
+        values = (values ^ (values.dtype.type(1) << (bits - 1))).view(kind) if kind.kind == "i" else values
+    stored = (-values if kind.kind == "f" else ~values) if white else values
+    data = tiff_of(stored, byteorder=order, photometric="miniswhite" if white else "minisblack", **layout)
+    if "compression" in layout and (white or kind.itemsize == 8 or kind == "f2" or kind == "u4"):
+        try:
+            image = read_image(data)
+        except UnreadableImageError:
+            return
+    else:
+        image = read_image(data)
+    assert image.shape == RAMP.shape
+    assert correlations(image, RAMP) > 0.999
+    if kind == "u2":
+        assert np.array_equal(image, values)
+
+
+@pytest.mark.parametrize("layout", [{}, {"tile": (16, 16)}, {"rowsperstrip": 5}, {"compression": "zlib"}])
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+@pytest.mark.parametrize("alpha", [False, True])
+def test_color_tiff_of_16_bits(order, planar, alpha, layout):
+    channels = [RAMP, RAMP // 2, 65535 - RAMP]
+    stored = np.stack([*channels, np.full_like(RAMP, 65535)][: 3 + alpha]).astype(np.uint16)
+    stored = stored if planar == "separate" else np.ascontiguousarray(np.moveaxis(stored, 0, -1))
+    options = {"extrasamples": ["unassalpha"]} if alpha else {}
+    data = tiff_of(stored, byteorder=order, planarconfig=planar, photometric="rgb", **options, **layout)
+    assert correlations(read_image(data), *channels) > 0.999
+
+
+def test_tiff_that_is_cut_short_or_holds_a_volume_is_refused():
+    data = tiff_of(RAMP.astype(np.uint16), photometric="minisblack", metadata=None)
+    assert np.array_equal(read_image(data), RAMP)
+    with pytest.raises(UnreadableImageError, match="cut short"):
+        read_image(data[:-10])
+    volume = np.stack([RAMP, RAMP[::-1]]).astype(np.uint16)
+    with pytest.raises(UnreadableImageError, match="volume"):
+        read_image(tiff_of(volume, photometric="minisblack", volumetric=True))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_of_deep_tiff(orientation):
+    values = RAMP.astype(np.uint16)
+    tag = [(274, "H", 1, orientation, True)]
+    image = read_image(tiff_of(values, photometric="minisblack", extratags=tag))
+    eight = read_image(tiff_of((values >> 8).astype(np.uint8), photometric="minisblack", extratags=tag))
+    assert np.array_equal(image >> 8, eight)

@@ -31,6 +31,7 @@ from PIL import (
 from .dicom import read_dicom
 from .dicom_header import is_dicom
 from .errors import MAX_PIXELS, NoImageError, UnreadableImageError, check_size
+from .tiff import native_order, read_plain_tiff, restore_values
 
 __all__ = ["IMAGE_EXTENSIONS", "RawLayout", "as_image", "is_image_file", "read_image"]
 
@@ -190,9 +191,12 @@ def _read_pillow(data: bytes, max_pixels: int) -> np.ndarray:
     opener = next((opener for start, opener in _PILLOW if data.startswith(start)), None)
     if opener is None:
         raise UnreadableImageError("it is not an image of a known format")
+    is_tiff = opener is TiffImagePlugin.TiffImageFile
+    if is_tiff and (values := read_plain_tiff(data, max_pixels)) is not None:
+        return as_image(_without_alpha(values) if values.shape[2:] == (4,) else values)
     with opener(io.BytesIO(data)) as image:
         check_size(*image.size, max_pixels)
-        if isinstance(image, TiffImagePlugin.TiffImageFile):
+        if is_tiff:
             _check_cover(image)
         if image.mode in ("RGB", "RGBA") and ";16" in _raw_mode(image):
             return _read_deep_color(data, opener, _raw_mode(image))
@@ -201,11 +205,15 @@ def _read_pillow(data: bytes, max_pixels: int) -> np.ndarray:
 
 def _to_array(image: Image.Image) -> np.ndarray:
     opened = image
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tile and image.tile[0][0] == "libtiff":
+        image.tile = [_with_raw_mode(tile, native_order(_raw_mode(image))) for tile in image.tile]
     pixels = _decode_gray(image) if image.mode == "L" and isinstance(image, _DECODE_TO_MEMORY) else None
     if image.getexif().get(_ORIENTATION, 1) != 1:  # a PNG may hold it behind the pixels, and decodes them to look
         image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):
-        return _deep_to_uint16(np.asarray(image))
+    if image.mode.startswith(("I", "F")) or (isinstance(opened, TiffImagePlugin.TiffImageFile) and image.mode == "L"):
+        array = np.asarray(image)
+        array = restore_values(array, opened) if isinstance(opened, TiffImagePlugin.TiffImageFile) else array
+        return array if array.dtype == np.uint8 else _deep_to_uint16(array)
     if image.mode in _ALPHA_MODES or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba).convert("RGB")
@@ -244,10 +252,13 @@ def _read_deep_color(data: bytes, opener: _Opener, raw_mode: str) -> np.ndarray:
         upper = _decode_as(data, opener, raw_mode)
         lower = _decode_as(data, opener, raw_mode[:-1] + ("B" if little_endian else "L"))
     array = upper.astype(np.uint16) << 8 | lower
-    if array.shape[2] != 3:
-        color, alpha = array[..., :-1].astype(np.float32), array[..., -1:]
-        array = np.round(color * (alpha / np.float32(65535))).astype(np.uint16)
-    return as_image(array)
+    return as_image(array if array.shape[2] == 3 else _without_alpha(array))
+
+
+def _without_alpha(array: np.ndarray) -> np.ndarray:
+    """Put uint16 `(H, W, C)`, whose last channel is alpha, on black."""
+    color, alpha = array[..., :-1].astype(np.float32), array[..., -1:]
+    return np.round(color * (alpha / np.float32(65535))).astype(np.uint16)
 
 
 def _decode_as(data: bytes, opener: _Opener, raw_mode: str) -> np.ndarray:

@@ -179,8 +179,7 @@ class ShardStore(ImageStore):
             folder = self._files.show(url_path(self.shards[0]).rpartition("/")[0])
             raise ValueError(
                 f"{MANIFEST} in {folder!r} names {len(self.shards):,} shards, but {lost:,} of the shards or samples "
-                f"that it promises are missing, and {there:,} are there. Copy the shards again, or rename the manifest "
-                "to read them without it."
+                "that it promises are missing. Copy the shards again, or rename the manifest to read them without it."
             )
 
     def _report(self, opened: Sequence[_Opened]) -> None:
