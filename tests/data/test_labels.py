@@ -27,6 +27,11 @@ def test_keys_labels_and_patients_are_read(table):
     assert read_label_table(table, label_column=None).labels == (frozenset(),) * 3
 
 
+def test_patients_that_are_spelt_in_two_ways_are_one(tmp_path):
+    (tmp_path / "labels.csv").write_text("file,patient,findings\na,1,\nb,1.0,\nc,2,\n")
+    assert read_label_table(tmp_path / "labels.csv").patients == ("1", "1", "2")
+
+
 def test_the_most_frequent_findings_come_first():
     rows = ["AB", "A", "BC", "C", "AN", "N", "N", "N"]
     table = LabelTable(tuple("abcdefgh"), tuple(map(frozenset, rows)), tuple("11112222"))

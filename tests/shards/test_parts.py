@@ -1,5 +1,6 @@
 import io
 import json
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,14 @@ def test_items_are_named_by_salted_hashes_in_the_order_of_their_ids(tmp_path):
     assert {item.patient for item in named} == {salted_hash("set/John Doe", SALT)}
     assert [item.key for item in named] == [f"set-{salted_hash(f'set/{name}', SALT)}" for name in ("a/2", "b.1")]
     assert named[0].key != list_items(records, "another salt, 16+")[0].key
+
+
+def test_patients_that_are_spelt_in_two_ways_are_one(tmp_path):
+    names = ["1", "1.0", "Müller", unicodedata.normalize("NFD", "Müller"), "01", "1.5"]
+    records = [record(tmp_path, str(place), patient=name) for place, name in enumerate(names)]
+    one, other = (salted_hash(f"set/{name}", SALT) for name in ("1", "Müller"))
+    assert [item.patient for item in items(*records)][:4] == [one, one, other, other]
+    assert len({item.patient for item in items(*records)}) == 4
 
 
 def test_an_id_names_one_image(tmp_path):

@@ -243,6 +243,27 @@ class TestRestart:
                 make()
         make()
 
+    def test_one_work_folder_or_one_output_folder_is_held_by_one_run(self, make, flags, tmp_path):
+        fcntl = pytest.importorskip("fcntl")
+        for held, changed in (("out/.work", {}), ("w/out.work", {"output_dir": tmp_path / "other" / "out"})):
+            (tmp_path / held).mkdir(parents=True, exist_ok=True)
+            with open(tmp_path / held / "lock", "w") as other:
+                fcntl.flock(other, fcntl.LOCK_EX)
+                with pytest.raises(RuntimeError, match="Another run is at work"):
+                    make(work_dir=tmp_path / "w", **changed)
+        make(work_dir=tmp_path / "w")
+        assert list((tmp_path / "w").iterdir()) == []
+        assert not (tmp_path / "out" / ".work").exists()
+
+    def test_shards_of_another_run_are_not_left_beside_new_ones(self, make):
+        out = make()
+        (out / "manifest.json").unlink()
+        with pytest.raises(ValueError, match=r"holds \d+ shards of another run, such as t\w+-\d{6}\.tar"):
+            make(shard_size=20)
+        for path in out.glob("*.tar*"):
+            path.unlink()
+        assert len(list(make(shard_size=20).glob("*.tar"))) == 2
+
     def test_a_full_disk_is_said_and_can_be_mended(self, make, flags, monkeypatch, tmp_path):
         expected = content(make(size=96))
         cut = tmp_path / "cut"

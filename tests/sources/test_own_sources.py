@@ -287,12 +287,14 @@ def test_unknown_names_bring_the_closest(tmp_path):
         ({"image": None}, "image"),
         ("- a\n- b", "does not describe a source"),
         ("a: [", "not a YAML file"),
+        ("a: " + "[" * 5000, "not a YAML file"),
+        (b"name: n\xf3dulo", "not a YAML file"),
     ],
 )
 def test_descriptions_that_make_no_sense_are_refused(tmp_path, change, match):
     if isinstance(change, dict):
         change = yaml.safe_dump({key: value for key, value in (TABLE | change).items() if value is not None})
-    (tmp_path / "own.yaml").write_text(change)
+    (tmp_path / "own.yaml").write_bytes(change if isinstance(change, bytes) else change.encode())
     with pytest.raises(ValueError, match=match):
         find_source(tmp_path / "own.yaml")
 

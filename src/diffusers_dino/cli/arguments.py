@@ -101,8 +101,8 @@ def _read_yaml(path: str, parser: _Parser) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(Path(path).read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig")) or {}
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         parser.error(f"cannot read the config {path}: {error}")
     if not isinstance(content, dict):
         parser.error(f"the config {path} must be a mapping of flags to values")

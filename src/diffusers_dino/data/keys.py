@@ -11,7 +11,7 @@ from pathlib import Path
 from ..files import read_regular
 from .stores.folder import image_key
 
-__all__ = ["find_keys", "match_keys", "match_paths", "read_keys", "respell"]
+__all__ = ["find_keys", "match_keys", "match_paths", "read_keys", "respell", "unify"]
 
 
 def read_keys(path: str | Path) -> list[str]:
@@ -109,6 +109,12 @@ def respell(text: str) -> str:
     text = unicodedata.normalize("NFC", text).strip().replace("\\", "/")
     text = re.sub(r"^(\./)+", "", text)
     return text.partition(".")[0] if re.fullmatch(r"\d+\.0+", text) else text
+
+
+def unify(names: Sequence[str]) -> list[str]:
+    """The names, of which those that differ only in spelling get the first one's: patients `1` and `1.0` are one."""
+    first: dict[str, str] = {}
+    return [first.setdefault(respell(name), name) for name in names]
 
 
 def _form(key: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .datasets import ImageDataset
-from .keys import find_keys
+from .keys import find_keys, unify
 from .sources.tables import unreadable_table
 from .stores.folder import image_key
 
@@ -139,7 +139,7 @@ def _read_rows(
             names = (name.strip() for name in ((label_column and row[label_column]) or "").split(separator))
             labels.append(frozenset(name for name in names if name))
             patients.append(row[patient_column].strip() if patient_column else keys[-1])
-    return LabelTable(tuple(keys), tuple(labels), tuple(patients))
+    return LabelTable(tuple(keys), tuple(labels), tuple(unify(patients)))
 
 
 def stored_labels(images: ImageDataset) -> LabelTable:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -87,9 +88,10 @@ def make_shards(
     if key_map is not None:
         check_outside(key_map, output_dir)
     output = make_writable_folder(output_dir)
-    work = output / ".work" if work_dir is None else Path(work_dir) / f"{output.resolve().name}.work"
+    inside = make_writable_folder(output / ".work")
+    work = inside if work_dir is None else make_writable_folder(Path(work_dir) / f"{output.resolve().name}.work")
     configuration = configuration_of(encoding, rule)
-    with lock_folder(make_writable_folder(work)):
+    with lock_folder(inside), nullcontext() if work == inside else lock_folder(work):
         try:
             opened = _open(sources, salt)
             items = [item for _, records in opened for item in list_items(records, salt)]
@@ -127,6 +129,7 @@ def make_shards(
         finally:
             if (output / MANIFEST).is_file():  # complete: nothing is left to go on with
                 shutil.rmtree(work)
+                shutil.rmtree(inside, ignore_errors=True)  # it may be the same
 
 
 def _require_same_as_finished(output: Path, configuration: dict[str, Any], items: Sequence[Item]) -> None:
@@ -246,6 +249,11 @@ def _assemble(
     progress: bool,
 ) -> list[Shard]:
     """Write, in parallel, the shards that are not there yet; those that are, are compared with their records."""
+    if strangers := sorted({path.name for path in output.glob("*.tar")} - {shard.name for shard in plan.shards}):
+        raise ShardError(
+            f"{output} holds {len(strangers)} shards of another run, such as {strangers[0]}. Delete them, or give "
+            "another output folder."
+        )
     jobs = (
         (shard.name, shard.split, [samples[number] for number in shard.samples], parts, output, done)
         for shard in plan.shards

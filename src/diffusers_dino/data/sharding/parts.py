@@ -21,6 +21,7 @@ from ..images.dicom_header import dicom_facts, is_dicom, salted_hash
 from ..images.encoding import Encoding
 from ..images.errors import UnreadableImageError
 from ..images.reading import read_image
+from ..keys import unify
 from ..sources import Record
 from ..sources.records import salted_key
 from .duplicates import perceptual_hash, pixel_digest
@@ -95,10 +96,11 @@ _COLUMNS = [entry.name for entry in fields(Sample) if entry.name != "part"]  # t
 
 def list_items(records: Iterable[Record], salt: str) -> list[Item]:
     """The images of a source in the order of their ids, with hashes for names; `ValueError` if two have one id."""
+    records = sorted(records, key=lambda record: record.image_id)
     items = []
-    for record in sorted(records, key=lambda record: record.image_id):
+    for record, patient in zip(records, unify([record.patient for record in records]), strict=True):
         key = salted_key(record.source, record.image_id, salt)
-        items.append(Item(key, salted_hash(f"{record.source}/{record.patient}", salt), record))
+        items.append(Item(key, salted_hash(f"{record.source}/{patient}", salt), record))
     if len({item.key for item in items}) < len(items):
         raise ValueError(f"Images of {items[0].record.source} share an id: an id names one image.")
     return items

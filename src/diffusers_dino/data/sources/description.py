@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ...files import read_regular
 from ..images.reading import RawLayout
 from .fields import LabelRule, Value, as_list, as_words, require_column
 
@@ -186,8 +187,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     import yaml  # comes with transformers and accelerate
 
     try:
-        mapping = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mapping = yaml.safe_load(read_regular(path).decode("utf-8-sig"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is not a YAML file: {error}") from error
     if not isinstance(mapping, dict):
         raise ValueError(f"{str(path)!r} does not describe a source: give a mapping with at least name and image.")
