@@ -33,7 +33,9 @@ __all__ = [
     "remove_partials",
     "save_atomically",
     "sha256_of",
+    "size_of_regular",
     "sync",
+    "tolerate_missing_locks",
     "write_csv",
     "write_json",
 ]
@@ -76,17 +78,22 @@ def write_json(path: str | Path, content: Any, indent: int | None = 1) -> None:
 
 def read_regular(path: str | Path, limit: int = 64 << 20, error: type[Exception] = ValueError) -> bytes:
     """The content of a file of at most `limit` bytes; `error` for larger ones, and for pipes and devices."""
-    path = Path(path)
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        raise error(f"{path} is a pipe or a device, not a file.")
+    size = size_of_regular(path, error)
     with open(path, "rb") as file:
-        content = file.read(limit + 1) if status.st_size <= limit else None
+        content = file.read(limit + 1) if size <= limit else None
     if content is None or len(content) > limit:
         raise error(f"{path} has more than {limit:,} bytes: it is damaged, or not the file that is meant.")
     return content
+
+
+def size_of_regular(path: str | Path, error: type[Exception] = ValueError) -> int:
+    """Bytes of a file; `error` for pipes and devices, which could be read forever."""
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise error(f"{path} is a pipe or a device, not a file.")
+    return status.st_size
 
 
 def read_json(path: str | Path, limit: int = 64 << 20, error: type[Exception] = ValueError) -> Any:
@@ -227,6 +234,34 @@ def lock_folder(folder: Path, error: type[Exception] = RuntimeError) -> Iterator
         except (ImportError, OSError) as missing:  # not on Windows, nor on every network's file system
             logger.warning("%s cannot be locked (%s): see to it that no other run works there.", folder, missing)
         yield
+
+
+@contextmanager
+def tolerate_missing_locks() -> Iterator[None]:
+    """Let libraries that lock files with `filelock` go on where the file system has no locks.
+
+    It knows one of the errors that such file systems give, so within this context all of them become that one.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    original = fcntl.flock
+
+    def flock(file: Any, operation: int) -> None:
+        try:
+            original(file, operation)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, *_UNSUPPORTED):
+                raise
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from error
+
+    fcntl.flock = flock
+    try:
+        yield
+    finally:
+        fcntl.flock = original
 
 
 def beside(path: Path, suffix: str) -> Path:

@@ -1,6 +1,9 @@
+import errno
 import json
 import logging
+import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -172,8 +175,14 @@ def test_datasets_folder(tmp_path):
         open_images(tmp_path / "splits", PREPARE, image_column="scan")
 
 
-def test_folder_of_parquet_files(tmp_path):
+@pytest.mark.filterwarnings("ignore:flock not supported")
+@pytest.mark.parametrize("number", [0, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_folder_of_parquet_files(tmp_path, monkeypatch, number):
+    """Also on a file system without locks."""
     datasets = pytest.importorskip("datasets")
+    fcntl = pytest.importorskip("fcntl")
+    if number:
+        monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(number, os.strerror(number))))
     data = datasets.Dataset.from_dict({"image": [{"bytes": encode(i), "path": None} for i in range(3)]})
     (tmp_path / "data").mkdir()
     data.cast_column("image", datasets.Image()).to_parquet(str(tmp_path / "data" / "train-0.parquet"))

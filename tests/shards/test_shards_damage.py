@@ -1,10 +1,13 @@
 """Images that cannot be read, and arguments that make no sense."""
 
+import os
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from diffusers_dino.data import Preprocessing, open_images
 from shard_runs import content, facts, keys_of, picture, rows_of
 
 
@@ -79,8 +82,68 @@ class TestDamage:
 
     def test_a_folder_without_images(self, make, tmp_path):
         (tmp_path / "empty").mkdir()
-        with pytest.raises(FileNotFoundError, match="no image in"):
+        with pytest.raises(FileNotFoundError, match=r"No image in .*empty"):
             make(source=tmp_path / "empty")
+
+    def test_images_are_those_that_training_takes(self, make, images, tmp_path, caplog):
+        """By one rule: DICOM under any name, no hidden files, companions, links that lead nowhere or pipes."""
+        dicom_files = pytest.importorskip("dicom_files")
+        data = dicom_files.dicom_bytes(picture(60))
+        for name, written in {
+            "IM0001": data,
+            "1.2.840.113619": dicom_files.dicom_bytes(picture(61)),
+            "scan.IMA": dicom_files.dicom_bytes(picture(62)),
+            "bare.dcm": dicom_files.dicom_bytes(picture(63))[132:],
+            "notes.txt": b"no image",
+            "._a.png": b"a fork of macOS",
+            "@eaDir/Doe^00.png": b"a thumbnail",
+        }.items():
+            (images / name).parent.mkdir(exist_ok=True)
+            (images / name).write_bytes(written)
+        Image.fromarray(picture(64)).save(images / "Doe^02.seg.png")
+        (images / "gone.png").symlink_to(images / "nowhere.png")
+        os.mkfifo(images / "pipe.png")
+        out = make(write_key_map=tmp_path / "keys.csv")
+        assert caplog.text.count("left out: ") == 4
+        assert "Doe" not in caplog.text
+        keys = keys_of(tmp_path / "keys.csv")
+        trained = open_images(images, Preprocessing(32))
+        assert set(keys) == set(trained.store.paths)
+        assert len(facts(out)) == len(keys) == 18
+        assert rows_of(out / "unreadable.csv") == []
+
+    def test_tars_beside_images_are_not_guessed_at(self, make, images):
+        (images / "more" / "train-000000.tar").write_bytes(b"")
+        with pytest.raises(ValueError, match="1 tar or Parquet files beside 14 images: which are meant"):
+            make()
+
+    def test_sound_files_of_other_kinds_do_not_count_as_damaged(self, make, images):
+        dicom_files = pytest.importorskip("dicom_files")
+        for number in range(6):
+            dataset = dicom_files.dicom_dataset(picture(number))
+            dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.88.11"
+            del dataset.PixelData
+            (images / f"report{number}.dcm").write_bytes(dicom_files.to_bytes(dataset))
+        out = make()
+        assert len(facts(out)) == 14
+        assert {row["reason"] for row in rows_of(out / "unreadable.csv")} == {
+            "it is not an image (Basic Text SR Storage)"
+        }
+        make()
+
+    @pytest.mark.parametrize(
+        "blank", [np.full((40, 40), 9), np.full((40, 40, 3), (9, 0, 200)), np.full((40, 40), 60000)]
+    )
+    def test_a_blank_image_is_unreadable_here_and_in_training(self, make, images, blank):
+        Image.fromarray(blank.astype(np.uint16 if blank.max() > 255 else np.uint8)).save(images / "blank.png")
+        (row,) = rows_of(make(max_unreadable=0.1) / "unreadable.csv")
+        assert row["reason"] == "all its pixels are equal"
+        trained = open_images(images, Preprocessing(32), in_memory=True, max_unreadable=0.1)
+        (message,) = trained.unreadable.values()
+        assert message.endswith("blank.png: all its pixels are equal")
+        assert trained[trained.keys.index("blank")]["key"] != "blank"
+        with pytest.raises(ValueError, match="1 of 15 images cannot be read"):
+            open_images(images, Preprocessing(32), in_memory=True)
 
     def test_sources_have_names_of_their_own(self, make, images, tmp_path):
         (tmp_path / "mine.yaml").write_text("name: mine\nimage: '**/*.png'\n")

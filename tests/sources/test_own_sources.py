@@ -185,7 +185,7 @@ def test_a_table_that_is_cut_off_is_named(tmp_path):
         list(open_source(tmp_path / "own.yaml", tmp_path))
     (tmp_path / "t.csv").unlink()
     os.mkfifo(tmp_path / "t.csv")
-    with pytest.raises(ValueError, match=r"t\.csv' is a pipe or a device"):
+    with pytest.raises(ValueError, match=r"t\.csv is a pipe or a device"):
         open_source(tmp_path / "own.yaml", tmp_path)
     (tmp_path / "t.csv").unlink()
     whole = gzip.compress(("file,patient,finding\n" + "a.png,1,nodule\n" * 500).encode(), mtime=0)

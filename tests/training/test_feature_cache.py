@@ -168,10 +168,10 @@ def test_other_images_under_the_same_names_are_noticed(write, reopen, images, tm
     other = tmp_path / "other"
     other.mkdir()
     for key in images.keys:
-        Image.new("L", (40, 40), 100).save(other / f"{key}.png")
+        Image.linear_gradient("L").save(other / f"{key}.png")
     with pytest.raises(FeatureCacheError, match="shows something else"):
         reopen(views, open_images(other, images.preprocessing))
-    Image.new("L", (40, 40)).save(other / "new.png")
+    Image.linear_gradient("L").save(other / "new.png")
     with pytest.raises(FeatureCacheError, match="samples: 1 of 12 are not there, such as new"):
         reopen(views, open_images(other, images.preprocessing))
 

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from ..seeds import derive_seed
 from .images.errors import NoImageError, UnreadableImageError
-from .images.preprocessing import Preprocessing
+from .images.preprocessing import Preprocessing, refuse_blank
 from .keys import find_keys
 from .order import WindowedOrder
 from .stores import ImageStore, open_store
@@ -180,7 +180,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         wanted = [place for place, bad in zip(places, known, strict=True) if not bad]
         images = self.store.read_many(self._indices[wanted].tolist())
         for place, bad in zip(places, known, strict=True):
-            image = None if bad else next(images)
+            image = None if bad else self._finish(place, next(images))
             if isinstance(image, UnreadableImageError):
                 self.unreadable[place] = str(image)
                 if isinstance(image, NoImageError):
@@ -188,12 +188,21 @@ class ImageDataset(Dataset[dict[str, Any]]):
                 then = "Skipped: another sample takes its place" if self.replace_unreadable else "It is left out"
                 logger.warning("%s. %s.", image, then)
                 image = None
-            if image is not None:
-                # Borders would be looked for, and the dynamic range stretched, a second time.
-                size = self.preprocessing.size
-                done = self._is_prepared and image.dtype == np.uint8 and image.shape[:2] == (size, size)
-                image = image if done else self.preprocessing(image)
             yield image
+
+    def _finish(self, place: int, image: np.ndarray | UnreadableImageError) -> np.ndarray | UnreadableImageError:
+        """The prepared image, or why there is none."""
+        if isinstance(image, UnreadableImageError):
+            return image
+        # Borders would be looked for, and the dynamic range stretched, a second time.
+        size = self.preprocessing.size
+        done = self._is_prepared and image.dtype == np.uint8 and image.shape[:2] == (size, size)
+        image = image if done else self.preprocessing(image)
+        try:
+            refuse_blank(image, self.store.describe(int(self._indices[place])))
+        except UnreadableImageError as error:
+            return error
+        return image
 
     def _substitute(self, wanted: int) -> tuple[int, np.ndarray]:
         """Another sample for a place whose own cannot be read; which one depends only on the number."""

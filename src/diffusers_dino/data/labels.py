@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..files import size_of_regular
 from .datasets import ImageDataset
 from .keys import find_keys, unify
 from .sources.tables import unreadable_table
@@ -105,8 +106,7 @@ def read_label_table(
         patient_column: Column of patients. None makes each image a patient of its own.
         separator: Between labels.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no table {str(path)!r}.")
+    size_of_regular(path)
     try:
         return _read_rows(path, key_column, label_column, patient_column, separator)
     except (UnicodeError, csv.Error) as error:

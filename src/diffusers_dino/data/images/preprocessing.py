@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from PIL import Image
 
-__all__ = ["Preprocessing"]
+from .errors import UnreadableImageError
+
+__all__ = ["Preprocessing", "refuse_blank"]
 
 _RESAMPLING = {
     "box": Image.Resampling.BOX,
@@ -154,6 +156,14 @@ def _stretched(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """Map low..high to 0..255."""
     scaled = (values.astype(np.float32) - low) * (255 / (high - low))
     return np.round(scaled.clip(0, 255)).astype(np.uint8)
+
+
+def refuse_blank(image: np.ndarray, name: str = "") -> None:
+    """Refuse a prepared image that shows nothing, with `UnreadableImageError`: it is damaged as others are."""
+    if (image == image[:1, :1]).all():
+        raise UnreadableImageError(
+            f"Cannot read {name}: all its pixels are equal" if name else "all its pixels are equal"
+        )
 
 
 def center_crop(image: np.ndarray) -> np.ndarray:

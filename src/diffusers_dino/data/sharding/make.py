@@ -15,8 +15,8 @@ from ...frozen import freeze, require_same
 from ...workers import progress_bar, run_parallel
 from ..images.encoding import Encoding
 from ..sources import OpenSource, Record, Source
-from ..sources.finder import is_image
-from ..stores.archives import split_name
+from ..stores.folder import FolderStore
+from ..stores.walk import list_files
 from .manifest import MANIFEST, Shard, ShardError, check_shards, read_manifest, write_manifest
 from .parts import Item, Sample, Unreadable, assemble_shard, file_bytes, is_complete, list_items, read_part, write_part
 from .plan import (
@@ -176,20 +176,20 @@ def _open(sources: Sequence[OpenSource | str | Path], salt: str) -> list[tuple[S
 
 
 def _folder_records(name: str, root: Path) -> Iterator[Record]:
-    """All images in a folder and its subfolders. Each is its own patient."""
+    """All images in a folder and its subfolders, as training takes them. Each is its own patient."""
     if not root.is_dir():
         raise FileNotFoundError(f"There is no folder {str(root)!r} of images.")
-    empty = True
-    for path in root.rglob("*"):
-        relative = path.relative_to(root).as_posix()
-        key, extension = split_name(relative)
-        if extension.startswith("mask.") or not path.is_file() or not is_image(relative):
-            continue
-        mask = root / f"{key}.mask.png"
-        empty = False
-        yield Record(name, path, relative, relative, masks=(mask,) if mask.is_file() else ())
-    if empty:
-        raise FileNotFoundError(f"There is no image in {str(root)!r} or its subfolders.")
+    listing = list_files(root)
+    packed = sum(path.endswith((".tar", ".parquet")) for path in listing.files)
+    images = FolderStore(root, show_names=False, listing=listing)
+    if packed:
+        raise ValueError(
+            f"{str(root)!r} holds {packed} tar or Parquet files beside {len(images.paths)} images: which are meant? "
+            "Give the folder below it that holds only images."
+        )
+    for number, path in enumerate(images.paths):
+        mask = images.companion_path(number, "mask.png")
+        yield Record(name, root / path, path, path, masks=(mask,) if mask else ())
 
 
 def _write_key_map(path: Path, items: Iterable[Item]) -> None:
@@ -229,11 +229,13 @@ def _prepare(
 
 
 def _check_unreadable(unreadable: Sequence[Unreadable], total: int, max_unreadable: float, output: Path) -> None:
-    if len(unreadable) <= max_unreadable * total and len(unreadable) < total:
+    damaged = [one for one in unreadable if not one.no_image]
+    if len(damaged) <= max_unreadable * total and len(unreadable) < total:
         return
-    reasons = [f"{count} x {reason!r}" for reason, count in Counter(one.reason for one in unreadable).most_common(5)]
+    damaged = damaged or list(unreadable)
+    reasons = [f"{count} x {reason!r}" for reason, count in Counter(one.reason for one in damaged).most_common(5)]
     raise ShardError(
-        f"At least {len(unreadable)} of {total} images cannot be read, more than the tolerated {max_unreadable:.1%} "
+        f"At least {len(damaged)} of {total} images cannot be read, more than the tolerated {max_unreadable:.1%} "
         f"(max_unreadable): {', '.join(reasons)}. Their keys are in {output / _UNREADABLE}; a key map says which "
         "files those are. Repair them and go on with retry_unreadable."
     )

@@ -19,7 +19,8 @@ from PIL import Image, UnidentifiedImageError
 from ...files import atomic_write, read_json, sha256_of, write_json
 from ..images.dicom_header import dicom_facts, is_dicom, salted_hash
 from ..images.encoding import Encoding
-from ..images.errors import UnreadableImageError
+from ..images.errors import NoImageError, UnreadableImageError
+from ..images.preprocessing import refuse_blank
 from ..images.reading import read_image
 from ..keys import unify
 from ..sources import Record
@@ -83,12 +84,16 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """An image that is left out, and the reason, which quotes nothing from the file."""
+    """An image that is left out, and the reason, which quotes nothing from the file.
+
+    `no_image`: it is a sound file of another kind, such as a report, which does not count as damaged.
+    """
 
     key: str
     source: str
     reason: str
     file_bytes: int | None = None
+    no_image: bool = False
 
 
 _COLUMNS = [entry.name for entry in fields(Sample) if entry.name != "part"]  # the last two may be missing
@@ -116,8 +121,7 @@ def prepare(item: Item, encoding: Encoding, salt: str) -> tuple[dict[str, Any], 
     header = _header_facts(record, salt)
     facts = header or {}
     image = encoding.preprocessing(original)
-    if image.min() == image.max():
-        raise UnreadableImageError("all its pixels are equal")
+    refuse_blank(image)
     window = encoding.preprocessing.window(original)
     side = window[0].stop - window[0].start
     spacing = [round(mm * side / len(image), 4) for mm in facts["spacing"]] if "spacing" in facts else None
@@ -144,7 +148,7 @@ def prepare(item: Item, encoding: Encoding, salt: str) -> tuple[dict[str, Any], 
 
 
 def write_part(folder: Path, number: int, items: Sequence[Item], encoding: Encoding, salt: str) -> tuple[int, int]:
-    """Prepare some images and write them as one part: how many there are, and how many of them cannot be read."""
+    """Prepare some images and write them as one part: how many there are, and how many of them are damaged."""
     rows: list[list[Any]] = []
     unreadable: list[Unreadable] = []
     with atomic_write(_blob(folder, number)) as blob:
@@ -153,7 +157,8 @@ def write_part(folder: Path, number: int, items: Sequence[Item], encoding: Encod
             try:
                 known, files = prepare(item, encoding, salt)
             except (UnreadableImageError, ValueError, OSError) as error:
-                unreadable.append(Unreadable(item.key, item.record.source, _reason(error), size))
+                no_image = isinstance(error, NoImageError)
+                unreadable.append(Unreadable(item.key, item.record.source, _reason(error), size, no_image))
                 continue
             known |= {"files": {}, "checksum": 0, "file_bytes": size}
             for extension, content in files.items():
@@ -164,7 +169,7 @@ def write_part(folder: Path, number: int, items: Sequence[Item], encoding: Encod
         size = blob.tell()
     facts = {"bytes": size, "samples": rows, "unreadable": list(map(astuple, unreadable))}
     write_json(_facts(folder, number), facts, indent=None)
-    return len(items), len(unreadable)
+    return len(items), sum(not one.no_image for one in unreadable)
 
 
 def file_bytes(record: Record) -> int:

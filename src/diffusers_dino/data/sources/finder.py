@@ -8,18 +8,23 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from ..images.reading import IMAGE_EXTENSIONS
+from ..images.reading import is_image_file
 from ..keys import respell
+from ..stores.archives import split_name
+from ..stores.walk import is_junk
 from .fields import Row, Template
 
 __all__ = ["FileFinder", "is_image"]
 
-_SUFFIXES = tuple(f".{extension}" for extension in (*IMAGE_EXTENSIONS, "dcm", "dicom", "img", "npy", "npz"))
 
-
-def is_image(path: str) -> bool:
-    """Whether a file has the extension of an image that can be read."""
-    return path.lower().endswith(_SUFFIXES)
+def is_image(root: Path, path: str) -> bool:
+    """Whether a path below a folder is of an image that can be read: one of `read_image`, or a headerless `.img`."""
+    if is_junk(path) or split_name(path)[1].startswith("mask.") or not os.path.isfile(root / path):
+        return False
+    try:
+        return path.lower().endswith(".img") or is_image_file(root / path)
+    except OSError:
+        return False
 
 
 class FileFinder:
@@ -59,7 +64,7 @@ class FileFinder:
         """All images, below the root, that match a glob of the inventory; by default those a row could lead to."""
         for pattern in inventory or [template.wildcard() for template in self.templates]:
             for path in glob.iglob(pattern, root_dir=self.root, recursive=True):
-                if is_image(path):
+                if is_image(self.root, path.replace(os.sep, "/")):
                     yield path.replace(os.sep, "/")
 
     def _check(self, path: str) -> str | None:

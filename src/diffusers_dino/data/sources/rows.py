@@ -15,6 +15,7 @@ import numpy as np
 
 from ...files import read_json
 from ..keys import respell
+from ..stores.archives import parent_of, split_name
 from .description import Source, Table
 from .fields import Template, is_one_of
 from .finder import FileFinder, is_image
@@ -197,8 +198,10 @@ class RowReader:
     def _file_rows(self) -> Iterator[Row]:
         """A row for each file of a source without a table, sorted by path."""
         found = (glob.iglob(pattern, root_dir=self.root, recursive=True) for pattern in self.source.patterns)
-        paths = {path.replace(os.sep, "/") for path in itertools.chain(*found) if is_image(path)}
-        for number, path in enumerate(sorted(paths)):
+        every = {path.replace(os.sep, "/") for path in itertools.chain(*found)}
+        paths = sorted(path for path in every if is_image(self.root, path))
+        keys = {split_name(path)[0] for path in paths}
+        for number, path in enumerate(path for path in paths if parent_of(split_name(path)[0], keys) is None):
             row = self._blank | _path_columns(path) | {"row": str(number)}
             self._derive(row, self._expressions)
             yield row

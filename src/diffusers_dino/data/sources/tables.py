@@ -13,7 +13,7 @@ from operator import itemgetter
 from pathlib import Path
 from xml.etree import ElementTree
 
-from ...files import read_json
+from ...files import read_json, size_of_regular
 from .description import Source, Table
 
 __all__ = ["OpenTable", "open_table", "unreadable_table"]
@@ -103,12 +103,12 @@ def open_table(table: Table, root: Path, source: Source) -> OpenTable | None:
     """Find and open a table: below the root, or in torchxrayvision's package. None if it is optional and not there."""
     for name in table.files:
         found = sorted(root.glob(name)) or sorted(root.glob(f"{name}.gz"))
-        if strange := [path for path in found if not path.is_file() and not path.is_dir()]:
-            raise ValueError(f"{str(strange[0])!r} is a pipe or a device, not a table.")
         if len(found) > 1:
             names = ", ".join(path.name for path in found)
             raise ValueError(f"Several files in {str(root)!r} match {name!r}: {names}. Keep only the one to read.")
         if found:
+            if not found[0].is_dir():  # of OpenI's reports
+                size_of_regular(found[0])
             return OpenTable(table, found[0])
     package = find_spec("torchxrayvision") if table.torchxrayvision else None
     if package is not None and package.origin:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...extras import require
+from ...files import tolerate_missing_locks
 from ..images.errors import UnreadableImageError
 from ..images.reading import as_image, read_image
 from .filesystem import LocalFileSystem, default_cache_dir, is_pattern
@@ -91,13 +92,14 @@ def _load_hugging_face(name: str, split: str, config_name: str | None) -> Any:
     datasets = require("datasets", "train", f"Reading {name!r} needs the datasets library")
     folder = Path(name)
     try:
-        if folder.is_dir() and any((folder / file).is_file() for file in SAVED):
-            data = datasets.load_from_disk(name)
-        elif name.endswith(".parquet"):
-            files = [glob.escape(os.path.abspath(path)) for path in LocalFileSystem().glob(name)]
-            data = datasets.load_dataset("parquet", data_files=files)
-        else:
-            data = datasets.load_dataset(_without_signs(folder) if folder.is_dir() else name, config_name)
+        with tolerate_missing_locks():
+            if folder.is_dir() and any((folder / file).is_file() for file in SAVED):
+                data = datasets.load_from_disk(name)
+            elif name.endswith(".parquet"):
+                files = [glob.escape(os.path.abspath(path)) for path in LocalFileSystem().glob(name)]
+                data = datasets.load_dataset("parquet", data_files=files)
+            else:
+                data = datasets.load_dataset(_without_signs(folder) if folder.is_dir() else name, config_name)
     except (OSError, datasets.exceptions.DatasetNotFoundError) as error:
         raise FileNotFoundError(
             f"{name!r} is neither a folder or a shard here nor a data set that the Hub gave: {error}"
