@@ -1,10 +1,13 @@
 """Plans: which images are made from which, and that a frozen plan stays what it is."""
 
+import json
+import os
 from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save
 
 from diffusers_dino.synthesis import (
     SynthesisError,
@@ -14,7 +17,7 @@ from diffusers_dino.synthesis import (
     plan_reconstruction,
     save_plan,
 )
-from diffusers_dino.synthesis.plan import freeze_plan
+from diffusers_dino.synthesis.plan_file import freeze_plan
 
 KEYS = [f"image-{number}" for number in range(10)]
 LABELS = [{"effusion"}, {"effusion", "mass"}, {"mass"}, {"nodule"}, set(), *[{"nodule", "mass"}] * 5]
@@ -197,7 +200,63 @@ def test_a_folder_of_another_plan_is_refused_by_what_differs(tmp_path):
         freeze_plan(renamed, tmp_path)
 
 
-def test_a_folder_of_other_shards_is_refused(tmp_path):
-    (tmp_path / "train-000000.tar").touch()
-    with pytest.raises(SynthesisError, match=r"holds train-000000.tar, but no plan"):
-        freeze_plan(reconstruction(), tmp_path)
+def change_rows(**columns):
+    def change(folder):
+        rows = load_file(folder / "plan.safetensors") | columns
+        (folder / "plan.safetensors").write_bytes(save(rows))
+
+    return change
+
+
+def change_facts(**facts):
+    def change(folder):
+        content = json.loads((folder / "plan.json").read_bytes()) | facts
+        (folder / "plan.json").write_text(json.dumps(content))
+
+    return change
+
+
+def make_a_pipe(name):
+    def change(folder):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: (folder / "plan.json").write_text("[" * 100_000),
+        lambda folder: (folder / "plan.json").write_text("null"),
+        make_a_pipe("plan.json"),
+        make_a_pipe("plan.safetensors"),
+        change_facts(settings=[]),
+        change_facts(settings={"batch_size": 1e30}),
+        change_facts(label_sets={"a": 1}),
+        change_facts(label_sets=[[1]]),
+        change_facts(strategy="other"),
+        change_facts(strategy="interpolation"),
+        change_facts(strategy=["reconstruction"]),
+        change_facts(seed="0"),
+        change_facts(digest=None),
+        change_facts(made_with=3),
+        change_rows(sources=np.full((30, 1), 99)),
+        change_rows(sources=np.full((30, 1), -1)),
+        change_rows(sources=np.zeros((30, 3), np.int64)),
+        change_rows(sources=np.zeros((0, 1), np.int64)),
+        change_rows(sources=np.zeros((30, 1))),
+        change_rows(fractions=np.full(30, np.nan)),
+        change_rows(fractions=np.full(30, 2.0)),
+        change_rows(fractions=np.zeros(5)),
+        change_rows(labels=np.full(30, 77, np.int32)),
+        change_rows(labels=np.zeros(30)),
+        change_rows(keys=np.full(9, 255, np.uint8)),
+        change_rows(keys=np.zeros(0, np.uint8)),
+    ],
+)
+def test_nothing_in_a_plan_is_believed(change, tmp_path):
+    save_plan(reconstruction(), tmp_path)
+    change(tmp_path)
+    with pytest.raises(SynthesisError, match="plan"):
+        load_plan(tmp_path)

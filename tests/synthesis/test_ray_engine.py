@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import signal
 import sys
 from dataclasses import replace
@@ -123,7 +124,7 @@ def test_a_machine_with_another_folder_or_model_is_refused(job, tmp_path):
 
 def test_errors_arrive_as_they_are(job):
     ask(job, "part", 0)
-    (job.folder / RECORDS).rmdir()
+    shutil.rmtree(job.folder / RECORDS)
     error = ask(job, "shard", 0).error
     assert isinstance(error, FileNotFoundError)
 

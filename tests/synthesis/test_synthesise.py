@@ -15,6 +15,7 @@ import torch
 import tiny
 from diffusers_dino.data import Preprocessing, open_images, verify_shards
 from diffusers_dino.data.labels import stored_labels
+from diffusers_dino.data.sharding.manifest import ShardError
 from diffusers_dino.embeddings import lerp
 from diffusers_dino.seeds import generator_for
 from diffusers_dino.synthesis import (
@@ -32,6 +33,7 @@ from diffusers_dino.synthesis.dataset import complete_set
 from diffusers_dino.synthesis.run import only_run
 from diffusers_dino.synthesis.shards import find_record, make_shard
 from diffusers_dino.synthesis.tokens import TOKENS, PlannedSources, TokenStore
+from kills import killed_before, kills
 from scripts import image_folder
 
 LABELS = [{"effusion"}, {"effusion", "mass"}, {"mass"}, {"nodule"}, {"mass"}, {"nodule"}, set()]
@@ -66,7 +68,8 @@ def whole(plan, pipe, sources, tmp_path_factory):
 
 
 def files(folder, pattern="*"):
-    return {path.name: path.read_bytes() for path in sorted(Path(folder).glob(pattern)) if path.is_file()}
+    found = sorted(path for path in Path(folder).glob(pattern) if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
 
 
 def facts_of(made):
@@ -152,6 +155,40 @@ def test_a_run_that_is_stopped_goes_on_and_ends_the_same(pipe, sources, plan, tm
     assert files(tmp_path / "set") == files(left_alone.folder)
 
 
+@pytest.fixture(scope="module")
+def small(sources):
+    """A plan of two shards."""
+    settings = SynthesisSettings(num_inference_steps=1, batch_size=2, shard_size=2, threads=1)
+    return plan_reconstruction(sources.keys, LABELS, num_images=3, settings=settings)
+
+
+def test_a_kill_before_any_rename_or_unlink_changes_nothing(small, pipe, sources, tmp_path):
+    def make(name):
+        return synthesise(small, pipe, sources, tmp_path / name, progress=False)
+
+    expected = files(make("whole").folder, "**/*")
+    count = 0
+    for count in kills(lambda: make("set")):
+        make("set")
+        assert files(tmp_path / "set", "**/*") == expected, f"kill {count}"
+        shutil.rmtree(tmp_path / "set")
+    assert count > 10
+
+    def lose_a_shard():
+        (tmp_path / "set" / "synthetic-000001.tar").unlink()
+        (tmp_path / "set" / "labels.csv").unlink()
+
+    make("set")
+    for number in range(0, count, 2):
+        lose_a_shard()
+        with killed_before(number) as death:
+            make("set")
+        assert len(make("set")) == 3
+        assert files(tmp_path / "set", "**/*") == expected, f"kill {number}"
+        if not death.happened:
+            break
+
+
 def test_two_runs_in_one_folder_are_refused_and_remains_are_cleared_away(unfinished, pipe, sources, plan):
     _, folder = unfinished
     (folder / ".synthetic-000002.tar.1.partial").touch()
@@ -185,6 +222,113 @@ def unfinished(made_but_for_the_manifest, tmp_path):
     bound, folder = made_but_for_the_manifest
     shutil.copytree(folder, tmp_path / "set")
     return bound, tmp_path / "set"
+
+
+@pytest.fixture
+def finished(whole, tmp_path):
+    """A copy of the finished set."""
+    return shutil.copytree(whole.folder, tmp_path / "finished")
+
+
+def edit_labels(path):
+    path.write_text(path.read_text().replace("mass", "none", 1))
+
+
+def edit_manifest(path):
+    content = json.loads(path.read_text())
+    content["shards"][0]["samples"] = 2**31
+    path.write_text(json.dumps(content))
+
+
+def make_a_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("labels.csv", Path.unlink),
+        ("labels.csv", make_a_pipe),
+        ("synthetic-000001.tar", "FLIP"),
+        ("synthetic-000001.tar", Path.unlink),
+        ("synthetic-000001.tar.index.npz", "FLIP"),
+        ("manifest.json", edit_manifest),
+        ("manifest.json", lambda path: path.write_text("[" * 100_000)),
+        ("manifest.json", lambda path: path.write_text('{"format": 1, "shards": {}, "preprocessing": {}}')),
+        ("manifest.json", lambda path: path.write_text(path.read_text().replace('"split": "train"', '"split": 1'))),
+        ("manifest.json", make_a_pipe),
+    ],
+)
+def test_a_finished_set_with_damage_is_not_opened_and_made_whole_again(
+    name, damage, finished, whole, pipe, sources, plan
+):
+    damage = flip_a_byte if damage == "FLIP" else damage
+    damage(finished / name)
+    with pytest.raises((SynthesisError, ShardError, FileNotFoundError), match=name):
+        SyntheticSet.open(finished)
+    synthesise(plan, pipe, sources, finished, progress=False)
+    assert files(finished, "**/*") == files(whole.folder, "**/*")
+    assert len(SyntheticSet.open(finished, verify=True)) == 21
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("labels.csv", edit_labels),
+        ("labels.csv", lambda path: path.write_text(path.read_text() + "one,more,row,,0\n")),
+        ("labels.csv", lambda path: os.truncate(path, 100)),
+        ("labels.csv", lambda path: path.write_bytes(b"")),
+        ("labels.csv", lambda path: path.write_bytes(path.read_text().encode("utf-16"))),
+        ("train-000000.tar", Path.touch),
+    ],
+)
+def test_what_somebody_changed_in_a_finished_set_is_named_and_kept(name, change, finished, pipe, sources, plan):
+    change(finished / name)
+    changed = files(finished, "**/*")
+    with pytest.raises(SynthesisError, match=name):
+        SyntheticSet.open(finished)
+    with pytest.raises(SynthesisError, match=f"{name}.*Move it away"):
+        synthesise(plan, pipe, sources, finished, progress=False)
+    assert files(finished, "**/*") == changed
+
+
+def test_other_line_ends_do_not_change_a_table_of_labels(finished):
+    (finished / "labels.csv").write_bytes((finished / "labels.csv").read_bytes().replace(b"\n", b"\r\n"))
+    assert repr(SyntheticSet.open(finished)).endswith("finished': 21 images by interpolation)")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "README.md",
+        "model_index.json",
+        "pytorch_lora_weights.safetensors",
+        "000.png",
+        "manifest.json",
+        "labels.csv",
+        "checkpoint-2/optimizer.safetensors",
+        "train/train-000000.tar",
+        "config.json",
+        "fidelity.csv",
+    ],
+)
+def test_a_folder_of_something_else_is_refused_and_stays_as_it_is(name, small, pipe, sources, tmp_path):
+    path = tmp_path / "taken" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("of somebody")
+    with pytest.raises(SynthesisError, match=rf"taken holds {name.split('/')[0]}, but no plan of it. Give another"):
+        synthesise(small, pipe, sources, tmp_path / "taken", progress=False)
+    assert [one for one in (tmp_path / "taken").rglob("*") if one.is_file()] == [path]
+    assert path.read_text() == "of somebody"
+
+
+def test_what_its_owner_keeps_beside_a_set_stays(small, pipe, sources, tmp_path):
+    kept = ["set.yaml", "slurm-1.out", "run.log", "gate.safetensors", ".gitattributes"]
+    for name in kept:
+        (tmp_path / name).write_text("mine")
+    synthesise(small, pipe, sources, tmp_path, progress=False)
+    assert {(tmp_path / name).read_text() for name in kept} == {"mine"}
 
 
 def flip_a_byte(path):

@@ -154,3 +154,21 @@ def test_the_first_example_of_the_card_reads_the_set(made, tmp_path, monkeypatch
     samples = list(namespace["images"])
     assert [sample["__key__"] for sample in samples] == [planned.key for planned in made.planned()]
     assert samples[0]["png"].size == (32, 32)
+
+
+def test_labels_and_titles_are_text(pipe, sources, tmp_path):
+    bad = "<img src=x onerror=alert(1)>"
+    labels = [{bad}, {"[a](javascript:alert(1))"}, {"![](https://example.org/seen.png)"}]
+    plan = plan_reconstruction(sources.keys[:3], labels, ratio=1, settings=SETTINGS)
+    made = synthesise(plan, pipe, sources, tmp_path / "set", progress=False)
+    path = write_dataset_card(made, f"Chests {bad}\n# not a title", model=bad)
+    text = path.read_text()
+    assert "# Chests &lt;img src=x onerror=alert(1)> # not a title\n" in text
+    assert "| &lt;img src=x onerror=alert(1)> | 1 |" in text
+    assert not re.search(r"<[a-z]|\]\(javascript|\]\(https://example", text)
+
+
+def test_settings_that_are_off_or_zero_are_told(made):
+    recipe = sections(dataset_card(made))["How it was made"]
+    for row in ("| eta | 0.0 |", "| rescaled guidance | 0.0 |", "| restored norm of tokens | False |"):
+        assert row in recipe

@@ -31,7 +31,9 @@ from ..synthesis import (
     begun_threads,
     bind,
     draw_examples,
+    export,
     load_generator,
+    only_run,
     open_gate,
     plan_interpolation,
     plan_reconstruction,
@@ -82,6 +84,12 @@ class Arguments(SamplingArguments, RealImageArguments):
     )
     plan_only: bool = flag(False, "Freeze the plan and stop.")
     num_drawn: int = flag(8, "Examples beside their sources in examples.png, which shows real images; 0: none.")
+    export: Literal["folder", "datasets", "xrv"] | None = flag(
+        None,
+        "Also write the set to --export_dir: folder (images and labels.csv), datasets (for load_from_disk) or xrv "
+        "(images, and a table with TorchXRayVision's pathologies).",
+    )
+    export_dir: str | None = flag(None, "Where the export goes; by default --output_dir with the kind at its end.")
     title: str = flag("Synthetic images", "Of the card, README.md.")
     license: str | None = flag(None, "Of the set, as the Hub spells it, for the card.")
     privacy_report: str | None = flag(
@@ -95,6 +103,8 @@ def main(args: Arguments) -> None:
         # nobody knows how long the slowest process will take; if one dies, the launcher ends the others
         kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(days=30))]
     )
+    if args.export_dir is not None and args.export is None:
+        raise ValueError("--export_dir says where --export goes: give both.")
     if args.engine == "ray" and accelerator.num_processes > 1:
         raise ValueError("Ray distributes the work by itself: start the command as one process, without a launcher.")
     with accelerator.main_process_first():  # one process downloads
@@ -136,17 +146,16 @@ def main(args: Arguments) -> None:
 
 def describe(made: SyntheticSet, images: ImageDataset, args: Arguments) -> None:
     """Write the examples and the card, and print what was made."""
-    if args.num_drawn:
-        with atomic_write(made.folder / "examples.png") as file:
-            draw_examples(made, images, args.num_drawn).save(file, "png")
-    write_dataset_card(
-        made,
-        args.title,
-        model=args.model,
-        sources=recorded_sources(args.data_dir),
-        measurements=[] if args.privacy_report is None else read_results([args.privacy_report]),
-        license=args.license,
-    )
+    measurements = [] if args.privacy_report is None else read_results([args.privacy_report])
+    with only_run(made.folder):
+        if args.num_drawn:
+            with atomic_write(made.folder / "examples.png") as file:
+                draw_examples(made, images, args.num_drawn).save(file, "png")
+        sources = recorded_sources(args.data_dir)
+        options = {"model": args.model, "sources": sources, "measurements": measurements, "license": args.license}
+        write_dataset_card(made, args.title, **options)
+        if args.export:
+            print(f"{export(made, args.export, args.export_dir or f'{made.folder}-{args.export}')}: {args.export}")
     gate = made.manifest["lineage"]["gate"]
     print(f"{made.folder}: {len(made)} of {len(made.plan)} images in {len(made.manifest['shards'])} shards")
     if gate["fingerprint"]:

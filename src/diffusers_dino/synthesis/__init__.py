@@ -5,23 +5,23 @@ made = synthesise(plan, load_generator("my-model").to("cuda"), images, "syntheti
 """
 
 from .dataset import SyntheticSet, draw_examples
+from .exports import XRV_PATHOLOGIES, XrvStyleDataset, as_datasets, export
 from .pairs import Pair, interpolated_labels, sample_pairs
 from .plan import (
     Plan,
     PlannedImage,
     SynthesisError,
     SynthesisSettings,
-    begun_threads,
-    load_plan,
     plan_interpolation,
     plan_reconstruction,
-    save_plan,
 )
+from .plan_file import begun_threads, load_plan, save_plan
 from .ray_engine import RayResources, synthesise_with_ray
-from .run import bind, load_generator, open_gate, prepare_folder, synthesise
+from .run import bind, load_generator, only_run, open_gate, prepare_folder, synthesise
 from .shards import Gate
 
 __all__ = [
+    "XRV_PATHOLOGIES",
     "Gate",
     "Pair",
     "Plan",
@@ -30,12 +30,16 @@ __all__ = [
     "SynthesisError",
     "SynthesisSettings",
     "SyntheticSet",
+    "XrvStyleDataset",
+    "as_datasets",
     "begun_threads",
     "bind",
     "draw_examples",
+    "export",
     "interpolated_labels",
     "load_generator",
     "load_plan",
+    "only_run",
     "open_gate",
     "plan_interpolation",
     "plan_reconstruction",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -12,16 +14,29 @@ from typing import Any
 import PIL.Image
 
 from ..data import ImageDataset, Preprocessing, open_images
-from ..data.sharding.manifest import MANIFEST, read_manifest, write_manifest
+from ..data.sharding.manifest import MANIFEST, ShardError, read_manifest, verify_shards, write_manifest
 from ..files import write_csv
 from ..sheets import contact_sheet
-from .plan import LABEL_SEPARATOR, Plan, PlannedImage, SynthesisError, load_plan
-from .shards import ShardRecord, read_record
+from .plan import LABEL_SEPARATOR, Plan, PlannedImage, SynthesisError
+from .plan_file import load_plan
+from .shards import SPLIT, ShardRecord, read_record, shard_path
 from .tokens import WORK
 
-__all__ = ["LABELS", "SyntheticSet", "check_left_out", "complete_set", "draw_examples", "finished_set"]
+__all__ = [
+    "LABELS",
+    "LABEL_COLUMNS",
+    "SyntheticSet",
+    "check_left_out",
+    "complete_set",
+    "draw_examples",
+    "finished_set",
+    "label_rows",
+]
 
 LABELS = "labels.csv"
+
+LABEL_COLUMNS = ("key", "labels", "strategy", "sources", "fraction")
+_READ_AT_ONCE = 2**30  # bytes of shards that are compared whenever a set is opened: a second or two
 
 
 @dataclass(frozen=True)
@@ -36,10 +51,25 @@ class SyntheticSet:
     manifest: dict[str, Any]
 
     @classmethod
-    def open(cls, folder: str | Path) -> SyntheticSet:
-        """Open a folder that `synthesise` has completed; FileNotFoundError if it is not complete."""
-        manifest = read_manifest(folder)
-        return cls(Path(folder), load_plan(folder), manifest)
+    def open(cls, folder: str | Path, verify: bool = False) -> SyntheticSet:
+        """Open a folder that `synthesise` has completed, and compare what is there with its plan and manifest.
+
+        Shards of more than 1 GB in all are compared only by their sizes, unless you ask to `verify` every byte.
+
+        Raises:
+            FileNotFoundError: If the set is not complete.
+            SynthesisError: If a file was changed or has gone since. The message names it, and says what to do.
+        """
+        found = cls(Path(folder), load_plan(folder), read_manifest(folder))
+        if problems := [*_foreign(found), *_lost(found, verify)]:
+            raise SynthesisError(
+                f"{folder} is not the set that was made: {'; '.join(problems[:5])}. Move away what is not the set's, "
+                "and give the command that made it again: what is missing or damaged is then made anew."
+            )
+        return found
+
+    def __repr__(self) -> str:
+        return f"SyntheticSet({str(self.folder)!r}: {len(self)} images by {self.plan.strategy})"
 
     def __len__(self) -> int:
         return sum(shard["samples"] for shard in self.manifest["shards"])
@@ -70,12 +100,59 @@ def draw_examples(made: SyntheticSet, sources: ImageDataset, count: int = 8) -> 
 
 
 def finished_set(folder: Path) -> SyntheticSet | None:
-    """The set of a folder if it is complete; None if there is work left, such as a shard that is gone or cut short."""
+    """The set of a folder if it is complete, byte for byte; None if there is work left, such as a shard that is gone.
+
+    SynthesisError if files in it are not the set's: to make them anew could lose what somebody has written.
+    """
     if not (folder / MANIFEST).is_file():
         return None
-    found = SyntheticSet.open(folder)
-    paths = {folder / shard["name"]: shard["bytes"] for shard in found.manifest["shards"]}
-    return found if all(path.is_file() and path.stat().st_size == size for path, size in paths.items()) else None
+    try:
+        found = SyntheticSet(folder, load_plan(folder), read_manifest(folder))
+    except ShardError:
+        return None
+    if foreign := _foreign(found):
+        raise SynthesisError(f"{folder}: {'; '.join(foreign)}. Move it away or delete it, and go on.")
+    return None if _lost(found, verify=True) else found
+
+
+def _foreign(found: SyntheticSet) -> list[str]:
+    """What in the folder of a set was put there or changed by somebody, one sentence for each file."""
+    folder, plan = found.folder, found.plan
+    ours = {shard_path(folder, number).name for number in range(plan.num_shards)}
+    foreign = [f"{tar.name} is not of this set" for tar in sorted(folder.glob("*.tar")) if tar.name not in ours]
+    if not _manifest_problem(found) and not _may_write_labels(plan, set(found.left_out), folder):
+        foreign.append(f"{LABELS} was changed")
+    return foreign
+
+
+def _lost(found: SyntheticSet, verify: bool) -> list[str]:
+    """What of a set is missing or damaged, so that it has to be made again, one sentence for each file."""
+    if problem := _manifest_problem(found):
+        return [problem]
+    sizes = {found.folder / shard["name"]: shard["bytes"] for shard in found.manifest["shards"]}
+    problems = [] if (found.folder / LABELS).is_file() else [f"{LABELS} is missing"]
+    if verify or sum(sizes.values()) <= _READ_AT_ONCE:
+        return problems + verify_shards(found.folder)
+    cut = (path.name for path, size in sizes.items() if not path.is_file() or path.stat().st_size != size)
+    return problems + [f"{name} is missing or cut" for name in cut]
+
+
+def _manifest_problem(found: SyntheticSet) -> str | None:
+    """What is wrong with a manifest beside its plan, from which the names and lengths of all shards follow."""
+    plan, manifest = found.plan, found.manifest
+    try:
+        Preprocessing(**manifest["preprocessing"])
+        left_out = set(found.left_out)
+        expected = [
+            (shard_path(found.folder, number).name, len(set(plan.shard(number)) - left_out), SPLIT)
+            for number in range(plan.num_shards)
+        ]
+        entries = [(shard["name"], shard["samples"], shard["split"]) for shard in manifest["shards"]]
+        sound = all(isinstance(shard["bytes"], int) and shard["sha256"] for shard in manifest["shards"])
+        fits = entries == expected and manifest["lineage"]["plan"] == plan.digest
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return f"{MANIFEST} is damaged"
+    return None if sound and fits else f"{MANIFEST} is not that of its plan"
 
 
 def check_left_out(plan: Plan, left_out: int, max_left_out: float) -> None:
@@ -98,16 +175,34 @@ def complete_set(plan: Plan, folder: Path, max_left_out: float = 0.05) -> Synthe
         )
     left_out = {index for record in records for index in record.left_out}
     check_left_out(plan, len(left_out), max_left_out)
-    rows = (  # those of unlabelled sources have a blank
-        (p.key, LABEL_SEPARATOR.join(p.labels or ()), plan.strategy, LABEL_SEPARATOR.join(p.sources), p.fraction)
-        for p in plan
-        if p.index not in left_out
-    )
-    write_csv(folder / LABELS, ("key", "labels", "strategy", "sources", "fraction"), rows)
+    if not _may_write_labels(plan, left_out, folder):
+        raise SynthesisError(f"{folder / LABELS} is not the set's: rename it, and go on.")
+    write_csv(folder / LABELS, LABEL_COLUMNS, label_rows(plan, left_out))
     preprocessing = Preprocessing(**{**plan.made_with["preprocessing"], "size": plan.made_with["image_size"]})
     write_manifest(folder, preprocessing, [record.shard for record in records], _lineage(plan, records))
     shutil.rmtree(folder / WORK)
-    return SyntheticSet.open(folder)
+    return SyntheticSet(folder, plan, read_manifest(folder))
+
+
+def label_rows(plan: Plan, left_out: set[int]) -> Iterator[tuple[str, ...]]:
+    """The rows of `labels.csv`, one for each image that is not left out; unknown labels are blank."""
+    for image in plan:
+        if image.index not in left_out:
+            labels, sources = (LABEL_SEPARATOR.join(names or ()) for names in (image.labels, image.sources))
+            yield image.key, labels, plan.strategy, sources, str(image.fraction)
+
+
+def _may_write_labels(plan: Plan, left_out: set[int], folder: Path) -> bool:
+    """Whether a folder has no `labels.csv`, or one with the rows that it will have."""
+    path = folder / LABELS
+    if not path.is_file():
+        return True
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = itertools.zip_longest(csv.reader(file), [LABEL_COLUMNS, *label_rows(plan, left_out)])
+            return all(there is not None and tuple(there) == wanted for there, wanted in rows)
+    except (ValueError, csv.Error):
+        return False
 
 
 def _lineage(plan: Plan, records: list[ShardRecord]) -> dict[str, Any]:

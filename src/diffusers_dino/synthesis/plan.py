@@ -1,7 +1,4 @@
-"""What to generate: from which images, how far between them, and under which labels; and the file that says so.
-
-A frozen plan is two files: `plan.json` for people, `plan.safetensors` for the rows. A digest holds them together.
-"""
+"""What to generate: from which images, how far between them, and under which labels."""
 
 from __future__ import annotations
 
@@ -12,42 +9,27 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
 
 from ..data.images.encoding import Encoding
 from ..data.stores.archives import PackedKeys
-from ..files import atomic_write, write_json
-from ..fingerprints import hash_of
-from ..frozen import require_same
 from ..seeds import derive_seed
 from .pairs import Pair, interpolated_labels, permute, sample_pairs
 
 __all__ = [
     "LABEL_SEPARATOR",
-    "PLAN",
     "Plan",
     "PlannedImage",
     "SynthesisError",
     "SynthesisSettings",
-    "begun_threads",
-    "freeze_plan",
-    "load_plan",
     "plan_interpolation",
     "plan_reconstruction",
-    "save_plan",
 ]
 
-PLAN = "plan.json"
 LABEL_SEPARATOR = "|"
-
-_ROWS = "plan.safetensors"
-_FORMAT = 1
 
 Labels = Sequence[Collection[str]]
 
@@ -352,70 +334,3 @@ def _assemble(
         fractions.astype(np.float64),
         numbers,
     )
-
-
-def save_plan(plan: Plan, folder: str | Path) -> None:
-    """Write a plan; the same plan gives the same bytes. `plan.json` comes last: without it there is no plan."""
-    folder = Path(folder)
-    with atomic_write(folder / _ROWS) as file:
-        file.write(save(plan.columns()))
-    write_json(folder / PLAN, {"format": _FORMAT, "digest": plan.digest, **plan.describe()})
-
-
-def load_plan(folder: str | Path) -> Plan:
-    """Read what `save_plan` wrote; SynthesisError if it was changed since, is damaged, or of another format."""
-    folder = Path(folder)
-    try:
-        content = json.loads((folder / PLAN).read_bytes())
-        rows = load_file(folder / _ROWS)
-        if content["format"] != _FORMAT:
-            raise SynthesisError(f"{folder / PLAN} is of format {content['format']}, this version reads {_FORMAT}.")
-        plan = Plan(
-            content["strategy"],
-            content["seed"],
-            SynthesisSettings(**content["settings"]),
-            PackedKeys.from_bytes(rows["keys"].tobytes()),
-            tuple(map(tuple, content["label_sets"])),
-            rows["sources"],
-            rows["fractions"],
-            rows["labels"],
-            content["made_with"],
-        )
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"There is no plan in {folder}: {error.filename or error} is missing.") from error
-    except (KeyError, TypeError, ValueError, SafetensorError) as error:
-        if isinstance(error, SynthesisError):
-            raise
-        raise SynthesisError(f"The plan in {folder} is damaged: {error!r}. Restore it, or begin anew.") from error
-    if plan.digest != content["digest"]:
-        raise SynthesisError(
-            f"The plan in {folder} was changed after it was frozen: it no longer has its digest "
-            f"{content['digest'][:16]}. Restore {PLAN} and {_ROWS}; for another plan give another output folder."
-        )
-    return plan
-
-
-def freeze_plan(plan: Plan, folder: str | Path) -> None:
-    """Write a plan into its folder, or raise SynthesisError unless the folder holds this very plan."""
-    folder = Path(folder)
-    if (folder / PLAN).is_file():
-        require_same(_comparable(load_plan(folder)), _comparable(plan), folder, SynthesisError)
-        return
-    if strangers := sorted(path.name for path in folder.glob("*.tar")):
-        raise SynthesisError(f"{folder} holds {strangers[0]}, but no plan of it. Give another folder.")
-    save_plan(plan, folder)
-
-
-def begun_threads(folder: str | Path) -> int:
-    """Threads that the set in a folder was begun with; for a new one those that PyTorch uses now.
-
-    A launcher gives each of several processes one thread, so the default of `SynthesisSettings` is another one there.
-    """
-    folder = Path(folder)
-    return load_plan(folder).settings.threads if (folder / PLAN).is_file() else torch.get_num_threads()
-
-
-def _comparable(plan: Plan) -> dict[str, Any]:
-    """All of a plan in few words: what is long as a hash."""
-    hashes = {"label_sets": hash_of(plan.label_sets)[:16], "sources, fractions and labels": plan.rows_digest[:16]}
-    return plan.describe() | hashes

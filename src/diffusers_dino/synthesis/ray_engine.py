@@ -20,12 +20,14 @@ from diffusers.utils.logging import disable_progress_bar
 from tqdm.auto import tqdm
 
 from ..data import ImageDataset
+from ..data.sharding.manifest import MANIFEST
 from ..extras import require
 from ..pipelines import DinoDiffusionPipeline
 from ..workers import progress_bar
-from .dataset import SyntheticSet, check_left_out, complete_set, finished_set
-from .plan import PLAN, Plan, SynthesisError, freeze_plan
-from .run import bind, check_readable, only_run, prepare_folder
+from .dataset import SyntheticSet, check_left_out, complete_set
+from .plan import Plan, SynthesisError
+from .plan_file import PLAN, freeze_plan
+from .run import begun, bind, check_readable
 from .shards import Gate, find_record, make_shard
 from .tokens import WORK, PlannedSources, TokenStore
 
@@ -94,24 +96,25 @@ def synthesise_with_ray(
     ray = require("ray", "ray", "Generating on a Ray cluster needs Ray")
     resources = resources or RayResources()
     plan = bind(plan, pipe, images, gate)
-    folder = prepare_folder(plan, Path(output_dir).resolve())
-    if (done := finished_set(folder)) is not None:
-        return done
     if getattr(pipe.unet, "peft_config", None):
         raise SynthesisError(
             "A loaded LoRA does not travel to workers: merge it into the weights first, with pipe.fuse_lora() and "
             "pipe.unload_lora_weights()."
         )
     dtypes = {name: part.dtype for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-    job = _Job(plan, images, gate, folder, dtypes, "cuda" if resources.num_gpus else "cpu")
-    with only_run(folder):
+    with begun(plan, Path(output_dir).resolve()) as folder:
+        if (folder / MANIFEST).is_file():
+            return SyntheticSet.open(folder)
+        job = _Job(plan, images, gate, folder, dtypes, "cuda" if resources.num_gpus else "cpu")
         for leftover in (job.attempts, job.model):  # of a run that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         job.attempts.mkdir()
         pipe.save_pretrained(job.model)
         with _connected(ray, plan, resources) as num_workers:
             tokens, problems = TokenStore(plan, folder), []
-            left = [number for number in range(tokens.num_parts) if not tokens.has_part(number)]
+            found = {number: find_record(plan, number, folder) for number in range(plan.num_shards)}
+            missing = [number for number, record in found.items() if record is None]
+            left = [number for number in range(tokens.num_parts) if missing and not tokens.has_part(number)]
             done_before = tokens.num_parts - len(left)
             with progress_bar("Encoding sources", "part", tokens.num_parts, done_before, progress) as bar:
                 for answer in _work(job, "part", left, num_workers, resources.num_gpus, bar):
@@ -119,12 +122,10 @@ def synthesise_with_ray(
                     bar.update()
             check_readable(problems, folder)
 
-            found = {number: find_record(plan, number, folder) for number in range(plan.num_shards)}
-            left = [number for number, record in found.items() if record is None]
             left_out = sum(len(record.left_out) for record in found.values() if record is not None)
-            done_before = len(plan) - sum(len(plan.shard(number)) for number in left)
+            done_before = len(plan) - sum(len(plan.shard(number)) for number in missing)
             with progress_bar("Synthesising", "image", len(plan), done_before, progress) as bar:
-                for answer in _work(job, "shard", left, num_workers, resources.num_gpus, bar):
+                for answer in _work(job, "shard", missing, num_workers, resources.num_gpus, bar):
                     left_out += answer.result
                     check_left_out(plan, left_out, max_left_out)
                     bar.update(len(plan.shard(answer.number)))

@@ -25,11 +25,12 @@ from ..metrics.neighbours import Groups
 from ..pipelines import DinoDiffusionPipeline
 from ..workers import progress_bar
 from .dataset import SyntheticSet, check_left_out, complete_set, finished_set
-from .plan import Plan, SynthesisError, freeze_plan
+from .plan import Plan, SynthesisError
+from .plan_file import check_free, freeze_plan
 from .shards import RECORDS, Gate, find_record, make_shard
 from .tokens import TOKENS, WORK, PlannedSources, TokenStore
 
-__all__ = ["bind", "load_generator", "open_gate", "prepare_folder", "synthesise"]
+__all__ = ["begun", "bind", "load_generator", "only_run", "open_gate", "prepare_folder", "synthesise"]
 
 
 def synthesise(
@@ -67,17 +68,17 @@ def synthesise(
         raise ValueError(f"max_left_out is a fraction in [0, 1], got {max_left_out}.")
     processes, folder = _Processes(accelerator), Path(output_dir)
     plan = bind(plan, pipe, images, gate)
-    if processes.is_main:
-        prepare_folder(plan, folder)
-    processes.wait()
-    freeze_plan(plan, folder)  # every process must mean this plan
-    if (done := finished_set(folder)) is not None:
+    with begun(plan, folder) if processes.is_main else nullcontext():
         processes.wait()
-        return done
-    with only_run(folder) if processes.is_main else nullcontext():
-        processes.wait()
+        freeze_plan(plan, folder)  # every process must mean this plan
+        if (folder / MANIFEST).is_file():
+            processes.wait()
+            return SyntheticSet.open(folder)
         sources, tokens, problems = PlannedSources(plan, images), TokenStore(plan, folder), []
-        mine = processes.share(range(tokens.num_parts))
+        shards = range(plan.num_shards)
+        found = [number for number in processes.share(shards) if find_record(plan, number, folder) is not None]
+        finished = set(processes.gather(found))
+        mine = processes.share(range(tokens.num_parts if len(finished) < len(shards) else 0))
         with processes.bar("Encoding sources", "part", len(mine), 0, progress) as bar:
             for number in mine:
                 if not tokens.has_part(number):
@@ -85,9 +86,6 @@ def synthesise(
                 bar.update()
         check_readable(processes.gather(problems), folder)
 
-        shards = range(plan.num_shards)
-        found = [number for number in processes.share(shards) if find_record(plan, number, folder) is not None]
-        finished = set(processes.gather(found))
         mine = processes.share([number for number in shards if number not in finished])
         done_before = sum(len(plan.shard(number)) for number in finished) if processes.count == 1 else 0
         total, left_out = done_before + sum(len(plan.shard(number)) for number in mine), 0
@@ -175,21 +173,36 @@ def bind(plan: Plan, pipe: DinoDiffusionPipeline, images: ImageDataset, gate: Ga
 
 
 def prepare_folder(plan: Plan, output_dir: str | Path) -> Path:
-    """Freeze a bound plan in a folder without another plan or other shards. Only one process does this."""
+    """Freeze a bound plan in a folder without another plan or anything else. Only one process does this.
+
+    SynthesisError if the folder holds something else, or another run is at work there.
+    """
+    with begun(plan, Path(output_dir)) as folder:
+        return folder
+
+
+@contextmanager
+def begun(plan: Plan, output_dir: Path) -> Iterator[Path]:
+    """Hold an output folder, with the plan frozen in it; it has a manifest only if its set is complete."""
     folder = make_writable_folder(output_dir)
-    freeze_plan(plan, folder)
-    if finished_set(folder) is not None:
-        shutil.rmtree(folder / WORK, ignore_errors=True)  # left by a run that was killed while it cleaned up
-    else:
-        (folder / MANIFEST).unlink(missing_ok=True)  # of a set that has lost a shard
-        for name in (RECORDS, TOKENS):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-    return folder
+    check_free(folder)  # before anything is written
+    with only_run(folder):
+        freeze_plan(plan, folder)
+        if finished_set(folder) is not None:
+            shutil.rmtree(folder / WORK, ignore_errors=True)  # left by a run that was killed while it cleaned up
+        else:
+            (folder / MANIFEST).unlink(missing_ok=True)  # of a set that has lost a shard
+            (folder / TOKENS).mkdir(parents=True, exist_ok=True)
+        yield folder
 
 
 @contextmanager
 def only_run(folder: Path) -> Iterator[None]:
-    """Hold the lock of an output folder, unless another run does, and remove what killed runs left half-written."""
+    """Hold the lock of an output folder, and remove what killed runs left half-written there.
+
+    SynthesisError if another run is at work.
+    """
+    (folder / RECORDS).mkdir(exist_ok=True)
     with lock_folder(folder / RECORDS, SynthesisError):
         for place in (folder, folder / RECORDS, folder / TOKENS):
             remove_partials(place)

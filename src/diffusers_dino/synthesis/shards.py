@@ -15,17 +15,17 @@ from torch import Tensor
 
 from ..data.images.encoding import Encoding
 from ..data.sharding.manifest import Shard, write_shard
-from ..data.stores.archives import INDEX_SUFFIX
+from ..data.stores.archives import INDEX_SUFFIX, index_tar
 from ..devices import deterministic
 from ..embeddings import lerp
-from ..files import sha256_of, write_json
+from ..files import read_json, sha256_of, write_json
 from ..pipelines import DinoDiffusionPipeline
 from ..pixels import unit_to_uint8, with_channels
 from ..seeds import derive_seed, generator_for
 from .plan import Plan, SynthesisError
 from .tokens import TokenStore
 
-__all__ = ["RECORDS", "Gate", "ShardRecord", "find_record", "make_shard", "read_record"]
+__all__ = ["RECORDS", "SPLIT", "Gate", "ShardRecord", "find_record", "make_shard", "read_record", "shard_path"]
 
 RECORDS = ".records"  # within the output folder; they stay, so that a shard that is lost later can be made again
 SPLIT = "train"
@@ -104,7 +104,7 @@ def make_shard(
             f"The gate refused all {len(waiting)} images of shard {number} in {settings.max_attempts} attempts each: "
             "its threshold is too strict for this model, or it was made for other images."
         )
-    shard = write_shard(_shard_path(folder, number), SPLIT, _samples(plan, drawn, settings.format))
+    shard = write_shard(shard_path(folder, number), SPLIT, _samples(plan, drawn, settings.format))
     redrawn = sorted(index for index, (attempt, _) in drawn.items() if attempt)
     record = ShardRecord(plan.digest, shard, refused, redrawn, waiting, _environment(pipe))
     write_json(_record_path(folder, number), asdict(record))
@@ -112,21 +112,28 @@ def make_shard(
 
 
 def read_record(plan: Plan, number: int, folder: Path) -> ShardRecord | None:
-    """The record of a shard; None if there is none, or one of another plan."""
+    """The record of a shard; None if there is none, or one of another plan or shard."""
     try:
-        content = json.loads(_record_path(folder, number).read_bytes())
+        content = read_json(_record_path(folder, number))
         record = ShardRecord(shard=Shard(**content.pop("shard")), **content)
-    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        expected = shard_path(folder, number).name, len(set(plan.shard(number)) - set(record.left_out))
+        fits = (record.plan, record.shard.name, record.shard.samples) == (plan.digest, *expected)
+        known = fits and {*record.redrawn, *record.left_out} <= set(plan.shard(number)) and record.refused >= 0
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
-    return record if record.plan == plan.digest else None
+    return record if known else None
 
 
 def find_record(plan: Plan, number: int, folder: Path) -> ShardRecord | None:
     """The record of a shard that is there with its index and the SHA-256 that was noted; None if it must be made."""
-    record, path = read_record(plan, number, folder), _shard_path(folder, number)
-    if record is None or not path.is_file() or not path.with_name(path.name + INDEX_SUFFIX).is_file():
+    record, path = read_record(plan, number, folder), shard_path(folder, number)
+    index = path.with_name(path.name + INDEX_SUFFIX)
+    if record is None or not path.is_file() or not index.is_file():
         return None
-    return record if path.stat().st_size == record.shard.bytes and sha256_of(path) == record.shard.sha256 else None
+    if path.stat().st_size != record.shard.bytes or sha256_of(path) != record.shard.sha256:
+        return None
+    with open(path, "rb") as tar:
+        return record if index.read_bytes() == index_tar(tar, path.name, record.shard.bytes).to_bytes() else None
 
 
 def _sample(
@@ -215,9 +222,10 @@ def _samples(
         yield planned.key, {extension: content.result(), "json": json.dumps(facts, separators=(",", ":")).encode()}
 
 
-def _shard_path(folder: Path, number: int) -> Path:
+def shard_path(folder: Path, number: int) -> Path:
+    """Where a shard of a set is."""
     return folder / f"synthetic-{number:06d}.tar"
 
 
 def _record_path(folder: Path, number: int) -> Path:
-    return folder / RECORDS / f"{_shard_path(folder, number).name}.json"
+    return folder / RECORDS / f"{shard_path(folder, number).name}.json"

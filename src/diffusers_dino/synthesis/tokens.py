@@ -74,11 +74,13 @@ class TokenStore:
 
     def has_part(self, number: int) -> bool:
         """Whether the part is there, complete, and of this plan."""
+        if not self._path(number).is_file():
+            return False
         try:
             with safe_open(self._path(number), framework="pt") as file:
                 header = json.loads((file.metadata() or {})["tokens"])
                 shape = file.get_slice("tokens").get_shape()
-        except (FileNotFoundError, SafetensorError, KeyError, ValueError):
+        except (SafetensorError, KeyError, ValueError):
             return False
         return header == self._header(number) and shape[0] == len(self._sources_of(number))
 
