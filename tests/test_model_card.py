@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 import tiny
 from diffusers_dino.data.sources import describe_source, source_names
-from diffusers_dino.hub import TrainingRecord, model_card, write_model_card
+from diffusers_dino.hub import Measurement, TrainingRecord, model_card, write_model_card
 from diffusers_dino.hub.markdown import needs_agreement
 from diffusers_dino.hub.measurements import describe_result
 from diffusers_dino.hub.privacy import private_traces
@@ -176,3 +176,27 @@ def test_a_record_goes_to_a_file_and_back(tmp_path):
     (tmp_path / RECORD_FILE).write_text(json.dumps({"updates": 3}))
     with pytest.raises(ValueError, match="not a record of a training"):
         TrainingRecord.load(tmp_path)
+
+
+def test_html_and_links_in_names_are_shown_and_do_nothing():
+    bad = '<script>alert(1)</script><img src="x" onerror="y">'
+    link = "[click](javascript:alert(1)) ![](https://example.org/seen.png)"
+    source = {"title": bad, "licence": f"credentialed {link}", "citation": bad, "url": f"javascript:{bad}"}
+    others = {"title": link, "licence": bad, "url": "https://example.org/a b)<script>"}
+    measured = [Measurement(bad, f"| {bad} |"), Measurement("Copies", bad, is_privacy=True)]
+    record = TrainingRecord({bad: link, "list": [bad, link]}, [bad], sources=[source, others])
+    card = model_card(f"org/{bad}", record, measurements=measured, parts={link: bad}, samples={"a.png": bad})
+    text = str(card)
+    assert "&lt;script>" in text
+    assert not re.findall(r"<\w+", text)
+    assert "](javascript" not in text
+    assert "](https://example.org/seen" not in text
+    assert "](https://example.org/a b" not in text
+
+
+def test_settings_that_are_off_or_zero_are_told():
+    facts = {"random flip": False, "noise offset": 0.0, "lr warmup steps": 0, "note": "", "unused": None}
+    text = model_card("org/name", TrainingRecord(facts)).text
+    for row in ("| random flip | False |", "| noise offset | 0.0 |", "| lr warmup steps | 0 |"):
+        assert row in text
+    assert "unused" not in text

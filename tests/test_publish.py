@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import shutil
 import subprocess
 from functools import partial
 
@@ -15,9 +16,11 @@ import scripts
 import tiny
 from diffusers_dino import DinoDiffusionPipeline
 from diffusers_dino.data.sources import describe_source
-from diffusers_dino.hub import TrainingRecord
+from diffusers_dino.files import lock_folder
+from diffusers_dino.hub import TrainingRecord, model_files, write_files
 from diffusers_dino.metrics.copy_gate import CopyGate
 from hub_server import HubServer
+from kills import kills
 from results import RECONSTRUCTION
 
 PHANTOMS = scripts.EXAMPLES / "data" / "phantom-cxr"
@@ -203,3 +206,37 @@ def test_the_samples_of_a_lora_need_its_pipeline(flags, trained, tmp_path):
     assert 'DinoDiffusionPipeline.from_pretrained("org/base")' in card
     assert (tmp_path / "out" / "samples" / "samples.png").is_file()
     assert json.loads((trained / "model" / "training_record.json").read_text())["facts"] == {"updates": 3}
+
+
+def test_a_folder_to_carry_is_whole_or_refused(trained, tmp_path):
+    files, out = model_files(trained / "model"), tmp_path / "out"
+    write_files(files, tmp_path / "whole")
+    expected = {path: (tmp_path / "whole" / path).read_bytes() for path in [*files, "SHA256SUMS"]}
+
+    def content():
+        return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    for _ in kills(lambda: write_files(files, out)):
+        write_files(files, out)
+        assert content() == expected
+        shutil.rmtree(out)
+    with pytest.raises(FileExistsError, match="out is not empty"):
+        write_files(files, out)
+
+    (out / "lock").touch()  # as a killed run leaves it
+    (out / "SHA256SUMS").unlink()
+    (out / "model_index.json").write_bytes(b"{")
+    with lock_folder(out), pytest.raises(FileExistsError, match="Another run is at work in"):
+        write_files(files, out)
+    (out / "strange.txt").touch()
+    with pytest.raises(FileExistsError, match="out is not empty"):
+        write_files(files, out)
+    assert (out / "model_index.json").read_bytes() == b"{"
+    (out / "strange.txt").unlink()
+    write_files(files, out)
+    assert content() == expected
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").touch()
+    with pytest.raises(FileExistsError, match="mine is not empty"):
+        write_files(files, tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]

@@ -33,11 +33,11 @@ def write_record_and_card(
 ) -> None:
     """Write `training_record.json` and `README.md` into `args.output_dir`, which holds the finished model.
 
-    `args` are the flags of the run: those in the list above are told if they are on. `model` is the Hub id of the
-    model, or a name, `updates` those of its weights, and `base_models` what it was made from; None is skipped.
+    `args` are the flags of the run: those in the list above are told, if they are not None. `model` is the Hub id of
+    the model, or a name, `updates` those of its weights, and `base_models` what it was made from; None is skipped.
     """
     flags = asdict(args)
-    recipe = {name.replace("_", " "): flags[name] for name in _RECIPE if flags.get(name) not in (None, False)}
+    recipe = {name.replace("_", " "): flags[name] for name in _RECIPE if flags.get(name) is not None}
     record = TrainingRecord(
         facts={"training images": num_images, "updates": updates, **recipe},
         base_models=listed_names(filter(None, base_models)),

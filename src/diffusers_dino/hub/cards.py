@@ -14,7 +14,7 @@ from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard,
 
 from ..files import atomic_write
 from .folder import class_of, folder_kind, part_facts
-from .markdown import cite, fact_table, origin, table
+from .markdown import cite, fact_table, origin, plain, table, without_html
 from .privacy import is_hub_id, listed_names
 from .record import TrainingRecord
 
@@ -96,6 +96,7 @@ def model_card(
     if key not in _TASKS:
         raise ValueError(f"A card is of {', '.join(_TASKS)}, not {kind!r}.")
     bases, datasets = listed_names(record.base_models), list(filter(is_hub_id, listed_names(record.datasets)))
+    model = plain(model)
     title = model.split("/")[-1]
     metrics = [one for measurement in measurements for one in measurement.metrics if math.isfinite(one.metric_value)]
     metadata = ModelCardData(
@@ -124,11 +125,11 @@ def model_card(
         kind=key,
         class_name=kind,
         model=model,
-        base=next(iter(bases), "org/base-pipeline"),
+        base=plain(next(iter(bases), "org/base-pipeline")),
         origin="\n\n".join(origins),
         parts=fact_table(parts),
         facts=fact_table({"made from": bases, **record.facts}),
-        samples=samples or {},
+        samples={path: plain(caption) for path, caption in (samples or {}).items()},
     )
 
 
@@ -168,7 +169,7 @@ def dataset_card(
         model: Name of the model that made it; a local path is shortened to its last part.
         sources: The data sets of its real images, as `diffusers_dino.data.sharding.recorded_sources` reads them.
     """
-    plan = made.plan
+    plan, title = made.plan, plain(title)
     metadata = DatasetCardData(
         license=license,
         pretty_name=title,
@@ -194,6 +195,7 @@ def dataset_card(
         strategy=plan.strategy,
         labels=table(["label", "images"], _count_labels(made)) if plan.label_sets else "",
         gate=made.manifest["lineage"]["gate"],
+        gate_name=plain(str(made.manifest["lineage"]["gate"]["fingerprint"])),
     )
 
 
@@ -211,7 +213,8 @@ def _fill(
     **content: Any,
 ) -> Any:
     def sections(is_privacy: bool) -> str:
-        return "\n\n".join(f"### {m.heading}\n\n{m.text}" for m in measurements if m.is_privacy == is_privacy)
+        told = (m for m in measurements if m.is_privacy == is_privacy)
+        return "\n\n".join(f"### {plain(m.heading)}\n\n{without_html(m.text)}" for m in told)
 
     return card.from_template(
         metadata,
@@ -242,9 +245,14 @@ def _recipe(made: SyntheticSet, model: str | None) -> dict[str, Any]:
         "synthetic images for each": f"{len(plan) / len(plan.keys):.3g}",
         "sampling steps": settings.num_inference_steps,
         "guidance": settings.guidance_scale,
-        "rescaled guidance": settings.guidance_rescale or None,
-        "eta": settings.eta or None,
+        "rescaled guidance": settings.guidance_rescale,
+        "eta": settings.eta,
+        "restored norm of tokens": settings.restore_norm,
         "images computed together": settings.batch_size,
+        "threads": settings.threads,
+        "stored": f"{settings.format}{f', quality {settings.quality}' * (settings.format == 'jpg')}",
+        "one channel, the mean of three": settings.grayscale,
+        "attempts for each image": settings.max_attempts,
         "seed": plan.seed,
         "plan": plan.digest,
         "computed with": [*versions, f"diffusers-dino {lineage['diffusers_dino']}"],

@@ -11,6 +11,7 @@ import torch
 
 import diffusers_dino
 
+from ..files import read_json
 from .privacy import Content
 
 __all__ = ["class_of", "folder_kind", "half_precision_files", "model_files", "part_facts", "variant_of"]
@@ -100,7 +101,7 @@ def part_facts(folder: str | Path) -> dict[str, Any]:
     if "scheduler" in places:
         schedule = _read(places["scheduler"] / "scheduler_config.json")
         names = ("beta_schedule", "prediction_type", "num_train_timesteps", "rescale_betas_zero_snr")
-        facts["schedule"] = [f"{name} {schedule[name]}" for name in names if schedule.get(name) not in (None, False)]
+        facts["schedule"] = [f"{name} {schedule[name]}" for name in names if schedule.get(name) is not None]
     return facts
 
 
@@ -144,11 +145,11 @@ def _content(path: Path) -> Content:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
     return content if isinstance(content, dict) else {}
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from .privacy import without_folders
 
-__all__ = ["cite", "fact_table", "needs_agreement", "origin", "table", "table_cell"]
+__all__ = ["cite", "fact_table", "needs_agreement", "origin", "plain", "table", "table_cell", "without_html"]
 
+_ADDRESS = re.compile(r"https?://[^\s()<>|\"'`\\]+")
 _ALWAYS_CITED = ("jimenezperez2024dinodiffusion", "caron2021emerging", "rombach2022high")
 
 
@@ -31,7 +32,7 @@ def origin(sources: Sequence[Mapping[str, Any]], derived: str) -> str:
         for source in sources
     ]
     parts = [table(["data set", "licence", "holds images of", "cite"], rows), terms]
-    if signed := [f"{_title(source)} ({source['licence']})" for source in sources if needs_agreement(source)]:
+    if signed := [plain(f"{_title(one)} ({one['licence']})") for one in sources if needs_agreement(one)]:
         parts.append(
             f"**Credentialed data.** {'; '.join(signed)}: the provider gives these images only to those who have "
             "agreed to its terms, and they may not be passed on. Models can hold parts of what they were trained on. "
@@ -60,13 +61,29 @@ def table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
 
 def table_cell(value: Any) -> str:
     """A value, or the values of a list, on one line; None is empty, and local paths lose their folders."""
+    if isinstance(value, _Link):
+        return value
     values = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
-    text = ", ".join(str(without_folders(item)) for item in values)
-    return " ".join(text.split()).replace("|", "\\|")
+    return plain(", ".join(str(without_folders(item)) for item in values)).replace("|", "\\|")
+
+
+def plain(text: str) -> str:
+    """Text on one line that Markdown shows as it is, where it could be HTML, a link or a picture."""
+    return without_html(" ".join(text.split())).replace("](", "]\\(")
+
+
+def without_html(text: str) -> str:
+    """Markdown whose tags are shown and do nothing."""
+    return text.replace("<", "&lt;")
+
+
+class _Link(str):
+    """Markdown that goes into a table as it is."""
 
 
 def _linked(source: Mapping[str, Any]) -> str:
-    return f"[{_title(source)}]({source['url']})" if source.get("url") else _title(source)
+    title, url = _title(source), source.get("url")
+    return _Link(f"[{table_cell(title)}]({url})") if url and _ADDRESS.fullmatch(str(url)) else title
 
 
 def _title(source: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -22,6 +21,7 @@ from ..evaluation.reconstruction.protocol import ReconstructionResult
 from ..evaluation.results import JsonResult
 from ..evaluation.segmentation.protocol import SegmentationResult
 from ..evaluation.segmentation.table import format_segmentation_table
+from ..files import read_json
 from .cards import Measurement
 from .markdown import fact_table, table, table_cell
 
@@ -31,7 +31,7 @@ __all__ = ["describe_result", "read_result", "read_results"]
 def read_result(path: str | Path) -> JsonResult | None:
     """The result of an evaluation in a JSON file, known by its fields; None if it is something else."""
     try:
-        content = json.loads(Path(path).read_text())
+        content = read_json(path)
     except (OSError, ValueError):
         return None
     names = set(content) if isinstance(content, dict) else set()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..files import write_json
+from ..files import read_json, write_json
 
 __all__ = ["RECORD_FILE", "TrainingRecord"]
 
@@ -41,7 +40,7 @@ class TrainingRecord:
         """Read what `save` wrote; an empty record if there is none. A damaged file is a `ValueError`."""
         path = Path(folder) / RECORD_FILE
         try:
-            return cls(**json.loads(path.read_text()))
+            return cls(**read_json(path))
         except FileNotFoundError:
             return cls()
         except (ValueError, TypeError) as error:

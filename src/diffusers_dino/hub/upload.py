@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from ..files import sha256_of
+from ..files import lock_folder, make_writable_folder, sha256_of
 from .cards import CARD
 from .folder import model_files, variant_of
 from .privacy import Content, check_private
@@ -46,18 +46,28 @@ def files_to_push(folder: str | os.PathLike, also: Iterable[str] = ()) -> dict[s
 def write_files(files: Mapping[str, Content], folder: str | os.PathLike) -> Path:
     """Write the files of `files_to_push` to a folder to carry, with `SHA256SUMS` for `sha256sum`, and return it.
 
+    A file `lock` lies there until it is complete. A call that was killed goes on with the same files.
+
     Raises:
-        FileExistsError: If the folder is not empty.
+        FileExistsError: If the folder holds something else, or another call is at work there.
     """
-    folder = Path(folder)
-    if folder.is_dir() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty: give another folder for the model to carry.")
-    for path, content in files.items():
-        place = folder / path
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(content) if isinstance(content, bytes) else shutil.copyfile(content, place)
-    lines = [f"{sha256_of(folder / path)}  {path}\n" for path in sorted(files)]
-    (folder / "SHA256SUMS").write_text("".join(lines))
+    folder, sums, lock = make_writable_folder(folder), "SHA256SUMS", Path(folder, "lock")
+
+    def check_free() -> None:
+        ours = {lock.name, sums, *files} if lock.exists() else set()
+        if any(path.relative_to(folder).as_posix() not in ours and not path.is_dir() for path in folder.rglob("*")):
+            raise FileExistsError(f"{folder} is not empty: give another folder for the model to carry.")
+
+    check_free()  # before anything is written there
+    with lock_folder(folder, FileExistsError):
+        check_free()
+        for path, content in files.items():
+            place = folder / path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(content) if isinstance(content, bytes) else shutil.copyfile(content, place)
+        lines = [f"{sha256_of(folder / path)}  {path}\n" for path in sorted(files)]
+        (folder / sums).write_text("".join(lines))
+        lock.unlink()
     return folder
 
 
