@@ -96,6 +96,11 @@ def open_tab(page, name):
     return page.locator(f"#{name.lower()}-tab")
 
 
+def source_of(page):
+    """The picture of the image that all tabs use."""
+    return page.locator("#source .picture img").first
+
+
 def pixels(page, locator) -> np.ndarray:
     """What an `img` of the page shows, as the server sent it."""
     return np.asarray(Image.open(io.BytesIO(page.request.get(locator.get_attribute("src")).body())))
@@ -138,8 +143,9 @@ def test_variations_of_an_example_are_made_and_downloaded(page):
 
 
 def test_a_dropped_file_is_shown_used_and_not_kept(page, demo):
-    panel = open_tab(page, "Variations")
-    before = panel.locator(".picture img").first.get_attribute("src")
+    panel, source = open_tab(page, "Variations"), page.locator("#source")
+    before = source_of(page).get_attribute("src")
+    old = page.locator("#variations img").first.get_attribute("src")
     content = png_of(seed=5)
     files = page.evaluate_handle(
         """text => {
@@ -149,15 +155,16 @@ def test_a_dropped_file_is_shown_used_and_not_kept(page, demo):
         }""",
         base64.b64encode(content).decode(),
     )
-    panel.locator(".drop button").dispatch_event("drop", {"dataTransfer": files})
-    playwright.expect(panel.locator(".picture img").first).not_to_have_attribute("src", before)
-    seen = pixels(page, panel.locator(".picture img").first)
+    source.locator(".drop button").dispatch_event("drop", {"dataTransfer": files})
+    playwright.expect(page.locator("#variations img")).to_have_count(0)  # they were made of another image
+    playwright.expect(source_of(page)).to_be_visible()
+    playwright.expect(source_of(page)).not_to_have_attribute("src", before)
+    seen = pixels(page, source_of(page))
     assert seen.shape[:2] == (60, 60)
     assert (seen.min(), seen.max()) == (0, 255)
-    playwright.expect(panel.locator(".drop button")).to_be_visible()  # and free for the next file
+    playwright.expect(source.locator(".drop button")).to_be_visible()  # and free for the next file
     assert not [path for path in demo.folder.rglob("*") if path.is_file() and path.read_bytes() == content]
 
-    old = page.locator("#variations img").first.get_attribute("src")
     panel.get_by_label("number input for Number of variations").fill("1")
     panel.get_by_role("button", name="Make variations").click()
     playwright.expect(page.locator("#variations img")).to_have_count(1)
@@ -165,13 +172,21 @@ def test_a_dropped_file_is_shown_used_and_not_kept(page, demo):
 
 
 def test_a_broken_file_is_refused_in_words(page):
-    message = "Cannot read cut.png"
-    panel = open_tab(page, "Variations")
-    before = panel.locator(".picture img").first.get_attribute("src")
-    panel.locator("input[type=file]").set_input_files({"name": "cut.png", "mimeType": "", "buffer": png_of(0)[:200]})
-    playwright.expect(page.get_by_text(message)).to_be_visible()
+    panel, source = open_tab(page, "Variations"), page.locator("#source")
+    cut = {"name": "cut.png", "mimeType": "", "buffer": png_of(0)[:200]}
+    source.locator("input[type=file]").set_input_files(cut)
+    expect_and_close(page, "Cannot read cut.png")
     assert "Traceback" not in page.content()
-    assert panel.locator(".picture img").first.get_attribute("src") == before
+    playwright.expect(source.locator(".windowed img")).to_have_count(0)  # nor is the image before it used
+    playwright.expect(page.locator("#variations img")).to_have_count(0)
+    panel.get_by_role("button", name="Make variations").click()
+    expect_and_close(page, "Drop an image")
+    source.locator(".thumbnail-item").nth(1).click()
+    playwright.expect(source.locator(".windowed img")).to_have_count(1)
+
+
+def expect_and_close(page, message):
+    playwright.expect(page.get_by_text(message)).to_be_visible()
     page.get_by_test_id("toast-close").first.click()
     playwright.expect(page.get_by_text(message)).to_have_count(0)
 
@@ -222,6 +237,35 @@ def test_another_threshold_gives_other_segments(page):
     assert counts[0] > counts[1]
     painted = Image.open(io.BytesIO(download(page, panel, "Download overlay (PNG)")))
     assert (painted.size, painted.mode) == ((128, 128), "RGB")
+
+
+def test_a_warning_about_a_file_is_shown(page):
+    from dicom_files import dicom_bytes  # needs pydicom
+
+    y, x = np.mgrid[-1:1:64j, -1:1:64j]
+    film = np.round(200 + 3500 * np.exp(-2 * (x**2 + y**2))).astype(np.uint16)  # a bright body on dark air
+    content = dicom_bytes(film, 12, PhotometricInterpretation="MONOCHROME1", Modality="DX")
+    file = {"name": "film.dcm", "mimeType": "", "buffer": content}
+    page.locator("#source input[type=file]").set_input_files(file)
+    expect_and_close(page, "film.dcm says MONOCHROME1")
+    playwright.expect(source_of(page)).to_be_visible()
+
+
+def test_window_and_level_change_what_is_shown_without_the_server(page, requests):
+    source = page.locator("#source")
+    source.get_by_text("Window and level").click()
+    sent = len(requests)
+    for name, value in (("Window", "40"), ("Level", "30")):
+        source.get_by_label(f"number input for {name}").fill(value)
+        source.get_by_label(f"number input for {name}").press("Enter")
+    parts = page.locator("#window [type=linear]")
+    playwright.expect(parts.first).to_have_attribute("slope", "2.5")
+    assert [float(parts.nth(i).get_attribute("intercept")) for i in range(3)] == pytest.approx([-0.25] * 3)
+    assert "window" in source_of(page).evaluate("image => getComputedStyle(image).filter")
+    for number in range(2):
+        source.get_by_test_id("reset-button").nth(number).click()
+    playwright.expect(parts.first).to_have_attribute("slope", "1")
+    assert not [request for request in requests[sent:] if request.method == "POST"]
 
 
 def test_nothing_left_this_machine(page, demo, requests):

@@ -16,6 +16,7 @@ import scripts
 import tiny
 from diffusers_dino import DiffSegPipeline, DinoInterpolationPipeline
 from diffusers_dino.demo import launch, read_logins, tasks
+from diffusers_dino.pixels import to_unit, unit_to_uint8
 from image_files import deep_png
 
 PHANTOMS = scripts.EXAMPLES / "data/phantom-cxr/phantom-cxr-test-*.tar"
@@ -71,6 +72,36 @@ class TestReading:
             tasks.open_image(path)
         assert str(tmp_path) not in str(refusal.value)
 
+    def test_pixels_are_stretched_as_the_pipelines_stretch_them(self, tmp_path):
+        for name, shape, dtype in (
+            ("gray", (40, 50), np.uint16),
+            ("bytes", (40, 50), np.uint8),
+            ("rgb", (40, 50, 3), np.uint8),
+        ):
+            pixels = np.random.default_rng(0).integers(3, np.iinfo(dtype).max // 3, shape).astype(dtype)
+            np.save(tmp_path / f"{name}.npy", pixels)
+            opened = np.asarray(tasks.open_image(tmp_path / f"{name}.npy"))
+            expected = unit_to_uint8(to_unit(pixels.astype(np.uint16))[0]).movedim(0, -1).numpy()
+            assert np.array_equal(opened, expected if len(shape) == 3 else expected[..., 0])
+        np.save(tmp_path / "flat.npy", np.full((40, 40), 7, np.uint16))
+        assert not np.asarray(tasks.open_image(tmp_path / "flat.npy")).any()
+
+    def test_a_file_that_has_gone_is_told_without_its_folder(self, tmp_path):
+        with pytest.raises(ValueError, match=r"^scan\.png is not on the server any more: drop it again") as refusal:
+            tasks.open_image(tmp_path / "scan.png")
+        assert str(tmp_path) not in str(refusal.value)
+
+    def test_large_images_are_shrunk_and_the_visitor_is_told(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(tasks, "KEPT_PIXELS", 10_000)
+        told = []
+        Image.fromarray(np.tile(np.arange(250, dtype=np.uint8), (100, 1))).save(tmp_path / "wide.png")
+        opened = tasks.open_image(tmp_path / "wide.png", told.append)
+        assert opened.size == (158, 63)
+        assert told == ["wide.png has 250 x 100 pixels: it is shown and used at 158 x 63."]
+        monkeypatch.setattr(tasks, "MOST_PIXELS", 20_000)
+        with pytest.raises(ValueError, match=r"wide\.png"):
+            tasks.open_image(tmp_path / "wide.png")
+
     def test_examples_are_spread_over_the_bundled_images(self):
         examples = tasks.example_images(PHANTOMS, 64, 3)
         assert [example.size for example in examples] == [(64, 64)] * 3
@@ -78,6 +109,28 @@ class TestReading:
 
 
 class TestSampling:
+    @pytest.mark.parametrize(
+        "setting",
+        [
+            {"steps": 0},
+            {"steps": 10**6},
+            {"guidance": float("nan")},
+            {"guidance": -1},
+            {"guidance": 1e9},
+            {"seed": None},
+            {"seed": 2**70},
+            {"scheduler": "os.system"},
+        ],
+    )
+    def test_settings_that_no_slider_gives_are_refused(self, setting):
+        with pytest.raises(ValueError, match=next(iter(setting))):
+            tasks.SamplerSettings(**setting)
+
+    @pytest.mark.parametrize("count", [0, 17])
+    def test_as_many_variations_as_asked_for_within_bounds(self, pipe, count):
+        with pytest.raises(ValueError, match="1 to 16 variations"):
+            tasks.vary(pipe, picture(), count, tasks.SamplerSettings())
+
     def test_variations_are_those_of_the_pipeline_and_do_not_depend_on_their_number(self, pipe):
         sampling = tasks.SamplerSettings(steps=2, seed=7)
         done = []
@@ -148,6 +201,8 @@ class TestSegments:
         segments = tasks.Segmenter(pipe).segment(image, 100, 0.1)
         assert tasks.labels_of(segments, image).shape == (1500, 1500)
         assert tasks.fitted(image, tasks.DISPLAY).size == (1024, 1024)
+        long = image.resize((6000, 800))
+        assert tasks.labels_of(tasks.Segmenter(pipe).segment(long, 100, 0.1), long).shape == (800, 6000)
 
     def test_an_overlay_goes_from_the_image_to_the_colours_and_a_mask_holds_the_numbers(self):
         image, labels = picture(size=32), np.repeat(np.arange(2, dtype=np.uint8), 512).reshape(32, 32)

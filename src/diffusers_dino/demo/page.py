@@ -1,4 +1,4 @@
-"""The page of the demo: three tabs over `tasks`. Import it after Gradio's environment is set, as `server` does."""
+"""The page of the demo: an image, and three tabs over `tasks` that use it. `server` sets Gradio up before."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 import torch
@@ -16,18 +16,21 @@ from PIL import Image
 from .. import DinoDiffusionPipeline
 from ..pipelines.pipeline_dino_interpolation import METHODS
 from . import tasks
+from .visitors import GoneError, Visitors
 
 __all__ = ["LOOK", "build_page"]
 
 KEPT = 3600  # seconds that a visitor's images and files are kept
 POINTS = 9  # images on a path
+WAITING = 24  # jobs of all visitors
 
 ONE_AT_A_TIME = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}  # for all visitors
 QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 
 PROGRESS = gr.Progress()  # as a default: Gradio then gives the function one of the call
-PICTURE = {"show_label": False, "format": "png", "interactive": False, "elem_classes": "picture"}  # not a lossy format
 BUTTONS = ["download", "fullscreen"]  # and not the one that uploads to a forum
+PICTURE = {"show_label": False, "format": "png", "interactive": False, "elem_classes": "picture"}  # not a lossy format
+WINDOWED = PICTURE | {"elem_classes": "picture windowed"}
 NOTE = (
     "What is generated here is **synthetic**. This is not a medical device: nothing it makes may be used to diagnose "
     "or treat a patient. Images stay on the machine that serves this page and are deleted after an hour."
@@ -46,67 +49,100 @@ LOOK = {
 # In the browser: the image of the strip at a fraction of its length. No server is asked, so it is there at once.
 SHOW_POINT = "(fraction, strip) => strip?.length ? strip[Math.round(fraction * (strip.length - 1))].image : null"
 
+# In the browser, too: brightness b of what is shown becomes (b - level) / window + 1/2. Pixels stay as they are.
+WINDOW = """<svg width="0" height="0" aria-hidden="true"><filter id="window" color-interpolation-filters="sRGB">
+<feComponentTransfer><feFuncR type="linear"/><feFuncG type="linear"/><feFuncB type="linear"/></feComponentTransfer>
+</filter></svg>"""
+SET_WINDOW = """(width, level) => document.querySelectorAll("#window [type=linear]").forEach(part => {
+    part.setAttribute("slope", 100 / width);
+    part.setAttribute("intercept", 0.5 - level / width);
+})"""
 
-def build_page(pipe: DinoDiffusionPipeline, model: str, examples: Sequence[Image.Image]) -> gr.Blocks:
-    """The page on a pipeline, which it calls `model`; the first of the examples is chosen already."""
+NOT_YET = gr.update(value=None, interactive=False)  # of a download
+Results = dict[gr.components.Component, Any]  # what a tab shows, and what it shows before there is a result
+
+
+class Input(NamedTuple):
+    """Where an image is dropped or chosen. The state holds it, 8 bits deep, only in the server's memory."""
+
+    image: gr.State
+    picture: gr.Image
+    file: gr.File
+    choices: gr.Gallery | None
+    examples: Sequence[Image.Image]
+
+
+def build_page(pipe: DinoDiffusionPipeline, model: str, examples: Sequence[Image.Image]) -> tuple[gr.Blocks, Visitors]:
+    """The page on a pipeline, which it calls `model`, and who is to watch its server.
+
+    The first of the examples is chosen already.
+    """
+    visitors = Visitors()
     with gr.Blocks(title="diffusers-dino", delete_cache=(60, KEPT), analytics_enabled=False) as page:
         about = "A diffusion model that sees an image through its DINO tokens."
         gr.Markdown(f"# diffusers-dino\n{about} Model: `{model}`")
-        with gr.Tab("Variations", elem_id="variations-tab"):
-            variations_tab(pipe, model, examples)
-        with gr.Tab("Blend", elem_id="blend-tab"):
-            blend_tab(pipe, model, examples)
-        with gr.Tab("Segments", elem_id="segments-tab"):
-            segments_tab(pipe, examples)
+        with gr.Row():
+            with gr.Column(scale=2, elem_id="source"):
+                source = image_input(examples, 6)
+                window_and_level()
+            with gr.Column(scale=3):
+                with gr.Tab("Variations", elem_id="variations-tab"):
+                    results = variations_tab(pipe, model, source.image, visitors)
+                with gr.Tab("Blend", elem_id="blend-tab"):
+                    target, blended = blend_tab(pipe, model, source.image, examples[::-1], visitors)
+                with gr.Tab("Segments", elem_id="segments-tab"):
+                    results |= segments_tab(pipe, source.image, visitors)
         gr.Markdown(NOTE, elem_classes="note")
-    return page.queue(max_size=32)
+        accept_images(source, results | blended, visitors)
+        accept_images(target, blended, visitors)
+    visitors.model_calls = {number for number, fn in page.fns.items() if fn.concurrency_id == "model"}
+    return page.queue(max_size=WAITING, api_open=False), visitors
 
 
-def variations_tab(pipe: DinoDiffusionPipeline, model: str, examples: Sequence[Image.Image]) -> None:
+def variations_tab(pipe: DinoDiffusionPipeline, model: str, image: gr.State, visitors: Visitors) -> Results:
     with gr.Row():
-        with gr.Column(scale=2):
-            image = image_input(examples, 6)
-            count = gr.Slider(1, 16, 4, step=1, label="Number of variations")
-            sampling = sampling_inputs()
-            run = gr.Button("Make variations", variant="primary")
-        with gr.Column(scale=3):
-            gallery = gr.Gallery(elem_id="variations", columns=2, buttons=BUTTONS, **PICTURE)
-            download = gr.DownloadButton("Download all (ZIP)", interactive=False)
+        count = gr.Slider(1, tasks.MOST_VARIATIONS, 4, step=1, label="Number of variations")
+        run = gr.Button("Make variations", variant="primary")
+    sampling = sampling_inputs()
+    gallery = gr.Gallery(elem_id="variations", columns=2, buttons=BUTTONS, **WINDOWED)
+    download = gr.DownloadButton("Download all (ZIP)", interactive=False)
 
     @explain_errors
-    def make(image, count, steps, guidance, seed, scheduler, progress=PROGRESS):
+    def make(image, count, steps, guidance, seed, scheduler, request: gr.Request, progress=PROGRESS):
+        on_step = steps_of(visitors, request, progress)
         sampling = tasks.SamplerSettings(steps, guidance, seed, scheduler)
-        made = tasks.vary(pipe, chosen(image), count, sampling, progress)
+        made = tasks.vary(pipe, chosen(image), count, sampling, on_step)
+        on_step(1)
         files = {f"variation_seed_{number}": picture for number, picture in enumerate(made, seed)}
         captioned = [(picture, f"seed {number}") for number, picture in enumerate(made, seed)]
         return captioned, offered("variations.zip", tasks.archive(files, model, sampling, task="variations"))
 
     run.click(make, [image, count, *sampling], [gallery, download], **ONE_AT_A_TIME)
+    return {gallery: None, download: NOT_YET}
 
 
-def blend_tab(pipe: DinoDiffusionPipeline, model: str, examples: Sequence[Image.Image]) -> None:
+def blend_tab(
+    pipe: DinoDiffusionPipeline, model: str, source: gr.State, examples: Sequence[Image.Image], visitors: Visitors
+) -> tuple[Input, Results]:
     with gr.Row():
-        with gr.Column(scale=2):
-            with gr.Row():
-                with gr.Column(min_width=160):
-                    gr.Markdown("From")
-                    source = image_input(examples, 3)
-                with gr.Column(min_width=160):
-                    gr.Markdown("To")
-                    target = image_input(examples[::-1], 3)
+        with gr.Column(scale=2, min_width=160):
+            gr.Markdown("From the image on the left to:")
+            target = image_input(examples, 3)
             method = gr.Radio(METHODS, value="lerp", label="Between the tokens", info="Straight, or on an arc")
             sampling = sampling_inputs()
             run = gr.Button("Blend", variant="primary")
         with gr.Column(scale=3):
-            picture = gr.Image(elem_id="blend", height=480, buttons=BUTTONS, **PICTURE)
+            picture = gr.Image(elem_id="blend", height=400, buttons=BUTTONS, **WINDOWED)
             fraction = gr.Slider(0, 1, 0.5, step=1 / (POINTS - 1), label="Fraction of the way")
-            strip = gr.Gallery(elem_id="path", columns=POINTS, allow_preview=False, buttons=[], **PICTURE)
-            download = gr.DownloadButton("Download all (ZIP)", interactive=False)
+    strip = gr.Gallery(elem_id="path", columns=POINTS, allow_preview=False, buttons=[], **WINDOWED)
+    download = gr.DownloadButton("Download all (ZIP)", interactive=False)
 
     @explain_errors
-    def make(source, target, method, steps, guidance, seed, scheduler, progress=PROGRESS):
+    def make(source, target, method, steps, guidance, seed, scheduler, request: gr.Request, progress=PROGRESS):
+        on_step = steps_of(visitors, request, progress)
         sampling = tasks.SamplerSettings(steps, guidance, seed, scheduler)
-        made = tasks.blend(pipe, chosen(source), chosen(target), POINTS, method, sampling, progress)
+        made = tasks.blend(pipe, chosen(source), chosen(target), POINTS, method, sampling, on_step)
+        on_step(1)
         files = {f"blend_{place / (POINTS - 1):.3f}": picture for place, picture in enumerate(made)}
         return made, offered("blend.zip", tasks.archive(files, model, sampling, task="blend", method=method))
 
@@ -114,23 +150,23 @@ def blend_tab(pipe: DinoDiffusionPipeline, model: str, examples: Sequence[Image.
         return event.index / (POINTS - 1)
 
     show = {"fn": None, "inputs": [fraction, strip], "outputs": picture, "js": SHOW_POINT}
-    run.click(make, [source, target, method, *sampling], [strip, download], **ONE_AT_A_TIME).success(**show)
+    run.click(make, [source, target.image, method, *sampling], [strip, download], **ONE_AT_A_TIME).success(**show)
     fraction.change(**show)
     strip.select(choose, None, fraction, **QUIET)
+    return target, {picture: None, strip: None, download: NOT_YET}
 
 
-def segments_tab(pipe: DinoDiffusionPipeline, examples: Sequence[Image.Image]) -> None:
+def segments_tab(pipe: DinoDiffusionPipeline, image: gr.State, visitors: Visitors) -> Results:
     segmenter = tasks.Segmenter(pipe)
     with gr.Row():
-        with gr.Column(scale=2):
-            image = image_input(examples, 6)
+        with gr.Column(scale=2, min_width=160):
             threshold = gr.Slider(0.02, 1, 0.3, step=0.01, label="Merge threshold", info="Higher: fewer segments")
             last, layers = segmenter.last_timestep, segmenter.layers
             timestep = gr.Slider(0, last, 50, step=1, label="Timestep", info="Of the noise that the model expects")
             layer = gr.Dropdown(layers, value=segmenter.finest_layer, label="Self-attention of")
             run = gr.Button("Segment", variant="primary")
         with gr.Column(scale=3):
-            picture = gr.Image(elem_id="segments", height=560, buttons=BUTTONS, **PICTURE)
+            picture = gr.Image(elem_id="segments", height=480, buttons=BUTTONS, **PICTURE)
             summary = gr.Markdown()
             opacity = gr.Slider(0, 1, 0.35, step=0.05, label="Opacity")
             with gr.Row():
@@ -139,8 +175,10 @@ def segments_tab(pipe: DinoDiffusionPipeline, examples: Sequence[Image.Image]) -
     segmented = gr.State(time_to_live=KEPT)  # image and maps, which belong together
 
     @explain_errors
-    def segment(image, threshold, timestep, layer, opacity):
+    def segment(image, threshold, timestep, layer, opacity, request: gr.Request):
+        check = visitors.begin(request.session_hash)
         maps = segmenter.segment(chosen(image), int(timestep), threshold, layer)
+        check()
         return (image, maps), f"{len(maps)} segment{'s' * (len(maps) > 1)}", *paint((image, maps), opacity)
 
     def paint(segmented, opacity):
@@ -151,6 +189,7 @@ def segments_tab(pipe: DinoDiffusionPipeline, examples: Sequence[Image.Image]) -
         shown = tasks.fitted(segmented[0], tasks.DISPLAY)
         return tasks.overlay(shown, tasks.labels_of(segmented[1], shown), opacity), off, off
 
+    @explain_errors
     def files(segmented, opacity):
         if segmented is None:
             return gr.skip(), gr.skip()
@@ -167,45 +206,81 @@ def segments_tab(pipe: DinoDiffusionPipeline, examples: Sequence[Image.Image]) -
     events.append(opacity.change(paint, [segmented, opacity], shown, **latest, **QUIET))
     for event in events:
         event.success(files, [segmented, opacity], [mask, overlay], **QUIET)
+    return {segmented: None, summary: "", picture: None, mask: NOT_YET, overlay: NOT_YET}
 
 
-def image_input(examples: Sequence[Image.Image], columns: int) -> gr.State:
-    """Where an image is dropped or chosen. It is in the state returned, 8 bits deep, only in the server's memory."""
+def image_input(examples: Sequence[Image.Image], columns: int) -> Input:
     first = examples[0] if examples else None
     image = gr.State(first, time_to_live=KEPT)
-    picture = gr.Image(first, height=240, buttons=["fullscreen"], **PICTURE)
+    picture = gr.Image(first, height=240, buttons=["fullscreen"], **WINDOWED)
     file = gr.File(show_label=False, height=60, elem_classes="drop")
     gr.Markdown("PNG, JPEG, TIFF, NumPy or DICOM" + (", or one of these:" if examples else ""), elem_classes="note")
+    choices = None
+    if examples:
+        choices = gr.Gallery(list(examples), columns=columns, allow_preview=False, buttons=[], **PICTURE)
+    return Input(image, picture, file, choices, examples)
+
+
+def accept_images(place: Input, results: Results, visitors: Visitors) -> None:
+    """Let an image be dropped and chosen. What was made of the one before goes, also if the new one cannot be read."""
+    shown, cleared = [place.image, place.picture, *results], list(results.values())
+
+    def clear(request: gr.Request):
+        visitors.replace_image(request.session_hash)
+        return None, None, *cleared
 
     @explain_errors
     def read(path):
+        if path is None:
+            return gr.skip()
         try:
-            opened = tasks.open_image(path)
+            opened = tasks.open_image(path, gr.Warning)
         finally:
             Path(path).unlink(missing_ok=True)
         return opened, tasks.fitted(opened, tasks.DISPLAY)
 
-    def choose(event: gr.SelectData):
-        return examples[event.index], examples[event.index]
+    def choose(event: gr.SelectData, request: gr.Request):
+        visitors.replace_image(request.session_hash)
+        return place.examples[event.index], place.examples[event.index], *cleared
 
-    opened = file.upload(read, file, [image, picture], api_visibility="private")
+    opened = place.file.upload(clear, None, shown, **QUIET).then(
+        read, place.file, [place.image, place.picture], api_visibility="private"
+    )
     for done in (opened.success, opened.failure):  # then free the place for the next file, also after a broken one
-        done(None, None, file, js="() => null")
-    if examples:
-        choices = gr.Gallery(list(examples), columns=columns, allow_preview=False, buttons=[], **PICTURE)
-        choices.select(choose, None, [image, picture], **QUIET)
-    return image
+        done(None, None, place.file, js="() => null")
+    if place.choices is not None:
+        place.choices.select(choose, None, shown, **QUIET)
+
+
+def window_and_level() -> None:
+    with gr.Accordion("Window and level", open=False):
+        width = gr.Slider(1, 100, 100, step=1, label="Window", info="% of the range. Only what is shown changes")
+        level = gr.Slider(0, 100, 50, step=1, label="Level", info="% of the range that becomes middle gray")
+    gr.HTML(WINDOW, padding=False)
+    for slider in (width, level):
+        slider.change(None, [width, level], None, js=SET_WINDOW)
 
 
 def sampling_inputs() -> list[gr.components.Component]:
     """What `tasks.SamplerSettings` takes, in its order."""
     with gr.Accordion("Sampling", open=False):
         return [
-            gr.Slider(1, 100, 20, step=1, label="Steps"),
+            gr.Slider(1, tasks.MOST_STEPS, 20, step=1, label="Steps"),
             gr.Slider(1, 10, 2, step=0.1, label="Guidance", info="1 is none"),
             gr.Number(0, precision=0, minimum=0, maximum=2**31, label="Seed"),
             gr.Dropdown(list(tasks.SCHEDULERS), value=tasks.SamplerSettings().scheduler, label="Scheduler"),
         ]
+
+
+def steps_of(visitors: Visitors, request: gr.Request, progress: gr.Progress) -> tasks.OnStep:
+    """What a call of the model tells of its steps: the page shows them, and the call ends when nobody wants it."""
+    check = visitors.begin(request.session_hash)
+
+    def on_step(done: float) -> None:
+        check()
+        progress(done)
+
+    return on_step
 
 
 def chosen(image: Image.Image | None) -> Image.Image:
@@ -223,15 +298,22 @@ def offered(name: str, content: bytes) -> Any:
 
 
 def explain_errors(function: Callable) -> Callable:
-    """Show the visitor why a call cannot work; any other error is a bug and goes to the log."""
+    """Show the visitor why a call cannot work; any other error is a bug and goes to the log.
+
+    A call that nobody waits for changes nothing. Afterwards its memory goes back to the system.
+    """
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
+        except GoneError:
+            return gr.skip()
         except torch.OutOfMemoryError as error:
             raise gr.Error("The device has no memory left: ask for fewer images.", print_exception=False) from error
         except (ValueError, TypeError, ImportError) as error:
             raise gr.Error(str(error), print_exception=False) from error
+        finally:
+            tasks.release_memory()
 
     return wrapped

@@ -16,6 +16,8 @@ from .tasks import example_images, model_size
 
 __all__ = ["launch", "read_logins"]
 
+VISITORS = 100  # whose images are kept; the one who was here longest ago has to drop an image again
+
 
 def launch(
     model: str | Path,
@@ -50,6 +52,8 @@ def launch(
         for name in ("no_proxy", "NO_PROXY"):  # Gradio calls itself at the start, not through a hospital's proxy
             os.environ[name] = ",".join(filter(None, (os.environ.get(name), "localhost", "127.0.0.1")))
         require("gradio", "demo", "The demo needs Gradio")
+        from starlette.middleware import Middleware
+
         from .page import LOOK, build_page
 
         pipe = load_trained_pipeline(model, None if dtype == torch.float32 else dtype)
@@ -57,13 +61,15 @@ def launch(
             pipe.load_lora_weights(lora)
         pipe.to(device_of(0, device))
         shown = example_images(examples, model_size(pipe), count=6) if examples else []
-        page = build_page(pipe, Path(model).name, shown)
+        page, visitors = build_page(pipe, Path(model).name, shown)
         _, address, public = page.launch(
             server_name=server_name,
             server_port=server_port,
             auth=logins,
             share=share,
             max_file_size="200mb",
+            state_session_capacity=VISITORS,
+            app_kwargs={"middleware": [Middleware(visitors.watch)]},
             enable_monitoring=False,
             ssr_mode=False,
             footer_links=[],

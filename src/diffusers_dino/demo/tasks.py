@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import colorsys
+import contextlib
+import ctypes
 import hashlib
 import io
 import json
+import logging
+import math
+import threading
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -36,6 +41,11 @@ SCHEDULERS = {
 ALL_LAYERS = "all"
 DISPLAY = 1024  # pixels: larger images are shown smaller, and kept and downloaded at their own size
 MIN_SIDE = 32  # of an image in pixels: a smaller one has nothing to show
+MOST_PIXELS = 2**26  # of a file
+KEPT_PIXELS = 2**24  # larger images are shrunk to it; radiographs have fewer
+MOST_STEPS, MOST_VARIATIONS = 100, 16
+_SEEN = 4096  # longer side in pixels of what the model is given, which it shrinks to hundreds
+_LABELLED = 2048  # longer side at which segments are drawn; larger images take the nearest number
 _BATCH = 4  # images that are generated at a time
 _MAX_RATIO = 8  # of an image's sides
 
@@ -52,24 +62,44 @@ class SamplerSettings:
     seed: int = 0
     scheduler: str = "the model's own"
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.steps <= MOST_STEPS:
+            raise ValueError(f"There are 1 to {MOST_STEPS} steps, not {self.steps}.")
+        if not 0 <= self.guidance <= 100:
+            raise ValueError(f"The guidance is a number from 0 to 100, not {self.guidance}.")
+        if self.seed is None or not 0 <= self.seed <= 2**31:
+            raise ValueError(f"The seed is a whole number from 0 to 2147483648, not {self.seed}.")
+        if self.scheduler not in SCHEDULERS:
+            raise ValueError(f"There is no scheduler {self.scheduler!r}: choose one of the list.")
 
-def open_image(path: str | Path) -> Image.Image:
+
+def open_image(path: str | Path, tell: Callable[[str], object] | None = None) -> Image.Image:
     """Read a file that somebody dropped: gray or RGB of 8 bits, from its darkest to its brightest value.
 
-    Training stretches the range in the same way (`Preprocessing`), so the model sees what it knows. Errors name the
-    file without its folder.
+    Training stretches the range in the same way (`Preprocessing`), so the model sees what it knows. An image of more
+    than `KEPT_PIXELS` is shrunk. `tell` hears of that, and of warnings. Neither they nor errors name a folder.
     """
     name = Path(path).name
-    pixels = read_image(path, name=name)  # (H, W) or (H, W, 3)
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{name} is not on the server any more: drop it again.") from error
+    with _warnings_to(tell or (lambda text: None)):
+        pixels = read_image(content, name=name, max_pixels=MOST_PIXELS)  # (H, W) or (H, W, 3)
     height, width = pixels.shape[:2]
     if min(height, width) < MIN_SIDE or max(height, width) > _MAX_RATIO * min(height, width):
         raise ValueError(
             f"{name} has {width} x {height} pixels: the shorter side must have {MIN_SIDE} at least, the longer one at "
             f"most {_MAX_RATIO} times as many."
         )
-    unit = to_unit(pixels.astype(np.uint16))[0]  # (3, H, W) in [0, 1]; uint16 is stretched
-    array = unit_to_uint8(unit).movedim(0, -1).numpy()
-    return Image.fromarray(array[..., 0] if pixels.ndim == 2 else array)
+    least, most = int(pixels.min()), int(pixels.max())
+    values = to_unit(np.arange(least, most + 1, dtype=np.uint16)[None])[0][0]  # (1, V) in [0, 1]; uint16 is stretched
+    image = Image.fromarray(unit_to_uint8(values[0]).numpy()[pixels - least])
+    if height * width > KEPT_PIXELS:
+        image = fitted(image, int(max(width, height) * math.sqrt(KEPT_PIXELS / (height * width))))
+        if tell:
+            tell(f"{name} has {width} x {height} pixels: it is shown and used at {image.width} x {image.height}.")
+    return image
 
 
 def example_images(source: str | Path, size: int, count: int) -> list[Image.Image]:
@@ -94,8 +124,10 @@ def vary(
     on_step: OnStep | None = None,
 ) -> list[Image.Image]:
     """Variations of an image. Number i has the seed `sampling.seed + i` and does not depend on how many there are."""
+    if not 1 <= count <= MOST_VARIATIONS:
+        raise ValueError(f"There are 1 to {MOST_VARIATIONS} variations, not {count}.")
     pipe = _made_of(pipe, DinoDiffusionPipeline, sampling.scheduler)
-    embeds = pipe.encode_image(image)
+    embeds = pipe.encode_image(fitted(image, _SEEN))
     variations: list[Image.Image] = []
     report = _reporter(on_step, -(-count // _BATCH))
     while len(variations) < count:
@@ -123,8 +155,8 @@ def blend(
     """Images on the path between two images, at `num_points` even fractions from 0 to 1, from one noise."""
     between = _made_of(pipe, DinoInterpolationPipeline, sampling.scheduler)
     return between(
-        source,
-        target,
+        fitted(source, _SEEN),
+        fitted(target, _SEEN),
         torch.linspace(0, 1, num_points),
         method=method,
         num_inference_steps=sampling.steps,
@@ -163,12 +195,12 @@ class Segmenter:
         key = hashlib.sha256(image.tobytes()).digest(), image.size, timestep, layer
         if key not in self._maps:
             layers = None if layer == ALL_LAYERS else [layer]
-            self._maps[key] = self._pipe.attention_maps(image, timestep, layers=layers)
+            self._maps[key] = self._pipe.attention_maps(fitted(image, _SEEN), timestep, layers=layers)
         self._maps.move_to_end(key)
         if len(self._maps) > self._kept:
             self._maps.popitem(last=False)
         maps = self._maps[key]
-        width, height = fitted(image, DISPLAY).size
+        width, height = fitted_size(image, DISPLAY)
         output = self._pipe.segment(maps, threshold, relative_threshold=True, refine=True, output_size=(height, width))
         areas = torch.bincount(output.masks[0].flatten(), minlength=len(output.maps[0]))
         order = areas.argsort(descending=True, stable=True)
@@ -177,7 +209,11 @@ class Segmenter:
 
 def labels_of(segments: Tensor, image: Image.Image) -> np.ndarray:
     """Numbers `(H, W)` uint8 of segments at an image's size, from their maps `(K, s, s)`; K is at most 256."""
-    return suppress(segments, (image.height, image.width)).to(torch.uint8).cpu().numpy()
+    width, height = fitted_size(image, _LABELLED)
+    labels = suppress(segments, (height, width)).to(torch.uint8).cpu().numpy()
+    if (width, height) == image.size:
+        return labels
+    return np.asarray(Image.fromarray(labels).resize(image.size, Image.Resampling.NEAREST))
 
 
 def palette() -> np.ndarray:
@@ -193,9 +229,15 @@ def overlay(image: Image.Image, labels: np.ndarray, opacity: float) -> Image.Ima
 
 def fitted(image: Image.Image, max_side: int) -> Image.Image:
     """An image whose longer side is at most `max_side` pixels; smaller ones as they are."""
+    size = fitted_size(image, max_side)
+    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def fitted_size(image: Image.Image, max_side: int) -> tuple[int, int]:
+    """Width and height that `fitted` gives an image."""
     scale = min(1, max_side / max(image.size))
-    size = tuple(max(1, round(side * scale)) for side in image.size)
-    return image if scale == 1 else image.resize(size, Image.Resampling.BICUBIC)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return width, height
 
 
 def mask_image(labels: np.ndarray) -> Image.Image:
@@ -221,6 +263,32 @@ def archive(pictures: Mapping[str, Image.Image], model: str, sampling: SamplerSe
         settings = {"synthetic": True, "model": model, **asdict(sampling), **facts}
         file.writestr("settings.json", json.dumps(settings, indent=2) + "\n")
     return buffer.getvalue()
+
+
+def release_memory() -> None:
+    """Give the system back what a large image or many steps needed; the allocators would keep it."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with contextlib.suppress(OSError, AttributeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextlib.contextmanager
+def _warnings_to(tell: Callable[[str], object]) -> Iterator[None]:
+    """Call `tell` with what this thread's code logs as a warning."""
+    logger, thread = logging.getLogger("diffusers_dino"), threading.get_ident()
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.levelno >= logging.WARNING and record.thread == thread:
+                tell(record.getMessage())
+
+    handler = Handler()
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def _made_of(pipe: DinoDiffusionPipeline, kind: type[Pipeline], scheduler: str) -> Pipeline:
