@@ -1,4 +1,4 @@
-"""Jobs of the demo's visitors: who may wait, whose job is dropped, and how much memory an image takes, over HTTP."""
+"""Jobs of the demo's visitors: who may wait, and whose job is dropped; then the same on the server, over HTTP."""
 
 import asyncio
 import json

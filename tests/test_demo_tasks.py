@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import subprocess
 import sys
 import zipfile
 from unittest.mock import patch
@@ -220,6 +221,49 @@ def test_an_archive_holds_the_pictures_at_their_size_and_says_how_they_were_made
         assert np.array_equal(np.asarray(Image.open(file.open("b.png"))), np.asarray(picture(1)))
         noted = json.loads(file.read("settings.json"))
     assert noted.items() >= {"synthetic": True, "model": "tiny", "steps": 3, "task": "variations"}.items()
+
+
+# Peak and rest of a process's memory in MB above what the model takes, while it segments an image that is 8 times as
+# wide as high and downloads the files.
+MEASURED = """
+import resource, sys
+import numpy as np
+from PIL import Image
+import tiny
+from diffusers_dino.demo import tasks
+
+def now():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 1e6
+
+Image.fromarray(np.tile(np.arange(20_000, dtype=np.uint16), (2500, 1))).save(sys.argv[1])
+pipe = tiny.tiny_pipeline(vae=tiny.tiny_vae(1))
+segmenter = tasks.Segmenter(pipe)
+segmenter.segment(Image.new("L", (64, 64)), 100, 0.1)
+tasks.release_memory()
+before = now()
+image = tasks.open_image(sys.argv[1])
+maps = segmenter.segment(image, 100, 0.05)
+labels = tasks.labels_of(maps, image)
+files = tasks.png(tasks.mask_image(labels)), tasks.png(tasks.overlay(image, labels, 0.5))
+tasks.vary(pipe, image, 1, tasks.SamplerSettings(steps=1))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 - before
+del image, maps, labels, files
+tasks.release_memory()
+print(peak, now() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="The memory of a process is read as Linux tells it.")
+def test_a_large_image_takes_bounded_memory_and_gives_it_back(tmp_path):
+    code, places = MEASURED, os.pathsep.join([os.path.dirname(tiny.__file__), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", code, str(tmp_path / "wide.png")]
+    printed = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": places}, capture_output=True, text=True, check=True
+    )
+    peak, rest = map(float, printed.stdout.split()[-2:])
+    assert peak < 1500
+    assert rest < 300
 
 
 class TestStarting:
