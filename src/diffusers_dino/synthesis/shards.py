@@ -119,6 +119,7 @@ def read_record(plan: Plan, number: int, folder: Path) -> ShardRecord | None:
         expected = shard_path(folder, number).name, len(set(plan.shard(number)) - set(record.left_out))
         fits = (record.plan, record.shard.name, record.shard.samples) == (plan.digest, *expected)
         known = fits and {*record.redrawn, *record.left_out} <= set(plan.shard(number)) and record.refused >= 0
+        known = known and isinstance(record.environment, dict)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
     return record if known else None
