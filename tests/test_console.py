@@ -1,10 +1,12 @@
 """How scripts end: one line for what a user can mend, a traceback for what is our fault."""
 
 import errno
+import os
 
 import pytest
 
 from diffusers_dino.cli.console import run, run_resumable
+from diffusers_dino.files import lock_folder
 
 
 def failing(error: BaseException):
@@ -34,3 +36,23 @@ def test_a_script_says_whether_its_work_stays():
         run_resumable(failing(KeyboardInterrupt()))
     with pytest.raises(SystemExit, match="What is done stays"):
         run_resumable(failing(OSError(errno.ENOSPC, "No space left on device")))
+
+
+@pytest.mark.filterwarnings("ignore:flock not supported")
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("start", [run, run_resumable])
+def test_libraries_and_folders_do_without_locks_where_there_are_none(tmp_path, monkeypatch, caplog, start, number):
+    fcntl, filelock = pytest.importorskip("fcntl"), pytest.importorskip("filelock")
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    def main() -> None:
+        with filelock.FileLock(tmp_path / "cache.lock"), lock_folder(tmp_path):
+            (tmp_path / "done").touch()
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    start(main)
+    assert (tmp_path / "done").exists()
+    assert "cannot be locked" in caplog.text
+    assert fcntl.flock is refuse

@@ -131,6 +131,21 @@ class TestRestart:
         make(output_dir=cut)
         assert content(cut) == expected
 
+    @pytest.mark.parametrize("damage", ["", "{", "[]", "null", '{"bytes": 3}', "[" * 100_000, '{"shards": [3]}'])
+    def test_damaged_files_of_the_work_are_named_or_made_anew(self, make, stopped, tmp_path, damage):
+        expected = content(make())
+        cut = tmp_path / "cut"
+        stopped("make.write_manifest", output_dir=cut)
+        for record in (cut / ".work" / "shards").glob("*.json"):
+            record.write_text(damage)
+        (cut / ".work" / "parts" / "000001.json").write_text(damage)
+        plan = cut / ".work" / "plan.json"
+        plan.write_text(damage)
+        with pytest.raises(ValueError, match=r"plan\.json is damaged.*retry_unreadable"):
+            make(output_dir=cut)
+        make(output_dir=cut, retry_unreadable=True)
+        assert content(cut) == expected
+
     def test_a_complete_folder_is_verified(self, make, flags, capsys):
         out = make()
         before = content(out)

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 
+from ..files import tolerate_missing_locks
+
 __all__ = ["run", "run_resumable", "say_what_failed", "show_messages"]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -16,7 +18,8 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 def run(main: Callable[[], None]) -> None:
     """Run a script: end with one line for what a user can mend; what looks like our fault keeps its traceback."""
     try:
-        main()
+        with tolerate_missing_locks():  # of caches
+            main()
     except (ImportError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -26,7 +29,8 @@ def run(main: Callable[[], None]) -> None:
 def run_resumable(main: Callable[[], None]) -> None:
     """Like `run`, for a script whose work stays when it is stopped; a RuntimeError ends with one line, too."""
     try:
-        main()
+        with tolerate_missing_locks():
+            main()
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         sys.exit(f"error: {say_what_failed(error)}")
     except KeyboardInterrupt:

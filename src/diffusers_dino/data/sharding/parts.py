@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -190,15 +191,18 @@ def is_complete(folder: Path, number: int) -> bool:
 
 def read_part(folder: Path, number: int) -> tuple[list[Sample], list[Unreadable]]:
     """The facts of a part's samples, and its unreadable images."""
-    content = read_json(_facts(folder, number))
-    samples = [Sample(**dict(zip(_COLUMNS, row, strict=False)), part=number) for row in content["samples"]]
-    return samples, [Unreadable(*row) for row in content["unreadable"]]
+    try:
+        content = read_json(_facts(folder, number))
+        samples = [Sample(**dict(zip(_COLUMNS, row, strict=False)), part=number) for row in content["samples"]]
+        return samples, [Unreadable(*row) for row in content["unreadable"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(folder, number) from error
 
 
 def assemble_shard(name: str, split: str, samples: Sequence[Sample], parts: Path, folder: Path, done: Path) -> Shard:
     """Copy a shard together from parts, unless it is there already and matches its record in the folder `done`."""
     path, record = folder / name, done / f"{name}.json"
-    if record.is_file():
+    with suppress(FileNotFoundError, ValueError, TypeError):  # without a sound record it is written anew
         shard = Shard(**read_json(record))
         if path.is_file() and path.stat().st_size == shard.bytes and sha256_of(path) == shard.sha256:
             return shard
@@ -216,9 +220,13 @@ def read_contents(sample: Sample, parts: Path) -> dict[str, bytes]:
             contents[extension] = blob.read(length)
             checksum = zlib.crc32(contents[extension], checksum)
     if checksum != sample.checksum:
-        names = f"{_blob(parts, sample.part)} and {_facts(parts, sample.part).name}"
-        raise ShardError(f"A part is damaged: delete {names} and run the same command again.")
+        raise _damaged(parts, sample.part)
     return contents
+
+
+def _damaged(parts: Path, number: int) -> ShardError:
+    names = f"{_blob(parts, number)} and {_facts(parts, number).name}"
+    return ShardError(f"A part is damaged: delete {names} and run the same command again.")
 
 
 def _with_facts(samples: Iterable[Sample], split: str, parts: Path) -> Iterator[tuple[str, dict[str, bytes]]]:

@@ -127,8 +127,11 @@ def read_plan(work: Path) -> ShardPlan | None:
     path = work / PLAN
     if not path.is_file():
         return None
-    content = read_json(path, limit=1 << 30, error=ShardError)
-    return ShardPlan(**content | {"shards": [PlannedShard(**shard) for shard in content["shards"]]})
+    try:
+        content = read_json(path, limit=1 << 30)
+        return ShardPlan(**content | {"shards": [PlannedShard(**shard) for shard in content["shards"]]})
+    except (ValueError, KeyError, TypeError) as error:
+        raise ShardError(f"{path} is damaged. Run the same command with retry_unreadable: it plans anew.") from error
 
 
 def make_plan(samples: Sequence[Sample], rule: PlanRule, output: Path, work: Path) -> ShardPlan:
