@@ -32,6 +32,7 @@ from .seeds import generator_for
 __all__ = ["DinoImageConditioner"]
 
 PixelValues = Tensor | tuple[Tensor, ...]
+_STACKED_AT_MOST = 3 * 2**22  # numbers of an image; larger ones are not copied together before they are resized
 _MIN_IMAGES = 16  # the standard error of a standard deviation is then about a sixth of it
 
 
@@ -231,7 +232,7 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
         sizes = tuple(encoder.spec.size for encoder in self.image_encoders)
         return sizes[0] if len(sizes) == 1 else sizes
 
-    def preprocess(self, images: ImageInput) -> PixelValues:
+    def preprocess(self, images: ImageInput, crop: bool = True) -> PixelValues:
         """Crop images to their central square and resize it, antialiased, to what the encoder sees.
 
         The whole square is kept, so that encoder and autoencoder see the same crop: image processors that cut a border
@@ -239,22 +240,25 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
 
         Args:
             images: One or a list of B, of any type that `diffusers_dino.pixels.to_unit` reads, with its errors; a
-                ValueError also if one is smaller than a patch.
+                ValueError also if the square is smaller than a patch.
+            crop: False stretches whole images to squares in place of cropping them, as DiffSeg does.
 
         Returns:
             `(B, 3, size, size)` float32 in [0, 1], differentiable; a tuple of them for several encoders.
         """
-        squares = [center_square(unit) for unit in to_unit(images)]
-        patch = max(encoder.patch for encoder in self.image_encoders)
-        for square in squares:
-            if square.shape[-1] < patch:
-                raise ValueError(
-                    f"An image is smaller than a patch of the encoder: its shorter side has {square.shape[-1]} "
-                    f"pixels, a patch {patch}."
-                )
+        units = to_unit(images)
+        if crop:
+            units = [center_square(unit) for unit in units]
+            patch = max(encoder.patch for encoder in self.image_encoders)
+            for square in units:
+                if square.shape[-1] < patch:
+                    raise ValueError(
+                        f"An image is smaller than a patch of the encoder: its shorter side has {square.shape[-1]} "
+                        f"pixels, a patch {patch}."
+                    )
         specs = [encoder.spec for encoder in self.image_encoders]
-        same = len({square.shape for square in squares}) == 1
-        batches = [torch.stack(squares)] if same else [square[None] for square in squares]
+        same = len({unit.shape for unit in units}) == 1 and units[0].numel() <= _STACKED_AT_MOST
+        batches = [torch.stack(units)] if same else [unit[None] for unit in units]
         resized = tuple(
             torch.cat([resize_unit(batch, spec.size, spec.resample) for batch in batches]) for spec in specs
         )

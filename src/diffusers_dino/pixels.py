@@ -39,6 +39,8 @@ ImageInput: TypeAlias = Image | list[Image] | tuple[Image, ...]
 
 _FULL_SCALE = {torch.uint8: 255.0, torch.bool: 1.0}
 _OWN_SCALE = (torch.uint16, torch.int16, torch.uint32, torch.int32)
+_NARROW = 16  # times as high as wide
+_PIECE = 2**20  # pixels that are stretched at a time
 _ROUNDING = 1e-4  # how far a floating image may leave [0, 1] by rounding before it is refused
 
 
@@ -82,7 +84,13 @@ def resize_unit(images: Tensor, size: int, resample: str) -> Tensor:
     smooth = resample != "nearest"
     options = {"align_corners": False, "antialias": True} if smooth else {}
     mode = resample if smooth else "nearest-exact"
-    return F.interpolate(images, size=(size, size), mode=mode, **options).clamp(0, 1)
+    channels, (height, width) = images.shape[1], images.shape[-2:]
+    if images.stride(1) == 0:  # gray that was expanded to RGB
+        images = images[:, :1]
+    if height > max(size, _NARROW * width):  # torch would make it wider first, at its full height
+        images = F.interpolate(images, size=(size, width), mode=mode, **options)
+    resized = F.interpolate(images, size=(size, size), mode=mode, **options).clamp(0, 1)
+    return resized.expand(-1, channels, -1, -1)
 
 
 def unit_to_vae(x: Tensor, channels: int) -> Tensor:
@@ -163,10 +171,12 @@ def _array(image: PIL.Image.Image) -> np.ndarray:
 
 def _unit(x: Tensor) -> Tensor:
     """Images `(N, 1 or 3 or 4, H, W)` of any range to `(N, 3, H, W)` float32 in [0, 1]."""
+    if x.shape[1] == 3 and x.stride(1) == 0:  # gray that was expanded to RGB, such as this function's own
+        x = x[:, :1]
     if x.is_floating_point():
         unit = _checked(x.float())
     elif x.dtype in _FULL_SCALE:
-        unit = x.float() / _FULL_SCALE[x.dtype]
+        unit = x.float().div_(_FULL_SCALE[x.dtype])
     elif x.dtype in _OWN_SCALE:
         unit = _stretched(x)
     else:
@@ -197,6 +207,12 @@ def _stretched(x: Tensor) -> Tensor:
     """Each image from its own minimum to its own maximum."""
     if x.shape[1] == 4:
         raise TypeError(f"Alpha has no documented range in {x.dtype}: give RGBA as uint8 or as floats in [0, 1].")
-    wide = x.to(torch.int64)  # exact differences, where float32 would round beyond 24 bits
-    above = wide - wide.amin((1, 2, 3), keepdim=True)
-    return above.float() / above.amax((1, 2, 3), keepdim=True).clamp(min=1)
+    stretched = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    for image, result in zip(x, stretched, strict=True):
+        rows = max(1, _PIECE // image[:, 0].numel())
+        low = min(int(piece.long().min()) for piece in image.split(rows, dim=1))
+        high = max(int(piece.long().max()) for piece in image.split(rows, dim=1))
+        for piece, part in zip(image.split(rows, dim=1), result.split(rows, dim=1), strict=True):
+            # exact differences, where float32 would round beyond 24 bits; in pieces, as int64 takes 8 bytes a pixel
+            part.copy_((piece.long() - low).float() / max(high - low, 1))
+    return stretched

@@ -30,6 +30,7 @@ __all__ = [
 _SUM_ERROR = 1e-3  # what half precision and averaging may leave
 _ROWS_AT_ONCE = 512
 _SUPPRESSED_AT_ONCE = 16
+_SUPPRESSED_PIXELS = 2**26  # of all candidates at once: 256 MiB
 _LEAST_THRESHOLD = 1e-9  # nats: far above what rounding makes of equal maps, far below any model's differences
 
 
@@ -155,9 +156,10 @@ def suppress(merged: Tensor, size: int | tuple[int, int]) -> Tensor:
     Candidates are `(K, h, w)`, the result `(H, W)` int64 in [0, K); `size` is H and W, or the side of a square.
     """
     height_width = (size, size) if isinstance(size, int) else tuple(size)
+    count = max(1, min(_SUPPRESSED_AT_ONCE, _SUPPRESSED_PIXELS // (height_width[0] * height_width[1])))
     best = labels = None
-    for start in range(0, len(merged), _SUPPRESSED_AT_ONCE):
-        chunk = merged[None, start : start + _SUPPRESSED_AT_ONCE].float()
+    for start in range(0, len(merged), count):
+        chunk = merged[None, start : start + count].float()
         value, index = F.interpolate(chunk, size=height_width, mode="bilinear")[0].max(dim=0)  # (H, W)
         index += start
         if best is None:

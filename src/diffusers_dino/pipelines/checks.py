@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 import warnings
-from numbers import Integral
+from itertools import pairwise
+from numbers import Integral, Real
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,11 +24,15 @@ __all__ = [
     "check_channels",
     "check_choice",
     "check_components",
+    "check_descent",
     "check_embeds",
     "check_finite",
     "check_generator",
+    "check_number",
     "check_numbers",
     "check_schedule",
+    "check_scheduler",
+    "check_steps",
     "condition_width",
     "image_size",
 ]
@@ -93,6 +101,53 @@ def check_channels(vae: VAE | None, unet: UNet2DConditionModel | UNet2DModel | N
         )
 
 
+def check_scheduler(scheduler: Any) -> None:
+    """Refuse with a ValueError what does not work as the schedulers of Stable Diffusion do: flow matching, for one."""
+    needed = ("scale_model_input", "init_noise_sigma", "set_timesteps", "step", "config.num_train_timesteps")
+    lacking = []
+    for name in needed:
+        try:
+            attrgetter(name)(scheduler)
+        except AttributeError:
+            lacking.append(name)
+    if not lacking:  # the first three are the prediction, the timestep and the latents
+        step = list(inspect.signature(scheduler.step).parameters.values())[3:]
+        named = (each for each in step if each.kind is each.POSITIONAL_OR_KEYWORD)
+        lacking = [f"step without {each.name}" for each in named if each.default is each.empty]
+    if lacking:
+        raise ValueError(
+            f"{type(scheduler).__name__} cannot be used here: it has no {', no '.join(lacking)}. Use one of "
+            "diffusers' KarrasDiffusionSchedulers, such as DDIMScheduler; for a model of flow matching "
+            "DPMSolverMultistepScheduler with prediction_type='flow_prediction' and use_flow_sigmas=True."
+        )
+
+
+def check_steps(scheduler: Any, timesteps: Any = None, sigmas: Any = None) -> None:
+    """Refuse with a ValueError a caller's `timesteps` or `sigmas` that do not descend, or lie outside their range."""
+    last = scheduler.config["num_train_timesteps"] - 1
+    for name, values, top in (("timesteps", timesteps, last), ("sigmas", sigmas, math.inf)):
+        if values is None:
+            continue
+        listed = values.tolist() if hasattr(values, "tolist") else values
+        listed = listed if isinstance(listed, (list, tuple)) else []
+        fits = listed and all(_is_number(value) and 0 <= value <= top for value in listed)
+        if name == "sigmas" and fits and listed[0] < listed[-1]:  # the ramp that EDM's schedulers take
+            listed = listed[::-1]
+        if not fits or any(before <= after for before, after in pairwise(listed)):
+            range_ = f"within {last} and 0" if name == "timesteps" else "of 0 or more"
+            raise ValueError(f"`{name}` must be a list of descending numbers {range_}, got {values!r}.")
+
+
+def check_descent(timesteps: Tensor, scheduler: Any) -> None:
+    """Refuse with a ValueError timesteps that do not lead from noise to an image."""
+    if not len(timesteps):
+        raise ValueError(f"{type(scheduler).__name__} makes no step of one of the `sigmas`: give two or more.")
+    if timesteps[0] < timesteps[-1]:
+        raise ValueError(
+            f"{type(scheduler).__name__} leads from an image to noise, not to an image: use a scheduler for sampling."
+        )
+
+
 def check_schedule(config: Any) -> None:
     """Warn of settings in a scheduler's config that are known to spoil latent diffusion; each is legal."""
     if config.get("clip_sample"):
@@ -157,6 +212,19 @@ def check_choice(choices: tuple[str, ...], **values: str) -> None:
     for name, value in values.items():
         if value not in choices:
             raise ValueError(f"`{name}` must be one of {choices}, got {value!r}.")
+
+
+def check_number(low: float, high: float = math.inf, **numbers: float) -> None:
+    """Refuse with a ValueError, by its name, what is not a finite number in `[low, high]`."""
+    for name, value in numbers.items():
+        number = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
+        if not (_is_number(number) and low <= number <= high):
+            kind = f"in [{low:g}, {high:g}]" if high < math.inf else f"a finite number of {low:g} or more"
+            raise ValueError(f"`{name}` must be {kind}, got {value!r}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_numbers(multiple_of: int = 1, **numbers: int) -> None:

@@ -32,6 +32,7 @@ from .checks import Generators, check_channels, check_choice, check_finite, chec
 from .loading import ComponentLoadingMixin
 from .lora import UNetLoraLoaderMixin
 from .pipeline_output import DiffSegPipelineOutput
+from .turns import segments_in_turn
 
 __all__ = ["DiffSegPipeline"]
 
@@ -105,15 +106,24 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         generator: Generators = None,
         image_embeds: Tensor | None = None,
         unet_kwargs: Mapping[str, Any] | None = None,
+        add_noise: bool = False,
     ) -> None:
         """Refuse what cannot work before any work is done; arguments and errors as in `__call__`."""
+        if self.unet is None or self.scheduler is None:
+            raise ValueError("This pipeline has no unet or no scheduler; both are needed to segment.")
         check_channels(self.vae, self.unet, "in_channels")
+        config = self.scheduler.config
+        if add_noise and ("beta_schedule" not in config or config.get("prediction_type") == "flow_prediction"):
+            raise ValueError(
+                f"{type(self.scheduler).__name__} adds noise in a way of its own (flow matching, say), which is not "
+                "known here: leave add_noise=False, as DiffSeg does."
+            )
         if has_cache(self.unet):
             raise ValueError(
                 "The UNet has a cache (enable_cache), which leaves out layers whose attention is read here: call "
                 "disable_cache() of the pipeline that it belongs to."
             )
-        _timesteps(timestep, self.scheduler.config["num_train_timesteps"])
+        _timesteps(timestep, config["num_train_timesteps"])
         check_numbers(self.vae_scale_factor, size=self._size(size))
         check_generator(generator)
         if image_embeds is not None and not isinstance(image_embeds, Tensor):
@@ -130,7 +140,7 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         """The condition of the UNet: the images' own tokens, the empty prompt, or none for an unconditional UNet.
 
         Args:
-            images: B square images `(3, S, S)` in [0, 1], sizes may differ.
+            images: B images `(3, H, W)` in [0, 1], sizes may differ; they are stretched to squares.
             size: Side in pixels that the model sees them at; by default the UNet's.
 
         Returns:
@@ -140,7 +150,7 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         if not self._is_conditional:
             return {}
         if self.conditioner is not None:
-            pixels = send_to_device(self.conditioner.preprocess(images), device)
+            pixels = send_to_device(self.conditioner.preprocess(images, crop=False), device)
             return {"encoder_hidden_states": self.conditioner(pixels)}
         encoders = [(self.text_encoder, self.tokenizer), (self.text_encoder_2, self.tokenizer_2)]
         outputs = [_empty_prompt(*pair, device) for pair in encoders if pair[0] is not None]
@@ -154,7 +164,7 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         return {"encoder_hidden_states": tokens, "added_cond_kwargs": added}
 
     def prepare_latents(self, images: list[Tensor], size: int | None = None) -> Tensor:
-        """Encode square images to the clean latents that the UNet was trained on, the mean of the VAE's distribution.
+        """Encode images, stretched to squares, to the clean latents of the UNet: the mean of the VAE's distribution.
 
         `images` and `size` are as in `encode_condition`; the result is `(B, L, size / f, size / f)` with f pixels per
         latent, or pixels in [-1, 1] without a VAE.
@@ -166,6 +176,7 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         check_finite(latents, "latents")
         return latents.to(self.unet.dtype)
 
+    @segments_in_turn
     @torch.no_grad()
     def attention_maps(
         self,
@@ -189,8 +200,8 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         Returns:
             `(B, s * s, s, s)` float32, each map of sum 1, on the UNet's device; s is the largest side.
         """
-        self.check_inputs(timestep, size, generator, image_embeds, unet_kwargs)
-        images = [resize_unit(unit[None], max(unit.shape[-2:]), "bicubic")[0] for unit in to_unit(image)]
+        self.check_inputs(timestep, size, generator, image_embeds, unet_kwargs, add_noise)
+        images = to_unit(image)
         check_generator(generator, len(images))
         given = dict(unet_kwargs or {}) | ({} if image_embeds is None else {"encoder_hidden_states": image_embeds})
         condition = given if "encoder_hidden_states" in given else self.encode_condition(images, size) | given
@@ -244,9 +255,10 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         return DiffSegPipelineOutput(
             masks=masks.cpu().numpy() if output_type == "np" else masks,
             maps=merged,
-            num_segments=[len(mask.unique()) for mask in masks],
+            num_segments=[int(mask.flatten().bincount().count_nonzero()) for mask in masks],
         )
 
+    @segments_in_turn
     @torch.no_grad()
     def __call__(
         self,
@@ -301,7 +313,7 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
             TypeError: If an argument has the wrong type.
             ValueError: If an argument has the wrong value, a component is missing, the UNet has no self-attention at
                 a side that was asked for, or images of different sizes come without an `output_size`.
-            RuntimeError: If the latents come out with NaN or infinity.
+            RuntimeError: If the latents come out with NaN or infinity, or another call uses the pipeline or its UNet.
         """
         _thresholds(merge_threshold, num_merges)  # refused before the model runs
         check_choice(("pt", "np"), output_type=output_type)

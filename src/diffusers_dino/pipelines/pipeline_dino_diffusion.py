@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,16 +26,21 @@ from .checks import (
     Generators,
     check_choice,
     check_components,
+    check_descent,
     check_embeds,
     check_finite,
     check_generator,
+    check_number,
     check_numbers,
     check_schedule,
+    check_scheduler,
+    check_steps,
     condition_width,
 )
 from .loading import ComponentLoadingMixin
 from .lora import UNetLoraLoaderMixin
 from .pipeline_output import DinoDiffusionPipelineOutput
+from .turns import in_turn, samples_in_turn
 
 __all__ = ["DinoDiffusionPipeline", "StepCallback"]
 
@@ -128,9 +134,10 @@ class DinoDiffusionPipeline(
         """Encode `image`, as in `__call__`, to condition tokens `(B, S, D)`, class token first, for `image_embeds`."""
         if self.conditioner is None:
             raise ValueError("This pipeline has no conditioner to encode `image` with. Give `image_embeds`.")
-        # an offloaded module does not know where it will run: its hooks act when it is called, not its `encode`
-        pixels = send_to_device(self.conditioner.preprocess(image), self._execution_device)
-        return self.conditioner(pixels)
+        with in_turn(self, within=True):
+            # an offloaded module does not know where it will run: its hooks act when it is called, not its `encode`
+            pixels = send_to_device(self.conditioner.preprocess(image), self._execution_device)
+            return self.conditioner(pixels)
 
     def check_inputs(
         self,
@@ -140,11 +147,15 @@ class DinoDiffusionPipeline(
         width: int,
         *,
         num_inference_steps: int = 50,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
         guidance_scale: float = 1.0,
         guidance_rescale: float = 0.0,
         num_images_per_prompt: int = 1,
+        eta: float = 0.0,
         generator: Generators = None,
         output_type: str = "pil",
+        cross_attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
         name: str = "image",
     ) -> None:
@@ -157,6 +168,11 @@ class DinoDiffusionPipeline(
             raise ValueError("This pipeline has no unet or no scheduler; both are needed to generate.")
         if self.vae is None and output_type != "latent":
             raise ValueError(f"output_type={output_type!r} needs a VAE and this pipeline has none: ask for 'latent'.")
+        check_scheduler(self.scheduler)
+        check_number(0, guidance_scale=guidance_scale)
+        check_number(0, 1, guidance_rescale=guidance_rescale, eta=eta)
+        if "scale" in (cross_attention_kwargs or {}):  # another would stay in the layers after the call
+            check_number(-math.inf, scale=cross_attention_kwargs["scale"])
         if self.conditioner is None and guidance_scale > 1:
             raise ValueError(
                 f"guidance_scale={guidance_scale} needs the conditioner's null condition, and this pipeline has no "
@@ -171,9 +187,8 @@ class DinoDiffusionPipeline(
             check_embeds(image_embeds, num_tokens, condition_width(self.unet), f"{name}_embeds")
         check_numbers(self.vae_scale_factor, height=height, width=width)
         check_numbers(num_inference_steps=num_inference_steps, num_images_per_prompt=num_images_per_prompt)
+        check_steps(self.scheduler, timesteps, sigmas)
         check_generator(generator)
-        if not 0 <= guidance_rescale <= 1:
-            raise ValueError(f"`guidance_rescale` must be in [0, 1], got {guidance_rescale}.")
         if unknown := set(callback_on_step_end_tensor_inputs or ()) - set(self._callback_tensor_inputs):
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, got "
@@ -222,6 +237,7 @@ class DinoDiffusionPipeline(
         accepted = inspect.signature(self.scheduler.step).parameters
         return {name: value for name, value in (("generator", generator), ("eta", eta)) if name in accepted}
 
+    @samples_in_turn
     @torch.no_grad()
     def __call__(
         self,
@@ -252,11 +268,11 @@ class DinoDiffusionPipeline(
             height: Of the generated images in pixels; by default what the UNet's config or `latents` say.
             width: As `height`.
             num_inference_steps: Denoising steps.
-            timesteps: Your own timesteps in place of `num_inference_steps`, for schedulers that take them.
+            timesteps: Your own timesteps in place of `num_inference_steps`, for schedulers that take them, descending.
             sigmas: Your own noise levels, descending to 0, likewise.
             guidance_scale: Classifier-free guidance away from the null condition, as in Imagen (arXiv 2205.11487,
-                eq. 2): 1 or less is none, at half the cost. Use 1 for a model that was trained without dropping its
-                condition: it does not know the null condition.
+                eq. 2), of 0 or more: 1 or less is none, at half the cost. Use 1 for a model that was trained without
+                dropping its condition: it does not know the null condition.
             guidance_rescale: In [0, 1], against over-exposure by guidance; 0.7 with zero terminal SNR (Lin et al.,
                 arXiv 2305.08891, section 3.4).
             num_images_per_prompt: Variations of each image, n.
@@ -278,7 +294,7 @@ class DinoDiffusionPipeline(
         Raises:
             TypeError: If an argument has the wrong type.
             ValueError: If an argument has the wrong value, or the components do not fit together or are missing.
-            RuntimeError: If the images come out with NaN or infinity.
+            RuntimeError: If the images come out with NaN or infinity, or another call uses the pipeline meanwhile.
         """
         # 1. Check
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
@@ -292,11 +308,15 @@ class DinoDiffusionPipeline(
             height,
             width,
             num_inference_steps=num_inference_steps,
+            timesteps=timesteps,
+            sigmas=sigmas,
             guidance_scale=guidance_scale,
             guidance_rescale=guidance_rescale,
             num_images_per_prompt=num_images_per_prompt,
+            eta=eta,
             generator=generator,
             output_type=output_type,
+            cross_attention_kwargs=cross_attention_kwargs,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
         self._guidance_scale = guidance_scale
@@ -315,6 +335,7 @@ class DinoDiffusionPipeline(
 
         # 3. Prepare timesteps, noise, and what the scheduler's step takes
         timesteps, _ = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
+        check_descent(timesteps, self.scheduler)
         self._num_timesteps = len(timesteps)
         channels = self.unet.config.in_channels
         latents = self.prepare_latents(batch_size, channels, height, width, dtype, device, generator, latents)

@@ -15,6 +15,7 @@ from ..pixels import ImageInput
 from .checks import Generators, check_choice
 from .pipeline_dino_diffusion import DinoDiffusionPipeline, StepCallback
 from .pipeline_output import DinoInterpolationPipelineOutput
+from .turns import samples_in_turn
 
 __all__ = ["DinoInterpolationPipeline"]
 
@@ -99,6 +100,7 @@ class DinoInterpolationPipeline(DinoDiffusionPipeline):
             raise ValueError(f"`weights` must be (K,) or (M, K), got shape {tuple(rows.shape)}.")
         return torch.stack([mix(image_embeds.float(), row, restore_norm) for row in rows]).to(image_embeds.dtype)
 
+    @samples_in_turn
     @torch.no_grad()
     def __call__(
         self,
@@ -160,9 +162,13 @@ class DinoInterpolationPipeline(DinoDiffusionPipeline):
             "height": height,
             "width": width,
             "num_inference_steps": num_inference_steps,
+            "timesteps": timesteps,
+            "sigmas": sigmas,
             "guidance_scale": guidance_scale,
             "guidance_rescale": guidance_rescale,
             "num_images_per_prompt": num_images_per_prompt,
+            "eta": eta,
+            "cross_attention_kwargs": cross_attention_kwargs,
             "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
         }
         checked = {**sampling, "generator": generator, "output_type": output_type}
@@ -189,15 +195,12 @@ class DinoInterpolationPipeline(DinoDiffusionPipeline):
                     if same_noise:
                         for each, state in zip(generators, states, strict=True):
                             each.set_state(state)
-                    output = super().__call__(
+                    output = DinoDiffusionPipeline.__call__.__wrapped__(  # within the turn of this call
+                        self,
                         image_embeds=image_embeds,
-                        timesteps=timesteps,
-                        sigmas=sigmas,
-                        eta=eta,
                         generator=generator,
                         latents=latents,
                         output_type="latent",
-                        cross_attention_kwargs=cross_attention_kwargs,
                         callback_on_step_end=callback_on_step_end,
                         **sampling,
                     )

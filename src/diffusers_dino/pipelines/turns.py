@@ -1,0 +1,99 @@
+"""One call at a time: some of what a pipeline works with keeps the state of a call, which a second one would change.
+
+A scheduler counts its steps, a pipeline keeps the guidance, DiffSeg hangs hooks on the UNet. Weights have no state: a
+pipeline for each thread, with a scheduler of its own, may share them.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+from torch import nn
+
+__all__ = ["in_turn", "samples_in_turn", "segments_in_turn"]
+
+_LOCK = threading.Lock()
+_AT_WORK: dict[tuple[int, int], list[tuple[int, bool]]] = {}  # by process and object: thread, and whether alone
+
+
+@contextmanager
+def in_turn(pipe: Any, alone: Iterable[Any] = (), beside: Iterable[Any] = (), within: bool = False) -> Iterator[None]:
+    """Work with a pipeline that no other call works with meanwhile, or raise a RuntimeError at once.
+
+    The same holds for the objects in `alone`, and for models with hooks that move or change their weights (offloading,
+    caches). Those in `beside` may be used by other calls that do not need them alone. `within` says whether a call of
+    this thread may make this one, as its callback does.
+    """
+    models = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    wanted = {id(each): (each, False) for each in beside if each is not None}
+    wanted |= {id(each): (each, True) for each in (pipe, *alone, *filter(_has_hooks, models)) if each is not None}
+    process, thread = os.getpid(), threading.get_ident()
+    with _LOCK:
+        for each, is_alone in wanted.values():
+            for other, other_is_alone in _AT_WORK.get((process, id(each)), ()):
+                if (is_alone or other_is_alone) and not (within and other == thread):
+                    raise RuntimeError(_refusal(pipe, each))
+        for each, is_alone in wanted.values():
+            _AT_WORK.setdefault((process, id(each)), []).append((thread, is_alone))
+    try:
+        yield
+    finally:
+        with _LOCK:
+            for each, is_alone in wanted.values():
+                calls = _AT_WORK[process, id(each)]
+                calls.remove((thread, is_alone))
+                if not calls:
+                    del _AT_WORK[process, id(each)]
+
+
+def samples_in_turn(call: Callable) -> Callable:
+    """Make the `__call__` of a pipeline that samples refuse to run beside another one, also from a callback."""
+
+    @wraps(call)
+    def in_its_turn(self: Any, *args: Any, **kwargs: Any) -> Any:
+        alone, beside = [self.scheduler], [self.unet]
+        if any(isinstance(value, dict) and "scale" in value for value in (*args, *kwargs.values())):
+            alone, beside = [self.scheduler, self.unet], []  # whose LoRA layers are scaled for the call
+        with in_turn(self, alone, beside):
+            return call(self, *args, **kwargs)
+
+    return in_its_turn
+
+
+def segments_in_turn(call: Callable) -> Callable:
+    """Make a method that hangs hooks on the UNet refuse to run beside other calls; from their callbacks it may."""
+
+    @wraps(call)
+    def in_its_turn(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with in_turn(self, [self.unet], within=True):
+            return call(self, *args, **kwargs)
+
+    return in_its_turn
+
+
+def _has_hooks(model: nn.Module) -> bool:
+    """Whether accelerate or diffusers change the model when it is called: offloading, caches, layerwise casting."""
+    return any(
+        hasattr(module, "_hf_hook") or (hasattr(module, "_diffusers_hook") and module._diffusers_hook.hooks)
+        for module in model.modules()
+    )
+
+
+def _refusal(pipe: Any, busy: Any) -> str:
+    name = type(pipe).__name__
+    if isinstance(busy, nn.Module):
+        return (
+            f"The {type(busy).__name__} of this {name} is in use by another call, and one of the two needs it alone: "
+            "DiffSeg, a cache, the scale of a LoRA, or offloading. Wait for that call, or load the model once more."
+        )
+    what = "This" if busy is pipe else f"The {type(busy).__name__} of this"
+    return (
+        f"{what} {name} is in use by another call, and serves one at a time. Wait for that call, or give each thread "
+        f"a pipeline of its own, which shares the weights: {name}.from_pipe(pipe, "
+        "scheduler=copy.deepcopy(pipe.scheduler))."
+    )
