@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -26,6 +27,7 @@ from .encoders import (
     load_encoder,
     semi_orthogonal,
 )
+from .fingerprints import as_json, hash_of
 from .pixels import ImageInput, center_square, resize_unit, to_unit
 from .seeds import generator_for
 
@@ -232,6 +234,21 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
         sizes = tuple(encoder.spec.size for encoder in self.image_encoders)
         return sizes[0] if len(sizes) == 1 else sizes
 
+    @property
+    def layout(self) -> dict[str, Any]:
+        """What tells these tokens from others of the same width, to be noted with the model that is trained on them.
+
+        `settings` is a hash of the config (the encoders with their preprocessing, the choice of tokens, the
+        projection), `statistics` the root mean squares of each head's mean, standard deviation and projection.
+        Neither depends on the weights' type. The null condition has no part in it.
+        """
+        settings = {name: self.config[name] for name in ("encoders", "tokens", "projection_dim", "projection_seed")}
+        buffers = (buffer for head in self.heads for buffer in (head.mean, head.std, head.projection))
+        return {
+            "settings": hash_of(json.dumps(as_json(settings), sort_keys=True))[:16],
+            "statistics": [buffer.square().mean().sqrt().item() for buffer in buffers if buffer is not None],
+        }
+
     def preprocess(self, images: ImageInput, crop: bool = True) -> PixelValues:
         """Crop images to their central square and resize it, antialiased, to what the encoder sees.
 
@@ -240,22 +257,21 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
 
         Args:
             images: One or a list of B, of any type that `diffusers_dino.pixels.to_unit` reads, with its errors; a
-                ValueError also if the square is smaller than a patch.
+                ValueError also if one is smaller than a patch.
             crop: False stretches whole images to squares in place of cropping them, as DiffSeg does.
 
         Returns:
             `(B, 3, size, size)` float32 in [0, 1], differentiable; a tuple of them for several encoders.
         """
         units = to_unit(images)
-        if crop:
-            units = [center_square(unit) for unit in units]
-            patch = max(encoder.patch for encoder in self.image_encoders)
-            for square in units:
-                if square.shape[-1] < patch:
-                    raise ValueError(
-                        f"An image is smaller than a patch of the encoder: its shorter side has {square.shape[-1]} "
-                        f"pixels, a patch {patch}."
-                    )
+        patch, side_of = max(encoder.patch for encoder in self.image_encoders), min if crop else max
+        for unit in units:
+            if (side := side_of(unit.shape[-2:])) < patch:
+                raise ValueError(
+                    f"An image is smaller than a patch of the encoder: its {'short' if crop else 'long'}er side has "
+                    f"{side} pixels, a patch {patch}."
+                )
+        units = [center_square(unit) for unit in units] if crop else units
         specs = [encoder.spec for encoder in self.image_encoders]
         same = len({unit.shape for unit in units}) == 1 and units[0].numel() <= _STACKED_AT_MOST
         batches = [torch.stack(units)] if same else [unit[None] for unit in units]

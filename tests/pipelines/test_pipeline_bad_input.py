@@ -1,8 +1,10 @@
 """What the pipeline refuses, and whether the message says what to do."""
 
+import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 
 import tiny
 from diffusers_dino import DinoDiffusionPipeline
@@ -70,7 +72,17 @@ def test_embeddings_that_are_no_tensor(pipe, embeds):
         ("num_inference_steps", 0, "`num_inference_steps` must be a positive integer"),
         ("num_images_per_prompt", 1.5, "`num_images_per_prompt` must be a positive integer"),
         ("num_images_per_prompt", True, "`num_images_per_prompt` must be a positive integer"),
-        ("guidance_rescale", 1.2, r"`guidance_rescale` must be in \[0, 1\]"),
+        *(
+            ("guidance_scale", value, "`guidance_scale` must be a finite number of 0 or more")
+            for value in (float("nan"), float("inf"), -0.1, "2.0", None, True, [2.0], torch.ones(2), np.float32("nan"))
+        ),
+        *(
+            (name, value, rf"`{name}` must be in \[0, 1\]")
+            for name in ("guidance_rescale", "eta")
+            for value in (1.2, -0.1, float("nan"), "0.5", None)
+        ),
+        ("cross_attention_kwargs", {"scale": float("nan")}, "`scale` must be a finite number, got nan"),
+        ("cross_attention_kwargs", {"scale": "half"}, "`scale` must be a finite number, got 'half'"),
         ("output_type", "jpeg", "`output_type` must be one of"),
         ("callback_on_step_end_tensor_inputs", ["prompt_embeds"], "must be among"),
         ("latents", torch.zeros(2, 4, 8, 4), "`latents` must have shape"),
@@ -82,6 +94,74 @@ def test_arguments_out_of_range(pipe, embeds, argument, value, message):
     options = {"height": 32, "width": 32} if argument == "latents" else {}
     with pytest.raises(ValueError, match=message):
         generate(pipe, image_embeds=embeds, **{**options, argument: value})
+
+
+@pytest.mark.parametrize("scale", [2, np.float64(2), np.float32(2), torch.tensor(2.0)])
+def test_a_guidance_scale_of_any_type_of_number(pipe, embeds, scale):
+    assert np.array_equal(
+        generate(pipe, image_embeds=embeds, guidance_scale=scale), generate(pipe, image_embeds=embeds)
+    )
+
+
+@pytest.mark.parametrize("name", ["timesteps", "sigmas"])
+@pytest.mark.parametrize(
+    "values",
+    [
+        *([], (), "999", 999, {}, [500, 700, 100], [700, 700, 100], [700, -1], [700, float("nan")], ["700", "100"]),
+        *([700, None], [True], [[700, 100]], torch.tensor([]), np.array([100.0, 700.0, 1.0])),
+    ],
+)
+def test_own_schedules_that_do_not_descend(embeds, name, values):
+    pipe = tiny.tiny_pipeline(scheduler=EulerDiscreteScheduler.from_config(tiny.tiny_scheduler().config))
+    calls = []
+    pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    with pytest.raises(ValueError, match=f"`{name}` must be a list of descending numbers"):
+        generate(pipe, image_embeds=embeds, **{name: values})
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"timesteps": [1000, 500]}, "within 999 and 0"),
+        ({"timesteps": [100, 500]}, "descending"),
+        ({"sigmas": [0.1, 10.0]}, "from an image to noise"),
+        ({"sigmas": [10.0]}, "makes no step"),
+    ],
+)
+def test_own_schedules_that_lead_nowhere(embeds, options, message):
+    pipe = tiny.tiny_pipeline(scheduler=EulerDiscreteScheduler.from_config(tiny.tiny_scheduler().config))
+    with pytest.raises(ValueError, match=message):
+        generate(pipe, image_embeds=embeds, **options)
+    own = [generate(pipe, image_embeds=embeds, timesteps=steps) for steps in ([900, 400], (900, 400))]
+    own += [generate(pipe, image_embeds=embeds, timesteps=kind([900, 400])) for kind in (np.array, torch.tensor)]
+    assert all(np.array_equal(each, own[0]) for each in own)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "FlowMatchEulerDiscreteScheduler",
+            "FlowMatchHeunDiscreteScheduler",
+            "FlowMatchLCMScheduler",
+            "SCMScheduler",
+        ),
+        *("DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler", "RePaintScheduler", "KarrasVeScheduler"),
+        *("CogVideoXDPMScheduler", "ScoreSdeVeScheduler", "DDPMWuerstchenScheduler"),
+    ],
+)
+def test_schedulers_of_other_models(embeds, name):
+    pipe = tiny.tiny_pipeline(scheduler=getattr(diffusers, name)())
+    with pytest.raises(ValueError, match=rf"{name} (cannot be used.*KarrasDiffusion|leads from an image to noise)"):
+        generate(pipe, image_embeds=embeds)
+
+
+def test_what_is_not_a_scheduler(embeds):
+    pipe = tiny.tiny_pipeline()
+    pipe.scheduler = torch.nn.Identity()
+    with pytest.raises(ValueError, match="Identity cannot be used here"):
+        generate(pipe, image_embeds=embeds)
 
 
 def test_generators_that_do_not_fit(pipe, embeds):

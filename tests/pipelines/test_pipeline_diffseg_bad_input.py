@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
 from diffusers_dino import DiffSegPipeline
@@ -116,3 +118,51 @@ def test_a_number_of_inputs_that_does_not_fit(diffseg, images):
         diffseg(images, image_embeds=torch.zeros(3, 5, tiny.TOKEN_DIM))
     with pytest.raises(ValueError, match="4 are asked for, 2 generators"):
         diffseg(images, add_noise=True, generator=tiny.generators(0, 1))
+
+
+def test_noise_of_a_scheduler_that_adds_it_in_another_way(pipe, images):
+    for scheduler in (
+        FlowMatchEulerDiscreteScheduler(),
+        DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+    ):
+        diffseg = DiffSegPipeline.from_pipe(pipe, scheduler=scheduler)
+        with pytest.raises(ValueError, match="add_noise=False"):
+            diffseg(images, add_noise=True)
+        assert diffseg(images).masks.shape == (4, 32, 32)
+    with pytest.raises(ValueError, match="no unet or no scheduler"):
+        DiffSegPipeline.from_pipe(pipe, scheduler=None)(images)
+
+
+@pytest.mark.parametrize("shape", [(20000, 10), (10, 20000), (300000, 1), (1, 300000), (100000, 30)])
+def test_extreme_shapes_go_straight_to_the_size_of_the_model(diffseg, shape):
+    """20000 x 10 pixels as a square would take 5 GB; here no tensor is much larger than the image or the model's."""
+    image = torch.linspace(0, 1, shape[0] * shape[1]).reshape(1, *shape)
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            output = function(*arguments, **(options or {}))
+            if isinstance(output, torch.Tensor):
+                self.numel = max(self.numel, output.untyped_storage().nbytes() // output.element_size())
+            return output
+
+    with Largest() as largest:
+        output = diffseg(image)
+    assert output.masks.shape == (1, *shape)
+    assert largest.numel < 2**20 + 20 * image.numel()
+
+
+def test_large_images_are_seen_whole_too(diffseg):
+    coarse = torch.rand(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    wide, square = (
+        torch.nn.functional.interpolate(coarse, size, mode="bilinear") for size in ((50, 5000), (500, 500))
+    )
+    maps = diffseg.attention_maps(wide)
+    torch.testing.assert_close(maps, diffseg.attention_maps(square), atol=1e-3, rtol=5e-2)
+    assert not torch.allclose(maps, diffseg.attention_maps(wide[..., 2475:2525]), atol=1e-3)
+
+
+def test_an_image_without_a_patch(diffseg):
+    with pytest.raises(ValueError, match="smaller than a patch"):
+        diffseg(torch.zeros(1, 3, 5))

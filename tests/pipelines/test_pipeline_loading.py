@@ -9,7 +9,7 @@ from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
 import diffusers_dino
 import tiny
-from diffusers_dino import DinoDiffusionPipeline, DinoImageConditioner
+from diffusers_dino import DiffSegPipeline, DinoDiffusionPipeline, DinoImageConditioner
 from tiny import generate
 
 
@@ -59,6 +59,77 @@ def test_a_wrong_component_at_loading_is_refused(pipe, tmp_path):
         DinoDiffusionPipeline.from_pretrained(tmp_path, unet=tiny.tiny_unet(cross_attention_dim=48))
     with pytest.raises(ValueError, match="is of type"):
         DinoDiffusionPipeline.from_pretrained(tmp_path, conditioner=torch.nn.Linear(2, 2))
+
+
+@pytest.fixture
+def saved(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def _fitted(**options):
+    conditioner = tiny.tiny_conditioner(**options)
+    conditioner.fit_normalization([tiny.random_images(32)])
+    return conditioner
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda: tiny.tiny_conditioner(tokens="cls"),
+        lambda: tiny.tiny_conditioner(tokens="all"),
+        lambda: tiny.tiny_conditioner(projection_dim=32),
+        lambda: tiny.tiny_conditioner(mean=(0.4, 0.4, 0.4)),
+        lambda: tiny.tiny_conditioner(resample="nearest"),
+        lambda: tiny.tiny_conditioner(source="another"),
+        _fitted,
+    ],
+)
+@pytest.mark.parametrize("kind", [DinoDiffusionPipeline, DiffSegPipeline])
+def test_a_conditioner_of_another_training_is_refused(saved, images, kind, change):
+    """What a new training in the folder of a finished model leaves where it is killed."""
+    other = change()
+    other.save_pretrained(saved / "conditioner")
+    with pytest.raises(ValueError, match="do not belong together"):
+        kind.from_pretrained(saved)
+    pipe = kind.from_pretrained(saved, conditioner=other)  # on purpose
+    pipe.save_pretrained(saved)
+    kind.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("note", [None, "text", 1, {}, {"settings": None, "statistics": None}, {"statistics": "ab"}])
+def test_a_note_of_the_condition_that_is_missing_or_damaged(saved, note):
+    path = saved / "unet" / "config.json"
+    config = json.loads(path.read_text())
+    if note is None:  # older models have none
+        del config["_condition"]
+        tiny.tiny_conditioner(tokens="cls").save_pretrained(saved / "conditioner")
+    else:
+        config["_condition"] = note
+    path.write_text(json.dumps(config))
+    if note is None:
+        assert DinoDiffusionPipeline.from_pretrained(saved).conditioner.num_tokens == 1
+    else:
+        with pytest.raises(ValueError, match="do not belong together"):
+            DinoDiffusionPipeline.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_parts_belong_together_in_every_type(tmp_path, dtype):
+    whole = tiny.tiny_pipeline(conditioner=_fitted())
+    whole.save_pretrained(tmp_path / "single")
+    DinoDiffusionPipeline.from_pretrained(tmp_path / "single", dtype=dtype).save_pretrained(tmp_path / "half")
+    DinoDiffusionPipeline.from_pretrained(tmp_path / "half")
+    single, half = (json.loads((tmp_path / name / "unet/config.json").read_text()) for name in ("single", "half"))
+    assert single["_condition"] == half["_condition"]
+
+
+def test_statistics_that_another_device_computed_are_the_same(saved):
+    other = tiny.tiny_conditioner()
+    other.heads[0].std *= 1 + 1e-5
+    other.null_tokens += 1  # which may be chosen after training
+    other.save_pretrained(saved / "conditioner")
+    DinoDiffusionPipeline.from_pretrained(saved)
 
 
 def test_a_folder_without_an_index(tmp_path):

@@ -1,6 +1,7 @@
 """LoRA of the UNet through peft, in every pipeline: loaded, weighed, combined, swapped, fused, saved."""
 
 import importlib.util
+import json
 import sys
 
 import numpy as np
@@ -17,7 +18,7 @@ if importlib.util.find_spec("peft") is None:
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import get_peft_model_state_dict
 
-from adapters import adapter, save_adapter
+from adapters import TARGETS, adapter, save_adapter
 
 PIPELINES = [DinoDiffusionPipeline, DinoInterpolationPipeline, DiffSegPipeline]
 
@@ -99,6 +100,123 @@ def test_files_without_lora_weights_of_a_unet(pipe, tmp_path):
         pipe.load_lora_weights(tmp_path)
     with pytest.raises(ValueError, match="no LoRA weights"):
         pipe.load_lora_weights({"unet.conv_in.weight": torch.zeros(2)})
+
+
+def _first_pair():
+    layers, config = adapter(0)
+    weights = {f"unet.{name}": weight.contiguous() for name, weight in layers.items()}
+    return weights, config, [name for name in weights if "down_blocks.0" in name and "attn1.to_q" in name]
+
+
+def _write(folder, weights, metadata=None):
+    from safetensors.torch import save_file
+
+    save_file(weights, folder / "pytorch_lora_weights.safetensors", metadata={"format": "pt", **(metadata or {})})
+    return folder
+
+
+BROKEN = {
+    "NaN": (lambda down, up: (down * float("nan"), up), "NaN or infinity"),
+    "infinity": (lambda down, up: (down, up - float("inf")), "NaN or infinity"),
+    "NaN in half precision": (lambda down, up: ((down * float("nan")).half(), up), "NaN or infinity"),
+    "no second matrix": (lambda down, up: (down, None), "not whole"),
+    "no first matrix": (lambda down, up: (None, up), "not whole"),
+    "two ranks": (lambda down, up: (down, torch.zeros(16, 8)), "not whole"),
+    "rank 0": (lambda down, up: (down[:0], up[:, :0]), "not whole"),
+    "a vector": (lambda down, up: (torch.zeros(4), up), "not whole"),
+    "a number": (lambda down, up: (torch.zeros(()), up), "not whole"),
+    "three axes": (lambda down, up: (down[..., None], up), "not whole"),
+    "integers": (lambda down, up: (down.long(), up), "floating tensors"),
+    "truth values": (lambda down, up: (down.bool(), up), "floating tensors"),
+    "another width": (lambda down, up: (torch.zeros(4, 17), up), "of another UNet"),
+}
+
+
+@pytest.mark.parametrize("change", BROKEN)
+@pytest.mark.parametrize("with_metadata", [False, True])
+@pytest.mark.parametrize("kind", [DinoDiffusionPipeline, DiffSegPipeline])
+def test_broken_weights_are_refused_and_leave_nothing(images, tmp_path, change, with_metadata, kind):
+    pipe = kind.from_pipe(tiny.tiny_pipeline())
+    before = {name: weight.clone() for name, weight in pipe.unet.state_dict().items()}
+    weights, config, (down, up) = _first_pair()
+    function, message = BROKEN[change]
+    for name, weight in zip((down, up), function(weights.pop(down), weights.pop(up)), strict=True):
+        weights |= {} if weight is None else {name: weight.contiguous()}
+    said = {
+        f"unet.{name}": sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()
+    }
+    metadata = {"lora_adapter_metadata": json.dumps(said, default=str)} if with_metadata else None
+    for source in (_write(tmp_path, weights, metadata), weights):
+        with pytest.raises(ValueError, match=message):
+            pipe.load_lora_weights(source)
+        after = pipe.unet.state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], before[name]) for name in before)
+    pipe.load_lora_weights(save_adapter(tmp_path / "good", 0))  # what was refused is not in its way
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        *("{no JSON", "[1]", '"text"', "1", "[" * 50_000, '{"unet.unknown": 1}', '{"unet.target_modules": null}'),
+        *(f'{{"unet.r": {value}}}' for value in ("0", "-1", '"4"', "8", "null", "4.5", "true")),
+        *(f'{{"unet.lora_alpha": {value}}}' for value in ("NaN", "Infinity", '"8"', "[]", "null")),
+        *(
+            f'{{"unet.{name}": {value}}}'
+            for name in ("rank_pattern", "alpha_pattern")
+            for value in ("[1]", '{"a": NaN}')
+        ),
+        *(
+            '{"unet.rank_pattern": {"to_q": 99}}',
+            '{"unet.alpha_pattern": {"(": 1}}',
+            '{"unet.modules_to_save": ["a"]}',
+        ),
+    ],
+)
+def test_malformed_metadata_is_refused(pipe, images, tmp_path, metadata):
+    weights, *_ = _first_pair()
+    said = {"unet.r": 4, "unet.lora_alpha": 8, "unet.target_modules": TARGETS}
+    if metadata.startswith('{"'):
+        metadata = json.dumps(said | json.loads(metadata))
+    before = predict(pipe, images)
+    with pytest.raises(ValueError, match=r"LoRA|must be"):
+        pipe.load_lora_weights(_write(tmp_path, weights, {"lora_adapter_metadata": metadata}))
+    assert torch.equal(predict(pipe, images), before)
+
+
+@pytest.mark.parametrize(
+    "source", [None, 5, ["a"], {1: torch.zeros(2)}, {"unet.lora_A.weight": None}, {"unet.lora": 1}]
+)
+def test_what_is_not_a_lora(pipe, source):
+    with pytest.raises((TypeError, ValueError), match="LoRA"):
+        pipe.load_lora_weights(source)
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf")])
+def test_an_alpha_in_the_format_of_kohya_that_is_not_finite(pipe, alpha):
+    layer = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    parts = {
+        "lora_down.weight": torch.zeros(4, 16),
+        "lora_up.weight": torch.zeros(16, 4),
+        "alpha": torch.tensor(alpha),
+    }
+    with pytest.raises(ValueError, match="alpha` must be a finite number"):
+        pipe.load_lora_weights({f"{layer}.{name}": tensor for name, tensor in parts.items()})
+    with pytest.raises(ValueError, match="corrupt"):
+        pipe.load_lora_weights({f"{layer}.lora_down.weight": torch.zeros(4, 16)})
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "1", None, 3e38])
+def test_a_strength_that_would_spoil_the_weights_is_not_fused(adapted, images, scale):
+    adapted.set_adapters(["scanner", "ward"])
+    before = predict(adapted, images)
+    with pytest.raises(ValueError, match=r"must be a finite number|infinite or NaN"):
+        adapted.fuse_lora(lora_scale=scale)
+    adapted.set_adapters(["scanner", "ward"], [float("nan"), 1.0])
+    with pytest.raises(ValueError, match="infinite or NaN"):
+        adapted.fuse_lora()
+    adapted.set_adapters(["scanner", "ward"])
+    assert torch.equal(predict(adapted, images), before)
 
 
 def test_pickled_adapters_are_not_read_unasked(pipe, images, tmp_path):

@@ -139,10 +139,10 @@ def check_steps(scheduler: Any, timesteps: Any = None, sigmas: Any = None) -> No
 
 
 def check_descent(timesteps: Tensor, scheduler: Any) -> None:
-    """Refuse with a ValueError timesteps that do not lead from noise to an image."""
+    """Refuse with a ValueError what a scheduler has been set to, where it does not lead from noise to an image."""
     if not len(timesteps):
         raise ValueError(f"{type(scheduler).__name__} makes no step of one of the `sigmas`: give two or more.")
-    if timesteps[0] < timesteps[-1]:
+    if any(levels[0] < levels[-1] for levels in (timesteps, getattr(scheduler, "sigmas", timesteps))):
         raise ValueError(
             f"{type(scheduler).__name__} leads from an image to noise, not to an image: use a scheduler for sampling."
         )
@@ -219,7 +219,9 @@ def check_number(low: float, high: float = math.inf, **numbers: float) -> None:
     for name, value in numbers.items():
         number = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
         if not (_is_number(number) and low <= number <= high):
-            kind = f"in [{low:g}, {high:g}]" if high < math.inf else f"a finite number of {low:g} or more"
+            kind = f"in [{low:g}, {high:g}]" if high < math.inf else "a finite number"
+            if -math.inf < low and high == math.inf:
+                kind += f" of {low:g} or more"
             raise ValueError(f"`{name}` must be {kind}, got {value!r}.")
 
 

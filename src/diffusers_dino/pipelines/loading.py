@@ -1,17 +1,24 @@
-"""How pipelines come by their components: read from safetensors, or shared with another pipeline."""
+"""How pipelines come by their components: read from safetensors and checked, or shared with another pipeline."""
 
 from __future__ import annotations
 
+import math
 import os
+from functools import wraps
 from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any
 
 from diffusers import DiffusionPipeline
 
 if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
     from typing_extensions import Self
 
-__all__ = ["ComponentLoadingMixin"]
+    from ..conditioner import DinoImageConditioner
+
+__all__ = ["ComponentLoadingMixin", "check_condition", "note_condition"]
+
+_NOTE = "_condition"  # in the UNet's config, which diffusers keeps and passes on without reading it
 
 
 class ComponentLoadingMixin:
@@ -21,13 +28,24 @@ class ComponentLoadingMixin:
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
         """Load a pipeline from a folder or the Hub, from safetensors unless `use_safetensors=False` is given.
 
+        A ValueError if conditioner and UNet do not belong together, as where a new training in the folder was killed.
+
         Args:
             pretrained_model_name_or_path: A folder that `save_pretrained` wrote, or a repository `"org/name"`.
             kwargs: As in `DiffusionPipeline.from_pretrained`: `dtype`, `revision`, `variant`, `cache_dir`,
                 `local_files_only`, `quantization_config`, components by name, ...
         """
         kwargs.setdefault("use_safetensors", True)
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if isinstance(pipe, cls) and not {"conditioner", "unet"} & set(kwargs):
+            check_condition(pipe.unet, pipe.components.get("conditioner"), pretrained_model_name_or_path)
+        return pipe
+
+    @wraps(DiffusionPipeline.save_pretrained)
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers; notes that conditioner and UNet belong together."""
+        note_condition(self.unet, self.components.get("conditioner"))
+        super().save_pretrained(*args, **kwargs)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
@@ -52,3 +70,38 @@ class ComponentLoadingMixin:
             )
         made = cls(**shared)
         return made if dtype is None else made.to(dtype=dtype)
+
+
+def note_condition(unet: UNet2DConditionModel | None, conditioner: DinoImageConditioner | None) -> None:
+    """Note the layout of the condition in the config of the UNet that is trained on it, where `check_condition` looks.
+
+    It is saved with the UNet. Without a conditioner, an earlier note stays.
+    """
+    if unet is not None and conditioner is not None:
+        unet.register_to_config(**{_NOTE: conditioner.layout})
+
+
+def check_condition(
+    unet: UNet2DConditionModel | None, conditioner: DinoImageConditioner | None, place: str | os.PathLike
+) -> None:
+    """Refuse with a ValueError a UNet that was trained on other tokens than a conditioner makes.
+
+    Models from before there were such notes are not checked. Statistics may differ by a thousandth, as they do where
+    two devices compute them.
+    """
+    noted = unet.config.get(_NOTE) if unet is not None else None
+    if noted is None or conditioner is None:
+        return
+    here = conditioner.layout
+    try:
+        belong = noted["settings"] == here["settings"] and all(
+            math.isclose(*pair, rel_tol=1e-3) for pair in zip(noted["statistics"], here["statistics"], strict=True)
+        )
+    except (KeyError, TypeError, ValueError):  # edited
+        belong = False
+    if not belong:
+        raise ValueError(
+            f"The conditioner and the UNet in {place} do not belong together: the UNet was trained on other condition "
+            "tokens. A new training may have begun in this folder and not ended: let it end, or train into another "
+            "folder. To put parts together on purpose, give the conditioner by name: conditioner=..."
+        )

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import re
+from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
+import torch
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
 from diffusers.utils import convert_unet_state_dict_to_peft
@@ -15,8 +21,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..extras import require
+from .checks import check_number
 
 __all__ = ["UNetLoraLoaderMixin"]
+
+_MALFORMED = (AttributeError, IndexError, KeyError, TypeError)  # what diffusers and peft raise at odd content
 
 
 class UNetLoraLoaderMixin(LoraBaseMixin):
@@ -36,7 +45,10 @@ class UNetLoraLoaderMixin(LoraBaseMixin):
         hotswap: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Add an adapter to the UNet; errors are as in `lora_state_dict`, and a ValueError if it is of another UNet.
+        """Add an adapter to the UNet.
+
+        Errors are as in `lora_state_dict`, and a ValueError if it is of another UNet, not whole, or holds NaN or
+        infinity.
 
         Args:
             pretrained_model_name_or_path_or_dict: A Hub id, a folder or file of safetensors, or a state dict.
@@ -51,23 +63,35 @@ class UNetLoraLoaderMixin(LoraBaseMixin):
         state_dict, network_alphas, metadata = self.lora_state_dict(
             pretrained_model_name_or_path_or_dict, return_lora_metadata=True, **kwargs
         )
+        if unnamed := [name for name in state_dict if not isinstance(name, str)]:
+            raise ValueError(f"Weights of a LoRA have names, and one here is called {unnamed[0]!r}.")
         weights = {name: weight for name, weight in state_dict.items() if name.startswith(f"{self.unet_name}.")}
         if not weights or not all("lora" in name for name in weights):
             raise ValueError(
                 "There are no LoRA weights of a UNet in this file: their names start with 'unet.' and contain 'lora', "
                 f"but the first names found are {sorted(state_dict)[:3]}."
             )
+        _check_numbers(weights, network_alphas, metadata, f"{self.unet_name}.")
         _check_fit(self.unet, weights, f"{self.unet_name}.")
-        self.unet.load_lora_adapter(
-            weights,
-            prefix=self.unet_name,
-            network_alphas=network_alphas,
-            adapter_name=adapter_name,
-            metadata=metadata,
-            _pipeline=self,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            hotswap=hotswap,
-        )
+        try:
+            self.unet.load_lora_adapter(
+                weights,
+                prefix=self.unet_name,
+                network_alphas=network_alphas,
+                adapter_name=adapter_name,
+                metadata=metadata,
+                _pipeline=self,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                hotswap=hotswap,
+            )
+        except (RuntimeError, re.error, *_MALFORMED) as error:
+            if isinstance(error, RuntimeError) and "in loading state_dict" not in str(error):
+                raise  # no memory, say
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"This LoRA does not fit what its metadata say of it ({reason} ...). Save it anew, or give its "
+                "weights as a dict."
+            ) from error
 
     @classmethod
     def lora_state_dict(
@@ -83,11 +107,14 @@ class UNetLoraLoaderMixin(LoraBaseMixin):
             State dict and network alphas, and with `return_lora_metadata=True` the metadata too.
 
         Raises:
+            TypeError: If it is none of these.
             ValueError: If the file is corrupt.
             FileNotFoundError: If it is neither a folder or file nor an id on the Hub.
         """
         kwargs.setdefault("use_safetensors", True)
         source = pretrained_model_name_or_path_or_dict
+        if not isinstance(source, (dict, str, os.PathLike)):
+            raise TypeError(f"A LoRA is a folder, a file, an id on the Hub or a dict, not a {type(source).__name__}.")
         if not isinstance(source, dict) and not os.path.exists(source):
             try:
                 validate_repo_id(source)
@@ -100,8 +127,10 @@ class UNetLoraLoaderMixin(LoraBaseMixin):
                 kwargs["weight_name"] = kwargs.get("weight_name") or LORA_WEIGHT_NAME_SAFE
         try:
             return StableDiffusionLoraLoaderMixin.lora_state_dict(source, **kwargs)
-        except SafetensorError as error:
-            raise ValueError(f"The LoRA in {str(source)!r} is corrupt, fetch it again: {error}.") from error
+        except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, RecursionError, *_MALFORMED) as error:
+            named = "this dict" if isinstance(source, dict) else repr(str(source))
+            reason = f"{type(error).__name__}: {error}" if isinstance(error, _MALFORMED) else str(error)
+            raise ValueError(f"The LoRA in {named} is corrupt, fetch it again: {reason}.") from error
 
     @classmethod
     def save_lora_weights(
@@ -129,9 +158,23 @@ class UNetLoraLoaderMixin(LoraBaseMixin):
     ) -> None:
         """Merge adapters into the UNet's weights, so that they cost nothing at sampling; `unfuse_lora` reverts it.
 
+        A ValueError, and nothing is merged, if what is to be added to a weight is not finite.
+
         `lora_scale` is their strength, `safe_fusing` refuses to merge weights that become NaN, `adapter_names` are by
         default all active ones, and `components` are `["unet"]`.
         """
+        check_number(-math.inf, lora_scale=lora_scale)
+        tuners = require("peft.tuners.tuners_utils", "train", "LoRA needs peft")
+        for path, layer in self.unet.named_modules():
+            if not isinstance(layer, tuners.BaseTunerLayer):
+                continue
+            for name in set(adapter_names or layer.active_adapters) & set(layer.scaling):
+                added = layer.get_delta_weight(name) * lora_scale
+                if not added.is_meta and not torch.isfinite(added).all():
+                    raise ValueError(
+                        f"Adapter {name!r} would make weights of {path} infinite or NaN, and unfusing would not bring "
+                        "them back: give a lower lora_scale or weight of the adapter, or train it anew."
+                    )
         super().fuse_lora(components or [self.unet_name], lora_scale, safe_fusing, adapter_names, **kwargs)
 
     def unfuse_lora(self, components: list[str] | None = None, **kwargs: Any) -> None:
@@ -139,21 +182,62 @@ class UNetLoraLoaderMixin(LoraBaseMixin):
         super().unfuse_lora(components or [self.unet_name], **kwargs)
 
 
-def _check_fit(unet: nn.Module, weights: dict[str, Tensor], prefix: str) -> None:
+def _check_numbers(
+    weights: Mapping[str, Any], alphas: Mapping[str, float] | None, metadata: Mapping[str, Any] | None, prefix: str
+) -> None:
+    """Refuse weights and scales that are not finite numbers: fused, they would spoil the UNet for good."""
+    if not isinstance(metadata or {}, Mapping):
+        raise ValueError(f"The metadata of this LoRA must be a dict, got {metadata!r}.")
+    for name, weight in weights.items():
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+            raise ValueError(f"Weights of a LoRA are floating tensors, and {name} is {kind}.")
+        if not torch.isfinite(weight.float()).all():
+            raise ValueError(f"This LoRA contains NaN or infinity, in {name}: train it anew, or fetch it again.")
+    said = {name.removeprefix(prefix): value for name, value in (metadata or {}).items() if name.startswith(prefix)}
+    if said.get("modules_to_save"):
+        raise ValueError(
+            f"This LoRA replaces whole layers ({said['modules_to_save']}), which cannot be loaded: train it without "
+            "`modules_to_save`."
+        )
+    numbers = {name: said[name] for name in ("r", "lora_alpha") if name in said} | dict(alphas or {})
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(said.get(name) or {}, dict):
+            raise ValueError(f"`{name}` of a LoRA's metadata must be a dict, got {said[name]!r}.")
+        numbers |= {f"{name}[{layer!r}]": value for layer, value in (said.get(name) or {}).items()}
+    for name, value in numbers.items():
+        check_number(-math.inf, **{name: value})
+        if name.startswith("r") and not (isinstance(value, Integral) and value > 0):
+            raise ValueError(f"`{name}` of a LoRA's metadata must be a positive integer, got {value!r}.")
+
+
+def _check_fit(unet: nn.Module, weights: Mapping[str, Tensor], prefix: str) -> None:
     """Refuse adapters of another UNet in one sentence, where peft would take a part of them or fill a page."""
     layers = dict(unet.named_modules())
     own = {name.removeprefix(prefix): weight for name, weight in weights.items()}
+    matrices: dict[str, dict[str, Tensor]] = {}
     for name, weight in convert_unet_state_dict_to_peft(own).items():
         path, _, matrix = name.partition(".lora_")
-        if matrix not in ("A.weight", "B.weight"):
-            continue  # magnitudes of DoRA, scales
+        if matrix in ("A.weight", "B.weight"):  # others are magnitudes of DoRA, scales
+            matrices.setdefault(path, {})[matrix[0]] = weight
+    if not matrices:
+        raise ValueError(f"There are no matrices of a LoRA among these weights, such as {next(iter(weights))}.")
+    for path, pair in matrices.items():
         layer = getattr(layers.get(path), "base_layer", layers.get(path))
-        is_input = matrix == "A.weight"  # (r, inputs), and (outputs, r)
-        side = "in" if is_input else "out"
-        size = getattr(layer, f"{side}_features", getattr(layer, f"{side}_channels", None))
-        if weight.shape[int(is_input)] != size:
-            found = "none of that name" if size is None else f"one with {size} {side}puts"
+        ranks = {weight.shape[matrix == "B"] if weight.ndim > 1 else 0 for matrix, weight in pair.items()}
+        axes = {weight.ndim for weight in pair.values()} | ({layer.weight.ndim} if hasattr(layer, "weight") else set())
+        if len(pair) != 2 or len(ranks) != 1 or 0 in ranks or len(axes) != 1:
+            shapes = " and ".join(str(tuple(weight.shape)) for weight in pair.values())
             raise ValueError(
-                f"This LoRA is of another UNet: it has {weight.shape[int(is_input)]} {side}puts in the layer {path}, "
-                f"and here is {found}. Load it into the pipeline that it was trained on."
+                f"This LoRA is not whole: a layer needs two matrices of one rank, and {path} has {shapes}. Fetch it "
+                "again, or save it anew."
             )
+        for matrix, weight in pair.items():
+            side, count = ("in", weight.shape[1]) if matrix == "A" else ("out", weight.shape[0])
+            size = getattr(layer, f"{side}_features", getattr(layer, f"{side}_channels", None))
+            if count != size:
+                found = "none of that name" if size is None else f"one with {size} {side}puts"
+                raise ValueError(
+                    f"This LoRA is of another UNet: it has {count} {side}puts in the layer {path}, and here is "
+                    f"{found}. Load it into the pipeline that it was trained on."
+                )

@@ -37,6 +37,7 @@ from .turns import segments_in_turn
 __all__ = ["DiffSegPipeline"]
 
 _ANCHORS_PER_SIDE = 16  # the published grid
+_SQUARE_AT_MOST = 4096  # pixels of the side of an image that is stretched at its own resolution
 
 
 class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionMixin, UNetLoraLoaderMixin):
@@ -201,7 +202,11 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
             `(B, s * s, s, s)` float32, each map of sum 1, on the UNet's device; s is the largest side.
         """
         self.check_inputs(timestep, size, generator, image_embeds, unet_kwargs, add_noise)
-        images = to_unit(image)
+        images = [
+            # where that is large, images go straight to the size of the model
+            resize_unit(unit[None], side, "bicubic")[0] if (side := max(unit.shape[-2:])) <= _SQUARE_AT_MOST else unit
+            for unit in to_unit(image)
+        ]
         check_generator(generator, len(images))
         given = dict(unet_kwargs or {}) | ({} if image_embeds is None else {"encoder_hidden_states": image_embeds})
         condition = given if "encoder_hidden_states" in given else self.encode_condition(images, size) | given

@@ -18,6 +18,7 @@ from ..conditioner import DinoImageConditioner
 from ..extras import require
 from ..latents import VAE, vae_scale_factor
 from ..pipelines import DinoDiffusionPipeline
+from ..pipelines.loading import check_condition, note_condition
 
 __all__ = [
     "STABLE_DIFFUSION_SCHEDULE",
@@ -113,6 +114,7 @@ def load_trained_pipeline(name_or_path: str | Path, dtype: torch.dtype | None = 
         unet=load_unet(str(folder)),
         scheduler=make_scheduler(str(run)),
     )
+    check_condition(pipe.unet, pipe.conditioner, name_or_path)
     return pipe if dtype is None else pipe.to(dtype)
 
 
@@ -270,6 +272,7 @@ def adapt_for_training(
     for parameter in pipe.unet.parameters():
         parameter.data = parameter.data.to(device, torch.float32 if parameter.requires_grad else frozen_dtype)
     pipe.unet.to(device).train()
+    note_condition(pipe.unet, pipe.conditioner)
     pipe.set_progress_bar_config(disable=True)
     return [parameter for parameter in pipe.unet.parameters() if parameter.requires_grad]
 
