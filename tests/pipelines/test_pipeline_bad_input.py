@@ -88,6 +88,7 @@ def test_embeddings_that_are_no_tensor(pipe, embeds):
         ("latents", torch.zeros(2, 4, 8, 4), "`latents` must have shape"),
         ("latents", torch.zeros(1, 4, 8, 8), "`latents` must have shape"),
         ("latents", torch.zeros(2, 3, 8, 8), "`latents` must have shape"),
+        ("latents", torch.full((2, 4, 8, 8), float("nan")), "`latents` contains NaN"),
     ],
 )
 def test_arguments_out_of_range(pipe, embeds, argument, value, message):

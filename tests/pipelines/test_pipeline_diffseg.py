@@ -1,6 +1,7 @@
 """`DiffSegPipeline` on our models, on Stable Diffusion's and on unconditional ones, at tiny size."""
 
 import json
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -15,6 +16,7 @@ from diffusers_dino.diffseg.merging import aggregate_attention, merge_attention,
 from diffusers_dino.latents import encode_to_moments
 from tiny_text import stable_diffusion, stable_diffusion_xl
 
+EXAMPLES = Path(__file__).parents[2] / "examples/data"
 RELATIVE = {"merge_threshold": 0.3, "relative_threshold": True}  # random weights attend almost evenly
 
 
@@ -94,6 +96,20 @@ def test_outputs(diffseg):
     assert (masks.shape, masks.dtype) == ((1, 20, 30), np.int64)
     assert len(maps) == len(counts) == 1
     assert masks.max() < len(maps[0])
+
+
+def test_the_defaults_find_segments_with_the_bundled_model(diffseg):
+    bundled = DiffSegPipeline.from_pretrained(EXAMPLES / "tiny-diffusion")
+    image = Image.open(EXAMPLES / "radiograph.png")
+    assert 2 <= bundled(image).num_segments[0] <= 8
+    maps = bundled.attention_maps(image)
+    same = [bundled.segment(maps, **options).masks for options in ({}, {"relative_threshold": True})]
+    same.append(bundled.segment(maps, 0.35, relative_threshold=True).masks)
+    assert all(torch.equal(each, same[0]) for each in same)
+    absolute = [
+        bundled.segment(maps, **options) for options in ({"merge_threshold": 0.5}, {"relative_threshold": False})
+    ]
+    assert torch.equal(absolute[0].masks, absolute[1].masks)
 
 
 def test_refinement(diffseg, images):

@@ -14,7 +14,7 @@ def diffseg(pipe):
     return DiffSegPipeline.from_pipe(pipe)
 
 
-@pytest.mark.parametrize("threshold", [0, -0.5, float("nan"), [0.5, 0], []])
+@pytest.mark.parametrize("threshold", [0, -0.5, float("nan"), [0.5, 0], [], "0.5", [None], ["0.5"], [[0.5]]])
 def test_thresholds(diffseg, images, threshold):
     diffseg.unet.forward = None  # what is refused never gets there
     with pytest.raises(ValueError, match="`merge_threshold` must be above 0"):
@@ -63,6 +63,10 @@ def test_an_image_with_nan(diffseg):
         ({"anchors_per_side": 9}, "1 to 8 anchors"),
         ({"anchors_per_side": 0}, "`anchors_per_side` must be a positive integer"),
         ({"size": 30}, "`size` must be a positive multiple of 4"),
+        *(
+            ({"output_size": size}, "`output_size` must be")
+            for size in (0, -1, 2.5, True, "32", (0, 5), (5,), (8, 8, 8), (8, None))
+        ),
         ({"output_type": "pil"}, "`output_type` must be one of"),
         ({"weights": {8: 1.0}}, "Side 4 needs a weight"),
     ],

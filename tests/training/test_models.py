@@ -42,6 +42,19 @@ def test_trained_pipelines_load_from_pipelines_and_checkpoints(folder, tmp_path)
         models.load_trained_pipeline(tmp_path / "run/vae")
 
 
+def test_a_checkpoint_beside_the_conditioner_of_another_training_is_refused(folder, tmp_path):
+    pipe = models.load_trained_pipeline(folder / "pipeline")
+    pipe.conditioner = pipe.conditioner.with_tokens("cls")  # a new choice, which training notes
+    models.adapt_for_training(pipe, torch.device("cpu"), torch.bfloat16)
+    pipe.unet.save_pretrained(tmp_path / "checkpoint-1/unet")
+    for name in ("vae", "conditioner", "scheduler"):
+        getattr(pipe, name).save_pretrained(tmp_path / name)
+    assert models.load_trained_pipeline(tmp_path / "checkpoint-1").conditioner.num_tokens == 1
+    tiny.tiny_conditioner().save_pretrained(tmp_path / "conditioner")
+    with pytest.raises(ValueError, match="do not belong together"):
+        models.load_trained_pipeline(tmp_path / "checkpoint-1")
+
+
 def test_a_trained_lora_is_fused_into_its_pipeline(folder, tmp_path):
     pipe = models.load_trained_pipeline(folder / "pipeline")
     before = pipe.unet.state_dict()

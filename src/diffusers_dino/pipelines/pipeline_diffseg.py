@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from diffusers import (
@@ -230,11 +231,11 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
     def segment(
         self,
         maps: Tensor,
-        merge_threshold: float | Sequence[float] = 0.5,
+        merge_threshold: float | Sequence[float] | None = None,
         *,
         num_merges: int = 3,
         anchors_per_side: int | None = None,
-        relative_threshold: bool = False,
+        relative_threshold: bool | None = None,
         refine: bool = False,
         output_size: int | tuple[int, int] | None = None,
         output_type: str = "pt",
@@ -247,16 +248,17 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
 
         The other arguments, and the result, are as in `__call__`.
         """
-        thresholds = _thresholds(merge_threshold, num_merges)
+        thresholds, relative = _thresholds(merge_threshold, num_merges, relative_threshold)
         anchors_per_side = min(_ANCHORS_PER_SIDE, maps.shape[-1]) if anchors_per_side is None else anchors_per_side
         check_numbers(anchors_per_side=anchors_per_side)
         check_choice(("pt", "np"), output_type=output_type)
+        size = _output_size(maps.shape[-1] if output_size is None else output_size)
         merged = []
         for image_maps in maps:
-            own = relative_thresholds(image_maps, thresholds) if relative_threshold else thresholds
+            own = relative_thresholds(image_maps, thresholds) if relative else thresholds
             candidates = merge_attention(image_maps, own, anchors_per_side)
             merged.append(refine_segments(image_maps, candidates) if refine else candidates)
-        masks = torch.stack([suppress(candidates, output_size or maps.shape[-1]) for candidates in merged])
+        masks = torch.stack([suppress(candidates, size) for candidates in merged])
         return DiffSegPipelineOutput(
             masks=masks.cpu().numpy() if output_type == "np" else masks,
             maps=merged,
@@ -269,10 +271,10 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         self,
         image: ImageInput,
         timestep: int | Sequence[int] = 300,
-        merge_threshold: float | Sequence[float] = 0.5,
+        merge_threshold: float | Sequence[float] | None = None,
         num_merges: int = 3,
         anchors_per_side: int | None = None,
-        relative_threshold: bool = False,
+        relative_threshold: bool | None = None,
         refine: bool = False,
         size: int | None = None,
         sides: Collection[int] | None = None,
@@ -292,11 +294,13 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
             image: B images of any type that `diffusers_dino.pixels.to_unit` reads.
             timestep: Of the denoising step whose attention is read, or several, over which maps are averaged.
             merge_threshold: Maps less than this apart, in nats of symmetric Kullback-Leibler divergence, are one
-                segment; one for all passes, or a sequence with one for each. Infinity gives one segment.
+                segment; one for all passes, or a sequence with one for each. Infinity gives one segment. By default
+                0.35 with `relative_threshold`, and 0.5 without.
             num_merges: Passes of merging, where `merge_threshold` is one number.
             anchors_per_side: Of the grid of maps that merging starts from; by default 16, or s where that is less.
             relative_threshold: Whether `merge_threshold` is in units of the mean divergence between the image's maps,
-                which makes it comparable between models, timesteps and images; 0.3 to 0.4 is a start.
+                which makes it comparable between models, timesteps and images; 0.3 to 0.4 is a start. By default
+                only where no `merge_threshold` is given.
             refine: Refine by k-means over all maps. Needs scikit-learn (`pip install diffusers-dino[eval]`).
             size: Side in pixels that images are stretched to for the model; by default what the UNet's config says.
             sides: Side lengths of the self-attention layers to use; by default all that the model has.
@@ -320,8 +324,10 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
                 a side that was asked for, or images of different sizes come without an `output_size`.
             RuntimeError: If the latents come out with NaN or infinity, or another call uses the pipeline or its UNet.
         """
-        _thresholds(merge_threshold, num_merges)  # refused before the model runs
+        _thresholds(merge_threshold, num_merges, relative_threshold)  # refused before the model runs
         check_choice(("pt", "np"), output_type=output_type)
+        if output_size is not None:
+            _output_size(output_size)
         images = to_unit(image)
         sizes = sorted({tuple(unit.shape[-2:]) for unit in images})
         if output_size is None and len(sizes) > 1:
@@ -384,13 +390,29 @@ def _for_batch(value: Any, batch_size: int, dtype: torch.dtype, device: torch.de
     return value.expand(batch_size, *value.shape[1:])
 
 
-def _thresholds(merge_threshold: float | Sequence[float], num_merges: int) -> list[float]:
-    """One threshold a pass, checked: the same `num_merges` times, or those that were given."""
+def _thresholds(
+    merge_threshold: float | Sequence[float] | None, num_merges: int, relative: bool | None
+) -> tuple[list[float], bool]:
+    """One threshold a pass, checked: the same `num_merges` times, or those that were given; and what they are in."""
     check_numbers(num_merges=num_merges)
-    thresholds = [merge_threshold] * num_merges if isinstance(merge_threshold, Real) else list(merge_threshold)
-    if not thresholds or not all(threshold > 0 for threshold in thresholds):  # also refuses NaN
+    relative = merge_threshold is None if relative is None else bool(relative)
+    if merge_threshold is None:
+        merge_threshold = 0.35 if relative else 0.5
+    listed = isinstance(merge_threshold, (Sequence, np.ndarray, Tensor)) and np.ndim(merge_threshold) == 1
+    thresholds = list(merge_threshold) if listed else [merge_threshold] * num_merges
+    if not thresholds or not all(isinstance(each, (Real, Tensor)) and each > 0 for each in thresholds):  # refuses NaN
         raise ValueError(f"`merge_threshold` must be above 0, got {merge_threshold!r}: at 0 no maps are similar.")
-    return [float(threshold) for threshold in thresholds]
+    return [float(threshold) for threshold in thresholds], relative
+
+
+def _output_size(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width of masks, checked."""
+    pair = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+    if len(pair) != 2:
+        raise ValueError(f"`output_size` must be a height and a width, or the side of a square, got {size!r}.")
+    for side in pair:
+        check_numbers(output_size=side)
+    return pair
 
 
 def _timesteps(timestep: int | Sequence[int], num_train_timesteps: int) -> list[int]:

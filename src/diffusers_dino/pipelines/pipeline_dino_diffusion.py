@@ -218,6 +218,8 @@ class DinoDiffusionPipeline(
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         elif tuple(latents.shape) != shape:
             raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}.")
+        elif not torch.isfinite(latents).all():
+            raise ValueError("`latents` contains NaN or infinity.")
         return latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
 
     def prepare_extra_step_kwargs(self, generator: Generators, eta: float, batch_size: int) -> dict[str, Any]:
