@@ -12,7 +12,9 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from kinds import KINDS
 
 import tiny
+from adapters import adapter
 from diffusers_dino import DiffSegPipeline, DinoDiffusionPipeline
+from diffusers_dino.pipelines import deep_cache
 from tiny import generate
 
 
@@ -105,6 +107,24 @@ def test_a_model_that_changes_in_a_call_is_used_alone(images, reason):
     options = {"cross_attention_kwargs": {"scale": 0.5}} if reason == "a scale of LoRA" else {}
     with held(pipe, lambda: generate(pipe, images, **options)), pytest.raises(RuntimeError, match="one of the two"):
         generate(own(pipe), images)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda pipe: pipe.load_lora_weights(adapter(0)[0]),
+        lambda pipe: pipe.set_adapters("default_0"),
+        lambda pipe: pipe.disable_lora(),
+        lambda pipe: pipe.fuse_lora(),
+        lambda pipe: pipe.unload_lora_weights(),
+        lambda pipe: pipe.enable_cache(deep_cache(pipe.unet)),
+        lambda pipe: pipe.disable_cache(),
+    ],
+)
+def test_the_unet_is_not_changed_while_it_samples(images, change):
+    pipe = KINDS["diffusion"].make()
+    with held(pipe, lambda: generate(pipe, images)), pytest.raises(RuntimeError, match="UNet2DConditionModel of this"):
+        change(own(pipe))
 
 
 def test_a_callback_may_encode_and_segment_but_not_sample(generating, images):

@@ -15,6 +15,8 @@ from diffusers import CacheMixin, FasterCacheConfig, PyramidAttentionBroadcastCo
 from diffusers.hooks import HookRegistry, apply_faster_cache, apply_pyramid_attention_broadcast, apply_taylorseer_cache
 from torch import nn
 
+from .turns import takes_the_unet
+
 __all__ = ["UNetCacheMixin", "cache_context", "deep_cache", "has_cache", "restart_cache"]
 
 CacheConfig = FasterCacheConfig | PyramidAttentionBroadcastConfig | TaylorSeerCacheConfig
@@ -42,6 +44,7 @@ class UNetCacheMixin:
         """Whether the UNet has a cache, also one that another pipeline with this UNet has enabled."""
         return has_cache(self.unet)
 
+    @takes_the_unet
     def enable_cache(self, config: CacheConfig) -> None:
         """Let the UNet use again what earlier steps have computed; images change a little, see docs/speed.md.
 
@@ -60,6 +63,7 @@ class UNetCacheMixin:
         _APPLY[type(config)](self.unet, self._completed(config))
         _forget_children(self.unet)
 
+    @takes_the_unet
     def disable_cache(self) -> None:
         """Compute every step in full again; nothing where no cache is enabled."""
         for registry in list(_registries(self.unet)):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..extras import require
 from .checks import check_number
+from .turns import takes_the_unet
 
 __all__ = ["UNetLoraLoaderMixin"]
 
@@ -38,6 +39,13 @@ class UNetLoraLoaderMixin(LoraBaseMixin):
     _lora_loadable_modules = ["unet"]  # noqa: RUF012 - the base class reads it as a plain class attribute
     unet_name = "unet"
 
+    set_adapters = takes_the_unet(LoraBaseMixin.set_adapters)
+    delete_adapters = takes_the_unet(LoraBaseMixin.delete_adapters)
+    disable_lora = takes_the_unet(LoraBaseMixin.disable_lora)
+    enable_lora = takes_the_unet(LoraBaseMixin.enable_lora)
+    unload_lora_weights = takes_the_unet(LoraBaseMixin.unload_lora_weights)
+
+    @takes_the_unet
     def load_lora_weights(
         self,
         pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, Tensor],
@@ -148,6 +156,7 @@ class UNetLoraLoaderMixin(LoraBaseMixin):
             raise NotADirectoryError(f"A LoRA is saved to a folder, and {save_directory} is a file.")
         StableDiffusionLoraLoaderMixin.save_lora_weights(save_directory, unet_lora_layers=unet_lora_layers, **kwargs)
 
+    @takes_the_unet
     def fuse_lora(
         self,
         components: list[str] | None = None,
@@ -177,6 +186,7 @@ class UNetLoraLoaderMixin(LoraBaseMixin):
                     )
         super().fuse_lora(components or [self.unet_name], lora_scale, safe_fusing, adapter_names, **kwargs)
 
+    @takes_the_unet
     def unfuse_lora(self, components: list[str] | None = None, **kwargs: Any) -> None:
         """Take merged adapters out of the UNet's weights again."""
         super().unfuse_lora(components or [self.unet_name], **kwargs)

@@ -33,7 +33,7 @@ from .checks import Generators, check_channels, check_choice, check_finite, chec
 from .loading import ComponentLoadingMixin
 from .lora import UNetLoraLoaderMixin
 from .pipeline_output import DiffSegPipelineOutput
-from .turns import segments_in_turn
+from .turns import takes_the_unet
 
 __all__ = ["DiffSegPipeline"]
 
@@ -178,7 +178,7 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         check_finite(latents, "latents")
         return latents.to(self.unet.dtype)
 
-    @segments_in_turn
+    @takes_the_unet
     @torch.no_grad()
     def attention_maps(
         self,
@@ -265,7 +265,7 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
             num_segments=[int(mask.flatten().bincount().count_nonzero()) for mask in masks],
         )
 
-    @segments_in_turn
+    @takes_the_unet
     @torch.no_grad()
     def __call__(
         self,

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["in_turn", "samples_in_turn", "segments_in_turn"]
+__all__ = ["in_turn", "samples_in_turn", "takes_the_unet"]
 
 _LOCK = threading.Lock()
 _AT_WORK: dict[tuple[int, int], list[tuple[int, bool]]] = {}  # by process and object: thread, and whether alone
@@ -65,8 +65,8 @@ def samples_in_turn(call: Callable) -> Callable:
     return in_its_turn
 
 
-def segments_in_turn(call: Callable) -> Callable:
-    """Make a method that hangs hooks on the UNet refuse to run beside other calls; from their callbacks it may."""
+def takes_the_unet(call: Callable) -> Callable:
+    """Make a method that changes the UNet, if only for a while, refuse to run beside calls; their callbacks may."""
 
     @wraps(call)
     def in_its_turn(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -89,7 +89,7 @@ def _refusal(pipe: Any, busy: Any) -> str:
     if isinstance(busy, nn.Module):
         return (
             f"The {type(busy).__name__} of this {name} is in use by another call, and one of the two needs it alone: "
-            "DiffSeg, a cache, the scale of a LoRA, or offloading. Wait for that call, or load the model once more."
+            "DiffSeg, a cache, a LoRA, or offloading. Wait for that call, or load the model once more."
         )
     what = "This" if busy is pipe else f"The {type(busy).__name__} of this"
     return (
