@@ -71,8 +71,6 @@ class UNetLoraLoaderMixin(LoraBaseMixin):
         state_dict, network_alphas, metadata = self.lora_state_dict(
             pretrained_model_name_or_path_or_dict, return_lora_metadata=True, **kwargs
         )
-        if unnamed := [name for name in state_dict if not isinstance(name, str)]:
-            raise ValueError(f"Weights of a LoRA have names, and one here is called {unnamed[0]!r}.")
         weights = {name: weight for name, weight in state_dict.items() if name.startswith(f"{self.unet_name}.")}
         if not weights or not all("lora" in name for name in weights):
             raise ValueError(
