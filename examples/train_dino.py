@@ -30,6 +30,7 @@ from diffusers_dino.cli.training_flags import (
     open_views,
 )
 from diffusers_dino.hub import push_folder
+from diffusers_dino.schedules import is_flow
 from diffusers_dino.training import checkpoints, models, objective, optim, validation
 from diffusers_dino.training.feature_cache import Recipe, open_feature_cache
 from diffusers_dino.training.features import FeatureEncoder, Views, cache_in_memory
@@ -60,7 +61,13 @@ class Arguments(RunArguments, FeatureArguments):
     unet_config: str | None = flag(None, "Train a new UNet of this config (JSON file, folder or Hub id).")
     qk_init_scale: float = flag(1.0, "Factor of a new UNet's query and key weights.")
     scheduler: str | None = flag(None, "Config of the noise schedule, in place of Stable Diffusion's.")
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = flag(None, "In place of the schedule's.")
+    prediction_type: Literal["epsilon", "v_prediction", "sample", "flow_prediction"] | None = flag(
+        None, "In place of the schedule's; flow_prediction is flow matching."
+    )
+    flow_times: Literal["logit_normal", "uniform"] | None = flag(
+        None, "Distribution of flow matching's times; logit_normal by default."
+    )
+    flow_shift: float | None = flag(None, "Shift of flow matching's times towards noise: above 1 for large images.")
     rescale_betas_zero_snr: bool = flag(False, "End the schedule at pure noise; needs v_prediction.")
     rank: int | None = flag(None, "Train a LoRA of this rank on --pretrained_pipeline.")
     lora_alpha: float | None = flag(None, "Scale of the LoRA; the rank by default.")
@@ -106,6 +113,7 @@ def main() -> None:
     with accelerator.main_process_first():  # one process downloads
         pipe = build_pipeline(args, views.images, accelerator.device)
     models.latent_shape(pipe.vae, pipe.unet, args.resolution)  # checks the resolution
+    check_objective(args, pipe)
     if accelerator.is_main_process:
         save_frozen(args, pipe)
     frozen_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
@@ -254,9 +262,9 @@ def compute_loss(
     latents = mean + std * draws.latent_noise
     null_tokens = pipe.conditioner.null_condition(1)
     tokens = objective.drop_condition(tokens, null_tokens, draws.drop, args.condition_dropout)
-    noisy = scheduler.add_noise(latents, draws.noise, draws.timesteps)
-    prediction = model(noisy, draws.timesteps, encoder_hidden_states=tokens, return_dict=False)[0]
-    target = objective.prediction_target(scheduler, latents, draws.noise, draws.timesteps)
+    noisy, timesteps = objective.noisy_latents(scheduler, latents, draws, args.flow_times or "logit_normal")
+    prediction = model(noisy, timesteps, encoder_hidden_states=tokens, return_dict=False)[0]
+    target = objective.prediction_target(scheduler, latents, draws.noise, timesteps)
     if args.snr_gamma is None:
         return objective.weighted_mse(prediction, target)
     alphas_cumprod = scheduler.alphas_cumprod[draws.timesteps]
@@ -271,6 +279,13 @@ def check_arguments(args: Arguments) -> None:
     if args.metric_steps and not args.validation_data_dir:
         raise ValueError("Measuring (--metric_steps) needs unseen images: give --validation_data_dir.")
     args.in_memory &= args.feature_cache is None  # with a cache, hardly an image is read
+
+
+def check_objective(args: Arguments, pipe: DinoDiffusionPipeline) -> None:
+    if is_flow(pipe.scheduler) and args.snr_gamma is not None:
+        raise ValueError("Flow matching weighs its loss by --flow_times: leave --snr_gamma out.")
+    if args.flow_times and not is_flow(pipe.scheduler):
+        raise ValueError("--flow_times is for flow matching: give it with --prediction_type flow_prediction.")
 
 
 def build_pipeline(args: Arguments, images: data.ImageDataset, device: torch.device) -> DinoDiffusionPipeline:
@@ -295,6 +310,7 @@ def build_pipeline(args: Arguments, images: data.ImageDataset, device: torch.dev
         scheduler=args.scheduler,
         prediction_type=args.prediction_type,
         zero_snr=args.rescale_betas_zero_snr,
+        flow_shift=args.flow_shift,
     )
 
 

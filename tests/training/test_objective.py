@@ -1,13 +1,15 @@
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_snr
 
 from diffusers_dino.training.objective import (
     PREDICTION_TYPES,
     draw_for_training,
     drop_condition,
+    flow_timesteps,
     min_snr_weights,
+    noisy_latents,
     prediction_target,
     weighted_mse,
 )
@@ -23,7 +25,7 @@ def latents() -> torch.Tensor:
 def test_draws_depend_on_seed_and_position_alone():
     together = draw_for_training([3, 7, 100], SHAPE, 1000, seed=1)
     alone = draw_for_training([7], SHAPE, 1000, seed=1)
-    for name in ("noise", "latent_noise", "timesteps", "drop"):
+    for name in ("noise", "latent_noise", "timesteps", "drop", "level"):
         assert torch.equal(getattr(together, name)[1:2], getattr(alone, name))
     other = draw_for_training([7], SHAPE, 1000, seed=2)
     assert not torch.equal(alone.noise, other.noise)
@@ -38,6 +40,31 @@ def test_draws_have_their_distributions():
     assert len(counts) == 10
     assert counts.min() > 300
     assert 0 <= draws.drop.min() < draws.drop.max() < 1
+    assert draws.level.mean().abs() < 0.05
+    assert abs(draws.level.std() - 1) < 0.05
+
+
+def test_a_flow_is_a_straight_line_and_its_velocity(latents):
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    draws = draw_for_training(range(5), SHAPE, 1000)
+    noisy, timesteps = noisy_latents(scheduler, latents, draws)
+    velocity = prediction_target(scheduler, latents, draws.noise, timesteps)
+    s = (timesteps / 1000).view(-1, 1, 1, 1)
+    torch.testing.assert_close(noisy - s * velocity, latents, atol=1e-5, rtol=0)
+    torch.testing.assert_close(noisy + (1 - s) * velocity, draws.noise, atol=1e-5, rtol=0)
+
+
+def test_times_of_a_flow_have_their_distributions():
+    level = torch.randn(20000, generator=torch.Generator().manual_seed(0))
+    uniform = flow_timesteps(FlowMatchEulerDiscreteScheduler(), level, "uniform") / 1000
+    for quantile in (0.1, 0.5, 0.9):
+        assert abs((uniform < quantile).float().mean() - quantile) < 0.01
+    normal = flow_timesteps(FlowMatchEulerDiscreteScheduler(), level) / 1000
+    torch.testing.assert_close(normal.logit().std(), torch.ones(()), atol=0.02, rtol=0)
+    shifted = flow_timesteps(FlowMatchEulerDiscreteScheduler(shift=3.0), level) / 1000
+    torch.testing.assert_close(shifted, 3 * normal / (1 + 2 * normal))
+    with pytest.raises(ValueError, match="logit_normal, uniform"):
+        flow_timesteps(FlowMatchEulerDiscreteScheduler(), level, "cosine")
 
 
 def test_noise_offset_moves_whole_channels():

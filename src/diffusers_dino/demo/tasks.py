@@ -29,6 +29,7 @@ from ..data import Preprocessing, open_images, read_image
 from ..diffseg.attention import self_attention_layers
 from ..diffseg.merging import suppress
 from ..pixels import to_unit, unit_to_uint8
+from ..schedules import scheduler_like
 
 # Of diffusers, by the names that a list shows; None is the scheduler that the model came with.
 SCHEDULERS = {
@@ -294,7 +295,7 @@ def _warnings_to(tell: Callable[[str], object]) -> Iterator[None]:
 def _made_of(pipe: DinoDiffusionPipeline, kind: type[Pipeline], scheduler: str) -> Pipeline:
     """A pipeline of the same components under a scheduler of its own, as schedulers keep the state of a call."""
     name = SCHEDULERS[scheduler]
-    own = (getattr(diffusers, name) if name else type(pipe.scheduler)).from_config(pipe.scheduler.config)
+    own = scheduler_like(pipe.scheduler, getattr(diffusers, name) if name else type(pipe.scheduler))
     made = kind.from_pipe(pipe, scheduler=own)
     made.set_progress_bar_config(disable=True)
     return made

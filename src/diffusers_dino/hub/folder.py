@@ -100,8 +100,10 @@ def part_facts(folder: str | Path) -> dict[str, Any]:
         facts["width of the condition"] = unet.get("cross_attention_dim")
     if "scheduler" in places:
         schedule = _read(places["scheduler"] / "scheduler_config.json")
-        names = ("beta_schedule", "prediction_type", "num_train_timesteps", "rescale_betas_zero_snr")
+        names = ("beta_schedule", "prediction_type", "num_train_timesteps", "rescale_betas_zero_snr", "shift")
         facts["schedule"] = [f"{name} {schedule[name]}" for name in names if schedule.get(name) is not None]
+        if str(schedule.get("_class_name")).startswith("FlowMatch"):
+            facts["schedule"].insert(0, "flow matching")
     return facts
 
 

@@ -11,10 +11,11 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel, UNet2DModel
 from torch import Tensor
 
 from ..latents import VAE
+from ..schedules import is_flow, require_kind
 
 if TYPE_CHECKING:
     from ..conditioner import DinoImageConditioner
@@ -102,8 +103,9 @@ def check_channels(vae: VAE | None, unet: UNet2DConditionModel | UNet2DModel | N
 
 
 def check_scheduler(scheduler: Any) -> None:
-    """Refuse with a ValueError what does not work as the schedulers of Stable Diffusion do: flow matching, for one."""
-    needed = ("scale_model_input", "init_noise_sigma", "set_timesteps", "step", "config.num_train_timesteps")
+    """Refuse with a ValueError what works neither as the schedulers of Stable Diffusion do, nor as those of flows."""
+    needed = ["set_timesteps", "step", "config.num_train_timesteps"]
+    needed += [] if is_flow(scheduler) else ["scale_model_input", "init_noise_sigma"]
     lacking = []
     for name in needed:
         try:
@@ -117,14 +119,13 @@ def check_scheduler(scheduler: Any) -> None:
     if lacking:
         raise ValueError(
             f"{type(scheduler).__name__} cannot be used here: it has no {', no '.join(lacking)}. Use one of "
-            "diffusers' KarrasDiffusionSchedulers, such as DDIMScheduler; for a model of flow matching "
-            "DPMSolverMultistepScheduler with prediction_type='flow_prediction' and use_flow_sigmas=True."
+            "diffusers' KarrasDiffusionSchedulers, such as DDIMScheduler."
         )
 
 
 def check_steps(scheduler: Any, timesteps: Any = None, sigmas: Any = None) -> None:
     """Refuse with a ValueError a caller's `timesteps` or `sigmas` that do not descend, or lie outside their range."""
-    last = scheduler.config["num_train_timesteps"] - 1
+    last = scheduler.config["num_train_timesteps"] - (0 if is_flow(scheduler) else 1)
     for name, values, top in (("timesteps", timesteps, last), ("sigmas", sigmas, math.inf)):
         if values is None:
             continue
@@ -148,8 +149,10 @@ def check_descent(timesteps: Tensor, scheduler: Any) -> None:
         )
 
 
-def check_schedule(config: Any) -> None:
-    """Warn of settings in a scheduler's config that are known to spoil latent diffusion; each is legal."""
+def check_schedule(scheduler: SchedulerMixin, flow_matching: bool) -> None:
+    """Refuse a scheduler of the wrong kind; warn of settings that are legal, and known to spoil latent diffusion."""
+    require_kind(type(scheduler), is_flow(scheduler), flow_matching)
+    config = scheduler.config
     if config.get("clip_sample"):
         warnings.warn(
             "The scheduler clips its predictions to [-1, 1] (clip_sample=True, the default of some of diffusers' "

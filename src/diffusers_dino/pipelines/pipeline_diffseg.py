@@ -12,7 +12,6 @@ from accelerate.utils import send_to_device
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
-    DDPMScheduler,
     DiffusionPipeline,
     UNet2DConditionModel,
     UNet2DModel,
@@ -23,6 +22,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .. import schedules
 from ..conditioner import DinoImageConditioner
 from ..diffseg.attention import capture_self_attention
 from ..diffseg.merging import aggregate_attention, merge_attention, refine_segments, relative_thresholds, suppress
@@ -216,11 +216,10 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         if add_noise:  # drawn in float32, so that a seed means the same in every precision
             noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=torch.float32)
             noise = noise.to(latents.dtype)
-            schedule = DDPMScheduler.from_config(self.scheduler.config)  # some others do not keep unit variance
         with capture_self_attention(self.unet, sides, layers) as attention:
             for t in _timesteps(timestep, self.scheduler.config["num_train_timesteps"]):
                 steps = torch.full((len(latents),), t, device=latents.device)
-                inputs = schedule.add_noise(latents, noise, steps) if add_noise else latents
+                inputs = schedules.add_noise(self.scheduler, latents, noise, steps) if add_noise else latents
                 self.unet(inputs, steps, **condition, return_dict=False)
         maps = [
             aggregate_attention({side: means[i : i + 1] for side, means in attention.items()}, weights=weights)

@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg, retrieve_timesteps
-from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..conditioner import DinoImageConditioner
 from ..latents import decode_latents, vae_scale_factor
 from ..pixels import ImageInput
+from ..schedules import is_flow
 from .caching import UNetCacheMixin, cache_context, has_cache, restart_cache
 from .checks import (
     Generators,
@@ -60,7 +60,10 @@ class DinoDiffusionPipeline(
         vae: Autoencoder of images with 1 or 3 channels.
         conditioner: Images to condition tokens, and the null condition of guidance.
         unet: Denoiser of the VAE's latents; its `cross_attention_dim` is the conditioner's `token_dim`.
-        scheduler: Any of diffusers' `KarrasDiffusionSchedulers`, with the noise schedule of the UNet's training.
+        scheduler: Any of diffusers' `KarrasDiffusionSchedulers`, with the noise schedule of the UNet's training; for a
+            UNet trained by flow matching a `FlowMatch...` scheduler, or one with `use_flow_sigmas`.
+        flow_matching: Whether the UNet was trained by flow matching; by default as `scheduler` says. It is saved with
+            the pipeline, which refuses schedulers of the other kind.
 
     Example:
         ```python
@@ -83,11 +86,14 @@ class DinoDiffusionPipeline(
         vae: AutoencoderKL | AutoencoderTiny,
         conditioner: DinoImageConditioner,
         unet: UNet2DConditionModel,
-        scheduler: KarrasDiffusionSchedulers,
+        scheduler: SchedulerMixin,
+        flow_matching: bool | None = None,
     ) -> None:
         super().__init__()
         check_components(vae, conditioner, unet)
         self.register_modules(vae=vae, conditioner=conditioner, unet=unet, scheduler=scheduler)
+        if is_flow(scheduler) if flow_matching is None else flow_matching:
+            self.register_to_config(flow_matching=True)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._guidance_scale = 1.0
         self._guidance_rescale = 0.0
@@ -151,6 +157,8 @@ class DinoDiffusionPipeline(
         sigmas: list[float] | None = None,
         guidance_scale: float = 1.0,
         guidance_rescale: float = 0.0,
+        guidance_start: float = 0.0,
+        guidance_end: float = 1.0,
         num_images_per_prompt: int = 1,
         eta: float = 0.0,
         generator: Generators = None,
@@ -179,7 +187,7 @@ class DinoDiffusionPipeline(
                 "conditioner. Give guidance_scale=1, or load the conditioner."
             )
         check_components(self.vae, self.conditioner, self.unet)
-        check_schedule(self.scheduler.config)
+        check_schedule(self.scheduler, self.config.get("flow_matching", False))
         if (image is None) == (image_embeds is None):
             raise ValueError(f"Give either `{name}` or `{name}_embeds`, and not both.")
         if image_embeds is not None:
@@ -189,6 +197,9 @@ class DinoDiffusionPipeline(
         check_numbers(num_inference_steps=num_inference_steps, num_images_per_prompt=num_images_per_prompt)
         check_steps(self.scheduler, timesteps, sigmas)
         check_generator(generator)
+        check_number(0, 1, guidance_start=guidance_start, guidance_end=guidance_end)
+        if guidance_start > guidance_end:
+            raise ValueError(f"`guidance_start` {guidance_start} must not be above `guidance_end` {guidance_end}.")
         if unknown := set(callback_on_step_end_tensor_inputs or ()) - set(self._callback_tensor_inputs):
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, got "
@@ -220,7 +231,8 @@ class DinoDiffusionPipeline(
             raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}.")
         elif not torch.isfinite(latents).all():
             raise ValueError("`latents` contains NaN or infinity.")
-        return latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
+        latents = latents.to(device=device, dtype=dtype)
+        return latents * getattr(self.scheduler, "init_noise_sigma", 1.0)  # schedulers of flows have none
 
     def prepare_extra_step_kwargs(self, generator: Generators, eta: float, batch_size: int) -> dict[str, Any]:
         """Those of `generator` and `eta` (see `__call__`) that the scheduler's `step` takes, for all its steps.
@@ -252,6 +264,8 @@ class DinoDiffusionPipeline(
         sigmas: list[float] | None = None,
         guidance_scale: float = 2.0,
         guidance_rescale: float = 0.0,
+        guidance_start: float = 0.0,
+        guidance_end: float = 1.0,
         num_images_per_prompt: int = 1,
         eta: float = 0.0,
         generator: Generators = None,
@@ -277,6 +291,9 @@ class DinoDiffusionPipeline(
                 dropping its condition: it does not know the null condition.
             guidance_rescale: In [0, 1], against over-exposure by guidance; 0.7 with zero terminal SNR (Lin et al.,
                 arXiv 2305.08891, section 3.4).
+            guidance_start: Guidance starts after this fraction of the steps, and ends with `guidance_end`: a limited
+                interval keeps more diversity (Kynkäänniemi et al., arXiv 2404.07724). Outside it, steps cost half.
+            guidance_end: As `guidance_start`, in [0, 1].
             num_images_per_prompt: Variations of each image, n.
             eta: Stochasticity of DDIM in [0, 1]; other schedulers ignore it.
             generator: One for the call, or a list of B * n: then each image depends only on its own generator and
@@ -314,6 +331,8 @@ class DinoDiffusionPipeline(
             sigmas=sigmas,
             guidance_scale=guidance_scale,
             guidance_rescale=guidance_rescale,
+            guidance_start=guidance_start,
+            guidance_end=guidance_end,
             num_images_per_prompt=num_images_per_prompt,
             eta=eta,
             generator=generator,
@@ -345,15 +364,16 @@ class DinoDiffusionPipeline(
 
         # 4. Denoise
         times, cached = timesteps.tolist(), has_cache(self.unet)
+        scale_model_input = getattr(self.scheduler, "scale_model_input", lambda sample, _: sample)  # flows have none
         restart_cache(self.unet)
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
                 self._current_timestep = times[i]
-                guided = self.do_classifier_free_guidance
+                guided = self.do_classifier_free_guidance and guidance_start <= i / len(timesteps) < guidance_end
                 inputs = torch.cat([latents] * 2) if guided else latents
-                inputs = self.scheduler.scale_model_input(inputs, t)
+                inputs = scale_model_input(inputs, t)
                 with cache_context(self.unet, cached, times[i], guided):
                     prediction = self.unet(
                         inputs,

@@ -23,6 +23,7 @@ from ..fingerprints import as_json, fingerprint_pipeline, hash_of
 from ..metrics.copy_gate import CopyGate
 from ..metrics.neighbours import Groups
 from ..pipelines import DinoDiffusionPipeline
+from ..schedules import scheduler_like
 from ..workers import progress_bar
 from .dataset import SyntheticSet, check_left_out, complete_set, finished_set
 from .plan import Plan, SynthesisError
@@ -113,7 +114,7 @@ def load_generator(model: str | Path, dtype: str = "float32", scheduler: str | N
         kind = getattr(diffusers, scheduler, None)
         if kind is None or not hasattr(kind, "from_config"):
             raise ValueError(f"diffusers has no scheduler {scheduler!r}: give a name like DDIMScheduler.")
-        pipe.scheduler = kind.from_config(pipe.scheduler.config)
+        pipe.scheduler = scheduler_like(pipe.scheduler, kind)
     return pipe
 
 

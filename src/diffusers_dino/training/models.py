@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, AutoModel, DDIMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    AutoModel,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DConditionModel,
+)
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.models.attention_processor import Attention
 from torch import nn
@@ -59,6 +66,7 @@ def build_pipeline(
     scheduler: str | None = None,
     prediction_type: str | None = None,
     zero_snr: bool = False,
+    flow_shift: float | None = None,
     **hub: Any,
 ) -> DinoDiffusionPipeline:
     """Put a pipeline together from parts that are loaded or new.
@@ -70,7 +78,7 @@ def build_pipeline(
         base: A pipeline such as Stable Diffusion, for the parts that are not given.
         unet: Folder or repository of a UNet.
         unet_config: Make a new UNet of this config, with `qk_init_scale`, by `new_unet`.
-        scheduler: Config for `make_scheduler`, as are `prediction_type` and `zero_snr`.
+        scheduler: Config for `make_scheduler`, as are `prediction_type`, `zero_snr` and `flow_shift`.
         hub: `revision`, `variant` and the like for `base`.
 
     Raises:
@@ -82,7 +90,7 @@ def build_pipeline(
         denoiser = new_unet(unet_config, vae, conditioner.token_dim, resolution, qk_init_scale)
     else:
         denoiser = load_unet(unet) if unet else load_unet(base, **hub)
-    schedule = make_scheduler(scheduler or base, prediction_type, zero_snr)
+    schedule = make_scheduler(scheduler or base, prediction_type, zero_snr, flow_shift)
     return DinoDiffusionPipeline(vae=vae, conditioner=conditioner, unet=denoiser, scheduler=schedule)
 
 
@@ -192,18 +200,24 @@ def new_unet(
 
 
 def make_scheduler(
-    config: str | None = None, prediction_type: str | None = None, zero_snr: bool = False
-) -> DDIMScheduler:
+    config: str | None = None,
+    prediction_type: str | None = None,
+    zero_snr: bool = False,
+    flow_shift: float | None = None,
+) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
     """The noise schedule of training, as the sampler that is saved with the pipeline.
 
     Args:
         config: A scheduler's config (JSON file or folder), or a folder or repository of a pipeline that has one;
             Stable Diffusion's by default.
-        prediction_type: `"epsilon"`, `"v_prediction"` or `"sample"`, in place of the config's.
+        prediction_type: `"epsilon"`, `"v_prediction"`, `"sample"`, or `"flow_prediction"` for flow matching; in place
+            of the config's.
         zero_snr: Rescale the schedule to end at pure noise and sample from there (Lin et al. 2023).
+        flow_shift: Of flow matching, in place of the config's: above 1 for large images, 3 in Stable Diffusion 3.
 
     Raises:
-        ValueError: If zero terminal SNR is combined with predicting the noise, which is then all there is to see.
+        ValueError: If zero terminal SNR is combined with predicting the noise, which is then all there is to see, or
+            with flow matching, or `flow_shift` is not positive or given without flow matching.
     """
     settings = dict(STABLE_DIFFUSION_SCHEDULE)
     if config is not None:
@@ -213,6 +227,16 @@ def make_scheduler(
             )
         except OSError:
             settings = dict(DDIMScheduler.load_config(config))
+    was_flow = settings.get("_class_name", "").startswith("FlowMatch") or bool(settings.get("use_flow_sigmas"))
+    if was_flow if prediction_type is None else prediction_type == "flow_prediction":
+        if zero_snr:
+            raise ValueError("Flow matching ends at pure noise by itself: leave zero terminal SNR out.")
+        shift = settings.get("shift", settings.get("flow_shift", 1.0)) if flow_shift is None else flow_shift
+        if shift <= 0:
+            raise ValueError(f"The shift of a flow must be positive, got {shift}.")
+        return FlowMatchEulerDiscreteScheduler(settings.get("num_train_timesteps", 1000), shift=shift)
+    if flow_shift is not None:
+        raise ValueError("A shift is for flow matching: give it with flow_prediction.")
     if prediction_type is not None:
         settings["prediction_type"] = prediction_type
     if zero_snr:

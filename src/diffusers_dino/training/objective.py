@@ -1,7 +1,7 @@
-"""The training objective of a latent diffusion model: pure arithmetic, and the random draws it is fed with.
+"""The training objective of a latent diffusion or flow model: pure arithmetic, and the random draws it is fed with.
 
 With `a = alphas_cumprod[t]` a noisy latent is `z_t = sqrt(a) z + sqrt(1 - a) e` (Ho et al. 2020, eq. 4), and its
-signal-to-noise ratio is `a / (1 - a)`.
+signal-to-noise ratio is `a / (1 - a)`. Flow matching is in `diffusers_dino.schedules`.
 """
 
 from __future__ import annotations
@@ -11,23 +11,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from ..schedules import add_noise, is_flow
 from ..seeds import generator_for
 
 __all__ = [
+    "FLOW_TIMES",
     "PREDICTION_TYPES",
     "TrainingDraws",
     "check_finite",
     "draw_for_training",
     "drop_condition",
+    "flow_timesteps",
     "min_snr_weights",
+    "noisy_latents",
     "prediction_target",
     "weighted_mse",
 ]
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")  # of diffusion; a flow has one target
+FLOW_TIMES = ("logit_normal", "uniform")
 
 
 @dataclass(frozen=True)
@@ -39,12 +44,14 @@ class TrainingDraws:
         latent_noise: `(B, L, h, w)`, what samples the autoencoder's posterior: `mean + std * latent_noise`.
         timesteps: `(B,)` int64 in [0, num_train_timesteps).
         drop: `(B,)` uniform on [0, 1): the condition is dropped where it is below the probability.
+        level: `(B,)` standard normal, which becomes the time of a flow.
     """
 
     noise: Tensor
     latent_noise: Tensor
     timesteps: Tensor
     drop: Tensor
+    level: Tensor
 
     def to(self, device: torch.device | str) -> TrainingDraws:
         """The same draws on a device."""
@@ -78,19 +85,56 @@ def draw_for_training(
         drop = torch.rand((), generator=generator)
         noise, latent_noise = torch.randn(2, *latent_shape, generator=generator)
         offset = torch.randn(latent_shape[0], 1, 1, generator=generator)
-        draws.append((noise + noise_offset * offset if noise_offset else noise, latent_noise, timestep, drop))
+        level = torch.randn((), generator=generator)
+        noise = noise + noise_offset * offset if noise_offset else noise
+        draws.append((noise, latent_noise, timestep, drop, level))
     return TrainingDraws(*(torch.stack(column) for column in zip(*draws, strict=True)))
 
 
-def prediction_target(scheduler: DDIMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """What the UNet is to predict from `scheduler.add_noise(latents, noise, timesteps)`, as its config says.
+def noisy_latents(
+    scheduler: DDIMScheduler | FlowMatchEulerDiscreteScheduler,
+    latents: Tensor,
+    draws: TrainingDraws,
+    flow_times: str = "logit_normal",
+) -> tuple[Tensor, Tensor]:
+    """Noise latents `(B, L, h, w)` as the UNet sees them, and their timesteps `(B,)`; a flow's by `flow_timesteps`."""
+    if not is_flow(scheduler):
+        return scheduler.add_noise(latents, draws.noise, draws.timesteps), draws.timesteps
+    timesteps = flow_timesteps(scheduler, draws.level, flow_times)
+    return add_noise(scheduler, latents, draws.noise, timesteps), timesteps
+
+
+def flow_timesteps(scheduler: FlowMatchEulerDiscreteScheduler, level: Tensor, times: str = "logit_normal") -> Tensor:
+    """Timesteps of a flow's training (Esser et al., arXiv 2403.03206, sections 3.1 and 5.3.2).
+
+    Args:
+        scheduler: Its `shift` moves the times towards noise, which large images need: `shift s / (1 + (shift - 1) s)`.
+        level: `(B,)` standard normal.
+        times: `"logit_normal"`, with location 0 and scale 1, or `"uniform"`.
+
+    Returns:
+        `(B,)` float32 in [0, num_train_timesteps].
+    """
+    if times not in FLOW_TIMES:
+        raise ValueError(f"The times of a flow must be one of {', '.join(FLOW_TIMES)}, got {times!r}.")
+    s = level.sigmoid() if times == "logit_normal" else torch.special.ndtr(level)
+    shift = scheduler.config["shift"]
+    return shift * s / (1 + (shift - 1) * s) * scheduler.config["num_train_timesteps"]
+
+
+def prediction_target(
+    scheduler: DDIMScheduler | FlowMatchEulerDiscreteScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor
+) -> Tensor:
+    """What the UNet is to predict from noisy latents, as the scheduler's config says.
 
     For `epsilon` the noise, for `sample` the clean latents, for `v_prediction` (Salimans & Ho 2022)
-    `sqrt(a) e - sqrt(1 - a) z`.
+    `sqrt(a) e - sqrt(1 - a) z`, for a flow the velocity `e - z`.
 
     Raises:
         ValueError: If the prediction type is unknown.
     """
+    if is_flow(scheduler):
+        return noise - latents
     prediction_type = scheduler.config["prediction_type"]
     _check_prediction_type(prediction_type)
     if prediction_type == "v_prediction":

@@ -1,0 +1,89 @@
+"""`examples/train_dino.py` by flow matching."""
+
+import shutil
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file
+
+import scripts
+import tiny
+from diffusers_dino import DinoDiffusionPipeline
+from diffusers_dino.training.models import load_trained_pipeline
+from scripts import losses
+
+FLOW = {"prediction_type": "flow_prediction", "flow_shift": 2.0}
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> dict:
+    return scripts.tiny_training(tmp_path_factory.mktemp("parts"))
+
+
+@pytest.fixture(scope="module")
+def trained(settings, tmp_path_factory):
+    """A run of four updates, with a checkpoint after each second one."""
+    folder = tmp_path_factory.mktemp("flow")
+    changes = {**FLOW, "max_train_steps": 4, "checkpointing_steps": 2, "use_ema": True, "output_dir": folder}
+    scripts.call_script("train_dino.py", **{**settings, **changes})
+    return folder
+
+
+@pytest.mark.parametrize("part", ["", "checkpoint-2"])
+def test_the_result_and_its_checkpoints_sample_the_flow(trained, part):
+    pipe = load_trained_pipeline(trained / part)
+    assert isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler)
+    assert pipe.scheduler.config["shift"] == 2.0
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(tiny.random_images(2), num_inference_steps=2, guidance_scale=2.0, output_type="pt").images
+    assert images.shape == (2, 1, 32, 32)
+
+
+def test_the_card_says_what_was_trained(trained):
+    card = (trained / "README.md").read_text()
+    assert "flow matching" in card
+    assert "| flow shift | 2.0 |" in card
+
+
+def test_resumed_it_ends_with_the_same_bits(settings, trained, tmp_path):
+    options = {**settings, **FLOW, "max_train_steps": 4, "checkpointing_steps": 2, "use_ema": True}
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for name in ("checkpoint-2", "vae", "conditioner", "scheduler"):
+        shutil.copytree(trained / name, folder / name)
+    scripts.call_script("train_dino.py", **{**options, "output_dir": folder, "resume_from_checkpoint": "latest"})
+    one, other = load_file(trained / UNET), load_file(folder / UNET)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_it_learns(settings, tmp_path):
+    changes = {"max_train_steps": 60, "learning_rate": 3e-3, "condition_dropout": 0.0, "output_dir": tmp_path}
+    scripts.call_script("train_dino.py", **{**settings, **changes, "prediction_type": "flow_prediction"})
+    curve = losses(tmp_path)
+    assert sum(curve[-10:]) < 0.9 * sum(curve[:10])
+
+
+def test_a_lora_follows_the_flow_of_its_pipeline(settings, trained, tmp_path):
+    changes = {"pretrained_pipeline": trained, "rank": 2, "max_train_steps": 1, "flow_times": "uniform"}
+    given = {name: value for name, value in settings.items() if name not in ("vae", "conditioner", "unet_config")}
+    scripts.call_script("train_dino.py", **{**given, **changes, "output_dir": tmp_path})
+    pipe = DinoDiffusionPipeline.from_pretrained(trained)
+    pipe.load_lora_weights(tmp_path)
+    assert pipe(tiny.random_images(1), num_inference_steps=1, output_type="pt").images.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"snr_gamma": 5.0, **FLOW}, "leave --snr_gamma out"),
+        ({"rescale_betas_zero_snr": True, **FLOW}, "zero terminal SNR"),
+        ({**FLOW, "flow_shift": 0.0}, "positive"),
+        ({"flow_shift": 2.0}, "flow_prediction"),
+        ({"flow_times": "uniform"}, "--prediction_type flow_prediction"),
+    ],
+)
+def test_settings_of_the_other_kind_are_refused(settings, tmp_path, changes, message):
+    with pytest.raises((ValueError, SystemExit), match=message):
+        scripts.call_script("train_dino.py", **{**settings, "max_train_steps": 1, "output_dir": tmp_path, **changes})
