@@ -30,7 +30,7 @@ from diffusers_dino.cli.training_flags import (
     open_training_images,
 )
 from diffusers_dino.cli.training_run import TrainingRun
-from diffusers_dino.data import ImageDataset
+from diffusers_dino.data import ImageDataset, TrainingViews
 from diffusers_dino.seeds import generator_for
 from diffusers_dino.training.features import evenly_spread
 from diffusers_dino.training.self_distillation import (
@@ -97,7 +97,7 @@ def main() -> None:
     student, teacher = make_networks(args, config)
     teacher.to(accelerator.device)
     koleo = KoLeoLoss()
-    run = TrainingRun(args, accelerator, student, images, companions=(teacher,))
+    run = TrainingRun(args, accelerator, student, TrainingViews(images, None, args.seed), companions=(teacher,))
     logger.info(
         f"Training {sum(p.numel() for p in teacher.encoder.parameters()) / 1e6:.2f} M weights on {len(images)} "
         f"images: {run.total} updates of {run.images_per_update} images"

@@ -30,7 +30,7 @@ from diffusers_dino.cli.training_flags import (
     open_training_images,
 )
 from diffusers_dino.cli.training_run import TrainingRun
-from diffusers_dino.data import ImageDataset, collate, open_images
+from diffusers_dino.data import ImageDataset, TrainingViews, collate, open_images
 from diffusers_dino.latents import vae_scale_factor
 from diffusers_dino.pixels import unit_to_vae, vae_to_unit
 from diffusers_dino.seeds import generator_for
@@ -71,7 +71,8 @@ def main() -> None:
     images, held_out = split_images(args, open_training_images(args))
     vae = make_vae(args)
     loss_function = ReconstructionLoss(args.l1_weight, args.mse_weight, args.gradient_weight, args.kl_weight)
-    run = TrainingRun(args, accelerator, AutoencodingNetwork(vae), images, make_augmentation(args))
+    views = TrainingViews(images, make_augmentation(args), args.seed)
+    run = TrainingRun(args, accelerator, AutoencodingNetwork(vae), views)
     logger.info(
         f"Training {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M weights on {len(images)} images, "
         f"{len(held_out)} held out: {run.total} updates of {run.images_per_update} images"

@@ -10,16 +10,16 @@ from __future__ import annotations
 import inspect
 
 from diffusers import DDPMScheduler, SchedulerMixin
+from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
 
-__all__ = ["add_noise", "is_flow", "require_kind", "scheduler_like"]
+__all__ = ["add_noise", "embed_guidance", "is_flow", "require_kind", "scheduler_like"]
 
 
 def is_flow(scheduler: SchedulerMixin | None) -> bool:
     """Whether a scheduler samples a flow: diffusers' `FlowMatch...`, or another one with `use_flow_sigmas`."""
-    if scheduler is None:
-        return False
-    return type(scheduler).__name__.startswith("FlowMatch") or bool(scheduler.config.get("use_flow_sigmas"))
+    flow_sigmas = getattr(scheduler, "config", {}).get("use_flow_sigmas")
+    return type(scheduler).__name__.startswith("FlowMatch") or bool(flow_sigmas)
 
 
 def add_noise(scheduler: SchedulerMixin, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -58,3 +58,8 @@ def scheduler_like(scheduler: SchedulerMixin, kind: type[SchedulerMixin]) -> Sch
     if to_flow:
         return kind.from_config(settings, shift=shift)
     return kind.from_config(settings, use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=shift)
+
+
+def embed_guidance(guidance_scale: Tensor, width: int) -> Tensor:
+    """Guidance scales `(B,)`, 1 being none, as a distilled UNet takes them: `(B, width)` (arXiv 2310.04378)."""
+    return get_timestep_embedding((guidance_scale - 1) * 1000, width, downscale_freq_shift=1)

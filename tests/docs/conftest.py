@@ -29,6 +29,7 @@ def phantoms(count: int) -> list[tuple[bytes, dict]]:
 
 
 def save_pipelines(root: Path) -> None:
+    from diffusers import LCMScheduler
     from diffusers.utils import convert_state_dict_to_diffusers
 
     import checkpoints
@@ -42,8 +43,9 @@ def save_pipelines(root: Path) -> None:
     pipe.unet.save_pretrained(root / "my-model/checkpoint-500/unet")
     pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"]))
     layers = convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(pipe.unet))
-    for name in ("scanner-lora", "ward-lora"):
+    for name in ("scanner-lora", "ward-lora", "fast-lora"):
         pipe.save_lora_weights(root / "outputs" / name, layers)
+    LCMScheduler.from_config(pipe.scheduler.config).save_pretrained(root / "outputs/fast-lora/scheduler")
     stable_diffusion().save_pretrained(root / "stable-diffusion")
     for name, family in ENCODERS.items():
         checkpoints.save_transformers(checkpoints.build(family), root / name)

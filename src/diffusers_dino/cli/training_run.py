@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import data
 from ..training import checkpoints, objective
+from ..training.features import Views
 from ..training.interruption import Interruption
 from ..training.optim import decay_matrices
 from ..training.progress import Progress
@@ -31,8 +32,7 @@ class TrainingRun:
         args: The flags, which are `RunArguments` and `ImageArguments`.
         accelerator: Its `gradient_accumulation_steps` is the number of batches in an update.
         model: What is trained; may be a tuple of modules in one. Only matrices and kernels decay.
-        images: What it is trained on.
-        augmentation: Random views of the images, or None.
+        views: What it is trained on: random views of images, or their features.
         companions: Further parts of the run's state (`state_dict`, `load_state_dict`), such as a teacher.
 
     Attributes:
@@ -49,21 +49,20 @@ class TrainingRun:
         args: Any,
         accelerator: Accelerator,
         model: nn.Module,
-        images: data.ImageDataset,
-        augmentation: data.Augmentation | None = None,
+        views: Views,
         companions: tuple[Any, ...] = (),
     ) -> None:
         passes = accelerator.gradient_accumulation_steps
         self.images_per_update = args.train_batch_size * passes * accelerator.num_processes
-        if self.images_per_update > len(images):
+        if self.images_per_update > len(views):
             raise ValueError(
                 f"One update needs {self.images_per_update} images ({accelerator.num_processes} processes x "
-                f"{args.train_batch_size} x {passes} forward passes), but there are {len(images)}. Lower "
+                f"{args.train_batch_size} x {passes} forward passes), but there are {len(views)}. Lower "
                 "--train_batch_size or --gradient_accumulation_steps."
             )
         self.args, self.accelerator = args, accelerator
-        self.views = data.TrainingViews(images, augmentation, args.seed)
-        self.total = args.max_train_steps or math.ceil(args.num_train_epochs * len(images) / self.images_per_update)
+        self.views = views
+        self.total = args.max_train_steps or math.ceil(args.num_train_epochs * len(views) / self.images_per_update)
         self.step = 0
         self._position = 0  # images shown so far
         optimizer = torch.optim.AdamW(
@@ -76,7 +75,7 @@ class TrainingRun:
         )
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         accelerator.register_for_checkpointing(self.lr_scheduler, *companions)
-        self._provenance = checkpoints.describe_run(args.seed, images.preprocessing, args.shuffle_window_shards)
+        self._provenance = checkpoints.describe_run(args.seed, views.images.preprocessing, args.shuffle_window_shards)
         if args.resume_from_checkpoint:
             found = checkpoints.resume_run(accelerator, args.output_dir, args.resume_from_checkpoint, self._provenance)
             if found is not None:

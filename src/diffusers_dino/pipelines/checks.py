@@ -35,11 +35,12 @@ __all__ = [
     "check_scheduler",
     "check_steps",
     "condition_width",
+    "guidance_width",
     "image_size",
 ]
 
 Generators = torch.Generator | list[torch.Generator] | None
-_EXTRA_CONDITIONS = ("addition_embed_type", "class_embed_type", "num_class_embeds", "time_cond_proj_dim")
+_EXTRA_CONDITIONS = ("addition_embed_type", "class_embed_type", "num_class_embeds")
 
 
 def image_size(pipe: DiffusionPipeline) -> int:
@@ -87,6 +88,11 @@ def check_components(
             f"cross_attention_dim={conditioner.token_dim}, or the conditioner with projection_dim={width}, and train."
         )
     check_channels(vae, unet, "in_channels", "out_channels")
+
+
+def guidance_width(unet: UNet2DConditionModel) -> int | None:
+    """Width in which a distilled UNet takes the guidance scale as an input; None of others."""
+    return unet.config.get("time_cond_proj_dim")
 
 
 def check_channels(vae: VAE | None, unet: UNet2DConditionModel | UNet2DModel | None, *sides: str) -> None:

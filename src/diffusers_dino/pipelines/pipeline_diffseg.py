@@ -115,10 +115,10 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
             raise ValueError("This pipeline has no unet or no scheduler; both are needed to segment.")
         check_channels(self.vae, self.unet, "in_channels")
         config = self.scheduler.config
-        if add_noise and ("beta_schedule" not in config or config.get("prediction_type") == "flow_prediction"):
+        if add_noise and "beta_schedule" not in config and not schedules.is_flow(self.scheduler):
             raise ValueError(
-                f"{type(self.scheduler).__name__} adds noise in a way of its own (flow matching, say), which is not "
-                "known here: leave add_noise=False, as DiffSeg does."
+                f"{type(self.scheduler).__name__} adds noise in a way of its own, which is not known "
+                "here: leave add_noise=False, as DiffSeg does."
             )
         if has_cache(self.unet):
             raise ValueError(

@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DiffusionPipeline,
+    LCMScheduler,
+    SchedulerMixin,
+    UNet2DConditionModel,
+)
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
@@ -20,7 +27,7 @@ from torch import Tensor
 from ..conditioner import DinoImageConditioner
 from ..latents import decode_latents, vae_scale_factor
 from ..pixels import ImageInput
-from ..schedules import is_flow
+from ..schedules import embed_guidance, is_flow
 from .caching import UNetCacheMixin, cache_context, has_cache, restart_cache
 from .checks import (
     Generators,
@@ -36,6 +43,7 @@ from .checks import (
     check_scheduler,
     check_steps,
     condition_width,
+    guidance_width,
 )
 from .loading import ComponentLoadingMixin
 from .lora import UNetLoraLoaderMixin
@@ -118,8 +126,8 @@ class DinoDiffusionPipeline(
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        """Whether the null condition is evaluated beside the condition."""
-        return self._guidance_scale > 1
+        """Whether the null condition is evaluated beside the condition; a distilled UNet takes the scale instead."""
+        return self._guidance_scale > 1 and guidance_width(self.unet) is None
 
     @property
     def cross_attention_kwargs(self) -> dict[str, Any] | None:
@@ -181,7 +189,7 @@ class DinoDiffusionPipeline(
         check_number(0, 1, guidance_rescale=guidance_rescale, eta=eta)
         if "scale" in (cross_attention_kwargs or {}):  # another would stay in the layers after the call
             check_number(-math.inf, scale=cross_attention_kwargs["scale"])
-        if self.conditioner is None and guidance_scale > 1:
+        if self.conditioner is None and guidance_scale > 1 and guidance_width(self.unet) is None:
             raise ValueError(
                 f"guidance_scale={guidance_scale} needs the conditioner's null condition, and this pipeline has no "
                 "conditioner. Give guidance_scale=1, or load the conditioner."
@@ -259,7 +267,7 @@ class DinoDiffusionPipeline(
         image_embeds: Tensor | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         timesteps: list[int] | None = None,
         sigmas: list[float] | None = None,
         guidance_scale: float = 2.0,
@@ -283,7 +291,7 @@ class DinoDiffusionPipeline(
             image_embeds: In place of `image`: tokens `(B, S, D)` from `encode_image`.
             height: Of the generated images in pixels; by default what the UNet's config or `latents` say.
             width: As `height`.
-            num_inference_steps: Denoising steps.
+            num_inference_steps: Denoising steps; by default 50, and 4 with `LCMScheduler`.
             timesteps: Your own timesteps in place of `num_inference_steps`, for schedulers that take them, descending.
             sigmas: Your own noise levels, descending to 0, likewise.
             guidance_scale: Classifier-free guidance away from the null condition, as in Imagen (arXiv 2205.11487,
@@ -321,6 +329,7 @@ class DinoDiffusionPipeline(
         elif callback_on_step_end_tensor_inputs is None:
             callback_on_step_end_tensor_inputs = ["latents"]
         height, width = self._default_size(height, width, latents)
+        num_inference_steps = self._default_steps(num_inference_steps)
         self.check_inputs(
             image,
             image_embeds,
@@ -379,6 +388,7 @@ class DinoDiffusionPipeline(
                         inputs,
                         t.expand(len(inputs)).to(device),  # one each, as FasterCache splits the batch
                         encoder_hidden_states=torch.cat([null_embeds, image_embeds]) if guided else image_embeds,
+                        timestep_cond=self._embed_guidance(batch_size),
                         cross_attention_kwargs=self.cross_attention_kwargs,
                         return_dict=False,
                     )[0]
@@ -410,6 +420,20 @@ class DinoDiffusionPipeline(
         pixels = decode_latents(self.vae, latents.to(self.vae.dtype)).float()
         check_finite(pixels, "generated images")
         return pixels
+
+    def _default_steps(self, num_inference_steps: int | None) -> int:
+        """The steps that were given, else 4 with `LCMScheduler`, which samples distilled models, or 50."""
+        if num_inference_steps is not None:
+            return num_inference_steps
+        return 4 if isinstance(self.scheduler, LCMScheduler) else 50
+
+    def _embed_guidance(self, batch_size: int) -> Tensor | None:
+        """The guidance scale as an input `(B, width)` of a distilled UNet, None for others."""
+        width = guidance_width(self.unet)
+        if width is None:
+            return None
+        scales = torch.full((batch_size,), float(self.guidance_scale), device=self._execution_device)
+        return embed_guidance(scales, width).to(self.unet.dtype)
 
     def _default_size(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int]:
         """Fill in the size that was not given: of `latents`, else of the UNet's config."""

@@ -114,7 +114,7 @@ class DinoInterpolationPipeline(DinoDiffusionPipeline):
         same_noise: bool = True,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         timesteps: list[int] | None = None,
         sigmas: list[float] | None = None,
         guidance_scale: float = 2.0,
@@ -135,8 +135,8 @@ class DinoInterpolationPipeline(DinoDiffusionPipeline):
 
         The points are generated one after the other, each in a batch of P * n: to fill a large device, give several
         pairs. `height`, `width`, `num_inference_steps`, `timesteps`, `sigmas`, `guidance_scale`, `guidance_rescale`,
-        `guidance_start`, `guidance_end`, `eta`, `output_type`, `return_dict`, `cross_attention_kwargs` and errors are as
-        in `DinoDiffusionPipeline.__call__`.
+        `guidance_start`, `guidance_end`, `eta`, `output_type`, `return_dict`, `cross_attention_kwargs` and errors are
+        as in `DinoDiffusionPipeline.__call__`.
 
         Args:
             source: P images of any type that `diffusers_dino.pixels.to_unit` reads, sizes may differ.
@@ -160,6 +160,7 @@ class DinoInterpolationPipeline(DinoDiffusionPipeline):
         # 1. Check
         check_choice(METHODS, method=method)
         height, width = self._default_size(height, width, latents)
+        num_inference_steps = self._default_steps(num_inference_steps)
         sampling = {
             "height": height,
             "width": width,

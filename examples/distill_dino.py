@@ -1,0 +1,204 @@
+"""Distil a DinoDiffusionPipeline into one that needs 4 steps: latent consistency distillation (arXiv 2310.04378).
+
+    accelerate launch examples/distill_dino.py --pretrained_pipeline my-model --train_data_dir /data/cxr \
+        --output_dir my-fast-model
+
+The pipeline is the frozen teacher. The student's UNet takes the guidance scale as an input, so that one pass does the
+work of two. With `--rank` a LoRA for the teacher's own UNet is trained instead, at one guidance scale.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import LCMScheduler, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_diffusers
+from torch import Tensor, nn
+
+from diffusers_dino import DinoDiffusionPipeline, data
+from diffusers_dino.cli.arguments import flag, parse_arguments
+from diffusers_dino.cli.record import write_record_and_card
+from diffusers_dino.cli.training_flags import (
+    AugmentationArguments,
+    ImageArguments,
+    RunArguments,
+    make_accelerator,
+    make_augmentation,
+    open_training_images,
+)
+from diffusers_dino.cli.training_run import TrainingRun
+from diffusers_dino.hub import TrainingRecord
+from diffusers_dino.schedules import embed_guidance, is_flow
+from diffusers_dino.training import models, objective
+from diffusers_dino.training.consistency import ConsistencySchedule, pseudo_huber
+from diffusers_dino.training.feature_cache import Recipe, open_feature_cache
+from diffusers_dino.training.features import FeatureEncoder, Views, cache_in_memory
+from diffusers_dino.training.self_distillation import update_teacher
+
+logger = logging.getLogger("distill_dino")
+
+
+@dataclass
+class Arguments(RunArguments, AugmentationArguments, ImageArguments):
+    learning_rate: float = flag(1e-4, "After warm-up.")
+    adam_beta2: float = flag(0.999, "Second moment's decay.")
+    adam_weight_decay: float = flag(0.0, "Weight decay, only of matrices and kernels.")
+    lr_scheduler: str = flag("constant_with_warmup", "One of diffusers', such as constant, cosine, linear.")
+    output_dir: str = flag("dino-distilled", "Where pipeline, checkpoints and train_log.jsonl go.", group="Output")
+    pretrained_pipeline: str | None = flag(None, "The DinoDiffusionPipeline that teaches.", group="Teacher")
+    revision: str | None = flag(None, "Its revision on the Hub.")
+    variant: str | None = flag(None, "Its variant, such as fp16.")
+    teacher_steps: int = flag(50, "DDIM steps from noise to image that the student learns to skip.")
+    min_guidance: float | None = flag(None, "Smallest guidance scale to learn; 1, or 2 with --rank.")
+    max_guidance: float | None = flag(None, "Largest guidance scale to learn; 4, or 2 with --rank.")
+    rank: int | None = flag(None, "Train a LoRA of this rank, at one guidance scale.", group="Student")
+    lora_alpha: float | None = flag(None, "Scale of the LoRA; the rank by default.")
+    guidance_width: int = flag(256, "Width of the guidance scale's embedding.")
+    target_decay: float = flag(0.95, "Of the average of the student, which it is to agree with.")
+    huber_c: float = flag(1e-3, "Where the pseudo-Huber loss turns from a square to a line.")
+    cache_views: int = flag(0, "Encode this many views of each image once; 0 makes new ones.", group="Cached features")
+    cache_batch_size: int = flag(32, "Views encoded at once for --cache_views.")
+    feature_cache: str | None = flag(None, "Folder that `diffusers-dino cache` makes: train on the views in it.")
+
+
+def main() -> None:
+    args = parse_arguments(Arguments, description=__doc__)
+    low, high = check_guidance(args)
+    accelerator = make_accelerator(args, logger)
+    with accelerator.main_process_first():  # one process downloads
+        pipe = load_teacher(args)
+    schedule = ConsistencySchedule(pipe.scheduler, args.teacher_steps).to(accelerator.device)
+    images = open_training_images(args)
+    models.latent_shape(pipe.vae, pipe.unet, args.resolution)  # checks the resolution
+    student = make_student(args, pipe.unet)
+    frozen_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    for model in (pipe.vae, pipe.conditioner, pipe.unet):
+        nn.Module.to(model.requires_grad_(False), accelerator.device, frozen_dtype)
+    target = copy.deepcopy(student).requires_grad_(False).eval().to(accelerator.device)
+    encode = FeatureEncoder(pipe.vae, pipe.conditioner, accelerator.device)
+    run = TrainingRun(args, accelerator, student, open_views(args, pipe, images, encode), companions=(target,))
+    logger.info(
+        f"Distilling {sum(p.numel() for p in student.parameters() if p.requires_grad) / 1e6:.2f} M weights on "
+        f"{len(images)} images: {run.total} updates of {run.images_per_update} images"
+    )
+
+    def compute_loss(batch: dict[str, Any]) -> Tensor:
+        mean, std, tokens = encode(batch)
+        total = pipe.scheduler.config["num_train_timesteps"]
+        draws = objective.draw_for_training(batch["position"], mean.shape[1:], total, args.seed).to(mean.device)
+        start, end = schedule.neighbours(draws.timesteps)
+        noisy = schedule.add_noise(mean + std * draws.latent_noise, draws.noise, start)
+        guidance = low + (high - low) * draws.drop  # which is uniform, and drops nothing here
+        condition = {"encoder_hidden_states": tokens}
+        if not args.rank:
+            condition["timestep_cond"] = embed_guidance(guidance, args.guidance_width)
+        with torch.no_grad(), accelerator.autocast():
+            null = pipe.conditioner.null_condition(len(tokens)).to(tokens)
+            both = pipe.unet(
+                torch.cat([noisy, noisy]), torch.cat([start, start]), torch.cat([null, tokens]), return_dict=False
+            )[0]
+            unconditional, conditional = both.float().chunk(2)
+            guided = unconditional + guidance.view(-1, 1, 1, 1) * (conditional - unconditional)
+            before = schedule.add_noise(*schedule.split(guided, noisy, start), end)
+            answer = target(before, end.clamp(min=0), **condition, return_dict=False)[0].float()
+        answer = schedule.consistency(answer, before, end)
+        prediction = run.model(noisy, start, **condition, return_dict=False)[0].float()
+        return pseudo_huber(schedule.consistency(prediction, noisy, start), answer, args.huber_c)
+
+    for batches in run.updates():
+        losses = []
+        for batch in batches:
+            with accelerator.accumulate(run.model):
+                loss = compute_loss(batch)
+                accelerator.backward(loss)
+            losses.append(loss.detach())
+        run.update(losses, batches[-1]["key"])
+        update_teacher(target, accelerator.unwrap_model(run.model), args.target_decay)
+    if run.step < run.total:
+        logger.info(f"Stopped after {run.step} updates. Go on with --resume_from_checkpoint=latest.")
+    elif accelerator.is_main_process:
+        save_result(args, pipe, target)
+        name = Path(args.output_dir).resolve().name
+        write_record_and_card(args, name, len(images), run.step, [args.pretrained_pipeline])
+        logger.info(f"The result is in {args.output_dir}")
+    accelerator.end_training()
+
+
+def check_guidance(args: Arguments) -> tuple[float, float]:
+    """The interval of guidance scales that the student learns."""
+    low = (2.0 if args.rank else 1.0) if args.min_guidance is None else args.min_guidance
+    high = (max(low, 2.0) if args.rank else max(low, 4.0)) if args.max_guidance is None else args.max_guidance
+    if not 1 <= low <= high:
+        raise ValueError(f"Guidance scales must be 1 <= --min_guidance <= --max_guidance, got {low} and {high}.")
+    if args.rank and low != high:
+        raise ValueError(
+            "A LoRA has no input for the guidance scale: give --min_guidance and --max_guidance the same value, or "
+            "leave --rank out."
+        )
+    return low, high
+
+
+def load_teacher(args: Arguments) -> DinoDiffusionPipeline:
+    if not args.pretrained_pipeline:
+        raise ValueError("There is nothing to distil: give --pretrained_pipeline.")
+    pipe = DinoDiffusionPipeline.from_pretrained(
+        args.pretrained_pipeline, revision=args.revision, variant=args.variant
+    )
+    if is_flow(pipe.scheduler):
+        raise ValueError("A consistency model follows a diffusion's noise schedule; this teacher has a flow's.")
+    if pipe.unet.config.get("time_cond_proj_dim") is not None:
+        raise ValueError("This pipeline is distilled already: give the one that taught it.")
+    facts = TrainingRecord.load(args.pretrained_pipeline).facts
+    if facts and not facts.get("condition dropout") and check_guidance(args) != (1.0, 1.0):
+        raise ValueError(
+            "The teacher was trained without dropping its condition (condition_dropout 0), so it knows no guidance. "
+            "Give --min_guidance 1 --max_guidance 1, or train it with --condition_dropout 0.1."
+        )
+    return pipe
+
+
+def make_student(args: Arguments, teacher: UNet2DConditionModel) -> UNet2DConditionModel:
+    """A copy of the teacher with an input for the guidance scale, or with a LoRA."""
+    if args.rank:
+        student = copy.deepcopy(teacher)
+        models.add_lora(student, args.rank, args.lora_alpha)
+        return student
+    student = UNet2DConditionModel.from_config(dict(teacher.config) | {"time_cond_proj_dim": args.guidance_width})
+    student.load_state_dict({**student.state_dict(), **teacher.state_dict()})  # which lacks the new input
+    nn.init.zeros_(student.time_embedding.cond_proj.weight)  # it starts as the teacher
+    return student
+
+
+def open_views(
+    args: Arguments, pipe: DinoDiffusionPipeline, images: data.ImageDataset, encode: FeatureEncoder
+) -> Views:
+    views = data.TrainingViews(images, make_augmentation(args), args.seed)
+    if args.feature_cache:
+        recipe = Recipe.of(pipe.vae, pipe.conditioner, views, args.cache_views)
+        return open_feature_cache(args.feature_cache, recipe, images)
+    return cache_in_memory(views, encode, args.cache_views, args.cache_batch_size) if args.cache_views else views
+
+
+def save_result(args: Arguments, pipe: DinoDiffusionPipeline, target: UNet2DConditionModel) -> None:
+    """Save the averaged student, with the scheduler that samples it."""
+    scheduler = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=args.teacher_steps)
+    if args.rank:
+        from peft import get_peft_model_state_dict
+
+        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(target))
+        DinoDiffusionPipeline.save_lora_weights(args.output_dir, unet_lora_layers=layers)
+        scheduler.save_pretrained(Path(args.output_dir, "scheduler"))
+        return
+    whole = DinoDiffusionPipeline.from_pretrained(
+        args.pretrained_pipeline, unet=target, scheduler=scheduler, revision=args.revision, variant=args.variant
+    )
+    whole.save_pretrained(args.output_dir)
+
+
+if __name__ == "__main__":
+    main()
