@@ -6,6 +6,9 @@ SOURCES := src tests examples benchmarks
 # Processes that share the tests, a file to one of them; 0 runs them in one, with its output as it comes.
 TEST_WORKERS ?= 2
 
+# Threads that wait sleep: those that spin stand still on busy cores (docs/speed.md).
+export OMP_WAIT_POLICY ?= PASSIVE
+
 DEV_EXTRAS := train,eval,dicom,shards,remote,ray,demo,notebooks,docs,dev
 
 .PHONY: help quickstart demo test floors wheel lint format docs clean

@@ -10,6 +10,7 @@ and `pretrain_dino.py` trained them on the same phantoms, without labels.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -143,7 +144,8 @@ def train(args: Arguments, model_dir: Path) -> None:
     ]
     if args.max_train_steps is not None:
         command += ["--max_train_steps", str(args.max_train_steps)]
-    subprocess.run(command, check=True, cwd=EXAMPLES.parent)  # the config's paths start there
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}  # threads that spin stand still on busy cores
+    subprocess.run(command, check=True, cwd=EXAMPLES.parent, env=environment)  # the config's paths start there
 
 
 class Phantoms(NamedTuple):

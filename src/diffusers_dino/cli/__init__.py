@@ -7,6 +7,7 @@ what `--help` shows, with one example. It is imported when it is asked for: `--h
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -57,6 +58,8 @@ _HELP = {"-h", "--help"}
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command. Ends the process with 2 for a wrong command line, with 1 and one line for what can be mended."""
+    # Before PyTorch is loaded: threads that wait shall sleep, as those that spin stand still on busy cores
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = list(sys.argv[1:] if argv is None else argv)
     name, rest = split_command(words)
     if name not in COMMANDS:
