@@ -2,9 +2,9 @@
 
     python benchmarks/threads.py --output outputs/threads.json
 
-OpenMP's threads wait for each other many times in every pass of a network. GNU's OpenMP, which PyTorch brings along, lets
-them spin; where another process has the core, the one that is waited for gets no turn, and all stand still.
-`OMP_WAIT_POLICY=PASSIVE` lets them sleep. It must be set before PyTorch is loaded, so each way is a process of its own.
+OpenMP's threads wait for each other many times in every pass of a network. GNU's OpenMP, which PyTorch brings along,
+lets them spin; where another process has the core, the one that is waited for gets no turn, and all stand still.
+`OMP_WAIT_POLICY=PASSIVE` lets them sleep. PyTorch reads it when it is loaded, so each way is a process of its own.
 """
 
 from __future__ import annotations

@@ -8,18 +8,40 @@ timestep `s * num_train_timesteps`.
 from __future__ import annotations
 
 import inspect
+from typing import TYPE_CHECKING
 
 from diffusers import DDPMScheduler, SchedulerMixin
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
 
-__all__ = ["add_noise", "embed_guidance", "is_flow", "require_kind", "scheduler_like"]
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+__all__ = ["add_noise", "embed_guidance", "is_flow", "is_flow_model", "note_flow", "require_kind", "scheduler_like"]
+
+_NOTE = "_flow_matching"  # diffusers keeps and passes on what begins so, without reading it
 
 
 def is_flow(scheduler: SchedulerMixin | None) -> bool:
     """Whether a scheduler samples a flow: diffusers' `FlowMatch...`, or another one with `use_flow_sigmas`."""
     flow_sigmas = getattr(scheduler, "config", {}).get("use_flow_sigmas")
     return type(scheduler).__name__.startswith("FlowMatch") or bool(flow_sigmas)
+
+
+def is_flow_model(unet: UNet2DConditionModel) -> bool:
+    """Whether a UNet was trained by flow matching, as `note_flow` noted in its config."""
+    return bool(unet.config.get(_NOTE))
+
+
+def note_flow(
+    unet: UNet2DConditionModel | None, scheduler: SchedulerMixin | None, flow_matching: bool | None = None
+) -> None:
+    """Note in the config of a UNet, with which it is saved, whether it is of a flow: if not said, as `scheduler` is.
+
+    A note that is there already stays, unless `flow_matching` says otherwise.
+    """
+    if unet is not None and (flow_matching is not None or unet.config.get(_NOTE) is None):
+        unet.register_to_config(**{_NOTE: is_flow(scheduler) if flow_matching is None else flow_matching})
 
 
 def add_noise(scheduler: SchedulerMixin, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

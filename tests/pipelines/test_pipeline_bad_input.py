@@ -142,13 +142,8 @@ def test_own_schedules_that_lead_nowhere(embeds, options, message):
 @pytest.mark.parametrize(
     "name",
     [
-        *(
-            "FlowMatchEulerDiscreteScheduler",
-            "FlowMatchHeunDiscreteScheduler",
-            "FlowMatchLCMScheduler",
-            "SCMScheduler",
-        ),
-        *("DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler", "RePaintScheduler", "KarrasVeScheduler"),
+        *("SCMScheduler", "DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler"),
+        *("RePaintScheduler", "KarrasVeScheduler"),
         *("CogVideoXDPMScheduler", "ScoreSdeVeScheduler", "DDPMWuerstchenScheduler"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -75,18 +76,25 @@ def test_schedulers_of_diffusion_are_refused_also_after_loading(pipe, images, tm
             call()
 
 
-def test_schedulers_of_flows_are_refused_by_other_models(images):
+@pytest.mark.parametrize("name", ["Euler", "Heun"])
+def test_schedulers_of_flows_are_refused_by_other_models(images, tmp_path, name):
+    scheduler = getattr(diffusers, f"FlowMatch{name}DiscreteScheduler")()
     pipe = tiny.tiny_pipeline()
-    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
-    with pytest.raises(ValueError, match="not trained by flow matching"):
-        pipe(images)
+    pipe.save_pretrained(tmp_path)
+    loaded = DinoDiffusionPipeline.from_pretrained(tmp_path, scheduler=scheduler)
+    shared = DinoDiffusionPipeline.from_pipe(pipe, scheduler=scheduler)
+    pipe.scheduler = scheduler
+    for each in (pipe, loaded, shared):
+        with pytest.raises(ValueError, match="not trained by flow matching"):
+            each(images)
 
 
 def test_folders_of_before_follow_their_scheduler(pipe, images, tmp_path):
     pipe.save_pretrained(tmp_path)
-    index = json.loads((tmp_path / "model_index.json").read_text())
-    del index["flow_matching"]
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    path = tmp_path / "unet/config.json"
+    config = json.loads(path.read_text())
+    assert config.pop("_flow_matching") is True
+    path.write_text(json.dumps(config))
     assert DinoDiffusionPipeline.from_pretrained(tmp_path)(images, **OPTIONS).images.isfinite().all()
 
 

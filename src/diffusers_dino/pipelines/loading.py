@@ -59,12 +59,8 @@ class ComponentLoadingMixin:
             kwargs: Components in place of its own or missing ones, by name; `dtype` casts them all.
         """
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
-        names, settings = cls._get_signature_keys(cls)
-        known = {
-            **{name: pipeline.config[name] for name in settings if name in pipeline.config},
-            **pipeline.components,
-        }
-        shared = {name: value for name, value in known.items() if name in {*names, *settings}} | kwargs
+        names, _ = cls._get_signature_keys(cls)
+        shared = {name: part for name, part in pipeline.components.items() if name in names} | kwargs
         arguments = signature(cls).parameters.values()
         missing = {each.name for each in arguments if each.default is Parameter.empty} - set(shared)
         if missing:

@@ -27,7 +27,7 @@ from torch import Tensor
 from ..conditioner import DinoImageConditioner
 from ..latents import decode_latents, vae_scale_factor
 from ..pixels import ImageInput
-from ..schedules import embed_guidance, is_flow
+from ..schedules import embed_guidance, is_flow_model, note_flow
 from .caching import UNetCacheMixin, cache_context, has_cache, restart_cache
 from .checks import (
     Generators,
@@ -70,8 +70,8 @@ class DinoDiffusionPipeline(
         unet: Denoiser of the VAE's latents; its `cross_attention_dim` is the conditioner's `token_dim`.
         scheduler: Any of diffusers' `KarrasDiffusionSchedulers`, with the noise schedule of the UNet's training; for a
             UNet trained by flow matching a `FlowMatch...` scheduler, or one with `use_flow_sigmas`.
-        flow_matching: Whether the UNet was trained by flow matching; by default as `scheduler` says. It is saved with
-            the pipeline, which refuses schedulers of the other kind.
+        flow_matching: Whether the UNet was trained by flow matching; by default what its config notes, else what
+            `scheduler` says. It is noted in the UNet's config, and schedulers of the other kind are refused.
 
     Example:
         ```python
@@ -100,8 +100,7 @@ class DinoDiffusionPipeline(
         super().__init__()
         check_components(vae, conditioner, unet)
         self.register_modules(vae=vae, conditioner=conditioner, unet=unet, scheduler=scheduler)
-        if is_flow(scheduler) if flow_matching is None else flow_matching:
-            self.register_to_config(flow_matching=True)
+        note_flow(unet, scheduler, flow_matching)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._guidance_scale = 1.0
         self._guidance_rescale = 0.0
@@ -195,7 +194,7 @@ class DinoDiffusionPipeline(
                 "conditioner. Give guidance_scale=1, or load the conditioner."
             )
         check_components(self.vae, self.conditioner, self.unet)
-        check_schedule(self.scheduler, self.config.get("flow_matching", False))
+        check_schedule(self.scheduler, is_flow_model(self.unet))
         if (image is None) == (image_embeds is None):
             raise ValueError(f"Give either `{name}` or `{name}_embeds`, and not both.")
         if image_embeds is not None:

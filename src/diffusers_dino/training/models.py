@@ -26,6 +26,7 @@ from ..extras import require
 from ..latents import VAE, vae_scale_factor
 from ..pipelines import DinoDiffusionPipeline
 from ..pipelines.loading import check_condition, note_condition
+from ..schedules import is_flow
 
 __all__ = [
     "STABLE_DIFFUSION_SCHEDULE",
@@ -91,7 +92,9 @@ def build_pipeline(
     else:
         denoiser = load_unet(unet) if unet else load_unet(base, **hub)
     schedule = make_scheduler(scheduler or base, prediction_type, zero_snr, flow_shift)
-    return DinoDiffusionPipeline(vae=vae, conditioner=conditioner, unet=denoiser, scheduler=schedule)
+    return DinoDiffusionPipeline(
+        vae=vae, conditioner=conditioner, unet=denoiser, scheduler=schedule, flow_matching=is_flow(schedule)
+    )
 
 
 def load_trained_pipeline(name_or_path: str | Path, dtype: torch.dtype | None = None) -> DinoDiffusionPipeline:
