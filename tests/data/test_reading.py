@@ -1,4 +1,6 @@
 import io
+import os
+import re
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_dino.data import RawLayout, UnreadableImageError, read_image
+from diffusers_dino.data import Preprocessing, RawLayout, UnreadableImageError, read_image
 from diffusers_dino.data.images.reading import as_image
 from image_files import deep_png, deep_tiff, encoded
 
@@ -378,3 +380,60 @@ def test_orientation_of_deep_tiff(orientation):
     image = read_image(tiff_of(values, photometric="minisblack", extratags=tag))
     eight = read_image(tiff_of((values >> 8).astype(np.uint8), photometric="minisblack", extratags=tag))
     assert np.array_equal(image >> 8, eight)
+
+
+def peak_of(function) -> int:
+    """The most bytes that this process took besides what it had before."""
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not clear.exists():
+        pytest.skip("needs Linux")
+    clear.write_text("5")
+    before = int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1])
+    function()
+    return 1024 * (int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) - before)
+
+
+@pytest.mark.parametrize("kind", ["gray", "deep gray", "alpha", "deep alpha", "color", "webp", "npz", "float tiff"])
+def test_a_small_file_does_not_take_gigabytes(kind):
+    side = 3000
+    shape = {"alpha": (4,), "deep alpha": (4,), "color": (3,), "webp": (3,)}.get(kind, ())
+    dtype = {"deep gray": np.uint16, "deep alpha": np.uint16, "npz": np.float64, "float tiff": np.float32}
+    pixels = np.zeros((side, side, *shape), dtype.get(kind, np.uint8))
+    pixels[100:200, 100:200] = 255
+    if kind == "npz":
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, image=pixels)
+        data = buffer.getvalue()
+    elif kind == "deep alpha":
+        data = deep_png(pixels)
+    else:
+        format_of = {
+            "webp": ("webp", {"lossless": True}),
+            "float tiff": ("tiff", {"compression": "tiff_adobe_deflate"}),
+        }
+        name, options = format_of.get(kind, ("png", {}))
+        data = encoded(pixels, name, **options)
+    assert len(data) < 200_000
+    Preprocessing(64)(read_image(data))
+    assert peak_of(lambda: Preprocessing(64)(read_image(data))) < 24 * side**2  # bytes a pixel
+
+
+@pytest.mark.parametrize(("kind", "most"), [("u1", 100), ("u2", 100), ("f4", 100), ("f8", 50), ("u8", 50)])
+def test_bytes_are_bounded_as_well_as_pixels(kind, most):
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": f"<{kind}", "fortran_order": False, "shape": (10, 11)})
+    with pytest.raises(UnreadableImageError, match="more than" if most < 100 else "cut short"):
+        read_image(buffer.getvalue(), max_pixels=110)
+    with pytest.raises(UnreadableImageError, match="cut short"):
+        read_image(buffer.getvalue(), max_pixels=220)
+
+
+@pytest.mark.parametrize("place", ["pipe", "/dev/zero", "folder"])
+def test_only_regular_files_are_read(tmp_path, place):
+    path = Path(place) if place.startswith("/") else tmp_path / place
+    if place == "pipe":
+        os.mkfifo(path)
+    elif place == "folder":
+        path.mkdir()
+    with pytest.raises(UnreadableImageError):
+        read_image(path)

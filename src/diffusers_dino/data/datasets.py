@@ -36,8 +36,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
     `max_unreadable` raise `ValueError`, also later, when it turns out. DICOM files of other kinds, such as reports, do
     not count.
 
-    That is for training. A protocol that counts images must not count one twice: with `replace_unreadable=False`
-    nothing takes the place of a lost image, and `readable` leaves such places out.
+    That is for training. A protocol that counts images must not count one twice: `read_many(..., replace=False)` gives
+    None for a lost one.
 
     Args:
         store: Where the images come from.
@@ -45,7 +45,6 @@ class ImageDataset(Dataset[dict[str, Any]]):
         in_memory: Whether to prepare all images now and keep them as uint8 (`size * size` bytes each for grayscale).
         max_unreadable: Largest tolerated fraction of unreadable images.
         indices: Which samples of the source to use, all by default.
-        replace_unreadable: Whether another sample takes the place of one that cannot be read.
 
     Attributes:
         unreadable: Message by number of each image that could not be read so far, by this process or its workers.
@@ -59,7 +58,6 @@ class ImageDataset(Dataset[dict[str, Any]]):
         in_memory: bool = False,
         max_unreadable: float = 0.05,
         indices: Sequence[int] | None = None,
-        replace_unreadable: bool = True,
     ) -> None:
         if not 0 <= max_unreadable <= 1:
             raise ValueError(f"max_unreadable is a fraction in [0, 1], got {max_unreadable}")
@@ -67,7 +65,6 @@ class ImageDataset(Dataset[dict[str, Any]]):
         self.preprocessing = preprocessing
         self._is_prepared = store.prepared_by == preprocessing.fingerprint()
         self.max_unreadable = max_unreadable
-        self.replace_unreadable = replace_unreadable
         self.unreadable: dict[int, str] = {}
         self.not_images: set[int] = set()
         self._indices = np.arange(len(store.keys)) if indices is None else np.asarray(indices, np.int64)
@@ -77,8 +74,9 @@ class ImageDataset(Dataset[dict[str, Any]]):
             self._check_unreadable()
         self._prepared: list[np.ndarray | None] | None = None
         if in_memory:
+            chunks = [range(i, min(i + _READ_TOGETHER, len(self))) for i in range(0, len(self), _READ_TOGETHER)]
             with ThreadPoolExecutor() as pool:  # decoders let go of the interpreter's lock
-                prepared = pool.map(lambda chunk: list(self._prepare(chunk)), self._chunks())
+                prepared = pool.map(lambda chunk: list(self._prepare(chunk)), chunks)
                 self._prepared = [array for chunk in prepared for array in chunk]
             self._check_unreadable()
 
@@ -91,19 +89,14 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return len(self._indices)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One sample: `key`, and `image` as float32 `(C, size, size)` in [0, 1], C being 1 or, for colour, 3.
-
-        Raises `UnreadableImageError` if it cannot be read and is not to be replaced.
-        """
+        """One sample: `key`, and `image` as float32 `(C, size, size)` in [0, 1], C being 1 or, for colour, 3."""
         ((key, array),) = self.read_many([index])
-        if array is None:
-            raise UnreadableImageError(self.unreadable[index % len(self)])
         return {"key": key, "image": to_float(array)}
 
-    def read_many(self, indices: Sequence[int]) -> Iterator[tuple[str, np.ndarray | None]]:
+    def read_many(self, indices: Sequence[int], replace: bool = True) -> Iterator[tuple[str, np.ndarray | None]]:
         """Key and prepared image of several samples, fetched at once.
 
-        Another one stands in for an unreadable one; with `replace_unreadable=False` its image is None.
+        Another one stands in for an unreadable one; with `replace=False` its image is None.
         """
         for index in indices:
             if not -len(self) <= index < len(self):
@@ -111,23 +104,12 @@ class ImageDataset(Dataset[dict[str, Any]]):
         places = [index % len(self) for index in indices]
         keys = [self.store.keys[index] for index in self._indices[places].tolist()]
         for place, key, array in zip(places, keys, self._prepare(places), strict=True):
-            if array is None and self.replace_unreadable:
+            if array is None and replace:
                 used, array = self._substitute(place)
                 key = self.store.keys[int(self._indices[used])]
             elif array is None:
                 self._check_unreadable()
             yield key, array
-
-    def readable(self) -> ImageDataset:
-        """Only the samples that can be read, after reading each once. `unreadable` tells what was left out."""
-
-        def find_readable(chunk: range) -> list[int]:
-            return [place for place, array in zip(chunk, self._prepare(chunk), strict=True) if array is not None]
-
-        with ThreadPoolExecutor() as pool:
-            chosen = [place for places in pool.map(find_readable, self._chunks()) for place in places]
-        self._check_unreadable()
-        return self if len(chosen) == len(self) else self._choose(chosen)
 
     def order(self, window_shards: int) -> WindowedOrder | None:
         """The windowed shuffle over this data set's shards for `GlobalBatchSampler`; None, a full one, for 0."""
@@ -148,9 +130,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     def _choose(self, places: Sequence[int]) -> ImageDataset:
         indices = self._indices[places]
-        selection = ImageDataset(
-            self.store, self.preprocessing, False, self.max_unreadable, indices, self.replace_unreadable
-        )
+        selection = ImageDataset(self.store, self.preprocessing, False, self.max_unreadable, indices)
         if self._prepared is not None:
             selection._prepared = [self._prepared[place] for place in places]
         selection.unreadable = {new: self.unreadable[old] for new, old in enumerate(places) if old in self.unreadable}
@@ -168,9 +148,6 @@ class ImageDataset(Dataset[dict[str, Any]]):
         """The file beside an image with the same key, such as `"json"` or `"mask.png"`; raises `KeyError`."""
         return self.store.companion(int(self._indices[index]), extension)
 
-    def _chunks(self) -> list[range]:
-        return [range(i, min(i + _READ_TOGETHER, len(self))) for i in range(0, len(self), _READ_TOGETHER)]
-
     def _prepare(self, places: Sequence[int]) -> Iterator[np.ndarray | None]:
         """The prepared images; for those that cannot be read None, with the reason in `unreadable`."""
         if self._prepared is not None:
@@ -185,8 +162,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
                 self.unreadable[place] = str(image)
                 if isinstance(image, NoImageError):
                     self.not_images.add(place)
-                then = "Skipped: another sample takes its place" if self.replace_unreadable else "It is left out"
-                logger.warning("%s. %s.", image, then)
+                logger.warning("%s. Skipped: in training another sample takes its place.", image)
                 image = None
             yield image
 
@@ -235,7 +211,6 @@ def open_images(
     in_memory: bool = False,
     max_unreadable: float = 0.05,
     local_files_only: bool = False,
-    replace_unreadable: bool = True,
 ) -> ImageDataset:
     """Open a collection of images for random access.
 
@@ -243,7 +218,7 @@ def open_images(
         source: A folder of images (with subfolders); webdataset tars as a path, a folder of them, a glob or a brace
             range, here or behind `http(s)://`, `s3://`, `gs://` or `hf://`; a `datasets` folder (`save_to_disk` or
             Parquet) or a data set of the Hub.
-        preprocessing, in_memory, max_unreadable, replace_unreadable: See `ImageDataset`, also for what it raises.
+        preprocessing, in_memory, max_unreadable: See `ImageDataset`, also for what it raises.
         split: Split of a `datasets` set, or of a folder of shards whose manifest names splits.
         image_column: Column of images of a `datasets` set.
         config_name: Configuration of a `datasets` set.
@@ -254,7 +229,7 @@ def open_images(
         ValueError: If the source is of another kind.
     """
     opened = open_store(source, split, image_column, config_name, local_files_only)
-    return ImageDataset(opened, preprocessing, in_memory, max_unreadable, replace_unreadable=replace_unreadable)
+    return ImageDataset(opened, preprocessing, in_memory, max_unreadable)
 
 
 def to_float(array: np.ndarray) -> Tensor:

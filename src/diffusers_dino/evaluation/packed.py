@@ -107,18 +107,15 @@ def at_size(images: ImageDataset, size: int) -> ImageDataset:
     if images.preprocessing.size == size:
         return images
     preprocessing = replace(images.preprocessing, size=size)
-    options = {"max_unreadable": images.max_unreadable, "replace_unreadable": images.replace_unreadable}
-    return ImageDataset(images.store, preprocessing, **options).select(images.keys)
+    return ImageDataset(images.store, preprocessing, max_unreadable=images.max_unreadable).select(images.keys)
 
 
 def readable_images(images: ImageDataset) -> Iterator[tuple[str, np.ndarray]]:
     """Key and prepared image of each sample but those that cannot be read: none stands in for another."""
-    names, numbers = images.keys, range(len(images))
+    numbers = range(len(images))
     for first in numbers[::_READ_TOGETHER]:
-        places = numbers[first : first + _READ_TOGETHER]
-        for place, (key, image) in zip(places, images.read_many(places), strict=True):
-            if key == names[place]:
-                yield key, image
+        found = images.read_many(numbers[first : first + _READ_TOGETHER], replace=False)
+        yield from ((key, image) for key, image in found if image is not None)
 
 
 def _write_header(file, shape: tuple[int, ...]) -> None:

@@ -51,9 +51,9 @@ class PlannedSources:
     def read(self, numbers: Sequence[int]) -> Iterator[tuple[Tensor | None, str]]:
         """Each prepared image `(C, H, W)` in [0, 1] and its key, or None and why it cannot be read."""
         places = self._places[list(numbers)].tolist()
-        for place, (key, array) in zip(places, self.images.read_many(places), strict=True):
-            # A data set replaces an unreadable image by another one, whose labels would be wrong here
-            if place in self.images.unreadable:
+        # Another image in the place of an unreadable one would have the wrong labels
+        for place, (key, array) in zip(places, self.images.read_many(places, replace=False), strict=True):
+            if array is None:
                 yield None, self.images.unreadable[place]
             else:
                 yield to_float(array), key

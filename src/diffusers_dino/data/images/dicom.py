@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from ...extras import require
+from .bands import bands, map_bands
 from .codestreams import frame_header
 from .dicom_header import PixelField, decimals, dicom_facts, integers, items, parse_dicom, text
 from .errors import MAX_PIXELS, NoImageError, UnreadableImageError, check_size
@@ -98,19 +99,25 @@ def read_dicom(
     if pixels is None:
         _explain_lack_of_pixels(dataset)
     layout = _layout(dataset, syntax)
-    check_size(layout.columns, layout.rows, max_pixels)
+    check_size(layout.columns, layout.rows, max_pixels, layout.samples * layout.bits.allocated // 8)
     cells = _decode(pixels, layout)
     if layout.photometric == "PALETTE COLOR":
         return _palette_color(dataset, layout, cells)
     if layout.samples == 3:
         return (cells >> max(layout.bits.stored - 8, 0)).astype(np.uint8)
-    counts = np.bincount(cells.ravel(), minlength=2**layout.bits.allocated)
+    counts = np.zeros(2**layout.bits.allocated, np.int64)
+    for rows in bands(layout.rows, layout.columns):
+        counts += np.bincount(cells[rows].ravel(), minlength=len(counts))
     gray = _grayscale(dataset, layout, view, inverted)
-    image = brightness_table(gray, counts)[cells]
+    image = _look_up(brightness_table(gray, counts), cells)
     if gray.inverted and inverted is None and _is_radiograph(dataset) and _surrounds_dark_with_white(image):
         logger.warning("%s says MONOCHROME1, but its air is dark as it is stored: it is not inverted", name)
-        image = brightness_table(replace(gray, inverted=False), counts)[cells]
+        image = _look_up(brightness_table(replace(gray, inverted=False), counts), cells)
     return image
+
+
+def _look_up(table: np.ndarray, cells: np.ndarray) -> np.ndarray:
+    return map_bands(lambda some: table[some], cells, table.dtype)
 
 
 def _layout(dataset: Dataset, syntax: str) -> _Layout:

@@ -16,12 +16,13 @@ class NoImageError(UnreadableImageError):
     """A sound DICOM file of another kind, such as a report: it does not count as damaged."""
 
 
-def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
-    """Refuse an image without pixels, or with more than are allowed; raises `UnreadableImageError`."""
+def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS, bytes_per_pixel: int = 1) -> None:
+    """Refuse an image without pixels, with more than are allowed, or with more bytes than four for each of those."""
     if width < 1 or height < 1:
         raise UnreadableImageError(f"it has no pixels: {width} x {height}")
-    if width * height > max_pixels:
+    if width * height > max_pixels or width * height * bytes_per_pixel > 4 * max_pixels:
+        most = f"{max_pixels}" if width * height > max_pixels else f"{4 * max_pixels // bytes_per_pixel} of its kind"
         raise UnreadableImageError(
-            f"its header says {width} x {height} pixels, more than {max_pixels}: it may be a decompression bomb. "
+            f"its header says {width} x {height} pixels, more than {most}: it may be a decompression bomb. "
             "Raise max_pixels to read it"
         )

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from PIL import Image
 
+from .bands import map_bands
 from .errors import UnreadableImageError
 
 __all__ = ["Preprocessing", "refuse_blank"]
@@ -123,12 +124,13 @@ def _leading_band(lines: np.ndarray, allowed: float) -> int:
     if np.abs(lines[0] - reference).max() > allowed:  # nearly every image ends here, at the cost of one line
         return 0
     start, count = 1, 1  # only about as many lines are looked at as the band has
+    most = max(1, 2**20 // lines[0].size)
     while start < len(lines):
         block = lines[start : start + count]
         outside = (np.abs(block - reference) > allowed).reshape(len(block), -1).any(axis=1)
         if outside.any():
             return start + int(outside.argmax())
-        start, count = start + count, 2 * count
+        start, count = start + count, min(2 * count, most)
     return len(lines)
 
 
@@ -147,9 +149,13 @@ def stretch_to_uint8(image: np.ndarray, clip_percent: float = 0.0) -> np.ndarray
         return np.zeros(image.shape, np.uint8)
     if image.dtype == np.uint8:  # one look-up a pixel, by the fastest there is
         table = _stretched(np.arange(256), low, high)
-        pixels = bytearray(np.ascontiguousarray(image)).translate(table.tobytes())
-        return np.frombuffer(pixels, np.uint8).reshape(image.shape)
-    return _stretched(image, low, high)
+        return map_bands(lambda some: _translate(some, table), image, np.uint8)
+    return map_bands(lambda some: _stretched(some, low, high), image, np.uint8)
+
+
+def _translate(image: np.ndarray, table: np.ndarray) -> np.ndarray:
+    pixels = bytearray(np.ascontiguousarray(image)).translate(table.tobytes())
+    return np.frombuffer(pixels, np.uint8).reshape(image.shape)
 
 
 def _stretched(values: np.ndarray, low: float, high: float) -> np.ndarray:

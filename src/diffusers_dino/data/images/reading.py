@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from os import PathLike
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -28,6 +28,8 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from ...files import read_regular
+from .bands import bands, map_bands
 from .dicom import read_dicom
 from .dicom_header import is_dicom
 from .errors import MAX_PIXELS, NoImageError, UnreadableImageError, check_size
@@ -138,7 +140,8 @@ def read_image(
     tell = name if callable(name) else lambda: name
     # Decoders raise almost any exception on damaged bytes (OSError, SyntaxError, struct.error, ZeroDivisionError ...).
     try:
-        data = source if isinstance(source, bytes) else _read_file(Path(source), max_pixels)
+        # The largest image takes less uncompressed.
+        data = source if isinstance(source, bytes) else read_regular(source, 8 * max_pixels + 2**26)
         if not data:
             raise UnreadableImageError("the file is empty")
         if raw:
@@ -167,13 +170,6 @@ def is_image_file(path: str | PathLike[str]) -> bool:
         return is_dicom(file.read(132))
 
 
-def _read_file(path: Path, max_pixels: int) -> bytes:
-    size = path.stat().st_size
-    if size > 8 * max_pixels + 2**26:  # more than the largest image takes uncompressed
-        raise UnreadableImageError(f"it has {size} bytes, too many for one image")
-    return path.read_bytes()
-
-
 def _decode(data: bytes, name: Callable[[], str], inverted: bool | None, max_pixels: int) -> np.ndarray:
     if is_dicom(data):
         return _without_equal_channels(read_dicom(data, name(), inverted=inverted, max_pixels=max_pixels))
@@ -195,12 +191,23 @@ def _read_pillow(data: bytes, max_pixels: int) -> np.ndarray:
     if is_tiff and (values := read_plain_tiff(data, max_pixels)) is not None:
         return as_image(_without_alpha(values) if values.shape[2:] == (4,) else values)
     with opener(io.BytesIO(data)) as image:
-        check_size(*image.size, max_pixels)
+        check_size(*image.size, max_pixels, _bytes_per_pixel(image))
         if is_tiff:
             _check_cover(image)
         if image.mode in ("RGB", "RGBA") and ";16" in _raw_mode(image):
             return _read_deep_color(data, opener, _raw_mode(image))
         return _to_array(image)
+
+
+def _bytes_per_pixel(image: ImageFile.ImageFile) -> int:
+    """What decoding takes for each pixel."""
+    if isinstance(image, WebPImagePlugin.WebPImageFile):  # its decoder keeps two frames
+        return 8
+    if image.mode in ("1", "L"):
+        return 1
+    return {"I;16": 2, "I;16B": 2, "P": 3, "RGB": 3}.get(image.mode, 4) * (
+        2 if ";16" in _raw_mode(image) and image.mode.startswith("RGB") else 1
+    )
 
 
 def _to_array(image: Image.Image) -> np.ndarray:
@@ -211,15 +218,34 @@ def _to_array(image: Image.Image) -> np.ndarray:
     if image.getexif().get(_ORIENTATION, 1) != 1:  # a PNG may hold it behind the pixels, and decodes them to look
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")) or (isinstance(opened, TiffImagePlugin.TiffImageFile) and image.mode == "L"):
-        array = np.asarray(image)
+        array = _pixels_of(image)
         array = restore_values(array, opened) if isinstance(opened, TiffImagePlugin.TiffImageFile) else array
         return array if array.dtype == np.uint8 else _deep_to_uint16(array)
     if image.mode in _ALPHA_MODES or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba).convert("RGB")
-    elif image.mode not in ("L", "RGB"):
-        image = image.convert("L" if image.mode == "1" else "RGB")
-    return np.asarray(image) if pixels is None or image is not opened else pixels
+        return _pixels_of(image, _on_black)
+    if image.mode not in ("L", "RGB"):
+        mode = "L" if image.mode == "1" else "RGB"
+        return _pixels_of(image, lambda part: part.convert(mode))
+    return _pixels_of(image) if pixels is None or image is not opened else pixels
+
+
+def _pixels_of(image: Image.Image, convert: Callable[[Image.Image], Image.Image] = lambda part: part) -> np.ndarray:
+    """The pixels of an image that is converted in bands: Pillow copies what it hands over, several times."""
+    parts = bands(image.height, image.width)
+    first = next(parts)
+    if first.stop == image.height:
+        return np.asarray(convert(image))
+    array = np.asarray(convert(image.crop((0, 0, image.width, first.stop))))
+    result = np.empty((image.height, *array.shape[1:]), array.dtype)
+    result[first] = array
+    for rows in parts:
+        result[rows] = np.asarray(convert(image.crop((0, rows.start, image.width, rows.stop))))
+    return result
+
+
+def _on_black(image: Image.Image) -> Image.Image:
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba).convert("RGB")
 
 
 def _decode_gray(image: ImageFile.ImageFile) -> np.ndarray:
@@ -251,8 +277,11 @@ def _read_deep_color(data: bytes, opener: _Opener, raw_mode: str) -> np.ndarray:
         little_endian = raw_mode[-1] == "L" or (raw_mode[-1] == "N" and sys.byteorder == "little")
         upper = _decode_as(data, opener, raw_mode)
         lower = _decode_as(data, opener, raw_mode[:-1] + ("B" if little_endian else "L"))
-    array = upper.astype(np.uint16) << 8 | lower
-    return as_image(array if array.shape[2] == 3 else _without_alpha(array))
+    array = np.empty((*upper.shape[:2], upper.shape[2] - (upper.shape[2] != 3)), np.uint16)
+    for rows in bands(len(upper), upper[0].size):
+        deep = upper[rows].astype(np.uint16) << 8 | lower[rows]
+        array[rows] = deep if deep.shape[2] == 3 else _without_alpha(deep)
+    return as_image(array)
 
 
 def _without_alpha(array: np.ndarray) -> np.ndarray:
@@ -265,7 +294,7 @@ def _decode_as(data: bytes, opener: _Opener, raw_mode: str) -> np.ndarray:
     with opener(io.BytesIO(data)) as image:
         image.tile = [_with_raw_mode(tile, raw_mode) for tile in image.tile]
         image.load()
-        return np.asarray(image)
+        return _pixels_of(image)
 
 
 def _raw_mode(image: ImageFile.ImageFile) -> str:
@@ -302,7 +331,8 @@ def _read_npy(file: BinaryIO, max_pixels: int) -> np.ndarray:
     shape, fortran_order, dtype = read_header(file)
     if dtype.kind not in "buif":
         raise UnreadableImageError("it holds no numbers (pickled objects are never loaded)")
-    check_size(*_image_shape(shape)[1::-1], max_pixels)
+    height, width, *channels = _image_shape(shape)
+    check_size(width, height, max_pixels, dtype.itemsize * math.prod(channels))
     size = math.prod(shape) * dtype.itemsize
     values = file.read(size)
     if len(values) != size:
@@ -332,25 +362,25 @@ def as_image(array: np.ndarray) -> np.ndarray:
         return array
     if array.dtype.kind not in "uif":
         raise UnreadableImageError(f"its values are of type {array.dtype}, which is not a number")
-    return _deep_to_uint16(array) if array.ndim == 2 else np.round(_stretched(array) * 255).astype(np.uint8)
+    return _deep_to_uint16(array) if array.ndim == 2 else _stretched(array, 255, np.uint8)
 
 
 def _deep_to_uint16(array: np.ndarray) -> np.ndarray:
     """`(H, W)` of 16-bit, 32-bit or floating grayscale -> uint16."""
     if array.dtype.kind in "iu" and array.min() >= 0 and array.max() <= 65535:
         return array.astype(np.uint16)
-    return np.round(_stretched(array) * 65535).astype(np.uint16)
+    return _stretched(array, 65535, np.uint16)
 
 
-def _stretched(array: np.ndarray) -> np.ndarray:
-    """Minimum..maximum of an array to 0..1, in float64."""
-    values = array.astype(np.float64)
-    low, high = values.min(), values.max()
+def _stretched(array: np.ndarray, top: int, dtype: type) -> np.ndarray:
+    """Minimum..maximum of an array to 0..top, calculated in float64."""
+    low, high = np.float64(array.min()), np.float64(array.max())
     with np.errstate(over="ignore", invalid="ignore"):
         extent = high - low
     if not np.isfinite(extent):
         raise UnreadableImageError("it holds values that are not finite")
-    return (values - low) / max(extent, np.finfo(np.float64).tiny)
+    extent = max(extent, np.finfo(np.float64).tiny)
+    return map_bands(lambda some: np.round((some.astype(np.float64) - low) / extent * top), array, dtype)
 
 
 def _without_equal_channels(array: np.ndarray) -> np.ndarray:

@@ -47,7 +47,7 @@ def read_plain_tiff(data: bytes, max_pixels: int) -> np.ndarray | None:
     with_alpha = samples == 4 and tags.get(_EXTRA_SAMPLES, (0,))[0] in (1, 2) and dtype.str[1:] == "u2"
     if not (samples == 1 and photometric in (0, 1)) and not (photometric == _RGB and (samples == 3 or with_alpha)):
         return None
-    check_size(tags[_WIDTH], tags[_HEIGHT], max_pixels)
+    check_size(tags[_WIDTH], tags[_HEIGHT], max_pixels, samples * dtype.itemsize)
     values = _join_parts(data, tags, dtype, samples)
     values = values[..., 0] if samples == 1 else values
     return _TURNS.get(tags.get(_ORIENTATION), lambda image: image)(_bright(values, photometric))

@@ -1,0 +1,27 @@
+"""Large images in bands of rows: what is calculated for each pixel then takes little memory besides the image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+__all__ = ["bands", "map_bands"]
+
+_VALUES = 2**20
+
+
+def bands(height: int, row: int) -> Iterator[slice]:
+    """Rows of an image, about a million values at a time; `row` is how many a row has."""
+    step = max(1, _VALUES // max(row, 1))
+    return (slice(top, min(top + step, height)) for top in range(0, height, step))
+
+
+def map_bands(
+    function: Callable[[np.ndarray], np.ndarray], image: np.ndarray, dtype: np.typing.DTypeLike
+) -> np.ndarray:
+    """What a function of single values makes of an image, as an array of `dtype` and of the image's shape."""
+    result = np.empty(image.shape, dtype)
+    for rows in bands(len(image), image[0].size):
+        result[rows] = function(image[rows])
+    return result
