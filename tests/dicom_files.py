@@ -83,6 +83,14 @@ def dicom_bytes(pixels: np.ndarray, bits: int | None = None, syntax: UID = Expli
     return to_bytes(dicom_dataset(pixels, bits, syntax, **fields))
 
 
+def dicom_report(kind: str = "1.2.840.10008.5.1.4.1.1.88.11") -> bytes:
+    """A file without pixels, of a kind that is no image."""
+    dataset = dicom_dataset(FILM, 12, SOPClassUID=kind)
+    for keyword in ("Rows", "Columns", "PixelData", "PhotometricInterpretation", "BitsAllocated"):
+        del dataset[keyword]
+    return to_bytes(dataset)
+
+
 def to_bytes(dataset: Dataset) -> bytes:
     buffer = io.BytesIO()
     dcmwrite(buffer, dataset, enforce_file_format=True)

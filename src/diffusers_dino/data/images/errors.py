@@ -17,11 +17,12 @@ class NoImageError(UnreadableImageError):
 
 
 def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS, bytes_per_pixel: int = 1) -> None:
-    """Refuse an image without pixels, with more than are allowed, or with more bytes than four for each of those."""
+    """Refuse an image without pixels, with too many of them, or with more than four bytes for each allowed one."""
     if width < 1 or height < 1:
         raise UnreadableImageError(f"it has no pixels: {width} x {height}")
-    if width * height > max_pixels or width * height * bytes_per_pixel > 4 * max_pixels:
-        most = f"{max_pixels}" if width * height > max_pixels else f"{4 * max_pixels // bytes_per_pixel} of its kind"
+    most_bytes = max(4 * max_pixels, 2**24)
+    if width * height > max_pixels or width * height * bytes_per_pixel > most_bytes:
+        most = f"{max_pixels}" if width * height > max_pixels else f"{most_bytes // bytes_per_pixel} of its kind"
         raise UnreadableImageError(
             f"its header says {width} x {height} pixels, more than {most}: it may be a decompression bomb. "
             "Raise max_pixels to read it"

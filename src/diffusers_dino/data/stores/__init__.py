@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from ..images.reading import IMAGE_EXTENSIONS
-from .filesystem import is_pattern
+from .filesystem import expand_braces, is_pattern
 from .folder import FolderStore, find_images
 from .hugging_face import SAVED, HuggingFaceStore
 from .remote import is_remote
@@ -42,7 +42,8 @@ def open_store(
         return HuggingFaceStore(text, split, image_column, config_name)
     if folder.is_file():
         raise ValueError(f"{text!r} is a file. Give a folder of images, .tar shards or a data set of the Hub.")
-    if is_pattern(folder.name) and folder.suffix.lower() in (*(f".{one}" for one in IMAGE_EXTENSIONS), ""):
+    endings = {Path(one).suffix[1:].lower() for one in expand_braces(text)} if is_pattern(text) else set()
+    if endings and endings <= {*IMAGE_EXTENSIONS, ""}:
         root = next(parent for parent in folder.parents if parent.is_dir())
         return FolderStore(root, folder.relative_to(root).as_posix())
     if local_files_only or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", text):

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from ...files import read_regular
 
-__all__ = ["ByteRange", "FileSystem", "LocalFileSystem", "default_cache_dir", "expand_braces", "is_pattern"]
+__all__ = ["ByteRange", "FileSystem", "LocalFileSystem", "expand_braces", "is_pattern"]
 
 # Far below the usual limit of 1,024 open files in a process.
 _MAX_HANDLES = 128
@@ -102,11 +102,6 @@ class LocalFileSystem(FileSystem):
 
     def __setstate__(self, _: dict[str, Any]) -> None:
         self.__init__()
-
-
-def default_cache_dir() -> Path:
-    """Where what was learned of remote shards is kept: `$XDG_CACHE_HOME/diffusers-dino`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusers-dino"
 
 
 def is_pattern(path: str) -> bool:

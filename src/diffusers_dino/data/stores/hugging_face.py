@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import glob
-import hashlib
+import itertools
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ from ...extras import require
 from ...files import tolerate_missing_locks
 from ..images.errors import UnreadableImageError
 from ..images.reading import as_image, read_image
-from .filesystem import LocalFileSystem, default_cache_dir, is_pattern
+from .filesystem import LocalFileSystem, is_pattern
 from .store import ImageStore
+from .walk import list_files
 
 __all__ = ["SAVED", "HuggingFaceStore"]
 
@@ -96,10 +99,13 @@ def _load_hugging_face(name: str, split: str, config_name: str | None) -> Any:
             if folder.is_dir() and any((folder / file).is_file() for file in SAVED):
                 data = datasets.load_from_disk(name)
             elif name.endswith(".parquet"):
-                files = [glob.escape(os.path.abspath(path)) for path in LocalFileSystem().glob(name)]
-                data = datasets.load_dataset("parquet", data_files=files)
+                data = datasets.load_dataset("parquet", data_files={split: _escaped(LocalFileSystem().glob(name))})
+            elif folder.is_dir() and is_pattern(str(folder.resolve())):  # `datasets` would look for what it matches
+                files = [f"{folder}/{path}" for path in list_files(folder).files if path.endswith(".parquet")]
+                by_split = itertools.groupby(sorted(files, key=_split_of), _split_of)
+                data = datasets.load_dataset("parquet", data_files={name: _escaped(some) for name, some in by_split})
             else:
-                data = datasets.load_dataset(_without_signs(folder) if folder.is_dir() else name, config_name)
+                data = datasets.load_dataset(name, config_name)
     except (OSError, datasets.exceptions.DatasetNotFoundError) as error:
         raise FileNotFoundError(
             f"{name!r} is neither a folder or a shard here nor a data set that the Hub gave: {error}"
@@ -114,13 +120,12 @@ def _load_hugging_face(name: str, split: str, config_name: str | None) -> Any:
     return data
 
 
-def _without_signs(folder: Path) -> str:
-    """A folder by a name that `datasets` does not take for a pattern, as it does `set [1]`: that of a link."""
-    path = str(folder.resolve())
-    if not is_pattern(path):
-        return path
-    link = default_cache_dir() / "links" / hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
-    link.parent.mkdir(parents=True, exist_ok=True)
-    if not link.is_symlink():
-        link.symlink_to(path)
-    return str(link)
+def _escaped(paths: Iterable[str]) -> list[str]:
+    return [glob.escape(os.path.abspath(path)) for path in paths]
+
+
+def _split_of(path: str) -> str:
+    """The split that the name of a Parquet file tells."""
+    words = re.split(r"[^a-z]+", Path(path).name.lower())
+    names = {"validation": ("validation", "valid", "val", "dev"), "test": ("test", "testing", "eval", "evaluation")}
+    return next((split for split, known in names.items() if set(words) & set(known)), "train")

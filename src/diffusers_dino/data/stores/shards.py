@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,12 +21,12 @@ from ...files import atomic_write, read_json, read_regular
 from ..images.errors import UnreadableImageError
 from ..images.reading import IMAGE_EXTENSIONS, read_image
 from .archives import COMPANIONS, INDEX_SUFFIX, PackedKeys, TarIndex, index_tar, parent_of, parse_index
-from .filesystem import ByteRange, FileSystem, LocalFileSystem, default_cache_dir, expand_braces, is_pattern
+from .filesystem import ByteRange, FileSystem, LocalFileSystem, expand_braces, is_pattern
 from .remote import RemoteFileSystem, add_suffix, is_remote, url_path
 from .store import ImageStore
 from .walk import is_junk
 
-__all__ = ["MANIFEST", "ShardStore", "is_shard_manifest"]
+__all__ = ["MANIFEST", "ShardStore", "default_cache_dir", "is_shard_manifest"]
 
 logger = logging.getLogger(__name__)
 
@@ -304,6 +305,11 @@ def _exists(files: FileSystem, path: str) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+def default_cache_dir() -> Path:
+    """Where what was learned of remote shards is kept: `$XDG_CACHE_HOME/diffusers-dino`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusers-dino"
 
 
 def _open_index(files: FileSystem, shard: str) -> TarIndex:
