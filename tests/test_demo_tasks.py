@@ -17,6 +17,7 @@ import scripts
 import tiny
 from diffusers_dino import DiffSegPipeline, DinoInterpolationPipeline
 from diffusers_dino.demo import launch, read_logins, tasks
+from diffusers_dino.metrics.copy_gate import CopyGate
 from diffusers_dino.pixels import to_unit, unit_to_uint8
 from image_files import deep_png
 
@@ -103,6 +104,16 @@ class TestReading:
         with pytest.raises(ValueError, match=r"wide\.png"):
             tasks.open_image(tmp_path / "wide.png")
 
+    @pytest.mark.parametrize("name", ["film.gif", "stack.tif", "one.png"])
+    def test_of_an_animation_the_first_image_is_used_and_the_visitor_is_told(self, tmp_path, name):
+        frames, told = [picture(seed) for seed in range(3)], []
+        frames[0].save(
+            tmp_path / name, **({} if name == "one.png" else {"save_all": True, "append_images": frames[1:]})
+        )
+        opened = np.asarray(tasks.open_image(tmp_path / name, told.append).convert("L")).astype(int)
+        assert np.corrcoef(opened.ravel(), np.asarray(frames[0]).ravel())[0, 1] > 0.99
+        assert told == ([] if name == "one.png" else [f"{name} holds several images: the first one is used."])
+
     def test_examples_are_spread_over_the_bundled_images(self):
         examples = tasks.example_images(PHANTOMS, 64, 3)
         assert [example.size for example in examples] == [(64, 64)] * 3
@@ -161,6 +172,13 @@ class TestSampling:
         path = DinoInterpolationPipeline.from_pipe(pipe)(picture(0), picture(1), [0, 0.5, 1], **options)
         assert np.array_equal(arrays(made), arrays(path.images))
         assert done[-1] == pytest.approx(1)
+
+
+def test_near_copies_are_those_that_a_gate_refuses():
+    known = tiny.random_images(320, channels=1, size=32)
+    pictures = [Image.fromarray((image[0] * 255).round().byte().numpy()) for image in known[:2]]
+    pictures.append(Image.fromarray((tiny.random_images(1, channels=1, size=32, seed=9)[0, 0] * 255).byte().numpy()))
+    assert tasks.near_copies(CopyGate.calibrate(known), pictures) == [True, True, False]
 
 
 class TestSegments:

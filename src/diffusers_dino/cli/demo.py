@@ -28,6 +28,9 @@ EXAMPLES = "examples/data/phantom-cxr/phantom-cxr-test-*.tar"
 class Arguments:
     model: str = flag(MODEL, "A pipeline's folder or Hub id, or a checkpoint of train_dino.py.", group="Model")
     lora: str | None = flag(None, "A LoRA of its UNet, folder or Hub id.")
+    gate: str | None = flag(
+        None, "gate.safetensors of `evaluate memorization`: variations that are near-copies are called so."
+    )
     device: str | None = flag(None, "Where to compute; a GPU if there is one.")
     dtype: Literal["float32", "bfloat16", "float16"] = flag("float32", "Type of the weights.")
     examples: str = flag(EXAMPLES, "Folder or tars of images to choose from; '' for none.")
@@ -45,6 +48,7 @@ def main(args: Arguments) -> None:
     launch(
         args.model,
         lora=args.lora,
+        gate=args.gate,
         device=args.device,
         dtype=getattr(torch, args.dtype),
         examples=None if bundled and not Path(EXAMPLES).parent.is_dir() else args.examples,

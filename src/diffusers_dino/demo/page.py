@@ -15,6 +15,7 @@ from PIL import Image
 
 from .. import DinoDiffusionPipeline
 from ..pipelines.pipeline_dino_interpolation import METHODS
+from ..synthesis import Gate
 from . import tasks
 from .visitors import GoneError, Visitors
 
@@ -72,10 +73,12 @@ class Input(NamedTuple):
     examples: Sequence[Image.Image]
 
 
-def build_page(pipe: DinoDiffusionPipeline, model: str, examples: Sequence[Image.Image]) -> tuple[gr.Blocks, Visitors]:
+def build_page(
+    pipe: DinoDiffusionPipeline, model: str, examples: Sequence[Image.Image], gate: Gate | None = None
+) -> tuple[gr.Blocks, Visitors]:
     """The page on a pipeline, which it calls `model`, and who is to watch its server.
 
-    The first of the examples is chosen already.
+    The first of the examples is chosen already. Variations that the gate refuses are called near-copies.
     """
     visitors = Visitors()
     with gr.Blocks(title="diffusers-dino", delete_cache=(60, KEPT), analytics_enabled=False) as page:
@@ -87,7 +90,7 @@ def build_page(pipe: DinoDiffusionPipeline, model: str, examples: Sequence[Image
                 window_and_level()
             with gr.Column(scale=3):
                 with gr.Tab("Variations", elem_id="variations-tab"):
-                    results = variations_tab(pipe, model, source.image, visitors)
+                    results = variations_tab(pipe, model, source.image, visitors, gate)
                 with gr.Tab("Blend", elem_id="blend-tab"):
                     target, blended = blend_tab(pipe, model, source.image, examples[::-1], visitors)
                 with gr.Tab("Segments", elem_id="segments-tab"):
@@ -99,7 +102,9 @@ def build_page(pipe: DinoDiffusionPipeline, model: str, examples: Sequence[Image
     return page.queue(max_size=WAITING, api_open=False), visitors
 
 
-def variations_tab(pipe: DinoDiffusionPipeline, model: str, image: gr.State, visitors: Visitors) -> Results:
+def variations_tab(
+    pipe: DinoDiffusionPipeline, model: str, image: gr.State, visitors: Visitors, gate: Gate | None
+) -> Results:
     with gr.Row():
         count = gr.Slider(1, tasks.MOST_VARIATIONS, 4, step=1, label="Number of variations")
         run = gr.Button("Make variations", variant="primary")
@@ -114,8 +119,16 @@ def variations_tab(pipe: DinoDiffusionPipeline, model: str, image: gr.State, vis
         made = tasks.vary(pipe, chosen(image), count, sampling, on_step)
         on_step(1)
         files = {f"variation_seed_{number}": picture for number, picture in enumerate(made, seed)}
-        captioned = [(picture, f"seed {number}") for number, picture in enumerate(made, seed)]
-        return captioned, offered("variations.zip", tasks.archive(files, model, sampling, task="variations"))
+        captions, facts = [f"seed {number}" for number in range(seed, seed + count)], {}
+        if gate is not None:
+            copies = tasks.near_copies(gate, made)
+            captions = [
+                f"{text}: near-copy of a training image" if copy else text
+                for text, copy in zip(captions, copies, strict=True)
+            ]
+            facts = {"near_copies": [number for number, copy in enumerate(copies, seed) if copy]}
+        archive = tasks.archive(files, model, sampling, task="variations", **facts)
+        return list(zip(made, captions, strict=True)), offered("variations.zip", archive)
 
     run.click(make, [image, count, *sampling], [gallery, download], **ONE_AT_A_TIME)
     return {gallery: None, download: NOT_YET}

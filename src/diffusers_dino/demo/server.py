@@ -11,6 +11,7 @@ import torch
 
 from ..devices import device_of
 from ..extras import require
+from ..metrics.copy_gate import CopyGate
 from ..training.models import load_trained_pipeline
 from .tasks import example_images, model_size
 
@@ -23,6 +24,7 @@ def launch(
     model: str | Path,
     *,
     lora: str | Path | None = None,
+    gate: str | Path | None = None,
     device: str | None = None,
     dtype: torch.dtype = torch.float32,
     examples: str | Path | None = None,
@@ -36,6 +38,7 @@ def launch(
     Args:
         model: A pipeline's folder or Hub id, or a checkpoint of a training.
         lora: A LoRA of its UNet, folder or Hub id.
+        gate: File of a `CopyGate` of the training images: variations that it refuses are called near-copies.
         device: Where to compute; by default a GPU if there is one.
         dtype: Type of the weights.
         examples: Folder or tars of images to choose from, which every visitor may see.
@@ -61,7 +64,8 @@ def launch(
             pipe.load_lora_weights(lora)
         pipe.to(device_of(0, device))
         shown = example_images(examples, model_size(pipe), count=6) if examples else []
-        page, visitors = build_page(pipe, Path(model).name, shown)
+        known = CopyGate.load(gate) if gate else None
+        page, visitors = build_page(pipe, Path(model).name, shown, known)
         _, address, public = page.launch(
             server_name=server_name,
             server_port=server_port,

@@ -13,7 +13,7 @@ import math
 import threading
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -28,8 +28,9 @@ from .. import DiffSegPipeline, DinoDiffusionPipeline, DinoInterpolationPipeline
 from ..data import Preprocessing, open_images, read_image
 from ..diffseg.attention import self_attention_layers
 from ..diffseg.merging import suppress
-from ..pixels import to_unit, unit_to_uint8
+from ..pixels import to_unit, unit_to_uint8, with_channels
 from ..schedules import scheduler_like
+from ..synthesis import Gate
 
 # Of diffusers, by the names that a list shows; None is the scheduler that the model came with.
 SCHEDULERS = {
@@ -87,6 +88,8 @@ def open_image(path: str | Path, tell: Callable[[str], object] | None = None) ->
         raise ValueError(f"{name} is not on the server any more: drop it again.") from error
     with _warnings_to(tell or (lambda text: None)):
         pixels = read_image(content, name=name, max_pixels=MOST_PIXELS)  # (H, W) or (H, W, 3)
+    if tell and _is_animated(content):
+        tell(f"{name} holds several images: the first one is used.")
     height, width = pixels.shape[:2]
     if min(height, width) < MIN_SIDE or max(height, width) > _MAX_RATIO * min(height, width):
         raise ValueError(
@@ -266,6 +269,12 @@ def archive(pictures: Mapping[str, Image.Image], model: str, sampling: SamplerSe
     return buffer.getvalue()
 
 
+def near_copies(gate: Gate, pictures: Sequence[Image.Image]) -> list[bool]:
+    """Which pictures of one size a gate takes for copies of the images that it knows."""
+    images = torch.stack(to_unit(list(pictures)))  # (N, 3, S, S)
+    return (~gate(with_channels(images, 1) if pictures[0].mode == "L" else images)).tolist()
+
+
 def release_memory() -> None:
     """Give the system back what a large image or many steps needed; the allocators would keep it."""
     if torch.cuda.is_available():
@@ -290,6 +299,13 @@ def _warnings_to(tell: Callable[[str], object]) -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(handler)
+
+
+def _is_animated(content: bytes) -> bool:
+    """Whether a file is one of several pages or frames, as far as PIL knows its format."""
+    with contextlib.suppress(Exception), Image.open(io.BytesIO(content)) as file:
+        return getattr(file, "is_animated", False)
+    return False
 
 
 def _made_of(pipe: DinoDiffusionPipeline, kind: type[Pipeline], scheduler: str) -> Pipeline:
