@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -189,6 +190,21 @@ def test_a_kill_before_any_rename_or_unlink_changes_nothing(small, pipe, sources
             break
 
 
+def test_of_two_plans_that_begin_at_once_in_one_folder_one_is_made(small, pipe, sources, tmp_path):
+    other = plan_reconstruction(sources.keys, LABELS, num_images=3, seed=1, settings=small.settings)
+
+    def make(plan):
+        try:
+            return synthesise(plan, pipe, sources, tmp_path / "set", progress=False).plan.seed
+        except SynthesisError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = sorted(pool.map(make, (small, other)), key=lambda answer: isinstance(answer, str))
+    assert "Another run is at work in" in second or "seed was" in second
+    assert SyntheticSet.open(tmp_path / "set", verify=True).plan.seed == first
+
+
 def test_two_runs_in_one_folder_are_refused_and_remains_are_cleared_away(unfinished, pipe, sources, plan):
     _, folder = unfinished
     (folder / ".synthetic-000002.tar.1.partial").touch()
@@ -240,6 +256,16 @@ def edit_manifest(path):
     path.write_text(json.dumps(content))
 
 
+def change_manifest(**changes):
+    def change(path):
+        content = json.loads(path.read_text())
+        for name, entries in changes.items():
+            (content["lineage"] if name == "gate" else content)[name] |= entries
+        path.write_text(json.dumps(content))
+
+    return change
+
+
 def make_a_pipe(path):
     path.unlink()
     os.mkfifo(path)
@@ -258,6 +284,10 @@ def make_a_pipe(path):
         ("manifest.json", lambda path: path.write_text('{"format": 1, "shards": {}, "preprocessing": {}}')),
         ("manifest.json", lambda path: path.write_text(path.read_text().replace('"split": "train"', '"split": 1'))),
         ("manifest.json", make_a_pipe),
+        ("manifest.json", change_manifest(preprocessing={"size": 64})),
+        ("manifest.json", change_manifest(gate={"left_out": ["synthetic-000000001"]})),
+        ("manifest.json", change_manifest(gate={"left_out": ["synthetic-999999999"]})),
+        ("manifest.json", change_manifest(gate={"left_out": None})),
     ],
 )
 def test_a_finished_set_with_damage_is_not_opened_and_made_whole_again(

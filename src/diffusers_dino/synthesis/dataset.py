@@ -141,7 +141,7 @@ def _manifest_problem(found: SyntheticSet) -> str | None:
     """What is wrong with a manifest beside its plan, from which the names and lengths of all shards follow."""
     plan, manifest = found.plan, found.manifest
     try:
-        Preprocessing(**manifest["preprocessing"])
+        prepared = Preprocessing(**manifest["preprocessing"]) == _preprocessing(plan)
         left_out = set(found.left_out)
         expected = [
             (shard_path(found.folder, number).name, len(set(plan.shard(number)) - left_out), SPLIT)
@@ -149,7 +149,8 @@ def _manifest_problem(found: SyntheticSet) -> str | None:
         ]
         entries = [(shard["name"], shard["samples"], shard["split"]) for shard in manifest["shards"]]
         sound = all(isinstance(shard["bytes"], int) and shard["sha256"] for shard in manifest["shards"])
-        fits = entries == expected and manifest["lineage"]["plan"] == plan.digest
+        fits = prepared and entries == expected and manifest["lineage"]["plan"] == plan.digest
+        fits = fits and all(0 <= index < len(plan) for index in left_out)
     except (KeyError, TypeError, ValueError, AttributeError):
         return f"{MANIFEST} is damaged"
     return None if sound and fits else f"{MANIFEST} is not that of its plan"
@@ -178,10 +179,14 @@ def complete_set(plan: Plan, folder: Path, max_left_out: float = 0.05) -> Synthe
     if not _may_write_labels(plan, left_out, folder):
         raise SynthesisError(f"{folder / LABELS} is not the set's: rename it, and go on.")
     write_csv(folder / LABELS, LABEL_COLUMNS, label_rows(plan, left_out))
-    preprocessing = Preprocessing(**{**plan.made_with["preprocessing"], "size": plan.made_with["image_size"]})
-    write_manifest(folder, preprocessing, [record.shard for record in records], _lineage(plan, records))
+    write_manifest(folder, _preprocessing(plan), [record.shard for record in records], _lineage(plan, records))
     shutil.rmtree(folder / WORK)
     return SyntheticSet(folder, plan, read_manifest(folder))
+
+
+def _preprocessing(plan: Plan) -> Preprocessing:
+    """How the images of a bound plan are prepared: as its sources, at the model's size."""
+    return Preprocessing(**{**plan.made_with["preprocessing"], "size": plan.made_with["image_size"]})
 
 
 def label_rows(plan: Plan, left_out: set[int]) -> Iterator[tuple[str, ...]]:
