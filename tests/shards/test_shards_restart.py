@@ -196,13 +196,14 @@ class TestRestart:
             edit("t.csv", ",PA", ",AP"),
             edit("t.csv", "3.png,", "9.png,"),
             lambda root: Image.fromarray(picture(50, 64)).save(root / "i" / "2.png"),
+            lambda root: (root / "i" / "2.png").write_bytes((root / "i" / "2.png").read_bytes()[::-1]),
             lambda root: (root / "i" / "2.png").unlink(),
             lambda root: Image.fromarray(picture(1) > 99).save(root / "i" / "1.mask.png"),
             edit("mine.yaml", "id:", "invert: {from: view, values: [PA]}\nid:"),
             edit("mine.yaml", "mine", "other"),
             edit("salt", "0", "1"),
         ],
-        ids=["labels", "patient", "view", "rows", "pixels", "less", "mask", "polarity", "source", "salt"],
+        ids=["labels", "patient", "view", "rows", "pixels", "size", "less", "mask", "polarity", "source", "salt"],
     )
     def test_a_finished_folder_takes_nothing_else(self, make, tmp_path, change):
         (tmp_path / "i").mkdir()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import astuple
 from pathlib import Path
@@ -18,7 +19,18 @@ from ..sources import OpenSource, Record, Source
 from ..stores.folder import FolderStore
 from ..stores.walk import list_files
 from .manifest import MANIFEST, Shard, ShardError, check_shards, read_manifest, write_manifest
-from .parts import Item, Sample, Unreadable, assemble_shard, file_bytes, is_complete, list_items, read_part, write_part
+from .parts import (
+    Item,
+    Sample,
+    Unreadable,
+    assemble_shard,
+    file_mark,
+    has_changed,
+    is_complete,
+    list_items,
+    read_part,
+    write_part,
+)
 from .plan import (
     PLAN,
     PlanRule,
@@ -120,9 +132,9 @@ def make_shards(
             shards = _assemble(plan, samples, parts, output, done, num_workers, progress)
             lineage = describe_lineage([source for source, _ in opened], plan, samples, unreadable)
             lineage["configuration"] = configuration
-            size_of = {one.key: one.file_bytes for one in (*samples, *unreadable)}
-            sizes = [file_bytes(i.record) if size_of[i.key] is None else size_of[i.key] for i in items]
-            lineage["images"] = images_of(items) | files_of(items, sizes)
+            mark_of = {one.key: one.mark for one in (*samples, *unreadable)}
+            marks = [mark_of[item.key] or file_mark(item.record) for item in items]
+            lineage["images"] = images_of(items) | files_of(items, marks)
             write_summary(output / "summary.html", lineage, plan, samples, unreadable, parts)
             write_manifest(output, encoding.preprocessing, shards, lineage)
             return read_manifest(output)
@@ -135,7 +147,8 @@ def make_shards(
 def _require_same_as_finished(output: Path, configuration: dict[str, Any], items: Sequence[Item]) -> None:
     """Refuse other settings, images, labels or files than a complete folder was made from, with ShardError."""
     lineage = lineage_of(output)
-    now = images_of(items) | files_of(items, [file_bytes(item.record) for item in items])
+    with ThreadPoolExecutor(16) as pool:  # most of the time a network drive is waited for
+        now = images_of(items) | files_of(items, pool.map(file_mark, [item.record for item in items]))
     begun = lineage.get("images")
     if begun is None:  # a folder of an older version
         begun = {f"images of {source['name']}": source["images"] for source in lineage.get("sources", [])}
@@ -219,7 +232,7 @@ def _prepare(
     found = [read_part(*job[:2]) for job in jobs if is_complete(*job[:2])]
     samples = [sample for of_part, _ in found for sample in of_part]
     record_of = {item.key: item.record for _, _, items, _, _ in jobs for item in items}
-    changed = [s for s in samples if s.file_bytes not in (None, file_bytes(record_of[s.key]))]
+    changed = [sample for sample in samples if has_changed(sample, record_of[sample.key])]
     if changed:
         raise ShardError(
             f"{len(changed)} images have changed since they were prepared, such as that of key {changed[0].key}. "

@@ -7,6 +7,7 @@ So each image is prepared once and kept with its facts in a part: `000000.bin` h
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -34,7 +35,8 @@ __all__ = [
     "Sample",
     "Unreadable",
     "assemble_shard",
-    "file_bytes",
+    "file_mark",
+    "has_changed",
     "is_complete",
     "list_items",
     "prepare",
@@ -60,8 +62,8 @@ class Sample:
     See `Item` and `Record` for what is not said here. `modality` is DICOM's term, such as `"DX"`; `spacing` is in mm
     between rows and between columns of the prepared image; `size` is the original's, height and width; `digest` and
     `hash` (hexadecimal) are those of `duplicates`. `files` are extension -> offset and length within the part number
-    `part`, `checksum` is the CRC-32 of those bytes. `file_bytes` are those of the original and its masks when they
-    were read; `nameless`: it is a DICOM file without a patient's id. None in parts of older versions.
+    `part`, `checksum` is the CRC-32 of those bytes. `mark` is the `file_mark` of the original as it was read;
+    `nameless`: it is a DICOM file without a patient's id. None in parts of older versions.
     """
 
     key: str
@@ -79,7 +81,7 @@ class Sample:
     files: dict[str, tuple[int, int]]
     checksum: int
     part: int
-    file_bytes: int | None = None
+    mark: str | None = None
     nameless: bool | None = None
 
 
@@ -93,10 +95,11 @@ class Unreadable:
     key: str
     source: str
     reason: str
-    file_bytes: int | None = None
+    mark: str | None = None
     no_image: bool = False
 
 
+_PIECE = 4096
 _COLUMNS = [entry.name for entry in fields(Sample) if entry.name != "part"]  # the last two may be missing
 
 
@@ -154,14 +157,14 @@ def write_part(folder: Path, number: int, items: Sequence[Item], encoding: Encod
     unreadable: list[Unreadable] = []
     with atomic_write(_blob(folder, number)) as blob:
         for item in items:
-            size = file_bytes(item.record)
+            mark = file_mark(item.record)
             try:
                 known, files = prepare(item, encoding, salt)
             except (UnreadableImageError, ValueError, OSError) as error:
                 no_image = isinstance(error, NoImageError)
-                unreadable.append(Unreadable(item.key, item.record.source, _reason(error), size, no_image))
+                unreadable.append(Unreadable(item.key, item.record.source, _reason(error), mark, no_image))
                 continue
-            known |= {"files": {}, "checksum": 0, "file_bytes": size}
+            known |= {"files": {}, "checksum": 0, "mark": mark}
             for extension, content in files.items():
                 known["files"][extension] = (blob.tell(), len(content))
                 known["checksum"] = zlib.crc32(content, known["checksum"])
@@ -173,12 +176,26 @@ def write_part(folder: Path, number: int, items: Sequence[Item], encoding: Encod
     return len(items), sum(not one.no_image for one in unreadable)
 
 
-def file_bytes(record: Record) -> int:
-    """Bytes of an image's file and of its masks, by which other images of the same names are noticed; -1 without."""
-    try:
-        return sum(path.stat().st_size for path in (record.image, *record.masks))
-    except OSError:
-        return -1
+def file_mark(record: Record) -> str:
+    """Sizes of an image's file and its masks, and a checksum of three pieces of each, to notice other files there."""
+    checksum, sizes = 0, []
+    for path in (record.image, *record.masks):
+        try:
+            with open(path, "rb") as file:
+                sizes.append(file.seek(0, os.SEEK_END))
+                for place in (0, sizes[-1] // 2, sizes[-1] - _PIECE):
+                    file.seek(max(0, place))
+                    checksum = zlib.crc32(file.read(_PIECE), checksum)
+        except OSError:
+            sizes.append(-1)
+    return f"{'+'.join(map(str, sizes))} {checksum:08x}"
+
+
+def has_changed(sample: Sample, record: Record) -> bool:
+    """Whether a prepared image's file is now of another size."""
+    return sample.mark is not None and sample.mark.split()[0] != "+".join(
+        str(path.stat().st_size) if path.is_file() else "-1" for path in (record.image, *record.masks)
+    )
 
 
 def is_complete(folder: Path, number: int) -> bool:

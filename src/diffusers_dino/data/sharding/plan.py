@@ -108,10 +108,10 @@ def images_of(items: Sequence[Item]) -> dict[str, str]:
     return _digest("images, labels and salt", items, facts)
 
 
-def files_of(items: Sequence[Item], file_bytes: Iterable[int]) -> dict[str, str]:
+def files_of(items: Sequence[Item], marks: Iterable[str]) -> dict[str, str]:
     """A fingerprint for each source, by which a finished folder notices other files of the same names."""
-    pairs = zip(items, file_bytes, strict=True)
-    facts = [(i.key, size, len(i.record.masks), i.record.raw, i.record.invert) for i, size in pairs]
+    pairs = zip(items, marks, strict=True)
+    facts = [(item.key, mark, item.record.raw, item.record.invert) for item, mark in pairs]
     return _digest("files", items, facts)
 
 
