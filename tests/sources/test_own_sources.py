@@ -10,9 +10,11 @@ import unicodedata
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
+from dicom_files import dicom_bytes
 from diffusers_dino.data.sources import (
     OpenSource,
     Record,
@@ -415,6 +417,27 @@ def test_with_a_salt_messages_name_no_file_and_no_id(tmp_path, caplog):
     with pytest.raises(FileNotFoundError) as caught:
         list(source.records(salt))
     assert "Jane" not in str(caught.value) + caplog.text
+
+
+def test_files_without_a_table_are_taken_by_the_rule_of_folders(tmp_path):
+    dicom = dicom_bytes(np.arange(120, dtype=np.uint8).reshape(12, 10))
+    for name in ("a.png", "a.seg.png", "a.mask.png", "@eaDir/a.png", "__MACOSX/b.png", "1.2.840.7.png", "1.2.840.png"):
+        picture(tmp_path / name)
+    for name, content in {
+        "IM0001": dicom,
+        "b.IMA": dicom[132:],
+        "notes": b"x",
+        "c.txt": b"x",
+        "d.json": b"{}",
+    }.items():
+        (tmp_path / name).write_bytes(content)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "e.png").mkdir()
+    source = OpenSource(describe({"name": "own", "image": "**/*"}), tmp_path)
+    taken = {record.image_id + record.image.suffix for record in source}
+    assert taken == {"a.png", "1.2.840.7.png", "1.2.840.png", "IM0001", "b.IMA"}
+    report = source.report
+    assert (report.companions.examples, report.hidden.count) == (["a.seg.png"], 4)  # two folders of systems, too
 
 
 def test_cells_that_are_not_understood_are_named(tmp_path):

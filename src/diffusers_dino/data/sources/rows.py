@@ -16,6 +16,7 @@ import numpy as np
 from ...files import read_json
 from ..keys import respell
 from ..stores.archives import parent_of, split_name
+from ..stores.walk import is_junk
 from .description import Source, Table
 from .fields import Template, is_one_of
 from .finder import FileFinder, is_image
@@ -63,6 +64,8 @@ class SourceReport:
     no_patient: Named = field(default_factory=Named)
     no_sidecar: Named = field(default_factory=Named)
     unjoined: Named = field(default_factory=Named)
+    companions: Named = field(default_factory=Named)
+    hidden: Named = field(default_factory=Named)
     left_out: int = 0
     in_lists: int = 0  # images that the lists of splits name
     lost_lists: int = 0  # names in those lists, if none of them is an image's
@@ -83,6 +86,8 @@ class SourceReport:
             "images have no patient id, and count as a patient each": self.no_patient,
             "images have no JSON file beside them": self.no_sidecar,
             "rows have no counterpart in a joined table": self.unjoined,
+            "pictures accompany an image, as KEY.seg.png does KEY.png, and were left out": self.companions,
+            "files are hidden or those of systems, and were left out": self.hidden,
         }
         told = {text: (n.count, ", ".join(map(show, n.examples[:3]))) for text, n in sentences.items() if n.count}
         lines = [f"{count} {text}, such as {names}" for text, (count, names) in told.items()]
@@ -117,7 +122,7 @@ class RowReader:
         """Each row whose image is there, with its `path`; what does not fit goes to the report."""
         report.absent += [table.files[0] for table, opened in self._joins if opened is None]
         joined = self._load_joins()
-        rows = self._table_rows() if self._tables else self._file_rows()
+        rows = self._table_rows() if self._tables else self._file_rows(report)
         empty = True
         for row in rows:
             _join(row, joined, report)
@@ -195,13 +200,18 @@ class RowReader:
                 self._derive(row, [column for column in self._expressions if column not in PATH_COLUMNS])
                 yield row
 
-    def _file_rows(self) -> Iterator[Row]:
+    def _file_rows(self, report: SourceReport) -> Iterator[Row]:
         """A row for each file of a source without a table, sorted by path."""
         found = (glob.iglob(pattern, root_dir=self.root, recursive=True) for pattern in self.source.patterns)
         every = {path.replace(os.sep, "/") for path in itertools.chain(*found)}
+        for path in filter(is_junk, sorted(every)):
+            report.hidden.add(path)
         paths = sorted(path for path in every if is_image(self.root, path))
         keys = {split_name(path)[0] for path in paths}
-        for number, path in enumerate(path for path in paths if parent_of(split_name(path)[0], keys) is None):
+        accompanying = {path for path in paths if parent_of(split_name(path)[0], keys) is not None}
+        for path in sorted(accompanying):
+            report.companions.add(path)
+        for number, path in enumerate(path for path in paths if path not in accompanying):
             row = self._blank | _path_columns(path) | {"row": str(number)}
             self._derive(row, self._expressions)
             yield row
