@@ -134,6 +134,13 @@ def test_a_picture_beside_an_image_of_its_name_accompanies_it(tmp_path, caplog, 
         with pytest.raises(KeyError, match="no companion"):
             store.companion(3, name.lower())
     assert FolderStore(fill(tmp_path / "alone", "a.seg.png")).keys == ["a.seg"]
+    store = FolderStore(fill(tmp_path / "named", "a.image.png", f"a.{word}.png"))
+    assert store.keys == ["a.image"]
+    assert store.companion(0, f"{word.lower()}.png") == encode(1)
+
+
+def test_line_breaks_in_names(tmp_path):
+    assert FolderStore(fill(tmp_path, "a\nb.png")).keys == ["a%0Ab"]
 
 
 def test_names_that_are_not_utf_8(tmp_path, caplog):

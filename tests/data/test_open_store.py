@@ -64,7 +64,7 @@ def add_info(folder: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("add", "name", "named"),
     [
-        *((add_tar, name, "1 tar files") for name in ("old.tar", "sub/old.tar")),
+        *((add_tar, name, "1 tar files") for name in ("old.tar", "sub/old.tar", "OLD.TAR")),
         *((add_parquet, name, "1 Parquet files") for name in ("labels.parquet", "a/b/c/labels.parquet")),
         *((add_info, name, "a saved data set") for name in ("dataset_info.json", "dataset_dict.json")),
     ],
@@ -177,6 +177,23 @@ def test_a_picture_beside_an_image_of_its_key_accompanies_it_in_a_tar(tmp_path, 
         write_index(path)
     asked = open_images(path, PREPARE, image_column=f"{word}.png".lower())
     assert asked.keys == ["a", "d/b"]
+
+
+@pytest.mark.parametrize("image", ["image", "img"])
+@pytest.mark.parametrize("other", ["label", "seg", "mask", "depth"])
+def test_of_several_pictures_in_a_sample_the_one_called_image_is_it(tmp_path, image, other):
+    members = {f"k.{other}.png": encode(0), f"k.{image}.png": encode(1), "k.json": b"{}"}
+    images = open_images(write_tar(tmp_path / "x.tar", members), PREPARE)
+    assert images.keys == [f"k.{image}"]
+    assert images.companion(0, f"{other}.png") == encode(0)
+    assert images.companion(0, "json") == b"{}"
+
+
+@pytest.mark.parametrize("pattern", ["nowhere/*.png", "no/where/*.png", "*.gif", "*.jpg"])
+def test_a_pattern_of_nothing(tmp_path, pattern):
+    fill(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no folder|No image"):
+        open_images(tmp_path / pattern, PREPARE)
 
 
 @pytest.mark.parametrize("junk", ["._a.png", "__MACOSX/._a.png", "@eaDir/a.png", "d/.hidden/a.png", ".a.png"])

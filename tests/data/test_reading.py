@@ -393,10 +393,10 @@ def peak_of(function) -> int:
     return 1024 * (int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) - before)
 
 
-@pytest.mark.parametrize("kind", ["gray", "deep gray", "alpha", "deep alpha", "color", "webp", "npz", "float tiff"])
+@pytest.mark.parametrize("kind", ["deep gray", "alpha", "deep alpha", "webp", "npz", "float tiff"])
 def test_a_small_file_does_not_take_gigabytes(kind):
-    side = 3000
-    shape = {"alpha": (4,), "deep alpha": (4,), "color": (3,), "webp": (3,)}.get(kind, ())
+    side = 2000
+    shape = {"alpha": (4,), "deep alpha": (4,), "webp": (3,)}.get(kind, ())
     dtype = {"deep gray": np.uint16, "deep alpha": np.uint16, "npz": np.float64, "float tiff": np.float32}
     pixels = np.zeros((side, side, *shape), dtype.get(kind, np.uint8))
     pixels[100:200, 100:200] = 255

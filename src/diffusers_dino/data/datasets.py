@@ -215,18 +215,19 @@ def open_images(
     """Open a collection of images for random access.
 
     Args:
-        source: A folder of images (with subfolders); webdataset tars as a path, a folder of them, a glob or a brace
-            range, here or behind `http(s)://`, `s3://`, `gs://` or `hf://`; a `datasets` folder (`save_to_disk` or
-            Parquet) or a data set of the Hub.
+        source: A folder of images (with subfolders), or a pattern such as `FOLDER/**/*.png`; webdataset tars as a
+            path, a folder of them, a glob or a brace range, here or behind `http(s)://`, `s3://`, `gs://` or `hf://`;
+            a `datasets` folder (`save_to_disk` or Parquet) or a data set of the Hub.
         preprocessing, in_memory, max_unreadable: See `ImageDataset`, also for what it raises.
         split: Split of a `datasets` set, or of a folder of shards whose manifest names splits.
-        image_column: Column of images of a `datasets` set.
+        image_column: Column of images of a `datasets` set; in tars, which file of a sample is the image, such as
+            `"seg.png"`.
         config_name: Configuration of a `datasets` set.
         local_files_only: Whether a name that is not here is an error, rather than looked for on the Hub.
 
     Raises:
         FileNotFoundError: If the source does not exist, or holds no image.
-        ValueError: If the source is of another kind.
+        ValueError: If the source is of another kind, or a folder of several kinds.
     """
     opened = open_store(source, split, image_column, config_name, local_files_only)
     return ImageDataset(opened, preprocessing, in_memory, max_unreadable)

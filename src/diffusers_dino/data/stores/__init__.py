@@ -45,7 +45,10 @@ def open_store(
     endings = {Path(one).suffix[1:].lower() for one in expand_braces(text)} if is_pattern(text) else set()
     if endings and endings <= {*IMAGE_EXTENSIONS, ""}:
         root = next(parent for parent in folder.parents if parent.is_dir())
-        return FolderStore(root, folder.relative_to(root).as_posix())
+        pattern = folder.relative_to(root).as_posix()
+        if not is_pattern(pattern.partition("/")[0]) and "{" not in pattern.partition("/")[0]:
+            raise FileNotFoundError(f"There is no folder {str(root / pattern.partition('/')[0])!r}.")
+        return FolderStore(root, pattern)
     if local_files_only or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", text):
         raise FileNotFoundError(f"There is no folder {text!r}.")
     return HuggingFaceStore(text, split, image_column, config_name)
@@ -54,7 +57,7 @@ def open_store(
 def _open_folder(folder: Path, split: str, image_column: str, config_name: str | None) -> ImageStore:
     """A folder holds images, tars or a data set: what holds several of them is not guessed at."""
     listing = list_files(folder)
-    tars, tables = ([path for path in listing.files if path.endswith(end)] for end in (".tar", ".parquet"))
+    tars, tables = ([path for path in listing.files if path.lower().endswith(end)] for end in (".tar", ".parquet"))
     saved = any(name in listing.files for name in SAVED)
     if not (tars or tables or saved or MANIFEST in listing.files):
         return FolderStore(folder, listing=listing)

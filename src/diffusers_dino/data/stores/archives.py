@@ -61,15 +61,18 @@ def split_name(name: str) -> tuple[str, str]:
     return key, extension.lower()
 
 
-def parent_of(key: str, keys: Container[str]) -> str | None:
-    """The image that an image accompanies: that of `KEY.seg` and of `KEY.lung.left` is `KEY`, if `keys` holds that.
+def parent_of(key: str, keys: Container[str]) -> tuple[str, str] | None:
+    """Which image an image accompanies, and as what: `KEY` and `seg` for `KEY.seg`, if `keys` has `KEY`.
 
-    What follows the key begins with a letter: `1.2.840.7` does not accompany `1.2.840`.
+    Without `KEY`, it may be `KEY.image`. The word begins with a letter: `1.2.840.7` does not accompany `1.2.840`.
     """
     dot = key.find(".", key.rfind("/") + 1)
     while dot >= 0:
-        if key[dot + 1 : dot + 2].isalpha() and key[:dot] in keys:
-            return key[:dot]
+        base, word = key[:dot], key[dot + 1 :]
+        if word[:1].isalpha():
+            for parent in (base, f"{base}.image", f"{base}.img"):
+                if parent in keys and parent != key:
+                    return parent, word
         dot = key.find(".", dot + 1)
     return None
 

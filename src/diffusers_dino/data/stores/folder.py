@@ -49,13 +49,15 @@ class FolderStore(ImageStore):
         self.left_out = listing.left_out
         images = find_images(root, listing, pattern)
         keys = set(images.values())
-        self._renamed: dict[str, str] = {}  # companions whose extension is not in small letters
+        self._renamed: dict[str, str] = {}  # companions that are not named by key and extension
         for path in listing.files:
             key, extension = split_name(path)
-            if path in images and images[path] == key and (parent := parent_of(key, keys)) is not None:
+            if path in images and images[path] == key and (found := parent_of(key, keys)) is not None:
                 del images[path]
                 listing.leave_out(COMPANIONS, path)
-                key, extension = parent, path[len(parent) + 1 :].lower()
+                key, extension = found[0], f"{found[1]}.{extension}".lower()
+            if path not in images:
+                key = next((one for one in (key, f"{key}.image", f"{key}.img") if one in keys), key)
             if path not in images and path != f"{key}.{extension}":
                 self._renamed.setdefault(f"{key}.{extension}", path)
         self.paths = list(images)
@@ -65,9 +67,8 @@ class FolderStore(ImageStore):
         if not self.paths:
             kinds = ", ".join(IMAGE_EXTENSIONS)
             left = "".join(f" {clause}." for clause in clauses)
-            raise FileNotFoundError(
-                f"No image in {str(root)!r} or its folders. Looked for {kinds}, and tars of them.{left}"
-            )
+            where = f"{str(root)!r} or its folders" if pattern is None else repr(f"{root}/{pattern}")
+            raise FileNotFoundError(f"No image in {where}. Looked for {kinds}, and tars of them.{left}")
         count = Counter(images.values())  # `a.png` beside `a.jpg`: the extension keeps them apart
         self.keys = [printable(path if count[key] > 1 else key) for path, key in images.items()]
 

@@ -379,10 +379,13 @@ def _join_companions(index: TarIndex) -> tuple[TarIndex, int]:
     owners, kinds = np.arange(len(index.keys)), index.kinds.copy()
     known = {extension: number for number, extension in enumerate(index.extensions)}
     for number, key in enumerate(index.keys):
-        if (parent := parent_of(key, number_of)) is not None:
-            owners[number] = number_of[parent]
+        found = parent_of(key, number_of)
+        if found is None and not has_image[number]:
+            found = next(((parent, "") for parent in (f"{key}.image", f"{key}.img") if parent in number_of), None)
+        if found is not None:
+            owners[number] = number_of[found[0]]
             for member in range(index.first_member[number], index.first_member[number + 1]):
-                extension = f"{key[len(parent) + 1 :]}.{index.extensions[kinds[member]]}".lower()
+                extension = f"{found[1]}.{index.extensions[kinds[member]]}".lower().removeprefix(".")
                 kinds[member] = known.setdefault(extension, len(known))
     kept = owners == np.arange(len(owners))
     if kept.all():

@@ -23,8 +23,8 @@ def is_junk(path: str) -> bool:
 
 
 def printable(name: str) -> str:
-    """A name with those of its bytes that are not UTF-8 as `%E9`: it can be logged, encoded and hashed."""
-    return "".join(f"%{ord(c) - 0xDC00:02X}" if "\udc80" <= c <= "\udcff" else c for c in name)
+    """A name with line breaks and the like, and bytes that are not UTF-8, as `%0A` and `%E9`."""
+    return re.sub(r"[\x00-\x1f\x7f\udc80-\udcff]", lambda sign: f"%{ord(sign[0]) % 0xDC00:02X}", name)
 
 
 @dataclass
@@ -79,12 +79,13 @@ def list_files(root: str | Path) -> FolderFiles:
             continue
         for entry in below:
             inside = f"{path}/{entry.name}" if path else entry.name
-            if os.path.isdir(entry.path):
+            link = entry.is_symlink()  # whose target may be behind a loop, or closed
+            if os.path.isdir(entry.path) if link else entry.is_dir():
                 if is_junk(entry.name):
                     found.leave_out("hidden folders and those of systems", inside)
                 else:
-                    (links if entry.is_symlink() else folders).append(inside)
-            elif os.path.isfile(entry.path):
+                    (links if link else folders).append(inside)
+            elif os.path.isfile(entry.path) if link else entry.is_file():
                 if is_junk(entry.name):
                     found.leave_out("hidden files and those of systems", inside)
                 else:
