@@ -54,10 +54,21 @@ def test_an_image_that_cannot_be_read_has_no_stand_in(folder, tmp_path):
     assert np.array_equal(packed.array[2], dict(images.read_many([3]))["003"])
 
 
+COLOURS = {
+    "noise": lambda rng: rng.integers(0, 256, (16, 16, 3), np.uint8),
+    "whole range": lambda rng: np.concatenate([np.full((1, 16, 3), v, np.uint8) for v in (0, 255)] * 8),
+    "red": lambda rng: rng.integers(0, 256, (16, 16, 3), np.uint8) * np.array([1, 0, 0], np.uint8),
+    "dark blue": lambda rng: rng.integers(20, 60, (16, 16, 3), np.uint8) * np.array([0, 0, 3], np.uint8),
+    "a film saved as colours": lambda rng: rng.integers(30, 200, (16, 16, 1), np.uint8).repeat(3, 2),
+    "one value": lambda rng: np.full((16, 16, 3), (3, 90, 7), np.uint8),
+}
+
+
+@pytest.mark.parametrize("size", [16, 9])
+@pytest.mark.parametrize("kind", COLOURS)
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_colour_image_is_packed_alike_whether_it_is_real_or_synthetic(channels, tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
-    pixels[0, :2] = [[0, 0, 0], [255, 255, 255]]  # so that preparation does not stretch it
+def test_a_colour_image_is_packed_alike_whether_it_is_real_or_synthetic(channels, kind, size, tmp_path):
+    pixels = COLOURS[kind](np.random.default_rng(0))
     drawn = torch.from_numpy(pixels).movedim(-1, 0).float() / 255
     stored = (
         unit_to_uint8(with_channels(drawn, channels)).movedim(0, -1).numpy()
@@ -66,13 +77,36 @@ def test_a_colour_image_is_packed_alike_whether_it_is_real_or_synthetic(channels
     for name, array in (("real", pixels), ("synthetic", stored.squeeze())):
         (tmp_path / name).mkdir()
         Image.fromarray(array).save(tmp_path / name / "a.png")
-        images = open_images(tmp_path / name, PREPROCESSING)
+        images = open_images(tmp_path / name, Preprocessing(size, remove_borders=False))
         packed[name] = pack_images(images, tmp_path / f"{name}.npy", channels=channels)
-    assert packed["real"].array.shape == ((1, 16, 16) if channels == 1 else (1, 16, 16, 3))
+    assert packed["real"].array.shape == ((1, size, size) if channels == 1 else (1, size, size, 3))
     assert np.array_equal(packed["real"].array, packed["synthetic"].array)
-    assert np.array_equal(packed["real"].array[0], stored.squeeze())
     with pytest.raises(ValueError, match="1 or 3 channels, got 2"):
         pack_images(images, tmp_path / "pack.npy", channels=2)
+
+
+def test_gray_films_saved_as_colours_keep_their_recipe_and_pixels(tmp_path):
+    folder = scripts.image_folder(tmp_path / "gray", 3, size=40)
+    (tmp_path / "colour").mkdir()
+    for path in folder.iterdir():
+        Image.open(path).convert("RGB").save(tmp_path / "colour" / path.name)
+    gray, colour = (
+        pack_images(open_images(tmp_path / name, PREPROCESSING), tmp_path / f"{name}.npy")
+        for name in ("gray", "colour")
+    )
+    assert np.array_equal(gray.array, colour.array)
+    assert (colour.num_averaged, colour.num_stretched) == (3, 0)
+    facts = json.loads(colour.path.with_suffix(".json").read_text())
+    del facts["num_stretched"]  # as an older version wrote it
+    colour.path.with_suffix(".json").write_text(json.dumps(facts))
+    assert pack_images(open_images(tmp_path / "colour", PREPROCESSING), colour.path).recipe == colour.recipe
+    red = np.zeros((40, 40, 3), np.uint8)
+    red[:20, :, 0] = 200
+    Image.fromarray(red).save(tmp_path / "colour" / "000.png")
+    stretched = pack_images(open_images(tmp_path / "colour", PREPROCESSING), tmp_path / "red.npy")
+    assert (stretched.num_averaged, stretched.num_stretched) == (3, 1)
+    assert stretched.array[0].max() == 255
+    assert stretched.recipe != colour.recipe
 
 
 def test_what_older_versions_packed_is_packed_anew_and_keeps_its_recipe_unless_it_had_colours(folder, tmp_path):

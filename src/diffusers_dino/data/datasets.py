@@ -144,6 +144,10 @@ class ImageDataset(Dataset[dict[str, Any]]):
         if messages:
             self._check_unreadable()
 
+    def read_raw(self, index: int) -> np.ndarray:
+        """The pixels of a sample before they are prepared, as `read_image` gives them; `UnreadableImageError`."""
+        return self.store.read(int(self._indices[index]))
+
     def companion(self, index: int, extension: str) -> bytes:
         """The file beside an image with the same key, such as `"json"` or `"mask.png"`; raises `KeyError`."""
         return self.store.companion(int(self._indices[index]), extension)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data.datasets import ImageDataset, to_float
+from ..data.images.preprocessing import stretch_to_uint8
 from ..files import atomic_write, read_json, write_json
 from ..pixels import unit_to_uint8, with_channels
 
@@ -30,6 +31,8 @@ class PackedImages:
         recipe: A digest of what the pixels depend on.
         num_averaged: How many images had colours and became gray; None in files of older versions, which did not count
             them and weighted the colours (ITU-R BT.601).
+        num_stretched: How many of these differ from the mean of the prepared colours; None in files of older versions,
+            which took that.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -39,6 +42,7 @@ class PackedImages:
             self.keys: tuple[str, ...] = tuple(facts["keys"])
             self.recipe: str = facts["recipe"]
             self.num_averaged: int | None = facts.get("num_averaged")
+            self.num_stretched: int | None = facts.get("num_stretched", None if self.num_averaged else 0)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{_facts_path(self.path)} is damaged: delete it and run again.") from error
         if len(self.array) != len(self.keys):
@@ -71,33 +75,42 @@ def pack_images(images: ImageDataset, path: str | Path, recipe: str = "", channe
     """Read all images once and write them to a `.npy` file, whole or not at all; what is there already is kept.
 
     Images that cannot be read are left out: another sample in their place would have labels that are not its own.
-    Channels are 1 for gray, the mean of the colours, or 3 for colour. `recipe` says what else the pixels depend on,
-    such as the digest of a plan: a file of another recipe, of other keys or another preprocessing is written anew.
+    Channels are 1 for gray, the mean of the colours, or 3 for colour. The mean is taken before an image is prepared,
+    since preparing stretches what there is to the whole range: the gray of a colour photograph is then that of a gray
+    copy of it, such as a synthesis stores. `recipe` says what else the pixels depend on, such as the digest of a plan:
+    a file of another recipe, of other keys or another preprocessing is written anew.
     """
     if channels not in (1, 3):
         raise ValueError(f"Images have 1 or 3 channels, got {channels}.")
     path = Path(path)
     plain = _digest(recipe, images.preprocessing.fingerprint(), str(channels), *images.keys)
     averaged = _digest(plain, "gray is the mean of the colours")
+    stretched = _digest(plain, "gray is the mean of the colours, then stretched")
     if path.is_file() and _facts_path(path).is_file():
         packed = PackedImages(path)
-        if packed.num_averaged is not None and packed.recipe in (plain, averaged):
+        known = packed.num_averaged is not None and packed.num_stretched is not None
+        if known and packed.recipe in (plain, averaged, stretched):
             return packed
     _facts_path(path).unlink(missing_ok=True)  # an array without facts is not there
     size = images.preprocessing.size
     shape = (len(images), size, size) if channels == 1 else (len(images), size, size, 3)
-    keys, num_averaged = [], 0
+    keys, num_averaged, num_stretched = [], 0, 0
+    places = {key: place for place, key in enumerate(images.keys)}
     with atomic_write(path) as file:
         _write_header(file, shape)
         for key, image in readable_images(images):
             keys.append(key)
-            num_averaged += image.ndim > 2 and channels == 1
-            pixels = unit_to_uint8(with_channels(to_float(image), channels))  # (channels, size, size)
-            file.write(pixels.movedim(0, -1).numpy().tobytes())
+            pixels = unit_to_uint8(with_channels(to_float(image), channels)).movedim(0, -1).numpy()
+            if image.ndim > 2 and channels == 1:
+                prepared, pixels = pixels[..., 0], _gray(images, places[key])
+                num_averaged += 1
+                num_stretched += not np.array_equal(prepared, pixels)
+            file.write(pixels.tobytes())
         if len(keys) < len(images):  # the header says how many there are, and has room for fewer
             file.seek(0)
             _write_header(file, (len(keys), *shape[1:]))
-    facts = {"recipe": averaged if num_averaged else plain, "num_averaged": num_averaged, "keys": keys}
+    facts = {"recipe": stretched if num_stretched else averaged if num_averaged else plain}
+    facts |= {"num_averaged": num_averaged, "num_stretched": num_stretched, "keys": keys}
     write_json(_facts_path(path), facts, indent=None)
     return PackedImages(path)
 
@@ -116,6 +129,16 @@ def readable_images(images: ImageDataset) -> Iterator[tuple[str, np.ndarray]]:
     for first in numbers[::_READ_TOGETHER]:
         found = images.read_many(numbers[first : first + _READ_TOGETHER], replace=False)
         yield from ((key, image) for key, image in found if image is not None)
+
+
+def _gray(images: ImageDataset, place: int) -> np.ndarray:
+    """A colour image made gray and then prepared: uint8 `(size, size)`."""
+    raw = images.read_raw(place)
+    gray = raw.mean(axis=2, dtype=np.float32)
+    gray = gray.round().astype(np.uint8) if raw.dtype == np.uint8 else gray
+    if images.store.prepared_by == images.preprocessing.fingerprint() and gray.shape[0] == images.preprocessing.size:
+        return stretch_to_uint8(gray, images.preprocessing.clip_percent)  # its borders are gone already
+    return images.preprocessing(gray)
 
 
 def _write_header(file, shape: tuple[int, ...]) -> None:

@@ -172,6 +172,8 @@ def evaluate_augmentation(
         digest = hash_of(json.dumps(begun, sort_keys=True))[:16]
         if real.num_averaged:  # cells of older versions were trained on weighted colours
             digest = hash_of(digest, "gray is the mean of the colours")[:16]
+        if real.num_stretched:  # and later ones on colours that were stretched before their mean
+            digest = hash_of(digest, "then stretched")[:16]
         sampling = _Sampling(images, generators, gates, dtype, scheduler, classifier, device, progress)
         workers = count_workers(num_workers, device)
         experiment = _Experiment(output, real, table, labels, splits, grid, sampling, synthesis, seed, digest, workers)
