@@ -26,8 +26,8 @@ def run(tmp_path_factory) -> Path:
     scripts.call_script("train_dino.py", **scripts.tiny_training(folder) | training | {"output_dir": folder / "run"})
     (folder / "run" / "checkpoint-3").mkdir()
     (folder / "keys.txt").write_text("\n".join(f"{i:03d}" for i in range(14)))
-    lines = [f"{i:03d}.png,{i // 2}" for i in range(24)]
-    (folder / "patients.csv").write_text("\n".join(["file,patient", *lines]))
+    lines = [f"{i:03d}.png,{i // 2},{'Edema|Mass' if i % 3 else 'Edema'}" for i in range(24)]
+    (folder / "patients.csv").write_text("\n".join(["file,patient,findings", *lines]))
     return folder
 
 
@@ -86,6 +86,20 @@ def test_a_model_is_measured_against_the_other_half_of_the_patients(flags, run):
     assert [row.images for row in result.rows] == ["start", "checkpoint-2", "real"]
     assert {(row.num_images, row.num_reference) for row in result.rows} == {(12, 12)}
     assert not (flags["output_dir"] / "best").exists()
+    assert result.by_label == ()
+    scripts.call_script("evaluate fidelity", **flags, untrained=False, label_column="findings", fewest=9)
+    labelled = FidelityResult.load(flags["output_dir"] / "result.json")
+    assert labelled.rows == result.rows
+    assert [(row.images, row.label, row.num_images) for row in labelled.by_label] == [
+        (name, "Edema", 12) for name in ("start", "checkpoint-2", "real")
+    ]
+    assert labelled.too_few == ("Mass",)
+    assert [row.frechet for row in labelled.by_label] == [row.frechet for row in result.rows]  # all have the label
+    table = (flags["output_dir"] / "table.md").read_text()
+    assert "| start, Edema | 12, 12 |" in table
+    assert "Too few images: Mass" in table
+    with pytest.raises(ValueError, match="No label has 99 sources"):
+        scripts.call_script("evaluate fidelity", **flags, label_column="findings", fewest=99)
 
 
 def test_patients_of_the_reference_are_no_sources(flags, run, tmp_path):
@@ -117,3 +131,4 @@ def test_what_cannot_be_evaluated_is_said_at_once(flags, run, tmp_path):
     fails("must differ", run=None, model=[run / "run" / "best", run / "best"])
     fails("no feature extractor 'vgg'", features="vgg")
     fails("no column 'person'", patient_column="person")
+    fails("give the table", table=None, label_column="findings")

@@ -6,6 +6,7 @@
 | do images on a path leave one image and approach the other? | `evaluate_interpolation` | `InterpolationResult` |
 | how far are generated images from real ones? | `evaluate_fidelity` | `FidelityResult` |
 | are generated images copies of training images? | `evaluate_memorization` | `MemorizationResult`, and a gate |
+| can it be told which images a model was trained on? | `evaluate_membership` | `MembershipResult` |
 | do synthetic images show what their labels say? | `evaluate_labels` | `LabelPreservationResult` |
 | do synthetic images help a classifier? | `evaluate_augmentation` | `AugmentationResult` |
 | does the model's attention find anatomy? | `evaluate_segmentation` | `SegmentationResult`, and the segments |
@@ -26,6 +27,7 @@ _NAMES = {
     "interpolation.protocol": "InterpolationResult PathFigures PathSpace evaluate_interpolation",
     "labels.protocol": "evaluate_labels",
     "labels.result": "LabelPreservationResult",
+    "membership.protocol": "MembershipResult evaluate_membership",
     "memorization.protocol": "MemorizationResult evaluate_memorization",
     "reconstruction.protocol": "ReconstructionResult RetrievalFigures evaluate_reconstruction",
     "segmentation.protocol": "MethodScores SegmentationResult SegmentationStudy SweepScores evaluate_segmentation",
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from .interpolation.protocol import InterpolationResult, PathFigures, PathSpace, evaluate_interpolation
     from .labels.protocol import evaluate_labels
     from .labels.result import LabelPreservationResult
+    from .membership.protocol import MembershipResult, evaluate_membership
     from .memorization.protocol import MemorizationResult, evaluate_memorization
     from .reconstruction.protocol import ReconstructionResult, RetrievalFigures, evaluate_reconstruction
     from .segmentation.protocol import (

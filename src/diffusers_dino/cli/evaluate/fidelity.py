@@ -52,6 +52,8 @@ class Arguments:
     table: str | None = flag(None, "CSV file that names the patient of each image.")
     key_column: str = flag("file", "Its column of file names or keys.")
     patient_column: str = flag("patient", "Its column of patients.")
+    label_column: str | None = flag(None, "Its column of labels, joined by |: score each label by itself, too.")
+    fewest: int = flag(50, "Images of a label that sources and reference must have for that.")
     num_images: int | None = flag(None, "Take only so many of the sources, drawn at random.")
     num_reference: int | None = flag(None, "Take only so many images of the reference, drawn at random.")
     remove_borders: bool = flag(True, "Cut uniform borders off, as training does unless told not to.")
@@ -85,9 +87,12 @@ def measure(args: Arguments, output_dir: Path, paths: dict[str, str], steps: dic
     dtype = None if args.dtype == "float32" else getattr(torch, args.dtype)
     models = load_models(paths.items(), steps, device, dtype)
     first = next(models)
+    sets = open_sets(args, image_size(first.pipe))
     result = evaluate_fidelity(
         chain([first], models),
-        open_sets(args, image_size(first.pipe)),
+        sets,
+        labels=read_labels(args, [*sets.sources.keys, *sets.reference.keys]) if args.label_column else None,
+        fewest=args.fewest,
         extractor=open_extractor(args.features, args.weights, device),
         folder=output_dir / "features",
         untrained=args.untrained,
@@ -115,6 +120,8 @@ def check_arguments(args: Arguments) -> None:
         raise ValueError(
             "The reference is what --training_keys lists or what is in --reference_dir: give one of them."
         )
+    if args.label_column and not args.table:
+        raise ValueError("--label_column names a column of --table: give the table.")
     names = [Path(path).name for path in args.model]
     if len(set(names)) < len(names):
         raise ValueError(f"The last parts of --model name the rows and must differ, got {names}.")
@@ -152,3 +159,8 @@ def open_sets(args: Arguments, size: int) -> FidelitySets:
         seed=args.seed,
         places=(args.data_dir, args.reference_dir or args.data_dir),
     )
+
+
+def read_labels(args: Arguments, keys: list[str]) -> dict[str, frozenset[str]]:
+    table = read_label_table(args.table, args.key_column, args.label_column, None).select(list(dict.fromkeys(keys)))
+    return dict(zip(table.keys, table.labels, strict=True))

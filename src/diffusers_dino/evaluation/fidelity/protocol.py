@@ -13,9 +13,10 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -97,6 +98,7 @@ class FidelityScores(JsonResult):
         frechet, kernel: Fréchet and kernel distance (KID); lower is better. The latter is unbiased.
         precision, recall, density, coverage: See `metrics.ManifoldFigures`; higher is better.
         vendi: Vendi score of the N images.
+        label: Label that all images of both sets have; None for all images.
     """
 
     images: str
@@ -117,6 +119,7 @@ class FidelityScores(JsonResult):
     density: Estimate
     coverage: Estimate
     vendi: Estimate
+    label: str | None = None
 
     @property
     def is_singular(self) -> bool:
@@ -126,9 +129,17 @@ class FidelityScores(JsonResult):
 
 @dataclass(frozen=True)
 class FidelityResult(JsonResult):
-    """The rows of models or checkpoints, then of controls; all of one reference, one extractor, as many images."""
+    """The rows of models or checkpoints, then of controls; all of one reference, one extractor, as many images.
+
+    Attributes:
+        rows: Of all images.
+        by_label: Of the images of one label after the other, against the reference images that have it.
+        too_few: Labels that too few sources or reference images have.
+    """
 
     rows: tuple[FidelityScores, ...]
+    by_label: tuple[FidelityScores, ...] = ()
+    too_few: tuple[str, ...] = ()
 
     def row(self, images: str) -> FidelityScores | None:
         """The row of this name, None if there is none."""
@@ -157,6 +168,8 @@ def evaluate_fidelity(
     guidance_scale: float = 1.0,
     neighbors: int = 5,
     bootstrap_repeats: int = 200,
+    labels: Mapping[str, Collection[str]] | None = None,
+    fewest: int = 50,
     batch_size: int = 64,
     seed: int = 0,
     progress: bool = True,
@@ -173,19 +186,20 @@ def evaluate_fidelity(
         num_inference_steps, guidance_scale, batch_size: See `Sampling`; each model has its own scheduler.
         neighbors: See `FidelityScores`.
         bootstrap_repeats: Draws of the intervals.
+        labels: Labels of each key of both sets, to score each label by itself, too: an image that was generated from a
+            source with the label counts as one with it.
+        fewest: Images of a label that either set must have for that.
         seed: Of noise and bootstrap.
         progress: Whether to show bars.
 
     Raises:
-        ValueError: If sources are in the reference, or a set is too small.
+        KeyError: If `labels` lacks an image.
+        ValueError: If sources are in the reference, a set is too small, or no label has enough images.
         RuntimeError: If a model generates NaN, or another process is at work in the folder.
     """
     extractor = extractor or open_extractor("pixels")
-    folder = None if folder is None else make_writable_folder(folder)
-    with nullcontext() if folder is None else lock_folder(folder):
-        if folder is not None:
-            remove_partials(folder)
-        kept = partial(_kept, folder, extractor.spec)
+    with _held(folder) as place_of_features:
+        kept = partial(_kept, place_of_features, extractor.spec)
 
         def of_images(name: str, images: ImageDataset, place: str) -> FeatureSet:
             facts = place, images.preprocessing.fingerprint(), images.keys
@@ -217,10 +231,15 @@ def evaluate_fidelity(
             features = kept(name, (parts, dict(pipe.scheduler.config), sampling, *shown), generate)
             return scored(name, features, step=step, sampling=sampling)
 
+        shares, too_few = _share_out(labels, max(fewest, neighbors + 1), sources.keys, reference.keys)
+        by_label: list[FidelityScores] = []
+
         def scored(name: str, features: FeatureSet, **options: Any) -> FidelityScores:
             scores = score_fidelity(name, features, reference, neighbors=neighbors, bootstrap=bootstrap, **options)
             frechet, kernel = scores.frechet.value, scores.kernel.value
             logger.info("%s: Fréchet distance %.4g, kernel distance %.4g", name, frechet, kernel)
+            for label, keys in shares.items():
+                by_label.append(_of_label(name, label, features, reference, keys, sets, bootstrap, neighbors, options))
             return scores
 
         rows, model = [], None
@@ -230,7 +249,52 @@ def evaluate_fidelity(
             raise ValueError("There is no model to measure.")
         if untrained:
             rows.append(row(UNTRAINED, with_fresh_unet(model.pipe)))
-        return FidelityResult((*rows, scored(REAL, sources)))
+        rows.append(scored(REAL, sources))
+        order = list(shares)
+        by_label.sort(key=lambda row: order.index(row.label))  # stable: of a label the rows are in their order
+        return FidelityResult(tuple(rows), tuple(by_label), too_few)
+
+
+def _share_out(
+    labels: Mapping[str, Collection[str]] | None, fewest: int, sources: Sequence[str], reference: Sequence[str]
+) -> tuple[dict[str, tuple[list[str], list[str]]], tuple[str, ...]]:
+    """The keys of both sets that have a label, for each label that enough have, and the labels that too few have."""
+    if labels is None:
+        return {}, ()
+    if missing := [key for key in (*sources, *reference) if key not in labels]:
+        raise KeyError(f"{len(missing)} images have no labels, such as {', '.join(missing[:3])}")
+    counts = Counter(label for key in (*sources, *reference) for label in labels[key])
+    names = sorted(counts, key=lambda name: (-counts[name], name))
+    found = {
+        name: tuple([key for key in keys if name in labels[key]] for keys in (sources, reference)) for name in names
+    }
+    shares = {name: keys for name, keys in found.items() if min(map(len, keys)) >= fewest}
+    if not shares:
+        raise ValueError(f"No label has {fewest} sources and as many reference images: take a smaller `fewest`.")
+    too_few = tuple(name for name in found if name not in shares)
+    if too_few:
+        logger.warning("Too few images to be scored by themselves: %s", ", ".join(too_few))
+    return shares, too_few
+
+
+def _of_label(
+    name: str,
+    label: str,
+    features: FeatureSet,
+    reference: FeatureSet,
+    keys: tuple[list[str], list[str]],
+    sets: FidelitySets,
+    bootstrap: Bootstrap,
+    neighbors: int,
+    options: Mapping[str, Any],
+) -> FidelityScores:
+    """Scores of the images of one label, by their keys in both sets."""
+    ours, theirs = features.select(keys[0]), reference.select(keys[1])
+    groups = [[sets.patients[key] for key in own] if sets.patients else None for own in keys]
+    bootstrap = replace(bootstrap, groups=groups[0], reference_groups=groups[1])
+    with warnings.catch_warnings():  # the table says which sets are small
+        warnings.filterwarnings("ignore", ".*too few for features")
+        return score_fidelity(name, ours, theirs, neighbors=neighbors, bootstrap=bootstrap, label=label, **options)
 
 
 def keep_best(
@@ -258,6 +322,18 @@ def keep_best(
         load_trained_pipeline(paths[best.images]).save_pretrained(partial)
         (partial / "metric.json").write_text(json.dumps(facts, indent=1))
     logger.info("%s has the lowest %s distance; it is kept in %s", best.images, metric, folder)
+
+
+@contextmanager
+def _held(folder: str | Path | None) -> Iterator[Path | None]:
+    """Make a folder, lock it, and clear what killed runs left; nothing of that for None."""
+    if folder is None:
+        yield None
+        return
+    folder = make_writable_folder(folder)
+    with lock_folder(folder):
+        remove_partials(folder)
+        yield folder
 
 
 def _kept(
@@ -306,6 +382,7 @@ def score_fidelity(
     sampling: Sampling | None = None,
     neighbors: int = 5,
     bootstrap: Bootstrap | None = None,
+    label: str | None = None,
 ) -> FidelityScores:
     """All figures of one set of images, with their intervals (see `metrics.bootstrap`).
 
@@ -330,6 +407,7 @@ def score_fidelity(
         estimate_kernel(features, reference, bootstrap),
         *estimate_manifolds(features, reference, neighbors, bootstrap),
         estimate_vendi(features, bootstrap),
+        label,
     )
     if scores.is_singular:
         warnings.warn(

@@ -1,0 +1,1 @@
+"""Can it be told which images a model was trained on?"""
