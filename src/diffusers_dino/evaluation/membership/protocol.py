@@ -3,9 +3,10 @@
 A model denoises what it was trained on better than what it has not seen. The attack noises an image's latents to a
 timestep, has the model denoise them under the image's own condition, and takes a small error for a sign of membership
 (Matsumoto et al. 2023, arXiv 2302.03262; Carlini et al. 2023, arXiv 2301.13188). It is made on images whose
-membership is known: 0.5 says that it tells nothing, 1 that it tells all. The control is a blind guess that never asks the model: a
-linear classifier of the sets on coarse pixels, tested on patients that it was not fitted on. Where it tells the sets
-apart, they differ by themselves, and the attack may have found only that (Das et al. 2024, arXiv 2406.16201).
+membership is known: 0.5 says that it tells nothing, 1 that it tells all. The control is a blind guess that never asks
+the model: a linear classifier of the sets on coarse pixels, tested on patients that it was not fitted on. Where it
+tells the sets apart, they differ by themselves, and the attack may have found only that (Das et al. 2024, arXiv
+2406.16201).
 """
 
 from __future__ import annotations
