@@ -104,7 +104,9 @@ def test_cells_that_are_none_are_refused(tmp_path):
             replace(cell, probabilities=np.full_like(cell.probabilities, bad))
     path = cell.save(tmp_path)
     whole = path.read_bytes()
-    for damaged in (whole[:-1], whole[:40], b"", whole.replace(b"facts", b"fakts")):
+    flipped = bytearray(whole)
+    flipped[-NUM_TEST * len(LABELS) - 2] ^= 1  # a probability's last byte
+    for damaged in (whole[:-1], whole[:40], b"", whole.replace(b"facts", b"fakts"), bytes(flipped)):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=rf"{cell.spec.name}.*is not a whole cell"):
             CellResult.load(path)

@@ -187,6 +187,11 @@ def test_a_judge_is_kept_and_another_is_not_taken_for_it(judges, table, tmp_path
         other = make_judges(table, judges.real, judges.folder, **changed)
         with pytest.raises(ValueError, match="other images, labels, folds or settings"):
             other.train((0, 1))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match="its weights have changed"):
+        judges.judge_real((0, 1))
+    path.write_bytes(whole)
     damaged = judges.folder / "judge-7-8.safetensors"
     damaged.write_bytes(path.read_bytes()[:40])
     with pytest.raises(ValueError, match="is damaged"):

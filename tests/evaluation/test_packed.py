@@ -85,30 +85,28 @@ def test_a_colour_image_is_packed_alike_whether_it_is_real_or_synthetic(channels
         pack_images(images, tmp_path / "pack.npy", channels=2)
 
 
-def test_only_where_the_mean_was_stretched_too_late_an_older_pack_is_another(tmp_path):
+def test_packs_of_older_versions_are_kept_unless_they_had_colours(tmp_path):
     folder = scripts.image_folder(tmp_path / "images", 3, size=40)
     gray = pack_images(open_images(folder, PREPROCESSING), tmp_path / "gray.npy")
     for path in folder.iterdir():  # films that were saved as colour images are gray
         Image.open(path).convert("RGB").save(path)
-    assert pack_images(open_images(folder, PREPROCESSING), tmp_path / "film.npy").recipe == gray.recipe
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
-    pixels[:20] = [[0, 0, 0]]
-    pixels[20:] = [[255, 255, 255]]
-    pixels[::7, ::7] = [255, 0, 0]
-    Image.fromarray(pixels).save(folder / "000.png")
     images = open_images(folder, PREPROCESSING)
+    film = pack_images(images, tmp_path / "film.npy")
+    assert (film.recipe, film.num_averaged) == (gray.recipe, 0)
+    red = np.zeros((40, 40, 3), np.uint8)
+    red[:20, :, 0] = 200
+    Image.fromarray(red).save(folder / "000.png")
     colour = pack_images(images, tmp_path / "colour.npy")
-    assert (colour.num_averaged, colour.num_stretched) == (1, 0)
-    facts = json.loads(colour.path.with_suffix(".json").read_text())
-    del facts["num_stretched"]  # as an older version wrote it
-    colour.path.with_suffix(".json").write_text(json.dumps(facts))
-    assert pack_images(images, colour.path).recipe == colour.recipe != gray.recipe
-    pixels[..., 1:] = 0
-    Image.fromarray(pixels).save(folder / "000.png")
-    red = pack_images(images, tmp_path / "red.npy")
-    assert (red.num_averaged, red.num_stretched) == (1, 1)
-    assert red.array[0].max() == 255
-    assert red.recipe not in (colour.recipe, gray.recipe)
+    assert colour.num_averaged == 1
+    assert colour.array[0].max() == 255
+    for packed in (film, colour):
+        path = packed.path.with_suffix(".json")
+        facts = json.loads(path.read_text())
+        del facts["sha256"]
+        path.write_text(json.dumps(facts | {"recipe": gray.recipe if packed is film else "of an older version"}))
+        written = packed.path.stat().st_mtime_ns
+        assert pack_images(images, packed.path).recipe == packed.recipe
+        assert (packed.path.stat().st_mtime_ns == written) == (packed is film)
 
 
 def test_what_older_versions_packed_is_packed_anew_and_keeps_its_recipe_unless_it_had_colours(folder, tmp_path):

@@ -118,6 +118,17 @@ def test_cut_arrays_of_packed_images_are_named(kept, images, tmp_path):
         PackedImages(packed.path)
 
 
+def test_pixels_that_have_changed_are_not_taken(images, tmp_path):
+    opened = open_images(images, PREPROCESSING)
+    path = pack_images(opened, tmp_path / "pack.npy").path
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"pack.npy is damaged \(its pixels have changed\)"):
+        pack_images(opened, path)
+    path.unlink()
+    assert pack_images(opened, path).path.read_bytes() == whole
+
+
 def test_damaged_segments_are_named(diffseg, images, tmp_path):
     swept = segment(diffseg, images, tmp_path).swept["model"][0]
     path = swept.path(0, 2)

@@ -15,10 +15,12 @@ import numpy as np
 
 from ..data.datasets import ImageDataset, to_float
 from ..data.images.preprocessing import stretch_to_uint8
-from ..files import atomic_write, read_json, write_json
+from ..files import atomic_write, read_json, sha256_of, write_json
 from ..pixels import unit_to_uint8, with_channels
 
 __all__ = ["PackedImages", "at_size", "pack_images", "readable_images"]
+
+GRAY = "gray is the mean of the colours, then stretched"  # older versions stretched first, or weighted the colours
 
 _READ_TOGETHER = 64
 _LARGEST_FACTS = 4 << 30  # bytes
@@ -29,10 +31,9 @@ class PackedImages:
 
     Attributes:
         recipe: A digest of what the pixels depend on.
-        num_averaged: How many images had colours and became gray; None in files of older versions, which did not count
+        num_averaged: How many images had colours and became gray; None in files of old versions, which did not count
             them and weighted the colours (ITU-R BT.601).
-        num_stretched: How many of these differ from the mean of the prepared colours; None in files of older versions,
-            which took that.
+        sha256: Of the `.npy` file; None in files of older versions.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -41,8 +42,8 @@ class PackedImages:
         try:
             self.keys: tuple[str, ...] = tuple(facts["keys"])
             self.recipe: str = facts["recipe"]
+            self.sha256: str | None = facts.get("sha256")
             self.num_averaged: int | None = facts.get("num_averaged")
-            self.num_stretched: int | None = facts.get("num_stretched", None if self.num_averaged else 0)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{_facts_path(self.path)} is damaged: delete it and run again.") from error
         if len(self.array) != len(self.keys):
@@ -84,33 +85,32 @@ def pack_images(images: ImageDataset, path: str | Path, recipe: str = "", channe
         raise ValueError(f"Images have 1 or 3 channels, got {channels}.")
     path = Path(path)
     plain = _digest(recipe, images.preprocessing.fingerprint(), str(channels), *images.keys)
-    averaged = _digest(plain, "gray is the mean of the colours")
-    stretched = _digest(plain, "gray is the mean of the colours, then stretched")
+    averaged = _digest(plain, GRAY)
     if path.is_file() and _facts_path(path).is_file():
         packed = PackedImages(path)
-        known = packed.num_averaged is not None and packed.num_stretched is not None
-        if known and packed.recipe in (plain, averaged, stretched):
+        if packed.num_averaged is not None and packed.recipe in (plain, averaged):
+            if packed.sha256 not in (None, sha256_of(path)):
+                raise ValueError(f"{path} is damaged (its pixels have changed): delete it and run again.")
             return packed
     _facts_path(path).unlink(missing_ok=True)  # an array without facts is not there
     size = images.preprocessing.size
     shape = (len(images), size, size) if channels == 1 else (len(images), size, size, 3)
-    keys, num_averaged, num_stretched = [], 0, 0
+    keys, num_averaged = [], 0
     places = {key: place for place, key in enumerate(images.keys)}
     with atomic_write(path) as file:
         _write_header(file, shape)
         for key, image in readable_images(images):
             keys.append(key)
-            pixels = unit_to_uint8(with_channels(to_float(image), channels)).movedim(0, -1).numpy()
             if image.ndim > 2 and channels == 1:
-                prepared, pixels = pixels[..., 0], _gray(images, places[key])
+                image = _gray(images, places[key])
                 num_averaged += 1
-                num_stretched += not np.array_equal(prepared, pixels)
-            file.write(pixels.tobytes())
+            pixels = unit_to_uint8(with_channels(to_float(image), channels))  # (channels, size, size)
+            file.write(pixels.movedim(0, -1).numpy().tobytes())
         if len(keys) < len(images):  # the header says how many there are, and has room for fewer
             file.seek(0)
             _write_header(file, (len(keys), *shape[1:]))
-    facts = {"recipe": stretched if num_stretched else averaged if num_averaged else plain}
-    facts |= {"num_averaged": num_averaged, "num_stretched": num_stretched, "keys": keys}
+    facts = {"recipe": averaged if num_averaged else plain, "num_averaged": num_averaged, "sha256": sha256_of(path)}
+    facts["keys"] = keys
     write_json(_facts_path(path), facts, indent=None)
     return PackedImages(path)
 

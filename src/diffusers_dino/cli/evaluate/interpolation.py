@@ -47,6 +47,8 @@ class Arguments:
 def main(args: Arguments) -> None:
     if not args.training_keys:
         raise ValueError("Give --training_keys: what is not listed there counts as unseen.")
+    if args.num_points < 2 or args.num_images < 2 or args.num_drawn < 1:
+        raise ValueError("A path needs --num_points 2 or more, --num_images 2 or more, and --num_drawn 1 or more.")
     output_dir = make_writable_folder(args.output_dir)
     with lock_folder(output_dir, OSError):
         measure(args, output_dir)

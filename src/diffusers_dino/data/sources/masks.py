@@ -130,6 +130,8 @@ def open_masked_images(
 
     `FileNotFoundError` if there is no folder, no image or no mask of an image; `ValueError` if no record has a mask.
     """
+    if max_samples is not None and max_samples < 1:
+        raise ValueError(f"max_samples must be at least 1, got {max_samples}.")
     max_scale = 1
     if not isinstance(source, str | Path):
         entries, max_scale = _from_records(source), 2  # JSRT's masks are half the size of its images

@@ -18,6 +18,7 @@ from safetensors.numpy import save
 
 from ...devices import deterministic
 from ...files import atomic_write
+from ...fingerprints import hash_of
 from ...seeds import derive_seed
 from ..classifier import ClassifierSettings, LabelledImages, predict, train_classifier
 
@@ -141,6 +142,7 @@ class CellResult:
         strings = {"labels": self.labels, "keys": self.keys, "patients": self.patients}
         text = {"spec": asdict(self.spec), "facts": asdict(self.facts), **strings}
         tensors = {"probabilities": self.probabilities.astype(np.float32), "targets": self.targets.astype(bool)}
+        text["checksum"] = hash_of(*map(torch.from_numpy, tensors.values()))
         path = self.path(folder, self.spec)
         with atomic_write(path) as file:
             file.write(save(tensors, {name: json.dumps(value) for name, value in text.items()}))
@@ -153,6 +155,9 @@ class CellResult:
             with safe_open(path, "numpy") as file:
                 text = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
                 probabilities, targets = file.get_tensor("probabilities"), file.get_tensor("targets")
+            checksum = text.get("checksum")  # older versions wrote none
+            if checksum not in (None, hash_of(torch.from_numpy(probabilities), torch.from_numpy(targets))):
+                raise KeyError("its figures have changed")
             strings = (tuple(text[name]) for name in ("labels", "keys", "patients"))
             return cls(CellSpec(**text["spec"]), *strings, probabilities, targets, CellFacts(**text["facts"]))
         except (SafetensorError, KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:

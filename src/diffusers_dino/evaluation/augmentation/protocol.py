@@ -28,7 +28,8 @@ from ...seeds import derive_seed
 from ...synthesis import Plan, SynthesisSettings, load_generator, synthesise
 from ...workers import progress_bar, run_apart
 from ..classifier import ClassifierSettings, LabelledImages, make_classifier
-from ..packed import PackedImages, at_size, pack_images
+from ..generation import stack_images
+from ..packed import GRAY, PackedImages, at_size, pack_images
 from .cells import (
     AUGMENTATION,
     FULL_SYNTHETIC,
@@ -48,6 +49,8 @@ from .result import AugmentationResult, summarise
 __all__ = ["UnfinishedGridError", "evaluate_augmentation"]
 
 logger = logging.getLogger(__name__)
+
+_SHOWN_TO_GATE = 16
 
 
 class UnfinishedGridError(RuntimeError):
@@ -170,10 +173,8 @@ def evaluate_augmentation(
             table, folds = table.select(real.keys), np.array([fold_of[key] for key in real.keys])
             splits = split_folds(table, labels, folds, regimes, **options)
         digest = hash_of(json.dumps(begun, sort_keys=True))[:16]
-        if real.num_averaged:  # cells of older versions were trained on weighted colours
-            digest = hash_of(digest, "gray is the mean of the colours")[:16]
-        if real.num_stretched:  # and later ones on colours that were stretched before their mean
-            digest = hash_of(digest, "then stretched")[:16]
+        if real.num_averaged:  # cells of older versions were trained on other gray values
+            digest = hash_of(digest, GRAY)[:16]
         sampling = _Sampling(images, generators, gates, dtype, scheduler, classifier, device, progress)
         workers = count_workers(num_workers, device)
         experiment = _Experiment(output, real, table, labels, splits, grid, sampling, synthesis, seed, digest, workers)
@@ -293,6 +294,11 @@ def _make_set(place: int, sampling: _Sampling, fold: int, plan: Plan, folder: Pa
     pipe = load_generator(generator, sampling.dtype, sampling.scheduler).to(device_of(place, sampling.device))
     sources = at_size(sampling.images, image_size(pipe))
     gate = None if sampling.gates is None else CopyGate.load(of_fold(sampling.gates, fold))
+    if gate is not None and gate(stack_images(sources.select(plan.keys[:_SHOWN_TO_GATE]))).all():
+        logger.warning(
+            f"The gate of fold {fold} calls none of the first {_SHOWN_TO_GATE} sources a copy: is it of other images? "
+            "A gate must know the images that the generator was trained on."
+        )
     made = synthesise(plan, pipe, sources, folder, gate=gate, progress=sampling.progress and place == 0)
     images = open_images(folder, Preprocessing(sampling.classifier.size, remove_borders=False))
     packed = pack_images(

@@ -106,6 +106,8 @@ def require_disjoint(sources: FeatureSet, reference: FeatureSet) -> None:
 
 
 def _draw(keys: Sequence[str], count: int | None, seed: int) -> list[str]:
+    if count is not None and count < 1:
+        raise ValueError(f"At least one image must be drawn, got {count}.")
     if count is None or count >= len(keys):
         return list(keys)
     return [keys[i] for i in torch.randperm(len(keys), generator=generator_for(seed, "subset"))[:count].tolist()]

@@ -110,6 +110,8 @@ def evaluate_interpolation(
         ValueError: If there are fewer than two images, or the fractions do not ascend.
     """
     images, training_images = stack_images(images), stack_images(training_images)
+    if not seeds:
+        raise ValueError("Give one seed or more.")
     if len(images) < 2 or not all(a < b for a, b in pairwise(fractions)):
         raise ValueError(f"Expected two images or more and ascending fractions, got {len(images)} and {fractions}.")
     warn_of_training_images(images, training_images)

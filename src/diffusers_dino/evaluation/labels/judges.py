@@ -6,7 +6,7 @@ With K folds there are K (K - 1) / 2 judges; reconstructions, whose sources are 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -125,7 +125,8 @@ class Judges:
             model = train_classifier(train, validation, self.settings, self.seed, device).model
         with atomic_write(path) as file:
             weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-            file.write(save(weights, {"digest": self._digest(pair)}))
+            # one entry: several are written in random order
+            file.write(save(weights, {"digest": f"{self._digest(pair)} {_checksum(weights)}"}))
         return path
 
     def judge_real(self, pair: tuple[int, int], device: torch.device | str = "cpu") -> tuple[np.ndarray, np.ndarray]:
@@ -190,6 +191,9 @@ class Judges:
         self._require_own(path, pair)
         with safe_open(path, "pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            checksum = file.metadata()["digest"].partition(" ")[2]
+        if checksum not in ("", _checksum(weights)):  # older versions wrote none
+            raise ValueError(f"{path} is damaged (its weights have changed): delete it and run again.")
         model = make_classifier(self.settings, len(self.labels))
         model.load_state_dict(weights)
         with deterministic(threads=1):
@@ -203,7 +207,7 @@ class Judges:
             raise FileNotFoundError(f"There is no judge {path}: train it first.")
         try:
             with safe_open(path, "pt") as file:
-                digest = (file.metadata() or {}).get("digest")
+                digest = (file.metadata() or {}).get("digest", "").partition(" ")[0]
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}): delete it and run again.") from error
         if digest != self._digest(pair):
@@ -216,3 +220,7 @@ class Judges:
         targets = self.table.targets(self.labels).tobytes().hex()
         options = (self.labels, self.validation_fraction, self.seed, tuple(sorted(asdict(self.settings).items())))
         return hash_of(pair, tuple(rows), targets, options, self.real.recipe)
+
+
+def _checksum(weights: Mapping[str, torch.Tensor]) -> str:
+    return hash_of(*(part for name in sorted(weights) for part in (name, weights[name])))

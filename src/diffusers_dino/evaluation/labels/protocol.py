@@ -68,6 +68,8 @@ def evaluate_labels(
     """
     if not sets:
         raise ValueError("There is no set to judge.")
+    if any(ratio < 1 for ratio in ratios):
+        raise ValueError(f"Ratios are 1 or more, got {list(ratios)}.")
     check_fraction(validation_fraction)
     held_out_pairs(np.zeros((0, 2), np.int64), num_folds)  # refuses too few folds before images are read
     classifier = classifier or ClassifierSettings()

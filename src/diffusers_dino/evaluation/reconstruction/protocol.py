@@ -79,6 +79,8 @@ def evaluate_reconstruction(
         batch_size: Images generated at once.
         progress: Whether to show bars.
     """
+    if not seeds:
+        raise ValueError("Give one seed or more.")
     images, training_images = stack_images(images), stack_images(training_images)
     warn_of_training_images(images, training_images)
     sampling = {"num_inference_steps": num_inference_steps, "batch_size": batch_size, "progress": progress}
