@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 import tiny
@@ -86,6 +87,26 @@ def test_errors_depend_on_seed_and_key_and_not_on_the_batch(overfitted, members)
     backwards = denoising_errors(overfitted, members.flip(0), keys[::-1], batch_size=5, **options).flip(0)
     torch.testing.assert_close(whole, backwards, rtol=1e-4, atol=1e-6)
     assert not torch.allclose(whole, denoising_errors(overfitted, members, keys, seed=1, **options), rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample", "flow", "distilled"])
+def test_every_kind_of_prediction_has_its_error(kind, members):
+    """A UNet that answers zero is wrong by the mean square of what it should have predicted."""
+    scheduler = FlowMatchEulerDiscreteScheduler() if kind == "flow" else tiny.tiny_scheduler()
+    if kind not in ("flow", "distilled"):
+        scheduler = tiny.tiny_scheduler(prediction_type=kind)
+    unet = tiny.tiny_unet(time_cond_proj_dim=8 if kind == "distilled" else None)
+    torch.nn.init.zeros_(unet.conv_out.weight)
+    torch.nn.init.zeros_(unet.conv_out.bias)
+    pipe = tiny.tiny_pipeline(scheduler=scheduler, unet=unet)
+    errors = denoising_errors(pipe, members, list("abcdefghijkl"), timesteps=(10, 900), num_noises=8, progress=False)
+    with torch.no_grad():
+        latents = encode_to_moments(pipe.vae, unit_to_vae(members, 1))[0].square().mean(dim=(1, 2, 3)).double()
+    expected = {"sample": latents, "flow": 1 + latents, "v_prediction": 1 + 0 * latents}.get(
+        kind, torch.ones(12).double()
+    )
+    column = 0 if kind == "v_prediction" else 1
+    torch.testing.assert_close(errors[:, column], expected, rtol=0.15, atol=0.1)
 
 
 def test_patients_are_drawn_whole_and_lost_images_left_out(overfitted, tmp_path, caplog):

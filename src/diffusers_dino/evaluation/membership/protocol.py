@@ -29,6 +29,7 @@ from ...metrics import pixel_features
 from ...metrics.auroc import auroc_draws, draw_weights, stratified_auroc
 from ...metrics.bootstrap import percentile_interval
 from ...pixels import unit_to_uint8, unit_to_vae
+from ...schedules import add_noise, embed_guidance, is_flow
 from ...seeds import generator_for
 from ...training.objective import prediction_target
 from ..controls import rows_in
@@ -134,7 +135,7 @@ def evaluate_membership(
 
     Raises:
         ValueError: If images are in both sets, there are fewer than two in one, groups do not fit, timesteps are not
-            ascending or out of range, or the model's prediction is of another kind than noise, velocity or sample.
+            ascending or out of range.
     """
     if (training_groups is None) != (held_out_groups is None):
         raise ValueError("Give the groups of both sets, or of none.")
@@ -207,9 +208,7 @@ def denoising_errors(
     Images are `(N, C, H, W)` in [0, 1]. The noise of an image depends only on the seed, its key, the timestep and the
     number of the draw. ValueError as of `evaluate_membership`, or if an error is not finite.
     """
-    scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-    if pipe.scheduler.config.get("use_flow_sigmas") or "prediction_type" not in pipe.scheduler.config:
-        raise ValueError("The attack is for models that predict noise, velocity or the sample, not for flow matching.")
+    scheduler = pipe.scheduler if is_flow(pipe.scheduler) else DDPMScheduler.from_config(pipe.scheduler.config)
     last = scheduler.config["num_train_timesteps"]
     if not timesteps or list(timesteps) != sorted(set(timesteps)) or timesteps[0] < 0 or timesteps[-1] >= last:
         raise ValueError(f"timesteps are ascending numbers from 0 to {last - 1}, got {list(timesteps)}.")
@@ -223,15 +222,16 @@ def denoising_errors(
         pixels = unit_to_vae(batch, pipe.vae.config["in_channels"]).to(pipe.vae.dtype)
         latents = encode_to_moments(pipe.vae, pixels)[0].to(dtype)
         tokens = pipe.encode_image(batch).to(dtype)
+        width = pipe.unet.config.get("time_cond_proj_dim")  # a distilled one is told of guidance: 1 is none
+        guidance = None if width is None else embed_guidance(torch.ones(len(batch)), width).to(latents)
         columns = []
         for timestep in timesteps:
             t, errors = torch.full((len(batch),), timestep, device=device), []
             for draw in range(num_noises):
                 generators = [generator_for(seed, "membership", name, timestep, draw) for name in names]
                 noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators]).to(latents)
-                predicted = pipe.unet(
-                    scheduler.add_noise(latents, noise, t), t, encoder_hidden_states=tokens, return_dict=False
-                )[0]
+                noisy = add_noise(scheduler, latents, noise, t)
+                predicted = pipe.unet(noisy, t, encoder_hidden_states=tokens, timestep_cond=guidance).sample
                 target = prediction_target(scheduler, latents, noise, t)
                 errors.append((predicted.double() - target.double()).square().mean(dim=(1, 2, 3)).cpu())
             columns.append(torch.stack(errors).mean(dim=0))
