@@ -60,7 +60,6 @@ COLOURS = {
     "red": lambda rng: rng.integers(0, 256, (16, 16, 3), np.uint8) * np.array([1, 0, 0], np.uint8),
     "dark blue": lambda rng: rng.integers(20, 60, (16, 16, 3), np.uint8) * np.array([0, 0, 3], np.uint8),
     "a film saved as colours": lambda rng: rng.integers(30, 200, (16, 16, 1), np.uint8).repeat(3, 2),
-    "one value": lambda rng: np.full((16, 16, 3), (3, 90, 7), np.uint8),
 }
 
 
