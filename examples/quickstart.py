@@ -27,7 +27,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from diffusers_dino import DiffSegPipeline, DinoDiffusionPipeline, DinoInterpolationPipeline
+from diffusers_dino import DiffSegPipeline, DinoDiffusionPipeline, DinoInterpolationPipeline, DinoPriorPipeline
 from diffusers_dino.cli.arguments import flag, parse_arguments
 from diffusers_dino.cli.console import run
 from diffusers_dino.data.sources.masks import open_masked_images
@@ -70,6 +70,7 @@ class Arguments:
     num_variations: int = flag(5, "Variations of each of them.")
     num_paths: int = flag(3, "Paths between unseen images, and segmented images.")
     num_points: int = flag(7, "Images along a path.")
+    prior: str = flag(str(EXAMPLES / "data/tiny-prior"), "Prior over the tokens of the bundled encoder.")
     num_seeds: int = flag(3, "Noise seeds that the figures are averaged over.")
 
 
@@ -100,6 +101,8 @@ def main() -> None:
     with stopwatch("draw variations and paths"):
         variations = draw_variations(pipe, test.images[: args.num_sources], args.num_variations)
         paths = draw_paths(pipe, test.images, args.num_paths, args.num_points)
+    with stopwatch("draw from labels, without an image"):
+        asked, drawn = draw_from_labels(pipe, args.prior, args.num_variations)
     with stopwatch("segment"):
         segmentation, strips = segment(pipe, test, training, args.num_paths)
         write_json(output_dir / "segmentation.json", segmentation, indent=2)
@@ -116,6 +119,8 @@ def main() -> None:
     report.add_heading("Paths between unseen images")
     caption = f"Left and right: two sources. Between: {args.num_points} images from interpolated tokens and one noise."
     report.add_image(paths, caption)
+    report.add_heading("From labels, without an image")
+    report.add_image(drawn, f"A row each: {', '.join(asked)}. A prior drew the tokens from only these names.")
     add_segmentation(report, segmentation, strips, len(test.images))
     add_stages(report, stopwatch)
     report.save(output_dir / "report.html")
@@ -124,7 +129,7 @@ def main() -> None:
 
 def check_files(args: Arguments) -> None:
     """End early, and say where to get it, if something that lies beside this script in a clone is not there."""
-    for path in (EXAMPLES / "train_dino.py", args.config, args.data_dir):
+    for path in (EXAMPLES / "train_dino.py", args.config, args.data_dir, args.prior):
         if not Path(path).exists():
             raise FileNotFoundError(
                 f"There is no {path}. The quickstart needs train_dino.py, configs/ and data/, which are in the folder "
@@ -216,6 +221,26 @@ def draw_paths(pipe: DinoDiffusionPipeline, images: Tensor, num_paths: int, num_
         generator=torch.Generator().manual_seed(0),
     ).images
     return contact_sheet(sources, paths, targets)
+
+
+def draw_from_labels(pipe: DinoDiffusionPipeline, path: str, num_images: int) -> tuple[tuple[str, ...], Image]:
+    """The labels that the prior knows, and one row of images for each of them."""
+    prior = DinoPriorPipeline.from_pretrained(path)
+    prior.set_progress_bar_config(disable=True)
+    prior.check_conditioner(pipe.conditioner)
+    tokens = prior(
+        labels=[[label] for label in prior.labels],
+        num_images_per_prompt=num_images,
+        guidance_scale=GUIDANCE,
+        generator=torch.Generator().manual_seed(0),
+    ).image_embeds
+    images = pipe(
+        image_embeds=tokens,
+        num_inference_steps=NUM_STEPS,
+        guidance_scale=GUIDANCE,
+        generator=torch.Generator().manual_seed(0),
+    ).images
+    return prior.labels, contact_sheet(*(images[column::num_images] for column in range(num_images)))
 
 
 def segment(

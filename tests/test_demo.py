@@ -142,6 +142,21 @@ def test_variations_of_an_example_are_made_and_downloaded(page):
     take_picture(page, "variations")
 
 
+def test_findings_are_drawn_and_contradictory_ones_refused_in_words(page):
+    panel = open_tab(page, "Findings")
+    panel.get_by_label("Effusion").first.check()
+    panel.get_by_role("button", name="Draw").click()
+    shown = page.locator("#drawn img")
+    playwright.expect(shown).to_have_count(4)
+    made = [pixels(page, shown.nth(i)) for i in range(4)]
+    assert all(picture.shape[:2] == (128, 128) and picture.std() > 10 for picture in made)
+    with zipfile.ZipFile(io.BytesIO(download(page, panel, "Download all (ZIP)"))) as files:
+        assert json.loads(files.read("settings.json"))["present"] == ["Effusion"]
+    panel.get_by_label("Effusion").nth(1).check()
+    panel.get_by_role("button", name="Draw").click()
+    playwright.expect(page.get_by_text("present and absent at once")).to_be_visible()
+
+
 def test_a_dropped_file_is_shown_used_and_not_kept(page, demo):
     panel, source = open_tab(page, "Variations"), page.locator("#source")
     before = source_of(page).get_attribute("src")

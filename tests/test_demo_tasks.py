@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import priors
 import scripts
 import tiny
 from diffusers_dino import DiffSegPipeline, DinoInterpolationPipeline
@@ -162,6 +163,19 @@ class TestSampling:
         made = [tasks.vary(pipe, picture(), 1, sampling)[0] for sampling in settings]
         assert len(np.unique(arrays(made), axis=0)) > 1
         assert pipe.scheduler is own
+
+    def test_findings_are_drawn_without_an_image_and_do_not_depend_on_their_number(self, pipe):
+        prior = priors.tiny_prior_pipeline()
+        sampling = tasks.SamplerSettings(steps=2, seed=7)
+        done = []
+        made = tasks.draw(pipe, prior, ["Edema"], ["Nodule"], 2.0, 5, sampling, done.append)
+        assert len(made) == 5
+        assert done[-1] == pytest.approx(1)
+        alone = tasks.draw(pipe, prior, ["Edema"], ["Nodule"], 2.0, 1, tasks.SamplerSettings(steps=2, seed=11))
+        assert np.abs(arrays(made[4:]).astype(int) - arrays(alone)).max() <= 1
+        assert len(tasks.draw(pipe, prior, [], [], 2.0, 2, sampling)) == 2
+        with pytest.raises(ValueError, match="at once"):
+            tasks.draw(pipe, prior, ["Edema"], ["Edema"], 2.0, 1, sampling)
 
     @pytest.mark.parametrize("method", ["lerp", "slerp"])
     def test_a_blend_is_the_path_of_the_pipeline(self, pipe, method):

@@ -80,7 +80,7 @@ def execute(name: str, folder: Path) -> tuple[str, int]:
 def test_the_first_hour(clone):
     printed, pictures = execute("first_hour", clone / "examples/notebooks")
     results = clone / "outputs/first_hour"
-    assert pictures == 8
+    assert pictures == 9
     assert (results / "lora/pytorch_lora_weights.safetensors").is_file()
 
     def figures(name):

@@ -43,7 +43,7 @@ def test_quickstart_writes_a_report_and_a_pipeline_that_loads(tmp_path):
     report = (tmp_path / "out" / "report.html").read_text()
     assert f"{result.by_encoder.nearest_training_image:.3g}" in report
     assert all(source.startswith("data:image/") for source in re.findall(r'src="([^"]*)"', report))
-    assert len(re.findall("<img", report)) == 6  # loss, variations, distances, pairs, paths, segments
+    assert len(re.findall("<img", report)) == 7  # loss, variations, distances, pairs, paths, labels, segments
     fidelity = FidelityResult.load(tmp_path / "out" / "fidelity.json")
     assert {(row.num_images, row.num_reference) for row in fidelity.rows} == {(64, 512)}
     generated, untrained, real = (fidelity.row(name) for name in ("generated, without guidance", UNTRAINED, REAL))

@@ -17,6 +17,9 @@ _ORIGIN = {
     "DinoImageConditioner": ".conditioner",
     "DinoInterpolationPipeline": ".pipelines",
     "DinoInterpolationPipelineOutput": ".pipelines",
+    "DinoPrior": ".prior",
+    "DinoPriorPipeline": ".pipelines",
+    "DinoPriorPipelineOutput": ".pipelines",
     # diffusers' loader looks for the base class of a component in the library that the component is from
     "ModelMixin": ".registration",
 }
@@ -29,6 +32,9 @@ __all__ = [
     "DinoImageConditioner",
     "DinoInterpolationPipeline",
     "DinoInterpolationPipelineOutput",
+    "DinoPrior",
+    "DinoPriorPipeline",
+    "DinoPriorPipelineOutput",
     "ModelMixin",
     "__version__",
 ]
@@ -42,7 +48,10 @@ if TYPE_CHECKING:
         DinoDiffusionPipelineOutput,
         DinoInterpolationPipeline,
         DinoInterpolationPipelineOutput,
+        DinoPriorPipeline,
+        DinoPriorPipelineOutput,
     )
+    from .prior import DinoPrior
     from .registration import ModelMixin
 
 

@@ -33,13 +33,20 @@ def save_pipelines(root: Path) -> None:
     from diffusers.utils import convert_state_dict_to_diffusers
 
     import checkpoints
+    import priors
     import tiny
+    from diffusers_dino.prior import describe_conditioner
     from tiny_text import stable_diffusion
 
     peft = pytest.importorskip("peft")
     pipe = tiny.tiny_pipeline()
     for name in ("outputs/quickstart/model", "my-model"):
         pipe.save_pretrained(root / name)
+    prior = priors.tiny_prior_pipeline(
+        labels=("No Finding", "Effusion", "Nodule"), conditioner=describe_conditioner(pipe.conditioner)
+    )
+    prior.prior.fit_tokens(pipe.encode_image(tiny.random_images(32)))
+    prior.save_pretrained(root / "my-prior")
     pipe.unet.save_pretrained(root / "my-model/checkpoint-500/unet")
     pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"]))
     layers = convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(pipe.unet))

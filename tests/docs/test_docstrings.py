@@ -1,4 +1,4 @@
-"""Every public name says what it is, and the four public classes what each of their arguments is."""
+"""Every public name says what it is, and the public classes what each of their arguments is."""
 
 import ast
 import importlib
@@ -22,6 +22,8 @@ CLASSES = (
     diffusers_dino.DinoDiffusionPipeline,
     diffusers_dino.DinoInterpolationPipeline,
     diffusers_dino.DiffSegPipeline,
+    diffusers_dino.DinoPrior,
+    diffusers_dino.DinoPriorPipeline,
 )
 
 

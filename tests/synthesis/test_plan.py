@@ -68,6 +68,17 @@ def test_pairs_share_a_label_and_take_those_of_the_nearer_image():
         assert set(image.labels) == (source if image.fraction <= 0.5 else target)
 
 
+def test_identical_pairs_have_the_very_same_labels():
+    keys, labels = [*KEYS, *(f"{key}-twin" for key in KEYS)], LABELS * 2
+    plan = plan_interpolation(keys, labels, num_images=200, identical=True)
+    for image in plan:
+        source, target = (labels[keys.index(key)] for key in image.sources)
+        assert source == target == set(image.labels)
+    assert any(len(image.labels) > 1 for image in plan)
+    with pytest.raises(SynthesisError, match="No two images share a label"):
+        plan_interpolation(["a", "b"], [{"x"}, {"x", "y"}], num_images=1, identical=True)
+
+
 def test_only_sources_that_are_used_are_encoded():
     plan = reconstruction(ratio=0.4)
     assert sorted(plan.keys) == sorted({image.sources[0] for image in plan})

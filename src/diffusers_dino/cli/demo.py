@@ -1,4 +1,4 @@
-"""A page in the browser: variations of an image, blends of two, segments. It needs no network.
+"""A page in the browser: variations of an image, blends of two, segments, findings drawn. It needs no network.
 
     diffusers-dino demo
     diffusers-dino demo --model org/name-or-path --device cuda --dtype bfloat16
@@ -20,7 +20,7 @@ import torch
 from ..demo import launch, read_logins
 from .arguments import flag
 
-MODEL = "examples/data/tiny-diffusion"
+MODEL, PRIOR = "examples/data/tiny-diffusion", "examples/data/tiny-prior"
 EXAMPLES = "examples/data/phantom-cxr/phantom-cxr-test-*.tar"
 
 
@@ -31,6 +31,7 @@ class Arguments:
     gate: str | None = flag(
         None, "gate.safetensors of `evaluate memorization`: variations that are near-copies are called so."
     )
+    prior: str | None = flag(None, "Its DinoPriorPipeline, for a tab that draws findings; the bundled model has one.")
     device: str | None = flag(None, "Where to compute; a GPU if there is one.")
     dtype: Literal["float32", "bfloat16", "float16"] = flag("float32", "Type of the weights.")
     examples: str = flag(EXAMPLES, "Folder or tars of images to choose from; '' for none.")
@@ -49,6 +50,7 @@ def main(args: Arguments) -> None:
         args.model,
         lora=args.lora,
         gate=args.gate,
+        prior=PRIOR if args.prior is None and args.model == MODEL and Path(PRIOR).is_dir() else args.prior,
         device=args.device,
         dtype=getattr(torch, args.dtype),
         examples=None if bundled and not Path(EXAMPLES).parent.is_dir() else args.examples,

@@ -20,12 +20,15 @@ _VAE = ("in_channels", "block_out_channels", "layers_per_block", "latent_channel
 _VAE_LOSS = ("l1_weight", "mse_weight", "gradient_weight", "kl_weight")
 _ENCODER = ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_register_tokens")
 _CONDITION = ("tokens", "projection_dim", "normalize_tokens", "condition_dropout")
+_PRIOR = ("width", "num_layers", "label_dropout", "times", "validation_share", "patience")
 _UNET = ("qk_init_scale", "rank", "lora_alpha", "use_ema", "ema_decay")
 _NOISE = ("prediction_type", "flow_times", "flow_shift", "rescale_betas_zero_snr", "snr_gamma", "noise_offset")
 _UPDATES = ("seed", "train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "mixed_precision")
 _RATE = ("learning_rate", "lr_scheduler", "lr_warmup_steps")
 _ADAM = ("use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon")
-_RECIPE = _VIEWS + _SCALE + _VAE + _VAE_LOSS + _ENCODER + _CONDITION + _UNET + _NOISE + _UPDATES + _RATE + _ADAM
+_RECIPE = (
+    _VIEWS + _SCALE + _VAE + _VAE_LOSS + _ENCODER + _CONDITION + _PRIOR + _UNET + _NOISE + _UPDATES + _RATE + _ADAM
+)
 
 
 def write_record_and_card(

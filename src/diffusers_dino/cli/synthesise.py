@@ -19,12 +19,16 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
 from ..data import ImageDataset
+from ..data.labels import LabelTable, read_label_table
 from ..data.sharding import recorded_sources
 from ..files import atomic_write
 from ..hub.cards import write_dataset_card
 from ..hub.measurements import read_results
+from ..pipelines import DinoPriorPipeline
 from ..pipelines.checks import image_size
 from ..synthesis import (
+    Plan,
+    PriorTokens,
     RayResources,
     SynthesisSettings,
     SyntheticSet,
@@ -36,16 +40,18 @@ from ..synthesis import (
     only_run,
     open_gate,
     plan_interpolation,
+    plan_prior,
     plan_reconstruction,
     prepare_folder,
     synthesise,
     synthesise_with_ray,
 )
 from .arguments import flag
-from .image_flags import RealImageArguments, open_real_images
+from .image_flags import STORED, RealImageArguments, open_real_images
 from .sampling_flags import SamplingArguments
 
-PLANNERS = {"reconstruction": plan_reconstruction, "interpolation": plan_interpolation}
+NO_IMAGES = "none"
+PLANNERS = {"reconstruction": plan_reconstruction, "interpolation": plan_interpolation, "prior": plan_prior}
 
 
 @dataclass
@@ -53,8 +59,19 @@ class Arguments(SamplingArguments, RealImageArguments):
     model: str = flag(
         "outputs/quickstart/model", "DinoDiffusionPipeline: a folder or a repository of the Hub.", group="Synthesis"
     )
-    strategy: Literal["reconstruction", "interpolation"] = flag(
-        "reconstruction", "Variations of images, or images between two that share a label, which needs labels."
+    strategy: Literal["reconstruction", "interpolation", "prior"] = flag(
+        "reconstruction",
+        "Variations of images; images between two that share a label, which needs labels; or, with --prior, images of "
+        "no source, whose labels come together as in --labels.",
+    )
+    prior: str | None = flag(
+        None, f"DinoPriorPipeline of the model, for --strategy prior, which needs no image: --data_dir {NO_IMAGES}."
+    )
+    prior_guidance_scale: float = flag(1.0, "Its guidance; 1 is none.")
+    prior_inference_steps: int = flag(50, "Its sampling steps.")
+    balanced: bool = flag(False, "With --strategy prior: every label equally often.")
+    identical: bool = flag(
+        False, "With --strategy interpolation: only between images of the very same labels, which the result then has."
     )
     ratio: float | None = flag(None, "Synthetic images for each source.")
     num_images: int | None = flag(None, "Number of synthetic images, in place of --ratio.")
@@ -105,12 +122,14 @@ def main(args: Arguments) -> None:
     )
     if args.export_dir is not None and args.export is None:
         raise ValueError("--export_dir says where --export goes: give both.")
+    check_strategy(args)
     if args.engine == "ray" and accelerator.num_processes > 1:
         raise ValueError("Ray distributes the work by itself: start the command as one process, without a launcher.")
     with accelerator.main_process_first():  # one process downloads
         pipe = load_generator(args.model, args.dtype, args.scheduler)
+        prior = load_prior(args, accelerator.device)
     must_calibrate = args.gate is not None and not Path(args.gate).exists()  # only that needs patients
-    images, table = open_real_images(args, image_size(pipe), need_patients=must_calibrate)
+    images, table = open_regime(args, image_size(pipe), must_calibrate)
     gate = None
     if args.gate is not None:
         with accelerator.main_process_first():  # one process calibrates
@@ -118,17 +137,10 @@ def main(args: Arguments) -> None:
     options = {entry.name: getattr(args, entry.name) for entry in fields(SynthesisSettings)}
     if args.threads is None:
         options["threads"] = begun_threads(args.output_dir)
-    plan = PLANNERS[args.strategy](
-        images.keys,
-        table and table.labels,
-        ratio=args.ratio,
-        num_images=args.num_images,
-        seed=args.seed,
-        settings=SynthesisSettings(**options),
-    )
+    plan = make_plan(args, images, table, SynthesisSettings(**options))
     if args.plan_only:
         if accelerator.is_main_process:
-            prepare_folder(bind(plan, pipe, images, gate), args.output_dir)
+            prepare_folder(bind(plan, pipe, images, gate, prior), args.output_dir)
             print(f"{args.output_dir}: {len(plan)} images from {len(plan.keys)} sources in {plan.num_shards} shards")
         return
     shared: dict[str, Any] = {"gate": gate, "max_left_out": args.max_left_out}
@@ -138,20 +150,66 @@ def main(args: Arguments) -> None:
         made = synthesise_with_ray(plan, pipe, images, args.output_dir, resources=resources, **shared)
     else:
         pipe = pipe.to(accelerator.device)
-        made = synthesise(plan, pipe, images, args.output_dir, accelerator=accelerator, **shared)
+        made = synthesise(plan, pipe, images, args.output_dir, prior=prior, accelerator=accelerator, **shared)
     if accelerator.is_main_process:
         describe(made, images, args)
     accelerator.end_training()
 
 
-def describe(made: SyntheticSet, images: ImageDataset, args: Arguments) -> None:
+def make_plan(
+    args: Arguments, images: ImageDataset | None, table: LabelTable | None, settings: SynthesisSettings
+) -> Plan:
+    own = {"prior": {"balanced": args.balanced}, "interpolation": {"identical": args.identical}}
+    return PLANNERS[args.strategy](
+        images.keys if images is not None else table.keys if table else (),
+        table and table.labels,
+        ratio=args.ratio,
+        num_images=args.num_images,
+        seed=args.seed,
+        settings=settings,
+        **own.get(args.strategy, {}),
+    )
+
+
+def check_strategy(args: Arguments) -> None:
+    """ValueError for flags of one strategy with another."""
+    if (args.strategy == "prior") != (args.prior is not None):
+        raise ValueError("A prior goes with --strategy prior: give both --strategy prior and --prior, or neither.")
+    if args.balanced and args.prior is None:
+        raise ValueError("--balanced goes with --strategy prior: other strategies have the labels of their sources.")
+    if args.identical and args.strategy != "interpolation":
+        raise ValueError("--identical goes with --strategy interpolation: it says which images are paired.")
+    if args.prior and args.engine == "ray":
+        raise ValueError("Ray's workers do not load a prior: use --engine local.")
+
+
+def load_prior(args: Arguments, device: torch.device) -> PriorTokens | None:
+    if args.prior is None:
+        return None
+    pipe = DinoPriorPipeline.from_pretrained(args.prior).to(device)
+    return PriorTokens(pipe, args.prior_guidance_scale, args.prior_inference_steps)
+
+
+def open_regime(args: Arguments, size: int, must_calibrate: bool) -> tuple[ImageDataset | None, LabelTable | None]:
+    """The real images, and what is known of them. A prior needs no images: `--data_dir none` and a table of labels."""
+    if args.data_dir != NO_IMAGES:
+        return open_real_images(args, size, need_patients=must_calibrate)
+    if args.prior is None or must_calibrate or args.labels == STORED:
+        raise ValueError(
+            f"--data_dir {NO_IMAGES} goes with --strategy prior, a table of labels or none, and a calibrated gate or "
+            "none."
+        )
+    return None, read_label_table(args.labels, args.key_column, args.label_column, None) if args.labels else None
+
+
+def describe(made: SyntheticSet, images: ImageDataset | None, args: Arguments) -> None:
     """Write the examples and the card, and print what was made."""
     measurements = [] if args.privacy_report is None else read_results([args.privacy_report])
     with only_run(made.folder):
         if args.num_drawn:
             with atomic_write(made.folder / "examples.png") as file:
                 draw_examples(made, images, args.num_drawn).save(file, "png")
-        sources = recorded_sources(args.data_dir)
+        sources = [] if images is None else recorded_sources(args.data_dir)
         options = {"model": args.model, "sources": sources, "measurements": measurements, "license": args.license}
         write_dataset_card(made, args.title, **options)
         if args.export:

@@ -64,17 +64,15 @@ class AugmentationArguments:
 
 
 @dataclass
-class FeatureArguments(AugmentationArguments, ImageArguments):
-    """All that decides over the features that a UNet is trained on: images, views, frozen models."""
+class TokenArguments(AugmentationArguments, ImageArguments):
+    """All that decides over the tokens of images: images, views, the conditioner."""
 
     resolution: int = flag(512, "Side of the images in pixels.")
-    pretrained_model_name_or_path: str | None = flag(
-        None, "Stable Diffusion to take VAE, UNet and scheduler from.", group="Frozen models"
+    pretrained_pipeline: str | None = flag(
+        None, "DinoDiffusionPipeline to take frozen models from.", group="Conditioner"
     )
-    revision: str | None = flag(None, "Its revision on the Hub.")
+    revision: str | None = flag(None, "Revision of a pretrained model on the Hub.")
     variant: str | None = flag(None, "Its variant, such as fp16.")
-    pretrained_pipeline: str | None = flag(None, "DinoDiffusionPipeline to continue from; needed for LoRA.")
-    vae: str | None = flag(None, "VAE, in place of the pretrained model's.")
     conditioner: str | None = flag(None, "Saved DinoImageConditioner.")
     encoder: list[str] | None = flag(None, "DINO encoder(s) to make a conditioner of.")
     tokens: Literal["global", "cls", "patch", "all"] | None = flag(None, "By default global, or --conditioner's.")
@@ -88,6 +86,19 @@ class FeatureArguments(AugmentationArguments, ImageArguments):
     )
     cache_batch_size: int = flag(32, "Views encoded at once for --cache_views.")
     feature_cache: str | None = flag(None, "Folder that `diffusers-dino cache` makes: train on the views in it.")
+
+
+@dataclass
+class FeatureArguments(TokenArguments):
+    """All that decides over the features that a UNet is trained on: tokens, and the autoencoder's latents."""
+
+    pretrained_pipeline: str | None = flag(
+        None, "DinoDiffusionPipeline to continue from; needed for LoRA.", group="Conditioner"
+    )
+    pretrained_model_name_or_path: str | None = flag(
+        None, "Stable Diffusion to take VAE, UNet and scheduler from.", group="Autoencoder"
+    )
+    vae: str | None = flag(None, "VAE, in place of the pretrained model's.")
 
 
 @dataclass
@@ -149,26 +160,25 @@ def open_views(args: FeatureArguments) -> data.TrainingViews:
     return data.TrainingViews(open_training_images(args), make_augmentation(args), args.seed)
 
 
-def check_frozen_models(args: FeatureArguments) -> None:
-    """Raise ValueError unless the flags name one VAE and one source of the condition."""
+def check_conditioner(args: TokenArguments) -> None:
+    """Raise ValueError unless the flags name one source of the condition."""
     if [args.pretrained_pipeline, args.conditioner, args.encoder].count(None) != 2:
         raise ValueError("Give one of --conditioner (a saved one), --encoder (to make one) and --pretrained_pipeline.")
+
+
+def check_frozen_models(args: FeatureArguments) -> None:
+    """Raise ValueError unless the flags name one VAE and one source of the condition."""
+    check_conditioner(args)
     if not (args.vae or args.pretrained_model_name_or_path or args.pretrained_pipeline):
         raise ValueError("There is no VAE: give --vae, --pretrained_model_name_or_path or --pretrained_pipeline.")
 
 
-def load_frozen(
-    args: FeatureArguments, images: data.ImageDataset, device: torch.device
-) -> tuple[VAE, DinoImageConditioner]:
-    """The autoencoder and the conditioner that the flags name, on the CPU.
-
-    `images` give the statistics of --normalize_tokens, which `device` computes.
-    """
-    if whole := args.pretrained_pipeline:
-        conditioner = DinoImageConditioner.from_pretrained(
-            whole, subfolder="conditioner", revision=args.revision, variant=args.variant
+def load_conditioner(args: TokenArguments, images: data.ImageDataset, device: torch.device) -> DinoImageConditioner:
+    """The conditioner that the flags name, on the CPU; `device` computes the statistics of --normalize_tokens."""
+    if args.pretrained_pipeline:
+        return DinoImageConditioner.from_pretrained(
+            args.pretrained_pipeline, subfolder="conditioner", revision=args.revision, variant=args.variant
         )
-        return load_vae(whole, revision=args.revision, variant=args.variant), conditioner
     if args.conditioner:
         conditioner = DinoImageConditioner.from_pretrained(args.conditioner).with_tokens(args.tokens)
     else:
@@ -177,11 +187,18 @@ def load_frozen(
         )
     if args.normalize_tokens:
         conditioner.to(device).fit_normalization(evenly_spread(images, args.normalize_tokens))
-    if args.vae:
-        vae = load_vae(args.vae)
-    else:
-        vae = load_vae(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant)
-    return vae, conditioner.to("cpu")
+    return conditioner.to("cpu")
+
+
+def load_frozen(
+    args: FeatureArguments, images: data.ImageDataset, device: torch.device
+) -> tuple[VAE, DinoImageConditioner]:
+    """The autoencoder and the conditioner that the flags name, on the CPU; see `load_conditioner`."""
+    conditioner = load_conditioner(args, images, device)
+    if args.vae and not args.pretrained_pipeline:
+        return load_vae(args.vae), conditioner
+    whole = args.pretrained_pipeline or args.pretrained_model_name_or_path
+    return load_vae(whole, revision=args.revision, variant=args.variant), conditioner
 
 
 def make_accelerator(args: Any, script: logging.Logger, tracker: str | None = None) -> Accelerator:

@@ -1,4 +1,4 @@
-"""The page of the demo: an image, and three tabs over `tasks` that use it. `server` sets Gradio up before."""
+"""The page of the demo: an image, and tabs over `tasks`. `server` sets Gradio up before."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import gradio as gr
 import torch
 from PIL import Image
 
-from .. import DinoDiffusionPipeline
+from .. import DinoDiffusionPipeline, DinoPriorPipeline
 from ..pipelines.pipeline_dino_interpolation import METHODS
 from ..synthesis import Gate
 from . import tasks
@@ -74,11 +74,16 @@ class Input(NamedTuple):
 
 
 def build_page(
-    pipe: DinoDiffusionPipeline, model: str, examples: Sequence[Image.Image], gate: Gate | None = None
+    pipe: DinoDiffusionPipeline,
+    model: str,
+    examples: Sequence[Image.Image],
+    gate: Gate | None = None,
+    prior: DinoPriorPipeline | None = None,
 ) -> tuple[gr.Blocks, Visitors]:
     """The page on a pipeline, which it calls `model`, and who is to watch its server.
 
-    The first of the examples is chosen already. Variations that the gate refuses are called near-copies.
+    The first of the examples is chosen already. Variations that the gate refuses are called near-copies. With a prior
+    of the model there is a tab that draws images of labels and of no image.
     """
     visitors = Visitors()
     with gr.Blocks(title="diffusers-dino", delete_cache=(60, KEPT), analytics_enabled=False) as page:
@@ -95,6 +100,9 @@ def build_page(
                     target, blended = blend_tab(pipe, model, source.image, examples[::-1], visitors)
                 with gr.Tab("Segments", elem_id="segments-tab"):
                     results |= segments_tab(pipe, source.image, visitors)
+                if prior is not None:
+                    with gr.Tab("Findings", elem_id="findings-tab"):
+                        findings_tab(pipe, prior, model, visitors, gate)
         gr.Markdown(NOTE, elem_classes="note")
         accept_images(source, results | blended, visitors)
         accept_images(target, blended, visitors)
@@ -119,19 +127,52 @@ def variations_tab(
         made = tasks.vary(pipe, chosen(image), count, sampling, on_step)
         on_step(1)
         files = {f"variation_seed_{number}": picture for number, picture in enumerate(made, seed)}
-        captions, facts = [f"seed {number}" for number in range(seed, seed + count)], {}
-        if gate is not None:
-            copies = tasks.near_copies(gate, made)
-            captions = [
-                f"{text}: near-copy of a training image" if copy else text
-                for text, copy in zip(captions, copies, strict=True)
-            ]
-            facts = {"near_copies": [number for number, copy in enumerate(copies, seed) if copy]}
+        captions, facts = told(made, seed, gate)
         archive = tasks.archive(files, model, sampling, task="variations", **facts)
         return list(zip(made, captions, strict=True)), offered("variations.zip", archive)
 
     run.click(make, [image, count, *sampling], [gallery, download], **ONE_AT_A_TIME)
     return {gallery: None, download: NOT_YET}
+
+
+def told(made: Sequence[Image.Image], seed: int, gate: Gate | None) -> tuple[list[str], dict[str, Any]]:
+    """What stands below each picture, and in the archive: its seed, and whether the gate takes it for a copy."""
+    captions = [f"seed {number}" for number in range(seed, seed + len(made))]
+    if gate is None:
+        return captions, {}
+    copies = tasks.near_copies(gate, made)
+    pairs = zip(captions, copies, strict=True)
+    captions = [f"{text}: near-copy of a training image" if copy else text for text, copy in pairs]
+    return captions, {"near_copies": [number for number, copy in enumerate(copies, seed) if copy]}
+
+
+def findings_tab(
+    pipe: DinoDiffusionPipeline, prior: DinoPriorPipeline, model: str, visitors: Visitors, gate: Gate | None
+) -> None:
+    gr.Markdown("Drawn by a prior from only these names; the image on the left is not used.")
+    present = gr.CheckboxGroup(list(prior.labels), label="Draw images with", info="None: of anything")
+    absent = gr.CheckboxGroup(list(prior.labels), label="and without", info="What is in neither may be there")
+    with gr.Row():
+        strength = gr.Slider(1, 5, 2, step=0.1, label="How plainly", info="Guidance of the prior; 1 is none")
+        count = gr.Slider(1, tasks.MOST_VARIATIONS, 4, step=1, label="Number of images")
+        run = gr.Button("Draw", variant="primary")
+    sampling = sampling_inputs()
+    gallery = gr.Gallery(elem_id="drawn", columns=2, buttons=BUTTONS, **WINDOWED)
+    download = gr.DownloadButton("Download all (ZIP)", interactive=False)
+
+    @explain_errors
+    def make(present, absent, strength, count, steps, scale, seed, scheduler, request: gr.Request, progress=PROGRESS):
+        on_step = steps_of(visitors, request, progress)
+        sampling = tasks.SamplerSettings(steps, scale, seed, scheduler)
+        made = tasks.draw(pipe, prior, present, absent, strength, count, sampling, on_step)
+        on_step(1)
+        files = {f"drawn_seed_{number}": picture for number, picture in enumerate(made, seed)}
+        captions, facts = told(made, seed, gate)
+        facts |= {"present": present, "absent": absent, "prior_guidance": strength}
+        archive = tasks.archive(files, model, sampling, task="findings", **facts)
+        return list(zip(made, captions, strict=True)), offered("drawn.zip", archive)
+
+    run.click(make, [present, absent, strength, count, *sampling], [gallery, download], **ONE_AT_A_TIME)
 
 
 def blend_tab(

@@ -12,6 +12,7 @@ import torch
 from ..devices import device_of
 from ..extras import require
 from ..metrics.copy_gate import CopyGate
+from ..pipelines import DinoPriorPipeline
 from ..training.models import load_trained_pipeline
 from .tasks import example_images, model_size
 
@@ -25,6 +26,7 @@ def launch(
     *,
     lora: str | Path | None = None,
     gate: str | Path | None = None,
+    prior: str | Path | None = None,
     device: str | None = None,
     dtype: torch.dtype = torch.float32,
     examples: str | Path | None = None,
@@ -39,6 +41,7 @@ def launch(
         model: A pipeline's folder or Hub id, or a checkpoint of a training.
         lora: A LoRA of its UNet, folder or Hub id.
         gate: File of a `CopyGate` of the training images: variations that it refuses are called near-copies.
+        prior: A DinoPriorPipeline of the model, for a tab that draws images of labels; folder or Hub id.
         device: Where to compute; by default a GPU if there is one.
         dtype: Type of the weights.
         examples: Folder or tars of images to choose from, which every visitor may see.
@@ -63,9 +66,12 @@ def launch(
         if lora:
             pipe.load_lora_weights(lora)
         pipe.to(device_of(0, device))
+        drawer = None if prior is None else DinoPriorPipeline.from_pretrained(prior).to(device_of(0, device))
+        if drawer is not None:
+            drawer.check_conditioner(pipe.conditioner)
         shown = example_images(examples, model_size(pipe), count=6) if examples else []
         known = CopyGate.load(gate) if gate else None
-        page, visitors = build_page(pipe, Path(model).name, shown, known)
+        page, visitors = build_page(pipe, Path(model).name, shown, known, drawer)
         _, address, public = page.launch(
             server_name=server_name,
             server_port=server_port,

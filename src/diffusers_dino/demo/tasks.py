@@ -1,4 +1,4 @@
-"""What the demo does, without its page: read, vary, blend and segment images, and make files of the results."""
+"""What the demo does, without its page: read, vary, draw, blend and segment images, and make files of the results."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .. import DiffSegPipeline, DinoDiffusionPipeline, DinoInterpolationPipeline
+from .. import DiffSegPipeline, DinoDiffusionPipeline, DinoInterpolationPipeline, DinoPriorPipeline
 from ..data import Preprocessing, open_images, read_image
 from ..diffseg.attention import self_attention_layers
 from ..diffseg.merging import suppress
 from ..pixels import to_unit, unit_to_uint8, with_channels
 from ..schedules import scheduler_like
+from ..seeds import generator_for
 from ..synthesis import Gate
 
 # Of diffusers, by the names that a list shows; None is the scheduler that the model came with.
@@ -130,21 +131,34 @@ def vary(
     """Variations of an image. Number i has the seed `sampling.seed + i` and does not depend on how many there are."""
     if not 1 <= count <= MOST_VARIATIONS:
         raise ValueError(f"There are 1 to {MOST_VARIATIONS} variations, not {count}.")
-    pipe = _made_of(pipe, DinoDiffusionPipeline, sampling.scheduler)
-    embeds = pipe.encode_image(fitted(image, _SEEN))
-    variations: list[Image.Image] = []
-    report = _reporter(on_step, -(-count // _BATCH))
-    while len(variations) < count:
-        seeds = range(sampling.seed + len(variations), sampling.seed + min(len(variations) + _BATCH, count))
-        variations += pipe(
-            image_embeds=embeds,
-            num_images_per_prompt=len(seeds),
-            num_inference_steps=sampling.steps,
-            guidance_scale=sampling.guidance,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            callback_on_step_end=report,
-        ).images
-    return variations
+    return _generate(pipe, pipe.encode_image(fitted(image, _SEEN)).expand(count, -1, -1), sampling, on_step)
+
+
+def draw(
+    pipe: DinoDiffusionPipeline,
+    prior: DinoPriorPipeline,
+    present: Sequence[str],
+    absent: Sequence[str],
+    strength: float,
+    count: int,
+    sampling: SamplerSettings,
+    on_step: OnStep | None = None,
+) -> list[Image.Image]:
+    """Images of labels and of no image; `strength` is the prior's guidance. Number i has the seed `sampling.seed + i`.
+
+    Without labels anything is drawn. A ValueError if labels contradict each other.
+    """
+    if not 1 <= count <= MOST_VARIATIONS:
+        raise ValueError(f"There are 1 to {MOST_VARIATIONS} images, not {count}.")
+    prior.set_progress_bar_config(disable=True)
+    tokens = prior(
+        labels=list(present) or None,
+        absent_labels=list(absent) or None,
+        num_images_per_prompt=count,
+        guidance_scale=strength,
+        generator=[generator_for(sampling.seed + number, "demo tokens") for number in range(count)],
+    ).image_embeds
+    return _generate(pipe, tokens, sampling, on_step)
 
 
 def blend(
@@ -306,6 +320,25 @@ def _is_animated(content: bytes) -> bool:
     with contextlib.suppress(Exception), Image.open(io.BytesIO(content)) as file:
         return getattr(file, "is_animated", False)
     return False
+
+
+def _generate(
+    pipe: DinoDiffusionPipeline, embeds: Tensor, sampling: SamplerSettings, on_step: OnStep | None
+) -> list[Image.Image]:
+    """An image of each of `(count, S, D)` tokens; number i has the seed `sampling.seed + i`."""
+    pipe, images = _made_of(pipe, DinoDiffusionPipeline, sampling.scheduler), []
+    report = _reporter(on_step, -(-len(embeds) // _BATCH))
+    for first in range(0, len(embeds), _BATCH):
+        batch = embeds[first : first + _BATCH]
+        seeds = range(sampling.seed + first, sampling.seed + first + len(batch))
+        images += pipe(
+            image_embeds=batch,
+            num_inference_steps=sampling.steps,
+            guidance_scale=sampling.guidance,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            callback_on_step_end=report,
+        ).images
+    return images
 
 
 def _made_of(pipe: DinoDiffusionPipeline, kind: type[Pipeline], scheduler: str) -> Pipeline:

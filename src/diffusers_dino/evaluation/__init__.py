@@ -9,6 +9,7 @@
 | can it be told which images a model was trained on? | `evaluate_membership` | `MembershipResult` |
 | do synthetic images show what their labels say? | `evaluate_labels` | `LabelPreservationResult` |
 | do synthetic images help a classifier? | `evaluate_augmentation` | `AugmentationResult` |
+| are a prior's tokens like real ones, and not copies of training tokens? | `evaluate_prior` | `PriorResult` |
 | does the model's attention find anatomy? | `evaluate_segmentation` | `SegmentationResult`, and the segments |
 
 Each question is a folder: `protocol` measures, `table` and `plot` show a result. Results go to JSON and back
@@ -29,6 +30,7 @@ _NAMES = {
     "labels.result": "LabelPreservationResult",
     "membership.protocol": "MembershipResult evaluate_membership",
     "memorization.protocol": "MemorizationResult evaluate_memorization",
+    "prior.protocol": "PriorResult TokenFigures evaluate_prior",
     "reconstruction.protocol": "ReconstructionResult RetrievalFigures evaluate_reconstruction",
     "segmentation.protocol": "MethodScores SegmentationResult SegmentationStudy SweepScores evaluate_segmentation",
     "segmentation.sweep": "Setting Sweep",
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from .labels.result import LabelPreservationResult
     from .membership.protocol import MembershipResult, evaluate_membership
     from .memorization.protocol import MemorizationResult, evaluate_memorization
+    from .prior.protocol import PriorResult, TokenFigures, evaluate_prior
     from .reconstruction.protocol import ReconstructionResult, RetrievalFigures, evaluate_reconstruction
     from .segmentation.protocol import (
         MethodScores,

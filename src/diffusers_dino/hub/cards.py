@@ -38,6 +38,7 @@ _TASKS = {
     "DinoDiffusionPipeline": "image-to-image",
     "DinoInterpolationPipeline": "image-to-image",
     "DiffSegPipeline": "image-segmentation",
+    "DinoPriorPipeline": None,
     "lora": "image-to-image",
     "conditioner": "image-feature-extraction",
     "vae": None,
@@ -113,8 +114,8 @@ def model_card(
     if record.sources or not datasets:
         origins.append(origin(record.sources, "model"))
     parts = parts or {}
-    works = ["tian2024diffuse"] if kind == "DiffSegPipeline" else []
-    works += ["oquab2024dinov2"] * any("dinov2" in str(value) for value in parts.values())
+    works = {"DiffSegPipeline": ["tian2024diffuse"], "DinoPriorPipeline": ["li2024return"]}.get(kind, [])
+    works = works + ["oquab2024dinov2"] * any("dinov2" in str(value) for value in parts.values())
     return _fill(
         ModelCard,
         "model_card.md",
@@ -128,6 +129,7 @@ def model_card(
         base=plain(next(iter(bases), "org/base-pipeline")),
         origin="\n\n".join(origins),
         parts=fact_table(parts),
+        labels=parts.get("labels"),
         facts=fact_table({"made from": bases, **record.facts}),
         samples={path: plain(caption) for path, caption in (samples or {}).items()},
     )
@@ -241,8 +243,8 @@ def _recipe(made: SyntheticSet, model: str | None) -> dict[str, Any]:
         "model": model,
         "fingerprints": [f"{name} {value}" for name, value in plan.made_with["model"].items()],
         "strategy": plan.strategy,
-        "real images used": len(plan.keys),
-        "synthetic images for each": f"{len(plan) / len(plan.keys):.3g}",
+        "real images used": len(plan.keys) or None,
+        "synthetic images for each": f"{len(plan) / len(plan.keys):.3g}" if plan.keys else None,
         "sampling steps": settings.num_inference_steps,
         "guidance": settings.guidance_scale,
         "rescaled guidance": settings.guidance_rescale,

@@ -94,6 +94,7 @@ def part_facts(folder: str | Path) -> dict[str, Any]:
     places = {name: folder / name for name in _components(folder)} if kind == "pipeline" else {kind: folder}
     configs = {name: _read(place / "config.json") for name, place in places.items()}
     facts = _conditioner_facts(configs.get("conditioner", {})) | _vae_facts(configs.get("vae", {}))
+    facts |= _prior_facts(configs.get("prior", {}))
     if unet := configs.get("unet"):
         side = unet["sample_size"]
         facts["UNet"] = f"{side} x {side} latents, levels of {unet['block_out_channels']}"
@@ -167,6 +168,24 @@ def _conditioner_facts(config: dict[str, Any]) -> dict[str, Any]:
         facts["condition tokens"] = config.get("tokens")
         facts["projected to"] = config.get("projection_dim")
     return facts
+
+
+def _prior_facts(config: dict[str, Any]) -> dict[str, Any]:
+    if not config:
+        return {}
+    known = config["conditioner"] or {}
+    return {
+        "tokens of": known.get("encoder"),
+        "condition tokens": known.get("tokens"),
+        "tokens": f"{config['num_tokens']} of width {config['token_dim']}",
+        "labels": list(config["labels"]) or None,
+        "labels without any other": list(config["exclusive_labels"]) or None,
+        "numbers": list(config["numbers"] or ()) or None,
+        "categories": [f"{name} ({', '.join(values)})" for name, values in (config["categories"] or {}).items()]
+        or None,
+        "text encoder": config["text_encoder"],
+        "transformer": f"{config['num_layers']} blocks of width {config['width']}",
+    }
 
 
 def _vae_facts(config: dict[str, Any]) -> dict[str, Any]:

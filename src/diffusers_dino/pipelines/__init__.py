@@ -4,7 +4,13 @@ from .caching import deep_cache
 from .pipeline_diffseg import DiffSegPipeline
 from .pipeline_dino_diffusion import DinoDiffusionPipeline
 from .pipeline_dino_interpolation import DinoInterpolationPipeline
-from .pipeline_output import DiffSegPipelineOutput, DinoDiffusionPipelineOutput, DinoInterpolationPipelineOutput
+from .pipeline_dino_prior import DinoPriorPipeline
+from .pipeline_output import (
+    DiffSegPipelineOutput,
+    DinoDiffusionPipelineOutput,
+    DinoInterpolationPipelineOutput,
+    DinoPriorPipelineOutput,
+)
 
 __all__ = [
     "DiffSegPipeline",
@@ -13,5 +19,7 @@ __all__ = [
     "DinoDiffusionPipelineOutput",
     "DinoInterpolationPipeline",
     "DinoInterpolationPipelineOutput",
+    "DinoPriorPipeline",
+    "DinoPriorPipelineOutput",
     "deep_cache",
 ]

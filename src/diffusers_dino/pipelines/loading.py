@@ -38,13 +38,14 @@ class ComponentLoadingMixin:
         kwargs.setdefault("use_safetensors", True)
         pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         if isinstance(pipe, cls) and not {"conditioner", "unet"} & set(kwargs):
-            check_condition(pipe.unet, pipe.components.get("conditioner"), pretrained_model_name_or_path)
+            parts = pipe.components
+            check_condition(parts.get("unet"), parts.get("conditioner"), pretrained_model_name_or_path)
         return pipe
 
     @wraps(DiffusionPipeline.save_pretrained)
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in diffusers; notes that conditioner and UNet belong together."""
-        note_condition(self.unet, self.components.get("conditioner"))
+        note_condition(self.components.get("unet"), self.components.get("conditioner"))
         super().save_pretrained(*args, **kwargs)
 
     @classmethod

@@ -9,7 +9,12 @@ import PIL.Image
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-__all__ = ["DiffSegPipelineOutput", "DinoDiffusionPipelineOutput", "DinoInterpolationPipelineOutput"]
+__all__ = [
+    "DiffSegPipelineOutput",
+    "DinoDiffusionPipelineOutput",
+    "DinoInterpolationPipelineOutput",
+    "DinoPriorPipelineOutput",
+]
 
 
 @dataclass
@@ -44,3 +49,14 @@ class DiffSegPipelineOutput(BaseOutput):
 @dataclass
 class DinoInterpolationPipelineOutput(DinoDiffusionPipelineOutput):
     """Generated images, path after path: F images from the first fraction to the last belong together."""
+
+
+@dataclass
+class DinoPriorPipelineOutput(BaseOutput):
+    """Condition tokens, those of one condition together.
+
+    Attributes:
+        image_embeds: `(B, S, D)` float32 by `output_type`, for the `image_embeds` of a `DinoDiffusionPipeline`.
+    """
+
+    image_embeds: np.ndarray | Tensor

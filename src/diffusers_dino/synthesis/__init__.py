@@ -13,12 +13,14 @@ from .plan import (
     SynthesisError,
     SynthesisSettings,
     plan_interpolation,
+    plan_prior,
     plan_reconstruction,
 )
 from .plan_file import begun_threads, load_plan, save_plan
 from .ray_engine import RayResources, synthesise_with_ray
 from .run import bind, load_generator, only_run, open_gate, prepare_folder, synthesise
 from .shards import Gate
+from .tokens import PriorTokens
 
 __all__ = [
     "XRV_PATHOLOGIES",
@@ -26,6 +28,7 @@ __all__ = [
     "Pair",
     "Plan",
     "PlannedImage",
+    "PriorTokens",
     "RayResources",
     "SynthesisError",
     "SynthesisSettings",
@@ -42,6 +45,7 @@ __all__ = [
     "only_run",
     "open_gate",
     "plan_interpolation",
+    "plan_prior",
     "plan_reconstruction",
     "prepare_folder",
     "sample_pairs",

@@ -89,9 +89,15 @@ class SyntheticSet:
         return open_images(self.folder, Preprocessing(**self.manifest["preprocessing"]), **options)
 
 
-def draw_examples(made: SyntheticSet, sources: ImageDataset, count: int = 8) -> PIL.Image.Image:
-    """Draw the first `count` images of a set beside their sources: rows of source | synthetic, and | source if two."""
+def draw_examples(made: SyntheticSet, sources: ImageDataset | None, count: int = 8) -> PIL.Image.Image:
+    """Draw the first `count` images of a set beside their sources: rows of source | synthetic, and | source if two.
+
+    Images of a prior have no source: theirs are rows of one.
+    """
     planned = [image for image, _ in zip(made.planned(), range(count), strict=False)]
+    if made.plan.strategy == "prior":
+        shown = made.images()
+        return contact_sheet([shown[number]["image"] for number in range(len(planned))])
     chosen = sources.select(sorted({key for image in planned for key in image.sources}))
     place = {key: number for number, key in enumerate(chosen.keys)}
     ends = [[chosen[place[key]]["image"] for key in keys] for keys in zip(*(p.sources for p in planned), strict=True)]
@@ -217,11 +223,13 @@ def _lineage(plan: Plan, records: list[ShardRecord]) -> dict[str, Any]:
     environments = {json.dumps(record.environment, sort_keys=True) for record in records}
     description = plan.describe()
     made_with, _ = description.pop("made_with"), description.pop("label_sets")
+    drawn = {"prior": made_with["prior"]} if "prior" in made_with else {}
     return {
         "kind": "synthetic",
         "plan": plan.digest,
         **description,
         "model": made_with["model"],
+        **drawn,
         "sources": {"fingerprint": made_with["source_pixels"], "preprocessing": made_with["preprocessing"]},
         "gate": {
             "fingerprint": made_with["gate"],

@@ -26,12 +26,14 @@ __all__ = [
     "SynthesisError",
     "SynthesisSettings",
     "plan_interpolation",
+    "plan_prior",
     "plan_reconstruction",
 ]
 
 LABEL_SEPARATOR = "|"
 
 Labels = Sequence[Collection[str]]
+Strategy = Literal["reconstruction", "interpolation", "prior"]
 
 
 class SynthesisError(ValueError):
@@ -97,7 +99,7 @@ class PlannedImage(NamedTuple):
     Attributes:
         index: Its number; with the plan it determines every pixel.
         key: Its name in the shards.
-        sources: Key of the image that it varies, or keys of the two images that it lies between.
+        sources: Key of the image that it varies, or keys of the two images that it lies between; none of a prior's.
         fraction: How far it is from the first source to the second, in [0, 1]; 0 for variations.
         labels: Sorted; None if the sources' labels are not known.
     """
@@ -111,7 +113,7 @@ class PlannedImage(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """N images to generate, as columns, and how. Make one with `plan_reconstruction` or `plan_interpolation`.
+    """N images to generate, as columns, and how: see `plan_reconstruction`, `plan_interpolation`, `plan_prior`.
 
     Shard k holds `images_per_shard` images from number `k * images_per_shard` on, in batches of `batch_size`.
 
@@ -119,14 +121,14 @@ class Plan:
         seed: Of the choice of sources and of all noise.
         keys: The U source images, each once.
         label_sets: The combinations of labels that occur, each sorted.
-        sources: `(N, 1)` or `(N, 2)` int64, numbers of keys.
+        sources: `(N, 1)`, `(N, 2)` or, of a prior's images, `(N, 0)` int64, numbers of keys.
         fractions: `(N,)` float64.
         labels: `(N,)` int32, the number of each image's combination of labels; -1 if unknown.
         made_with: Fingerprints of the model, the source images and the gate, and the sources' preprocessing, once the
             plan is bound to them (see `diffusers_dino.synthesis.bind`); empty before.
     """
 
-    strategy: Literal["reconstruction", "interpolation"]
+    strategy: Strategy
     seed: int
     settings: SynthesisSettings
     keys: PackedKeys
@@ -248,6 +250,7 @@ def plan_interpolation(
     ratio: float | None = None,
     num_images: int | None = None,
     pairs: Sequence[Pair] | None = None,
+    identical: bool = False,
     seed: int = 0,
     settings: SynthesisSettings | None = None,
 ) -> Plan:
@@ -259,6 +262,7 @@ def plan_interpolation(
         keys, labels, settings: As for `plan_reconstruction`; labels must be known.
         ratio, num_images: As for `plan_reconstruction`; the pairs are then those of `sample_pairs`.
         pairs: Numbers of keys, and how far to go from one to the other, in place of `ratio` and `num_images`.
+        identical: Pair only images of the very same labels; the paper's rule is that they share one.
         seed: Of pairs, fractions and noise.
 
     Raises:
@@ -273,13 +277,64 @@ def plan_interpolation(
     count = _count(keys, labels, ratio, num_images if pairs is None else len(pairs))
     if pairs is None:
         try:
-            pairs = list(itertools.islice(sample_pairs(labels, seed), count))
+            alike = [{tuple(sorted(own))} if own else set() for own in labels] if identical else labels
+            pairs = list(itertools.islice(sample_pairs(alike, seed), count))
         except ValueError as error:
             raise SynthesisError(f"{error} Give more images or coarser labels, or plan a reconstruction.") from error
     sources = np.array([(pair.source, pair.target) for pair in pairs], dtype=np.int64)  # (N, 2)
     fractions = np.array([pair.fraction for pair in pairs])
     given = [interpolated_labels(labels[pair.source], labels[pair.target], pair.fraction) for pair in pairs]
     return _assemble("interpolation", seed, settings, keys, sources, fractions, given)
+
+
+def plan_prior(
+    keys: Sequence[str],
+    labels: Labels | None = None,
+    *,
+    ratio: float | None = None,
+    num_images: int | None = None,
+    balanced: bool = False,
+    seed: int = 0,
+    settings: SynthesisSettings | None = None,
+) -> Plan:
+    """Plan images of no source: a prior draws their tokens, by label or, where there are no labels, of anything.
+
+    Labels come as in the regime: each image's set of labels once, in random order, before any comes again. A longer
+    plan of the same seed begins with the same images.
+
+    Args:
+        keys, labels, settings: As for `plan_reconstruction`; the images only say how many there are, and which
+            labels come together. Without any, `num_images` must be given.
+        ratio, num_images: As for `plan_reconstruction`.
+        balanced: Every label equally often: labels take turns, each with the label sets that have it.
+        seed: Of the order, the tokens and the noise.
+
+    Raises:
+        SynthesisError: As for `plan_reconstruction`, and if labels are to be balanced and there are none.
+    """
+    if keys:
+        count = _count(keys, labels, ratio, num_images)
+    elif num_images is None or num_images < 1:
+        raise SynthesisError(f"Without images, say how many to make: num_images, of at least 1, got {num_images}.")
+    else:
+        count = num_images
+    pools = [range(len(keys))] if labels is not None else []
+    if balanced:
+        names = sorted({name for own in labels or () for name in own})
+        if not names:
+            raise SynthesisError("There are no labels to balance: give those of the images.")
+        pools = [[place for place, own in enumerate(labels) if name in own] for name in names]
+    places = [_in_turn(pools, index, seed) for index in range(count)] if pools else None
+    given = None if places is None else [labels[place] for place in places]
+    return _assemble("prior", seed, settings, (), np.zeros((count, 0), np.int64), np.zeros(count), given)
+
+
+def _in_turn(pools: Sequence[Sequence[int]], index: int, seed: int) -> int:
+    """The member that image `index` takes where pools take turns, each with its members in random order."""
+    turn, number = divmod(index, len(pools))
+    pool = pools[number]
+    round_, rank = divmod(turn, len(pool))
+    return pool[int(permute(np.array([rank]), len(pool), derive_seed(seed, "labels", number, round_))[0])]
 
 
 def _count(keys: Sequence[str], labels: Labels | None, ratio: float | None, num_images: int | None) -> int:
@@ -302,7 +357,7 @@ def _count(keys: Sequence[str], labels: Labels | None, ratio: float | None, num_
 
 
 def _assemble(
-    strategy: Literal["reconstruction", "interpolation"],
+    strategy: Strategy,
     seed: int,
     settings: SynthesisSettings | None,
     keys: Sequence[str],

@@ -106,7 +106,7 @@ def begun_threads(folder: str | Path) -> int:
 
 def _check_rows(plan: Plan) -> None:
     """Raise ValueError unless each row is of the types and within the ranges that `Plan` says."""
-    count, ends = len(plan.sources), {"reconstruction": 1, "interpolation": 2}[plan.strategy]
+    count, ends = len(plan.sources), {"reconstruction": 1, "interpolation": 2, "prior": 0}[plan.strategy]
     columns = {"sources": (count, ends), "fractions": (count,), "labels": (count,)}
     for (name, shape), dtype in zip(columns.items(), ("<i8", "<f8", "<i4"), strict=True):
         column = getattr(plan, name)
@@ -120,6 +120,8 @@ def _check_rows(plan: Plan) -> None:
     }
     for name, (least, most) in limits.items():
         column = getattr(plan, name)
+        if not column.size:  # the sources of a prior's images
+            continue
         if not (least <= column.min() and column.max() <= most):  # not true of NaN either
             raise ValueError(f"{name} are not all between {least} and {most}")
     if not all(isinstance(label, str) for labels in plan.label_sets for label in labels):

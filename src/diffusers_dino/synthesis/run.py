@@ -16,10 +16,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from ..data import ImageDataset
+from ..data import ImageDataset, Preprocessing
 from ..data.sharding.manifest import MANIFEST
 from ..files import lock_folder, make_writable_folder, remove_partials
-from ..fingerprints import as_json, fingerprint_pipeline, hash_of
+from ..fingerprints import as_json, fingerprint_model, fingerprint_pipeline, hash_of
 from ..metrics.copy_gate import CopyGate
 from ..metrics.neighbours import Groups
 from ..pipelines import DinoDiffusionPipeline
@@ -29,7 +29,7 @@ from .dataset import SyntheticSet, check_left_out, complete_set, finished_set
 from .plan import Plan, SynthesisError
 from .plan_file import check_free, freeze_plan
 from .shards import RECORDS, Gate, find_record, make_shard
-from .tokens import TOKENS, WORK, PlannedSources, TokenStore
+from .tokens import TOKENS, WORK, PlannedSources, PriorTokens, TokenStore
 
 __all__ = ["begun", "bind", "load_generator", "only_run", "open_gate", "prepare_folder", "synthesise"]
 
@@ -37,10 +37,11 @@ __all__ = ["begun", "bind", "load_generator", "only_run", "open_gate", "prepare_
 def synthesise(
     plan: Plan,
     pipe: DinoDiffusionPipeline,
-    images: ImageDataset,
+    images: ImageDataset | None,
     output_dir: str | Path,
     *,
     gate: Gate | None = None,
+    prior: PriorTokens | None = None,
     accelerator: Accelerator | None = None,
     max_left_out: float = 0.05,
     progress: bool = True,
@@ -53,9 +54,10 @@ def synthesise(
     Args:
         plan: Which images, and how.
         pipe: On the device that computes.
-        images: Holds the plan's sources.
+        images: Holds the plan's sources; None for a plan without any.
         output_dir: Where shards, `labels.csv` and `manifest.json` go. All processes and machines must share it.
         gate: Which images may pass; the others are drawn again.
+        prior: Draws the tokens of a plan of `plan_prior`, on the device that computes.
         accelerator: Of several processes, each of which must make this call; by default only this process works.
         max_left_out: Largest tolerated fraction of images that the gate refuses in every attempt.
         progress: Whether to show the rate and the time left.
@@ -68,14 +70,15 @@ def synthesise(
     if not 0 <= max_left_out <= 1:
         raise ValueError(f"max_left_out is a fraction in [0, 1], got {max_left_out}.")
     processes, folder = _Processes(accelerator), Path(output_dir)
-    plan = bind(plan, pipe, images, gate)
+    plan = bind(plan, pipe, images, gate, prior)
     with begun(plan, folder) if processes.is_main else nullcontext():
         processes.wait()
         freeze_plan(plan, folder)  # every process must mean this plan
         if (folder / MANIFEST).is_file():
             processes.wait()
             return SyntheticSet.open(folder)
-        sources, tokens, problems = PlannedSources(plan, images), TokenStore(plan, folder), []
+        tokens = TokenStore(plan, folder) if prior is None else prior.of(plan)
+        sources, problems = PlannedSources(plan, images) if tokens.num_parts else None, []
         shards = range(plan.num_shards)
         found = [number for number in processes.share(shards) if find_record(plan, number, folder) is not None]
         finished = set(processes.gather(found))
@@ -137,11 +140,17 @@ def open_gate(
     return CopyGate.load(path)
 
 
-def bind(plan: Plan, pipe: DinoDiffusionPipeline, images: ImageDataset, gate: Gate | None = None) -> Plan:
-    """The plan with fingerprints of all that its images follow from: model, scheduler, sources, gate.
+def bind(
+    plan: Plan,
+    pipe: DinoDiffusionPipeline,
+    images: ImageDataset | None,
+    gate: Gate | None = None,
+    prior: PriorTokens | None = None,
+) -> Plan:
+    """The plan with fingerprints of all that its images follow from: model, scheduler, sources or prior, gate.
 
-    SynthesisError if sources are missing or unreadable, or the model does not make square images; TypeError if the
-    gate has no fingerprint.
+    SynthesisError if sources are missing or unreadable, the model does not make square images, or the prior is missing
+    or another model's; TypeError if the gate has no fingerprint.
     """
     if not isinstance(pipe, DinoDiffusionPipeline):
         raise TypeError(
@@ -158,6 +167,13 @@ def bind(plan: Plan, pipe: DinoDiffusionPipeline, images: ImageDataset, gate: Ga
     model["scheduler"] = (
         f"{type(pipe.scheduler).__name__} {hash_of(json.dumps(as_json(scheduler), sort_keys=True))[:16]}"
     )
+    if (plan.strategy == "prior") != (prior is not None):
+        wrong = "needs one" if prior is None else "takes none"
+        raise SynthesisError(f"A plan of strategy {plan.strategy!r} {wrong}: a prior goes with plan_prior.")
+    side = size * pipe.vae_scale_factor
+    verdicts = None if gate is None else gate.fingerprint()
+    if prior is not None:
+        return _bind_to_prior(plan, pipe, images, prior, model, image_size=side, gate=verdicts)
     # Keys such as 000001 name images of many data sets: a few sources' pixels tell them apart
     count = len(plan.keys)
     probe = list(PlannedSources(plan, images).read(sorted({0, count // 2, count - 1})))
@@ -166,10 +182,35 @@ def bind(plan: Plan, pipe: DinoDiffusionPipeline, images: ImageDataset, gate: Ga
         raise SynthesisError(f"A source image cannot be read: {problems[0]}. Mend it, or plan without it.")
     return plan.bound_to(
         model=model,
-        image_size=size * pipe.vae_scale_factor,
+        image_size=side,
         preprocessing=asdict(images.preprocessing),
         source_pixels=hash_of(*(image for image, _ in probe))[:16],
-        gate=None if gate is None else gate.fingerprint(),
+        gate=verdicts,
+    )
+
+
+def _bind_to_prior(
+    plan: Plan,
+    pipe: DinoDiffusionPipeline,
+    images: ImageDataset | None,
+    prior: PriorTokens,
+    model: dict[str, str],
+    **made_with: Any,
+) -> Plan:
+    if pipe.conditioner is None:
+        raise SynthesisError("The model has no conditioner, which says whether the prior is its own.")
+    try:
+        prior.pipe.check_conditioner(pipe.conditioner)
+    except ValueError as error:
+        raise SynthesisError(str(error)) from error
+    prior.of(plan)  # refuses labels that it does not know
+    preprocessing = Preprocessing(made_with["image_size"]) if images is None else images.preprocessing
+    return plan.bound_to(
+        model={**model, "prior": fingerprint_model(prior.pipe.prior)},
+        preprocessing=asdict(preprocessing),
+        source_pixels=None,
+        prior=prior.settings(),
+        **made_with,
     )
 
 

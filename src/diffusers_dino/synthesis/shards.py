@@ -17,13 +17,12 @@ from ..data.images.encoding import Encoding
 from ..data.sharding.manifest import Shard, write_shard
 from ..data.stores.archives import INDEX_SUFFIX, index_tar
 from ..devices import deterministic
-from ..embeddings import lerp
 from ..files import read_json, sha256_of, write_json
 from ..pipelines import DinoDiffusionPipeline
 from ..pixels import unit_to_uint8, with_channels
 from ..seeds import derive_seed, generator_for
 from .plan import Plan, SynthesisError
-from .tokens import TokenStore
+from .tokens import PriorTokens, TokenStore
 
 __all__ = ["RECORDS", "SPLIT", "Gate", "ShardRecord", "find_record", "make_shard", "read_record", "shard_path"]
 
@@ -65,7 +64,7 @@ def make_shard(
     plan: Plan,
     number: int,
     pipe: DinoDiffusionPipeline,
-    tokens: TokenStore,
+    tokens: TokenStore | PriorTokens,
     folder: Path,
     gate: Gate | None = None,
     on_images: Callable[[int], None] | None = None,
@@ -138,7 +137,7 @@ def find_record(plan: Plan, number: int, folder: Path) -> ShardRecord | None:
 
 
 def _sample(
-    plan: Plan, indices: Sequence[int], attempt: int, pipe: DinoDiffusionPipeline, tokens: TokenStore
+    plan: Plan, indices: Sequence[int], attempt: int, pipe: DinoDiffusionPipeline, tokens: TokenStore | PriorTokens
 ) -> Tensor:
     """Sample n images, at most one batch, as uint8 `(n, C, H, W)` on the CPU.
 
@@ -146,14 +145,8 @@ def _sample(
     """
     settings = plan.settings
     padded = [*indices, *indices[-1:] * (settings.batch_size - len(indices))]
-    sources, fractions = plan.sources[padded], plan.fractions[padded]  # (B, 1 or 2), (B,)
-    embeds = tokens[sources[:, 0]]  # (B, S, D)
-    if plan.strategy == "interpolation":
-        # float32 holds half precision exactly, and mixes it without further rounding
-        ends, weights = (embeds.float(), tokens[sources[:, 1]].float()), torch.from_numpy(fractions).float()
-        embeds = lerp(*ends, weights, restore_norm=settings.restore_norm).to(embeds.dtype)
     images = pipe(
-        image_embeds=embeds,
+        image_embeds=tokens.draw(padded, attempt),  # (B, S, D)
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
         guidance_rescale=settings.guidance_rescale,

@@ -15,11 +15,14 @@ from torch import Tensor
 from ..data import ImageDataset
 from ..data.datasets import to_float
 from ..devices import deterministic
+from ..embeddings import lerp
 from ..files import atomic_write
-from ..pipelines import DinoDiffusionPipeline
+from ..pipelines import DinoDiffusionPipeline, DinoPriorPipeline
+from ..prior import Condition
+from ..seeds import generator_for
 from .plan import Plan, SynthesisError
 
-__all__ = ["TOKENS", "WORK", "PlannedSources", "TokenStore"]
+__all__ = ["TOKENS", "WORK", "PlannedSources", "PriorTokens", "TokenStore"]
 
 WORK = ".work"  # within the output folder: what is needed until the set is complete
 TOKENS = f"{WORK}/tokens"
@@ -106,6 +109,17 @@ class TokenStore:
                 file.write(save({"tokens": torch.cat(tokens).contiguous()}, metadata))
         return problems
 
+    def draw(self, indices: Sequence[int], attempt: int = 0) -> Tensor:
+        """Tokens `(n, S, D)` of planned images: of their source, or between two of them. The same in each attempt."""
+        sources = self.plan.sources[list(indices)]  # (n, 1 or 2)
+        embeds = self[sources[:, 0]]  # (n, S, D)
+        if self.plan.strategy != "interpolation":
+            return embeds
+        # float32 holds half precision exactly, and mixes it without further rounding
+        ends = embeds.float(), self[sources[:, 1]].float()
+        weights = torch.from_numpy(self.plan.fractions[list(indices)]).float()
+        return lerp(*ends, weights, restore_norm=self.plan.settings.restore_norm).to(embeds.dtype)
+
     def __getitem__(self, numbers: np.ndarray) -> Tensor:
         """Tokens `(n, S, D)` of sources by their numbers `(n,)`."""
         return torch.stack([self._part(number // self._size)[number % self._size] for number in numbers.tolist()])
@@ -124,3 +138,53 @@ class TokenStore:
 
     def _path(self, number: int) -> Path:
         return self.folder / TOKENS / f"tokens-{number:06d}.safetensors"
+
+
+class PriorTokens:
+    """Condition tokens that a prior draws for the images of a plan: each from the image's number and labels.
+
+    A plan knows all labels of its images, so those of the prior's that an image does not have are absent. Images
+    without known labels are drawn from anything.
+
+    Args:
+        pipe: The prior.
+        guidance_scale: Its guidance.
+        num_inference_steps: Its sampling steps.
+    """
+
+    num_parts = 0  # there is nothing to encode before
+
+    def __init__(self, pipe: DinoPriorPipeline, guidance_scale: float = 1.0, num_inference_steps: int = 50) -> None:
+        self.pipe, self.guidance_scale, self.num_inference_steps = pipe, guidance_scale, num_inference_steps
+        self._plan: Plan | None = None
+
+    def settings(self) -> dict[str, float]:
+        """What the tokens depend on besides plan and prior."""
+        return {"guidance_scale": self.guidance_scale, "num_inference_steps": self.num_inference_steps}
+
+    def of(self, plan: Plan) -> PriorTokens:
+        """The same for the images of a plan; SynthesisError if it has labels that the prior does not know."""
+        made = PriorTokens(self.pipe, **self.settings())
+        made._plan = plan
+        known = self.pipe.prior.conditions
+        try:
+            made._rows = [
+                known.encode(own, [name for name in known.labels if name not in own]) for own in plan.label_sets
+            ]
+        except ValueError as error:
+            raise SynthesisError(f"The prior cannot draw what is planned: {error}") from error
+        made._rows.append(known.unknown(1))  # number -1: unknown labels
+        return made
+
+    def draw(self, indices: Sequence[int], attempt: int = 0) -> Tensor:
+        """Tokens `(n, S, D)` of planned images; others in each attempt."""
+        plan = self._plan
+        rows = [self._rows[number] for number in plan.labels[list(indices)].tolist()]
+        columns = zip(*rows, strict=True)
+        condition = Condition(*(None if column[0] is None else torch.cat(column) for column in columns))
+        self.pipe.set_progress_bar_config(disable=True)
+        return self.pipe(
+            condition=condition,
+            generator=[generator_for(plan.seed, "synthesis tokens", index, attempt) for index in indices],
+            **self.settings(),
+        ).image_embeds

@@ -59,12 +59,12 @@ class Recipe:
     num_views: int
 
     @classmethod
-    def of(cls, vae: VAE, conditioner: DinoImageConditioner, views: TrainingViews, num_views: int) -> Recipe:
+    def of(cls, vae: VAE | None, conditioner: DinoImageConditioner, views: TrainingViews, num_views: int) -> Recipe:
         """The recipe of these models and views; call it before the models are cast."""
         preprocessing, augmentation = views.images.preprocessing, views.augmentation
         return cls(
             conditioner=fingerprint_model(conditioner),
-            vae=fingerprint_model(vae),
+            vae=fingerprint_model(vae) if vae is not None else "none",
             preprocessing=as_json({**asdict(preprocessing), "fingerprint": preprocessing.fingerprint()}),
             augmentation=as_json(asdict(augmentation)) if augmentation else None,
             seed=views.seed,
@@ -144,7 +144,9 @@ def write_feature_cache(
     return _read_manifest(folder)
 
 
-def open_feature_cache(folder: str | Path, recipe: Recipe, images: ImageDataset) -> CachedViews:
+def open_feature_cache(
+    folder: str | Path, recipe: Recipe, images: ImageDataset, only_tokens: bool = False
+) -> CachedViews:
     """Open a cache for training on all of its samples, or some of them.
 
     The seed of the views is the cache's own: runs of several seeds may share one.
@@ -153,6 +155,7 @@ def open_feature_cache(folder: str | Path, recipe: Recipe, images: ImageDataset)
         folder: A folder that `write_feature_cache` has completed.
         recipe: What the features have to be made with, the seed apart. `num_views` 0 takes as many as there are.
         images: What to train on. A few are read, to see that they are those of the cache.
+        only_tokens: Leave the latents out, and do not ask which VAE they are of.
 
     Returns:
         The views, memory-mapped: what is read belongs to the operating system's cache, not to this process.
@@ -164,6 +167,7 @@ def open_feature_cache(folder: str | Path, recipe: Recipe, images: ImageDataset)
     manifest = _read_manifest(folder)
     theirs = Recipe(**manifest["recipe"])
     recipe = replace(recipe, seed=theirs.seed, num_views=recipe.num_views or theirs.num_views)
+    recipe = replace(recipe, vae=theirs.vae) if only_tokens else recipe
     lines = differences(asdict(theirs), asdict(recipe))
     known, keys = (folder / KEYS).read_text().split("\n")[:-1], images.keys
     if missing := sorted(set(keys) - set(known)):
@@ -179,14 +183,15 @@ def open_feature_cache(folder: str | Path, recipe: Recipe, images: ImageDataset)
     substituted = _substituted(manifest)
     shown = [images[index]["key"] if key in substituted else key for index, key in enumerate(keys)]
     row_of = {key: row for row, key in enumerate(known)}
-    return CachedViews(images, _MappedShards(paths), None if shown == known else [row_of[key] for key in shown])
+    rows = None if shown == known else [row_of[key] for key in shown]
+    return CachedViews(images, _MappedShards(paths, only_tokens), rows, shown)
 
 
 class _MappedShards(Sequence[Features]):
     """Shards that are memory-mapped when they are first asked for, by each process for itself."""
 
-    def __init__(self, paths: list[Path]) -> None:
-        self.paths = paths
+    def __init__(self, paths: list[Path], only_tokens: bool = False) -> None:
+        self.paths, self.only_tokens = paths, only_tokens
         self._opened: dict[int, Features] = {}
 
     def __len__(self) -> int:
@@ -195,11 +200,18 @@ class _MappedShards(Sequence[Features]):
     def __getitem__(self, number: int) -> Features:
         if number not in self._opened:
             with safe_open(self.paths[number], framework="pt") as file:
-                self._opened[number] = Features(*(file.get_tensor(name) for name in Features._fields))
+                tokens = file.get_tensor("tokens")
+                none = tokens.new_empty(*tokens.shape[:2], 0)
+                latents = (none, none) if self.only_tokens else map(file.get_tensor, ("mean", "std"))
+                self._opened[number] = Features(*latents, tokens)
         return self._opened[number]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"paths": self.paths, "_opened": {}}  # loader workers that are spawned map for themselves
+        return {
+            "paths": self.paths,
+            "only_tokens": self.only_tokens,
+            "_opened": {},
+        }  # loader workers that are spawned map for themselves
 
 
 def _write_shard(

@@ -34,10 +34,11 @@ class Features(NamedTuple):
 class FeatureEncoder:
     """Encodes batches with the frozen models, or takes the features that come with a batch.
 
-    `device` is where training is. For batches without features both models must be there.
+    `device` is where training is. For batches without features both models must be there. Without a VAE only the
+    tokens are computed, and mean and deviation are `(B, 0)`: a prior needs no more.
     """
 
-    def __init__(self, vae: VAE, conditioner: DinoImageConditioner, device: torch.device | str) -> None:
+    def __init__(self, vae: VAE | None, conditioner: DinoImageConditioner, device: torch.device | str) -> None:
         self.vae, self.conditioner, self.device = vae, conditioner, device
 
     @torch.no_grad()
@@ -46,6 +47,9 @@ class FeatureEncoder:
         if "features" in batch:
             return Features(*(part.to(self.device, non_blocking=True).float() for part in batch["features"]))
         pixels = batch["image"].to(self.device, non_blocking=True)  # (B, 1 or 3, H, W) in [0, 1]
+        if self.vae is None:
+            tokens = self.conditioner.encode(pixels).float()
+            return Features(tokens.new_empty(len(tokens), 0), tokens.new_empty(len(tokens), 0), tokens)
         mean, std = encode_to_moments(self.vae, unit_to_vae(pixels, self.vae.config["in_channels"]).to(self.vae.dtype))
         return Features(mean.float(), std.float(), self.conditioner.encode(pixels).float())
 
@@ -107,10 +111,18 @@ class CachedViews(Dataset[dict[str, Any]]):
         images: The data set.
         shards: Features `(n, K, ...)`, in memory or memory-mapped: each of n samples, the last of fewer.
         rows: Where in the shards each sample is; in the order of the data set by default.
+        shown: Key of what is shown in the place of each sample, which is another one where that cannot be read.
     """
 
-    def __init__(self, images: ImageDataset, shards: Sequence[Features], rows: Sequence[int] | None = None) -> None:
-        self.images, self.keys, self.shards = images, images.keys, shards
+    def __init__(
+        self,
+        images: ImageDataset,
+        shards: Sequence[Features],
+        rows: Sequence[int] | None = None,
+        shown: Sequence[str] | None = None,
+    ) -> None:
+        self.images, self.shards = images, shards
+        self.keys = images.keys if shown is None else list(shown)
         self.rows = range(len(images)) if rows is None else rows
         self.samples_per_shard, self.num_views = shards[0].mean.shape[:2]
 
@@ -141,8 +153,8 @@ def cache_in_memory(
     views: TrainingViews, encoder: FeatureEncoder, num_views: int, batch_size: int = 32
 ) -> CachedViews:
     """Encode a few views of every image now, for arguments as in `encode_views`."""
-    encoded = encode_views(views, encoder, range(len(views)), num_views, batch_size)
-    return CachedViews(views.images, [concatenate(features for features, _ in encoded)])
+    parts, keys = zip(*encode_views(views, encoder, range(len(views)), num_views, batch_size), strict=True)
+    return CachedViews(views.images, [concatenate(parts)], shown=[key for block in keys for key in block])
 
 
 def evenly_spread(images: ImageDataset, count: int) -> Iterator[Tensor]:

@@ -16,6 +16,7 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, convert_state_dict_to_diff
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..prior import DinoPrior
 from .checkpoints import CheckpointError
 
 __all__ = ["TrainingState"]
@@ -34,6 +35,7 @@ class TrainingState:
         lr_scheduler: Stepped once an update, whatever the number of processes.
         ema_decay: Decay of the moving average of the weights, or None for no average.
         lora: Whether the trained parameters are a LoRA adapter.
+        folder: What the model's folder is called in a checkpoint.
 
     Attributes:
         model: What to train: the UNet, wrapped for several processes and mixed precision.
@@ -43,16 +45,17 @@ class TrainingState:
     def __init__(
         self,
         accelerator: Accelerator,
-        unet: UNet2DConditionModel,
+        unet: UNet2DConditionModel | DinoPrior,
         optimizer: torch.optim.Optimizer,
         lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
         ema_decay: float | None = None,
         lora: bool = False,
+        folder: str = "unet",
     ) -> None:
         self.accelerator = accelerator
         self.unet = unet
         self.model, self.optimizer = accelerator.prepare(unet, optimizer)
-        self.lora = lora
+        self.lora, self.folder = lora, folder
         self.trainable: dict[str, Tensor] = {n: p for n, p in unet.named_parameters() if p.requires_grad}
         self.ema: EMAModel | None = None
         if ema_decay is not None:
@@ -92,7 +95,7 @@ class TrainingState:
                 layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.unet))
                 StableDiffusionLoraLoaderMixin.save_lora_weights(folder, unet_lora_layers=layers)
             else:
-                self.unet.save_pretrained(Path(folder) / "unet", max_shard_size="1TB")
+                self.unet.save_pretrained(Path(folder) / self.folder, max_shard_size="1TB")
 
     def state_dict(self) -> dict[str, Any]:
         """The part that is not weights, for accelerate."""
@@ -131,7 +134,7 @@ class TrainingState:
 
     def _weight_files(self, folder: str) -> tuple[Path, Path]:
         """Where a checkpoint keeps the trained weights and their average: `unet/` serves as one of them if it can."""
-        usable = Path(folder) / "unet" / SAFETENSORS_WEIGHTS_NAME
+        usable = Path(folder) / self.folder / SAFETENSORS_WEIGHTS_NAME
         raw, average = Path(folder) / "trainable.safetensors", Path(folder) / "average.safetensors"
         if self.lora:
             return raw, average

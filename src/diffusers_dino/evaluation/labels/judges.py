@@ -44,8 +44,16 @@ class SyntheticImages:
 
     @classmethod
     def open(cls, folder: str | Path, pack: str | Path, size: int, channels: int) -> SyntheticImages:
-        """Open a folder that `synthesise` has completed, and pack its images to a `.npy` file, at a side in pixels."""
+        """Open a folder that `synthesise` has completed, and pack its images to a `.npy` file, at a side in pixels.
+
+        ValueError if its images have no sources, which they are to be compared with.
+        """
         made = SyntheticSet.open(folder)
+        if made.plan.strategy == "prior":
+            raise ValueError(
+                f"The images of {folder} are a prior's and have no sources to be compared with. Judge them by a "
+                "classifier of real images: benchmarks/prior.py."
+            )
         images = open_images(folder, Preprocessing(size, remove_borders=False))
         packed = pack_images(images, pack, made.plan.digest, channels)
         planned = [image for image in made.planned() if image.key in packed.places]

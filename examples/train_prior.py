@@ -1,0 +1,403 @@
+r"""Train a DinoPrior on the tokens of images, so that a DinoDiffusionPipeline generates without an image.
+
+    accelerate launch examples/train_prior.py --pretrained_pipeline my-model --train_data_dir /data/cxr \
+        --labels /data/cxr.csv --output_dir my-prior
+
+Labels, metadata and text are optional. The encoder stays frozen. `--output_dir` becomes a DinoPriorPipeline.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.optimization import get_scheduler
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer, CLIPTextModel
+
+from diffusers_dino import DinoPrior, DinoPriorPipeline, data
+from diffusers_dino.cli.arguments import flag, parse_arguments
+from diffusers_dino.cli.image_flags import STORED
+from diffusers_dino.cli.record import write_record_and_card
+from diffusers_dino.cli.training_flags import (
+    RunArguments,
+    TokenArguments,
+    check_conditioner,
+    load_conditioner,
+    make_accelerator,
+    open_views,
+)
+from diffusers_dino.hub import push_folder
+from diffusers_dino.prior import describe_conditioner
+from diffusers_dino.prior.flow import draw_for_prior
+from diffusers_dino.prior.table import Columns, Facts, make_conditions, read_facts, stored_facts
+from diffusers_dino.training import checkpoints, objective, optim, prior
+from diffusers_dino.training.feature_cache import Recipe, open_feature_cache
+from diffusers_dino.training.features import FeatureEncoder, Views, cache_in_memory
+from diffusers_dino.training.interruption import Interruption
+from diffusers_dino.training.progress import Progress
+from diffusers_dino.training.state import TrainingState
+
+logger = logging.getLogger("train_prior")
+
+MAX_STATISTICS = 20_000  # images whose tokens give mean and covariance
+
+
+@dataclass
+class Arguments(RunArguments, TokenArguments):
+    """Flags of images, views and conditioner, then those of the run, then these; a repeated one sets its default."""
+
+    augment: bool = flag(False, "Learn the tokens of random views; by default of the images as they are.")
+    cache_views: int = flag(1, "Views of each image whose tokens are computed once; 0 encodes in each epoch anew.")
+    train_batch_size: int = flag(128, "Images per device and forward pass.", group="Optimisation")
+    max_train_steps: int | None = flag(3000, "Length of training in updates, unless it is stopped early.")
+    adam_weight_decay: float = flag(0.02, "Weight decay, only of matrices.")
+    output_dir: str = flag("dino-prior", "Where the pipeline, checkpoints and logs go.", group="Output")
+    weights_dtype: Literal["float32", "bfloat16", "float16"] = flag("float32", "Type of the weights of the result.")
+    push_to_hub: bool = flag(False, "Upload the result and its card, with the token of `hf auth login` or HF_TOKEN.")
+    hub_model_id: str | None = flag(None, "Repository (private if new); by default named as --output_dir.")
+    report_to: str | None = flag(None, "Tracker: tensorboard, wandb, or all that are installed.")
+    tracker_project_name: str = flag("diffusers-dino", "Project name for the tracker.")
+    labels: str | None = flag(
+        None,
+        f"CSV of what is known of the images, or {STORED!r} for the JSON beside images in shards.",
+        group="Condition",
+    )
+    key_column: str = flag("file", "Column of the CSV: keys or file names.")
+    label_column: str | None = flag(
+        "findings", "Column of labels, joined by |; X? is unknown. `none` leaves them out."
+    )
+    exclusive_labels: list[str] | None = flag(
+        None, "Labels that come without any other; by default No Finding, if there is one."
+    )
+    patient_column: str | None = flag(None, "Column of patients, who are held out whole.")
+    number_columns: list[str] | None = flag(None, "Columns of numbers, such as age.")
+    category_columns: list[str] | None = flag(None, "Columns of categories, such as view and sex.")
+    text_column: str | None = flag(None, "Column of texts; needs --text_encoder.")
+    text_encoder: str | None = flag(None, "Frozen text encoder of transformers: a folder or a repository of the Hub.")
+    text_revision: str | None = flag(None, "Its revision.")
+    text_length: int = flag(77, "Tokens that texts are cut to.")
+    width: int = flag(256, "Width of the prior.", group="Prior")
+    num_layers: int = flag(4, "Its blocks.")
+    num_heads: int = flag(4, "Its attention heads.")
+    mlp_ratio: float = flag(4.0, "Width of its MLPs, in units of --width.")
+    num_components: int = flag(128, "Directions of the Gaussian that it begins as.")
+    condition_dropout: float = flag(
+        0.1, "Fraction of images whose condition is dropped, for guidance.", group="Objective"
+    )
+    label_dropout: float = flag(0.3, "Mean share of an image's labels that is hidden.")
+    times: Literal["logit-normal", "uniform"] = flag("logit-normal", "How the noise levels are drawn.")
+    use_ema: bool = flag(True, "Average the weights; looks and the result use the average.")
+    ema_decay: float = flag(0.999, "Decay of the average.")
+    validation_data_dir: str | None = flag(
+        None, "Unseen images, in the forms of --train_data_dir, named in the same CSV.", group="Validation"
+    )
+    validation_share: float = flag(0.1, "Share of the patients or images that is held out, if there are no others.")
+    validation_steps: int = flag(100, "Updates between looks at held-out images; 0 never looks.")
+    validation_draws: int = flag(8, "Fixed noise and times for each of them.")
+    patience: int = flag(8, "Stop after this many looks without a lower loss; 0 never stops.")
+
+
+def main() -> None:
+    args = parse_arguments(Arguments, description=__doc__)
+    check_arguments(args)
+    accelerator = make_accelerator(args, logger, tracker=args.report_to)
+    columns = name_columns(args)
+
+    # 1. Images, what is known of them, and their tokens
+    views = open_views(args)
+    facts = read_known(args, views.images, columns)
+    chosen = prior.split_held_out(
+        views.images.keys,
+        [own.patient for own in facts],
+        0.0 if args.validation_data_dir or not args.validation_steps else args.validation_share,
+        args.seed,
+    )
+    kept = [key for key, out in zip(views.images.keys, chosen, strict=True) if not out]
+    left = [key for key, out in zip(views.images.keys, chosen, strict=True) if out]
+    with accelerator.main_process_first():  # one process downloads
+        conditioner = load_conditioner(args, views.images, accelerator.device)
+        text_encoder, tokenizer = load_text_encoder(args)
+    known = describe_conditioner(conditioner)
+    conditioner.to(accelerator.device)
+    encode = FeatureEncoder(None, conditioner, accelerator.device)
+    training = open_tokens(args, views, kept, encode)
+    tokens, _ = prior.encode_tokens(training, encode, range(0, len(training), -(-len(training) // MAX_STATISTICS)))
+
+    # 2. The prior
+    conditions = make_conditions(
+        [own for own, out in zip(facts, chosen, strict=True) if not out],
+        columns,
+        args.exclusive_labels,
+        text_encoder and text_encoder.config.hidden_size,
+    )
+    model = DinoPrior(
+        num_tokens=conditioner.num_tokens,
+        token_dim=conditioner.token_dim,
+        width=args.width,
+        num_layers=args.num_layers,
+        num_heads=args.num_heads,
+        mlp_ratio=args.mlp_ratio,
+        num_components=min(args.num_components, conditioner.num_tokens * conditioner.token_dim),
+        labels=conditions.labels,
+        exclusive_labels=conditions.exclusive,
+        numbers=dict(conditions.numbers),
+        categories=dict(conditions.categories),
+        text_dim=conditions.text_dim,
+        text_encoder=args.text_encoder,
+        text_revision=args.text_revision,
+        text_length=args.text_length,
+        conditioner=known,
+    )
+    model.fit_tokens(tokens)
+    model.to(accelerator.device)
+    pipe = DinoPriorPipeline(model, FlowMatchEulerDiscreteScheduler(), text_encoder, tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    known_facts = prior.KnownFacts(views.images.keys, facts, conditions, pipe.encode_text)
+    held_out = open_held_out(args, views, left, columns, encode, known_facts, pipe)
+
+    # 3. Train
+    images_per_update = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    total_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(training) / images_per_update)
+    optimizer = torch.optim.AdamW(
+        optim.decay_matrices(model, args.adam_weight_decay),
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+    )
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=total_steps
+    )
+    decay = args.ema_decay if args.use_ema else None
+    state = TrainingState(accelerator, model, optimizer, lr_scheduler, ema_decay=decay, folder="prior")
+    accelerator.init_trackers(args.tracker_project_name, {name: str(value) for name, value in asdict(args).items()})
+    validator = prior.PriorValidator(
+        pipe,
+        state,
+        held_out,
+        args.output_dir,
+        reference=tokens,
+        every=args.validation_steps,
+        patience=args.patience,
+        num_draws=args.validation_draws,
+        seed=args.seed,
+    )
+    logger.info(
+        f"Training {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M weights on the tokens of {len(training)} "
+        f"images, labels {', '.join(conditions.labels) or 'none'}: at most {total_steps} steps of "
+        f"{accelerator.num_processes} x {args.train_batch_size} x {args.gradient_accumulation_steps}"
+    )
+    step, finished = train(args, pipe, training, encode, known_facts, state, validator, total_steps)
+    if not finished:
+        logger.info(f"Stopped after {step} updates. Go on with --resume_from_checkpoint=latest.")
+    elif accelerator.is_main_process:
+        save_result(args, pipe, state, validator, step, len(training))
+    accelerator.end_training()
+
+
+def train(
+    args: Arguments,
+    pipe: DinoPriorPipeline,
+    views: Views,
+    encode: FeatureEncoder,
+    facts: prior.KnownFacts,
+    state: TrainingState,
+    validator: prior.PriorValidator,
+    total_steps: int,
+) -> tuple[int, bool]:
+    """The loop. Returns the number of updates done, and whether training is at its end."""
+    accelerator, trainable = state.accelerator, list(state.trainable.values())
+    step, position, stop, converged = 0, 0, False, False
+    provenance = checkpoints.describe_run(args.seed, views.images.preprocessing, args.shuffle_window_shards)
+    if args.resume_from_checkpoint:
+        found = checkpoints.resume_run(accelerator, args.output_dir, args.resume_from_checkpoint, provenance)
+        if found:
+            step, position = found.step, found.info["position"]
+            validator.load_state_dict(found.info["looks"])
+            converged = validator.is_late()
+        logger.info(f"Continuing from {found.path}" if found else "There is no checkpoint: starting anew")
+    sampler = data.GlobalBatchSampler(
+        len(views),
+        args.train_batch_size,
+        args.seed,
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+        start=position,
+        order=views.images.order(args.shuffle_window_shards),
+    )
+    batches = data.load_batches(views, sampler, args.dataloader_num_workers, accelerator.device)
+    images_per_update = sampler.global_batch_size * args.gradient_accumulation_steps
+    progress = Progress(
+        accelerator,
+        Path(args.output_dir, "train_log.jsonl"),
+        total_steps,
+        start=step,
+        images_per_step=images_per_update,
+        every=args.logging_steps,
+    )
+    interruption = Interruption(args.checkpointing_minutes if accelerator.is_main_process else 0)
+    if not validator.looks:
+        validator.run(0, progress.say)  # the Gaussian that it begins as
+    while step < total_steps and not stop and not converged:
+        loss_sum = torch.zeros((), device=accelerator.device)
+        for _ in range(args.gradient_accumulation_steps):
+            batch = next(batches)
+            with accelerator.accumulate(state.model):
+                loss = compute_loss(args, pipe, state.model, encode, facts, batch)
+                accelerator.backward(loss)
+                loss_sum += loss.detach() / args.gradient_accumulation_steps
+        # One exchange tells all processes the loss, and whether one of them wishes to stop or to save.
+        exchanged = torch.stack([loss_sum, *loss_sum.new_tensor(interruption.wishes())])
+        mean_loss, stop, due = accelerator.reduce(exchanged, "mean").tolist()
+        norm = accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
+        objective.check_finite(step + 1, mean_loss, norm, batch["key"], accelerator.mixed_precision)
+        lr = state.lr_scheduler.get_last_lr()[0]
+        state.optimizer.step()
+        state.lr_scheduler.step()
+        state.optimizer.zero_grad()
+        state.update_average()
+        step, position = step + 1, position + images_per_update
+        progress.update(mean_loss, lr)
+        accelerator.log({"loss": mean_loss, "lr": lr}, step=step)
+        converged = validator.run(step, progress.say)
+        if stop or due or (args.checkpointing_steps and step % args.checkpointing_steps == 0):
+            checkpoints.save_run(
+                accelerator,
+                args.output_dir,
+                step,
+                keep=args.checkpoints_total_limit,
+                info={"position": position, "looks": validator.state_dict(), **provenance},
+            )
+            interruption.saved()
+    progress.close()
+    return step, converged or step >= total_steps
+
+
+def compute_loss(
+    args: Arguments,
+    pipe: DinoPriorPipeline,
+    model: torch.nn.Module,
+    encode: FeatureEncoder,
+    facts: prior.KnownFacts,
+    batch: dict[str, Any],
+) -> torch.Tensor:
+    """The squared error of the velocity that `model` predicts for a batch: a scalar."""
+    tokens = pipe.prior.standardise(encode(batch).tokens)  # (B, S, D)
+    draws = draw_for_prior(
+        batch["position"], pipe.prior.token_shape, len(pipe.labels), seed=args.seed, times=args.times
+    ).to(tokens.device)
+    condition = facts.of(batch["key"]).to(tokens.device)
+    condition = prior.drop_facts(condition, draws, args.condition_dropout, args.label_dropout)
+    return prior.prior_losses(model, tokens, condition, draws).mean()
+
+
+def check_arguments(args: Arguments) -> None:
+    check_conditioner(args)
+    asked = [*(args.number_columns or ()), *(args.category_columns or ()), *filter(None, [args.text_column])]
+    if asked and not args.labels:
+        raise ValueError(f"{', '.join(asked)} must be columns of a table: give it as --labels.")
+    if bool(args.text_column) != bool(args.text_encoder):
+        raise ValueError("Text needs both --text_column and --text_encoder.")
+    for name in ("condition_dropout", "label_dropout"):
+        limit = 0.5 if name == "label_dropout" else 1
+        if not 0 <= getattr(args, name) <= limit:
+            raise ValueError(f"--{name} must be in [0, {limit}], got {getattr(args, name)}.")
+    args.in_memory &= args.feature_cache is None  # with a cache, hardly an image is read
+
+
+def name_columns(args: Arguments) -> Columns:
+    return Columns(
+        args.key_column,
+        None if args.labels is None or args.label_column in (None, "none") else args.label_column,
+        args.patient_column,
+        tuple(args.number_columns or ()),
+        tuple(args.category_columns or ()),
+        args.text_column,
+    )
+
+
+def read_known(args: Arguments, images: data.ImageDataset, columns: Columns) -> list[Facts]:
+    """What is known of each image, in their order."""
+    if args.labels is None:
+        return [Facts()] * len(images)
+    return stored_facts(images, columns) if args.labels == STORED else read_facts(args.labels, images.keys, columns)
+
+
+def load_text_encoder(args: Arguments) -> tuple[Any, Any]:
+    if args.text_encoder is None:
+        return None, None
+    tokenizer = AutoTokenizer.from_pretrained(args.text_encoder, revision=args.text_revision)
+    config = AutoConfig.from_pretrained(args.text_encoder, revision=args.text_revision)
+    kind = CLIPTextModel if config.model_type.startswith("clip") else AutoModelForTextEncoding
+    encoder = kind.from_pretrained(args.text_encoder, revision=args.text_revision, use_safetensors=True)
+    return encoder.eval().requires_grad_(False), tokenizer
+
+
+def open_tokens(args: Arguments, views: data.TrainingViews, keys: list[str], encode: FeatureEncoder) -> Views:
+    """Views of some images: with their tokens, unless they are encoded anew in each epoch."""
+    images = views.images if len(keys) == len(views) else views.images.select(keys)
+    chosen = data.TrainingViews(images, views.augmentation, args.seed)
+    if args.feature_cache:
+        recipe = Recipe.of(None, encode.conditioner, chosen, 0)  # as many views as there are
+        return open_feature_cache(args.feature_cache, recipe, images, only_tokens=True)
+    if args.cache_views:
+        return cache_in_memory(chosen, encode, args.cache_views, args.cache_batch_size)
+    return chosen
+
+
+def open_held_out(
+    args: Arguments,
+    views: data.TrainingViews,
+    keys: list[str],
+    columns: Columns,
+    encode: FeatureEncoder,
+    facts: prior.KnownFacts,
+    pipe: DinoPriorPipeline,
+) -> prior.HeldOut | None:
+    """Tokens and conditions of images that are not trained on."""
+    if args.validation_data_dir and args.validation_steps:
+        images = data.open_images(
+            args.validation_data_dir, views.images.preprocessing, max_unreadable=args.max_unreadable
+        )
+        known = read_known(args, images, columns)
+        facts = prior.KnownFacts(images.keys, known, pipe.prior.conditions, pipe.encode_text)
+        held: Views = data.TrainingViews(images, None, args.seed)
+    elif keys:
+        held = open_tokens(args, views, keys, encode)
+    else:
+        return None
+    tokens, shown = prior.encode_tokens(held, encode, range(len(held)))
+    return prior.HeldOut(tokens, facts.of(shown))
+
+
+def save_result(
+    args: Arguments,
+    pipe: DinoPriorPipeline,
+    state: TrainingState,
+    validator: prior.PriorValidator,
+    num_updates: int,
+    num_images: int,
+) -> None:
+    """Write the pipeline, with the weights of the lowest validation loss if there is one."""
+    with state.averaged_weights():
+        if validator.best is not None:
+            num_updates = validator.best.step
+            best = Path(args.output_dir, "best", "prior", SAFETENSORS_WEIGHTS_NAME)
+            pipe.prior.load_state_dict(load_file(best))
+        torch.nn.Module.to(pipe.prior, getattr(torch, args.weights_dtype))  # statistics stay float32
+        pipe.save_pretrained(args.output_dir)
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    bases = [args.pretrained_pipeline, args.conditioner, args.text_encoder, *(args.encoder or [])]
+    write_record_and_card(args, name, num_images, num_updates, bases)
+    if args.push_to_hub:
+        push_folder(args.output_dir, name, private=True)
+    logger.info(f"The result is in {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main()
