@@ -291,6 +291,20 @@ def test_more_frames_than_the_header_says_are_refused(syntax, offsets):
             read_image(several_frames(count, syntax, offsets), "scan 7")
 
 
+@pytest.mark.parametrize("kind", ["implicit", "explicit", "big endian"])
+def test_padding_behind_the_pixels_is_none_of_them_but_more_rows_are_refused(kind):
+    def with_more(more: bytes) -> bytes:
+        dataset = dicom_dataset(FILM, 12, LOSSLESS[kind])
+        dataset.PixelData += more
+        return to_bytes(dataset)
+
+    for padding in (b"", bytes(2), bytes(1000), b"pad " * 5):
+        assert np.array_equal(read_image(with_more(padding)), FILM)
+    for rows in (1, 39):
+        with pytest.raises(UnreadableImageError, match="bytes of pixels, but its header says 4480"):
+            read_image(with_more(FILM[:rows].tobytes()))
+
+
 @pytest.mark.parametrize("syntax", [*LOSSLESS.values(), *LOSSY.values()])
 def test_a_file_that_is_cut_short_says_so(syntax):
     data = dicom_bytes(FILM_8 if syntax in LOSSY.values() else FILM, None, syntax)

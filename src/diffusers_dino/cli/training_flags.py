@@ -36,7 +36,9 @@ class ImageArguments:
     dataset_name: str | None = flag(None, "Data set of the Hugging Face Hub, in place of a local one.")
     dataset_config_name: str | None = flag(None, "Its configuration.")
     dataset_split: str = flag("train", "Split of a `datasets` set, or of a folder of shards with a manifest.")
-    image_column: str = flag("image", "Column of images of a `datasets` set.")
+    image_column: str = flag(
+        "image", "Column of images of a `datasets` set; in tars, which file of a sample (`seg.png`)."
+    )
     keys_file: str | None = flag(None, "Text file of sample keys, one a line: train only on these.")
     max_train_samples: int | None = flag(None, "Train only on the first samples.")
     in_memory: bool = flag(False, "Prepare all images once and keep them in memory: for small sets.")

@@ -220,6 +220,8 @@ def _frame(pixels: PixelField, layout: _Layout, compressed: bool) -> bytes:
     expected = layout.rows * layout.columns * halves // 2 * layout.bits.allocated // 8
     if len(pixels.value) >= 2 * expected:
         raise UnreadableImageError(several)
+    if len(pixels.value) - expected >= expected // layout.rows and any(pixels.value[expected:]):  # a row, not padding
+        raise UnreadableImageError(f"it holds {len(pixels.value)} bytes of pixels, but its header says {expected}")
     if 0 < len(pixels.value) < expected:
         raise UnreadableImageError(f"its pixels are cut short: {len(pixels.value)} of {expected} bytes")
     return pixels.value[: expected + expected % 2]
