@@ -191,7 +191,7 @@ def demo(tmp_path_factory):
 def test_jobs_that_nobody_listens_to_do_not_keep_visitors_waiting(demo):
     page, _ = demo
     answers = [page.vary(f"nobody-{number}", 16, 100).status_code for number in range(40)]
-    assert {200, 503} == set(answers)
+    assert set(answers) <= {200, 503}  # 503 if they come faster than they are dropped
     start = time.monotonic()
     while (answer := page.vary("ann")).status_code == 503:  # the queue is full for a few seconds
         time.sleep(0.2)

@@ -30,6 +30,7 @@ __all__ = [
     "read_json",
     "read_regular",
     "recover_folder",
+    "refuse_other_folder",
     "remove_partials",
     "save_atomically",
     "sha256_of",
@@ -43,6 +44,15 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
+# What pipelines, their parts, LoRA, training runs and synthetic sets are known by.
+_NOT_TO_BE_MIXED = (
+    "model_index.json",
+    "config.json",
+    "pytorch_lora_weights.safetensors",
+    "run.json",
+    "training_arguments.json",
+    "plan.json",
+)
 _UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
@@ -215,6 +225,13 @@ def make_writable_folder(path: str | Path) -> Path:
         raise NotADirectoryError(f"The output folder {path} cannot be made: there is a file of that name.") from error
     except OSError as error:
         raise PermissionError(f"The output folder {path} is not writable: {error.strerror}.") from error
+
+
+def refuse_other_folder(folder: Path, error: type[Exception] = FileExistsError) -> None:
+    """Raise `error` if a folder is that of a model, a training or a synthetic set, with which nothing may be mixed."""
+    for name in _NOT_TO_BE_MIXED:
+        if (folder / name).exists():
+            raise error(f"{folder} holds something else ({name}): give another output folder.")
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..files import make_writable_folder, save_atomically
+from ..files import make_writable_folder, refuse_other_folder, save_atomically
 from ..training.feature_cache import Recipe, write_feature_cache
 from ..training.features import FeatureEncoder
 from .arguments import flag
@@ -46,6 +46,7 @@ def main(args: Arguments) -> None:
         raise ValueError("Give the folder that the features go to as --feature_cache.")
     check_frozen_models(args)
     folder = make_writable_folder(args.feature_cache)
+    refuse_other_folder(folder)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     show_messages(logger.name)
 

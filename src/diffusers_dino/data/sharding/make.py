@@ -11,7 +11,15 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-from ...files import csv_text, lock_folder, make_writable_folder, open_private, remove_partials, write_csv
+from ...files import (
+    csv_text,
+    lock_folder,
+    make_writable_folder,
+    open_private,
+    refuse_other_folder,
+    remove_partials,
+    write_csv,
+)
 from ...frozen import freeze, require_same
 from ...workers import progress_bar, run_parallel
 from ..images.encoding import Encoding
@@ -100,6 +108,7 @@ def make_shards(
     if key_map is not None:
         check_outside(key_map, output_dir)
     output = make_writable_folder(output_dir)
+    refuse_other_folder(output, ShardError)
     inside = make_writable_folder(output / ".work")
     work = inside if work_dir is None else make_writable_folder(Path(work_dir) / f"{output.resolve().name}.work")
     configuration = configuration_of(encoding, rule)
