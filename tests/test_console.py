@@ -54,5 +54,5 @@ def test_libraries_and_folders_do_without_locks_where_there_are_none(tmp_path, m
     monkeypatch.setattr(fcntl, "flock", refuse)
     start(main)
     assert (tmp_path / "done").exists()
-    assert "cannot be locked" in caplog.text
+    assert "There are no locks" in caplog.text
     assert fcntl.flock is refuse

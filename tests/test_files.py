@@ -13,6 +13,7 @@ import pytest
 from diffusers_dino.files import (
     atomic_write,
     csv_text,
+    lock_file,
     lock_folder,
     make_writable_folder,
     open_private,
@@ -131,6 +132,12 @@ def test_one_run_at_a_time(tmp_path):
         pass
     with lock_folder(tmp_path):
         pass
+    path = tmp_path / "x.safetensors"
+    with lock_file(path), pytest.raises(OSError, match=r"x\.safetensors"), lock_file(path, OSError):
+        pass
+    with lock_file(path), lock_file(tmp_path / "y.safetensors"):
+        pass
+    assert os.listdir(tmp_path) == ["lock"]
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EIO])
@@ -142,7 +149,7 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog,
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     with lock_folder(tmp_path):
-        assert "cannot be locked" in caplog.text
+        assert "There are no locks" in caplog.text
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP])

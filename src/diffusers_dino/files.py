@@ -24,6 +24,7 @@ __all__ = [
     "atomic_write",
     "beside",
     "csv_text",
+    "lock_file",
     "lock_folder",
     "make_writable_folder",
     "open_private",
@@ -242,15 +243,31 @@ def lock_folder(folder: Path, error: type[Exception] = RuntimeError) -> Iterator
     warning says so.
     """
     with open(folder / "lock", "w") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as held:
-            raise error(f"Another run is at work in {folder}: wait for it, or stop it.") from held
-        except (ImportError, OSError) as missing:  # not on Windows, nor on every network's file system
-            logger.warning("%s cannot be locked (%s): see to it that no other run works there.", folder, missing)
+        _hold(file, f"in {folder}", error)
         yield
+
+
+@contextmanager
+def lock_file(path: str | Path, error: type[Exception] = RuntimeError) -> Iterator[None]:
+    """Hold a lock on a file that is to be written, as `lock_folder` does, by a hidden file beside it."""
+    lock = beside(Path(path), "lock")
+    with open(lock, "w") as file:
+        _hold(file, f"on {path}", error)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _hold(file: TextIO, place: str, error: type[Exception]) -> None:
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as held:
+        raise error(f"Another run is at work {place}: wait for it, or stop it.") from held
+    except (ImportError, OSError) as missing:  # not on Windows, nor on every network's file system
+        logger.warning("There are no locks (%s): see to it that no other run is at work %s.", missing, place)
 
 
 @contextmanager

@@ -10,10 +10,12 @@ another extractor. docs/metrics.md lists the extractors.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..data import Preprocessing, open_images
 from ..data.keys import read_keys
 from ..devices import device_of
+from ..files import lock_file, make_writable_folder
 from ..metrics import extract_features, open_extractor
 from .arguments import flag
 
@@ -40,6 +42,12 @@ class Arguments:
 def main(args: Arguments) -> None:
     if args.data is None:
         raise ValueError("Name the images: --data SOURCE.")
+    make_writable_folder(Path(args.output).parent)
+    with lock_file(args.output, OSError):
+        extract(args)
+
+
+def extract(args: Arguments) -> None:
     device = device_of(0, args.device)
     extractor = open_extractor(args.extractor, args.weights, device, sha256=args.sha256)
     preprocessing = Preprocessing(args.resolution, args.remove_borders)
