@@ -176,7 +176,8 @@ class PriorValidator:
         if self.every:
             prior: DinoPrior = pipe.prior
             real = prior.standardise(held_out.tokens).flatten(1)
-            known = prior.standardise(reference[: len(real)]).flatten(1)
+            spread = torch.linspace(0, len(reference) - 1, min(len(real), len(reference))).round().long()
+            known = prior.standardise(reference[spread]).flatten(1)
             self._real = real
             self._controls = {"training to held-out tokens": frechet_of_samples(known, real)}
 
