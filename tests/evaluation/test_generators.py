@@ -75,3 +75,15 @@ def test_how_many_keys_matched_is_recorded_and_few_are_warned_of(tmp_path, caplo
     alone = LabelTable(KEYS, TABLE.labels, KEYS)
     assert re.search("Patients are not known", check_generators(alone, tested, "model", path))
     assert "not checked" in check_generators(TABLE, tested, "model-{fold}")
+
+
+def test_a_patient_is_known_by_an_image_that_is_not_used(tmp_path):
+    used = TABLE.select(KEYS[::2])  # one image of each patient; the generators saw the other ones
+    path = write(tmp_path / "keys.txt", KEYS[1::2])
+    folds = np.repeat([0, 1], 6)
+    with pytest.raises(ValueError, match="None of the 12 keys"):
+        check_generators(used, folds, "model", path)
+    with pytest.raises(ValueError, match="fold 0 was trained on images of 6 of the 6 patients"):
+        check_generators(used, folds, "model-{fold}", path, TABLE)
+    with pytest.raises(ValueError, match="trained on all 12 patients"):
+        write_folds(used, ("A",), tmp_path / "out", num_folds=2, training_keys=path, known=TABLE)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from ...data.labels import read_label_table
 from ...evaluation.augmentation.generators import FOLD, write_folds
 from ...evaluation.augmentation.plot import plot_augmentation, plot_differences
 from ...evaluation.augmentation.protocol import UnfinishedGridError, evaluate_augmentation
@@ -25,6 +26,7 @@ from ...synthesis import SynthesisSettings
 from ..arguments import flag
 from ..classifier_flags import ClassifierArguments, LabelledImageArguments, classifier_settings, open_labelled_images
 from ..console import show_messages
+from ..image_flags import STORED
 from ..sampling_flags import SamplingArguments
 
 
@@ -56,10 +58,13 @@ def main(args: Arguments) -> None:
     show_messages("diffusers_dino.evaluation")
     output = make_writable_folder(args.output_dir)
     images, table, names = open_labelled_images(args, args.size)
+    known = table
+    if args.labels != STORED:  # training keys may be of images that --keys_file leaves out
+        known = read_label_table(args.labels, args.key_column, args.label_column, args.patient_column)
     options = {"num_folds": args.num_folds, "training_keys": args.training_keys, "seed": args.seed}
     if args.write_folds:
         with lock_folder(output):
-            write_folds(table, names, output, **options)
+            write_folds(table, names, output, known=known, **options)
         patients = len(set(table.patients))
         print(f"{output}/folds.csv: {len(table)} images of {patients} patients in {args.num_folds} folds")
         return
@@ -70,7 +75,7 @@ def main(args: Arguments) -> None:
     try:
         result = evaluate_augmentation(
             images,
-            table,
+            known,
             args.model,
             output,
             labels=names,

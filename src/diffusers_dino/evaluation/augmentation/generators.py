@@ -44,17 +44,19 @@ def write_folds(
     *,
     num_folds: int = 5,
     training_keys: PerFold | None = None,
+    known: LabelTable | None = None,
     seed: int = 0,
 ) -> np.ndarray:
     """Share out patients to folds, and write which images the generator of each fold may be trained on.
 
     Writes `folds.csv`, and `fold-K/training_keys.txt` for each fold K: train its generator on these images. The
-    arguments are those of `evaluate_augmentation`. Returns `(N,)` int64, the fold that each image of the table is
-    tested in; -1 for none. ValueError if there are fewer patients to test than folds, or the folder has other folds.
+    arguments are those of `evaluate_augmentation`; `known` has the patients of more images than are used, among which
+    training keys are looked up. Returns `(N,)` int64, the fold that each image of the table is tested in; -1 for none.
+    ValueError if there are fewer patients to test than folds, the folder has other folds, or no training key is known.
     """
     seen: set[str] = set()
     if training_keys is not None and is_shared(training_keys):
-        seen = _trained_on(of_fold(training_keys, 0), table)[0]
+        seen = _trained_on(of_fold(training_keys, 0), known or table)[0]
         logger.info(f"{len(seen)} patients that the generator was trained on are not tested")
     tested = np.array([patient not in seen for patient in table.patients])
     if not tested.any():
@@ -92,12 +94,16 @@ def _parse(text: str) -> list[list[str]] | None:
 
 
 def check_generators(
-    table: LabelTable, folds: np.ndarray, generators: PerFold, training_keys: PerFold | None = None
+    table: LabelTable,
+    folds: np.ndarray,
+    generators: PerFold,
+    training_keys: PerFold | None = None,
+    known: LabelTable | None = None,
 ) -> str:
     """A sentence about whether generators have seen patients of the folds `(N,)` that they are used for.
 
     ValueError if a fold's generator was trained on images of patients whom the fold tests, by the keys in the files
-    `training_keys`, or if none of these is the key of an image here.
+    `training_keys`, or if none of these is the key of an image here. `known` is as of `write_folds`.
     """
     if training_keys is None:
         if not is_shared(generators):
@@ -113,7 +119,7 @@ def check_generators(
         return "One generator for all folds, which may have been trained on images of the patients that are tested."
     matches = []
     for fold in range(int(folds.max()) + 1):
-        trained, matched = _trained_on(of_fold(training_keys, fold), table)
+        trained, matched = _trained_on(of_fold(training_keys, fold), known or table)
         matches.append(f"{matched} for fold {fold}")
         tested = {table.patients[row] for row in np.flatnonzero(folds == fold).tolist()}
         if both := sorted(trained & tested):

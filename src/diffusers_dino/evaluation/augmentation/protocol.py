@@ -94,7 +94,7 @@ def evaluate_augmentation(
 
     Args:
         images: Real images. Their size does not matter: generator and classifier see them at their own.
-        table: Labels and patients of (at least) these images.
+        table: Labels and patients of (at least) these images. Training keys are looked up among all of its rows.
         generators: Folder of the `DinoDiffusionPipeline` of each fold, which must not have been trained on images of
             the patients that the fold tests (see `write_folds`): one path in which `{fold}` stands for the number of a
             fold, or one for each. A single one for all folds, or a repository of the Hub, is possible, too.
@@ -131,12 +131,13 @@ def evaluate_augmentation(
     classifier = classifier or ClassifierSettings()
     synthesis = replace(synthesis or SynthesisSettings(), threads=1, grayscale=classifier.channels == 1)
     labels = tuple(labels or table.most_frequent(4))
-    table = table.select(images.keys).restrict(labels)
+    known, table = table, table.select(images.keys).restrict(labels)
     make_classifier(classifier, len(labels))  # refuses what timm does not make before hours of work
     real_images = at_size(images, classifier.size)
     output = make_writable_folder(output_dir)
     with lock_folder(output):
-        folds = write_folds(table, labels, output, num_folds=num_folds, training_keys=training_keys, seed=seed)
+        trained = {"training_keys": training_keys, "known": known}
+        folds = write_folds(table, labels, output, num_folds=num_folds, seed=seed, **trained)
         targets = table.targets(labels)
         for fold in range(num_folds):
             check_classes(targets[folds == fold], labels, f"fold {fold}")
@@ -163,9 +164,7 @@ def evaluate_augmentation(
             if not isinstance(before, dict) or not isinstance(before.get("configuration"), dict):
                 raise ValueError(f"{path} is damaged: it holds no configuration. Give another output folder.")
             require_same(before["configuration"], begun, output)
-        write_json(
-            path, {"configuration": begun, "generators": check_generators(table, folds, generators, training_keys)}
-        )
+        write_json(path, {"configuration": begun, "generators": check_generators(table, folds, generators, **trained)})
         real = pack_images(real_images, output / "real.npy", channels=classifier.channels)
         if real.keys != table.keys:
             logger.warning(f"{len(table) - len(real)} of {len(table)} images cannot be read and are left out.")
