@@ -91,6 +91,8 @@ class UNetLoraLoaderMixin(LoraBaseMixin):
                 hotswap=hotswap,
             )
         except (RuntimeError, re.error, *_MALFORMED) as error:
+            if not getattr(self.unet, "peft_config", None):
+                self.unet.unload_lora()  # else layers would stay wrapped, and be saved under other names
             if isinstance(error, RuntimeError) and "in loading state_dict" not in str(error):
                 raise  # no memory, say
             reason = " ".join(str(error).split())[:200]
@@ -172,7 +174,7 @@ class UNetLoraLoaderMixin(LoraBaseMixin):
         """
         check_number(-math.inf, lora_scale=lora_scale)
         tuners = require("peft.tuners.tuners_utils", "train", "LoRA needs peft")
-        for path, layer in self.unet.named_modules():
+        for path, layer in self.unet.named_modules() if self.unet is not None else ():
             if not isinstance(layer, tuners.BaseTunerLayer):
                 continue
             for name in set(adapter_names or layer.active_adapters) & set(layer.scaling):
