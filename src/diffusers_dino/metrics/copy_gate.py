@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import replace
 from typing import NamedTuple
@@ -14,7 +15,16 @@ from ..data import ImageDataset
 from ..fingerprints import hash_of
 from .extractors import FeatureExtractor, FeatureSpec, open_extractor
 from .features import FeatureSet, extract_features
-from .neighbours import Groups, Neighbors, calibrate_threshold, nearest_training, relative_distances, typical_distances
+from .neighbours import (
+    Groups,
+    Neighbors,
+    calibrate_threshold,
+    encode_groups,
+    nearest_training,
+    relative_distances,
+    typical_distances,
+)
+from .registration import SIDE, Laid, PictureSearch, pictures_of
 from .tensor_files import read_tensors, refusing, write_tensors
 
 __all__ = [
@@ -27,47 +37,105 @@ __all__ = [
     "search_training",
 ]
 
-_FORMAT = 1
+logger = logging.getLogger(__name__)
+
+_FORMAT = 2  # 1, which is read too, had no pictures
 _KIND = "the file of a gate"
+_LOW = 0.05  # quantile of real images at which both distances are made equal
 
 
 class ImageViews(NamedTuple):
-    """Features of N images, with keys and description (`upright`), and `(2, N, D)` with those of the mirror images."""
+    """Features of N images, with keys and description (`upright`), and `(2, N, D)` with those of the mirror images.
+
+    Pictures are those of `pictures_of`; None leaves the second stage of a search out.
+    """
 
     upright: FeatureSet
     features: Tensor
+    pictures: Tensor | None = None
 
 
 class Distances(NamedTuple):
-    """How near N images are to training images: `relative_distances` `(N,)`, and the nearest of each."""
+    """How near N images are to training images.
+
+    Attributes:
+        relative: `relative_distances` of features `(N,)`.
+        neighbors: The nearest of each, by features.
+        laid: What fits best when laid over each; None without pictures.
+        balance: What brings distances of pictures to the scale of those of features.
+    """
 
     relative: Tensor
     neighbors: Neighbors
+    laid: Laid | None = None
+    balance: float = 1.0
+
+    def balanced(self, real: Distances) -> Distances:
+        """With the balance at which equally many of these real images are near by features and by pictures."""
+        if self.laid is None or real.laid is None:
+            return self
+        by_features, by_pictures = (x.quantile(_LOW).item() for x in (real.relative, real.laid.distance))
+        return self._replace(balance=by_features / by_pictures or 1.0)  # 0 if many are exact copies
+
+    @property
+    def smallest(self) -> Tensor:
+        """The smaller of both distances `(N,)` in [0, 1], which decides."""
+        return self.relative if self.laid is None else self.relative.minimum(self.balance * self.laid.distance)
+
+    @property
+    def nearest(self) -> tuple[Tensor, Tensor]:
+        """The training image that decides `(N,)`, and whether the mirror image is what is near it `(N,)`."""
+        index, mirrored = self.neighbors.index[:, 0], self.neighbors.view[:, 0].bool()
+        if self.laid is None:
+            return index, mirrored
+        by_picture = self.balance * self.laid.distance < self.relative
+        return (
+            torch.where(by_picture, self.laid.index, index),
+            torch.where(by_picture, self.laid.mirrored, mirrored),
+        )
 
 
 class CopyGate:
     """Says which images may pass: those that are not near-copies of training images, nor of their mirror images.
 
-    The verdict on an image depends on that image only: features are computed for one image at a time. A gate
-    holds features of training images, which show what they show; keep its file where they may be.
+    An image is compared by its features, and by a small picture that is laid over those of training images, which
+    finds copies that were moved, turned, cropped or partly covered. The verdict depends on that image only. A gate
+    holds features and pictures of training images, which show what they show; keep its file where they may be.
 
     Args:
         training: Features of the training images.
         threshold: Relative distance in (0, 1] below which an image is a copy: see `calibrate_threshold`.
         extractor: Of the same description as the features.
+        pictures: Those of the training images, by `pictures_of`. None leaves them out, as in gates of version 1.
+        balance: What brings distances of pictures to the scale of those of features.
 
     Raises:
-        ValueError: If the extractor is another one, the threshold is out of range, or there are too few images.
+        ValueError: If the extractor is another one, numbers are out of range, or there are too few images.
     """
 
-    def __init__(self, training: FeatureSet, threshold: float, extractor: FeatureExtractor) -> None:
+    def __init__(
+        self,
+        training: FeatureSet,
+        threshold: float,
+        extractor: FeatureExtractor,
+        pictures: Tensor | None = None,
+        balance: float = 1.0,
+    ) -> None:
         training.spec.require_same(extractor.spec)
         if not 0 < threshold <= 1:
             raise ValueError(f"The threshold is a relative distance in (0, 1], got {threshold}.")
+        if not 0 < balance < float("inf"):
+            raise ValueError(f"The balance is a positive number, got {balance}.")
+        if pictures is not None and (pictures.dtype != torch.uint8 or pictures.shape != (len(training), SIDE, SIDE)):
+            raise ValueError(
+                f"{len(training)} images have pictures of {SIDE} px in uint8, got {tuple(pictures.shape)}."
+            )
         typical_distances(training.features[:1], training.features)  # says if there are too few
-        self.threshold = float(threshold)
+        self.threshold, self.balance = float(threshold), float(balance)
         self.extractor = extractor
         self._training = training.features.float().contiguous()
+        self._pictures = pictures
+        self._search = None if pictures is None else PictureSearch(pictures)
 
     @classmethod
     def calibrate(
@@ -91,8 +159,22 @@ class CopyGate:
         """
         extractor = extractor or open_extractor("local-contrast")
         views = extract_views(extractor, training, batch_size)
-        real = search_training(views, known_groups(views, training, groups)).relative
-        return cls(views.upright, calibrate_threshold(real, false_alarms), extractor)
+        return cls.of(views, search_training(views, known_groups(views, training, groups)), extractor, false_alarms)
+
+    @classmethod
+    def of(
+        cls, training: ImageViews, real: Distances, extractor: FeatureExtractor, false_alarms: float = 0.01
+    ) -> CopyGate:
+        """The gate of which at most a share of `false_alarms` of images like the `real` ones are refused."""
+        real = real.balanced(real)
+        threshold = calibrate_threshold(real.smallest, false_alarms)
+        if threshold < 0.5 * real.smallest.quantile(_LOW):
+            logger.warning(
+                "A few real images are so near to images of other groups (the nearest at %.2f) that the gate finds "
+                "few copies: are they of the same patient, or duplicates? Leave them out and calibrate again.",
+                real.smallest.min().item(),
+            )
+        return cls(training.upright, threshold, extractor, training.pictures, real.balance)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Whether each of `(N, C, H, H)` in [0, 1] may pass: `(N,)` bool."""
@@ -105,16 +187,17 @@ class CopyGate:
         views = torch.stack([torch.cat([self.extractor(image) for image in side.split(1)]) for side in _sides(images)])
         neighbors = nearest_training(views, self._training)
         # The last digits of matrix products depend on how many images there are, and no verdict may
-        return relative_distances(neighbors, typical_distances(views, self._training)).round(decimals=12)
+        relative = relative_distances(neighbors, typical_distances(views, self._training)).round(decimals=12)
+        laid = None if self._search is None else self._search(pictures_of(images))
+        return Distances(relative, neighbors, laid, self.balance).smallest
 
     def fingerprint(self) -> str:
         """A short hash that is equal only for gates of equal verdicts."""
-        return hash_of(json.dumps(self._description(), sort_keys=True), self._training)[:16]
+        return hash_of(json.dumps(self._description(), sort_keys=True), *self._tensors().values())[:16]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one `.safetensors` file, whole or not at all."""
-        description = {**self._description(), "fingerprint": self.fingerprint()}
-        write_tensors(path, {"training": self._training}, {"gate": description})
+        write_tensors(path, self._tensors(), {"gate": {**self._description(), "fingerprint": self.fingerprint()}})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], extractor: FeatureExtractor | None = None) -> CopyGate:
@@ -124,34 +207,46 @@ class CopyGate:
             FileNotFoundError: If there is no such file.
             ValueError: If it is another kind of file, damaged or edited, or the extractor is not the gate's.
         """
-        tensors, metadata = read_tensors(path, _KIND, "training")
+        tensors, metadata = read_tensors(path, _KIND, "training", optional="pictures")
         with refusing(path, _KIND):
-            description, features = metadata["gate"], tensors["training"]
+            description, features, pictures = metadata["gate"], tensors["training"], tensors.get("pictures")
             spec, threshold = FeatureSpec.from_dict(description["spec"]), float(description["threshold"])
-            if description["format"] != _FORMAT:
-                raise ValueError(f"its format is {description['format']}, and {_FORMAT} is read")
+            if description["format"] != (1 if pictures is None else _FORMAT):
+                raise ValueError(f"its format is {description['format']}, and 1 to {_FORMAT} are read")
             training = FeatureSet(features, tuple(map(str, range(len(features)))), spec)
-        gate = cls(training, threshold, extractor or _open_by(spec))
+            balance = 1.0 if pictures is None else float(description["balance"])
+        extractor = extractor or _open_by(spec)
+        gate = cls(training, threshold, extractor, pictures, balance)
         if gate.fingerprint() != description.get("fingerprint"):
             raise ValueError(f"{path} was edited after it was written: calibrate the gate again.")
         return gate
 
+    def _tensors(self) -> dict[str, Tensor]:
+        pictures = {} if self._pictures is None else {"pictures": self._pictures}
+        return {"training": self._training, **pictures}
+
     def _description(self) -> dict[str, object]:
-        return {"format": _FORMAT, "threshold": self.threshold, "spec": self.extractor.spec.to_dict()}
+        described = {"format": 1, "threshold": self.threshold, "spec": self.extractor.spec.to_dict()}
+        return described if self._pictures is None else {**described, "format": _FORMAT, "balance": self.balance}
 
 
 def extract_views(
     extractor: FeatureExtractor, images: ImageDataset | Tensor, batch_size: int = 64, progress: bool = False
 ) -> ImageViews:
-    """Features of a collection of images (or `(N, C, H, H)` in [0, 1]) and of their mirror images, in one pass."""
+    """Features of a collection of images (or `(N, C, H, H)` in [0, 1]) and of their mirror images, and pictures."""
     dim = extractor.spec.dim
-    both = FeatureExtractor(
-        replace(extractor.spec, dim=2 * dim),
-        lambda batch: torch.cat([extractor(side) for side in _sides(batch)], dim=1),
+    # in one pass: all three are one feature
+    together = FeatureExtractor(
+        replace(extractor.spec, dim=2 * dim + SIDE * SIDE),
+        lambda batch: torch.cat(
+            [*(extractor(side) for side in _sides(batch)), pictures_of(batch).flatten(1).float()], dim=1
+        ),
     )
-    found = extract_features(both, images, batch_size, progress=progress)
-    upright = FeatureSet(found.features[:, :dim].contiguous(), found.keys, extractor.spec)
-    return ImageViews(upright, torch.stack([upright.features, found.features[:, dim:]]))
+    found = extract_features(together, images, batch_size, progress=progress)
+    upright, mirrored, pictures = found.features.split([dim, dim, SIDE * SIDE], dim=1)
+    upright = FeatureSet(upright.contiguous(), found.keys, extractor.spec)
+    pictures = pictures.to(torch.uint8).view(-1, SIDE, SIDE)
+    return ImageViews(upright, torch.stack([upright.features, mirrored]), pictures)
 
 
 def known_groups(views: ImageViews, images: ImageDataset | Tensor, groups: Groups | None) -> Groups | None:
@@ -173,7 +268,11 @@ def search_copies(
     sides = {"groups": groups, "training_groups": training_groups}
     neighbors = nearest_training(images.features, training.upright.features, **sides)
     typical = typical_distances(images.features, training.upright.features, **sides)
-    return Distances(relative_distances(neighbors, typical), neighbors)
+    laid = None
+    if images.pictures is not None and training.pictures is not None:
+        codes = encode_groups(groups, training_groups, len(images.pictures), len(training.pictures))
+        laid = PictureSearch(training.pictures)(images.pictures, *codes)
+    return Distances(relative_distances(neighbors, typical), neighbors, laid)
 
 
 def search_training(training: ImageViews, groups: Groups | None = None) -> Distances:

@@ -22,6 +22,7 @@ __all__ = [
     "Neighbors",
     "authenticity",
     "calibrate_threshold",
+    "encode_groups",
     "nearest_by_cosine",
     "nearest_training",
     "relative_distances",
@@ -77,7 +78,7 @@ def nearest_training(
     views = _views_of(features, training)
     if not 1 <= k <= len(training):
         raise ValueError(f"Expected 1 <= k <= {len(training)}, the number of training images, got k = {k}.")
-    codes, training_codes = _encode_groups(groups, training_groups, views.shape[1], len(training))
+    codes, training_codes = encode_groups(groups, training_groups, views.shape[1], len(training))
     count = min(k + _SPARE, len(training))
     found = []
     for rows in _slices(views.shape[1], chunk):
@@ -105,7 +106,7 @@ def typical_distances(
     it also takes 11 training images (of other groups).
     """
     views = _views_of(features, training)
-    codes, training_codes = _encode_groups(groups, training_groups, views.shape[1], len(training))
+    codes, training_codes = encode_groups(groups, training_groups, views.shape[1], len(training))
     chosen = torch.linspace(0, len(training) - 1, min(len(training), _SAMPLE)).round().long()
     sample = training[chosen].double()
     distances = []
@@ -229,7 +230,7 @@ def _views_of(features: Tensor, training: Tensor) -> Tensor:
     return views
 
 
-def _encode_groups(
+def encode_groups(
     groups: Groups | None, training_groups: Groups | None, n: int, m: int
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """Groups as numbers, `(N,)` and `(M,)`; equal where the groups are."""

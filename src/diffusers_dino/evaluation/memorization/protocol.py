@@ -26,7 +26,7 @@ from ...metrics.copy_gate import (
     search_copies,
     search_training,
 )
-from ...metrics.neighbours import Groups, authenticity, calibrate_threshold
+from ...metrics.neighbours import Groups, authenticity
 from ..controls import rows_in
 from ..generation import stack_images
 from ..results import JsonResult
@@ -196,23 +196,23 @@ def evaluate_memorization(
         if num_seen:
             logger.warning("%d of the held-out images are training images: they say nothing.", num_seen)
         unseen = search_copies(held_out_views, views, known, None if known is None else groups)
-    threshold = calibrate_threshold((own if calibrate_on == "training" else unseen).relative, false_alarms)
+    real = own if calibrate_on == "training" else unseen
+    gate = CopyGate.of(views, real, extractor, false_alarms)
     if synthetic is not None:
         synthetic_views = extract_views(extractor, synthetic, batch_size, progress)
-        generated = search_copies(synthetic_views, views)
-        closest = _closest(generated, synthetic_views, views, threshold, num_pairs)
-    gate = CopyGate(views.upright, threshold, extractor)
+        generated = search_copies(synthetic_views, views).balanced(real)
+        closest = _closest(generated, synthetic_views, views, gate.threshold, num_pairs)
     figures = {
-        name: None if found is None else _summarize(found, threshold, spacing)
+        name: None if found is None else _summarize(found.balanced(real), gate.threshold, spacing)
         for name, found in (("training", own), ("held_out", unseen), ("synthetic", generated))
     }
     result = MemorizationResult(
         spec=extractor.spec,
         false_alarms=false_alarms,
-        threshold=threshold,
+        threshold=gate.threshold,
         calibrated_on=calibrate_on,
         gate=gate.fingerprint(),
-        planted=_plant(training, views, extractor, threshold),
+        planted=_plant(training, views, real, gate),
         closest=closest,
         held_out_in_training=num_seen,
         **figures,
@@ -221,7 +221,8 @@ def evaluate_memorization(
 
 
 def _summarize(found: Distances, threshold: float, spacing: Tensor) -> SetFigures:
-    n, copies = len(found.relative), int((found.relative < threshold).sum())
+    nearest = found.smallest
+    n, copies = len(nearest), int((nearest < threshold).sum())
     authentic = int(authenticity(found.neighbors, spacing).sum())
     return SetFigures(
         n,
@@ -230,36 +231,35 @@ def _summarize(found: Distances, threshold: float, spacing: Tensor) -> SetFigure
         *share_interval(copies, n),
         authentic / n,
         *share_interval(authentic, n),
-        found.relative.min().item(),
-        found.relative.median().item(),
-        tuple(torch.histc(found.relative, NUM_BINS, 0, 1).long().tolist()),
+        nearest.min().item(),
+        nearest.median().item(),
+        tuple(torch.histc(nearest, NUM_BINS, 0, 1).long().tolist()),
     )
 
 
-def _plant(
-    training: Images, views: ImageViews, extractor: FeatureExtractor, threshold: float
-) -> tuple[PlantedFigures, ...]:
+def _plant(training: Images, views: ImageViews, real: Distances, gate: CopyGate) -> tuple[PlantedFigures, ...]:
     """Tamper with training images, evenly spread over their order, and search for them."""
     keys = views.upright.keys  # of those that can be read
     rows = torch.linspace(0, len(keys) - 1, min(len(keys), _NUM_PLANTED)).round().long().tolist()
     images = training[rows] if isinstance(training, Tensor) else stack_images(training.select([keys[i] for i in rows]))
     figures = []
     for change, tamper in PLANTED.items():
-        found = search_copies(extract_views(extractor, tamper(images).clamp(0, 1)), views)
-        figures.append(PlantedFigures(change, len(rows), (found.relative < threshold).double().mean().item()))
+        found = search_copies(extract_views(gate.extractor, tamper(images).clamp(0, 1)), views).balanced(real)
+        figures.append(PlantedFigures(change, len(rows), (found.smallest < gate.threshold).double().mean().item()))
     return tuple(figures)
 
 
 def _closest(
     found: Distances, synthetic: ImageViews, training: ImageViews, threshold: float, count: int
 ) -> tuple[ClosePair, ...]:
+    distance, (index, mirrored) = found.smallest, found.nearest
     return tuple(
         ClosePair(
             key=synthetic.upright.keys[row],
-            training_key=training.upright.keys[int(found.neighbors.index[row, 0])],
-            relative_distance=found.relative[row].item(),
-            mirrored=bool(found.neighbors.view[row, 0]),
-            copy=found.relative[row].item() < threshold,
+            training_key=training.upright.keys[int(index[row])],
+            relative_distance=distance[row].item(),
+            mirrored=bool(mirrored[row]),
+            copy=distance[row].item() < threshold,
         )
-        for row in found.relative.sort(stable=True).indices[:count].tolist()
+        for row in distance.sort(stable=True).indices[:count].tolist()
     )

@@ -8,7 +8,14 @@ from torch.nn import functional as F
 
 from .base import FeatureExtractor, FeatureSpec
 
-__all__ = ["THUMBNAILS", "gaussian_blur", "local_contrast_features", "open_thumbnails", "pixel_features"]
+__all__ = [
+    "THUMBNAILS",
+    "gaussian_blur",
+    "local_contrast",
+    "local_contrast_features",
+    "open_thumbnails",
+    "pixel_features",
+]
 
 _SIDE = 16
 _SIGMA = 2.0  # of the neighbourhood of local contrast, in pixels of the thumbnail
@@ -41,10 +48,13 @@ def local_contrast_features(images: Tensor, side: int = _SIDE) -> Tensor:
     Returns:
         `(N, side * side)` float32 of norm 1, so that squared distances are `2 - 2 * correlation`; 0 for a flat image.
     """
-    gray = _thumbnails(images, side)
+    return F.normalize(local_contrast(_thumbnails(images, side)).flatten(1), dim=1)
+
+
+def local_contrast(gray: Tensor) -> Tensor:
+    """Each pixel of `(N, 1, H, H)` less those around it, in units of their contrast."""
     residual = gray - gaussian_blur(gray, _SIGMA, "reflect")
-    relief = residual / (gaussian_blur(residual.square(), _SIGMA, "reflect").sqrt() + _FLOOR)
-    return F.normalize(relief.flatten(1), dim=1)
+    return residual / (gaussian_blur(residual.square(), _SIGMA, "reflect").sqrt() + _FLOOR)
 
 
 _LOCAL_CONTRAST = f"gray values in units of local contrast, sigma {_SIGMA:g}, floor {_FLOOR:g}, norm 1"

@@ -1,0 +1,219 @@
+"""Copies that were moved, turned, cropped or partly covered: small pictures that are laid over each other.
+
+Each image is compared with the training images that resemble it most, whole or by one half, as it is and mirrored.
+Turns, scales and shifts are tried first; the best of them are refined by least squares (Lucas & Kanade 1981), in which
+blocks that do not fit count little. What is left is compared block by block, so that a part that was covered, or is of
+another image, hides nothing of the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..data.images.preprocessing import border_window
+from .extractors.thumbnails import gaussian_blur, local_contrast, local_contrast_features
+
+__all__ = ["Laid", "PictureSearch", "pictures_of"]
+
+SIDE = 32  # of a picture in pixels
+_BORDER = 0.02  # of the dynamic range: how uniform a border is that is cut off
+_COARSE = 16  # side of what candidates are found by
+_BLOCKS = 4  # in a row of the last comparison
+_COUNTED = 6  # of the 16 blocks, those that fit best: what half of an image has, less those at the seam
+_MOST = 0.99  # correlation: more than that says nothing more
+_MARGIN = 4  # pixels of a training picture that an image may lack when shifts are tried
+_SHIFTS = (-3, 0, 3)  # pixels
+_BLUR = 1.5  # pixels, before shifts are tried
+_WHOLE, _HALF, _TRIED, _KEPT = 24, 8, 6, 4  # candidates: by the whole, by a half; refined, and refined further
+_STEPS = (2, 4)  # of refinement
+_DAMPING = 1e-3
+
+
+def _affine(degrees: float = 0.0, scale: float = 1.0, right: float = 0.0, down: float = 0.0) -> list[list[float]]:
+    """What a window sees that is turned, `scale` sides wide and moved by parts of the side: rows of a `(2, 3)`."""
+    cos, sin = (scale * f(math.radians(degrees)) for f in (math.cos, math.sin))
+    return [[cos, -sin, 2 * right], [sin, cos, 2 * down]]
+
+
+_VIEWS = torch.tensor(  # that candidates are found by
+    [
+        *(_affine(degrees) for degrees in (0, 8, -8)),
+        *(_affine(scale=scale) for scale in (0.9, 1.1)),
+        *(_affine(right=right, down=down) for right in (0.04, -0.04) for down in (0.04, -0.04)),
+    ]
+)
+_TURNS = torch.tensor(  # that are tried, each with all shifts
+    [_affine(degrees, scale) for degrees in (-10, -5, 0, 5, 10) for scale in (0.86, 0.93, 1.0, 1.07, 1.15)]
+)
+
+
+class Laid(NamedTuple):
+    """The training image that each of N images fits best when laid over it: each `(N,)`.
+
+    Distances are float64 in [0.14, 1]: the part of the contrast that is left over in the blocks that fit best. Indices
+    are int64; `mirrored` says whether the mirror image is what fits.
+    """
+
+    distance: Tensor
+    index: Tensor
+    mirrored: Tensor
+
+
+def pictures_of(images: Tensor) -> Tensor:
+    """Gray pictures `(N, 32, 32)` uint8 of images `(N, C, H, H)` in [0, 1], without uniform borders."""
+    pictures = [torch.empty(0, 1, SIDE, SIDE)]
+    for image in images.float().mean(dim=1).cpu():
+        inner = image[border_window(image.numpy(), _BORDER)]
+        inner = inner if 2 * min(inner.shape) >= len(image) else image  # nearly all of it is uniform
+        pictures.append(F.interpolate(inner[None, None], (SIDE, SIDE), mode="bilinear", antialias=True))
+    return (torch.cat(pictures)[:, 0] * 255).round().to(torch.uint8)
+
+
+class PictureSearch:
+    """Training pictures `(M, 32, 32)` uint8, ready to be searched; it takes about 10 kB an image."""
+
+    def __init__(self, pictures: Tensor) -> None:
+        gray = pictures[:, None] / 255
+        self._relief = local_contrast(gray)[:, 0]  # (M, 32, 32)
+        self._whole = local_contrast_features(gray, _COARSE)  # (M, 256)
+        self._halves = _halves(self._whole.view(-1, _COARSE, _COARSE))  # (4, M, 128)
+        inner = gaussian_blur(self._relief[:, None], _BLUR, "reflect")[:, 0, _MARGIN:-_MARGIN, _MARGIN:-_MARGIN]
+        self._quarters = _unit(_tiles(inner, 2))  # (M, 4, 144)
+
+    def __len__(self) -> int:
+        return len(self._whole)
+
+    def __call__(self, pictures: Tensor, codes: Tensor | None = None, own_codes: Tensor | None = None) -> Laid:
+        """The best fit of each of `(N, 32, 32)` uint8, one at a time, so that no answer depends on the others.
+
+        Training images whose code `(M,)` is that of an image `(N,)` are left out for it.
+        """
+        excluded = [None] * len(pictures) if codes is None else [own_codes == code for code in codes]
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # a thread an image; and a sum has one order
+        try:
+            with ThreadPoolExecutor(max_workers=threads) as pool:
+                found = list(pool.map(self._search, pictures, excluded))
+        finally:
+            torch.set_num_threads(threads)
+        distance, index, mirrored = zip(*found, strict=True) if found else ((), (), ())
+        return Laid(
+            torch.tensor(distance, dtype=torch.float64),
+            torch.tensor(index, dtype=torch.long),
+            torch.tensor(mirrored, dtype=torch.bool),
+        )
+
+    def _search(self, picture: Tensor, excluded: Tensor | None) -> tuple[float, int, bool]:
+        sides = torch.stack([picture, picture.flip(-1)])[:, None] / 255  # (2, 1, 32, 32)
+        relief = local_contrast(sides)
+        by_whole, by_half, side_of_half = self._candidates(sides, excluded)
+        index, side, guess = self._try_out(relief, by_whole)
+        index, side = torch.cat([index, by_half]), torch.cat([side, side_of_half])
+        guess = torch.cat([guess, torch.eye(2, 3).expand(len(by_half), 2, 3)])
+        right, down = relief[..., 2:] - relief[..., :-2], relief[..., 2:, :] - relief[..., :-2, :]
+        slopes = F.pad(right, (1, 1)) * SIDE / 4, F.pad(down, (0, 0, 1, 1)) * SIDE / 4  # a pixel is 2 / SIDE wide
+        layers = torch.cat([relief, *slopes, torch.ones_like(relief)], dim=1)  # (2, 4, 32, 32)
+        for steps, kept in zip(_STEPS, (_KEPT, 1), strict=True):
+            fit, guess = _refine(layers[side], self._relief[index], guess, steps)
+            best = fit.topk(min(kept, len(fit)))
+            index, side, guess = (x[best.indices] for x in (index, side, guess))
+        return round(math.exp(-best.values[0].item() / 2), 6), int(index[0]), bool(side[0])
+
+    def _candidates(self, sides: Tensor, excluded: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Training images that resemble a picture as a whole, and those by a half, with the side that does: 0 or 1."""
+        views = local_contrast_features(_warp(sides, _VIEWS), _COARSE)  # (2 V, 256)
+        whole = (views @ self._whole.T).amax(dim=0)  # (M,)
+        own = _halves(local_contrast_features(sides, _COARSE).view(2, _COARSE, _COARSE))
+        halves = torch.bmm(own, self._halves.transpose(1, 2)).amax(dim=0)  # (2, M)
+        if excluded is not None:
+            whole, halves = whole.masked_fill(excluded, -torch.inf), halves.masked_fill(excluded, -torch.inf)
+        count = len(whole) if excluded is None else int((~excluded).sum())
+        by_half = halves.amax(dim=0).topk(min(_HALF, count)).indices
+        return whole.topk(min(_WHOLE, count)).indices, by_half, halves[:, by_half].argmax(dim=0)
+
+    def _try_out(self, relief: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The candidates that fit best under a rough turn, scale and shift: these, the side, and matrices."""
+        turned = _warp(gaussian_blur(relief, _BLUR, "reflect"), _TURNS, "zeros")[:, 0]  # (2 T, 32, 32)
+        inner = SIDE - 2 * _MARGIN
+        starts = [(_MARGIN + y, _MARGIN + x) for y in _SHIFTS for x in _SHIFTS]
+        shifted = torch.stack([turned[:, y : y + inner, x : x + inner] for y, x in starts], dim=1).flatten(0, 1)
+        quarters = _unit(_tiles(shifted, 2)).transpose(0, 1)  # (4, 2 T S, 144)
+        fit = _information(torch.bmm(quarters, self._quarters[candidates].permute(1, 2, 0))).sum(dim=0)
+        fit, guess = fit.max(dim=0)  # (K,)
+        best = fit.topk(min(_TRIED, len(fit))).indices
+        turn, shift = guess[best] // len(starts), guess[best] % len(starts)
+        matrices = _TURNS[turn % len(_TURNS)]
+        moved = (torch.tensor(starts)[shift].flip(-1) - _MARGIN) * 2 / SIDE  # (k, 2): right, down
+        matrices = torch.cat([matrices[..., :2], matrices[..., :2] @ moved[..., None]], dim=-1)
+        return candidates[best], turn // len(_TURNS), matrices
+
+
+def _refine(layers: Tensor, training: Tensor, matrices: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """How well pictures `(k, 4, 32, 32)` fit `(k, 32, 32)` at best, `(k,)`, and by which matrices `(k, 2, 3)`.
+
+    Layers are relief, its slopes to the right and down, and ones. Steps are Gauss-Newton's, damped.
+    """
+    grid = F.affine_grid(torch.eye(2, 3)[None], [1, 1, SIDE, SIDE], align_corners=False)
+    here = F.pad(grid.view(-1, 2), (0, 1), value=1)  # (P, 3)
+    best, best_matrices = torch.full((len(matrices),), -torch.inf), matrices
+    for step in range(steps + 1):
+        grid = (here @ matrices.transpose(1, 2)).view(-1, SIDE, SIDE, 2)
+        seen = F.grid_sample(layers, grid, padding_mode="zeros", align_corners=False)  # (k, 4, 32, 32)
+        inside = (seen[:, 3] > 0.99).float()
+        correlation = _correlation(seen[:, 0], training, inside)  # (k, 16)
+        fit = _information(correlation).topk(_COUNTED).values.mean(dim=-1)
+        better = fit > best
+        best = torch.where(better, fit, best)
+        best_matrices = torch.where(better[:, None, None], matrices, best_matrices)
+        if step == steps:
+            break
+        weight = correlation.clamp(min=0.05).square().view(-1, _BLOCKS, _BLOCKS)
+        weight = weight.repeat_interleave(SIDE // _BLOCKS, 1).repeat_interleave(SIDE // _BLOCKS, 2) * inside
+        jacobian = torch.cat([seen[:, axis].flatten(1)[..., None] * here for axis in (1, 2)], dim=-1)  # (k, P, 6)
+        weighted = (jacobian * weight.flatten(1)[..., None]).transpose(1, 2)
+        normal, right = weighted @ jacobian, weighted @ (training - seen[:, 0]).flatten(1)[..., None]
+        normal = normal + (_DAMPING * normal.diagonal(dim1=1, dim2=2).mean(-1) + 1e-6)[:, None, None] * torch.eye(6)
+        matrices = matrices + torch.linalg.solve(normal, right).view(-1, 2, 3).clamp(-0.1, 0.1)
+    return best, best_matrices
+
+
+def _correlation(seen: Tensor, training: Tensor, inside: Tensor) -> Tensor:
+    """Of each block `(k, 16)` in [0, 0.99]; 0 where half of it or more is outside, or where it shows nothing."""
+    a, b, known = (_tiles(x, _BLOCKS) for x in (seen, training, inside))  # (k, 16, 64)
+    contrast = ((a.square() * known).sum(-1) * (b.square() * known).sum(-1)).sqrt()
+    return (a * b * known).sum(-1) / (contrast + 0.005 * a.shape[-1]) * (known.mean(-1) > 0.5)
+
+
+def _information(correlation: Tensor) -> Tensor:
+    """What a correlation says: minus the logarithm of the share of variance that is left."""
+    return -torch.log1p(-correlation.clamp(0, _MOST).square())
+
+
+def _warp(images: Tensor, matrices: Tensor, padding: str = "border") -> Tensor:
+    """Each of `(n, 1, S, S)` through each of `(m, 2, 3)`: `(n m, 1, S, S)`."""
+    grid = F.affine_grid(matrices, [len(matrices), 1, *images.shape[-2:]], align_corners=False)
+    repeated = images.repeat_interleave(len(matrices), dim=0)
+    return F.grid_sample(repeated, grid.repeat(len(images), 1, 1, 1), padding_mode=padding, align_corners=False)
+
+
+def _tiles(images: Tensor, count: int) -> Tensor:
+    """`(..., S, S)` cut into `(..., count * count, pixels)`."""
+    side = images.shape[-1] // count
+    return images.unfold(-2, side, side).unfold(-2, side, side).flatten(-2).flatten(-3, -2)
+
+
+def _halves(images: Tensor) -> Tensor:
+    """The upper, lower, left and right half of `(n, S, S)`, of norm 1: `(4, n, S * S / 2)`."""
+    middle = images.shape[-1] // 2
+    parts = images[:, :middle], images[:, middle:], images[..., :middle], images[..., middle:]
+    return torch.stack([_unit(part.flatten(1)) for part in parts])
+
+
+def _unit(x: Tensor) -> Tensor:
+    return F.normalize(x, dim=-1)
