@@ -1,43 +1,41 @@
-"""The search for copies: its time and memory among random features, and what it finds among real images.
+"""The search for copies: its time and memory, and what it finds among real images.
 
-    python benchmarks/memorization.py --num_images 20000 --num_features 1024
+    python benchmarks/memorization.py --num_images 20000
     python benchmarks/memorization.py --images /data/cxr --patients /data/cxr.csv
+    python benchmarks/memorization.py --images "examples/data/phantom-cxr/phantom-cxr-train-*.tar"
 
-The first searches N features among N others and prints seconds and the largest memory of the process. The second
-trains on half of the patients and plants copies of their images among those of the other half, once for each seed of
-the halves.
+The first searches made-up images among as many, and prints seconds and the largest memory of the process. The others
+calibrate a gate on half of the patients, and show it copies of their images and all images of the other half, once for
+each seed of the halves.
 """
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from diffusers_dino.cli.arguments import flag, parse_arguments
 from diffusers_dino.data import Preprocessing, open_images
 from diffusers_dino.data.labels import read_label_table
 from diffusers_dino.evaluation.memorization.planted import PLANTED
 from diffusers_dino.metrics import open_extractor
-from diffusers_dino.metrics.copy_gate import extract_views, search_copies, search_training
-from diffusers_dino.metrics.neighbours import calibrate_threshold, nearest_training
-
-SLIGHT = ("exact", "mirrored", "slightly blurred (1 % of the side)")  # what must be found
+from diffusers_dino.metrics.copy_gate import CopyGate, extract_views, search_copies, search_training
+from resident import peak, start_peak
 
 
 @dataclass
 class Arguments:
-    num_images: int = flag(20_000, "Random features to search, among as many.")
-    num_features: int = flag(1024, "Their width.")
-    mirrored: bool = flag(False, "Search mirror images, too, as the protocol does.")
-    images: str | None = flag(None, "Folder of real images, to plant copies among.")
-    patients: str | None = flag(None, "CSV table with their columns `file` and `patient`.")
+    num_images: int = flag(20_000, "Made-up images to search, among as many.")
+    images: str | None = flag(None, "Folder or tars of real images, to plant copies among.")
+    patients: str | None = flag(None, "CSV table with their columns `file` and `patient`; else each image is its own.")
     size: int = flag(64, "Side in pixels that they are prepared at.")
-    extractors: list[str] = flag(["local-contrast", "pixels"], "Feature spaces.")
+    extractors: list[str] = flag(["local-contrast"], "Feature spaces.")
+    false_alarms: float = flag(0.01, "Share of real images that the gate may refuse.")
+    num_planted: int = flag(100, "Images that each change is made to, of each half.")
     num_seeds: int = flag(10, "Ways of halving the patients.")
 
 
@@ -46,60 +44,63 @@ def main() -> None:
     if args.images:
         plant_copies(args)
     else:
-        time_scan(args)
+        time_scan(args.num_images)
 
 
-def time_scan(args: Arguments) -> None:
-    generator = torch.Generator().manual_seed(0)
-    shape = (args.num_images, args.num_features)
-    training = torch.randn(shape, generator=generator)
-    queries = torch.randn((1 + args.mirrored, *shape), generator=generator)
-    before = peak_mib()
-    started = time.perf_counter()
-    found = nearest_training(queries, training)
-    seconds = time.perf_counter() - started
+def time_scan(count: int) -> None:
+    extractor, before, started = open_extractor("local-contrast"), start_peak(), time.perf_counter()
+    training, images = (extract_views(extractor, made_up(count, seed)) for seed in range(2))
+    extracted = time.perf_counter()
+    found = search_copies(images, training)
+    searched = time.perf_counter()
     print(
-        f"{args.num_images} x {args.num_features} against as many, {len(queries)} views: {seconds:.1f} s on "
-        f"{torch.get_num_threads()} threads, at most {peak_mib():.0f} MiB, {before:.0f} of them before the search; "
-        f"mean distance {found.distance.mean():.4f}"
+        f"{count} images against as many, {torch.get_num_threads()} threads: {extracted - started:.0f} s to extract, "
+        f"{searched - extracted:.0f} s to search; at most {peak():.0f} MB, {before:.0f} of them before; mean distance "
+        f"{found.smallest.mean():.4f}"
     )
 
 
-def peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
+def made_up(count: int, seed: int) -> torch.Tensor:
+    """Smooth noise `(count, 1, 64, 64)`."""
+    coarse = torch.rand(count, 1, 12, 12, generator=torch.Generator().manual_seed(seed))
+    return torch.cat([F.interpolate(part, 64, mode="bicubic").clamp(0, 1) for part in coarse.split(1000)])
 
 
 def plant_copies(args: Arguments) -> None:
     images = open_images(args.images, Preprocessing(args.size))
     pixels = torch.stack([images[i]["image"].mean(dim=0, keepdim=True) for i in range(len(images))])
-    patients = np.array(read_label_table(args.patients, label_column="patient").select(images.keys).patients)
+    patients = np.arange(len(pixels))
+    if args.patients:
+        patients = np.array(read_label_table(args.patients, label_column="patient").select(images.keys).patients)
     for name in args.extractors:
-        rows = [plant_once(name, pixels, patients, seed) for seed in range(args.num_seeds)]
-        print(f"\n{name}: {len(rows)} halves of {len(set(patients))} patients")
-        alarms = np.array([row.pop("false alarms") for row in rows])
-        print(f"  false alarms: mean {alarms.mean():.2%}, most {alarms.max():.2%}")
+        rows = [plant_once(args, name, pixels, patients, seed) for seed in range(args.num_seeds)]
+        print(f"\n{name}: {len(rows)} halves of {len(set(patients))} patients, {len(pixels)} images")
         for change in rows[0]:
-            found = np.array([row[change] for row in rows])
-            print(f"  {change}: found {found.mean():.1%}, least {found.min():.1%}")
+            shares = np.array([row[change] for row in rows])  # (seeds, 2)
+            worst = shares.max(axis=0) if change == "false alarms" else shares.min(axis=0)
+            both, features = (f"{mean:.2%} (worst {end:.2%})" for mean, end in zip(shares.mean(0), worst, strict=True))
+            print(f"  {change}: {both}; by features only {features}", flush=True)
 
 
-def plant_once(name: str, pixels: torch.Tensor, patients: np.ndarray, seed: int) -> dict[str, float]:
-    """Share of each kind of planted copy that is found, and of the other patients' images that are called copies."""
-    extractor = open_extractor(name)
-    order = np.random.default_rng(seed).permutation(np.unique(patients))
+def plant_once(
+    args: Arguments, name: str, pixels: torch.Tensor, patients: np.ndarray, seed: int
+) -> dict[str, tuple[float, float]]:
+    """Share of the other patients' images that is refused, and of each kind of planted copy; also without pictures."""
+    extractor, random = open_extractor(name), np.random.default_rng(seed)
+    order = random.permutation(np.unique(patients))
     trained = np.isin(patients, order[: len(order) // 2])
     training = extract_views(extractor, pixels[trained])
-    threshold = calibrate_threshold(search_training(training, patients[trained].tolist()).relative)
+    real = search_training(training, patients[trained].tolist())
+    gate = CopyGate.of(training, real, extractor, args.false_alarms)
+    plain = CopyGate.of(training, real._replace(laid=None), extractor, args.false_alarms)
 
-    def share(candidates: torch.Tensor) -> float:
-        found = search_copies(extract_views(extractor, candidates), training).relative
-        return (found < threshold).double().mean().item()
+    def shares(candidates: torch.Tensor) -> tuple[float, float]:
+        found = search_copies(extract_views(extractor, candidates), training).balanced(real)
+        refused = found.smallest < gate.threshold, found.relative < plain.threshold
+        return tuple(share.double().mean().item() for share in refused)
 
-    others = pixels[~trained]
-    # with the others they are 1,000 images
-    count = (1000 - len(others)) // len(SLIGHT)
-    chosen = pixels[trained][:count]
-    return {"false alarms": share(others), **{change: share(tamper(chosen)) for change, tamper in PLANTED.items()}}
+    chosen = pixels[trained][random.permutation(int(trained.sum()))[: args.num_planted]]
+    return {"false alarms": shares(pixels[~trained]), **{name: shares(make(chosen)) for name, make in PLANTED.items()}}
 
 
 if __name__ == "__main__":

@@ -8,11 +8,13 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.nn import functional as F
 
 from diffusers_dino.data import Preprocessing, open_images
 from diffusers_dino.evaluation.memorization.planted import PLANTED
+from diffusers_dino.fingerprints import hash_of
 from diffusers_dino.metrics import FeatureSet, open_extractor
-from diffusers_dino.metrics.copy_gate import CopyGate, extract_views, search_training
+from diffusers_dino.metrics.copy_gate import CopyGate, ImageViews, extract_views, search_copies, search_training
 
 PHANTOMS = Path(__file__).parents[2] / "examples/data/phantom-cxr"
 
@@ -30,12 +32,31 @@ def gate(phantoms) -> CopyGate:
 
 
 def test_planted_copies_are_found_with_few_false_alarms(phantoms, gate):
-    training, others = phantoms[:384], phantoms[384:]
-    changes = [name for name in PLANTED if name in ("exact", "mirrored") or "blurred" in name]
-    copies = torch.cat([PLANTED[name](training[i % 2 :: 2]) for i, name in enumerate(changes)])
-    assert len(changes) == 4
-    assert not gate(copies).any()
-    assert (~gate(others)).double().mean() <= 0.01
+    assert (~gate(phantoms[384:])).double().mean() <= 0.01
+    for number, (change, make) in enumerate(PLANTED.items()):
+        copies = make(phantoms[number:384:16]).clamp(0, 1)
+        assert (~gate(copies)).double().mean() >= 0.95, change
+
+
+def test_other_changes_are_found_too(phantoms, gate):
+    originals, blur, cut = (
+        phantoms[7:384:16],
+        *(PLANTED[name] for name in ("mirrored and blurred", "3 % cut off each side")),
+    )
+    smaller = F.interpolate(originals, 56, mode="bilinear", antialias=True)
+    squashed = F.interpolate(originals, (64, 58), mode="bilinear", antialias=True)
+    marked = originals.clone()
+    marked[..., -12:, -16:] = 1
+    for change, copies in {
+        "shrunk within a black border": F.pad(smaller, 4 * (4,)),
+        "shrunk within a white border": F.pad(smaller, 4 * (4,), value=1),
+        "black bands at two sides": F.pad(squashed, (3, 3)),
+        "mirrored, turned and cropped": cut(PLANTED["turned by 5 degrees"](originals.flip(-1))),
+        "mirrored, blurred, moved and darker": 0.8 * blur(originals.roll((2, -2), (2, 3))),
+        "a mark in a corner": marked,
+        "saved larger": F.interpolate(originals, 100, mode="bicubic").clamp(0, 1),
+    }.items():
+        assert (~gate(copies)).double().mean() >= 0.95, change
 
 
 def test_a_verdict_depends_on_the_image_alone(phantoms, gate):
@@ -54,7 +75,7 @@ def test_a_gate_is_the_same_after_it_was_saved(phantoms, gate, tmp_path):
     loaded = CopyGate.load(tmp_path / "gate.safetensors")
     assert loaded.fingerprint() == gate.fingerprint()
     assert torch.equal(loaded.distances(phantoms[:40]), gate.distances(phantoms[:40]))
-    assert loaded.threshold == gate.threshold
+    assert (loaded.threshold, loaded.balance) == (gate.threshold, gate.balance)
     training = gate._training
     features = FeatureSet(training, tuple(map(str, range(len(training)))), gate.extractor.spec)
     stricter = CopyGate(features, 0.9, gate.extractor)
@@ -66,17 +87,25 @@ def test_edited_and_damaged_files_are_refused(gate, tmp_path):
     path = tmp_path / "gate.safetensors"
     gate.save(path)
     with safe_open(path, "pt") as file:
-        training, description = file.get_tensor("training"), json.loads(file.metadata()["gate"])
+        training, pictures = file.get_tensor("training"), file.get_tensor("pictures")
+        description = json.loads(file.metadata()["gate"])
 
-    def fails(message: str, features: torch.Tensor = training, **changes) -> None:
-        save_file({"training": features}, path, {"gate": json.dumps({**description, **changes})})
+    def fails(message: str, features=training, pictures=pictures, **changes) -> None:
+        tensors = {"training": features} if pictures is None else {"training": features, "pictures": pictures}
+        save_file(tensors, path, {"gate": json.dumps({**description, **changes})})
         with pytest.raises(ValueError, match=message):
             CopyGate.load(path)
 
     with pytest.raises(ValueError, match="different extractors"):
         CopyGate.load(path, open_extractor("pixels"))
     fails("edited", threshold=0.01)
-    fails("edited", features=training[:-1].contiguous())
+    fails("edited", balance=0.5)
+    fails("edited", features=training[:-1].contiguous(), pictures=pictures[:-1].contiguous())
+    fails("edited", pictures=255 - pictures)
+    fails("edited", pictures=None)
+    fails("in uint8", pictures=pictures[:-1].contiguous())
+    fails("in uint8", pictures=pictures.float())
+    fails("positive number", balance=float("nan"))
     fails("its format is 7", format=7)
     fails("is damaged", features=training.masked_fill(training > 0, float("nan")))
     fails("is damaged", features=training[:, 1:].contiguous())
@@ -88,6 +117,22 @@ def test_edited_and_damaged_files_are_refused(gate, tmp_path):
         CopyGate.load(path)
     with pytest.raises(FileNotFoundError):
         CopyGate.load(tmp_path / "missing.safetensors")
+
+
+def test_gates_from_before_there_were_pictures_are_read(phantoms, gate, tmp_path):
+    path, spec = tmp_path / "gate.safetensors", gate.extractor.spec
+    old = {"format": 1, "threshold": 0.4, "spec": spec.to_dict()}
+    fingerprint = hash_of(json.dumps(old, sort_keys=True), gate._training)[:16]
+    save_file({"training": gate._training}, path, {"gate": json.dumps({**old, "fingerprint": fingerprint})})
+    read = CopyGate.load(path)
+    assert (read.fingerprint(), read.threshold) == (fingerprint, 0.4)
+    features = FeatureSet(gate._training, tuple(map(str, range(384))), spec)
+    known = ImageViews(features, features.features[None])
+    relative = search_copies(extract_views(gate.extractor, phantoms[380:390]), known).relative
+    torch.testing.assert_close(read.distances(phantoms[380:390]), relative)
+    assert read(PLANTED["turned by 10 degrees"](phantoms[:8])).any()  # which it misses, as it did
+    read.save(tmp_path / "again.safetensors")
+    assert CopyGate.load(tmp_path / "again.safetensors").fingerprint() == fingerprint
 
 
 def test_other_extractors_make_gates_too(phantoms, tmp_path):
@@ -123,3 +168,12 @@ def test_patients_with_two_like_images_do_not_lower_the_threshold(phantoms):
     views = extract_views(open_extractor("local-contrast"), twice)
     assert search_training(views).relative.median() < 0.3  # each finds its own patient
     assert search_training(views, list(range(100)) * 2).relative.median() > 0.5
+
+
+def test_a_calibration_that_duplicates_have_spoiled_says_so(phantoms, caplog):
+    moved = PLANTED["exact"](phantoms[:3]).roll(1, -1)  # the same images under other patients
+    CopyGate.calibrate(torch.cat([phantoms[:320], moved]))
+    assert "patient, or duplicates?" in caplog.text
+    caplog.clear()
+    CopyGate.calibrate(torch.cat([phantoms[:320], moved]), groups=[*range(320), 0, 1, 2])
+    assert not caplog.text

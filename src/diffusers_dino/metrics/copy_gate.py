@@ -211,10 +211,10 @@ class CopyGate:
         with refusing(path, _KIND):
             description, features, pictures = metadata["gate"], tensors["training"], tensors.get("pictures")
             spec, threshold = FeatureSpec.from_dict(description["spec"]), float(description["threshold"])
-            if description["format"] != (1 if pictures is None else _FORMAT):
+            if description["format"] not in (1, _FORMAT):
                 raise ValueError(f"its format is {description['format']}, and 1 to {_FORMAT} are read")
             training = FeatureSet(features, tuple(map(str, range(len(features)))), spec)
-            balance = 1.0 if pictures is None else float(description["balance"])
+            balance = float(description.get("balance", 1.0))
         extractor = extractor or _open_by(spec)
         gate = cls(training, threshold, extractor, pictures, balance)
         if gate.fingerprint() != description.get("fingerprint"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -32,6 +33,8 @@ from .shards import RECORDS, Gate, find_record, make_shard
 from .tokens import TOKENS, WORK, PlannedSources, PriorTokens, TokenStore
 
 __all__ = ["begun", "bind", "load_generator", "only_run", "open_gate", "prepare_folder", "synthesise"]
+
+logger = logging.getLogger(__name__)
 
 
 def synthesise(
@@ -126,8 +129,10 @@ def open_gate(
 ) -> CopyGate:
     """Load a gate against near-copies; if there is no such file, calibrate it on the source images and write it there.
 
+    A gate that knows none of a few source images was made from others: a warning says so.
+
     Args:
-        path: The file. It holds features of the images: keep it where they may be.
+        path: The file. It holds features and small pictures of the images: keep it where they may be.
         images: The source images.
         patients: Patient of each: images of one patient are not copies of each other.
         false_alarms: Share of unseen real images that a calibrated gate may refuse.
@@ -137,7 +142,17 @@ def open_gate(
     """
     if not Path(path).exists():
         CopyGate.calibrate(images, groups=patients, false_alarms=false_alarms).save(path)
-    return CopyGate.load(path)
+        return CopyGate.load(path)
+    gate = CopyGate.load(path)
+    probe = [images[index]["image"] for index in range(0, len(images), max(1, len(images) // 8))]
+    if all(gate(image[None]) for image in probe):
+        logger.warning(
+            "The gate %s knows none of %d source images that were shown to it, so it was calibrated on others. It "
+            "keeps out copies of those, and not of the sources: is that what you want?",
+            path,
+            len(probe),
+        )
+    return gate
 
 
 def bind(
