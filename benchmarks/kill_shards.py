@@ -25,6 +25,7 @@ import numpy as np
 from PIL import Image
 
 from diffusers_dino.cli.arguments import flag, parse_arguments
+from kills import check, contents, differing, start_command, wait_for_orphans
 
 
 @dataclass
@@ -51,13 +52,11 @@ def main() -> None:
             for _ in range(args.kills)
         )
         process = start(root, "killed", args)
-        process.wait()
         check(process, root)
         wait_for_orphans(root)
         whole, killed = contents(root / "whole"), contents(root / "killed")
     print(f"killed while: {', '.join(f'{stage} ({count})' for stage, count in sorted(stages.items()))}")
-    different = sorted(name for name in whole.keys() | killed.keys() if whole.get(name) != killed.get(name))
-    if different:
+    if different := differing(whole, killed):
         sys.exit(f"after {args.kills} kills {len(different)} files differ, such as {', '.join(different[:5])}")
     tars = sum(name.endswith(".tar") for name in whole)
     print(f"{args.kills} kills: all {len(whole)} files are equal, among them {tars} shards")
@@ -80,10 +79,7 @@ def start(root: Path, name: str, args: Arguments) -> subprocess.Popen:
     """Start the command, and wait until it has listed the images."""
     options = {"output_dir": root / name, "source": root / "images", "salt_file": root / "salt", "size": 128}
     options |= {"shard_size": 10, "part_size": 8, "num_workers": args.num_workers, "test_fraction": 0.2}
-    command = [sys.executable, "-m", "diffusers_dino", "shards"]
-    command += [text for flag_name, value in options.items() for text in (f"--{flag_name}", str(value))]
-    log = open(root / "log", "w")  # noqa: SIM115
-    process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = start_command(root, ["-m", "diffusers_dino", "shards"], options)
     while process.poll() is None and "Preparing" not in (root / "log").read_text():
         time.sleep(0.02)
     return process
@@ -130,25 +126,6 @@ def stage_of(output: Path) -> str:
     if (work / "plan.json").exists():
         return "writing shards"
     return "preparing" if any((work / "parts").glob("*")) else "starting"
-
-
-def check(process: subprocess.Popen, root: Path) -> None:
-    if process.returncode != 0:
-        sys.exit(f"it ended with {process.returncode}:\n{(root / 'log').read_text()}")
-
-
-def wait_for_orphans(root: Path) -> None:
-    """Workers of killed runs must end by themselves."""
-    for _ in range(100):
-        listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
-        if str(root) not in listed:
-            return
-        time.sleep(0.1)
-    sys.exit("workers of a killed run are still there")
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import random
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import psutil
 
 from bundled import untrained_pipeline
 from diffusers_dino.cli.arguments import flag, parse_arguments
+from kills import check, contents, differing, start_command, wait_for_orphans
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -64,10 +64,7 @@ def main() -> None:
         whole = contents(root / "one")
         names = [*(name for name, _, _ in runs.values()), "killed"]
         others = {name: contents(root / name) for name in names[1:]}
-    different = {
-        name: sorted(file for file in whole.keys() | found.keys() if whole.get(file) != found.get(file))
-        for name, found in others.items()
-    }
+    different = {name: differing(whole, found) for name, found in others.items()}
     shards = sum(name.endswith(".tar") for name in whole)
     report = {"images": args.num_images, "shards": shards, "files": len(whole), "kills": kills, "different": different}
     if args.output:
@@ -85,11 +82,8 @@ def start(root: Path, name: str, args: Arguments, processes: int, engine: str = 
     options |= {"strategy": "interpolation", "num_images": args.num_images, "shard_size": args.shard_size}
     options |= {"num_inference_steps": 4, "batch_size": 8, "num_drawn": 4, "engine": engine, "output_dir": root / name}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "diffusers_dino", "synthesise"]
-    command += [text for flag_name, value in options.items() for text in (f"--{flag_name}", str(value))]
-    log = open(root / "log", "w")  # noqa: SIM115
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+    command = [*(launcher if processes > 1 else []), "-m", "diffusers_dino", "synthesise"]
+    return start_command(root, command, options, ACCELERATE_USE_CPU="true")
 
 
 def kill_once(root: Path, args: Arguments, rng: random.Random) -> dict[str, object]:
@@ -109,7 +103,7 @@ def kill_once(root: Path, args: Arguments, rng: random.Random) -> dict[str, obje
         one.kill()
     if process.wait(300) == 0:
         sys.exit("the run says that all is well though it was killed")
-    wait_for_orphans(root)
+    wait_for_orphans(root / "killed")
     found = {"victim": victim, "shards": count_finished(root)}
     print(f"killed {found['victim']} after {found['shards']} of {shards} shards", flush=True)
     return found
@@ -117,25 +111,6 @@ def kill_once(root: Path, args: Arguments, rng: random.Random) -> dict[str, obje
 
 def count_finished(root: Path) -> int:
     return len(list((root / "killed/.records").glob("*.json")))
-
-
-def check(process: subprocess.Popen, root: Path) -> None:
-    if process.wait() != 0:
-        sys.exit(f"synthesise ended with {process.returncode}:\n{(root / 'log').read_text()}")
-
-
-def wait_for_orphans(root: Path) -> None:
-    """Nothing of a killed run may go on."""
-    for _ in range(600):
-        listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
-        if f"{root}/killed" not in listed:
-            return
-        time.sleep(0.1)
-    sys.exit("processes of a killed run are still there")
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 if __name__ == "__main__":

@@ -19,10 +19,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,9 +40,9 @@ from diffusers_dino.diffseg.merging import (
     refine_segments,
     suppress,
 )
+from resident import peak, start_peak
 
 WORKER = Path(__file__).with_name("diffseg_published.py")
-PAGE = 4096
 STRUCTURED = {"flat": {"contrast": 2.0}, "medium": {"contrast": 5.0}, "peaked": {"contrast": 10.0, "locality": 4.0}}
 
 
@@ -85,24 +83,25 @@ def aggregation(args: Arguments) -> dict[str, Any]:
     unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8).eval()
     inputs = (torch.randn(1, 4, 64, 64), 300, torch.randn(1, 77, 768))
     unet(*inputs)  # warm-up
-    with peak_memory() as alone:
-        alone_seconds, _ = timed(lambda: unet(*inputs), args.repeats)
+    start = start_peak()
+    alone_seconds, _ = timed(lambda: unet(*inputs), args.repeats)
+    alone = (peak() - start) / 1e3
 
     def captured() -> dict[int, Tensor]:
         with capture_self_attention(unet) as maps:
             unet(*inputs)
         return maps
 
-    with peak_memory() as with_maps:
-        captured_seconds, maps = timed(captured, args.repeats)
-        aggregation_seconds, _ = timed(lambda: aggregate_attention(maps), args.repeats)
+    start = start_peak()
+    captured_seconds, maps = timed(captured, args.repeats)
+    aggregation_seconds, _ = timed(lambda: aggregate_attention(maps), args.repeats)
     return {
         "sides": sorted(maps),
         "pass_s": alone_seconds,
         "pass_with_capture_s": captured_seconds,
         "aggregation_s": aggregation_seconds,
-        "peak_gb_above_model_pass_alone": alone[0],
-        "peak_gb_above_model_with_capture_and_aggregation": with_maps[0],
+        "peak_gb_above_model_pass_alone": alone,
+        "peak_gb_above_model_with_capture_and_aggregation": (peak() - start) / 1e3,
     }
 
 
@@ -195,28 +194,6 @@ def timed(function: Callable[[], Any], repeats: int) -> tuple[float, Any]:
         result = function()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds), result
-
-
-@contextmanager
-def peak_memory() -> Iterator[list[float]]:
-    """The process's largest resident memory inside, in GB above that on entering (Linux)."""
-    peak, stop, start = [0.0], threading.Event(), resident()
-
-    def sample() -> None:
-        while not stop.wait(0.002):
-            peak[0] = max(peak[0], (resident() - start) / 1e9)
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        stop.set()
-        thread.join()
-
-
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ another image, hides nothing of the rest.
 from __future__ import annotations
 
 import math
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ _BLUR = 1.5  # pixels, before shifts are tried
 _WHOLE, _HALF, _TRIED, _KEPT = 24, 8, 6, 4  # candidates: by the whole, by a half; refined, and refined further
 _STEPS = (2, 4)  # of refinement
 _DAMPING = 1e-3
+_SEARCHING = threading.Lock()
 
 
 def _affine(degrees: float = 0.0, scale: float = 1.0, right: float = 0.0, down: float = 0.0) -> list[list[float]]:
@@ -95,13 +97,14 @@ class PictureSearch:
         Training images whose code `(M,)` is that of an image `(N,)` are left out for it.
         """
         excluded = [None] * len(pictures) if codes is None else [own_codes == code for code in codes]
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # a thread an image; and a sum has one order
-        try:
-            with ThreadPoolExecutor(max_workers=threads) as pool:
-                found = list(pool.map(self._search, pictures, excluded))
-        finally:
-            torch.set_num_threads(threads)
+        with _SEARCHING:  # the number of threads is one for the whole process
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)  # a thread an image: its operations are too small to share
+            try:
+                with ThreadPoolExecutor(max_workers=threads) as pool:
+                    found = list(pool.map(self._search, pictures, excluded))
+            finally:
+                torch.set_num_threads(threads)
         distance, index, mirrored = zip(*found, strict=True) if found else ((), (), ())
         return Laid(
             torch.tensor(distance, dtype=torch.float64),
