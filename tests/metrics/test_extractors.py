@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 
 import pytest
 import timm
@@ -13,6 +14,7 @@ from transformers import BitImageProcessor, ViTConfig, ViTModel
 import scripts
 from diffusers_dino.metrics import FeatureExtractor, FeatureSpec, open_extractor, pixel_features
 from diffusers_dino.metrics.extractors import inception, xrv
+from diffusers_dino.metrics.extractors.files import checked_sha256
 from diffusers_dino.metrics.extractors.xrv import convert_xrv_weights
 from tiny import random_images, seeded, tiny_encoder
 
@@ -189,6 +191,27 @@ def test_a_folder_opens_by_what_its_config_says(tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         open_extractor(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "{", "\xff", '{"architecture": 7}'])
+def test_a_damaged_configuration_is_named(text, tmp_path):
+    (tmp_path / "config.json").write_text(text, encoding="latin-1")
+    (tmp_path / "model.safetensors").touch()
+    for name, weights in ((str(tmp_path), None), ("timm/resnet10t", tmp_path)):
+        with pytest.raises(ValueError, match=r"config\.json is"):
+            open_extractor(name, weights)
+
+
+@pytest.mark.parametrize("name", ["xrv", "inception", "tiny", "dinov2", "timm/resnet10t"])
+def test_weights_are_files_and_a_hash_beside_them_is_read_whatever_it_is(name, tmp_path):
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(FileNotFoundError):
+        open_extractor(name, tmp_path / "pipe.safetensors")
+    (tmp_path / "weights.safetensors").touch()
+    for content in (b"", b"\xff\xfe", b"0" * 64):
+        (tmp_path / "weights.safetensors.sha256").write_bytes(content)
+        with pytest.raises(ValueError, match=r"weights\.safetensors\.sha256 says"):
+            checked_sha256(tmp_path / "weights.safetensors")
 
 
 def test_a_checkpoint_in_several_files_has_one_hash(tmp_path):
