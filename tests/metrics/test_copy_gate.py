@@ -33,34 +33,40 @@ def gate(phantoms) -> CopyGate:
 
 def test_planted_copies_are_found_with_few_false_alarms(phantoms, gate):
     assert (~gate(phantoms[384:])).double().mean() <= 0.01
-    for number, (change, make) in enumerate(PLANTED.items()):
-        copies = make(phantoms[number:384:16]).clamp(0, 1)
-        assert (~gate(copies)).double().mean() >= 0.95, change
+    copies = {change: make(phantoms[i:384:32]) for i, (change, make) in enumerate(PLANTED.items())}
+    require_found(gate, copies)
+
+
+def require_found(gate: CopyGate, copies: dict[str, torch.Tensor]) -> None:
+    """At least 95 % of all, and all but one of each kind."""
+    found = {change: ~gate(images.clamp(0, 1)) for change, images in copies.items()}
+    assert torch.cat(list(found.values())).double().mean() >= 0.95
+    assert {change for change, refused in found.items() if refused.sum() < len(refused) - 1} == set()
 
 
 def test_other_changes_are_found_too(phantoms, gate):
     originals, blur, cut = (
-        phantoms[7:384:16],
+        phantoms[7:384:32],
         *(PLANTED[name] for name in ("mirrored and blurred", "3 % cut off each side")),
     )
     smaller = F.interpolate(originals, 56, mode="bilinear", antialias=True)
     squashed = F.interpolate(originals, (64, 58), mode="bilinear", antialias=True)
     marked = originals.clone()
     marked[..., -12:, -16:] = 1
-    for change, copies in {
+    changed = {
         "shrunk within a black border": F.pad(smaller, 4 * (4,)),
         "shrunk within a white border": F.pad(smaller, 4 * (4,), value=1),
         "black bands at two sides": F.pad(squashed, (3, 3)),
         "mirrored, turned and cropped": cut(PLANTED["turned by 5 degrees"](originals.flip(-1))),
         "mirrored, blurred, moved and darker": 0.8 * blur(originals.roll((2, -2), (2, 3))),
         "a mark in a corner": marked,
-        "saved larger": F.interpolate(originals, 100, mode="bicubic").clamp(0, 1),
-    }.items():
-        assert (~gate(copies)).double().mean() >= 0.95, change
+    }
+    require_found(gate, changed)
+    require_found(gate, {"saved larger": F.interpolate(originals, 100, mode="bicubic").clamp(0, 1)})
 
 
 def test_a_verdict_depends_on_the_image_alone(phantoms, gate):
-    images = torch.cat([phantoms[:20], phantoms[:20].flip(-1), 0.5 * phantoms[1:21] + 0.5 * phantoms[:20]])
+    images = torch.cat([phantoms[:6], phantoms[:6].flip(-1), 0.5 * phantoms[1:7] + 0.5 * phantoms[:6]])
     together = gate.distances(images)
     assert torch.equal(gate.distances(images.flip(0)).flip(0), together)
     assert torch.equal(torch.cat([gate.distances(image[None]) for image in images]), together)
@@ -74,13 +80,13 @@ def test_a_gate_is_the_same_after_it_was_saved(phantoms, gate, tmp_path):
     gate.save(tmp_path / "gate.safetensors")
     loaded = CopyGate.load(tmp_path / "gate.safetensors")
     assert loaded.fingerprint() == gate.fingerprint()
-    assert torch.equal(loaded.distances(phantoms[:40]), gate.distances(phantoms[:40]))
+    assert torch.equal(loaded.distances(phantoms[380:388]), gate.distances(phantoms[380:388]))
     assert (loaded.threshold, loaded.balance) == (gate.threshold, gate.balance)
     training = gate._training
     features = FeatureSet(training, tuple(map(str, range(len(training)))), gate.extractor.spec)
     stricter = CopyGate(features, 0.9, gate.extractor)
     assert stricter.fingerprint() != gate.fingerprint()
-    assert stricter(phantoms[384:424]).sum() < gate(phantoms[384:424]).sum()
+    assert stricter(phantoms[384:400]).sum() < gate(phantoms[384:400]).sum()
 
 
 def test_edited_and_damaged_files_are_refused(gate, tmp_path):
@@ -99,13 +105,15 @@ def test_edited_and_damaged_files_are_refused(gate, tmp_path):
     with pytest.raises(ValueError, match="different extractors"):
         CopyGate.load(path, open_extractor("pixels"))
     fails("edited", threshold=0.01)
-    fails("edited", balance=0.5)
+    fails("edited", balance=[0.5, 1.0])
     fails("edited", features=training[:-1].contiguous(), pictures=pictures[:-1].contiguous())
     fails("edited", pictures=255 - pictures)
     fails("edited", pictures=None)
     fails("in uint8", pictures=pictures[:-1].contiguous())
     fails("in uint8", pictures=pictures.float())
-    fails("positive number", balance=float("nan"))
+    for balance in ([1.0], [1.0, float("nan")], [-1.0, 1.0]):
+        fails("positive number", balance=balance)
+    fails("is damaged", balance=7)
     fails("its format is 7", format=7)
     fails("is damaged", features=training.masked_fill(training > 0, float("nan")))
     fails("is damaged", features=training[:, 1:].contiguous())
@@ -129,15 +137,15 @@ def test_gates_from_before_there_were_pictures_are_read(phantoms, gate, tmp_path
     features = FeatureSet(gate._training, tuple(map(str, range(384))), spec)
     known = ImageViews(features, features.features[None])
     relative = search_copies(extract_views(gate.extractor, phantoms[380:390]), known).relative
-    torch.testing.assert_close(read.distances(phantoms[380:390]), relative)
+    torch.testing.assert_close(read.distances(phantoms[380:390]), relative, atol=1e-5, rtol=0)
     assert read(PLANTED["turned by 10 degrees"](phantoms[:8])).any()  # which it misses, as it did
     read.save(tmp_path / "again.safetensors")
     assert CopyGate.load(tmp_path / "again.safetensors").fingerprint() == fingerprint
 
 
 def test_other_extractors_make_gates_too(phantoms, tmp_path):
-    gate = CopyGate.calibrate(phantoms[::4], open_extractor("pixels"), false_alarms=0.05)
-    assert not gate(phantoms[::4].flip(-1)).any()
+    gate = CopyGate.calibrate(phantoms[::8], open_extractor("pixels"), false_alarms=0.05)
+    assert not gate(phantoms[::64].flip(-1)).any()
     gate.save(tmp_path / "gate.safetensors")
     assert CopyGate.load(tmp_path / "gate.safetensors").extractor.spec.extractor == "pixels"
 
@@ -165,15 +173,15 @@ def test_an_unreadable_image_does_not_move_the_groups_of_the_others(phantoms, tm
 
 def test_patients_with_two_like_images_do_not_lower_the_threshold(phantoms):
     twice = torch.cat([phantoms[:200:2], PLANTED["slightly blurred (1 % of the side)"](phantoms[:200:2])])
-    views = extract_views(open_extractor("local-contrast"), twice)
+    views = extract_views(open_extractor("local-contrast"), twice)._replace(pictures=None)
     assert search_training(views).relative.median() < 0.3  # each finds its own patient
     assert search_training(views, list(range(100)) * 2).relative.median() > 0.5
 
 
 def test_a_calibration_that_duplicates_have_spoiled_says_so(phantoms, caplog):
     moved = PLANTED["exact"](phantoms[:3]).roll(1, -1)  # the same images under other patients
-    CopyGate.calibrate(torch.cat([phantoms[:320], moved]))
+    CopyGate.calibrate(torch.cat([phantoms[:60], moved]), false_alarms=0.05)
     assert "patient, or duplicates?" in caplog.text
     caplog.clear()
-    CopyGate.calibrate(torch.cat([phantoms[:320], moved]), groups=[*range(320), 0, 1, 2])
+    CopyGate.calibrate(torch.cat([phantoms[:60], moved]), groups=[*range(60), 0, 1, 2], false_alarms=0.05)
     assert not caplog.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from dataclasses import replace
 from typing import NamedTuple
@@ -41,7 +42,8 @@ logger = logging.getLogger(__name__)
 
 _FORMAT = 2  # 1, which is read too, had no pictures
 _KIND = "the file of a gate"
-_LOW = 0.05  # quantile of real images at which both distances are made equal
+_LOW, _MIDDLE = 0.05, 0.5  # quantiles of real images at which both distances are made equal
+_SPOILED = 0.65  # of the low quantile: real images that are nearer than that are hardly of different people
 
 
 class ImageViews(NamedTuple):
@@ -62,25 +64,31 @@ class Distances(NamedTuple):
         relative: `relative_distances` of features `(N,)`.
         neighbors: The nearest of each, by features.
         laid: What fits best when laid over each; None without pictures.
-        balance: What brings distances of pictures to the scale of those of features.
+        balance: Factor and power that bring distances of pictures to the scale of those of features.
     """
 
     relative: Tensor
     neighbors: Neighbors
     laid: Laid | None = None
-    balance: float = 1.0
+    balance: tuple[float, float] = (1.0, 1.0)
 
     def balanced(self, real: Distances) -> Distances:
-        """With the balance at which equally many of these real images are near by features and by pictures."""
+        """With the balance at which as many of these real images are near by features as by pictures."""
         if self.laid is None or real.laid is None:
             return self
-        by_features, by_pictures = (x.quantile(_LOW).item() for x in (real.relative, real.laid.distance))
-        return self._replace(balance=by_features / by_pictures or 1.0)  # 0 if many are exact copies
+        (low, middle), (low_picture, middle_picture) = (
+            [distances.quantile(share).item() for share in (_LOW, _MIDDLE)]
+            for distances in (real.relative, real.laid.distance)
+        )
+        if not (0 < low < middle and low_picture < middle_picture):  # many are copies, or all far away
+            return self
+        power = math.log(middle / low) / math.log(middle_picture / low_picture)
+        return self._replace(balance=(low / low_picture**power, power))
 
     @property
     def smallest(self) -> Tensor:
         """The smaller of both distances `(N,)` in [0, 1], which decides."""
-        return self.relative if self.laid is None else self.relative.minimum(self.balance * self.laid.distance)
+        return self.relative if self.laid is None else self.relative.minimum(self._by_pictures)
 
     @property
     def nearest(self) -> tuple[Tensor, Tensor]:
@@ -88,11 +96,16 @@ class Distances(NamedTuple):
         index, mirrored = self.neighbors.index[:, 0], self.neighbors.view[:, 0].bool()
         if self.laid is None:
             return index, mirrored
-        by_picture = self.balance * self.laid.distance < self.relative
+        by_picture = self._by_pictures < self.relative
         return (
             torch.where(by_picture, self.laid.index, index),
             torch.where(by_picture, self.laid.mirrored, mirrored),
         )
+
+    @property
+    def _by_pictures(self) -> Tensor:
+        factor, power = self.balance
+        return factor * self.laid.distance**power
 
 
 class CopyGate:
@@ -107,7 +120,7 @@ class CopyGate:
         threshold: Relative distance in (0, 1] below which an image is a copy: see `calibrate_threshold`.
         extractor: Of the same description as the features.
         pictures: Those of the training images, by `pictures_of`. None leaves them out, as in gates of version 1.
-        balance: What brings distances of pictures to the scale of those of features.
+        balance: Factor and power that bring distances of pictures to the scale of those of features.
 
     Raises:
         ValueError: If the extractor is another one, numbers are out of range, or there are too few images.
@@ -119,19 +132,19 @@ class CopyGate:
         threshold: float,
         extractor: FeatureExtractor,
         pictures: Tensor | None = None,
-        balance: float = 1.0,
+        balance: tuple[float, float] = (1.0, 1.0),
     ) -> None:
         training.spec.require_same(extractor.spec)
         if not 0 < threshold <= 1:
             raise ValueError(f"The threshold is a relative distance in (0, 1], got {threshold}.")
-        if not 0 < balance < float("inf"):
-            raise ValueError(f"The balance is a positive number, got {balance}.")
+        if len(balance) != 2 or not all(0 < value < math.inf for value in balance):
+            raise ValueError(f"The balance is two positive numbers, got {balance}.")
         if pictures is not None and (pictures.dtype != torch.uint8 or pictures.shape != (len(training), SIDE, SIDE)):
             raise ValueError(
                 f"{len(training)} images have pictures of {SIDE} px in uint8, got {tuple(pictures.shape)}."
             )
         typical_distances(training.features[:1], training.features)  # says if there are too few
-        self.threshold, self.balance = float(threshold), float(balance)
+        self.threshold, self.balance = float(threshold), tuple(map(float, balance))
         self.extractor = extractor
         self._training = training.features.float().contiguous()
         self._pictures = pictures
@@ -168,7 +181,7 @@ class CopyGate:
         """The gate of which at most a share of `false_alarms` of images like the `real` ones are refused."""
         real = real.balanced(real)
         threshold = calibrate_threshold(real.smallest, false_alarms)
-        if threshold < 0.5 * real.smallest.quantile(_LOW):
+        if threshold < _SPOILED * real.smallest.quantile(_LOW):
             logger.warning(
                 "A few real images are so near to images of other groups (the nearest at %.2f) that the gate finds "
                 "few copies: are they of the same patient, or duplicates? Leave them out and calibrate again.",
@@ -214,7 +227,7 @@ class CopyGate:
             if description["format"] not in (1, _FORMAT):
                 raise ValueError(f"its format is {description['format']}, and 1 to {_FORMAT} are read")
             training = FeatureSet(features, tuple(map(str, range(len(features)))), spec)
-            balance = float(description.get("balance", 1.0))
+            balance = tuple(map(float, description.get("balance", (1.0, 1.0))))
         extractor = extractor or _open_by(spec)
         gate = cls(training, threshold, extractor, pictures, balance)
         if gate.fingerprint() != description.get("fingerprint"):

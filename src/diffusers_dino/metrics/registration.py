@@ -26,14 +26,18 @@ SIDE = 32  # of a picture in pixels
 _BORDER = 0.02  # of the dynamic range: how uniform a border is that is cut off
 _COARSE = 16  # side of what candidates are found by
 _BLOCKS = 4  # in a row of the last comparison
-_COUNTED = 6  # of the 16 blocks, those that fit best: what half of an image has, less those at the seam
-_MOST = 0.99  # correlation: more than that says nothing more
+_BEST = 4  # of the 16 blocks, those that fit best: what half of an image has, less those at the seam
+_ALL = 1.4  # weight of all blocks against the best, which fit so much better by chance
+_MOST = 0.999  # correlation: more than that says nothing more
 _MARGIN = 4  # pixels of a training picture that an image may lack when shifts are tried
-_SHIFTS = (-3, 0, 3)  # pixels
+_SHIFTS = (-2, 0, 2)  # pixels
 _BLUR = 1.5  # pixels, before shifts are tried
-_WHOLE, _HALF, _TRIED, _KEPT = 24, 8, 6, 4  # candidates: by the whole, by a half; refined, and refined further
+_WHOLE, _HALF = 24, 8  # candidates that resemble an image as a whole, and by a half
+_TRIED, _SEEN, _KEPT = 6, 4, 4  # of the former, refined after turns and shifts, or as seen; of all, refined further
 _STEPS = (2, 4)  # of refinement
 _DAMPING = 1e-3
+_SPARE = 4  # candidates beyond those wanted, whose order float32 may have wrong
+_TOGETHER, _ENTRIES = 16, 1 << 19  # images whose candidates are found together; and at most so many times M
 _SEARCHING = threading.Lock()
 
 
@@ -58,13 +62,21 @@ _TURNS = torch.tensor(  # that are tried, each with all shifts
 class Laid(NamedTuple):
     """The training image that each of N images fits best when laid over it: each `(N,)`.
 
-    Distances are float64 in [0.14, 1]: the part of the contrast that is left over in the blocks that fit best. Indices
+    Distances are float64 in (0, 1]: the part of the contrast that is left over in the blocks that fit best. Indices
     are int64; `mirrored` says whether the mirror image is what fits.
     """
 
     distance: Tensor
     index: Tensor
     mirrored: Tensor
+
+
+class _Guesses(NamedTuple):
+    """Training images `(k,)`, what fits them (0, or 1: the mirror image), and through which matrices `(k, 2, 3)`."""
+
+    index: Tensor
+    side: Tensor
+    matrices: Tensor
 
 
 def pictures_of(images: Tensor) -> Tensor:
@@ -92,17 +104,19 @@ class PictureSearch:
         return len(self._whole)
 
     def __call__(self, pictures: Tensor, codes: Tensor | None = None, own_codes: Tensor | None = None) -> Laid:
-        """The best fit of each of `(N, 32, 32)` uint8, one at a time, so that no answer depends on the others.
+        """The best fit of each of `(N, 32, 32)` uint8; candidates are found together, and laid over one at a time.
 
         Training images whose code `(M,)` is that of an image `(N,)` are left out for it.
         """
-        excluded = [None] * len(pictures) if codes is None else [own_codes == code for code in codes]
+        size = max(1, min(_TOGETHER, -(-len(pictures) // torch.get_num_threads()), _ENTRIES // len(self)))
+        parts = pictures.split(size)
+        excluded = [None] * len(parts) if codes is None else [own_codes == part[:, None] for part in codes.split(size)]
         with _SEARCHING:  # the number of threads is one for the whole process
             threads = torch.get_num_threads()
             torch.set_num_threads(1)  # a thread an image: its operations are too small to share
             try:
                 with ThreadPoolExecutor(max_workers=threads) as pool:
-                    found = list(pool.map(self._search, pictures, excluded))
+                    found = [one for part in pool.map(self._search_part, parts, excluded) for one in part]
             finally:
                 torch.set_num_threads(threads)
         distance, index, mirrored = zip(*found, strict=True) if found else ((), (), ())
@@ -112,36 +126,50 @@ class PictureSearch:
             torch.tensor(mirrored, dtype=torch.bool),
         )
 
-    def _search(self, picture: Tensor, excluded: Tensor | None) -> tuple[float, int, bool]:
-        sides = torch.stack([picture, picture.flip(-1)])[:, None] / 255  # (2, 1, 32, 32)
+    def _search_part(self, pictures: Tensor, excluded: Tensor | None) -> list[tuple[float, int, bool]]:
+        sides = torch.stack([pictures, pictures.flip(-1)], dim=1)[:, :, None] / 255  # (n, 2, 1, 32, 32)
+        views = torch.stack([local_contrast_features(_warp(both, _VIEWS), _COARSE) for both in sides])  # (n, 2 V, 256)
+        plain = [local_contrast_features(both, _COARSE).view(2, _COARSE, _COARSE) for both in sides]
+        halves = torch.stack([_halves(both) for both in plain], dim=1)  # (4, n, 2, 128)
+        whole = (views.flatten(0, 1) @ self._whole.T).view(*views.shape[:2], -1).amax(dim=1)  # (n, M)
+        half = (
+            torch.bmm(halves.flatten(1, 2), self._halves.transpose(1, 2)).view(4, *halves.shape[1:3], -1).amax((0, 2))
+        )
+        if excluded is not None:
+            whole, half = whole.masked_fill(excluded, -torch.inf), half.masked_fill(excluded, -torch.inf)
+        return [
+            self._search(both, own_views, own_halves, _highest(by_whole, _WHOLE), _highest(by_half, _HALF))
+            for both, own_views, own_halves, by_whole, by_half in zip(
+                sides, views, halves.unbind(1), whole, half, strict=True
+            )
+        ]
+
+    def _search(
+        self, sides: Tensor, views: Tensor, halves: Tensor, by_whole: Tensor, by_half: Tensor
+    ) -> tuple[float, int, bool]:
+        """Lay a picture and its mirror image `(2, 1, 32, 32)` over candidates."""
+        # anew, since the last digits of a product depend on how many images there are, and no answer may
+        likeness = views @ self._whole[by_whole].T  # (2 V, k)
+        by_whole, view = _best_of(likeness, by_whole, _WHOLE)
+        likeness = torch.bmm(halves, self._halves[:, by_half].transpose(1, 2)).amax(dim=0)  # (2, k)
+        by_half, side = _best_of(likeness, by_half, _HALF)
         relief = local_contrast(sides)
-        by_whole, by_half, side_of_half = self._candidates(sides, excluded)
-        index, side, guess = self._try_out(relief, by_whole)
-        index, side = torch.cat([index, by_half]), torch.cat([side, side_of_half])
-        guess = torch.cat([guess, torch.eye(2, 3).expand(len(by_half), 2, 3)])
+        tried = self._try_out(relief, by_whole)
+        index = torch.cat([tried.index, by_whole[:_SEEN], by_half])
+        side = torch.cat([tried.side, view[:_SEEN] // len(_VIEWS), side])
+        seen = _VIEWS[view[:_SEEN] % len(_VIEWS)], torch.eye(2, 3).expand(len(by_half), 2, 3)
+        guesses = _Guesses(index, side, torch.cat([tried.matrices, *seen]))
         right, down = relief[..., 2:] - relief[..., :-2], relief[..., 2:, :] - relief[..., :-2, :]
         slopes = F.pad(right, (1, 1)) * SIDE / 4, F.pad(down, (0, 0, 1, 1)) * SIDE / 4  # a pixel is 2 / SIDE wide
         layers = torch.cat([relief, *slopes, torch.ones_like(relief)], dim=1)  # (2, 4, 32, 32)
         for steps, kept in zip(_STEPS, (_KEPT, 1), strict=True):
-            fit, guess = _refine(layers[side], self._relief[index], guess, steps)
+            fit, matrices = _refine(layers[guesses.side], self._relief[guesses.index], guesses.matrices, steps)
             best = fit.topk(min(kept, len(fit)))
-            index, side, guess = (x[best.indices] for x in (index, side, guess))
-        return round(math.exp(-best.values[0].item() / 2), 6), int(index[0]), bool(side[0])
+            guesses = _Guesses(*(x[best.indices] for x in (guesses.index, guesses.side, matrices)))
+        return round(math.exp(-best.values[0].item() / 2), 6), int(guesses.index[0]), bool(guesses.side[0])
 
-    def _candidates(self, sides: Tensor, excluded: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Training images that resemble a picture as a whole, and those by a half, with the side that does: 0 or 1."""
-        views = local_contrast_features(_warp(sides, _VIEWS), _COARSE)  # (2 V, 256)
-        whole = (views @ self._whole.T).amax(dim=0)  # (M,)
-        own = _halves(local_contrast_features(sides, _COARSE).view(2, _COARSE, _COARSE))
-        halves = torch.bmm(own, self._halves.transpose(1, 2)).amax(dim=0)  # (2, M)
-        if excluded is not None:
-            whole, halves = whole.masked_fill(excluded, -torch.inf), halves.masked_fill(excluded, -torch.inf)
-        count = len(whole) if excluded is None else int((~excluded).sum())
-        by_half = halves.amax(dim=0).topk(min(_HALF, count)).indices
-        return whole.topk(min(_WHOLE, count)).indices, by_half, halves[:, by_half].argmax(dim=0)
-
-    def _try_out(self, relief: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The candidates that fit best under a rough turn, scale and shift: these, the side, and matrices."""
+    def _try_out(self, relief: Tensor, candidates: Tensor) -> _Guesses:
+        """The candidates that fit best under a rough turn, scale and shift."""
         turned = _warp(gaussian_blur(relief, _BLUR, "reflect"), _TURNS, "zeros")[:, 0]  # (2 T, 32, 32)
         inner = SIDE - 2 * _MARGIN
         starts = [(_MARGIN + y, _MARGIN + x) for y in _SHIFTS for x in _SHIFTS]
@@ -154,7 +182,20 @@ class PictureSearch:
         matrices = _TURNS[turn % len(_TURNS)]
         moved = (torch.tensor(starts)[shift].flip(-1) - _MARGIN) * 2 / SIDE  # (k, 2): right, down
         matrices = torch.cat([matrices[..., :2], matrices[..., :2] @ moved[..., None]], dim=-1)
-        return candidates[best], turn // len(_TURNS), matrices
+        return _Guesses(candidates[best], turn // len(_TURNS), matrices)
+
+
+def _highest(values: Tensor, count: int) -> Tensor:
+    """Numbers of the highest of `(M,)`, and a few more, but none that is left out."""
+    highest = values.topk(min(count + _SPARE, len(values)))
+    return highest.indices[highest.values > -torch.inf]
+
+
+def _best_of(likeness: Tensor, candidates: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The best of candidates `(k,)` by the highest of their likenesses `(V, k)`, and which that is."""
+    values, view = likeness.max(dim=0)
+    best = values.topk(min(count, len(values))).indices
+    return candidates[best], view[best]
 
 
 def _refine(layers: Tensor, training: Tensor, matrices: Tensor, steps: int) -> tuple[Tensor, Tensor]:
@@ -170,7 +211,7 @@ def _refine(layers: Tensor, training: Tensor, matrices: Tensor, steps: int) -> t
         seen = F.grid_sample(layers, grid, padding_mode="zeros", align_corners=False)  # (k, 4, 32, 32)
         inside = (seen[:, 3] > 0.99).float()
         correlation = _correlation(seen[:, 0], training, inside)  # (k, 16)
-        fit = _information(correlation).topk(_COUNTED).values.mean(dim=-1)
+        fit = _fit(correlation)
         better = fit > best
         best = torch.where(better, fit, best)
         best_matrices = torch.where(better[:, None, None], matrices, best_matrices)
@@ -183,11 +224,21 @@ def _refine(layers: Tensor, training: Tensor, matrices: Tensor, steps: int) -> t
         normal, right = weighted @ jacobian, weighted @ (training - seen[:, 0]).flatten(1)[..., None]
         normal = normal + (_DAMPING * normal.diagonal(dim1=1, dim2=2).mean(-1) + 1e-6)[:, None, None] * torch.eye(6)
         matrices = matrices + torch.linalg.solve(normal, right).view(-1, 2, 3).clamp(-0.1, 0.1)
-    return best, best_matrices
+    # the matrices are found; now sharp, and what a smooth look has seen still counts
+    grid = (here @ best_matrices.transpose(1, 2)).view(-1, SIDE, SIDE, 2)
+    sharp = F.grid_sample(layers[:, :1], grid, mode="bicubic", padding_mode="zeros", align_corners=False)[:, 0]
+    inside = (grid.abs() < 1 - 1 / SIDE).all(dim=-1).float()
+    return best.maximum(_fit(_correlation(sharp, training, inside))), best_matrices
+
+
+def _fit(correlation: Tensor) -> Tensor:
+    """How well blocks `(k, 16)` fit, `(k,)`: by the best of them, or by all."""
+    information = _information(correlation)
+    return information.topk(_BEST).values.mean(dim=-1).maximum(_ALL * information.mean(dim=-1))
 
 
 def _correlation(seen: Tensor, training: Tensor, inside: Tensor) -> Tensor:
-    """Of each block `(k, 16)` in [0, 0.99]; 0 where half of it or more is outside, or where it shows nothing."""
+    """Of each block `(k, 16)`; 0 where half of it or more is outside, or where it shows nothing."""
     a, b, known = (_tiles(x, _BLOCKS) for x in (seen, training, inside))  # (k, 16, 64)
     contrast = ((a.square() * known).sum(-1) * (b.square() * known).sum(-1)).sqrt()
     return (a * b * known).sum(-1) / (contrast + 0.005 * a.shape[-1]) * (known.mean(-1) > 0.5)
