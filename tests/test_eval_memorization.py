@@ -39,6 +39,11 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(autouse=True)
+def few_planted(monkeypatch):
+    monkeypatch.setattr("diffusers_dino.evaluation.memorization.protocol._NUM_PLANTED", 8)
+
+
 @pytest.fixture
 def flags(folder, tmp_path) -> dict:
     return {

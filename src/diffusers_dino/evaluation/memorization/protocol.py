@@ -44,7 +44,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 NUM_BINS = 50
-_NUM_PLANTED = 100
+_NUM_PLANTED = 50
 
 Images = ImageDataset | Tensor
 
