@@ -104,3 +104,9 @@ def test_a_name_that_may_be_several_keys_is_not_guessed():
     assert match_paths(["/data/p2/view.png", "/data/p3/view", "p3/view.png"], known) == [1, None, None]
     with pytest.raises(ValueError, match=r"'view.png' may be 2 of the images, such as 'p1/view' or 'p2/view'"):
         match_paths(["other", "view.png"], known)
+
+
+def test_an_unknown_key_is_told_without_quotes_or_traceback(tmp_path):
+    with pytest.raises(KeyError, match="^2 keys are missing, such as nobody, no one$") as caught:
+        find_keys(["a", "nobody", "no one"], KEYS, "keys are missing")
+    assert isinstance(caught.value, ValueError)  # which commands end with one line for

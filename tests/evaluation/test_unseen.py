@@ -89,6 +89,7 @@ def test_held_out_images_that_were_trained_on_say_nothing(caplog):
     result = evaluate_memorization(training, held_out=mixed, held_out_groups=groups, **options).result
     assert result.held_out_in_training == 20
     assert "20 of the held-out images are training images" in caplog.text
+    assert "20 groups, such as patients, have training and held-out images" in caplog.text
     assert evaluate_memorization(training, held_out=unseen, **options).result.held_out_in_training == 0
     with pytest.raises(ValueError, match="20 of the 50 held-out images are training images: no threshold"):
         evaluate_memorization(training, held_out=mixed, held_out_groups=groups, calibrate_on="held out", **options)

@@ -11,7 +11,14 @@ from pathlib import Path
 from ..files import read_regular
 from .stores.folder import image_key
 
-__all__ = ["find_keys", "match_keys", "match_paths", "read_keys", "respell", "unify"]
+__all__ = ["UnknownKeyError", "find_keys", "match_keys", "match_paths", "read_keys", "respell", "unify"]
+
+
+class UnknownKeyError(KeyError, ValueError):
+    """Keys that are not there. What a user can mend is a `ValueError`, too, and is told without a traceback."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 def read_keys(path: str | Path) -> list[str]:
@@ -52,11 +59,11 @@ def match_keys(wanted: Sequence[str], known: Sequence[str]) -> list[int | None]:
 
 
 def find_keys(wanted: Sequence[str], known: Sequence[str], complaint: str) -> list[int]:
-    """`match_keys`, or KeyError: how many are missing, the complaint, the first few, and which key may be meant."""
+    """`match_keys`, or UnknownKeyError: how many are missing, the complaint, the first few, and which key may be meant."""
     places = match_keys(wanted, known)
     missing = [key for key, place in zip(wanted, places, strict=True) if place is None]
     if missing:
-        raise KeyError(f"{len(missing)} {complaint}, such as {', '.join(missing[:3])}{_hint(missing, known)}")
+        raise UnknownKeyError(f"{len(missing)} {complaint}, such as {', '.join(missing[:3])}{_hint(missing, known)}")
     return [place for place in places if place is not None]
 
 

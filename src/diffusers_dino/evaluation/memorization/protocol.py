@@ -193,6 +193,9 @@ def evaluate_memorization(
                 f"{num_seen} of the {len(held_out_views.upright)} held-out images are training images: no threshold "
                 "can be learned from them. Leave them out."
             )
+        both = set() if known is None else set(known) & set(groups)
+        if both:
+            logger.warning("%d groups, such as patients, have training and held-out images.", len(both))
         if num_seen:
             logger.warning("%d of the held-out images are training images: they say nothing.", num_seen)
         unseen = search_copies(held_out_views, views, known, None if known is None else groups)
