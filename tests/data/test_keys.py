@@ -107,6 +107,6 @@ def test_a_name_that_may_be_several_keys_is_not_guessed():
 
 
 def test_an_unknown_key_is_told_without_quotes_or_traceback(tmp_path):
-    with pytest.raises(KeyError, match="^2 keys are missing, such as nobody, no one$") as caught:
+    with pytest.raises(KeyError, match=r"^2 keys are missing, such as nobody, no one$") as caught:
         find_keys(["a", "nobody", "no one"], KEYS, "keys are missing")
     assert isinstance(caught.value, ValueError)  # which commands end with one line for
