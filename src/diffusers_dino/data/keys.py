@@ -59,7 +59,7 @@ def match_keys(wanted: Sequence[str], known: Sequence[str]) -> list[int | None]:
 
 
 def find_keys(wanted: Sequence[str], known: Sequence[str], complaint: str) -> list[int]:
-    """`match_keys`, or an UnknownKeyError: how many are missing, the complaint, the first few, and what may be meant."""
+    """`match_keys`, or an UnknownKeyError: how many are missing, a complaint, the first few, and what may be meant."""
     places = match_keys(wanted, known)
     missing = [key for key, place in zip(wanted, places, strict=True) if place is None]
     if missing:
