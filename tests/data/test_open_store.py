@@ -102,6 +102,15 @@ def test_a_manifest_says_that_a_folder_holds_shards(tmp_path, caplog):
     assert "1 images beside them are not read" in caplog.text
 
 
+@pytest.mark.parametrize("kind", ["dead link", "pipe"])
+def test_a_shard_that_is_no_file_is_counted(tmp_path, caplog, kind):
+    path = write_shards(tmp_path, 2)[1]
+    path.unlink()
+    path.symlink_to("nowhere") if kind == "dead link" else os.mkfifo(path)
+    assert len(open_images(tmp_path, PREPARE)) == 8
+    assert "links that lead nowhere, pipes and devices: 1, such as x-000001.tar" in caplog.text
+
+
 @pytest.mark.parametrize("content", ['{"name": "a web page"}', "[]", "{", "[" * 100_000])
 def test_a_manifest_of_something_else_does_not_hide_images(tmp_path, content):
     fill(tmp_path)

@@ -203,11 +203,9 @@ def _bytes_per_pixel(image: ImageFile.ImageFile) -> int:
     """What decoding takes for each pixel."""
     if isinstance(image, WebPImagePlugin.WebPImageFile):  # its decoder keeps two frames
         return 8
-    if image.mode in ("1", "L"):
-        return 1
-    return {"I;16": 2, "I;16B": 2, "P": 3, "RGB": 3}.get(image.mode, 4) * (
-        2 if ";16" in _raw_mode(image) and image.mode.startswith("RGB") else 1
-    )
+    deep = image.mode in ("RGB", "RGBA") and ";16" in _raw_mode(image)
+    sizes = {"1": 1, "L": 1, "I;16": 2, "I;16B": 2, "P": 3, "RGB": 3}
+    return sizes.get(image.mode, 4) * (2 if deep else 1)
 
 
 def _to_array(image: Image.Image) -> np.ndarray:

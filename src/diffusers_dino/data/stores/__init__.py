@@ -13,7 +13,7 @@ from .hugging_face import SAVED, HuggingFaceStore
 from .remote import is_remote
 from .shards import MANIFEST, ShardStore, is_shard_manifest
 from .store import ImageStore
-from .walk import list_files
+from .walk import list_files, printable
 
 __all__ = ["FolderStore", "HuggingFaceStore", "ImageStore", "ShardStore", "open_store"]
 
@@ -62,6 +62,8 @@ def _open_folder(folder: Path, split: str, image_column: str, config_name: str |
     if not (tars or tables or saved or MANIFEST in listing.files):
         return FolderStore(folder, listing=listing)
     images = len(find_images(folder, listing))
+    for clause in listing.counts():  # a shard may be a link to what has not been fetched
+        logger.warning("%s: left out: %s", printable(str(folder)), clause)
     if is_shard_manifest(folder / MANIFEST) or (MANIFEST in listing.files and not images):
         if images:
             logger.warning("%s: its %s names shards. %d images beside them are not read", folder, MANIFEST, images)
