@@ -91,7 +91,8 @@ def train(args: Arguments, folder: Path, keys_file: Path, seed: int) -> dict[str
     for stage, script in STAGES.items():
         command = [sys.executable, str(EXAMPLES / script), f"{args.configs}_{stage}.yaml", "--seed", str(seed)]
         command += ["--train_data_dir", str(args.data_dir), "--keys_file", str(keys_file)]
-        command += ["--resolution", str(args.resolution), "--output_dir", str(folder / stage)]
+        command += ["--resolution", str(args.resolution)]
+        command += ["--output_dir", str(folder / stage), "--overwrite_output_dir"]
         if stage == "unet":
             command += ["--vae", str(folder / "vae"), "--conditioner", str(folder / "dino")]
             command += ["--unet_config", str(EXAMPLES / "configs" / "tiny_unet.json")]

@@ -9,6 +9,9 @@ work of two. With `--rank` a LoRA for the teacher's own UNet is trained instead,
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import diffusers_dino.cli.early  # noqa: F401  (first: signals and readers that leave are minded from here on)
+
 import copy
 import logging
 from dataclasses import dataclass
@@ -23,21 +26,23 @@ from torch import Tensor, nn
 from diffusers_dino import DinoDiffusionPipeline, data
 from diffusers_dino.cli.arguments import flag, parse_arguments
 from diffusers_dino.cli.record import write_record_and_card
+from diffusers_dino.cli.run import Run, open_run
 from diffusers_dino.cli.training_flags import (
     AugmentationArguments,
     ImageArguments,
     RunArguments,
-    make_accelerator,
     make_augmentation,
     open_training_images,
 )
 from diffusers_dino.cli.training_run import TrainingRun
+from diffusers_dino.fingerprints import fingerprint_pipeline
 from diffusers_dino.hub import TrainingRecord
 from diffusers_dino.schedules import embed_guidance, is_flow
 from diffusers_dino.training import models, objective
 from diffusers_dino.training.consistency import ConsistencySchedule, pseudo_huber
 from diffusers_dino.training.feature_cache import Recipe, open_feature_cache
 from diffusers_dino.training.features import FeatureEncoder, Views, cache_in_memory
+from diffusers_dino.training.run_folder import put_result
 from diffusers_dino.training.self_distillation import update_teacher
 
 logger = logging.getLogger("distill_dino")
@@ -68,20 +73,28 @@ class Arguments(RunArguments, AugmentationArguments, ImageArguments):
 
 def main() -> None:
     args = parse_arguments(Arguments, description=__doc__)
+    check_guidance(args)
+    with open_run(args, logger) as run:
+        train(args, run)
+
+
+def train(args: Arguments, opened: Run) -> None:
     low, high = check_guidance(args)
-    accelerator = make_accelerator(args, logger)
+    accelerator = opened.accelerator
     with accelerator.main_process_first():  # one process downloads
         pipe = load_teacher(args)
     schedule = ConsistencySchedule(pipe.scheduler, args.teacher_steps).to(accelerator.device)
     images = open_training_images(args)
     models.latent_shape(pipe.vae, pipe.unet, args.resolution)  # checks the resolution
+    teacher = {**fingerprint_pipeline(pipe), "lora_alpha": args.rank and (args.lora_alpha or args.rank)}
     student = make_student(args, pipe.unet)
     frozen_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     for model in (pipe.vae, pipe.conditioner, pipe.unet):
         nn.Module.to(model.requires_grad_(False), accelerator.device, frozen_dtype)
     target = copy.deepcopy(student).requires_grad_(False).eval().to(accelerator.device)
     encode = FeatureEncoder(pipe.vae, pipe.conditioner, accelerator.device)
-    run = TrainingRun(args, accelerator, student, open_views(args, pipe, images, encode), companions=(target,))
+    views = open_views(args, pipe, images, encode)
+    run = TrainingRun(opened, student, views, companions=(target,), teacher=teacher)
     logger.info(
         f"Distilling {sum(p.numel() for p in student.parameters() if p.requires_grad) / 1e6:.2f} M weights on "
         f"{len(images)} images: {run.total} updates of {run.images_per_update} images"
@@ -124,7 +137,7 @@ def main() -> None:
     elif accelerator.is_main_process:
         save_result(args, pipe, target)
         name = Path(args.output_dir).resolve().name
-        write_record_and_card(args, name, len(images), run.step, [args.pretrained_pipeline])
+        write_record_and_card(args, name, len(images), run.step, [args.pretrained_pipeline], opened.history)
         logger.info(f"The result is in {args.output_dir}")
     accelerator.end_training()
 
@@ -191,13 +204,17 @@ def save_result(args: Arguments, pipe: DinoDiffusionPipeline, target: UNet2DCond
         from peft import get_peft_model_state_dict
 
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(target))
-        DinoDiffusionPipeline.save_lora_weights(args.output_dir, unet_lora_layers=layers)
-        scheduler.save_pretrained(Path(args.output_dir, "scheduler"))
+
+        def write(folder: Path) -> None:
+            DinoDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
+            scheduler.save_pretrained(folder / "scheduler")
+
+        put_result(Path(args.output_dir), write)
         return
     whole = DinoDiffusionPipeline.from_pretrained(
         args.pretrained_pipeline, unet=target, scheduler=scheduler, revision=args.revision, variant=args.variant
     )
-    whole.save_pretrained(args.output_dir)
+    put_result(Path(args.output_dir), whole.save_pretrained)
 
 
 if __name__ == "__main__":

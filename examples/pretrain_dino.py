@@ -9,6 +9,9 @@ answers are spread by Sinkhorn's iterations, the features by KoLeo. `--output_di
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import diffusers_dino.cli.early  # noqa: F401  (first: signals and readers that leave are minded from here on)
+
 import json
 import logging
 import math
@@ -23,16 +26,14 @@ from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 from diffusers_dino import DinoImageConditioner
 from diffusers_dino.cli.arguments import flag, parse_arguments
 from diffusers_dino.cli.record import write_record_and_card
-from diffusers_dino.cli.training_flags import (
-    ImageArguments,
-    RunArguments,
-    make_accelerator,
-    open_training_images,
-)
+from diffusers_dino.cli.run import Run, open_run
+from diffusers_dino.cli.training_flags import ImageArguments, RunArguments, open_training_images
 from diffusers_dino.cli.training_run import TrainingRun
 from diffusers_dino.data import ImageDataset, TrainingViews
+from diffusers_dino.fingerprints import fingerprint_model
 from diffusers_dino.seeds import generator_for
 from diffusers_dino.training.features import evenly_spread
+from diffusers_dino.training.run_folder import put_result
 from diffusers_dino.training.self_distillation import (
     Crops,
     DistillationNetwork,
@@ -90,14 +91,23 @@ class Arguments(RunArguments, ImageArguments):
 
 def main() -> None:
     args = parse_arguments(Arguments, description=__doc__)
-    accelerator = make_accelerator(args, logger)
+    with open_run(args, logger) as run:
+        train(args, run)
+
+
+def train(args: Arguments, opened: Run) -> None:
+    accelerator = opened.accelerator
     images = open_training_images(args)
     config = make_config(args)
     large, small = make_crops(args, config.patch_size)
     student, teacher = make_networks(args, config)
     teacher.to(accelerator.device)
     koleo = KoLeoLoss()
-    run = TrainingRun(args, accelerator, student, TrainingViews(images, None, args.seed), companions=(teacher,))
+    begun = {"config": config.to_diff_dict(), "prototypes": args.num_prototypes}
+    begun["weights"] = args.pretrained_model_name_or_path and fingerprint_model(student.encoder)
+    begun["pixels"] = [args.pixel_mean, args.pixel_std]
+    views = TrainingViews(images, None, args.seed)
+    run = TrainingRun(opened, student, views, companions=(teacher,), encoder=begun)
     logger.info(
         f"Training {sum(p.numel() for p in teacher.encoder.parameters()) / 1e6:.2f} M weights on {len(images)} "
         f"images: {run.total} updates of {run.images_per_update} images"
@@ -138,7 +148,8 @@ def main() -> None:
         if accelerator.is_main_process:
             save_result(args, teacher, images, large.size, diagnosis)
             base_models = [args.pretrained_model_name_or_path]
-            write_record_and_card(args, Path(args.output_dir).resolve().name, len(images), run.step, base_models)
+            name = Path(args.output_dir).resolve().name
+            write_record_and_card(args, name, len(images), run.step, base_models, opened.history)
     accelerator.end_training()
 
 
@@ -232,8 +243,8 @@ def save_result(
         source=Path(args.output_dir).resolve().name,
     )
     conditioner.fit_normalization(evenly_spread(images, args.num_statistics_images), args.slot_offset)
-    conditioner.save_pretrained(args.output_dir)
     Path(args.output_dir, "diagnosis.json").write_text(json.dumps(diagnosis, indent=1))
+    put_result(Path(args.output_dir), conditioner.save_pretrained)
     logger.info(f"The conditioner is in {args.output_dir}: {conditioner.num_tokens} tokens of {conditioner.token_dim}")
 
 

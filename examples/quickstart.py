@@ -146,6 +146,7 @@ def train(args: Arguments, model_dir: Path) -> None:
     command += [
         f"--train_data_dir={Path(args.data_dir).resolve()}/phantom-cxr-train-*.tar",
         f"--output_dir={model_dir}",
+        "--overwrite_output_dir",
     ]
     if args.max_train_steps is not None:
         command += ["--max_train_steps", str(args.max_train_steps)]

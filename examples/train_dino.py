@@ -8,6 +8,9 @@ Autoencoder and DINO encoder stay frozen. `--output_dir` becomes a pipeline, or 
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import diffusers_dino.cli.early  # noqa: F401  (first: signals and readers that leave are minded from here on)
+
 import logging
 import math
 from dataclasses import asdict, dataclass
@@ -21,21 +24,25 @@ from torch import Tensor
 from diffusers_dino import DinoDiffusionPipeline, data
 from diffusers_dino.cli.arguments import flag, parse_arguments
 from diffusers_dino.cli.record import write_record_and_card
+from diffusers_dino.cli.run import Run, open_run
 from diffusers_dino.cli.training_flags import (
     FeatureArguments,
     RunArguments,
     check_frozen_models,
     load_frozen,
-    make_accelerator,
-    open_views,
+    make_augmentation,
+    open_training_images,
+    split_off_unseen,
 )
+from diffusers_dino.files import save_atomically
+from diffusers_dino.fingerprints import fingerprint_model, hash_of
 from diffusers_dino.hub import push_folder
 from diffusers_dino.schedules import is_flow
-from diffusers_dino.training import checkpoints, models, objective, optim, validation
+from diffusers_dino.training import models, objective, optim, validation
 from diffusers_dino.training.feature_cache import Recipe, open_feature_cache
 from diffusers_dino.training.features import FeatureEncoder, Views, cache_in_memory
-from diffusers_dino.training.interruption import Interruption
 from diffusers_dino.training.progress import Progress
+from diffusers_dino.training.run_folder import put_result
 from diffusers_dino.training.state import TrainingState
 
 logger = logging.getLogger("train_dino")
@@ -89,7 +96,7 @@ class Arguments(RunArguments, FeatureArguments):
     torch_compile: bool = flag(False, "Compile the UNet.")
     channels_last: bool = flag(False, "Channels-last memory format of UNet and VAE.")
     validation_data_dir: str | None = flag(
-        None, "Unseen images, in the forms of --train_data_dir.", group="Validation"
+        None, "Unseen images; else a share of the others is held out for --metric_steps.", group="Validation"
     )
     validation_steps: int = flag(500, "Updates between pictures of variations; 0 draws none.")
     num_validation_images: int = flag(4, "Sources in a picture.")
@@ -106,20 +113,31 @@ class Arguments(RunArguments, FeatureArguments):
 def main() -> None:
     args = parse_arguments(Arguments, description=__doc__)
     check_arguments(args)
-    accelerator = make_accelerator(args, logger, tracker=args.report_to)
+    with open_run(args, logger, tracker=args.report_to) as run:
+        run_training(args, run)
+
+
+def run_training(args: Arguments, run: Run) -> None:
+    """From the images and models that the flags name to a pipeline in `--output_dir`."""
+    accelerator = run.accelerator
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
 
-    views = open_views(args)
+    to_measure_on = args.metric_num_images if args.metric_steps else 0
+    images, unseen = split_off_unseen(args, open_training_images(args), to_measure_on)
+    views = data.TrainingViews(images, make_augmentation(args), args.seed)
+    run.claim()
     with accelerator.main_process_first():  # one process downloads
         pipe = build_pipeline(args, views.images, accelerator.device)
     models.latent_shape(pipe.vae, pipe.unet, args.resolution)  # checks the resolution
     check_objective(args, pipe)
+    run.begin(images, use_8bit_adam=args.use_8bit_adam, models=describe_models(args, pipe))
     if accelerator.is_main_process:
         save_frozen(args, pipe)
     frozen_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     if args.feature_cache:
         recipe = Recipe.of(pipe.vae, pipe.conditioner, views, args.cache_views)
-        views = open_feature_cache(args.feature_cache, recipe, views.images)
+        share = (accelerator.process_index, accelerator.num_processes)
+        views = open_feature_cache(args.feature_cache, recipe, views.images, share)
     frozen_device = "cpu" if args.feature_cache or args.cache_views else None
     trainable = models.adapt_for_training(pipe, accelerator.device, frozen_dtype, frozen_device)
     if args.channels_last:
@@ -161,30 +179,28 @@ def main() -> None:
         f"Training {sum(p.numel() for p in trainable) / 1e6:.2f} M weights on {len(views)} images: {total_steps} "
         f"steps of {accelerator.num_processes} x {args.train_batch_size} x {args.gradient_accumulation_steps}"
     )
-    step = train(args, pipe, views, encode, state, total_steps)
+    validator = make_validator(args, pipe, state, unseen)
+    step = train(args, run, pipe, views, encode, state, validator, total_steps)
     if step < total_steps:
         logger.info(f"Stopped after {step} updates. Go on with --resume_from_checkpoint=latest.")
     elif accelerator.is_main_process:
-        save_result(args, pipe, state, step, len(views.images))
+        save_result(args, run, pipe, state, step, len(images))
     accelerator.end_training()
 
 
 def train(
     args: Arguments,
+    run: Run,
     pipe: DinoDiffusionPipeline,
     views: Views,
     encode: FeatureEncoder,
     state: TrainingState,
+    validator: validation.Validator,
     total_steps: int,
 ) -> int:
     """The loop. Returns the number of updates done, less than `total_steps` if a signal asked to stop."""
     accelerator, trainable = state.accelerator, list(state.trainable.values())
-    step, position, stop = 0, 0, False  # updates of the weights, and images that they were made from
-    provenance = checkpoints.describe_run(args.seed, views.images.preprocessing, args.shuffle_window_shards)
-    if args.resume_from_checkpoint:
-        found = checkpoints.resume_run(accelerator, args.output_dir, args.resume_from_checkpoint, provenance)
-        step, position = (found.step, found.info["position"]) if found else (0, 0)
-        logger.info(f"Continuing from {found.path}" if found else "There is no checkpoint: starting anew")
+    step, position = run.resume(state)  # updates of the weights, and images that they were made from
     # The loader stays out of `accelerator.prepare`: its sampler already gives each process its own share.
     sampler = data.GlobalBatchSampler(
         len(views),
@@ -196,7 +212,6 @@ def train(
         order=views.images.order(args.shuffle_window_shards),
     )
     batches = data.load_batches(views, sampler, args.dataloader_num_workers, accelerator.device)
-    validator = make_validator(args, pipe, state, views.images)
     images_per_update = sampler.global_batch_size * args.gradient_accumulation_steps
     progress = Progress(
         accelerator,
@@ -206,7 +221,10 @@ def train(
         images_per_step=images_per_update,
         every=args.logging_steps,
     )
-    interruption = Interruption(args.checkpointing_minutes if accelerator.is_main_process else 0)
+    if run.unseen and validator.is_due(step):  # a kill came between the checkpoint and its validation
+        validator.run(step, progress.say)
+        run.note_validated(step)
+    stop = False
     while step < total_steps and not stop:
         loss_sum = torch.zeros((), device=accelerator.device)
         for _ in range(args.gradient_accumulation_steps):
@@ -216,7 +234,7 @@ def train(
                 accelerator.backward(loss)
                 loss_sum += loss.detach() / args.gradient_accumulation_steps
         # One exchange tells all processes the loss, and whether one of them wishes to stop or to save.
-        exchanged = torch.stack([loss_sum, *loss_sum.new_tensor(interruption.wishes())])
+        exchanged = torch.stack([loss_sum, *loss_sum.new_tensor(run.interruption.wishes())])
         mean_loss, stop, due = accelerator.reduce(exchanged, "mean").tolist()
         norm = accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
         objective.check_finite(step + 1, mean_loss, norm, batch["key"], accelerator.mixed_precision)
@@ -229,15 +247,9 @@ def train(
         progress.update(mean_loss, lr)
         accelerator.log({"loss": mean_loss, "lr": lr}, step=step)
         if stop or due or (args.checkpointing_steps and step % args.checkpointing_steps == 0):
-            checkpoints.save_run(
-                accelerator,
-                args.output_dir,
-                step,
-                keep=args.checkpoints_total_limit,
-                info={"position": position, **provenance},
-            )
-            interruption.saved()
+            run.save(state, step, position)
         validator.run(step, progress.say)
+        run.note_validated(step)
     progress.close()
     return step
 
@@ -276,8 +288,6 @@ def check_arguments(args: Arguments) -> None:
     check_frozen_models(args)
     if args.rank and not args.pretrained_pipeline:
         raise ValueError("A LoRA (--rank) is trained on a whole pipeline: give --pretrained_pipeline.")
-    if args.metric_steps and not args.validation_data_dir:
-        raise ValueError("Measuring (--metric_steps) needs unseen images: give --validation_data_dir.")
     args.in_memory &= args.feature_cache is None  # with a cache, hardly an image is read
 
 
@@ -317,8 +327,6 @@ def build_pipeline(args: Arguments, images: data.ImageDataset, device: torch.dev
 def make_validator(
     args: Arguments, pipe: DinoDiffusionPipeline, state: TrainingState, images: data.ImageDataset
 ) -> validation.Validator:
-    if args.validation_data_dir:
-        images = data.open_images(args.validation_data_dir, images.preprocessing, max_unreadable=args.max_unreadable)
     metric = validation.open_metric(args.metric, args.metric_features, args.metric_weights, state.accelerator.device)
     return validation.Validator(
         pipe,
@@ -338,22 +346,40 @@ def make_validator(
     )
 
 
+def describe_models(args: Arguments, pipe: DinoDiffusionPipeline) -> dict[str, Any]:
+    """What a run cannot change when it goes on; call it before the models are cast."""
+    begun = [p for p in pipe.unet.parameters() if not (args.rank and p.requires_grad)]
+    new = {"config": {n: v for n, v in pipe.unet.config.items() if n[0] != "_"}, "qk_init_scale": args.qk_init_scale}
+    statistics = f"standardised by {args.normalize_tokens} images"  # whose last bits another device may change
+    return {
+        "vae": fingerprint_model(pipe.vae),
+        "conditioner": statistics if args.normalize_tokens else fingerprint_model(pipe.conditioner),
+        "unet at the start": new if args.unet_config else hash_of(*begun)[:16],
+        "noise schedule": {name: value for name, value in pipe.scheduler.config.items() if name[0] != "_"},
+        "lora_alpha": args.rank and (args.lora_alpha or args.rank),
+    }
+
+
 def save_frozen(args: Arguments, pipe: DinoDiffusionPipeline) -> None:
     """Write what training does not change, before it is cast to lower precision."""
-    if not args.rank:
-        for name in ("vae", "conditioner", "scheduler"):
-            getattr(pipe, name).save_pretrained(Path(args.output_dir, name))
+    for name in () if args.rank else ("vae", "conditioner", "scheduler"):
+        if not Path(args.output_dir, name).exists():
+            with save_atomically(Path(args.output_dir, name)) as folder:
+                getattr(pipe, name).save_pretrained(folder)
 
 
 def save_result(
-    args: Arguments, pipe: DinoDiffusionPipeline, state: TrainingState, num_updates: int, num_images: int
+    args: Arguments, run: Run, pipe: DinoDiffusionPipeline, state: TrainingState, num_updates: int, num_images: int
 ) -> None:
-    state.save_for_use(args.output_dir)
-    if not args.rank:
-        pipe.save_config(args.output_dir)  # model_index.json makes the folder a pipeline
+    def write(folder: Path) -> None:
+        state.save_for_use(folder)
+        if not args.rank:
+            pipe.save_config(folder)  # model_index.json makes the folder a pipeline
+
+    put_result(Path(args.output_dir), write)
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     bases = [args.pretrained_pipeline, args.pretrained_model_name_or_path, args.unet, args.vae, args.conditioner]
-    write_record_and_card(args, name, num_images, num_updates, bases + (args.encoder or []))
+    write_record_and_card(args, name, num_images, num_updates, bases + (args.encoder or []), run.history)
     if args.push_to_hub:
         push_folder(args.output_dir, name, private=True)
     logger.info(f"The result is in {args.output_dir}")

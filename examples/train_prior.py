@@ -8,6 +8,9 @@ Labels, metadata and text are optional. The encoder stays frozen. `--output_dir`
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import diffusers_dino.cli.early  # noqa: F401  (first: signals and readers that leave are minded from here on)
+
 import logging
 import math
 from dataclasses import asdict, dataclass
@@ -25,23 +28,23 @@ from diffusers_dino import DinoPrior, DinoPriorPipeline, data
 from diffusers_dino.cli.arguments import flag, parse_arguments
 from diffusers_dino.cli.image_flags import STORED
 from diffusers_dino.cli.record import write_record_and_card
+from diffusers_dino.cli.run import Run, open_run
 from diffusers_dino.cli.training_flags import (
     RunArguments,
     TokenArguments,
     check_conditioner,
     load_conditioner,
-    make_accelerator,
     open_views,
 )
 from diffusers_dino.hub import push_folder
 from diffusers_dino.prior import describe_conditioner
 from diffusers_dino.prior.flow import draw_for_prior
 from diffusers_dino.prior.table import Columns, Facts, make_conditions, read_facts, stored_facts
-from diffusers_dino.training import checkpoints, objective, optim, prior
+from diffusers_dino.training import objective, optim, prior
 from diffusers_dino.training.feature_cache import Recipe, open_feature_cache
 from diffusers_dino.training.features import FeatureEncoder, Views, cache_in_memory
-from diffusers_dino.training.interruption import Interruption
 from diffusers_dino.training.progress import Progress
+from diffusers_dino.training.run_folder import put_result
 from diffusers_dino.training.state import TrainingState
 
 logger = logging.getLogger("train_prior")
@@ -107,7 +110,13 @@ class Arguments(RunArguments, TokenArguments):
 def main() -> None:
     args = parse_arguments(Arguments, description=__doc__)
     check_arguments(args)
-    accelerator = make_accelerator(args, logger, tracker=args.report_to)
+    with open_run(args, logger, tracker=args.report_to) as run:
+        run_training(args, run)
+
+
+def run_training(args: Arguments, run: Run) -> None:
+    """From the images and the conditioner that the flags name to a pipeline in `--output_dir`."""
+    accelerator = run.accelerator
     columns = name_columns(args)
 
     # 1. Images, what is known of them, and their tokens
@@ -163,6 +172,7 @@ def main() -> None:
     held_out = open_held_out(args, views, left, columns, encode, known_facts, pipe)
 
     # 3. Train
+    run.begin(training.images, prior={name: value for name, value in model.config.items() if name[0] != "_"})
     images_per_update = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     total_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(training) / images_per_update)
     optimizer = torch.optim.AdamW(
@@ -192,16 +202,17 @@ def main() -> None:
         f"images, labels {', '.join(conditions.labels) or 'none'}: at most {total_steps} steps of "
         f"{accelerator.num_processes} x {args.train_batch_size} x {args.gradient_accumulation_steps}"
     )
-    step, finished = train(args, pipe, training, encode, known_facts, state, validator, total_steps)
+    step, finished = train(args, run, pipe, training, encode, known_facts, state, validator, total_steps)
     if not finished:
         logger.info(f"Stopped after {step} updates. Go on with --resume_from_checkpoint=latest.")
     elif accelerator.is_main_process:
-        save_result(args, pipe, state, validator, step, len(training))
+        save_result(args, run, pipe, state, validator, step, len(training))
     accelerator.end_training()
 
 
 def train(
     args: Arguments,
+    run: Run,
     pipe: DinoPriorPipeline,
     views: Views,
     encode: FeatureEncoder,
@@ -212,15 +223,11 @@ def train(
 ) -> tuple[int, bool]:
     """The loop. Returns the number of updates done, and whether training is at its end."""
     accelerator, trainable = state.accelerator, list(state.trainable.values())
-    step, position, stop, converged = 0, 0, False, False
-    provenance = checkpoints.describe_run(args.seed, views.images.preprocessing, args.shuffle_window_shards)
-    if args.resume_from_checkpoint:
-        found = checkpoints.resume_run(accelerator, args.output_dir, args.resume_from_checkpoint, provenance)
-        if found:
-            step, position = found.step, found.info["position"]
-            validator.load_state_dict(found.info["looks"])
-            converged = validator.is_late()
-        logger.info(f"Continuing from {found.path}" if found else "There is no checkpoint: starting anew")
+    step, position = run.resume(state)
+    stop = converged = False
+    if run.found is not None:
+        validator.load_state_dict(run.found.info["looks"])
+        converged = validator.is_late()
     sampler = data.GlobalBatchSampler(
         len(views),
         args.train_batch_size,
@@ -240,7 +247,6 @@ def train(
         images_per_step=images_per_update,
         every=args.logging_steps,
     )
-    interruption = Interruption(args.checkpointing_minutes if accelerator.is_main_process else 0)
     if not validator.looks:
         validator.run(0, progress.say)  # the Gaussian that it begins as
     while step < total_steps and not stop and not converged:
@@ -252,7 +258,7 @@ def train(
                 accelerator.backward(loss)
                 loss_sum += loss.detach() / args.gradient_accumulation_steps
         # One exchange tells all processes the loss, and whether one of them wishes to stop or to save.
-        exchanged = torch.stack([loss_sum, *loss_sum.new_tensor(interruption.wishes())])
+        exchanged = torch.stack([loss_sum, *loss_sum.new_tensor(run.interruption.wishes())])
         mean_loss, stop, due = accelerator.reduce(exchanged, "mean").tolist()
         norm = accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
         objective.check_finite(step + 1, mean_loss, norm, batch["key"], accelerator.mixed_precision)
@@ -266,14 +272,7 @@ def train(
         accelerator.log({"loss": mean_loss, "lr": lr}, step=step)
         converged = validator.run(step, progress.say)
         if stop or due or (args.checkpointing_steps and step % args.checkpointing_steps == 0):
-            checkpoints.save_run(
-                accelerator,
-                args.output_dir,
-                step,
-                keep=args.checkpoints_total_limit,
-                info={"position": position, "looks": validator.state_dict(), **provenance},
-            )
-            interruption.saved()
+            run.save(state, step, position, looks=validator.state_dict())
     progress.close()
     return step, converged or step >= total_steps
 
@@ -377,6 +376,7 @@ def open_held_out(
 
 def save_result(
     args: Arguments,
+    run: Run,
     pipe: DinoPriorPipeline,
     state: TrainingState,
     validator: prior.PriorValidator,
@@ -390,10 +390,10 @@ def save_result(
             best = Path(args.output_dir, "best", "prior", SAFETENSORS_WEIGHTS_NAME)
             pipe.prior.load_state_dict(load_file(best))
         torch.nn.Module.to(pipe.prior, getattr(torch, args.weights_dtype))  # statistics stay float32
-        pipe.save_pretrained(args.output_dir)
+        put_result(Path(args.output_dir), pipe.save_pretrained)
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     bases = [args.pretrained_pipeline, args.conditioner, args.text_encoder, *(args.encoder or [])]
-    write_record_and_card(args, name, num_images, num_updates, bases)
+    write_record_and_card(args, name, num_images, num_updates, bases, run.history)
     if args.push_to_hub:
         push_folder(args.output_dir, name, private=True)
     logger.info(f"The result is in {args.output_dir}")

@@ -8,6 +8,9 @@ images that were held out | their reconstructions.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import diffusers_dino.cli.early  # noqa: F401  (first: signals and readers that leave are minded from here on)
+
 import logging
 import math
 from collections.abc import Iterator
@@ -21,21 +24,23 @@ from torch import Tensor, nn
 
 from diffusers_dino.cli.arguments import flag, parse_arguments
 from diffusers_dino.cli.record import write_record_and_card
+from diffusers_dino.cli.run import Run, open_run
 from diffusers_dino.cli.training_flags import (
     AugmentationArguments,
     ImageArguments,
     RunArguments,
-    make_accelerator,
     make_augmentation,
     open_training_images,
 )
 from diffusers_dino.cli.training_run import TrainingRun
 from diffusers_dino.data import ImageDataset, TrainingViews, collate, open_images
+from diffusers_dino.fingerprints import fingerprint_model
 from diffusers_dino.latents import vae_scale_factor
 from diffusers_dino.pixels import unit_to_vae, vae_to_unit
 from diffusers_dino.seeds import generator_for
 from diffusers_dino.sheets import contact_sheet
 from diffusers_dino.training.autoencoder import ReconstructionLoss, latent_statistics, psnr
+from diffusers_dino.training.run_folder import put_result
 
 logger = logging.getLogger("train_vae")
 
@@ -67,12 +72,19 @@ class Arguments(RunArguments, AugmentationArguments, ImageArguments):
 
 def main() -> None:
     args = parse_arguments(Arguments, description=__doc__)
-    accelerator = make_accelerator(args, logger)
+    with open_run(args, logger) as run:
+        train(args, run)
+
+
+def train(args: Arguments, opened: Run) -> None:
+    accelerator = opened.accelerator
     images, held_out = split_images(args, open_training_images(args))
     vae = make_vae(args)
     loss_function = ReconstructionLoss(args.l1_weight, args.mse_weight, args.gradient_weight, args.kl_weight)
     views = TrainingViews(images, make_augmentation(args), args.seed)
-    run = TrainingRun(args, accelerator, AutoencodingNetwork(vae), views)
+    begun = {"config": {name: value for name, value in vae.config.items() if name[0] != "_"}}
+    begun["weights"] = args.vae and fingerprint_model(vae)
+    run = TrainingRun(opened, AutoencodingNetwork(vae), views, vae=begun)
     logger.info(
         f"Training {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M weights on {len(images)} images, "
         f"{len(held_out)} held out: {run.total} updates of {run.images_per_update} images"
@@ -93,7 +105,8 @@ def main() -> None:
         logger.info(f"Stopped after {run.step} updates. Go on with --resume_from_checkpoint=latest.")
     elif accelerator.is_main_process:
         save_result(args, vae, images)
-        write_record_and_card(args, Path(args.output_dir).resolve().name, len(images), run.step, [args.vae])
+        name = Path(args.output_dir).resolve().name
+        write_record_and_card(args, name, len(images), run.step, [args.vae], opened.history)
         validate(args, vae, held_out, run.step)
     accelerator.end_training()
 
@@ -196,7 +209,7 @@ def save_result(args: Arguments, vae: AutoencoderKL, images: ImageDataset) -> No
 
     mean, std = latent_statistics(moments())
     vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0)
-    vae.to(memory_format=torch.contiguous_format).save_pretrained(args.output_dir)
+    put_result(Path(args.output_dir), vae.to(memory_format=torch.contiguous_format).save_pretrained)
     logger.info(f"The autoencoder is in {args.output_dir}")
 
 

@@ -266,7 +266,7 @@ def test_the_papers_recipe_is_in_its_configs(name):
         ({"vae": None}, ValueError, "no VAE"),
         ({"unet_config": None}, ValueError, "no UNet"),
         ({"rank": 4}, ValueError, "--pretrained_pipeline"),
-        ({"metric_steps": 5}, ValueError, "--validation_data_dir"),
+        ({"metric_steps": 5, "max_train_samples": 1}, ValueError, "--validation_data_dir"),
         ({"resolution": 36}, ValueError, "must be a multiple of 8"),
         ({"output_dir": "file/out"}, NotADirectoryError, "there is a file of that name"),
         ({"rescale_betas_zero_snr": True}, ValueError, "v_prediction"),
@@ -354,8 +354,8 @@ def test_two_processes_equal_one_with_the_same_global_batch(flags, parts, tmp_pa
     assert len(one) == 20
     assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-4
     assert sorted(p.name for p in (tmp_path / "2" / "checkpoint-20").glob("random_states*")) == [
-        "random_states_0.pkl",
-        "random_states_1.pkl",
+        "random_states_0.safetensors",
+        "random_states_1.safetensors",
     ]
     # A checkpoint of either goes on as the other: the place in the run counts images, not batches of a process.
     for first, then in ((1, 2), (2, 1)):
@@ -438,7 +438,7 @@ def test_full_disk_leaves_the_checkpoint_before(train, tmp_path):
     # Files may grow to what the frozen models need, which is less than the optimizer's state.
     sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     frozen = max(size for path, size in sizes.items() if path.parent.name in ("vae", "conditioner"))
-    optimizer = next(size for path, size in sizes.items() if path.name == "optimizer.bin")
+    optimizer = next(size for path, size in sizes.items() if path.name == "optimizer.safetensors")
     assert frozen + 1024 < optimizer
     former = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (frozen + 1024, former[1]))

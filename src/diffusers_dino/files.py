@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
+from weakref import WeakSet
 
 __all__ = [
     "PARTIAL",
@@ -239,8 +240,8 @@ def refuse_other_folder(folder: Path, error: type[Exception] = FileExistsError) 
 def lock_folder(folder: Path, error: type[Exception] = RuntimeError) -> Iterator[None]:
     """Hold a lock on a folder, by a file `lock` in it; raise `error` if another process holds it.
 
-    It ends with this process, even if that is killed. Where the file system has no locks, as on some networks, a
-    warning says so.
+    It ends with this process, even if that is killed and its forked workers live on. Where the file system has no
+    locks, as on some networks, a warning says so.
     """
     with open(folder / "lock", "w") as file:
         _hold(file, f"in {folder}", error)
@@ -268,6 +269,17 @@ def _hold(file: TextIO, place: str, error: type[Exception]) -> None:
         raise error(f"Another run is at work {place}: wait for it, or stop it.") from held
     except (ImportError, OSError) as missing:  # not on Windows, nor on every network's file system
         logger.warning("There are no locks (%s): see to it that no other run is at work %s.", missing, place)
+    _locks.add(file)
+
+
+def _close_locks() -> None:
+    for file in list(_locks):
+        file.close()
+
+
+_locks: WeakSet[TextIO] = WeakSet()
+if hasattr(os, "register_at_fork"):  # a worker that lives on for some seconds must not keep a lock of its dead parent
+    os.register_at_fork(after_in_child=_close_locks)
 
 
 @contextmanager

@@ -1,11 +1,14 @@
 import json
 import logging
+import math
 import pickle
 import shutil
 
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from safetensors.torch import save_file
 
 from diffusers_dino.training.checkpoints import (
     MANIFEST,
@@ -18,6 +21,8 @@ from diffusers_dino.training.checkpoints import (
     save_run,
     saving_checkpoint,
 )
+from diffusers_dino.training.plain_state import read_state, write_state
+from diffusers_dino.training.state import ModelState
 
 
 def save(folder, step: int, text: str = "weights") -> None:
@@ -113,21 +118,183 @@ class Planted:
         return open, (str(self.path), "w")
 
 
-@pytest.mark.parametrize("name", ["custom_checkpoint_0.pkl", "optimizer.bin", "random_states_0.pkl"])
-def test_resuming_runs_no_code_of_a_checkpoint(tmp_path, name):
+def train_a_little(kind=torch.optim.AdamW, steps: int = 3, **options):
+    """A model, its optimizer and schedule after a few updates, as the state of a run."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(16, 300)
+    optimizer = kind(model.parameters(), lr=1e-2, **options)
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=1, num_training_steps=9)
+    state = ModelState(model, optimizer, schedule, (torch.nn.BatchNorm1d(3),))
+    update(state, steps)
+    return state
+
+
+def update(state: ModelState, steps: int) -> None:
+    for _ in range(steps):
+        state.model(torch.ones(2, 16)).square().mean().backward()
+        state.optimizer.step()
+        state.lr_scheduler.step()
+        state.optimizer.zero_grad()
+
+
+def bits(state: ModelState) -> bytes:
+    return pickle.dumps([p.detach().numpy().tobytes() for p in state.model.parameters()])
+
+
+def adam8bit(parameters, **options):
+    return pytest.importorskip("bitsandbytes").optim.AdamW8bit(parameters, min_8bit_size=1, **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (torch.optim.AdamW, {"fused": True}),
+        (torch.optim.AdamW, {"foreach": False, "amsgrad": True}),
+        (torch.optim.SGD, {"momentum": 0.9}),
+        (adam8bit, {}),
+    ],
+    ids=["fused", "amsgrad", "sgd", "8-bit"],
+)
+def test_any_optimizer_goes_on_from_safetensors_to_the_same_bits(tmp_path, kind, options):
     accelerator = Accelerator(cpu=True)
-    model = torch.nn.Linear(2, 2)
-    optimizer = torch.optim.AdamW(model.parameters())
-    accelerator.prepare(model, optimizer)
-    accelerator.register_for_checkpointing(torch.optim.lr_scheduler.ConstantLR(optimizer))
-    save_run(accelerator, tmp_path, 1, info={"seed": 0})
-    assert resume_run(accelerator, tmp_path, "latest", {"seed": 0}).step == 1
-    checkpoint = tmp_path / "checkpoint-1"
+    whole = train_a_little(kind, **options)
+    written = save_run(accelerator, tmp_path, 3, whole, info={"seed": 0})
+    assert {path.suffix for path in written.iterdir()} <= {".safetensors", ".json"}
+    after = torch.rand(3)
+    cut = train_a_little(kind, steps=0, **options)
+    assert resume_run(accelerator, tmp_path, "latest", {"seed": 0}, cut).step == 3
+    assert torch.equal(torch.rand(3), after)
+    for state in (whole, cut):
+        update(state, 4)
+    assert bits(whole) == bits(cut)
+
+
+def test_a_resumed_optimizer_takes_what_is_asked_for_now(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    save_run(accelerator, tmp_path, 3, train_a_little(), info={})
+    other = train_a_little(steps=0, weight_decay=0.5, betas=(0.5, 0.5))
+    other.lr_scheduler.base_lrs = [1e-3]
+    resume_run(accelerator, tmp_path, "latest", {}, other)
+    (group,) = other.optimizer.param_groups
+    assert (group["weight_decay"], group["betas"]) == (0.5, (0.5, 0.5))
+    factor = other.lr_scheduler.lr_lambdas[0](3)
+    assert other.lr_scheduler.get_last_lr() == [group["lr"]] == [1e-3 * factor]
+
+
+def save_as_before(folder, state: ModelState) -> None:
+    """A checkpoint as accelerate writes it, of which older versions of this package made theirs."""
+    accelerator = Accelerator(cpu=True)
+    accelerator._models, accelerator._optimizers = [state.model], [state.optimizer]
+    accelerator.register_for_checkpointing(state.lr_scheduler, *state.companions)
+    with saving_checkpoint(folder, 3, {"seed": 0}) as partial:
+        accelerator.save_state(str(partial))
+    manifest = json.loads((folder / "checkpoint-3" / MANIFEST).read_text())
+    (folder / "checkpoint-3" / MANIFEST).write_text(json.dumps({**manifest, "format": 1}))
+
+
+def test_older_checkpoints_are_read(tmp_path):
+    whole, cut = train_a_little(), train_a_little(steps=0)
+    save_as_before(tmp_path, whole)
+    assert resume_run(Accelerator(cpu=True), tmp_path, "latest", {"seed": 0}, cut).step == 3
+    for state in (whole, cut):
+        update(state, 4)
+    assert bits(whole) == bits(cut)
+
+
+@pytest.mark.parametrize("older", [True, False])
+@pytest.mark.parametrize(
+    "name", ["custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl", "optimizer.bin", "random_states_0.pkl", "scaler.pt"]
+)
+@pytest.mark.parametrize("dump", [pickle.dump, torch.save], ids=["pickle", "zip"])
+def test_resuming_runs_no_code_of_a_checkpoint(tmp_path, name, older, dump):
+    accelerator, state = Accelerator(cpu=True), train_a_little()
+    if older:
+        save_as_before(tmp_path, state)
+    else:
+        save_run(accelerator, tmp_path, 3, state, info={"seed": 0})
+    checkpoint = tmp_path / "checkpoint-3"
     with open(checkpoint / name, "wb") as file:
-        pickle.dump({"state": Planted(tmp_path / "ran")}, file)
+        dump({"state": Planted(tmp_path / "ran")}, file)
+    with pytest.raises(CheckpointError):
+        resume_run(accelerator, tmp_path, "checkpoint-3", {"seed": 0}, state)
     manifest = json.loads((checkpoint / MANIFEST).read_text())
     manifest["files"][name] = describe_file(checkpoint / name)
     (checkpoint / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="could run code"):
-        resume_run(accelerator, tmp_path, "latest", {"seed": 0})
+        resume_run(accelerator, tmp_path, "latest", {"seed": 0}, state)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "state",
+    [{"key": object()}, [torch.zeros(2), {1, 2}], {"f": print}, (b"bytes",)],
+    ids=["object", "set", "f", "bytes"],
+)
+def test_only_plain_state_is_written(tmp_path, state):
+    with pytest.raises(TypeError, match="only tensors, numbers and texts"):
+        write_state(tmp_path / "state.safetensors", state)
+
+
+def test_plain_state_comes_back_as_it_was(tmp_path):
+    table = torch.arange(6.0)
+    state = {
+        3: [table, table, table.view(2, 3).T, torch.tensor(2), torch.zeros(0, 4), torch.tensor([True])],
+        "x": (1, 1.5, math.inf, None, True, "text", {"items": [], "tensor": "0"}),
+        "half": torch.ones(2, dtype=torch.bfloat16),
+    }
+    write_state(tmp_path / "state.safetensors", state)
+    read = read_state(tmp_path / "state.safetensors")
+    assert (read["x"], list(read)) == (state["x"], list(state))
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(read[3], state[3], strict=True))
+    assert torch.equal(read["half"], state["half"])
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"\x00" * 100], ids=["empty", "json", "zeros"])
+def test_what_is_no_state_is_refused(tmp_path, content):
+    (tmp_path / "state.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="does not hold the state"):
+        read_state(tmp_path / "state.safetensors")
+    save_file({"0": torch.zeros(1)}, tmp_path / "state.safetensors", {"state": "[" * 100_000})
+    with pytest.raises(ValueError, match="does not hold the state"):
+        read_state(tmp_path / "state.safetensors")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": 1e30},
+        {"step": "2"},
+        {"step": -2},
+        {"step": True},
+        {"step": 7},
+        {"step": None},
+        {"info": {"position": -8}},
+        {"info": {"position": "8"}},
+        {"info": {"position": 8.0}},
+        {"info": []},
+        {"files": []},
+        {"files": {"../outside": {"size": 1, "sha256": "x"}}},
+        {"files": {"/etc/passwd": {"size": 1, "sha256": "x"}}},
+        {"files": {"optimizer.bin": 3}},
+        {"files": {}},
+        {"format": 99},
+        {"format": "1"},
+        [],
+        "[" * 100_000,
+        "{}",
+        "",
+        b"\xff\xfe",
+    ],
+    ids=repr,
+)
+def test_a_damaged_manifest_is_refused_by_name_and_latest_takes_the_one_before(tmp_path, caplog, change):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    path = tmp_path / "checkpoint-2" / MANIFEST
+    if isinstance(change, dict):
+        change = json.dumps({**json.loads(path.read_text()), **change})
+    path.write_bytes(change if isinstance(change, bytes) else str(change).encode())
+    with pytest.raises(CheckpointError, match="checkpoint-2"):
+        read_checkpoint(tmp_path / "checkpoint-2")
+    assert find_checkpoint(tmp_path).step == 1
+    assert "checkpoint-2" in caplog.text

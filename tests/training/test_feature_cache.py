@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import tiny
 from diffusers_dino.data import Augmentation, ImageDataset, Preprocessing, Slot, TrainingViews, open_images
 from diffusers_dino.training.feature_cache import FeatureCacheError, Recipe, open_feature_cache, write_feature_cache
 from diffusers_dino.training.features import CachedViews, FeatureEncoder, cache_in_memory
+from kills import kills
 
 COUNT, VIEWS = 11, 3
 SHARDS = ["features-000000.safetensors", "features-000001.safetensors", "features-000002.safetensors"]
@@ -185,10 +187,75 @@ def test_incomplete_or_damaged_folders_are_named(write, reopen, views, tmp_path)
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(FeatureCacheError, match=rf"{SHARDS[1]} is missing or cut short"):
         reopen(views)
-    for text, message in (("{", "damaged"), (json.dumps({**manifest, "format": 99}), "of format 99")):
+    shards = manifest["shards"]
+    for change, message in (
+        ("{", "damaged"),
+        ("[" * 100_000, "nested too deeply"),
+        ([], "damaged"),
+        ({"format": 99}, "of format 99"),
+        ({"recipe": 3}, "damaged"),
+        ({"shards": [{**shards[0], "name": "../outside.safetensors"}, *shards[1:]]}, "named or counted"),
+        ({"shards": [{**shards[0], "name": "/etc/passwd"}, *shards[1:]]}, "named or counted"),
+        ({"shards": shards[::-1]}, "named or counted"),
+        ({"shards": shards[:2]}, "do not add up"),
+        ({"shards": [{**shards[0], "samples": 10**15}, *shards[1:]]}, "do not add up"),
+        ({"shards": [{**shards[0], "size": "4"}, *shards[1:]]}, "named or counted"),
+        ({"probes": []}, "hashes, substitutes or probes"),
+        ({"keys_sha256": "0" * 64}, "keys.txt was changed"),
+    ):
+        text = change if isinstance(change, str) else json.dumps({**manifest, **change} if change else change)
         (tmp_path / "manifest.json").write_text(text)
         with pytest.raises(FeatureCacheError, match=message):
             reopen(views)
+
+
+@pytest.mark.parametrize("name", SHARDS)
+@pytest.mark.parametrize("place", [0, -1, 20_000 % 997])
+def test_a_changed_byte_is_never_trained_on_and_writing_again_mends_it(write, reopen, views, tmp_path, name, place):
+    write(views)
+    whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    damaged = bytearray(whole[name])
+    damaged[place] ^= 1
+    (tmp_path / name).write_bytes(damaged)
+    with pytest.raises(FeatureCacheError, match=rf"{name} is missing or cut short, or was changed"):
+        reopen(views)
+    said: list[str] = []
+    write(views, say=said.append)
+    assert f"{tmp_path / name} is damaged and is made anew" in said
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == whole
+    reopen(views)
+
+
+def test_each_process_checks_its_share_of_the_files(write, views, vae, conditioner, images, tmp_path):
+    write(views)
+    shard = tmp_path / SHARDS[1]
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    recipe = Recipe.of(vae, conditioner, views, VIEWS)
+    open_feature_cache(tmp_path, recipe, images, share=(0, 2))
+    with pytest.raises(FeatureCacheError, match=SHARDS[1]):
+        open_feature_cache(tmp_path, recipe, images, share=(1, 2))
+
+
+def test_keys_that_were_edited_are_noticed(write, reopen, views, tmp_path):
+    write(views)
+    keys = (tmp_path / "keys.txt").read_text().splitlines()
+    for text in ("\n".join([keys[1], keys[0], *keys[2:], ""]), "", "\xff"):
+        (tmp_path / "keys.txt").write_bytes(text.encode("latin-1"))
+        with pytest.raises(FeatureCacheError, match=r"keys\.txt"):
+            reopen(views)
+
+
+def test_kills_at_every_rename_and_unlink_of_writing_change_no_byte(write, views, tmp_path):
+    write(views, tmp_path)
+    whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    place, number = tmp_path / "cut", -1
+    place.mkdir()
+    for number in kills(lambda: write(views, place)):
+        write(views, place)
+        assert {path.name: path.read_bytes() for path in place.iterdir()} == whole, number
+        shutil.rmtree(place)
+        place.mkdir()
+    assert number >= len(SHARDS)
 
 
 def test_part_of_the_samples_in_their_own_order(write, reopen, views, images):

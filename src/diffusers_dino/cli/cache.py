@@ -12,14 +12,16 @@ needs is left out. Stopped at any moment, the same command goes on where it was.
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..files import make_writable_folder, refuse_other_folder, save_atomically
+from ..files import lock_folder, make_writable_folder, recover_folder, refuse_other_folder, save_atomically
 from ..training.feature_cache import Recipe, write_feature_cache
 from ..training.features import FeatureEncoder
 from .arguments import flag
@@ -49,11 +51,17 @@ def main(args: Arguments) -> None:
     refuse_other_folder(folder)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     show_messages(logger.name)
+    with lock_folder(folder, ValueError) if accelerator.is_main_process else nullcontext():
+        make(args, folder, accelerator)
 
+
+def make(args: Arguments, folder: Path, accelerator: Accelerator) -> None:
     views = open_views(args)
     with accelerator.main_process_first():  # one process downloads
         vae, conditioner = load_frozen(args, views.images, accelerator.device)
     recipe = Recipe.of(vae, conditioner, views, args.cache_views or 1)
+    if accelerator.is_main_process:
+        recover_folder(folder / "conditioner")
     if accelerator.is_main_process and not (folder / "conditioner").exists():
         with save_atomically(folder / "conditioner") as place:
             conditioner.save_pretrained(place)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import sys
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TextIO
 
 from ..files import tolerate_missing_locks
 
-__all__ = ["run", "run_resumable", "say_what_failed", "show_messages"]
+__all__ = ["outlive_reader", "run", "run_resumable", "say_what_failed", "show_messages"]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -50,3 +52,36 @@ def show_messages(name: str) -> None:
     """Print what the loggers below `name` tell of the work, and the warnings of all others."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger(name).setLevel(logging.INFO)
+
+
+class _Outliving:
+    """A stream that says nothing more once nobody reads it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return self._unless_broken(self._stream.write, text) or len(text)
+
+    def flush(self) -> None:
+        self._unless_broken(self._stream.flush)
+
+    def _unless_broken(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return call(*arguments)
+        except BrokenPipeError:  # what is left in its buffer, and what libraries in C write, goes nowhere, too
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+            return None
+
+
+def outlive_reader() -> None:
+    """Go on when a reader of the output goes away, as `head` does: long work must not end with it."""
+    sys.stdout, sys.stderr = (
+        stream if stream is None or isinstance(stream, _Outliving) else _Outliving(stream)
+        for stream in (sys.stdout, sys.stderr)
+    )

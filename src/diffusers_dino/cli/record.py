@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict
 from typing import Any
 
 from ..data.sharding import recorded_sources
@@ -11,7 +10,7 @@ from ..hub.cards import write_model_card
 from ..hub.privacy import listed_names
 from ..hub.record import TrainingRecord
 
-__all__ = ["write_record_and_card"]
+__all__ = ["describe_history", "told_settings", "write_record_and_card"]
 
 # An allow-list: folders, trackers and what concerns only the machine are not told.
 _VIEWS = ("resolution", "remove_borders", "augment", "sharpness", "shear", "translation", "random_flip", "cache_views")
@@ -26,23 +25,46 @@ _NOISE = ("prediction_type", "flow_times", "flow_shift", "rescale_betas_zero_snr
 _UPDATES = ("seed", "train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "mixed_precision")
 _RATE = ("learning_rate", "lr_scheduler", "lr_warmup_steps")
 _ADAM = ("use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon")
-_RECIPE = (
-    _VIEWS + _SCALE + _VAE + _VAE_LOSS + _ENCODER + _CONDITION + _PRIOR + _UNET + _NOISE + _UPDATES + _RATE + _ADAM
-)
+_VIEWS_OF_DINO = ("min_global_crop", "max_global_crop", "local_crops", "local_crop_size", "exposure")
+_DINO = ("num_prototypes", "teacher_temperature", "student_temperature", "teacher_momentum", "koleo_weight")
+_RECIPE = _VIEWS + _SCALE + _VIEWS_OF_DINO + _VAE + _VAE_LOSS + _ENCODER + _CONDITION + _PRIOR + _UNET + _NOISE + _DINO
+_RECIPE += _UPDATES + _RATE + _ADAM
+
+
+def told_settings(args: Any) -> dict[str, Any]:
+    """The flags of a run that a card may tell, by name; those of None are not set."""
+    return {name: getattr(args, name) for name in _RECIPE if hasattr(args, name)}
+
+
+def describe_history(history: Iterable[dict[str, Any]]) -> str:
+    """In words, which settings were changed after how many updates."""
+    return "; ".join(
+        f"after {entry['updates']} updates: "
+        + ", ".join(f"{name.replace('_', ' ')} {old} to {new}" for name, (old, new) in entry["changes"].items())
+        for entry in history
+    )
 
 
 def write_record_and_card(
-    args: Any, model: str, num_images: int, updates: int, base_models: Iterable[str | None] = ()
+    args: Any,
+    model: str,
+    num_images: int,
+    updates: int,
+    base_models: Iterable[str | None] = (),
+    history: Iterable[dict[str, Any]] = (),
 ) -> None:
     """Write `training_record.json` and `README.md` into `args.output_dir`, which holds the finished model.
 
-    `args` are the flags of the run: those in the list above are told, if they are not None. `model` is the Hub id of
-    the model, or a name, `updates` those of its weights, and `base_models` what it was made from; None is skipped.
+    `args` are the flags of the run, of which those in the list above are told, and `history` what was changed of them
+    on the way. `model` is the Hub id of the model, or a name, `updates` those of its weights, and `base_models` what
+    it was made from; None is skipped.
     """
-    flags = asdict(args)
-    recipe = {name.replace("_", " "): flags[name] for name in _RECIPE if flags.get(name) is not None}
+    facts = {"training images": num_images, "updates": updates}
+    facts |= {name.replace("_", " "): value for name, value in told_settings(args).items() if value is not None}
+    if changes := describe_history(history):
+        facts["changed on resuming"] = changes
     record = TrainingRecord(
-        facts={"training images": num_images, "updates": updates, **recipe},
+        facts=facts,
         base_models=listed_names(filter(None, base_models)),
         datasets=listed_names(args.dataset_name),
         sources=recorded_sources(args.train_data_dir) if args.train_data_dir else [],

@@ -5,22 +5,21 @@ The dataclass of a program inherits them. A field that it declares again keeps i
 
 from __future__ import annotations
 
+import json
 import logging
-from dataclasses import asdict, dataclass
+import re
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
 
 from .. import data
 from ..conditioner import DinoImageConditioner
 from ..data.keys import read_keys
-from ..files import make_writable_folder, write_json
+from ..data.sharding.manifest import read_manifest
 from ..latents import VAE
 from ..training.features import evenly_spread
 from ..training.models import load_vae
-from ..training.progress import check_tracker
 from .arguments import flag
 
 logger = logging.getLogger("diffusers_dino")
@@ -124,6 +123,7 @@ class RunArguments:
     checkpointing_minutes: float = flag(0.0, "Minutes between checkpoints; 0 counts only updates.")
     checkpoints_total_limit: int | None = flag(None, "Keep only the newest checkpoints.")
     resume_from_checkpoint: str | None = flag(None, "A checkpoint, or `latest`: the newest complete one.")
+    overwrite_output_dir: bool = flag(False, "Replace what another run left in --output_dir.")
     logging_steps: int = flag(50, "Updates between lines of progress where there is no terminal.")
 
 
@@ -144,6 +144,64 @@ def open_training_images(args: ImageArguments) -> data.ImageDataset:
     if args.keys_file:
         images = images.select(read_keys(args.keys_file))
     return images.select(images.keys[: args.max_train_samples]) if args.max_train_samples else images
+
+
+def split_off_unseen(args: Any, images: data.ImageDataset, count: int) -> tuple[data.ImageDataset, data.ImageDataset]:
+    """Images to train on, and images to look at and to measure on.
+
+    The latter are `--validation_data_dir`, or the split `validation` of a folder of shards. Without either, a share
+    (a twentieth, at most `count`) is held out, patient by patient where shards say whose an image is, else from the
+    end of the names, in whose order a patient's images are together. With a `count` of 0 they are the training images.
+    """
+    options = {"max_unreadable": args.max_unreadable}
+    if args.validation_data_dir:
+        return images, data.open_images(args.validation_data_dir, images.preprocessing, **options)
+    if not count:
+        return images, images
+    if "validation" in _splits_of(args.train_data_dir) and args.dataset_split == "train":
+        unseen = data.open_images(args.train_data_dir, images.preprocessing, split="validation", **options)
+        logger.info(f"Measuring on the {len(unseen)} images of the shards' own split, validation.")
+        return images, unseen
+    groups: dict[str, list[str]] = {}
+    for patient, key in zip(_patients(images), images.keys, strict=True):
+        groups.setdefault(patient, []).append(key)
+    wanted = min(count, max(2, round(len(images) / 20)))
+    held: list[str] = []
+    patients = 0
+    for patient in sorted(groups, reverse=True)[:-1]:
+        if len(held) < wanted:
+            held, patients = held + groups[patient], patients + 1
+    if len(held) < 2:
+        raise ValueError(
+            f"{len(images)} images of {len(groups)} patients are too few to hold some out for --metric_steps: give "
+            "unseen images as --validation_data_dir."
+        )
+    logger.info(
+        f"Held out of training to measure on: {len(held)} of {len(images)} images, by patient ({patients} of "
+        f"{len(groups)}). For others, give --validation_data_dir."
+    )
+    unseen = set(held)
+    return images.select([key for key in images.keys if key not in unseen]), images.select(held)
+
+
+def _splits_of(source: str | None) -> set[str]:
+    """The splits of a folder of shards; none for other sources."""
+    try:
+        return {shard["split"] for shard in read_manifest(source)["shards"]} if source else set()
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
+def _patients(images: data.ImageDataset) -> list[str]:
+    """Whose each image is: as the shards say, else the beginning of its name that is common to several."""
+    keys = images.keys
+    try:
+        return [str(json.loads(images.companion(place, "json"))["patient"]) for place in range(len(keys))]
+    except (KeyError, TypeError, ValueError):
+        depth = max(key.count("/") for key in keys)
+        prefixes = [["/".join(key.split("/")[: n + 1]) for key in keys] for n in range(depth)]
+        prefixes.append([re.sub(r"[/_-][^/_-]*$", "", key) for key in keys])
+        return next((names for names in prefixes if len(set(names)) > 3), keys)
 
 
 def make_augmentation(args: AugmentationArguments) -> data.Augmentation | None:
@@ -201,25 +259,3 @@ def load_frozen(
         return load_vae(args.vae), conditioner
     whole = args.pretrained_pipeline or args.pretrained_model_name_or_path
     return load_vae(whole, revision=args.revision, variant=args.variant), conditioner
-
-
-def make_accelerator(args: Any, script: logging.Logger, tracker: str | None = None) -> Accelerator:
-    """Set up processes, precision, seed and logging, and note the arguments beside the result.
-
-    `args` are `RunArguments` and `ImageArguments`; `script` is the script's own logger. What the tracker writes goes
-    to `logs/` in the output folder.
-    """
-    folder = make_writable_folder(args.output_dir)
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=check_tracker(tracker),
-        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "logs")),
-    )
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    for chatty in (logger, script):
-        chatty.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
-    set_seed(args.seed)
-    if accelerator.is_main_process:
-        write_json(folder / "training_arguments.json", asdict(args))
-    return accelerator

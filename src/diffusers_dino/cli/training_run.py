@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
 from .. import data
-from ..training import checkpoints, objective
+from ..training import objective
 from ..training.features import Views
-from ..training.interruption import Interruption
 from ..training.optim import decay_matrices
 from ..training.progress import Progress
+from ..training.state import ModelState
+from .run import Run
 
 __all__ = ["TrainingRun"]
-
-logger = logging.getLogger(__name__)
 
 
 class TrainingRun:
     """Gives the batches of each update, takes the optimizer's step, and saves: `for batches in run.updates(): ...`
 
     Args:
-        args: The flags, which are `RunArguments` and `ImageArguments`.
-        accelerator: Its `gradient_accumulation_steps` is the number of batches in an update.
+        run: Of `open_run`; its flags are `RunArguments` and `ImageArguments`.
         model: What is trained; may be a tuple of modules in one. Only matrices and kernels decay.
         views: What it is trained on: random views of images, or their features.
-        companions: Further parts of the run's state (`state_dict`, `load_state_dict`), such as a teacher.
+        companions: Further parts of the run's state, such as a teacher.
+        settings: What else must be the same when the run goes on.
 
     Attributes:
         model: The prepared model.
@@ -46,12 +43,13 @@ class TrainingRun:
 
     def __init__(
         self,
-        args: Any,
-        accelerator: Accelerator,
+        run: Run,
         model: nn.Module,
         views: Views,
-        companions: tuple[Any, ...] = (),
+        companions: tuple[nn.Module, ...] = (),
+        **settings: Any,
     ) -> None:
+        args, accelerator = run.args, run.accelerator
         passes = accelerator.gradient_accumulation_steps
         self.images_per_update = args.train_batch_size * passes * accelerator.num_processes
         if self.images_per_update > len(views):
@@ -60,11 +58,11 @@ class TrainingRun:
                 f"{args.train_batch_size} x {passes} forward passes), but there are {len(views)}. Lower "
                 "--train_batch_size or --gradient_accumulation_steps."
             )
-        self.args, self.accelerator = args, accelerator
+        run.claim()
+        run.begin(views.images, **settings)
+        self.run, self.args, self.accelerator = run, args, accelerator
         self.views = views
         self.total = args.max_train_steps or math.ceil(args.num_train_epochs * len(views) / self.images_per_update)
-        self.step = 0
-        self._position = 0  # images shown so far
         optimizer = torch.optim.AdamW(
             decay_matrices(model, args.adam_weight_decay),
             lr=args.learning_rate,
@@ -74,13 +72,8 @@ class TrainingRun:
             args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=self.total
         )
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        accelerator.register_for_checkpointing(self.lr_scheduler, *companions)
-        self._provenance = checkpoints.describe_run(args.seed, views.images.preprocessing, args.shuffle_window_shards)
-        if args.resume_from_checkpoint:
-            found = checkpoints.resume_run(accelerator, args.output_dir, args.resume_from_checkpoint, self._provenance)
-            if found is not None:
-                self.step, self._position = found.step, found.info["position"]
-            logger.info(f"Continuing from {found.path}" if found else "There is no checkpoint: starting anew")
+        self._state = ModelState(model, self.optimizer, self.lr_scheduler, companions)
+        self.step, self._position = run.resume(self._state)  # updates so far, and images shown
 
     def updates(self) -> Iterator[list[dict[str, Any]]]:
         """The batches of each update that is left; ends early, with a checkpoint, after SIGTERM or SIGUSR1.
@@ -107,22 +100,14 @@ class TrainingRun:
             images_per_step=self.images_per_update,
             every=args.logging_steps,
         )
-        interruption = Interruption(args.checkpointing_minutes if accelerator.is_main_process else 0)
         stop = False
         while self.step < self.total and not stop:
             yield [next(batches) for _ in range(accelerator.gradient_accumulation_steps)]
             # What one process wishes, all do at the same update.
-            wishes = torch.tensor(interruption.wishes(), device=accelerator.device)
+            wishes = torch.tensor(self.run.interruption.wishes(), device=accelerator.device)
             stop, due = accelerator.reduce(wishes, "mean").tolist()
             if stop or due or (args.checkpointing_steps and self.step % args.checkpointing_steps == 0):
-                checkpoints.save_run(
-                    accelerator,
-                    args.output_dir,
-                    self.step,
-                    info={"position": self._position, **self._provenance},
-                    keep=args.checkpoints_total_limit,
-                )
-                interruption.saved()
+                self.run.save(self._state, self.step, self._position)
         self.progress.close()
 
     def update(self, losses: list[Tensor], keys: list[str]) -> None:

@@ -9,45 +9,67 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from pickle import UnpicklingError
+from typing import Any, Protocol
 
+import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, load
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
 from ..data import Preprocessing
-from ..files import beside, save_atomically, sha256_of
+from ..files import beside, read_json, save_atomically, sha256_of
 from ..frozen import require_same
+from .plain_state import random_states, read_state, set_random_states, write_state
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "Resumable",
     "complete_checkpoints",
     "delete_old_checkpoints",
     "describe_file",
     "describe_run",
     "find_checkpoint",
+    "load_run",
+    "newest_checkpoint",
     "read_checkpoint",
+    "read_pickle",
+    "require_same_run",
     "resume_run",
     "save_run",
     "saving_checkpoint",
+    "saying_what_is_full",
+    "set_aside_later",
 ]
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-_FORMAT = 1
+# Format 1 held optimizer and random states as pickles.
+_FORMAT = 2
+_SET_ASIDE = "set-aside"
+# Kinds of files that are read, and so must be those that were written.
+_READ = {".safetensors", ".json", ".bin", ".pkl", ".pt", ".pth"}
 
 
 class CheckpointError(ValueError):
     """A checkpoint is not complete, of another run, or cannot be written. The message names it and what is wrong."""
+
+
+class Resumable(Protocol):
+    """What writes its state into a folder, in the main process, and reads it again, in every process."""
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -60,34 +82,56 @@ class Checkpoint:
 
 
 def save_run(
-    accelerator: Accelerator, output_dir: str | Path, step: int, *, info: dict[str, Any], keep: int | None = None
-) -> None:
-    """Write `checkpoint-STEP` with all that accelerate knows of a run; every process must call this.
+    accelerator: Accelerator,
+    output_dir: str | Path,
+    step: int,
+    state: Resumable,
+    *,
+    info: dict[str, Any],
+    keep: int | None = None,
+) -> Path:
+    """Write `checkpoint-STEP` with the state of a run; every process must call this.
 
     Args:
-        accelerator: Has prepared the model and the optimizer, and registered what else belongs to the run.
+        accelerator: Tells the processes apart, and has the scaler of mixed precision.
         output_dir: Folder of the run.
         step: Number of updates so far.
+        state: What writes models, optimizer and schedule.
         info: What to note in the manifest: `position`, and what `describe_run` says.
         keep: How many checkpoints to keep; None keeps all.
+
+    Returns:
+        The checkpoint.
 
     Raises:
         CheckpointError: If it cannot be written, for example because the disk is full. Older ones are untouched.
     """
     is_main = accelerator.is_main_process
+    written = Path(output_dir) / f"checkpoint-{step}"
+    with (
+        saying_what_is_full(written),
+        saving_checkpoint(output_dir, step, info, is_main, accelerator.wait_for_everyone) as folder,
+    ):
+        if is_main:
+            state.save(folder)
+        scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+        write_state(_process_file(folder, accelerator.process_index), {"random": random_states(), "scaler": scaler})
+    if is_main:
+        delete_old_checkpoints(output_dir, math.inf if keep is None else keep, written)
+    return written
+
+
+@contextmanager
+def saying_what_is_full(written: Path) -> Iterator[None]:
+    """CheckpointError, with what to do, for what Python, PyTorch and safetensors say of a full disk."""
     try:
-        with saving_checkpoint(output_dir, step, info, is_main, accelerator.wait_for_everyone) as folder:
-            accelerator.save_state(str(folder))
-    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, said by Python, PyTorch and safetensors
-        free = shutil.disk_usage(output_dir).free / 2**30
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(written.parent).free / 2**30
         raise CheckpointError(
-            f"checkpoint-{step} could not be written to {output_dir} ({free:.1f} GiB free): {error}. The checkpoints "
+            f"{written.name} could not be written to {written.parent} ({free:.1f} GiB free): {error}. The checkpoints "
             "before it are untouched: make room, and resume from the latest."
         ) from error
-    if is_main and keep is not None:
-        delete_old_checkpoints(output_dir, keep)
-    elif is_main:
-        _delete_leftovers(output_dir)
 
 
 def describe_run(seed: int, preprocessing: Preprocessing, shuffle_window_shards: int) -> dict[str, Any]:
@@ -97,11 +141,9 @@ def describe_run(seed: int, preprocessing: Preprocessing, shuffle_window_shards:
 
 
 def resume_run(
-    accelerator: Accelerator, output_dir: str | Path, name: str, expected: dict[str, Any]
+    accelerator: Accelerator, output_dir: str | Path, name: str, expected: dict[str, Any], state: Resumable
 ) -> Checkpoint | None:
-    """Load a checkpoint that `save_run` wrote, named as in `find_checkpoint`; every process must call this.
-
-    It must have noted what is `expected`, from `describe_run`.
+    """Find a checkpoint, named as in `find_checkpoint`, and load it by `load_run`; every process must call this.
 
     Returns:
         The checkpoint that was loaded; None if there is none.
@@ -114,27 +156,73 @@ def resume_run(
         found = [find_checkpoint(output_dir, name)]
     checkpoint = broadcast_object_list(found)[0]
     if checkpoint is not None:
-        begun = {name: checkpoint.info.get(name) for name in expected}
-        require_same(begun, expected, checkpoint.path, CheckpointError)
-        _load_plain(accelerator, checkpoint.path)
+        load_run(accelerator, checkpoint, expected, state)
     return checkpoint
 
 
-def _load_plain(accelerator: Accelerator, checkpoint: Path) -> None:
-    """Let accelerate load a checkpoint, if all of it is tensors, numbers and texts: objects could run code.
+def load_run(accelerator: Accelerator, checkpoint: Checkpoint, expected: dict[str, Any], state: Resumable) -> None:
+    """Load a checkpoint into `state`. It must have noted what is `expected`, or not have noted it at all.
 
-    Pickles are first read by accelerate's own limited reader, as it unpickles the states of registered objects
-    (`custom_checkpoint_N.pkl`) without a limit, and goes on without random states that it cannot read.
+    No code of a checkpoint is run: it is read as safetensors, and older pickles only as far as they are tensors,
+    numbers and texts.
     """
+    require_same_run(checkpoint, expected)
+    _refuse_objects(checkpoint.path)
     try:
-        for path in checkpoint.glob("*.pkl"):
-            load(path, map_location="cpu")
-        accelerator.load_state(str(checkpoint))
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{checkpoint} holds more than tensors, numbers and texts, and could run code. Resume from a checkpoint "
-            "that this package wrote."
-        ) from error
+        state.load(checkpoint.path)
+        own = _process_file(checkpoint.path, accelerator.process_index)
+        first = _process_file(checkpoint.path, 0)
+        if own.is_file():
+            set_random_states(read_state(own)["random"])
+        scaler = read_state(first)["scaler"] if first.is_file() else read_pickle(checkpoint.path / "scaler.pt", {})
+        if scaler and accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(scaler)
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OSError) as error:
+        raise CheckpointError(f"{checkpoint.path} does not fit this run: {error}") from error
+
+
+def require_same_run(checkpoint: Checkpoint, expected: dict[str, Any]) -> None:
+    """CheckpointError that names each difference, unless a checkpoint noted what is expected, or did not note it."""
+    noted = {name: value for name, value in expected.items() if name in checkpoint.info}
+    require_same({name: checkpoint.info[name] for name in noted}, noted, checkpoint.path, CheckpointError)
+
+
+def read_pickle(path: Path, default: Any = None) -> Any:
+    """A file of an older checkpoint, if it is tensors, numbers and texts; `default` if it is not there."""
+    if not path.is_file():
+        return default
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise CheckpointError(_runs_code(path)) from error
+
+
+def _refuse_objects(checkpoint: Path) -> None:
+    """Refuse a checkpoint with a pickle that names objects, whether or not it would be read."""
+    allowed = {"numpy.dtype", "numpy.ndarray", "numpy.dtypes.UInt32DType", "_codecs.encode"}  # of NumPy's generator
+    for path in sorted(path for pattern in ("*.pkl", "*.bin", "*.pt", "*.pth") for path in checkpoint.glob(pattern)):
+        if path.name.startswith("random_states"):  # never loaded: only dropout would depend on them
+            try:
+                named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            except (RuntimeError, ValueError, UnpicklingError) as error:
+                raise CheckpointError(_runs_code(path)) from error
+            if {name for name in named if not name.endswith("multiarray._reconstruct")} - allowed:
+                raise CheckpointError(_runs_code(path))
+        else:
+            read_pickle(path)
+
+
+def _runs_code(path: Path) -> str:
+    return (
+        f"{path} holds more than tensors, numbers and texts, and could run code. Resume from a checkpoint that this "
+        "package wrote."
+    )
+
+
+def _process_file(folder: Path, process: int) -> Path:
+    return folder / f"random_states_{process}.safetensors"
 
 
 @contextmanager
@@ -174,18 +262,49 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        step, files, info = manifest["step"], manifest["files"], manifest["info"]
+        manifest = read_json(path / MANIFEST, error=CheckpointError)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is not a complete checkpoint: it has no {MANIFEST}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"The {MANIFEST} of {path} is damaged: {error!r}") from error
-    for name, expected in files.items():
+    except OSError as error:
+        raise CheckpointError(f"The {MANIFEST} of {path} cannot be read: {error}") from error
+    if problem := _problem_of(manifest, path.name):
+        raise CheckpointError(f"The {MANIFEST} of {path} is damaged: {problem}")
+    for name, expected in manifest["files"].items():
         if not (path / name).is_file():
             raise CheckpointError(f"{path} lacks {name}, which its manifest lists")
         if describe_file(path / name) != expected:
             raise CheckpointError(f"{path / name} is not the file that the manifest describes")
-    return Checkpoint(path, step, info)
+    for file in path.rglob("*"):
+        name = file.relative_to(path).as_posix()
+        if file.suffix in _READ and name not in manifest["files"] and name != MANIFEST:
+            raise CheckpointError(f"{path} holds {name}, which its manifest does not list")
+    return Checkpoint(path, manifest["step"], manifest["info"])
+
+
+def _problem_of(manifest: Any, folder: str) -> str | None:
+    """What is wrong with the types and ranges of a manifest, or None."""
+    if not isinstance(manifest, dict) or not {"step", "files", "info"} <= manifest.keys():
+        return "it lacks step, files or info"
+    step, files, info = manifest["step"], manifest["files"], manifest["info"]
+    if manifest.get("format", 1) not in range(1, _FORMAT + 1):
+        return f"format {manifest['format']!r} is not known to this version"
+    if not isinstance(info, dict) or not isinstance(files, dict):
+        return "files and info must be objects"
+    if not _is_count(step) or (_is_checkpoint(folder) and folder != f"checkpoint-{step}"):
+        return f"step is {step!r}"
+    if not _is_count(info.get("position", 0)):
+        return f"position is {info['position']!r}"
+    for name, facts in files.items():
+        plain = PurePosixPath(name)
+        if plain.is_absolute() or ".." in plain.parts or "\\" in name or name != plain.as_posix():
+            return f"{name!r} is not the name of a file in it"
+        if not isinstance(facts, dict) or not _is_count(facts.get("size")) or not isinstance(facts.get("sha256"), str):
+            return f"{name} is described by {facts!r}"
+    return None
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**53
 
 
 def find_checkpoint(output_dir: str | Path, name: str = "latest") -> Checkpoint | None:
@@ -203,7 +322,19 @@ def find_checkpoint(output_dir: str | Path, name: str = "latest") -> Checkpoint 
             there = ", ".join(path.name for path in _checkpoint_folders(output_dir)) or "none"
             raise CheckpointError(f"There is no checkpoint {name}, neither in {output_dir} nor here. There: {there}.")
         return read_checkpoint(inside if inside.is_dir() else name)
-    return next(_readable(reversed(_checkpoint_folders(output_dir))), None)
+    return newest_checkpoint(output_dir)
+
+
+def newest_checkpoint(output_dir: str | Path, run: str | None = None) -> Checkpoint | None:
+    """The newest complete checkpoint of a run, or of any; incomplete ones and those of others are named in a warning.
+
+    Checkpoints that note no run, as older ones, belong to each.
+    """
+    for checkpoint in _readable(reversed(_checkpoint_folders(output_dir))):
+        if run is None or checkpoint.info.get("run") in (None, run):
+            return checkpoint
+        logger.warning("Skipped a checkpoint: %s is of another run.", checkpoint.path)
+    return None
 
 
 def complete_checkpoints(output_dir: str | Path) -> list[Checkpoint]:
@@ -219,17 +350,31 @@ def complete_checkpoints(output_dir: str | Path) -> list[Checkpoint]:
     return found
 
 
-def delete_old_checkpoints(output_dir: str | Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints (at least 1), and what killed runs left half-written."""
+def delete_old_checkpoints(output_dir: str | Path, keep: float, written: Path | None = None) -> None:
+    """Delete all but the newest `keep` checkpoints (at least 1), and what killed runs left half-written.
+
+    The one just `written` is always kept.
+    """
     if keep < 1:
         raise ValueError(f"At least one checkpoint must be kept, got {keep}.")
-    for path in _checkpoint_folders(output_dir)[:-keep]:
+    others = [path for path in _checkpoint_folders(output_dir) if path != written]
+    too_many = len(others) + (written is not None) - keep
+    for path in others[: int(max(0, too_many))]:
         # Renamed first: a folder that is half deleted must not look like a checkpoint.
-        doomed = beside(path, "old")
-        shutil.rmtree(doomed, ignore_errors=True)
-        path.rename(doomed)
-        shutil.rmtree(doomed)
-    _delete_leftovers(output_dir)
+        path.rename(beside(path, "deleted"))
+    for leftover in Path(output_dir).glob(".checkpoint-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def set_aside_later(output_dir: str | Path, step: int) -> list[Path]:
+    """Move the checkpoints after an update, from where a run now goes on another way, to the folder `set-aside`."""
+    later = [path for path in _checkpoint_folders(output_dir) if _step_of(path) > step]
+    for path in later:
+        place = Path(output_dir) / _SET_ASIDE / path.name
+        place.parent.mkdir(exist_ok=True)
+        shutil.rmtree(place, ignore_errors=True)
+        path.rename(place)
+    return later
 
 
 def describe_file(path: Path) -> dict[str, Any]:
@@ -246,11 +391,13 @@ def _readable(paths: Iterable[Path]) -> Iterator[Checkpoint]:
             logger.warning("Skipped a checkpoint: %s", error)
 
 
-def _delete_leftovers(output_dir: str | Path) -> None:
-    for leftover in Path(output_dir).glob(".checkpoint-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
 def _checkpoint_folders(output_dir: str | Path) -> list[Path]:
-    folders = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    return sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]))
+    return sorted(filter(lambda path: _is_checkpoint(path.name), Path(output_dir).glob("checkpoint-*")), key=_step_of)
+
+
+def _is_checkpoint(name: str) -> bool:
+    return re.fullmatch(r"checkpoint-\d+", name) is not None
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])

@@ -10,19 +10,20 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from ..conditioner import DinoImageConditioner
 from ..data import ImageDataset, TrainingViews
-from ..files import atomic_write, remove_partials, write_json
+from ..files import atomic_write, read_json, remove_partials, write_json
 from ..fingerprints import as_json, fingerprint_model, hash_of
 from ..frozen import differences, require_same
 from ..latents import VAE
@@ -114,7 +115,14 @@ def write_feature_cache(
     if (folder / MANIFEST).is_file():
         manifest = _read_manifest(folder)
         _require_same(manifest, {**facts, "keys_sha256": _hash_lines(keys)}, folder)
-        return manifest
+        (damaged,) = broadcast_object_list([_damaged(folder, manifest) if accelerator.is_main_process else None])
+        if not damaged:
+            return manifest
+        if accelerator.is_main_process:
+            (folder / MANIFEST).unlink()  # first: without it nobody trains on what is left
+            for name in damaged:
+                say(f"{folder / name} is damaged and is made anew")
+                (folder / name).unlink(missing_ok=True)
     if accelerator.is_main_process:
         remove_partials(folder)
     accelerator.wait_for_everyone()
@@ -145,7 +153,11 @@ def write_feature_cache(
 
 
 def open_feature_cache(
-    folder: str | Path, recipe: Recipe, images: ImageDataset, only_tokens: bool = False
+    folder: str | Path,
+    recipe: Recipe,
+    images: ImageDataset,
+    only_tokens: bool = False,
+    share: tuple[int, int] = (0, 1),
 ) -> CachedViews:
     """Open a cache for training on all of its samples, or some of them.
 
@@ -156,6 +168,7 @@ def open_feature_cache(
         recipe: What the features have to be made with, the seed apart. `num_views` 0 takes as many as there are.
         images: What to train on. A few are read, to see that they are those of the cache.
         only_tokens: Leave the latents out, and do not ask which VAE they are of.
+        share: Which of how many processes this is. Each reads its share of the files once, to compare their hashes.
 
     Returns:
         The views, memory-mapped: what is read belongs to the operating system's cache, not to this process.
@@ -169,17 +182,20 @@ def open_feature_cache(
     recipe = replace(recipe, seed=theirs.seed, num_views=recipe.num_views or theirs.num_views)
     recipe = replace(recipe, vae=theirs.vae) if only_tokens else recipe
     lines = differences(asdict(theirs), asdict(recipe))
-    known, keys = (folder / KEYS).read_text().split("\n")[:-1], images.keys
+    known, keys = _read_keys(folder, manifest), images.keys
     if missing := sorted(set(keys) - set(known)):
         lines.append(f"samples: {len(missing)} of {len(keys)} are not there, such as {', '.join(missing[:3])}")
     _refuse(folder, lines)
     probes = {key: manifest["probes"][key] for key in set(keys) & set(manifest["probes"])}
     if changed := [key for key, value in _probe(images, probes).items() if value != probes[key]]:
         _refuse(folder, [f"images: {', '.join(changed)} shows something else there than here"])
+    number, count = share
+    if damaged := _damaged(folder, manifest, slice(number, None, count)):
+        raise FeatureCacheError(
+            f"{folder / damaged[0]} is missing or cut short, or was changed. Make the cache again: it keeps what is "
+            "whole."
+        )
     paths = [folder / shard["name"] for shard in manifest["shards"]]
-    for path, shard in zip(paths, manifest["shards"], strict=True):
-        if not path.is_file() or path.stat().st_size != shard["size"]:
-            raise FeatureCacheError(f"{path} is missing or cut short. Make the cache again: it keeps what is whole.")
     substituted = _substituted(manifest)
     shown = [images[index]["key"] if key in substituted else key for index, key in enumerate(keys)]
     row_of = {key: row for row, key in enumerate(known)}
@@ -252,16 +268,56 @@ def _read_header(path: Path, expected: dict[str, Any]) -> dict[str, Any] | None:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        if manifest["format"] == _FORMAT:
-            return manifest
+        manifest = read_json(folder / MANIFEST, error=FeatureCacheError)
     except FileNotFoundError as error:
         raise FeatureCacheError(
             f"{folder} does not hold complete features: it has no {MANIFEST}. Let the run that makes them finish."
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    try:
+        if manifest["format"] != _FORMAT:
+            raise FeatureCacheError(
+                f"{folder} is of format {manifest['format']}, this version reads {_FORMAT}. Make it anew."
+            )
+        Recipe(**manifest["recipe"])
+        names = [shard["name"] for shard in manifest["shards"]]
+        plain = names == [f"features-{number:06d}.safetensors" for number in range(len(names))]
+        counts = [count for shard in manifest["shards"] for count in (shard["samples"], shard["size"])]
+        texts = [shard["sha256"] for shard in manifest["shards"]] + [manifest["keys_sha256"]]
+        tables = [shard["substitutes"] for shard in manifest["shards"]] + [manifest["probes"]]
+        if not names or not plain or not all(type(count) is int and count > 0 for count in counts):
+            raise ValueError("its shards are not named or counted as they should be")
+        if not all(isinstance(text, str) for text in texts) or not all(isinstance(table, dict) for table in tables):
+            raise TypeError("its hashes, substitutes or probes are not what they should be")
+        if sum(shard["samples"] for shard in manifest["shards"]) != manifest["num_samples"]:
+            raise ValueError("the samples of its shards do not add up")
+    except FeatureCacheError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FeatureCacheError(f"The {MANIFEST} of {folder} is damaged: {error!r}") from error
-    raise FeatureCacheError(f"{folder} is of format {manifest['format']}, this version reads {_FORMAT}. Make it anew.")
+    return manifest
+
+
+def _read_keys(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    try:
+        keys = (folder / KEYS).read_text(encoding="utf-8").split("\n")[:-1]
+    except (OSError, ValueError) as error:
+        raise FeatureCacheError(f"{folder / KEYS} cannot be read: {error}") from error
+    if _hash_lines(keys) != manifest["keys_sha256"] or len(keys) != manifest["num_samples"]:
+        raise FeatureCacheError(f"{folder / KEYS} was changed: it is not the file that the {MANIFEST} describes.")
+    return keys
+
+
+def _damaged(folder: Path, manifest: dict[str, Any], part: slice = slice(None)) -> list[str]:
+    """The names of files that are not, byte for byte, those of the manifest."""
+
+    def is_damaged(shard: dict[str, Any]) -> bool:
+        path = folder / shard["name"]
+        expected = {name: shard[name] for name in ("size", "sha256")}
+        return not path.is_file() or path.stat().st_size != shard["size"] or describe_file(path) != expected
+
+    shards = manifest["shards"][part]
+    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter's lock
+        return [shard["name"] for shard, bad in zip(shards, pool.map(is_damaged, shards), strict=True) if bad]
 
 
 def _require_same(begun: dict[str, Any], now: dict[str, Any], place: Path) -> None:

@@ -1,25 +1,26 @@
-"""What a run must remember to continue: weights, their average, optimizer, schedule, scaler and random states."""
+"""What a run must remember to continue: weights, their average, optimizer and schedule."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import SAFE_WEIGHTS_NAME
 from diffusers import UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.training_utils import EMAModel
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, convert_state_dict_to_diffusers
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import Tensor, nn
 
 from ..prior import DinoPrior
-from .checkpoints import CheckpointError
+from .checkpoints import CheckpointError, read_pickle
+from .plain_state import OPTIMIZER, load_optimizer, read_state, save_optimizer
 
-__all__ = ["TrainingState"]
+__all__ = ["ModelState", "TrainingState"]
 
 
 class TrainingState:
@@ -61,9 +62,6 @@ class TrainingState:
         if ema_decay is not None:
             self.ema = EMAModel(self.trainable.values(), decay=ema_decay, foreach=True)
         self.lr_scheduler = lr_scheduler
-        accelerator.register_for_checkpointing(self)
-        accelerator.register_save_state_pre_hook(self._save_weights)
-        accelerator.register_load_state_pre_hook(self._load_weights)
 
     def update_average(self) -> None:
         """Count the current weights into the average; call it after each update."""
@@ -97,37 +95,32 @@ class TrainingState:
             else:
                 self.unet.save_pretrained(Path(folder) / self.folder, max_shard_size="1TB")
 
-    def state_dict(self) -> dict[str, Any]:
-        """The part that is not weights, for accelerate."""
-        return {
-            "lr_scheduler": self.lr_scheduler.state_dict(),
-            "ema_step": self.ema.optimization_step if self.ema is not None else 0,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` gave."""
-        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        if self.ema is not None:
-            self.ema.optimization_step = state["ema_step"]
-
-    def _save_weights(self, models: list[Any], weights: list[Any], folder: str) -> None:
-        weights.clear()  # accelerate would save them once more
-        if not self.accelerator.is_main_process:
-            return
+    def save(self, folder: Path) -> None:
+        """Write all that resuming needs into a checkpoint."""
         self.save_for_use(folder)
         raw, average = self._weight_files(folder)
         if not raw.exists():
             save_file({name: p.detach().contiguous() for name, p in self.trainable.items()}, raw)
         if self.ema is not None and not average.exists():
             save_file({name: p.contiguous() for name, p in self._average().items()}, average)
+        ema_step = self.ema.optimization_step if self.ema is not None else 0
+        save_optimizer(folder, self.optimizer, self.lr_scheduler, ema_step=ema_step)
 
     @torch.no_grad()
-    def _load_weights(self, models: list[Any], folder: str) -> None:
-        models.clear()  # accelerate would look for files of its own
+    def load(self, folder: Path) -> None:
+        """Take up what `save` wrote, or what an older version did."""
         raw, average = self._weight_files(folder)
         _copy_by_name(raw, self.trainable)
         if self.ema is not None:
             _copy_by_name(average, self._average())
+        if (folder / OPTIMIZER).is_file():
+            state = read_state(folder / OPTIMIZER)
+        else:
+            state = read_pickle(folder / "custom_checkpoint_0.pkl")
+            state["optimizer"] = read_pickle(folder / "optimizer.bin")
+        load_optimizer(self.optimizer, self.lr_scheduler, state)
+        if self.ema is not None:
+            self.ema.optimization_step = state["ema_step"]
 
     def _average(self) -> dict[str, Tensor]:
         return dict(zip(self.trainable, self.ema.shadow_params, strict=True))
@@ -139,6 +132,42 @@ class TrainingState:
         if self.lora:
             return raw, average
         return (raw, usable) if self.ema is not None else (usable, average)
+
+
+class ModelState:
+    """A model that is trained whole, its optimizer and schedule, and companions such as a teacher.
+
+    Companions have `state_dict` and `load_state_dict`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
+        companions: tuple[nn.Module, ...] = (),
+    ) -> None:
+        self.model, self.optimizer, self.lr_scheduler, self.companions = model, optimizer, lr_scheduler, companions
+
+    def save(self, folder: Path) -> None:
+        """Write all that resuming needs into a checkpoint."""
+        save_model(self.model, str(folder / SAFE_WEIGHTS_NAME))
+        companions = [companion.state_dict() for companion in self.companions]
+        save_optimizer(folder, self.optimizer, self.lr_scheduler, companions=companions)
+
+    def load(self, folder: Path) -> None:
+        """Take up what `save` wrote, or what an older version did."""
+        load_model(self.model, folder / SAFE_WEIGHTS_NAME)
+        if (folder / OPTIMIZER).is_file():
+            state = read_state(folder / OPTIMIZER)
+        else:
+            files = [folder / f"custom_checkpoint_{number}.pkl" for number in range(1 + len(self.companions))]
+            schedule, *companions = map(read_pickle, files)
+            state = {"optimizer": read_pickle(folder / "optimizer.bin"), "lr_scheduler": schedule}
+            state["companions"] = companions
+        load_optimizer(self.optimizer, self.lr_scheduler, state)
+        for companion, values in zip(self.companions, state["companions"], strict=True):
+            companion.load_state_dict(values)
 
 
 def _copy_by_name(file: Path, targets: dict[str, Tensor]) -> None:

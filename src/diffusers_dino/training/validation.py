@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -17,11 +16,12 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from ..data import collate
-from ..files import save_atomically, write_json
+from ..files import read_json, save_atomically, write_json
 from ..metrics import FeatureSpec, frechet_distance, kernel_distance, open_extractor
 from ..pipelines import DinoDiffusionPipeline
 from ..seeds import generator_for
 from ..sheets import contact_sheet
+from .checkpoints import saying_what_is_full
 from .models import on_device
 from .state import TrainingState
 
@@ -169,6 +169,10 @@ class Validator:
         self.guidance_scale = guidance_scale
         self.sampling = {"batch_size": batch_size, "seed": seed, "num_inference_steps": num_inference_steps}
 
+    def is_due(self, step: int) -> bool:
+        """Whether there is something to do after this update."""
+        return any(steps and step % steps == 0 for steps in (self.grid_steps, self.metric_steps))
+
     def run(self, step: int, say: Callable[[str], None] = print) -> None:
         """Do what is due after this update."""
         draw = bool(self.grid_steps) and step % self.grid_steps == 0 and self.accelerator.is_main_process
@@ -215,7 +219,7 @@ class Validator:
             say(f"{note}; best so far {known:.4g})")
             return
         facts = {"metric": metric.name, "value": value, "step": step, "num_images": len(real), "features": spec}
-        with save_atomically(best) as folder:
+        with saying_what_is_full(best), save_atomically(best) as folder:
             self.state.save_for_use(folder)
             write_json(folder / "metric.json", facts)
         say(f"{note}; the best so far)")
@@ -227,7 +231,8 @@ class Validator:
 def _best_value(folder: Path, metric: str, spec: dict[str, Any] | None) -> float:
     """The lowest value so far, infinite before the first one of this metric on these features."""
     try:
-        facts = json.loads((folder / "metric.json").read_text())
-    except FileNotFoundError:
+        facts = read_json(folder / "metric.json")
+        same = (facts["metric"], facts.get("features")) == (metric, spec)
+        return float(facts["value"]) if same else math.inf
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none yet, or damaged
         return math.inf
-    return facts["value"] if (facts["metric"], facts.get("features")) == (metric, spec) else math.inf

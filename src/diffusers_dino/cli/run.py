@@ -1,0 +1,175 @@
+"""A training in its output folder: what it goes on from, what it was asked for, and the checkpoints that it writes."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+
+from .. import data
+from ..files import make_writable_folder
+from ..fingerprints import as_json, hash_of
+from ..training import checkpoints
+from ..training.checkpoints import Checkpoint, Resumable
+from ..training.features import evenly_spread
+from ..training.interruption import Interruption
+from ..training.progress import check_tracker
+from ..training.run_folder import RunFolder
+from .record import describe_history, told_settings
+
+__all__ = ["Run", "open_run"]
+
+logger = logging.getLogger("diffusers_dino")
+
+_VALIDATED = "validated"
+# How long a run is, which a card tells in updates.
+_LENGTH = ("max_train_steps", "num_train_epochs")
+# Flags whose values are not what a run reads.
+_NOT_READ = ("output_dir", "resume_from_checkpoint", "hub_model_id", "report_to", "tracker_project_name")
+
+
+@contextmanager
+def open_run(args: Any, script: logging.Logger, tracker: str | None = None) -> Iterator[Run]:
+    """Set up processes, precision, seed and logging, and hold the output folder while the training runs.
+
+    `args` are `RunArguments` and `ImageArguments`; `script` is the script's own logger. What the tracker writes goes
+    to `logs/` in the output folder.
+    """
+    folder = make_writable_folder(args.output_dir)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=check_tracker(tracker),
+        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "logs")),
+    )
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for chatty in (logger, script):
+        chatty.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    set_seed(args.seed)
+    run = Run(args, accelerator)
+    try:
+        yield run
+    finally:
+        run.close()
+
+
+class Run:
+    """What a training keeps beside its models: `claim` its folder, `begin`, `resume`, then `save` now and then.
+
+    Attributes:
+        args: The flags.
+        accelerator: Of this process.
+        interruption: Of this process; only that of the main process has a clock.
+        history: Which settings were changed, after how many updates.
+        found: The checkpoint that the run goes on from, or None.
+        unseen: Whether a validation that was due at the checkpoint was cut off, so that it comes first.
+    """
+
+    def __init__(self, args: Any, accelerator: Accelerator) -> None:
+        self.args, self.accelerator = args, accelerator
+        self.interruption = Interruption(
+            args.checkpointing_minutes if accelerator.is_main_process else 0, starting=True
+        )
+        self.history: list[dict[str, Any]] = []
+        self.unseen = False
+        self.found: Checkpoint | None = None
+        self._notes: dict[str, Any] = {}
+        self._folder: RunFolder | None = None
+        if accelerator.is_main_process:
+            given = {name: value for name, value in asdict(args).items() if name not in _NOT_READ}
+            texts = [text for value in given.values() for text in (value if isinstance(value, list) else [value])]
+            inputs = [Path(text) for text in texts if isinstance(text, str) and os.path.exists(text)]
+            resume, overwrite = args.resume_from_checkpoint, args.overwrite_output_dir
+            self._folder = RunFolder(args.output_dir, resume, overwrite, inputs)
+
+    def close(self) -> None:
+        """Let other runs into the folder."""
+        if self._folder is not None:
+            self._folder.close()
+
+    def claim(self) -> None:
+        """Find the checkpoint to go on from; RunFolderError if the folder holds another run."""
+        found: list[Any] = [None, None, False]
+        if self._folder is not None:
+            checkpoint = self._folder.claim()
+            seen = checkpoint is None or (checkpoint.path / _VALIDATED).exists()
+            found = [checkpoint, self._folder.run, not seen]
+        self.found, identity, self.unseen = broadcast_object_list(found)
+        self._notes["run"] = identity
+        if self.args.resume_from_checkpoint:
+            logger.info(
+                f"Continuing from {self.found.path}" if self.found else "There is no checkpoint: starting anew"
+            )
+
+    def begin(self, images: data.ImageDataset, **settings: Any) -> None:
+        """Make the folder this run's, once all that it needs is there and fits the checkpoint that it goes on from.
+
+        `settings` are those that cannot change when a run goes on: they are refused by name. What else was changed is
+        taken up, said, and noted in `history`.
+        """
+        args = self.args
+        self._notes |= as_json(
+            {
+                **checkpoints.describe_run(args.seed, images.preprocessing, args.shuffle_window_shards),
+                "images": {
+                    "number": len(images),
+                    "hash of the keys": hash_of("\n".join(images.keys))[:16],
+                    "hash of some of them": hash_of(*evenly_spread(images, 16))[:16],
+                },
+                **settings,
+                "flags": {**told_settings(args), **{name: getattr(args, name) for name in _LENGTH}},
+            }
+        )
+        if self.found is not None:
+            info = self.found.info
+            checkpoints.require_same_run(self.found, self._expected())
+            self.history = list(info.get("history", ()))
+            before, now = dict(info.get("flags", ())), self._notes["flags"]
+            changes = {name: [before[name], now[name]] for name in now if name in before and before[name] != now[name]}
+            if changes:
+                self.history.append({"updates": self.found.step, "changes": changes})
+                logger.info(f"Changed on resuming: {describe_history(self.history[-1:])}")
+        self._notes["history"] = self.history
+        if self._folder is not None:
+            self._folder.begin()
+        self.accelerator.wait_for_everyone()
+
+    def resume(self, state: Resumable) -> tuple[int, int]:
+        """Load the checkpoint that was found. Returns the number of updates, and of images shown, so far."""
+        if self.found is not None:
+            checkpoints.load_run(self.accelerator, self.found, self._expected(), state)
+        if self._folder is not None:
+            self._folder.note(asdict(self.args))
+            if self.found is not None and (keep := self.args.checkpoints_total_limit):
+                checkpoints.delete_old_checkpoints(self.args.output_dir, keep, self.found.path)  # or a kill left one
+        self.interruption.saved()
+        return (self.found.step, self.found.info["position"]) if self.found is not None else (0, 0)
+
+    def save(self, state: Resumable, step: int, position: int, **info: Any) -> Path:
+        """Write a checkpoint, which notes `info`; every process must call this."""
+        written = checkpoints.save_run(
+            self.accelerator,
+            self.args.output_dir,
+            step,
+            state,
+            info={"position": position, **info, **self._notes},
+            keep=self.args.checkpoints_total_limit,
+        )
+        self.interruption.saved()
+        return written
+
+    def note_validated(self, step: int) -> None:
+        """Note in the checkpoint of this update, if there is one, that its validation need not be done again."""
+        checkpoint = Path(self.args.output_dir, f"checkpoint-{step}")
+        if self._folder is not None and checkpoint.is_dir():
+            (checkpoint / _VALIDATED).touch()
+
+    def _expected(self) -> dict[str, Any]:
+        return {name: value for name, value in self._notes.items() if name not in ("run", "flags", "history")}

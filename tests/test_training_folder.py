@@ -1,0 +1,398 @@
+"""One folder, one run: reused folders, going on with other settings, and kills at any moment leave nothing mixed."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import scripts
+import tiny
+from diffusers_dino import DinoDiffusionPipeline
+from diffusers_dino.files import lock_folder, sha256_of
+from diffusers_dino.training.checkpoints import find_checkpoint
+from diffusers_dino.training.run_folder import RunFolder, RunFolderError
+from kills import Killed, kills
+from scripts import losses
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> dict:
+    """Flags that name tiny models and 16 images."""
+    flags = scripts.tiny_training(tmp_path_factory.mktemp("parts"), count=16)
+    return {**flags, "max_train_steps": 2, "checkpointing_steps": 1}
+
+
+@pytest.fixture
+def train(settings, tmp_path):
+    def run(**changes) -> Path:
+        flags = {**settings, "output_dir": tmp_path / "out", **changes}
+        scripts.call_script("train_dino.py", **flags)
+        return Path(flags["output_dir"])
+
+    return run
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Hash by name of all that a run has made, but for what tells one run from another."""
+    own = ("run.json", "manifest.json", "lock", "training_arguments.json", "README.md", "validated")
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in own)
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
+
+
+def everything(folder: Path) -> dict[str, str]:
+    return {str(path): sha256_of(path) for path in folder.rglob("*") if path.is_file()}
+
+
+SCRIPTS = {
+    "train_dino.py": {},
+    "train_vae.py": {"block_out_channels": [8, 8], "norm_num_groups": 4, "num_validation_images": 2},
+    "pretrain_dino.py": {
+        "patch_size": 8,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_register_tokens": 1,
+        "local_crops": 0,
+        "num_prototypes": 16,
+        "head_hidden_size": 16,
+        "head_bottleneck_size": 8,
+        "min_effective_rank": 0,
+        "num_statistics_images": 16,
+    },
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_folder_that_holds_a_run_is_refused_without_a_word(settings, tmp_path, script):
+    shared = ("train_data_dir", "resolution", "train_batch_size", "max_train_steps", "checkpointing_steps")
+    flags = settings if script == "train_dino.py" else {name: settings[name] for name in shared}
+    flags = {**flags, **SCRIPTS[script], "output_dir": tmp_path / "out"}
+    scripts.call_script(script, **{**flags, "max_train_steps": 3})
+    before = everything(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"holds another run .*--resume_from_checkpoint.*--overwrite_output_dir"):
+        scripts.call_script(script, **flags, seed=1)
+    assert everything(tmp_path / "out") == before
+    with lock_folder(tmp_path / "out"), pytest.raises(ValueError, match="Another run is at work in"):
+        scripts.call_script(script, **flags, resume_from_checkpoint="latest")
+    assert everything(tmp_path / "out") == before
+    scripts.call_script(script, **flags, seed=1, overwrite_output_dir=True)
+    scripts.call_script(script, **{**flags, "output_dir": tmp_path / "fresh" / "out"}, seed=1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh" / "out")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model_index.json", "checkpoint-7", "best", "unet", "config.json", "pytorch_lora_weights.safetensors", "vae"],
+)
+def test_whatever_a_run_may_have_left_is_refused(train, tmp_path, name):
+    (tmp_path / "out" / name).mkdir(parents=True)
+    for options in ({}, {"resume_from_checkpoint": "latest"}):
+        with pytest.raises(RunFolderError, match=name):
+            train(**options)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.name != "lock") == [name]
+
+
+def test_other_files_and_a_start_that_failed_do_not_stand_in_the_way(train, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="must be a multiple"):
+        train(resolution=36)
+    with pytest.raises(ValueError, match="not a valid SchedulerType"):
+        train(lr_scheduler="straight")
+    assert (train(max_train_steps=1) / "notes.txt").read_text() == "mine"
+
+
+def test_what_a_run_reads_is_not_overwritten_by_it(train):
+    folder = train()
+    before = everything(folder)
+    for changes in (
+        {"vae": folder / "vae"},
+        {"conditioner": folder / "conditioner"},
+        {"unet": folder / "vae" / ".." / "unet", "unet_config": None},
+        {"pretrained_pipeline": folder, "vae": None, "conditioner": None, "unet_config": None},
+    ):
+        with pytest.raises(RunFolderError, match="would replace it"):
+            train(**changes, overwrite_output_dir=True)
+    assert everything(folder) == before
+
+
+def test_checkpoints_of_another_run_are_never_taken(train, tmp_path, caplog):
+    other = train(output_dir=tmp_path / "other", seed=1, max_train_steps=6)
+    folder = train()
+    shutil.copytree(other / "checkpoint-6", folder / "checkpoint-6")
+    with pytest.raises(RunFolderError, match=r"checkpoint-6 is of another run"):
+        train(resume_from_checkpoint="checkpoint-6")
+    train(resume_from_checkpoint="latest", max_train_steps=4, checkpoints_total_limit=2)
+    assert "checkpoint-6 is of another run" in caplog.text
+    assert find_checkpoint(folder).step == 4
+    assert contents(folder / "unet") == contents(train(max_train_steps=4, output_dir=tmp_path / "whole") / "unet")
+
+
+def test_going_on_from_an_older_checkpoint_sets_later_ones_aside(train, caplog):
+    folder = train(max_train_steps=4, metric_steps=1, validation_inference_steps=1)
+    options = {"metric_steps": 1, "validation_inference_steps": 1}
+    train(**options, resume_from_checkpoint="checkpoint-1", max_train_steps=3, checkpoints_total_limit=1)
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert {"checkpoint-2", "checkpoint-3", "checkpoint-4"} <= {path.name for path in (folder / "set-aside").iterdir()}
+    assert "moved to set-aside" in caplog.text
+    assert len(losses(folder)) == 3
+
+
+def test_a_checkpoint_of_elsewhere_begins_a_run_of_its_own(train, tmp_path):
+    other = train(output_dir=tmp_path / "other")
+    folder = train(resume_from_checkpoint=other / "checkpoint-1", max_train_steps=3)
+    whole = train(output_dir=tmp_path / "whole", max_train_steps=3)
+    assert contents(folder / "unet") == contents(whole / "unet")
+    identities = [json.loads((each / "run.json").read_text())["run"] for each in (other, folder)]
+    assert identities[0] != identities[1]
+    with pytest.raises(RunFolderError, match="holds another run"):
+        train(resume_from_checkpoint=other / "checkpoint-1")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"learning_rate": 1e-4}, "learning rate 0.001 to 0.0001"),
+        ({"lr_scheduler": "linear", "max_train_steps": 8}, "lr scheduler constant_with_warmup to linear"),
+        ({"adam_weight_decay": 0.0}, "adam weight decay 0.01 to 0.0"),
+        ({"snr_gamma": 5.0}, "snr gamma None to 5.0"),
+        ({"condition_dropout": 0.5, "shear": 0.2}, "shear 0.05 to 0.2, condition dropout 0.1 to 0.5"),
+        ({"train_batch_size": 2}, "train batch size 4 to 2"),
+    ],
+)
+def test_what_is_asked_for_on_resuming_is_taken_up_and_told(train, changes, named):
+    folder = train(max_train_steps=1)
+    begun = (folder / "train_log.jsonl").read_text()
+    shutil.copytree(folder, folder.with_name("as before"))
+    folder = train(**{"resume_from_checkpoint": "latest", "max_train_steps": 3, **changes})
+    assert (folder / "train_log.jsonl").read_text().startswith(begun)
+    told = json.loads((folder / "training_record.json").read_text())["facts"]["changed on resuming"]
+    assert told.startswith(f"after 1 updates: {named}")
+    assert told.split(": ")[1].split(",")[0] in (folder / "README.md").read_text()
+    rates = [json.loads(line)["lr"] for line in (folder / "train_log.jsonl").read_text().splitlines()]
+    if "learning_rate" in changes:
+        assert rates == [1e-3, 1e-4, 1e-4]
+    if "lr_scheduler" in changes:
+        assert rates[1:] == pytest.approx([1e-3 * (8 - step) / 8 for step in range(1, 8)])
+    as_before = train(resume_from_checkpoint="latest", max_train_steps=3, output_dir=folder.with_name("as before"))
+    assert contents(folder / "unet") != contents(as_before / "unet")
+
+
+def test_a_longer_run_says_that_it_was_prolonged_only_once(train):
+    folder = train(max_train_steps=1)
+    train(max_train_steps=2, resume_from_checkpoint="latest")
+    train(max_train_steps=2, resume_from_checkpoint="latest")
+    told = json.loads((folder / "training_record.json").read_text())["facts"]["changed on resuming"]
+    assert told == "after 1 updates: max train steps 1 to 2"
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"train_data_dir": "other"}, "hash of some of them was"),
+        ({"train_data_dir": "fewer"}, "images: number was 16, is 15"),
+        ({"max_train_samples": 12}, "images: number was 16, is 12"),
+        ({"seed": 1}, "seed was 0, is 1"),
+        ({"remove_borders": False}, "preprocessing was"),
+        ({"tokens": "cls"}, "models: conditioner was"),
+        ({"vae": "vae"}, "models: vae was"),
+        ({"prediction_type": "v_prediction"}, "noise schedule: prediction_type was epsilon, is v_prediction"),
+        ({"qk_init_scale": 2.0}, "unet at the start: qk_init_scale was 1.0, is 2.0"),
+        ({"unet": "unet", "unet_config": None}, "unet at the start was"),
+        ({"use_ema": True}, "another setting of averaged weights"),
+        ({"use_8bit_adam": True}, "use_8bit_adam was False, is True"),
+    ],
+)
+def test_what_cannot_change_on_resuming_is_refused_by_name(train, tmp_path, changes, named):
+    if changes.get("use_8bit_adam"):
+        pytest.importorskip("bitsandbytes")
+    images = scripts.image_folder(tmp_path / "other", 17, size=40)  # of the same names
+    (images / "000.png").unlink()
+    for number in range(16):
+        (images / f"{number + 1:03d}.png").rename(images / f"{number:03d}.png")
+    shutil.copytree(images, tmp_path / "fewer")
+    (tmp_path / "fewer" / "015.png").unlink()
+    tiny.tiny_vae(scaling_factor=0.7).save_pretrained(tmp_path / "vae")
+    tiny.tiny_unet().save_pretrained(tmp_path / "unet")
+    folder = train()
+    before = everything(folder)
+    files = {name: tmp_path / value for name, value in changes.items() if value in ("other", "fewer", "vae", "unet")}
+    with pytest.raises(ValueError, match=named):
+        train(resume_from_checkpoint="latest", **{**changes, **files})
+    after = everything(folder)
+    assert {name: after[name] for name in before if "run.json" not in name} == {
+        name: value for name, value in before.items() if "run.json" not in name
+    }
+
+
+def test_a_card_tells_settings_that_are_off_or_zero(train):
+    folder = train(max_train_steps=1, condition_dropout=0.0, random_flip=False, adam_weight_decay=0)
+    facts = json.loads((folder / "training_record.json").read_text())["facts"]
+    expected = {"condition dropout": 0.0, "random flip": False, "use ema": False, "seed": 0, "noise offset": 0.0}
+    assert {name: facts[name] for name in expected} == expected
+    card = (folder / "README.md").read_text()
+    assert all(f"| {name} |" in card for name in expected)
+
+
+WITH_BEST = {"metric_steps": 1, "validation_inference_steps": 1, "use_ema": True, "checkpoints_total_limit": 2}
+
+
+@pytest.mark.slow
+def test_kills_at_every_rename_and_unlink_end_as_no_kill(train, tmp_path):
+    """Killed at each change in turn, and gone on with: the same files, `best/` included, and no leftovers."""
+    options = {**WITH_BEST, "resume_from_checkpoint": "latest", "max_train_steps": 3}
+    whole = contents(train(**options, output_dir=tmp_path / "whole"))
+    for number in kills(lambda: train(**options)):
+        assert loads_or_says_that_it_does_not(tmp_path / "out")
+        folder = train(**options)
+        assert contents(folder) == whole, number
+        shutil.rmtree(folder)
+    assert number > 20
+
+
+def loads_or_says_that_it_does_not(folder: Path) -> bool:
+    if (folder / "model_index.json").is_file():
+        pipe = DinoDiffusionPipeline.from_pretrained(folder)
+        saved = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+        return all(torch.equal(value, saved[name]) for name, value in pipe.unet.state_dict().items())
+    with pytest.raises(OSError, match="model_index"):
+        DinoDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    return True
+
+
+@pytest.mark.slow
+def test_a_killed_new_run_never_mixes_with_the_finished_model_in_its_folder(train, tmp_path):
+    first = train(output_dir=tmp_path / "first", tokens="global", max_train_steps=1)
+    cls = {"tokens": "cls", "max_train_steps": 1, "overwrite_output_dir": True}
+    second = train(output_dir=tmp_path / "second", **cls)
+    wholes = [contents(each) for each in (first, second)]
+    shutil.copytree(first, tmp_path / "out")
+    for number in kills(lambda: train(**cls)):
+        folder = tmp_path / "out"
+        if (folder / "model_index.json").is_file():
+            parts = {name: value for name, value in contents(folder).items() if name.split("/")[0] in PARTS}
+            assert parts in [{n: v for n, v in whole.items() if n.split("/")[0] in PARTS} for whole in wholes], number
+        train(**cls)
+        assert contents(folder) == wholes[1]
+        shutil.rmtree(folder)
+        shutil.copytree(first, folder)
+    assert number > 10
+
+
+PARTS = {"unet", "vae", "conditioner", "scheduler", "model_index.json"}
+
+
+def test_a_validation_that_a_kill_cut_off_comes_first_on_resuming(train, tmp_path, monkeypatch):
+    from diffusers_dino.training.validation import Validator
+
+    whole = contents(train(**WITH_BEST, validation_steps=1, output_dir=tmp_path / "whole"))
+    options = {**WITH_BEST, "validation_steps": 1, "resume_from_checkpoint": "latest"}
+    original = Validator.run
+
+    def killed(self, step, say=print):
+        if step == 1:
+            raise Killed
+        original(self, step, say)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Validator, "run", killed)
+        with pytest.raises(Killed):
+            train(**options)
+    folder = train(**options)
+    assert contents(folder) == whole
+    looked = (folder / "validation" / "0000002.png").stat().st_mtime_ns
+    train(**options)  # it was noted: nothing is looked at twice
+    assert (folder / "validation" / "0000002.png").stat().st_mtime_ns == looked
+
+
+def test_a_full_disk_while_the_best_weights_are_written(train, tmp_path):
+    whole = contents(train(**WITH_BEST, output_dir=tmp_path / "whole"))
+    options = {**WITH_BEST, "resume_from_checkpoint": "latest"}
+    from diffusers_dino.training.state import TrainingState
+
+    original = TrainingState.save_for_use
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fills_the_disk(self, folder):
+        if ".best" in str(folder):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1024, former[1]))
+        original(self, folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingState, "save_for_use", fills_the_disk)
+        try:
+            with pytest.raises(ValueError, match=r"best could not be written to .* GiB free\)"):
+                train(**options)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, former)
+    assert contents(train(**options)) == whole
+
+
+def test_images_are_held_out_by_patient_to_measure_on(train, tmp_path, caplog):
+    folder = tmp_path / "images"
+    for number, image in enumerate(tiny.random_images(60, channels=1, size=40)):
+        place = folder / f"p{number // 5:02d}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((image[0] * 255).byte().numpy()).save(place / f"{number}.png")
+    out = train(train_data_dir=folder, metric_steps=1, validation_inference_steps=1)
+    assert "5 of 60 images, by patient (1 of 12)" in caplog.text
+    assert json.loads((out / "best" / "metric.json").read_text())["num_images"] == 5
+    assert json.loads((out / "training_record.json").read_text())["facts"]["training images"] == 55
+    train(train_data_dir=folder, metric_steps=1, validation_inference_steps=1, resume_from_checkpoint="latest")
+
+
+def wait_for(path: Path, run: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists() and time.monotonic() < deadline:
+        assert run.poll() is None, run.communicate()[0]
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_two_processes_in_one_folder_and_a_lock_that_dies_with_its_holder(settings, tmp_path):
+    flags = {**settings, "output_dir": tmp_path / "out", "max_train_steps": 10_000, "dataloader_num_workers": 2}
+    run = scripts.start_script("train_dino.py", **flags)
+    wait_for(tmp_path / "out" / "checkpoint-1", run)
+    for changes in ({}, {"resume_from_checkpoint": "latest"}, {"overwrite_output_dir": True}):
+        with pytest.raises(ValueError, match="Another run is at work in"):
+            scripts.call_script("train_dino.py", **{**flags, "max_train_steps": 1, **changes})
+    run.kill()  # its loader's workers live on for some seconds
+    run.wait()
+    RunFolder(tmp_path / "out").close()
+
+
+@pytest.mark.slow
+def test_training_outlives_the_reader_of_its_output(settings, tmp_path):
+    flags = {**settings, "output_dir": tmp_path / "out", "max_train_steps": 12, "logging_steps": 1}
+    command = [sys.executable, str(scripts.EXAMPLES / "train_dino.py"), *scripts.command_line(None, flags)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    run = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert run.stdout.readline()
+    run.stdout.close()  # as `| head -n 1`
+    assert run.wait(timeout=120) == 0
+    assert len(losses(tmp_path / "out")) == 12
+    DinoDiffusionPipeline.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.5, 2.0, 4.0])
+def test_a_signal_before_training_leaves_with_a_word(settings, tmp_path, seconds):
+    run = scripts.start_script(
+        "train_dino.py", **{**settings, "output_dir": tmp_path / "out", "max_train_steps": 9999}
+    )
+    time.sleep(seconds)
+    run.send_signal(signal.SIGTERM)
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == 0, output
+    assert "Stopped" in output
+    assert "Traceback" not in output
