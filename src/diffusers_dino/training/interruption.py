@@ -42,4 +42,6 @@ class Interruption:
         self._stop = True
         if self._starting:
             os.write(2, b"Stopped before training began: no update is lost. Start it again as before.\n")
-            os._exit(0)  # an exception would come out of the middle of an import, as whatever that makes of it
+            # An exception would come out of an import as whatever that makes of it. Of several processes, one that
+            # leaves makes the launcher stop the others, which would wait for it, only if it fails.
+            os._exit(0 if os.environ.get("WORLD_SIZE", "1") == "1" else 1)
