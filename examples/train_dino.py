@@ -125,7 +125,6 @@ def run_training(args: Arguments, run: Run) -> None:
     to_measure_on = args.metric_num_images if args.metric_steps else 0
     images, unseen = split_off_unseen(args, open_training_images(args), to_measure_on)
     views = data.TrainingViews(images, make_augmentation(args), args.seed)
-    run.claim()
     with accelerator.main_process_first():  # one process downloads
         pipe = build_pipeline(args, views.images, accelerator.device)
     models.latent_shape(pipe.vae, pipe.unet, args.resolution)  # checks the resolution

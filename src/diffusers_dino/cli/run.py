@@ -61,7 +61,7 @@ def open_run(args: Any, script: logging.Logger, tracker: str | None = None) -> I
 
 
 class Run:
-    """What a training keeps beside its models: `claim` its folder, `begin`, `resume`, then `save` now and then.
+    """What a training keeps beside its models: `begin`, `resume`, then `save` now and then.
 
     Attributes:
         args: The flags.
@@ -94,22 +94,10 @@ class Run:
         if self._folder is not None:
             self._folder.close()
 
-    def claim(self) -> None:
-        """Find the checkpoint to go on from; RunFolderError if the folder holds another run."""
-        found: list[Any] = [None, None, False]
-        if self._folder is not None:
-            checkpoint = self._folder.claim()
-            seen = checkpoint is None or (checkpoint.path / _VALIDATED).exists()
-            found = [checkpoint, self._folder.run, not seen]
-        self.found, identity, self.unseen = broadcast_object_list(found)
-        self._notes["run"] = identity
-        if self.args.resume_from_checkpoint:
-            logger.info(
-                f"Continuing from {self.found.path}" if self.found else "There is no checkpoint: starting anew"
-            )
-
     def begin(self, images: data.ImageDataset, **settings: Any) -> None:
         """Make the folder this run's, once all that it needs is there and fits the checkpoint that it goes on from.
+
+        RunFolderError if the folder holds another run and nobody said what to do.
 
         `settings` are those that cannot change when a run goes on: they are refused by name. What else was changed is
         taken up, said, and noted in `history`.
@@ -127,6 +115,7 @@ class Run:
                 "flags": {**told_settings(args), **{name: getattr(args, name) for name in _LENGTH}},
             }
         )
+        self._find()
         if self.found is not None:
             info = self.found.info
             checkpoints.require_same_run(self.found, self._expected())
@@ -170,6 +159,20 @@ class Run:
         checkpoint = Path(self.args.output_dir, f"checkpoint-{step}")
         if self._folder is not None and checkpoint.is_dir():
             (checkpoint / _VALIDATED).touch()
+
+    def _find(self) -> None:
+        """Find the checkpoint to go on from; RunFolderError if the folder holds another run."""
+        found: list[Any] = [None, None, False]
+        if self._folder is not None:
+            checkpoint = self._folder.claim()
+            seen = checkpoint is None or (checkpoint.path / _VALIDATED).exists()
+            found = [checkpoint, self._folder.run, not seen]
+        self.found, identity, self.unseen = broadcast_object_list(found)
+        self._notes["run"] = identity
+        if self.args.resume_from_checkpoint:
+            logger.info(
+                f"Continuing from {self.found.path}" if self.found else "There is no checkpoint: starting anew"
+            )
 
     def _expected(self) -> dict[str, Any]:
         return {name: value for name, value in self._notes.items() if name not in ("run", "flags", "history")}

@@ -58,7 +58,6 @@ class TrainingRun:
                 f"{args.train_batch_size} x {passes} forward passes), but there are {len(views)}. Lower "
                 "--train_batch_size or --gradient_accumulation_steps."
             )
-        run.claim()
         run.begin(views.images, **settings)
         self.run, self.args, self.accelerator = run, args, accelerator
         self.views = views
