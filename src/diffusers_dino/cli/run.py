@@ -132,6 +132,8 @@ class Run:
 
     def resume(self, state: Resumable) -> tuple[int, int]:
         """Load the checkpoint that was found. Returns the number of updates, and of images shown, so far."""
+        if self.found is not None and "position" not in self.found.info:
+            raise checkpoints.CheckpointError(f"{self.found.path} does not say where in the run it is.")
         if self.found is not None:
             checkpoints.load_run(self.accelerator, self.found, self._expected(), state)
         if self._folder is not None:
