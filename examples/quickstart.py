@@ -56,7 +56,7 @@ EXAMPLES = Path(__file__).resolve().parent
 # What segmentation chooses from: all attention layers together, or one of the decoder's two of the largest resolution.
 LAYERS = (None, ("up_blocks.1.attentions.0",), ("up_blocks.1.attentions.1",))
 TIMESTEPS, THRESHOLDS = (100, 300, 500), (0.2, 0.3, 0.4, 0.5)
-NUM_STEPS, GUIDANCE = 20, 2.0
+GUIDANCE = 2.0
 GUIDED, PLAIN = f"generated, guidance {GUIDANCE:g}", "generated, without guidance"
 
 
@@ -72,6 +72,7 @@ class Arguments:
     num_points: int = flag(7, "Images along a path.")
     prior: str = flag(str(EXAMPLES / "data/tiny-prior"), "Prior over the tokens of the bundled encoder.")
     num_seeds: int = flag(3, "Noise seeds that the figures are averaged over.")
+    num_inference_steps: int = flag(20, "Sampling steps of all images.")
 
 
 def main() -> None:
@@ -89,20 +90,26 @@ def main() -> None:
         size = json.loads((model_dir / "vae" / "config.json").read_text())["sample_size"]
         test, training = (load_phantoms(Path(args.data_dir), split, size) for split in ("test", "train"))
     with stopwatch("generate and measure"):
-        result = evaluate_reconstruction(pipe, test.images, training.images, seeds=range(args.num_seeds))
+        result = evaluate_reconstruction(
+            pipe,
+            test.images,
+            training.images,
+            seeds=range(args.num_seeds),
+            num_inference_steps=args.num_inference_steps,
+        )
         result.save(output_dir / "reconstruction.json")
     with stopwatch("compare with real images"):
-        sets = generate_sets(pipe, test.images)
-        fidelity = measure_fidelity(sets, training.images, type(pipe.scheduler).__name__)
+        sets = generate_sets(pipe, test.images, args.num_inference_steps)
+        fidelity = measure_fidelity(sets, training.images, type(pipe.scheduler).__name__, args.num_inference_steps)
         fidelity.save(output_dir / "fidelity.json")
         synthetic = torch.cat([sets[PLAIN], sets[GUIDED]])
         memorization = evaluate_memorization(training.images, synthetic, test.images, num_pairs=6).result
         memorization.save(output_dir / "memorization.json")
     with stopwatch("draw variations and paths"):
-        variations = draw_variations(pipe, test.images[: args.num_sources], args.num_variations)
-        paths = draw_paths(pipe, test.images, args.num_paths, args.num_points)
+        variations = draw_variations(pipe, test.images[: args.num_sources], args)
+        paths = draw_paths(pipe, test.images, args)
     with stopwatch("draw from labels, without an image"):
-        asked, drawn = draw_from_labels(pipe, args.prior, args.num_variations)
+        asked, drawn = draw_from_labels(pipe, args)
     with stopwatch("segment"):
         segmentation, strips = segment(pipe, test, training, args.num_paths)
         write_json(output_dir / "segmentation.json", segmentation, indent=2)
@@ -166,12 +173,12 @@ def load_phantoms(data_dir: Path, split: str, size: int) -> Phantoms:
     return Phantoms(*(torch.stack([getattr(sample, name) for sample in loaded]) for name in ("image", "mask")))
 
 
-def generate_sets(pipe: DinoDiffusionPipeline, images: Tensor) -> dict[str, Tensor]:
+def generate_sets(pipe: DinoDiffusionPipeline, images: Tensor, num_steps: int) -> dict[str, Tensor]:
     """One image from each source, in the ways that are compared, and the sources themselves, each `(N, C, H, W)`."""
     tokens = embed_images(pipe, images)
 
     def generate(model: DinoDiffusionPipeline, guidance_scale: float) -> Tensor:
-        return generate_variations(model, tokens, seed=0, num_inference_steps=NUM_STEPS, guidance_scale=guidance_scale)
+        return generate_variations(model, tokens, seed=0, num_inference_steps=num_steps, guidance_scale=guidance_scale)
 
     return {
         GUIDED: generate(pipe, GUIDANCE),
@@ -181,7 +188,7 @@ def generate_sets(pipe: DinoDiffusionPipeline, images: Tensor) -> dict[str, Tens
     }
 
 
-def measure_fidelity(sets: dict[str, Tensor], training: Tensor, scheduler: str) -> FidelityResult:
+def measure_fidelity(sets: dict[str, Tensor], training: Tensor, scheduler: str, num_steps: int) -> FidelityResult:
     """How far each set is from the training images."""
     extractor = open_extractor("tiny")  # trained on phantoms, and knows nothing else
     reference = extract_features(extractor, training, keys=[f"training {i}" for i in range(len(training))])
@@ -189,59 +196,59 @@ def measure_fidelity(sets: dict[str, Tensor], training: Tensor, scheduler: str) 
     for name, images in sets.items():
         features = extract_features(extractor, images, keys=[f"{name} {i}" for i in range(len(images))])
         scale = GUIDANCE if name == GUIDED else 1.0
-        sampling = None if name == REAL else Sampling(scheduler, NUM_STEPS, scale, seed=0, batch_size=len(images))
+        sampling = None if name == REAL else Sampling(scheduler, num_steps, scale, seed=0, batch_size=len(images))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of too few images: the report says so
             rows.append(score_fidelity(name, features, reference, sampling=sampling, bootstrap=Bootstrap(repeats=50)))
     return FidelityResult(tuple(rows))
 
 
-def draw_variations(pipe: DinoDiffusionPipeline, sources: Tensor, num_variations: int) -> Image:
+def draw_variations(pipe: DinoDiffusionPipeline, sources: Tensor, args: Arguments) -> Image:
     """One row for each source: the source, then its variations."""
     variations = pipe(
         sources,
-        num_images_per_prompt=num_variations,
-        num_inference_steps=NUM_STEPS,
+        num_images_per_prompt=args.num_variations,
+        num_inference_steps=args.num_inference_steps,
         guidance_scale=GUIDANCE,
         generator=torch.Generator().manual_seed(0),
     ).images
     return contact_sheet(sources, variations)
 
 
-def draw_paths(pipe: DinoDiffusionPipeline, images: Tensor, num_paths: int, num_points: int) -> Image:
+def draw_paths(pipe: DinoDiffusionPipeline, images: Tensor, args: Arguments) -> Image:
     """One row for each pair of neighbours in the test set: a source, the path from it to the other, the other."""
     between = DinoInterpolationPipeline.from_pipe(pipe)
     between.set_progress_bar_config(disable=True)
-    sources, targets = images[0 : 2 * num_paths : 2], images[1 : 2 * num_paths : 2]
+    sources, targets = images[0 : 2 * args.num_paths : 2], images[1 : 2 * args.num_paths : 2]
     paths = between(
         sources,
         targets,
-        torch.linspace(0, 1, num_points),
-        num_inference_steps=NUM_STEPS,
+        torch.linspace(0, 1, args.num_points),
+        num_inference_steps=args.num_inference_steps,
         guidance_scale=GUIDANCE,
         generator=torch.Generator().manual_seed(0),
     ).images
     return contact_sheet(sources, paths, targets)
 
 
-def draw_from_labels(pipe: DinoDiffusionPipeline, path: str, num_images: int) -> tuple[tuple[str, ...], Image]:
+def draw_from_labels(pipe: DinoDiffusionPipeline, args: Arguments) -> tuple[tuple[str, ...], Image]:
     """The labels that the prior knows, and one row of images for each of them."""
-    prior = DinoPriorPipeline.from_pretrained(path)
+    prior = DinoPriorPipeline.from_pretrained(args.prior)
     prior.set_progress_bar_config(disable=True)
     prior.check_conditioner(pipe.conditioner)
     tokens = prior(
         labels=[[label] for label in prior.labels],
-        num_images_per_prompt=num_images,
+        num_images_per_prompt=args.num_variations,
         guidance_scale=GUIDANCE,
         generator=torch.Generator().manual_seed(0),
     ).image_embeds
     images = pipe(
         image_embeds=tokens,
-        num_inference_steps=NUM_STEPS,
+        num_inference_steps=args.num_inference_steps,
         guidance_scale=GUIDANCE,
         generator=torch.Generator().manual_seed(0),
     ).images
-    return prior.labels, contact_sheet(*(images[column::num_images] for column in range(num_images)))
+    return prior.labels, contact_sheet(*(images[i :: args.num_variations] for i in range(args.num_variations)))
 
 
 def segment(

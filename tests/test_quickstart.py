@@ -33,7 +33,7 @@ def test_quickstart_writes_a_report_and_a_pipeline_that_loads(tmp_path):
     (tmp_path / "short.yaml").write_text(yaml.safe_dump(config))
     options = [f"--output_dir={tmp_path / 'out'}", f"--config={tmp_path / 'short.yaml'}"]
     options += ["--max_train_steps=3", "--num_seeds=1", "--num_sources=1", "--num_variations=2"]
-    options += ["--num_paths=1", "--num_points=3"]
+    options += ["--num_paths=1", "--num_points=3", "--num_inference_steps=4"]
     # from another folder: nothing may depend on where it is started
     subprocess.run([sys.executable, str(ROOT / "examples" / "quickstart.py"), *options], check=True, cwd=tmp_path)
 
