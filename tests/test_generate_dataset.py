@@ -79,7 +79,8 @@ def test_interpolation_takes_labels_of_a_table_and_a_gate_of_the_sources(data, t
 def test_labels_stored_in_shards_are_enough(data, tmp_path):
     write_shards(tmp_path / "shards", shards=2)
     stored = {"data_dir": tmp_path / "shards", "labels": "stored", "strategy": "interpolation", "num_drawn": 0}
-    call_script(SCRIPT, **flags(data, **stored, output_dir=tmp_path / "out"))
+    call_script(SCRIPT, **flags(data, **stored, output_dir=tmp_path / "out", export="folder"))
+    assert len(list((tmp_path / "out-folder" / "images").iterdir())) == len(SyntheticSet.open(tmp_path / "out"))
     plan = load_plan(tmp_path / "out")
     assert all(image.sources[0][-4:] == image.sources[1][-4:] for image in plan)  # the label is the number in a shard
     assert not (tmp_path / "out" / "examples.png").exists()
@@ -109,6 +110,7 @@ def test_a_plan_can_be_frozen_first_and_keeps_its_threads(data, tmp_path):
         ({"keys_file": "KEYS"}, "1 keys are not in the data set, such as 999. Check --keys_file"),
         ({"data_dir": "/nowhere"}, "no folder '/nowhere'"),
         ({"batch_size": 0}, "batch_size must be"),
+        ({"export_dir": "elsewhere"}, "where --export goes: give both"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(data, tmp_path, options, message):
