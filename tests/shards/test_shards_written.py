@@ -83,7 +83,12 @@ class TestSalt:
         with pytest.raises(ValueError, match="at least 16 bytes"):
             make(salt_file=None, output_dir=tmp_path / "short")
 
-    def test_the_key_map_is_private(self, make, tmp_path, images):
+    def test_the_key_map_is_private_and_holds_no_formula(self, make, tmp_path, images):
+        (tmp_path / "keys.csv").write_text("of an earlier run")
+        (tmp_path / "keys.csv").chmod(0o666)
+        (images / "Doe^02.png").rename(images / "=Doe^02.png")
         make(write_key_map=tmp_path / "keys.csv")
         assert (tmp_path / "keys.csv").stat().st_mode & 0o777 == 0o600
-        assert rows_of(tmp_path / "keys.csv")[0]["file"] == str(images / "Doe^00.png")
+        rows = {row["image_id"]: row["file"] for row in rows_of(tmp_path / "keys.csv")}
+        assert rows["Doe^00.png"] == str(images / "Doe^00.png")
+        assert rows["'=Doe^02.png"] == str(images / "=Doe^02.png")
