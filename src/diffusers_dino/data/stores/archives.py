@@ -228,9 +228,10 @@ def index_tar(file: BinaryIO, name: str, size: int) -> TarIndex:
     refused: list[str] = []
     walk = _Walk(file, size)
     for info in walk:
-        path = printable(info.name.removeprefix("./"))  # `tar -cf x.tar .` puts it there
+        stored = info.name.removeprefix("./")  # `tar -cf x.tar .` puts it there
+        path = printable(stored)
         key, extension = split_name(path)
-        if not info.isreg() or info.issparse() or _UNSAFE.search(path):
+        if not info.isreg() or info.issparse() or _UNSAFE.search(stored):
             refused += [] if info.isdir() else [path]
         elif extension in samples.setdefault(key, {}):
             walk.damage.append(f"holds {path!r} twice")
