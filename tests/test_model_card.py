@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 import tiny
 from diffusers_dino.data.sources import describe_source, source_names
 from diffusers_dino.hub import Measurement, TrainingRecord, model_card, write_model_card
-from diffusers_dino.hub.markdown import needs_agreement
+from diffusers_dino.hub.markdown import needs_agreement, table
 from diffusers_dino.hub.measurements import describe_result
 from diffusers_dino.hub.privacy import private_traces
 from diffusers_dino.hub.record import RECORD_FILE
@@ -192,6 +192,12 @@ def test_html_and_links_in_names_are_shown_and_do_nothing():
     assert "](javascript" not in text
     assert "](https://example.org/seen" not in text
     assert "](https://example.org/a b" not in text
+
+
+@pytest.mark.parametrize("text", ["a|b", "a\\|b", "|", "a\\\\|"])
+def test_a_bar_does_not_end_a_cell(text):
+    (_, _, row) = table(["name", "value"], [[text, 1]]).splitlines()
+    assert len(re.findall(r"(?<!\\)(?:\\\\)*\|", row)) == 3
 
 
 def test_settings_that_are_off_or_zero_are_told():

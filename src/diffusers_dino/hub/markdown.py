@@ -64,7 +64,8 @@ def table_cell(value: Any) -> str:
     if isinstance(value, _Link):
         return value
     values = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
-    return plain(", ".join(str(without_folders(item)) for item in values)).replace("|", "\\|")
+    text = plain(", ".join(str(without_folders(item)) for item in values))
+    return text.replace("\\|", "&#92;|").replace("|", "\\|")  # a backslash before would undo the second
 
 
 def plain(text: str) -> str:
