@@ -209,7 +209,7 @@ def _decode(pixels: PixelField, layout: _Layout) -> np.ndarray:
 
 def _frame(pixels: PixelField, layout: _Layout, compressed: bool) -> bytes:
     """The bytes of the only frame."""
-    several = "its pixels are those of several images, though its header says one. Export the one to read"
+    several = "its pixels are those of several images (frames), though its header says one. Export the one to read"
     if compressed:
         starts = sum(fragment.startswith(_CODESTREAMS) for fragment in pixels.fragments)
         count = len(pixels.fragments) if layout.syntax == _RLE else max(starts, pixels.frames)
