@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusers_dino.pixels import to_unit, unit_to_uint8, unit_to_vae, unit_to_xrv, vae_to_unit
+from diffusers_dino.pixels import resize_unit, to_unit, unit_to_uint8, unit_to_vae, unit_to_xrv, vae_to_unit
 
 RGB = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3) * 2
 EXPECTED = torch.from_numpy(RGB).permute(2, 0, 1) / 255
@@ -190,3 +191,38 @@ def test_xrv_range():
 def test_eight_bits_survive(value):
     image = np.full((2, 2), value, np.uint8)
     assert unit_to_uint8(to_unit(image)[0]).unique().tolist() == [value]
+
+
+class _LargestTensor(TorchDispatchMode):
+    """The bytes of the largest tensor that is made inside."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        output = function(*arguments, **(options or {}))
+        if isinstance(output, torch.Tensor):
+            self.nbytes = max(self.nbytes, output.untyped_storage().nbytes())
+        return output
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32, torch.float32, torch.bool])
+def test_large_gray_images_take_four_bytes_a_pixel(dtype):
+    image = (torch.arange(4_000_000).reshape(1, 2000, 2000) % 2).to(dtype)
+    with _LargestTensor() as largest:
+        (unit,) = to_unit(image)
+        (again,) = to_unit(unit)
+        small = resize_unit(again[None], 32, "bicubic")
+    assert largest.nbytes <= 4 * image.numel() + 2**20
+    assert torch.equal(again, unit)
+    assert torch.equal(small, resize_unit(unit[None].contiguous(), 32, "bicubic"))
+
+
+@pytest.mark.parametrize("shape", [(100_000, 1), (1, 100_000), (50_000, 20)])
+@pytest.mark.parametrize("resample", ["nearest", "bilinear", "bicubic"])
+def test_narrow_images_are_not_made_wide_at_their_full_height(shape, resample):
+    image = torch.linspace(0, 1, shape[0] * shape[1]).reshape(1, 1, *shape)
+    with _LargestTensor() as largest:
+        small = resize_unit(image, 512, resample)
+    assert largest.nbytes <= 4 * max(image.numel(), 512 * 512 * 2)
+    line = small.mean(-1 if shape[0] > shape[1] else -2).flatten()
+    torch.testing.assert_close(line, torch.linspace(0, 1, 512), atol=5e-3, rtol=0)

@@ -88,7 +88,8 @@ def resize_unit(images: Tensor, size: int, resample: str) -> Tensor:
     if images.stride(1) == 0:  # gray that was expanded to RGB
         images = images[:, :1]
     if height > max(size, _NARROW * width):  # torch would make it wider first, at its full height
-        images = F.interpolate(images, size=(size, width), mode=mode, **options)
+        # lying down, as torch 2.11 makes all rows of an antialiased result the first one where its width is 1
+        images = F.interpolate(images.transpose(-1, -2), size=(width, size), mode=mode, **options).transpose(-1, -2)
     resized = F.interpolate(images, size=(size, size), mode=mode, **options).clamp(0, 1)
     return resized.expand(-1, channels, -1, -1)
 
