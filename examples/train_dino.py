@@ -136,7 +136,7 @@ def run_training(args: Arguments, run: Run) -> None:
     if args.feature_cache:
         recipe = Recipe.of(pipe.vae, pipe.conditioner, views, args.cache_views)
         share = (accelerator.process_index, accelerator.num_processes)
-        views = open_feature_cache(args.feature_cache, recipe, views.images, share)
+        views = open_feature_cache(args.feature_cache, recipe, views.images, share=share)
     frozen_device = "cpu" if args.feature_cache or args.cache_views else None
     trainable = models.adapt_for_training(pipe, accelerator.device, frozen_dtype, frozen_device)
     if args.channels_last:

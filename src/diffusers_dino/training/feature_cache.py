@@ -156,6 +156,7 @@ def open_feature_cache(
     folder: str | Path,
     recipe: Recipe,
     images: ImageDataset,
+    *,
     only_tokens: bool = False,
     share: tuple[int, int] = (0, 1),
 ) -> CachedViews:
