@@ -59,7 +59,7 @@ class Arguments(RunArguments, TokenArguments):
     augment: bool = flag(False, "Learn the tokens of random views; by default of the images as they are.")
     cache_views: int = flag(1, "Views of each image whose tokens are computed once; 0 encodes in each epoch anew.")
     train_batch_size: int = flag(128, "Images per device and forward pass.", group="Optimisation")
-    max_train_steps: int | None = flag(3000, "Length of training in updates, unless it is stopped early.")
+    max_train_steps: int | None = flag(1500, "Length of training in updates, unless it is stopped early.")
     adam_weight_decay: float = flag(0.02, "Weight decay, only of matrices.")
     output_dir: str = flag("dino-prior", "Where the pipeline, checkpoints and logs go.", group="Output")
     weights_dtype: Literal["float32", "bfloat16", "float16"] = flag("float32", "Type of the weights of the result.")
