@@ -147,7 +147,7 @@ def test_a_resumed_run_ends_with_the_same_bits(flags, known, tmp_path):
         assert (again / name).read_bytes() == (flags["output_dir"] / name).read_bytes()
     assert losses(again) == losses(flags["output_dir"])[3:]
     other = {"output_dir": again, "resume_from_checkpoint": "latest", "num_components": 4}
-    with pytest.raises(ValueError, match="prior was"):
+    with pytest.raises(ValueError, match="num_components was 8, is 4"):
         scripts.call_script("train_prior.py", **{**flags, **other})
 
 
