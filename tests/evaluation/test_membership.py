@@ -141,7 +141,8 @@ def test_what_cannot_be_attacked_is_refused(pipe, members, others):
         ("timesteps are ascending", others, {"timesteps": (50, 50)}),
         ("timesteps are ascending", others, {"timesteps": (-1,)}),
         ("timesteps are ascending numbers from 0 to 999", others, {"timesteps": (1000,)}),
-        ("num_noises must be at least 1", others, {"num_noises": 0}),
+        ("num_noises and batch_size must be at least 1", others, {"num_noises": 0}),
+        ("num_noises and batch_size must be at least 1", others, {"batch_size": 0}),
         ("groups of both sets", others, {"training_groups": range(12)}),
         ("one group an image", others, {"training_groups": range(12), "held_out_groups": range(3)}),
     ):

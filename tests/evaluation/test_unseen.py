@@ -10,7 +10,12 @@ import scripts
 import tiny
 from diffusers_dino.data import Preprocessing, open_images
 from diffusers_dino.data.sources.masks import open_masked_images
-from diffusers_dino.evaluation import evaluate_interpolation, evaluate_memorization, evaluate_reconstruction
+from diffusers_dino.evaluation import (
+    evaluate_interpolation,
+    evaluate_memorization,
+    evaluate_reconstruction,
+    evaluate_segmentation,
+)
 from diffusers_dino.evaluation.controls import rows_in
 from diffusers_dino.evaluation.fidelity.sets import choose_sets, require_disjoint
 from diffusers_dino.evaluation.generation import embed_images, stack_images
@@ -130,13 +135,22 @@ def test_planted_copies_are_of_images_that_can_be_read(tmp_path):
 
 
 @pytest.mark.parametrize("count", [0, -1, -5])
-def test_a_number_of_images_below_one_is_not_counted_from_the_end(count, folder):
+def test_a_number_of_images_below_one_is_not_counted_from_the_end(count, folder, pipe):
+    shutil.copy(folder / "001.png", folder / "000.mask.png")
     images = open_images(folder, PREPROCESSING)
     for options in ({"num_sources": count}, {"num_reference": count}):
         with pytest.raises(ValueError, match="At least one image must be drawn"):
             choose_sets(images, **options)
     with pytest.raises(ValueError, match="max_samples must be at least 1"):
         open_masked_images(folder, 32, max_samples=count)
+    pixels = tiny.random_images(4, channels=1)
+    for call in (
+        lambda: extract_features(open_extractor("pixels"), pixels, count),
+        lambda: evaluate_reconstruction(pipe, pixels, pixels, batch_size=count),
+        lambda: evaluate_segmentation(pipe, open_masked_images(folder, 32), folder / "out", batch_size=count),
+    ):
+        with pytest.raises(ValueError, match="batch_size must be at least 1"):
+            call()
     for flags in ({"num_images": count}, {"num_points": count}, {"num_points": 1}):
         with pytest.raises(ValueError, match="--num_points 2 or more, --num_images 2 or more"):
             scripts.call_script("evaluate interpolation", training_keys="keys.txt", **flags)

@@ -51,6 +51,8 @@ class Arguments:
 
 
 def main(args: Arguments) -> None:
+    if args.num_noises < 1 or args.num_reconstructions < 1:
+        raise ValueError("--num_noises and --num_reconstructions must be at least 1.")
     output_dir = make_writable_folder(args.output_dir)
     with lock_folder(output_dir, OSError):
         splice(args, output_dir)

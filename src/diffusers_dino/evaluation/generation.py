@@ -97,6 +97,8 @@ def embed_images(pipe: DinoDiffusionPipeline, images: ImageDataset | Tensor, bat
     Images of a data set pass through memory a batch at a time. ValueError if one cannot be read: whoever takes a row
     for each key would take that of another image.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     batches = images.split(batch_size) if isinstance(images, Tensor) else _batches(images, batch_size)
     tokens = torch.cat([pipe.encode_image(batch).float().cpu() for batch in batches])
     if len(tokens) < len(images):

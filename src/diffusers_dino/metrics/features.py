@@ -116,6 +116,8 @@ def extract_features(
     Returns:
         Features of all images but those that cannot be read, in order. ValueError as of the extractor.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     bar = partial(tqdm, total=-(-len(images) // batch_size), unit="batch", leave=False, disable=not progress)
     if isinstance(images, Tensor):
         names = [str(i) for i in range(len(images))] if keys is None else list(keys)

@@ -62,6 +62,8 @@ def main(args: Arguments) -> None:
     output_dir = make_writable_folder(args.output_dir)
     if not args.data or not (args.pipeline or args.stable_diffusion):
         raise ValueError("Give --data, and --pipeline or --stable_diffusion.")
+    if args.num_examples < 0:
+        raise ValueError(f"--num_examples must not be negative, got {args.num_examples}.")
     with lock_folder(output_dir):
         measure(args, output_dir)
 

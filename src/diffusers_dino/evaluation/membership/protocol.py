@@ -139,8 +139,8 @@ def evaluate_membership(
     """
     if (training_groups is None) != (held_out_groups is None):
         raise ValueError("Give the groups of both sets, or of none.")
-    if num_noises < 1:
-        raise ValueError(f"num_noises must be at least 1, got {num_noises}.")
+    if num_noises < 1 or batch_size < 1:
+        raise ValueError(f"num_noises and batch_size must be at least 1, got {num_noises} and {batch_size}.")
     sets = {"training": (training, training_groups), "held out": (held_out, held_out_groups)}
     stacked, names, groups = {}, {}, []
     for name, (images, own) in sets.items():

@@ -171,6 +171,8 @@ def evaluate_memorization(
     Raises:
         ValueError: If there are too few images to calibrate on, or groups do not fit.
     """
+    if num_pairs < 0:
+        raise ValueError(f"num_pairs must not be negative, got {num_pairs}.")
     if held_out is None and (calibrate_on == "held out" or held_out_groups is not None):
         raise ValueError("There are no held-out images to calibrate on, or to have groups: give them as `held_out`.")
     if held_out_groups is not None and training_groups is None:

@@ -152,6 +152,8 @@ def evaluate_segmentation(
             fit its image, all masks are empty, or `folder` was begun with another model, other images or settings.
         RuntimeError: If another process is at work in the folder.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     images = _readable(images)
     if not images.patients_known:
         logger.warning("Patients are not known: images of one patient may be in both halves.")
