@@ -4,6 +4,7 @@ import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from kinds import KINDS
 
 import tiny
 from adapters import adapter
-from diffusers_dino import DiffSegPipeline, DinoDiffusionPipeline
+from diffusers_dino import DiffSegPipeline, DinoDiffusionPipeline, DinoPriorPipeline
 from diffusers_dino.pipelines import deep_cache
 from tiny import generate
 
@@ -150,6 +151,26 @@ def test_after_an_error_the_pipeline_is_free(kind, images):
         kind.run(pipe, images)
     hook.remove()
     assert np.array_equal(kind.run(pipe, images), expected)
+
+
+def test_a_prior_serves_one_call_at_a_time_and_takes_only_sound_guidance():
+    prior = DinoPriorPipeline.from_pretrained(Path(__file__).parents[2] / "examples/data/tiny-prior")
+    prior.set_progress_bar_config(disable=True)
+
+    def callback(pipe, step, timestep, tensors):
+        with pytest.raises(RuntimeError, match="in use by another call"):
+            pipe(num_inference_steps=1)
+        return {}
+
+    call = {"num_inference_steps": 2, "guidance_scale": 1.5}
+    plain, watched = (
+        prior(generator=tiny.generators(0)[0], callback_on_step_end=each, **call).image_embeds
+        for each in (None, callback)
+    )
+    assert torch.equal(plain, watched)
+    for scale in (float("nan"), -1.0, "2", None):
+        with pytest.raises(ValueError, match="`guidance_scale` must be a finite number"):
+            prior(guidance_scale=scale)
 
 
 def test_pipelines_without_a_scheduler_encode_side_by_side(images):

@@ -18,9 +18,10 @@ from ..conditioner import DinoImageConditioner
 from ..prior import Condition, DinoPrior, require_conditioner
 from ..prior.conditions import as_sets
 from ..prior.flow import add_noise
-from .checks import Generators, check_choice, check_embeds, check_generator, check_numbers
+from .checks import Generators, check_choice, check_embeds, check_generator, check_number, check_numbers
 from .loading import ComponentLoadingMixin
 from .pipeline_output import DinoPriorPipelineOutput
+from .turns import samples_in_turn
 
 __all__ = ["DinoPriorPipeline"]
 
@@ -204,12 +205,14 @@ class DinoPriorPipeline(ComponentLoadingMixin, DiffusionPipeline):
         *,
         num_images_per_prompt: int = 1,
         num_inference_steps: int = 50,
+        guidance_scale: float = 1.0,
         output_type: str = "pt",
         callback_on_step_end_tensor_inputs: Sequence[str] = (),
     ) -> None:
         """Refuse what cannot work before any work is done; arguments and errors as in `__call__`."""
         check_choice(("pt", "np"), output_type=output_type)
         check_numbers(num_inference_steps=num_inference_steps, num_images_per_prompt=num_images_per_prompt)
+        check_number(0, guidance_scale=guidance_scale)
         if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, got "
@@ -248,6 +251,7 @@ class DinoPriorPipeline(ComponentLoadingMixin, DiffusionPipeline):
             raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}.")
         return latents.to(device, torch.float32)
 
+    @samples_in_turn
     @torch.no_grad()
     def __call__(
         self,
@@ -304,7 +308,7 @@ class DinoPriorPipeline(ComponentLoadingMixin, DiffusionPipeline):
             TypeError: If an argument has the wrong type.
             ValueError: If a name or a value is unknown to the prior (the nearest one is named), labels contradict, a
                 set of labels is empty, a text has no encoder, or tokens do not fit.
-            RuntimeError: If the tokens come out with NaN or infinity.
+            RuntimeError: If the tokens come out with NaN or infinity, or another call uses the pipeline meanwhile.
         """
         # 1. Check
         self.check_inputs(
@@ -312,6 +316,7 @@ class DinoPriorPipeline(ComponentLoadingMixin, DiffusionPipeline):
             strength,
             num_images_per_prompt=num_images_per_prompt,
             num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
             output_type=output_type,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )

@@ -56,9 +56,10 @@ def samples_in_turn(call: Callable) -> Callable:
 
     @wraps(call)
     def in_its_turn(self: Any, *args: Any, **kwargs: Any) -> Any:
-        alone, beside = [self.scheduler], [self.unet]
+        parts = self.components
+        alone, beside = [self.scheduler], [parts.get("unet")]
         if any(isinstance(value, dict) and "scale" in value for value in (*args, *kwargs.values())):
-            alone, beside = [self.scheduler, self.unet], []  # whose LoRA layers are scaled for the call
+            alone, beside = [self.scheduler, parts.get("unet")], []  # whose LoRA layers are scaled for the call
         with in_turn(self, alone, beside):
             return call(self, *args, **kwargs)
 
