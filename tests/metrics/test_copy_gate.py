@@ -176,9 +176,10 @@ def test_patients_with_two_like_images_do_not_lower_the_threshold(phantoms):
 
 
 def test_a_calibration_that_duplicates_have_spoiled_says_so(phantoms, caplog):
-    moved = PLANTED["exact"](phantoms[:3]).roll(1, -1)  # the same images under other patients
-    CopyGate.calibrate(torch.cat([phantoms[:60], moved]), false_alarms=0.05)
+    again = PLANTED["slightly blurred (1 % of the side)"](phantoms[:2])  # the same images under other patients
+    images = torch.cat([phantoms[:60], again])
+    CopyGate.calibrate(images, false_alarms=0.05)
     assert "patient, or duplicates?" in caplog.text
     caplog.clear()
-    CopyGate.calibrate(torch.cat([phantoms[:60], moved]), groups=[*range(60), 0, 1, 2], false_alarms=0.05)
+    CopyGate.calibrate(images, groups=[*range(60), 0, 1], false_alarms=0.05)
     assert not caplog.text
