@@ -33,7 +33,8 @@ class _Parser(HfArgumentParser):
 
     def _parse_dataclass_field(self, parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
         if title := field.metadata.get("group"):
-            self._group = self.add_argument_group(title)
+            known = (group for group in self._action_groups if group.title == title)
+            self._group = next(known, None) or self.add_argument_group(title)
         metadata = {name: value for name, value in field.metadata.items() if name != "group"}
         plain = dataclasses.field(default=field.default, default_factory=field.default_factory, metadata=metadata)
         plain.name, plain.type = field.name, field.type
@@ -45,7 +46,10 @@ class _Parser(HfArgumentParser):
 
 
 def flag(default: Any, help: str, group: str | None = None, **metadata: Any) -> Any:
-    """A field of a dataclass of flags: its default, what `--help` says of it, and the heading that begins with it."""
+    """A field of a dataclass of flags: its default, what `--help` says of it, and the heading that begins with it.
+
+    Under a heading that has begun before, it goes on.
+    """
     metadata = {"help": help, "group": group, **metadata}
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)

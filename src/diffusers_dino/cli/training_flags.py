@@ -70,7 +70,7 @@ class TokenArguments(AugmentationArguments, ImageArguments):
 
     resolution: int = flag(512, "Side of the images in pixels.")
     pretrained_pipeline: str | None = flag(
-        None, "DinoDiffusionPipeline to take frozen models from.", group="Conditioner"
+        None, "DinoDiffusionPipeline to take frozen models from.", group="Frozen models"
     )
     revision: str | None = flag(None, "Revision of a pretrained model on the Hub.")
     variant: str | None = flag(None, "Its variant, such as fp16.")
@@ -94,10 +94,10 @@ class FeatureArguments(TokenArguments):
     """All that decides over the features that a UNet is trained on: tokens, and the autoencoder's latents."""
 
     pretrained_pipeline: str | None = flag(
-        None, "DinoDiffusionPipeline to continue from; needed for LoRA.", group="Conditioner"
+        None, "DinoDiffusionPipeline to continue from; needed for LoRA.", group="Frozen models"
     )
     pretrained_model_name_or_path: str | None = flag(
-        None, "Stable Diffusion to take VAE, UNet and scheduler from.", group="Autoencoder"
+        None, "Stable Diffusion to take VAE, UNet and scheduler from.", group="Frozen models"
     )
     vae: str | None = flag(None, "VAE, in place of the pretrained model's.")
 
