@@ -56,8 +56,12 @@ MAX_STATISTICS = 20_000  # images whose tokens give mean and covariance
 class Arguments(RunArguments, TokenArguments):
     """Flags of images, views and conditioner, then those of the run, then these; a repeated one sets its default."""
 
-    augment: bool = flag(False, "Learn the tokens of random views; by default of the images as they are.")
-    cache_views: int = flag(1, "Views of each image whose tokens are computed once; 0 encodes in each epoch anew.")
+    augment: bool = flag(
+        False, "Learn the tokens of random views; by default of the images as they are.", group="Augmentation"
+    )
+    cache_views: int = flag(
+        1, "Views of each image whose tokens are computed once; 0 encodes in each epoch anew.", group="Cached features"
+    )
     train_batch_size: int = flag(128, "Images per device and forward pass.", group="Optimisation")
     max_train_steps: int | None = flag(1500, "Length of training in updates, unless it is stopped early.")
     adam_weight_decay: float = flag(0.02, "Weight decay, only of matrices.")
