@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from diffusers_dino.cli.arguments import flag, parse_arguments
-from kills import check, contents, differing, start_command, wait_for_orphans
+from killed_commands import check, contents, differing, start_command, wait_for_orphans
 
 
 @dataclass

@@ -24,7 +24,7 @@ import psutil
 
 from bundled import untrained_pipeline
 from diffusers_dino.cli.arguments import flag, parse_arguments
-from kills import check, contents, differing, start_command, wait_for_orphans
+from killed_commands import check, contents, differing, start_command, wait_for_orphans
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 

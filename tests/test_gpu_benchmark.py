@@ -4,19 +4,15 @@ import importlib
 import json
 import sys
 import time
-from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-
 
 @pytest.fixture
-def gpu(monkeypatch):
+def gpu():
     """The script as a module."""
-    monkeypatch.setattr(sys, "path", [str(ROOT / "examples"), str(ROOT / "benchmarks"), *sys.path])
     return importlib.import_module("gpu")
 
 
