@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := src tests examples benchmarks
-# Processes that share the tests, a file to one of them; 0 runs them in one, with its output as it comes.
-TEST_WORKERS ?= 2
+# Processes that share the tests, a file to one of them; one more than two cores have, as tests of killed commands wait.
+# 0 runs them in one, with its output as it comes.
+TEST_WORKERS ?= 3
 
 # Threads that wait sleep: those that spin stand still on busy cores (docs/speed.md).
 export OMP_WAIT_POLICY ?= PASSIVE

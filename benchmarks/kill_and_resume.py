@@ -156,7 +156,7 @@ class Run:
 
     def updates(self) -> int:
         """Updates that the log tells of, once this process has taken it over."""
-        if self._log_identity() == self.former_log:
+        if self._log_identity() in (self.former_log, None):  # None: a run that begins anew has removed it
             return 0
         return len(self.log.read_text().splitlines())
 

@@ -38,7 +38,7 @@ def read_result(path: str | Path) -> JsonResult | None:
     kind = next((kind for kind in _DESCRIBE if {field.name for field in fields(kind)} == names), None)
     try:
         return None if kind is None else kind.load(path)
-    except (KeyError, TypeError):  # the names are right, what is in them is not
+    except (KeyError, TypeError, ValueError):  # the names are right, what is in them is not
         return None
 
 

@@ -65,11 +65,13 @@ class CheckpointError(ValueError):
 
 
 class Resumable(Protocol):
-    """What writes its state into a folder, in the main process, and reads it again, in every process."""
+    """What writes its state into the folder of a checkpoint, and reads it again."""
 
-    def save(self, folder: Path) -> None: ...
+    def save(self, folder: Path) -> None:
+        """Write the state, in the main process."""
 
-    def load(self, folder: Path) -> None: ...
+    def load(self, folder: Path) -> None:
+        """Take the state up, in every process."""
 
 
 @dataclass(frozen=True)
