@@ -84,7 +84,7 @@ def dicom_bytes(pixels: np.ndarray, bits: int | None = None, syntax: UID = Expli
 
 
 def dicom_report(kind: str = "1.2.840.10008.5.1.4.1.1.88.11") -> bytes:
-    """A file without pixels, of a kind that is no image."""
+    """A file without pixels, of a kind that is not an image."""
     dataset = dicom_dataset(FILM, 12, SOPClassUID=kind)
     for keyword in ("Rows", "Columns", "PixelData", "PhotometricInterpretation", "BitsAllocated"):
         del dataset[keyword]

@@ -45,7 +45,7 @@ def read_tensors(
     with refusing(path, kind):
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is not a mapping
         description = {name: json.loads(text) for name, text in metadata.items()}
         found = tensors.pop(_HASH, None)
         if set(tensors) - {optional} != set(names):
