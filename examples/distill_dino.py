@@ -88,7 +88,7 @@ def train(args: Arguments, opened: Run) -> None:
     models.latent_shape(pipe.vae, pipe.unet, args.resolution)  # checks the resolution
     teacher = {**fingerprint_pipeline(pipe), "lora_alpha": args.rank and (args.lora_alpha or args.rank)}
     student = make_student(args, pipe.unet)
-    frozen_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    frozen_dtype = models.frozen_dtype(accelerator.mixed_precision)
     for model in (pipe.vae, pipe.conditioner, pipe.unet):
         nn.Module.to(model.requires_grad_(False), accelerator.device, frozen_dtype)
     target = copy.deepcopy(student).requires_grad_(False).eval().to(accelerator.device)

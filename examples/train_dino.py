@@ -132,7 +132,7 @@ def run_training(args: Arguments, run: Run) -> None:
     run.begin(images, use_8bit_adam=args.use_8bit_adam, models=describe_models(args, pipe))
     if accelerator.is_main_process:
         save_frozen(args, pipe)
-    frozen_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    frozen_dtype = models.frozen_dtype(accelerator.mixed_precision)
     if args.feature_cache:
         recipe = Recipe.of(pipe.vae, pipe.conditioner, views, args.cache_views)
         share = (accelerator.process_index, accelerator.num_processes)

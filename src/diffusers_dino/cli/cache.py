@@ -24,6 +24,7 @@ from torch import nn
 from ..files import lock_folder, make_writable_folder, recover_folder, refuse_other_folder, save_atomically
 from ..training.feature_cache import Recipe, write_feature_cache
 from ..training.features import FeatureEncoder
+from ..training.models import frozen_dtype
 from .arguments import flag
 from .console import show_messages
 from .training_flags import FeatureArguments, check_frozen_models, load_frozen, open_views
@@ -65,7 +66,7 @@ def make(args: Arguments, folder: Path, accelerator: Accelerator) -> None:
     if accelerator.is_main_process and not (folder / "conditioner").exists():
         with save_atomically(folder / "conditioner") as place:
             conditioner.save_pretrained(place)
-    precision = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    precision = frozen_dtype(accelerator.mixed_precision)
     for model in (vae.requires_grad_(False).eval(), conditioner):
         nn.Module.to(model, accelerator.device, precision)
     manifest = write_feature_cache(

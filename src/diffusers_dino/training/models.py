@@ -34,6 +34,7 @@ __all__ = [
     "add_lora",
     "build_pipeline",
     "enable_xformers",
+    "frozen_dtype",
     "latent_shape",
     "load_trained_pipeline",
     "load_unet",
@@ -280,6 +281,11 @@ def add_lora(unet: UNet2DConditionModel, rank: int, alpha: float | None = None) 
             target_modules=["to_q", "to_k", "to_v", "to_out.0"],
         )
     )
+
+
+def frozen_dtype(mixed_precision: str) -> torch.dtype:
+    """What frozen weights are kept in under accelerate's mixed precision: `"no"`, `"fp16"` or `"bf16"`."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
 
 
 def adapt_for_training(
