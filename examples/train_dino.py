@@ -32,6 +32,7 @@ from diffusers_dino.cli.training_flags import (
     load_frozen,
     make_augmentation,
     open_training_images,
+    patients_of,
     split_off_unseen,
 )
 from diffusers_dino.files import save_atomically
@@ -40,7 +41,7 @@ from diffusers_dino.hub import push_folder
 from diffusers_dino.schedules import is_flow
 from diffusers_dino.training import models, objective, optim, validation
 from diffusers_dino.training.feature_cache import Recipe, open_feature_cache
-from diffusers_dino.training.features import FeatureEncoder, Views, cache_in_memory
+from diffusers_dino.training.features import FeatureEncoder, Views, cache_in_memory, fit_familiarity
 from diffusers_dino.training.progress import Progress
 from diffusers_dino.training.run_folder import put_result
 from diffusers_dino.training.state import TrainingState
@@ -183,7 +184,7 @@ def run_training(args: Arguments, run: Run) -> None:
     if step < total_steps:
         logger.info(f"Stopped after {step} updates. Go on with --resume_from_checkpoint=latest.")
     elif accelerator.is_main_process:
-        save_result(args, run, pipe, state, step, len(images))
+        save_result(args, run, pipe, state, step, views)
     accelerator.end_training()
 
 
@@ -368,17 +369,20 @@ def save_frozen(args: Arguments, pipe: DinoDiffusionPipeline) -> None:
 
 
 def save_result(
-    args: Arguments, run: Run, pipe: DinoDiffusionPipeline, state: TrainingState, num_updates: int, num_images: int
+    args: Arguments, run: Run, pipe: DinoDiffusionPipeline, state: TrainingState, num_updates: int, views: Views
 ) -> None:
     def write(folder: Path) -> None:
         state.save_for_use(folder)
-        if not args.rank:
-            pipe.save_config(folder)  # model_index.json makes the folder a pipeline
+        if args.rank:
+            return
+        if fit_familiarity(pipe.conditioner, views, state.accelerator.device, patients_of):
+            pipe.conditioner.token_statistics.save(folder / "conditioner")
+        pipe.save_config(folder)  # model_index.json makes the folder a pipeline
 
     put_result(Path(args.output_dir), write)
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     bases = [args.pretrained_pipeline, args.pretrained_model_name_or_path, args.unet, args.vae, args.conditioner]
-    write_record_and_card(args, name, num_images, num_updates, bases + (args.encoder or []), run.history)
+    write_record_and_card(args, name, len(views), num_updates, bases + (args.encoder or []), run.history)
     if args.push_to_hub:
         push_folder(args.output_dir, name, private=True)
     logger.info(f"The result is in {args.output_dir}")

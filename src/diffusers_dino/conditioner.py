@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from copy import deepcopy
+from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from .encoders import (
     load_encoder,
     semi_orthogonal,
 )
+from .familiarity import HUB_OPTIONS, TokenStatistics, fetch_statistics
 from .fingerprints import as_json, hash_of
 from .pixels import ImageInput, center_square, resize_unit, to_unit
 from .seeds import generator_for
@@ -54,6 +57,9 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
             (global, then patches).
         projection_dim: Width that the tokens are projected to, or None to keep the encoder's.
         projection_seed: Seed of the projections.
+
+    Attributes:
+        token_statistics: Of the training images' tokens, for `familiarity`; None until `fit_familiarity`.
 
     Raises:
         ValueError: If an encoder cannot be built, `tokens` is unknown or not what an encoder has, or several encoders
@@ -83,6 +89,7 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
             for encoder in self.image_encoders
         )
         self.register_buffer("null_tokens", torch.zeros(self.num_tokens, self.token_dim, dtype=torch.float32))
+        self.token_statistics: TokenStatistics | None = None
         self.requires_grad_(False)
         self.eval()
 
@@ -200,6 +207,29 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
                 hint = " Give the arguments of timm.create_model as `model_args`." if spec.backend == "timm" else ""
                 raise ValueError(f"The encoder {spec.source} is not what its config says.{hint} {error}") from error
         return conditioner.requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """Load what `save_pretrained` wrote, from a folder or the Hub, as in `LastingModelMixin.from_pretrained`."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        conditioner = loaded[0] if isinstance(loaded, tuple) else loaded
+        subfolder = kwargs.get("subfolder")
+        if os.path.isdir(pretrained_model_name_or_path):
+            folder = Path(pretrained_model_name_or_path, subfolder or "")
+        else:
+            options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+            folder = fetch_statistics(str(pretrained_model_name_or_path), subfolder, **options)
+        statistics = folder and TokenStatistics.load(folder)
+        if statistics and statistics.layout["settings"] != conditioner.layout["settings"]:
+            raise ValueError(f"The statistics in {folder} are of other tokens than the conditioner's: delete them.")
+        conditioner.token_statistics = statistics
+        return loaded
+
+    @wraps(LastingModelMixin.save_pretrained)
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        if self.token_statistics is not None:  # before what may upload the folder
+            self.token_statistics.save(save_directory)
+        super().save_pretrained(save_directory, **kwargs)
 
     def with_tokens(self, tokens: str | None) -> DinoImageConditioner:
         """The same encoders, weights shared, giving other tokens; the same object if they are the same, or None.
@@ -340,10 +370,61 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
             offset = slot_offset * torch.randn(mean.shape, generator=generator_for("slots", number))
             head.mean.copy_(mean - offset * std)
             head.std.copy_(std)
+        self.token_statistics = None  # were of other tokens
+
+    def fit_familiarity(self, tokens: Iterable[Tensor], groups: Sequence[Hashable] | None = None) -> None:
+        """Note what the tokens of training images are like, for `familiarity`; saved with the conditioner.
+
+            conditioner.fit_familiarity(conditioner.encode(image) for image in images)
+            conditioner.token_statistics.save("my-model/conditioner")  # to add it to a model that lacks it
+
+        Args:
+            tokens: Of the images, batch by batch: `(B, num_tokens, token_dim)`.
+            groups: Of each image, such as its patient, to keep those apart that the scale is taken from.
+
+        Raises:
+            ValueError: If there are fewer than 50 images, or a token is not finite.
+        """
+        features = torch.cat([self._features_of(batch) for batch in tokens] or [torch.empty(0, 1)])
+        self.token_statistics = TokenStatistics.of(features, self.layout, groups)
+
+    def familiarity(self, images: ImageInput) -> Tensor:
+        """How like the training images each of B images is, as far as its tokens tell: `(B,)` float64 in [0, 1].
+
+        It is the share of images like those of the training that are as unusual as it, or more: a training-like image
+        is below 0.01 once in a hundred times. Images of another kind are far below. It says nothing of findings.
+
+        Args:
+            images: What `preprocess` takes.
+
+        Raises:
+            ValueError: If there are no statistics, as in models that were trained before there were such.
+        """
+        return self.familiarity_of(self.encode(images))
+
+    def familiarity_of(self, tokens: Tensor) -> Tensor:
+        """`familiarity` `(B,)` of images by their tokens `(B, num_tokens, token_dim)`; its errors."""
+        if self.token_statistics is None:
+            raise ValueError(
+                "This model holds no statistics of its training images, so it cannot tell which images are like them. "
+                "Add them: conditioner.fit_familiarity(conditioner.encode(image) for image in training_images)."
+            )
+        return self.token_statistics.familiarity(self._features_of(tokens))
 
     def train(self, mode: bool = True) -> DinoImageConditioner:
         """Does nothing: a frozen encoder stays in evaluation mode, whatever `mode` says."""
         return super().train(False)
+
+    def _features_of(self, tokens: Tensor) -> Tensor:
+        """`(B, F)` of tokens `(B, S, D)`: all global tokens, and the mean of each encoder's patches."""
+        parts: list[Tensor] = []
+        for head, own in zip(
+            self.heads, tokens.float().split([head.num_tokens for head in self.heads], 1), strict=True
+        ):
+            parts.append(own[:, : head.num_global])
+            if head.num_patches:
+                parts.append(own[:, head.num_global :].mean(1, keepdim=True))
+        return torch.cat(parts, dim=1).flatten(1).cpu()
 
     def _encoder_outputs(self, pixel_values: PixelValues) -> list[tuple[Tensor, Tensor]]:
         """Global and patch tokens of each encoder."""

@@ -163,7 +163,7 @@ def split_off_unseen(args: Any, images: data.ImageDataset, count: int) -> tuple[
         logger.info(f"Measuring on the {len(unseen)} images of the shards' own split, validation.")
         return images, unseen
     groups: dict[str, list[str]] = {}
-    for patient, key in zip(_patients(images), images.keys, strict=True):
+    for patient, key in zip(patients_of(images), images.keys, strict=True):
         groups.setdefault(patient, []).append(key)
     wanted = min(count, max(2, round(len(images) / 20)))
     held: list[str] = []
@@ -192,7 +192,7 @@ def _splits_of(source: str | None) -> set[str]:
         return set()
 
 
-def _patients(images: data.ImageDataset) -> list[str]:
+def patients_of(images: data.ImageDataset) -> list[str]:
     """Whose each image is: as the shards say, else the beginning of its name that is common to several."""
     keys = images.keys
     try:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..data import ImageDataset
 from ..fingerprints import hash_of
+from ..tensor_files import read_tensors, refusing, write_tensors
 from .extractors import FeatureExtractor, FeatureSpec, open_extractor
 from .features import FeatureSet, extract_features
 from .neighbours import (
@@ -26,7 +27,6 @@ from .neighbours import (
     typical_distances,
 )
 from .registration import SIDE, Laid, PictureSearch, pictures_of
-from .tensor_files import read_tensors, refusing, write_tensors
 
 __all__ = [
     "CopyGate",

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..tensor_files import read_tensors, refusing, write_tensors
 from .extractors import FeatureSpec
 from .features import Features, FeatureSet, comparable, feature_matrix
-from .tensor_files import read_tensors, refusing, write_tensors
 
 __all__ = ["GaussianStatistics", "frechet_distance", "kernel_distance", "kernel_distance_of_subsets"]
 

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from ..data import ImageDataset, Slot, TrainingViews, load_batches
 from ..data.keys import find_keys
+from ..tensor_files import read_tensors, refusing, write_tensors
 from .extractors import FeatureExtractor, FeatureSpec
-from .tensor_files import read_tensors, refusing, write_tensors
 
 __all__ = ["FeatureSet", "Features", "comparable", "extract_features", "feature_matrix", "iterate_features"]
 

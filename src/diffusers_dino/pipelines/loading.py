@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from diffusers import DiffusionPipeline
 
+from ..familiarity import HUB_OPTIONS, fetch_statistics
+
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
     from typing_extensions import Self
@@ -41,6 +43,15 @@ class ComponentLoadingMixin:
             parts = pipe.components
             check_condition(parts.get("unet"), parts.get("conditioner"), pretrained_model_name_or_path)
         return pipe
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
+        """As in diffusers, and the statistics of tokens that lie beside a conditioner's weights."""
+        folder = super().download(pretrained_model_name, **kwargs)
+        if "conditioner" in cls._get_signature_keys(cls)[0]:
+            options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+            fetch_statistics(pretrained_model_name, "conditioner", **options)
+        return folder
 
     @wraps(DiffusionPipeline.save_pretrained)
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,18 @@ from ..data import ImageDataset, Slot, TrainingViews, load_batches
 from ..latents import VAE, encode_to_moments
 from ..pixels import unit_to_vae
 
-__all__ = ["CachedViews", "FeatureEncoder", "Features", "Views", "cache_in_memory", "encode_views", "evenly_spread"]
+__all__ = [
+    "CachedViews",
+    "FeatureEncoder",
+    "Features",
+    "Views",
+    "cache_in_memory",
+    "encode_views",
+    "evenly_spread",
+    "fit_familiarity",
+]
+
+logger = logging.getLogger(__name__)
 
 
 class Features(NamedTuple):
@@ -161,3 +173,30 @@ def evenly_spread(images: ImageDataset, count: int) -> Iterator[Tensor]:
     """About `count` images `(C, H, W)` in [0, 1] from the whole of a set, such as for statistics."""
     for index in range(0, len(images), max(1, len(images) // count)):
         yield images[index]["image"]
+
+
+def fit_familiarity(
+    conditioner: DinoImageConditioner,
+    views: Views,
+    device: torch.device | str,
+    patients_of: Callable[[ImageDataset], Sequence[Hashable]],
+    count: int = 2000,
+    batch_size: int = 32,
+) -> bool:
+    """`DinoImageConditioner.fit_familiarity` on about `count` views of the first epoch, evenly spread.
+
+    Views with cached features are not encoded again. `patients_of` says whose the images of a set are. Where there are
+    too few images it warns and returns False.
+    """
+    places = range(0, len(views), max(1, len(views) // count))
+    blocks = [[Slot(0, 0, place) for place in places[i : i + batch_size]] for i in range(0, len(places), batch_size)]
+    encode = FeatureEncoder(None, conditioner, device)
+    keys = views.images.keys
+    patients = patients_of(views.images.select([keys[place] for place in places]))
+    try:
+        tokens = (encode(batch).tokens for batch in load_batches(views, blocks, device=device))
+        conditioner.fit_familiarity(tokens, patients)
+    except ValueError as error:
+        logger.warning("The model will not tell which images are like its training images. %s", error)
+        return False
+    return True

@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..files import atomic_write
-from ..fingerprints import hash_of
+from .files import atomic_write
+from .fingerprints import hash_of
 
 __all__ = ["read_tensors", "refusing", "write_tensors"]
 

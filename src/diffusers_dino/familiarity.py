@@ -1,0 +1,161 @@
+"""How like the images that a model was trained on an image is, by statistics of their condition tokens."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from torch import Tensor
+
+from .seeds import generator_for
+from .tensor_files import read_tensors, refusing, write_tensors
+
+__all__ = ["HUB_OPTIONS", "MIN_IMAGES", "UNLIKE", "TokenStatistics", "fetch_statistics"]
+
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+MIN_IMAGES = 50
+UNLIKE = 0.01  # of images like the training images, a hundredth seem as unfamiliar
+
+_FILE = "familiarity.safetensors"  # in the folder of a conditioner
+_KIND = "a file of token statistics"
+_FORMAT = 1
+_MOST_DIRECTIONS = 32
+_IMAGES_PER_DIRECTION = 10
+_HELD_OUT = 5  # every fifth group calibrates
+_MOST_DISTANCES = 1000
+_TAIL = 0.1  # share of the held-out distances whose fall is continued beyond them
+
+
+@dataclass(frozen=True, eq=False)
+class TokenStatistics:
+    """A normal distribution of training images' tokens, and how far from its centre others of these images are.
+
+    The covariance is shrunk to a few directions, and one variance for all others (probabilistic principal components,
+    Tipping and Bishop 1999). It holds the data of no patient: the mean and each direction are averages over at least
+    ten images a direction, distances are single numbers, and neither image nor tokens are kept. Averages of few images
+    still say a little about each of them, so there are none of fewer than `MIN_IMAGES`.
+
+    Attributes:
+        mean: `(F,)`, of the features: an image's global tokens, and the mean of its patch tokens.
+        directions: `(K, F)`, orthonormal; those in which training images differ most.
+        deviations: `(K + 1,)`, the standard deviation in each, and in any other direction.
+        distances: `(H,)` ascending, of images that the distribution was not fitted to.
+        num_images: How many it was fitted to.
+        layout: Which tokens they are: `DinoImageConditioner.layout`.
+    """
+
+    mean: Tensor
+    directions: Tensor
+    deviations: Tensor
+    distances: Tensor
+    num_images: int
+    layout: dict[str, Any]
+
+    @classmethod
+    def of(cls, features: Tensor, layout: dict[str, Any], groups: Sequence[Hashable] | None = None) -> TokenStatistics:
+        """Fit the distribution to four fifths of the images, and measure how far from its centre the others are.
+
+        Args:
+            features: `(N, F)`.
+            layout: Which tokens they are made of.
+            groups: Of each image, such as its patient; all images of one are on one side. By default each is its own.
+
+        Raises:
+            ValueError: If there are fewer than `MIN_IMAGES` images or five groups, or a feature is not finite.
+        """
+        owners = list(range(len(features))) if groups is None else list(groups)
+        if len(owners) != len(features):
+            raise ValueError(f"Give one group an image: {len(owners)} groups for {len(features)} images.")
+        names = list(dict.fromkeys(owners))
+        if len(features) < MIN_IMAGES or len(names) < _HELD_OUT:
+            raise ValueError(
+                f"Statistics of tokens need at least {MIN_IMAGES} images of {_HELD_OUT} patients, got "
+                f"{len(features)} of {len(names)}."
+            )
+        if not features.isfinite().all():
+            raise ValueError("The tokens are not finite: check the encoder's weights, or use float32 or bfloat16.")
+        shuffled = torch.randperm(len(names), generator=generator_for("familiarity")).tolist()
+        unseen = {names[place] for place in shuffled[::_HELD_OUT]}
+        held = torch.tensor([owner in unseen for owner in owners])
+        features = features.double().cpu()
+        fitted = _fit(features[~held])
+        distances = cls(*fitted, torch.empty(0), int((~held).sum()), layout).distance(features[held])
+        if len(distances) > _MOST_DISTANCES:
+            distances = distances.quantile(torch.linspace(0, 1, _MOST_DISTANCES, dtype=torch.float64))
+        return cls(*fitted, distances.sort().values.float(), int((~held).sum()), layout)
+
+    def distance(self, features: Tensor) -> Tensor:
+        """Mahalanobis distance `(B,)` float64 of features `(B, F)` from the mean, over the root of F: about 1."""
+        off = features.double().cpu() - self.mean.double()
+        along = off @ self.directions.double().T  # (B, K)
+        beside = (off.square().sum(1) - along.square().sum(1)).clamp(min=0)
+        deviations = self.deviations.double()
+        squares = (along / deviations[:-1]).square().sum(1) + beside / deviations[-1].square()
+        return (squares / len(self.mean)).sqrt()
+
+    def familiarity(self, features: Tensor) -> Tensor:
+        """The share of training-like images that are as far from the mean or farther: `(B,)` float64 in [0, 1].
+
+        It is that of the held-out images, where features `(B, F)` are within their range: a conformal p-value (Vovk et
+        al. 2005). Beyond the farthest of them it falls on as a power of the distance (Hill 1975), so that what is
+        farther is always less familiar.
+        """
+        known, distances = self.distances.double().numpy(), self.distance(features).numpy()
+        count = len(known)
+        shares = np.interp(distances, known, np.arange(count, 0, -1) / (count + 1))
+        farthest = known[-1]
+        tail = known[-max(2, round(_TAIL * count)) :]
+        power = 1 / max(np.log(tail / tail[0])[1:].mean(), 1e-3)
+        beyond = np.maximum(distances / farthest, 1.0) ** -power
+        return torch.from_numpy(np.where(distances > farthest, beyond / (count + 1), shares))
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `familiarity.safetensors` into the folder of a conditioner, which it makes if need be."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tensors = {name: getattr(self, name) for name in ("mean", "directions", "deviations", "distances")}
+        described = {"format": _FORMAT, "num_images": self.num_images, "layout": self.layout}
+        write_tensors(Path(folder) / _FILE, tensors, {"familiarity": described})
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> TokenStatistics | None:
+        """Read what `save` wrote; None if the folder has none, a ValueError if it is damaged."""
+        path = Path(folder) / _FILE
+        if not path.exists():
+            return None
+        tensors, metadata = read_tensors(path, _KIND, "mean", "directions", "deviations", "distances")
+        with refusing(path, _KIND):
+            described = metadata["familiarity"]
+            if described["format"] != _FORMAT:
+                raise ValueError(f"its format is {described['format']}, and {_FORMAT} is read")
+            return cls(**tensors, num_images=int(described["num_images"]), layout=dict(described["layout"]))
+
+
+def fetch_statistics(repository: str, subfolder: str | None, **options: Any) -> Path | None:
+    """The folder in the Hub's cache with a conditioner's statistics, None if there are none.
+
+    diffusers fetches only configs and weights. The options are `hf_hub_download`'s.
+    """
+    try:
+        return Path(hf_hub_download(repository, _FILE, subfolder=subfolder, **options)).parent
+    except EntryNotFoundError:  # or offline and not in the cache
+        return None
+
+
+def _fit(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean `(F,)`, directions `(K, F)` and deviations `(K + 1,)` of `(N, F)`, float32."""
+    count, width = features.shape
+    mean = features.mean(0)
+    _, spread, directions = torch.linalg.svd(features - mean, full_matrices=False)
+    variances = spread.square() / (count - 1)
+    kept = max(1, min(_MOST_DIRECTIONS, count // _IMAGES_PER_DIRECTION, width - 1))
+    rest = variances[kept:].sum() / (width - kept)
+    floor = 1e-6 * variances.sum() / width  # of directions in which no training image differs
+    deviations = torch.cat([variances[:kept], rest[None]]).clamp(min=floor.clamp(min=1e-12)).sqrt()
+    return mean.float(), directions[:kept].float(), deviations.float()
