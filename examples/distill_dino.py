@@ -36,6 +36,7 @@ from diffusers_dino.cli.training_flags import (
 )
 from diffusers_dino.cli.training_run import TrainingRun
 from diffusers_dino.fingerprints import fingerprint_pipeline
+from diffusers_dino.fusion import fuse
 from diffusers_dino.hub import TrainingRecord
 from diffusers_dino.schedules import embed_guidance, is_flow
 from diffusers_dino.training import models, objective
@@ -89,7 +90,7 @@ def train(args: Arguments, opened: Run) -> None:
     teacher = {**fingerprint_pipeline(pipe), "lora_alpha": args.rank and (args.lora_alpha or args.rank)}
     student = make_student(args, pipe.unet)
     frozen_dtype = models.frozen_dtype(accelerator.mixed_precision)
-    for model in (pipe.vae, pipe.conditioner, pipe.unet):
+    for model in filter(None, (pipe.vae, pipe.conditioner, pipe.fusion, pipe.unet)):
         nn.Module.to(model.requires_grad_(False), accelerator.device, frozen_dtype)
     target = copy.deepcopy(student).requires_grad_(False).eval().to(accelerator.device)
     encode = FeatureEncoder(pipe.vae, pipe.conditioner, accelerator.device)
@@ -107,13 +108,16 @@ def train(args: Arguments, opened: Run) -> None:
         start, end = schedule.neighbours(draws.timesteps)
         noisy = schedule.add_noise(mean + std * draws.latent_noise, draws.noise, start)
         guidance = low + (high - low) * draws.drop  # which is uniform, and drops nothing here
-        condition = {"encoder_hidden_states": tokens}
+        condition = {"encoder_hidden_states": fuse(pipe.fusion, tokens)}
         if not args.rank:
             condition["timestep_cond"] = embed_guidance(guidance, args.guidance_width)
         with torch.no_grad(), accelerator.autocast():
             null = pipe.conditioner.null_condition(len(tokens)).to(tokens)
             both = pipe.unet(
-                torch.cat([noisy, noisy]), torch.cat([start, start]), torch.cat([null, tokens]), return_dict=False
+                torch.cat([noisy, noisy]),
+                torch.cat([start, start]),
+                fuse(pipe.fusion, torch.cat([null, tokens])),
+                return_dict=False,
             )[0]
             unconditional, conditional = both.float().chunk(2)
             guided = unconditional + guidance.view(-1, 1, 1, 1) * (conditional - unconditional)

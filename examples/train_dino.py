@@ -37,6 +37,7 @@ from diffusers_dino.cli.training_flags import (
 )
 from diffusers_dino.files import save_atomically
 from diffusers_dino.fingerprints import fingerprint_model, hash_of
+from diffusers_dino.fusion import fuse
 from diffusers_dino.hub import push_folder
 from diffusers_dino.schedules import is_flow
 from diffusers_dino.training import models, objective, optim, validation
@@ -81,6 +82,10 @@ class Arguments(RunArguments, FeatureArguments):
     lora_alpha: float | None = flag(None, "Scale of the LoRA; the rank by default.")
     condition_dropout: float = flag(
         0.1, "Fraction of samples with the null condition, for guidance.", group="Objective"
+    )
+    fuse_encoders: bool = flag(False, "Learn an embedding for each of several encoders, added to its tokens.")
+    encoder_dropout: float | None = flag(
+        None, "Leave whole encoders out at random, so that any of them will do at sampling; with --fuse_encoders."
     )
     snr_gamma: float | None = flag(None, "Min-SNR weighting of the loss; 5.0 is its authors' choice.")
     noise_offset: float = flag(0.0, "Strength of noise that is constant over a channel.")
@@ -171,6 +176,7 @@ def run_training(args: Arguments, run: Run) -> None:
         lr_scheduler,
         ema_decay=args.ema_decay if args.use_ema else None,
         lora=args.rank is not None,
+        fusion=pipe.fusion,
     )
     if args.torch_compile:
         pipe.unet.compile()
@@ -229,8 +235,8 @@ def train(
         loss_sum = torch.zeros((), device=accelerator.device)
         for _ in range(args.gradient_accumulation_steps):
             batch = next(batches)
-            with accelerator.accumulate(state.model):
-                loss = compute_loss(args, pipe, state.model, encode, batch)
+            with accelerator.accumulate(state.model, state.fusion):
+                loss = compute_loss(args, pipe, state.model, encode, batch, state.fusion)
                 accelerator.backward(loss)
                 loss_sum += loss.detach() / args.gradient_accumulation_steps
         # One exchange tells all processes the loss, and whether one of them wishes to stop or to save.
@@ -260,6 +266,7 @@ def compute_loss(
     model: torch.nn.Module,
     encode: FeatureEncoder,
     batch: dict[str, Any],
+    fusion: torch.nn.Module | None = None,
 ) -> Tensor:
     """The weighted squared error of what `model`, the UNet, predicts for a batch: a scalar."""
     scheduler = pipe.scheduler
@@ -273,8 +280,15 @@ def compute_loss(
     ).to(mean.device)
     latents = mean + std * draws.latent_noise
     null_tokens = pipe.conditioner.null_condition(1)
+    if pipe.fusion is not None:
+        counts = pipe.fusion.config["tokens_per_encoder"]
+        kept = objective.draw_encoders(
+            batch["position"], len(counts), pipe.fusion.config["encoder_dropout"], args.seed
+        )
+        tokens = objective.drop_encoders(tokens, null_tokens, kept, counts)
     tokens = objective.drop_condition(tokens, null_tokens, draws.drop, args.condition_dropout)
     noisy, timesteps = objective.noisy_latents(scheduler, latents, draws, args.flow_times or "logit_normal")
+    tokens = fuse(fusion, tokens)
     prediction = model(noisy, timesteps, encoder_hidden_states=tokens, return_dict=False)[0]
     target = objective.prediction_target(scheduler, latents, draws.noise, timesteps)
     if args.snr_gamma is None:
@@ -288,6 +302,10 @@ def check_arguments(args: Arguments) -> None:
     check_frozen_models(args)
     if args.rank and not args.pretrained_pipeline:
         raise ValueError("A LoRA (--rank) is trained on a whole pipeline: give --pretrained_pipeline.")
+    if args.rank and args.fuse_encoders:
+        raise ValueError("A LoRA (--rank) keeps its pipeline's fusion as it is: leave --fuse_encoders out.")
+    if args.encoder_dropout is not None and not args.fuse_encoders:
+        raise ValueError("--encoder_dropout needs what tells the encoders apart: give it with --fuse_encoders.")
     args.in_memory &= args.feature_cache is None  # with a cache, hardly an image is read
 
 
@@ -303,25 +321,30 @@ def build_pipeline(args: Arguments, images: data.ImageDataset, device: torch.dev
         pipe = DinoDiffusionPipeline.from_pretrained(
             args.pretrained_pipeline, revision=args.revision, variant=args.variant
         )
-        if args.rank:
-            models.add_lora(pipe.unet, args.rank, args.lora_alpha)
-        return pipe
-    vae, conditioner = load_frozen(args, images, device)
-    return models.build_pipeline(
-        vae,
-        conditioner,
-        resolution=args.resolution,
-        base=args.pretrained_model_name_or_path,
-        revision=args.revision,
-        variant=args.variant,
-        unet=args.unet,
-        unet_config=args.unet_config,
-        qk_init_scale=args.qk_init_scale,
-        scheduler=args.scheduler,
-        prediction_type=args.prediction_type,
-        zero_snr=args.rescale_betas_zero_snr,
-        flow_shift=args.flow_shift,
-    )
+    else:
+        vae, conditioner = load_frozen(args, images, device)
+        pipe = models.build_pipeline(
+            vae,
+            conditioner,
+            resolution=args.resolution,
+            base=args.pretrained_model_name_or_path,
+            revision=args.revision,
+            variant=args.variant,
+            unet=args.unet,
+            unet_config=args.unet_config,
+            qk_init_scale=args.qk_init_scale,
+            scheduler=args.scheduler,
+            prediction_type=args.prediction_type,
+            zero_snr=args.rescale_betas_zero_snr,
+            flow_shift=args.flow_shift,
+        )
+    if args.fuse_encoders:
+        models.add_fusion(pipe, args.encoder_dropout)
+    if args.rank:
+        models.add_lora(pipe.unet, args.rank, args.lora_alpha)
+        if pipe.fusion is not None:
+            pipe.fusion.requires_grad_(False)
+    return pipe
 
 
 def make_validator(
@@ -355,6 +378,7 @@ def describe_models(args: Arguments, pipe: DinoDiffusionPipeline) -> dict[str, A
         "vae": fingerprint_model(pipe.vae),
         "conditioner": statistics if args.normalize_tokens else fingerprint_model(pipe.conditioner),
         "unet at the start": new if args.unet_config else hash_of(*begun)[:16],
+        "fusion at the start": None if pipe.fusion is None else fingerprint_model(pipe.fusion),
         "noise schedule": {name: value for name, value in pipe.scheduler.config.items() if name[0] != "_"},
         "lora_alpha": args.rank and (args.lora_alpha or args.rank),
     }

@@ -128,10 +128,10 @@ def tiny_conditioner(**options: Any) -> diffusers_dino.DinoImageConditioner:
 
 
 def tiny_pipeline(**components: Any) -> diffusers_dino.DinoDiffusionPipeline:
-    """A whole pipeline; components given by name replace the tiny ones."""
+    """A whole pipeline; components given by name replace the tiny ones, or come beside them."""
     defaults = {"vae": tiny_vae, "conditioner": tiny_conditioner, "unet": tiny_unet, "scheduler": tiny_scheduler}
     built = {name: components[name] if name in components else make() for name, make in defaults.items()}
-    pipe = diffusers_dino.DinoDiffusionPipeline(**built)
+    pipe = diffusers_dino.DinoDiffusionPipeline(**{**components, **built})
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -22,6 +22,7 @@ _ORIGIN = {
     "DinoPriorPipelineOutput": ".pipelines",
     # diffusers' loader looks for the base class of a component in the library that the component is from
     "ModelMixin": ".registration",
+    "TokenFusion": ".fusion",
 }
 
 __all__ = [
@@ -36,11 +37,13 @@ __all__ = [
     "DinoPriorPipeline",
     "DinoPriorPipelineOutput",
     "ModelMixin",
+    "TokenFusion",
     "__version__",
 ]
 
 if TYPE_CHECKING:
     from .conditioner import DinoImageConditioner
+    from .fusion import TokenFusion
     from .pipelines import (
         DiffSegPipeline,
         DiffSegPipelineOutput,

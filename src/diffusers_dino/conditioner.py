@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +261,22 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
         return self.heads[0].dim
 
     @property
+    def tokens_per_encoder(self) -> list[int]:
+        """Number of condition tokens of each encoder, in their order."""
+        return [head.num_tokens for head in self.heads]
+
+    @property
+    def encoder_names(self) -> list[str]:
+        """What to call each encoder: the last part of its source; several of one name are numbered from the second."""
+        names: list[str] = []
+        met: Counter[str] = Counter()
+        for encoder in self.image_encoders:
+            name = encoder.spec.source.rstrip("/").rpartition("/")[2]
+            met[name] += 1
+            names.append(name if met[name] == 1 else f"{name}-{met[name]}")
+        return names
+
+    @property
     def image_size(self) -> int | tuple[int, ...]:
         """Side in pixels of the images that `forward` takes; one for each of several encoders."""
         sizes = tuple(encoder.spec.size for encoder in self.image_encoders)
@@ -310,26 +328,34 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
         )
         return resized[0] if len(resized) == 1 else resized
 
-    def forward(self, pixel_values: PixelValues) -> Tensor:
+    def forward(self, pixel_values: PixelValues, encoders: Sequence[str] | None = None) -> Tensor:
         """Encode what `preprocess` gives.
 
         Args:
             pixel_values: `(B, 3, size, size)` in [0, 1]; a tuple of them for several encoders.
+            encoders: Names of the encoders to use, of `encoder_names` or their whole sources; by default all. The
+                null condition takes the place of the others' tokens, and they are not run.
 
         Returns:
             Tokens `(B, num_tokens, token_dim)` in the encoders' type: of each encoder in turn, its class token, its
             trained pooler, its registers, its patches in raster order, as far as `tokens` asks for them.
         """
-        outputs = self._encoder_outputs(pixel_values)
-        tokens = [head(*output) for head, output in zip(self.heads, outputs, strict=True)]
+        chosen = self._choose(encoders)
+        outputs = self._encoder_outputs(pixel_values, chosen)
+        nulls = self.null_condition(len(pixel_values[0]) if len(chosen) > 1 else len(pixel_values))
+        nulls = nulls.split(self.tokens_per_encoder, dim=1)
+        tokens = [
+            null if output is None else head(*output)
+            for head, output, null in zip(self.heads, outputs, nulls, strict=True)
+        ]
         return torch.cat(tokens, dim=1).to(self.dtype)  # (B, S, D)
 
-    def encode(self, images: ImageInput) -> Tensor:
+    def encode(self, images: ImageInput, encoders: Sequence[str] | None = None) -> Tensor:
         """Tokens `(B, num_tokens, token_dim)` of what `preprocess` takes as `images`, on this module's device.
 
-        Gradients flow if an image requires them; otherwise none are recorded.
+        `encoders` are as in `forward`. Gradients flow if an image requires them; otherwise none are recorded.
         """
-        return self._without_graph(self, self.preprocess(images))
+        return self._without_graph(partial(self, encoders=encoders), self.preprocess(images))
 
     def null_condition(self, batch_size: int) -> Tensor:
         """The condition of guidance's unconditional half, `(batch_size, num_tokens, token_dim)`.
@@ -418,20 +444,40 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
     def _features_of(self, tokens: Tensor) -> Tensor:
         """`(B, F)` of tokens `(B, S, D)`: all global tokens, and the mean of each encoder's patches."""
         parts: list[Tensor] = []
-        for head, own in zip(
-            self.heads, tokens.float().split([head.num_tokens for head in self.heads], 1), strict=True
-        ):
+        for head, own in zip(self.heads, tokens.float().split(self.tokens_per_encoder, 1), strict=True):
             parts.append(own[:, : head.num_global])
             if head.num_patches:
                 parts.append(own[:, head.num_global :].mean(1, keepdim=True))
         return torch.cat(parts, dim=1).flatten(1).cpu()
 
-    def _encoder_outputs(self, pixel_values: PixelValues) -> list[tuple[Tensor, Tensor]]:
-        """Global and patch tokens of each encoder."""
+    def _choose(self, encoders: Sequence[str] | None) -> list[bool]:
+        """Which encoders are named; a ValueError that helps with one that is not there, and of an empty choice."""
+        if encoders is None:
+            return [True] * len(self.image_encoders)
+        if isinstance(encoders, str):
+            raise TypeError(f"`encoders` is a list of names: give [{encoders!r}].")
+        names, sources = self.encoder_names, [encoder.spec.source for encoder in self.image_encoders]
+        known = {source: name for source, name in zip(sources, names, strict=True) if sources.count(source) == 1}
+        known |= {name: name for name in names}
+        if not len(encoders):
+            raise ValueError(f"`encoders` is empty: give at least one of {names}, or None for all.")
+        for name in encoders:
+            if name not in known:
+                close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
+                raise ValueError(f"There is no encoder {name!r} here: did you mean {close[0]!r}? There are {names}.")
+        chosen = {known[name] for name in encoders}
+        return [name in chosen for name in names]
+
+    def _encoder_outputs(
+        self, pixel_values: PixelValues, chosen: Sequence[bool] | None = None
+    ) -> list[tuple[Tensor, Tensor] | None]:
+        """Global and patch tokens of each encoder, None of those that are not chosen; by default all are."""
         batches = (pixel_values,) if isinstance(pixel_values, Tensor) else tuple(pixel_values)
         if len(batches) != len(self.image_encoders):
             raise ValueError(f"Expected pixel values for {len(self.image_encoders)} encoders, got {len(batches)}.")
-        return [encoder(batch) for encoder, batch in zip(self.image_encoders, batches, strict=True)]
+        runs = [True] * len(batches) if chosen is None else chosen
+        triples = zip(self.image_encoders, batches, runs, strict=True)
+        return [encoder(batch) if run else None for encoder, batch, run in triples]
 
     def _without_graph(self, function: Callable[[PixelValues], Any], pixel_values: PixelValues) -> Any:
         """Call with pixel values on this module's device, recording a graph only if they require it."""

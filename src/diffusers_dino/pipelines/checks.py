@@ -19,6 +19,7 @@ from ..schedules import is_flow, require_kind
 
 if TYPE_CHECKING:
     from ..conditioner import DinoImageConditioner
+    from ..fusion import TokenFusion
 
 __all__ = [
     "Generators",
@@ -75,9 +76,15 @@ def condition_width(unet: UNet2DConditionModel) -> int:
 
 
 def check_components(
-    vae: VAE | None, conditioner: DinoImageConditioner | None, unet: UNet2DConditionModel | None
+    vae: VAE | None,
+    conditioner: DinoImageConditioner | None,
+    unet: UNet2DConditionModel | None,
+    fusion: TokenFusion | None = None,
 ) -> None:
-    """Refuse a UNet that takes other tokens than the conditioner makes, or other latents than the VAE makes."""
+    """Refuse a UNet that takes other tokens than the conditioner makes, or other latents than the VAE makes.
+
+    Likewise a fusion of other encoders than the conditioner's.
+    """
     if unet is None:
         return
     width = condition_width(unet)
@@ -87,6 +94,8 @@ def check_components(
             f"tokens of width {conditioner.token_dim}. Build the UNet with "
             f"cross_attention_dim={conditioner.token_dim}, or the conditioner with projection_dim={width}, and train."
         )
+    if fusion is not None:
+        fusion.require_fit(conditioner, width)
     check_channels(vae, unet, "in_channels", "out_channels")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from functools import wraps
@@ -25,6 +26,8 @@ _NOTE = "_condition"  # in the UNet's config, which diffusers keeps and passes o
 
 class ComponentLoadingMixin:
     """`from_pretrained` and `from_pipe`: pickles are read only if asked for, parts are shared as they are."""
+
+    _unlisted_if_none: tuple[str, ...] = ()  # components that `model_index.json` does not name where they are None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
@@ -58,6 +61,12 @@ class ComponentLoadingMixin:
         """As in diffusers; notes that conditioner and UNet belong together."""
         note_condition(self.components.get("unet"), self.components.get("conditioner"))
         super().save_pretrained(*args, **kwargs)
+
+    def to_json_string(self) -> str:
+        """As in diffusers, without the components in `_unlisted_if_none` that this pipeline has not."""
+        index = json.loads(super().to_json_string())
+        absent = [name for name in self._unlisted_if_none if index.get(name) == [None, None]]
+        return json.dumps({name: index[name] for name in index if name not in absent}, indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:

@@ -26,6 +26,7 @@ from .. import schedules
 from ..conditioner import DinoImageConditioner
 from ..diffseg.attention import capture_self_attention
 from ..diffseg.merging import aggregate_attention, merge_attention, refine_segments, relative_thresholds, suppress
+from ..fusion import TokenFusion, fuse
 from ..latents import encode_to_moments, vae_scale_factor
 from ..pixels import ImageInput, resize_unit, to_unit, unit_to_vae
 from .caching import has_cache
@@ -58,6 +59,7 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         tokenizer: Of `text_encoder`.
         text_encoder_2: Second one, of Stable Diffusion XL.
         tokenizer_2: Of `text_encoder_2`.
+        fusion: What tells the tokens of several encoders apart, if the UNet was trained with it.
 
     Example:
         ```python
@@ -69,8 +71,11 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         ```
     """
 
-    model_cpu_offload_seq = "text_encoder->text_encoder_2->conditioner->vae->unet"
-    _optional_components = ["vae", "conditioner", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]  # noqa: RUF012
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->conditioner->fusion->vae->unet"
+    _optional_components = [  # noqa: RUF012
+        *("vae", "conditioner", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "fusion")
+    ]
+    _unlisted_if_none = ("fusion",)
 
     def __init__(
         self,
@@ -82,6 +87,7 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         tokenizer: PreTrainedTokenizerBase | None = None,
         text_encoder_2: PreTrainedModel | None = None,
         tokenizer_2: PreTrainedTokenizerBase | None = None,
+        fusion: TokenFusion | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -93,6 +99,7 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
             tokenizer=tokenizer,
             text_encoder_2=text_encoder_2,
             tokenizer_2=tokenizer_2,
+            fusion=fusion,
         )
         check_channels(self.vae, self.unet, "in_channels")
 
@@ -153,7 +160,7 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
             return {}
         if self.conditioner is not None:
             pixels = send_to_device(self.conditioner.preprocess(images, crop=False), device)
-            return {"encoder_hidden_states": self.conditioner(pixels)}
+            return {"encoder_hidden_states": fuse(self.fusion, self.conditioner(pixels))}
         encoders = [(self.text_encoder, self.tokenizer), (self.text_encoder_2, self.tokenizer_2)]
         outputs = [_empty_prompt(*pair, device) for pair in encoders if pair[0] is not None]
         if self.unet.config.get("addition_embed_type") != "text_time":
@@ -209,7 +216,9 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
             for unit in to_unit(image)
         ]
         check_generator(generator, len(images))
-        given = dict(unet_kwargs or {}) | ({} if image_embeds is None else {"encoder_hidden_states": image_embeds})
+        given = dict(unet_kwargs or {})
+        if image_embeds is not None:
+            given["encoder_hidden_states"] = fuse(self.fusion, image_embeds.to(self._execution_device))
         condition = given if "encoder_hidden_states" in given else self.encode_condition(images, size) | given
         latents = self.prepare_latents(images, size)
         condition = _for_batch(condition, len(images), latents.dtype, latents.device)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..conditioner import DinoImageConditioner
+from ..fusion import TokenFusion, fuse
 from ..latents import decode_latents, vae_scale_factor
 from ..pixels import ImageInput
 from ..schedules import embed_guidance, is_flow_model, note_flow
@@ -72,6 +74,7 @@ class DinoDiffusionPipeline(
             UNet trained by flow matching a `FlowMatch...` scheduler, or one with `use_flow_sigmas`.
         flow_matching: Whether the UNet was trained by flow matching; by default what its config notes, else what
             `scheduler` says. It is noted in the UNet's config, and schedulers of the other kind are refused.
+        fusion: What tells the tokens of several encoders apart, if the UNet was trained with it.
 
     Example:
         ```python
@@ -85,8 +88,9 @@ class DinoDiffusionPipeline(
         ```
     """
 
-    model_cpu_offload_seq = "conditioner->unet->vae"
-    _optional_components = ["vae", "conditioner"]  # noqa: RUF012 - the base class's form; a saved None stays None
+    model_cpu_offload_seq = "conditioner->fusion->unet->vae"
+    _optional_components = ["vae", "conditioner", "fusion"]  # noqa: RUF012 - the base class's form; a saved None stays None
+    _unlisted_if_none = ("fusion",)
     _callback_tensor_inputs = ["latents", "image_embeds"]  # noqa: RUF012 - the base class's form
 
     def __init__(
@@ -96,10 +100,11 @@ class DinoDiffusionPipeline(
         unet: UNet2DConditionModel,
         scheduler: SchedulerMixin,
         flow_matching: bool | None = None,
+        fusion: TokenFusion | None = None,
     ) -> None:
         super().__init__()
-        check_components(vae, conditioner, unet)
-        self.register_modules(vae=vae, conditioner=conditioner, unet=unet, scheduler=scheduler)
+        check_components(vae, conditioner, unet, fusion)
+        self.register_modules(vae=vae, conditioner=conditioner, unet=unet, scheduler=scheduler, fusion=fusion)
         note_flow(unet, scheduler, flow_matching)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._guidance_scale = 1.0
@@ -143,14 +148,23 @@ class DinoDiffusionPipeline(
         """A callback may set `_interrupt = True`: the remaining steps are skipped."""
         return self._interrupt
 
-    def encode_image(self, image: ImageInput) -> Tensor:
-        """Encode `image`, as in `__call__`, to condition tokens `(B, S, D)`, class token first, for `image_embeds`."""
+    def encode_image(self, image: ImageInput, encoders: Sequence[str] | None = None) -> Tensor:
+        """Encode `image`, as in `__call__`, to condition tokens `(B, S, D)`, class token first, for `image_embeds`.
+
+        `encoders` names those of several encoders to use, see `conditioner.encoder_names`; by default all. It is for
+        models that were trained with `encoder_dropout`; others are warned of. A ValueError for unknown names, or none.
+        """
         if self.conditioner is None:
             raise ValueError("This pipeline has no conditioner to encode `image` with. Give `image_embeds`.")
+        if encoders is not None and not (self.fusion is not None and self.fusion.config["encoder_dropout"]):
+            warnings.warn(
+                "This model was not trained with a dropout of encoders: it has not seen images of only some of them.",
+                stacklevel=2,
+            )
         with in_turn(self, within=True):
             # an offloaded module does not know where it will run: its hooks act when it is called, not its `encode`
             pixels = send_to_device(self.conditioner.preprocess(image), self._execution_device)
-            return self.conditioner(pixels)
+            return self.conditioner(pixels, encoders)
 
     def check_inputs(
         self,
@@ -193,7 +207,7 @@ class DinoDiffusionPipeline(
                 f"guidance_scale={guidance_scale} needs the conditioner's null condition, and this pipeline has no "
                 "conditioner. Give guidance_scale=1, or load the conditioner."
             )
-        check_components(self.vae, self.conditioner, self.unet)
+        check_components(self.vae, self.conditioner, self.unet, self.fusion)
         check_schedule(self.scheduler, is_flow_model(self.unet))
         if (image is None) == (image_embeds is None):
             raise ValueError(f"Give either `{name}` or `{name}_embeds`, and not both.")
@@ -382,11 +396,12 @@ class DinoDiffusionPipeline(
                 guided = self.do_classifier_free_guidance and guidance_start <= i / len(timesteps) < guidance_end
                 inputs = torch.cat([latents] * 2) if guided else latents
                 inputs = scale_model_input(inputs, t)
+                tokens = fuse(self.fusion, torch.cat([null_embeds, image_embeds]) if guided else image_embeds)
                 with cache_context(self.unet, cached, times[i], guided):
                     prediction = self.unet(
                         inputs,
                         t.expand(len(inputs)).to(device),  # one each, as FasterCache splits the batch
-                        encoder_hidden_states=torch.cat([null_embeds, image_embeds]) if guided else image_embeds,
+                        encoder_hidden_states=tokens,
                         timestep_cond=self._embed_guidance(batch_size),
                         cross_attention_kwargs=self.cross_attention_kwargs,
                         return_dict=False,

@@ -23,6 +23,7 @@ from torch import nn
 
 from ..conditioner import DinoImageConditioner
 from ..extras import require
+from ..fusion import TokenFusion, check_dropout
 from ..latents import VAE, vae_scale_factor
 from ..pipelines import DinoDiffusionPipeline
 from ..pipelines.loading import check_condition, note_condition
@@ -31,6 +32,7 @@ from ..schedules import is_flow
 __all__ = [
     "STABLE_DIFFUSION_SCHEDULE",
     "adapt_for_training",
+    "add_fusion",
     "add_lora",
     "build_pipeline",
     "enable_xformers",
@@ -125,6 +127,7 @@ def load_trained_pipeline(name_or_path: str | Path, dtype: torch.dtype | None = 
         conditioner=DinoImageConditioner.from_pretrained(run, subfolder="conditioner"),
         unet=load_unet(str(folder)),
         scheduler=make_scheduler(str(run)),
+        fusion=TokenFusion.from_pretrained(folder, subfolder="fusion") if (folder / "fusion").is_dir() else None,
     )
     check_condition(pipe.unet, pipe.conditioner, name_or_path)
     return pipe if dtype is None else pipe.to(dtype)
@@ -283,6 +286,22 @@ def add_lora(unet: UNet2DConditionModel, rank: int, alpha: float | None = None) 
     )
 
 
+def add_fusion(pipe: DinoDiffusionPipeline, encoder_dropout: float | None = None) -> None:
+    """Give a pipeline a `TokenFusion` to train, unless it has one, and note how often encoders are to be left out.
+
+    By default that stays as it was, and is 0 for a new one. A ValueError if the conditioner has only one encoder.
+    """
+    if pipe.fusion is None:
+        if len(pipe.conditioner.encoder_names) < 2:
+            raise ValueError(
+                f"Fusion is for several encoders, and the conditioner has one ({pipe.conditioner.encoder_names[0]})."
+            )
+        pipe.register_modules(fusion=TokenFusion.of(pipe.conditioner, encoder_dropout or 0.0))
+    elif encoder_dropout is not None:
+        check_dropout(encoder_dropout)
+        pipe.fusion.register_to_config(encoder_dropout=encoder_dropout)
+
+
 def frozen_dtype(mixed_precision: str) -> torch.dtype:
     """What frozen weights are kept in under accelerate's mixed precision: `"no"`, `"fp16"` or `"bf16"`."""
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
@@ -296,18 +315,22 @@ def adapt_for_training(
 ) -> list[nn.Parameter]:
     """Move a pipeline to where it is trained: frozen weights in `frozen_dtype`, trained ones in float32.
 
-    Its VAE is frozen here; the UNet's weights that require gradients are the trained ones, which are returned. VAE and
-    conditioner stay on `frozen_device`, see `on_device`; by default where training is.
+    Its VAE is frozen here; the weights of the UNet, and of the fusion if there is one, that require gradients are the
+    trained ones, which are returned. VAE and conditioner stay on `frozen_device`, see `on_device`; by default where
+    training is.
     """
     for model in (pipe.vae.requires_grad_(False), pipe.conditioner):
         # diffusers' own `to` warns of layers that this one handles too
         nn.Module.to(model, frozen_device or device, frozen_dtype)
-    for parameter in pipe.unet.parameters():
+    trained = [pipe.unet, *([] if pipe.fusion is None else [pipe.fusion])]
+    parameters = [parameter for model in trained for parameter in model.parameters()]
+    for parameter in parameters:
         parameter.data = parameter.data.to(device, torch.float32 if parameter.requires_grad else frozen_dtype)
-    pipe.unet.to(device).train()
+    for model in trained:
+        model.to(device).train()
     note_condition(pipe.unet, pipe.conditioner)
     pipe.set_progress_bar_config(disable=True)
-    return [parameter for parameter in pipe.unet.parameters() if parameter.requires_grad]
+    return [parameter for parameter in parameters if parameter.requires_grad]
 
 
 @contextmanager

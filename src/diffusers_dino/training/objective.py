@@ -22,8 +22,10 @@ __all__ = [
     "PREDICTION_TYPES",
     "TrainingDraws",
     "check_finite",
+    "draw_encoders",
     "draw_for_training",
     "drop_condition",
+    "drop_encoders",
     "flow_timesteps",
     "min_snr_weights",
     "noisy_latents",
@@ -177,6 +179,27 @@ def drop_condition(tokens: Tensor, null_tokens: Tensor, drop: Tensor, probabilit
     The tokens are `(B, S, D)`, the null tokens too or `(1, S, D)`, and `drop` `(B,)` is uniform on [0, 1).
     """
     return torch.where((drop < probability).view(-1, 1, 1), null_tokens.to(tokens), tokens)
+
+
+def draw_encoders(positions: Sequence[int], num_encoders: int, probability: float, seed: int = 0) -> Tensor:
+    """Which of its encoders each sample keeps, where each is left out with a probability: `(B, E)` bool.
+
+    A sample whose encoders would all go keeps one of them, each as often: to see none is what `drop_condition` is for.
+    As in `draw_for_training`, a sample's draws depend only on (seed, its global position).
+    """
+    draws = [torch.rand(num_encoders, generator=generator_for(seed, "encoders", position)) for position in positions]
+    table = torch.stack(draws)
+    return (table >= probability) | (table == table.amax(dim=1, keepdim=True))
+
+
+def drop_encoders(tokens: Tensor, null_tokens: Tensor, kept: Tensor, tokens_per_encoder: Sequence[int]) -> Tensor:
+    """Put the null condition in the place of the tokens of encoders that a sample does not keep.
+
+    The tokens are `(B, S, D)`, the null tokens too or `(1, S, D)`, and `kept` `(B, E)` is of `draw_encoders`.
+    """
+    counts = torch.tensor(tokens_per_encoder, device=tokens.device)
+    kept = kept.to(tokens.device).repeat_interleave(counts, dim=1)  # (B, S)
+    return torch.where(kept[..., None], tokens, null_tokens.to(tokens))
 
 
 def weighted_mse(prediction: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -16,18 +16,21 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, convert_state_dict_to_diff
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
+from ..fusion import TokenFusion
 from ..prior import DinoPrior
 from .checkpoints import CheckpointError, read_pickle
 from .plain_state import OPTIMIZER, load_optimizer, read_state, save_optimizer
 
 __all__ = ["ModelState", "TrainingState"]
 
+_FUSION = "fusion."  # begins the names of a fusion's weights among the trained ones
+
 
 class TrainingState:
     """What is trained, and how `checkpoints.save_run` and `checkpoints.resume_run` write and read it.
 
-    A checkpoint holds `unet/` (or `pytorch_lora_weights.safetensors`), which is what a user samples from: the
-    averaged weights where there is an average. What only resuming needs lies beside it.
+    A checkpoint holds `unet/` (or `pytorch_lora_weights.safetensors`), and `fusion/` if one is trained, which is what
+    a user samples from: the averaged weights where there is an average. What only resuming needs lies beside it.
 
     Args:
         accelerator: Prepares the UNet and the optimizer.
@@ -37,9 +40,11 @@ class TrainingState:
         ema_decay: Decay of the moving average of the weights, or None for no average.
         lora: Whether the trained parameters are a LoRA adapter.
         folder: What the model's folder is called in a checkpoint.
+        fusion: Trained with the UNet, unless it is frozen.
 
     Attributes:
         model: What to train: the UNet, wrapped for several processes and mixed precision.
+        fusion: The fusion, likewise, or None.
         trainable: The trained parameters by name.
     """
 
@@ -52,12 +57,18 @@ class TrainingState:
         ema_decay: float | None = None,
         lora: bool = False,
         folder: str = "unet",
+        fusion: TokenFusion | None = None,
     ) -> None:
         self.accelerator = accelerator
         self.unet = unet
         self.model, self.optimizer = accelerator.prepare(unet, optimizer)
-        self.lora, self.folder = lora, folder
+        self.lora, self.folder, self.fusion = lora, folder, fusion
         self.trainable: dict[str, Tensor] = {n: p for n, p in unet.named_parameters() if p.requires_grad}
+        self._saved = {folder: unet}
+        if fusion is not None and fusion.type_embeddings.requires_grad:
+            self.fusion = accelerator.prepare(fusion)
+            self._saved["fusion"] = fusion
+            self.trainable |= {f"{_FUSION}{n}": p for n, p in fusion.named_parameters()}
         self.ema: EMAModel | None = None
         if ema_decay is not None:
             self.ema = EMAModel(self.trainable.values(), decay=ema_decay, foreach=True)
@@ -93,7 +104,8 @@ class TrainingState:
                 layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.unet))
                 StableDiffusionLoraLoaderMixin.save_lora_weights(folder, unet_lora_layers=layers)
             else:
-                self.unet.save_pretrained(Path(folder) / self.folder, max_shard_size="1TB")
+                for name, model in self._saved.items():
+                    model.save_pretrained(Path(folder) / name, max_shard_size="1TB")
 
     def save(self, folder: Path) -> None:
         """Write all that resuming needs into a checkpoint."""
@@ -176,6 +188,9 @@ def _copy_by_name(file: Path, targets: dict[str, Tensor]) -> None:
             f"The checkpoint lacks {file.name}: its run had another setting of averaged weights, or of a LoRA."
         )
     tensors = load_file(file)
+    beside = file.parent.parent / "fusion" / file.name  # of `unet/`, which lacks what is trained with it
+    if any(name.startswith(_FUSION) for name in targets.keys() - tensors.keys()) and beside.is_file():
+        tensors |= {f"{_FUSION}{name}": tensor for name, tensor in load_file(beside).items()}
     if not targets.keys() <= tensors.keys() or any(tensors[n].shape != t.shape for n, t in targets.items()):
         raise CheckpointError(f"{file} holds the weights of another model: the UNet or the rank has changed.")
     for name, target in targets.items():

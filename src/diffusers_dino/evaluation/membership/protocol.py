@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from ...data import ImageDataset
 from ...data.datasets import to_float
+from ...fusion import fuse
 from ...latents import encode_to_moments
 from ...metrics import pixel_features
 from ...metrics.auroc import auroc_draws, draw_weights, stratified_auroc
@@ -221,7 +222,7 @@ def denoising_errors(
         batch, names = images[start : start + batch_size].to(device), keys[start : start + batch_size]
         pixels = unit_to_vae(batch, pipe.vae.config["in_channels"]).to(pipe.vae.dtype)
         latents = encode_to_moments(pipe.vae, pixels)[0].to(dtype)
-        tokens = pipe.encode_image(batch).to(dtype)
+        tokens = fuse(pipe.fusion, pipe.encode_image(batch).to(dtype))
         width = pipe.unet.config.get("time_cond_proj_dim")  # a distilled one is told of guidance: 1 is none
         guidance = None if width is None else embed_guidance(torch.ones(len(batch)), width).to(latents)
         columns = []
