@@ -1,10 +1,14 @@
 """Image files in memory: by Pillow, and with 16 bits in each of several channels, which Pillow does not write."""
 
 import io
+import re
 import struct
 import zlib
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 _COLOR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}
@@ -43,3 +47,14 @@ def deep_tiff(pixels: np.ndarray, order: str = "<", compressed: bool = False) ->
     directory = struct.pack(f"{order}H", 9) + b"".join(struct.pack(f"{order}HHII", *entry) for entry in entries)
     head = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HI", 42, 8)
     return head + directory + bytes(4) + bits + strip
+
+
+def peak_of(function: Callable[[], object]) -> int:
+    """The most bytes that this process took besides what it had before."""
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not clear.exists():
+        pytest.skip("needs Linux")
+    clear.write_text("5")
+    before = int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1])
+    function()
+    return 1024 * (int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) - before)

@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusers_dino.pixels import resize_unit, to_unit, unit_to_uint8, unit_to_vae, unit_to_xrv, vae_to_unit
+from diffusers_dino.pixels import (
+    resize_unit,
+    stored_images,
+    to_unit,
+    unit_to_uint8,
+    unit_to_vae,
+    unit_to_xrv,
+    vae_to_unit,
+)
+from image_files import peak_of
 
 RGB = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3) * 2
 EXPECTED = torch.from_numpy(RGB).permute(2, 0, 1) / 255
@@ -226,3 +235,30 @@ def test_narrow_images_are_not_made_wide_at_their_full_height(shape, resample):
     assert largest.nbytes <= 4 * max(image.numel(), 512 * 512 * 2)
     line = small.mean(-1 if shape[0] > shape[1] else -2).flatten()
     torch.testing.assert_close(line, torch.linspace(0, 1, 512), atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "F", "array", "deep array"])
+def test_large_images_take_at_most_ten_bytes_a_pixel_on_their_way_to_a_model(kind):
+    side = 2500
+    small = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 4), np.uint8))
+    mode = {"array": "RGBA", "deep array": "RGB", "F": "1", "I;16": "I"}.get(kind, kind)
+    image = small.convert("RGB").convert(mode) if mode not in ("RGBA", "LA") else small.convert(mode)
+    image = image.convert(kind) if kind in ("F", "I;16") else image
+    image = image.point(lambda value: value / 255) if kind == "F" else image
+    image = np.array(image, np.uint16 if kind == "deep array" else None) if "array" in kind else image
+    expected = resize_unit(to_unit(image)[0][None], 64, "bicubic")
+
+    def shrink():
+        (stored,) = stored_images(image)
+        assert torch.equal(stored.resized(64, "bicubic"), expected)
+
+    assert peak_of(shrink) < 10 * side**2
+
+
+def test_a_batch_of_many_large_images_is_resized_as_each_of_them():
+    batch = torch.rand(3, 3, 900, 700)
+    (stored,) = stored_images(batch)
+    expected = torch.cat([resize_unit(image[None], 32, "bilinear") for image in batch])
+    assert torch.equal(stored.resized(32, "bilinear"), expected)
+    (square,) = stored_images([stored.center_square()])
+    assert torch.equal(square.unit(), batch[..., 100:800, :])

@@ -33,13 +33,12 @@ from .encoders import (
 )
 from .familiarity import HUB_OPTIONS, TokenStatistics, fetch_statistics
 from .fingerprints import as_json, hash_of
-from .pixels import ImageInput, center_square, resize_unit, to_unit
+from .pixels import ImageInput, stored_images
 from .seeds import generator_for
 
 __all__ = ["DinoImageConditioner"]
 
 PixelValues = Tensor | tuple[Tensor, ...]
-_STACKED_AT_MOST = 3 * 2**22  # numbers of an image; larger ones are not copied together before they are resized
 _MIN_IMAGES = 16  # the standard error of a standard deviation is then about a sixth of it
 
 
@@ -311,21 +310,17 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
         Returns:
             `(B, 3, size, size)` float32 in [0, 1], differentiable; a tuple of them for several encoders.
         """
-        units = to_unit(images)
+        stored = stored_images(images)
         patch, side_of = max(encoder.patch for encoder in self.image_encoders), min if crop else max
-        for unit in units:
-            if (side := side_of(unit.shape[-2:])) < patch:
+        for each in stored:
+            if (side := side_of(each.size)) < patch:
                 raise ValueError(
                     f"An image is smaller than a patch of the encoder: its {'short' if crop else 'long'}er side has "
                     f"{side} pixels, a patch {patch}."
                 )
-        units = [center_square(unit) for unit in units] if crop else units
+        squares = [each.center_square() if crop else each for each in stored]
         specs = [encoder.spec for encoder in self.image_encoders]
-        same = len({unit.shape for unit in units}) == 1 and units[0].numel() <= _STACKED_AT_MOST
-        batches = [torch.stack(units)] if same else [unit[None] for unit in units]
-        resized = tuple(
-            torch.cat([resize_unit(batch, spec.size, spec.resample) for batch in batches]) for spec in specs
-        )
+        resized = tuple(torch.cat([each.resized(spec.size, spec.resample) for each in squares]) for spec in specs)
         return resized[0] if len(resized) == 1 else resized
 
     def forward(self, pixel_values: PixelValues, encoders: Sequence[str] | None = None) -> Tensor:

@@ -14,6 +14,7 @@ for torch; `C` is 1 (gray), 3 (RGB) or 4 (RGBA).
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -22,10 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .bands import bands, pixels_of
+
 __all__ = [
     "ImageInput",
+    "StoredImages",
     "center_square",
     "resize_unit",
+    "stored_images",
     "to_unit",
     "unit_to_uint8",
     "unit_to_vae",
@@ -40,7 +45,7 @@ ImageInput: TypeAlias = Image | list[Image] | tuple[Image, ...]
 _FULL_SCALE = {torch.uint8: 255.0, torch.bool: 1.0}
 _OWN_SCALE = (torch.uint16, torch.int16, torch.uint32, torch.int32)
 _NARROW = 16  # times as high as wide
-_PIECE = 2**20  # pixels that are stretched at a time
+_PIECE = 2**22  # values of images that are not resized channel by channel
 _ROUNDING = 1e-4  # how far a floating image may leave [0, 1] by rounding before it is refused
 
 
@@ -59,11 +64,97 @@ def to_unit(images: ImageInput) -> list[Tensor]:
         TypeError: If an image is of a type that the table lacks.
         ValueError: If there are no images, or one has another layout, no pixels, NaN, or floats outside [0, 1].
     """
+    return [unit for each in stored_images(images) for unit in each.unit()]
+
+
+def stored_images(images: ImageInput) -> list[StoredImages]:
+    """Images as `to_unit` takes them, checked as there; one entry for each that was given, or for each batch."""
     listed = list(images) if isinstance(images, (list, tuple)) else [images]
-    units = [unit for image in listed for unit in _unit(_batch(image))]
-    if not units:
+    stored = [each if isinstance(each, StoredImages) else StoredImages.of(_batch(each)) for each in listed]
+    if not any(map(len, stored)):
         raise ValueError("There is no image: the list or the batch is empty.")
-    return units
+    return stored
+
+
+@dataclass(frozen=True)
+class StoredImages:
+    """N images of one size in the type that they came in, to be brought to RGB in [0, 1].
+
+    There a pixel takes 12 bytes: large images are cropped, or resized channel by channel, before all are floats.
+
+    Attributes:
+        values: `(N, C, H, W)`, C being 1, 3 or 4.
+        ranges: Minimum and maximum of each image, where that is the range that is read.
+    """
+
+    values: Tensor
+    ranges: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def of(cls, values: Tensor) -> StoredImages:
+        """Raises as `to_unit` does."""
+        if values.shape[1] == 3 and values.stride(1) == 0:  # gray that was expanded to RGB, such as `unit` gives
+            values = values[:, :1]
+        if values.is_floating_point():
+            _check_floats(values)
+        elif values.dtype in _OWN_SCALE:
+            return cls(values, tuple(map(_extent, values)))
+        elif values.dtype not in _FULL_SCALE:
+            raise TypeError(
+                f"Images of {values.dtype} have no documented range: convert to uint8 (0..255), to uint16 or int32 "
+                "(stretched from minimum to maximum), or to floats in [0, 1]."
+            )
+        return cls(values)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        height, width = self.values.shape[-2:]
+        return height, width
+
+    def center_square(self) -> StoredImages:
+        return replace(self, values=center_square(self.values))
+
+    def unit(self) -> Tensor:
+        """`(N, 3, H, W)` float32 in [0, 1]; gray takes the memory of one channel."""
+        return self._to_floats(slice(None)).expand(-1, 3, -1, -1)
+
+    def resized(self, size: int, resample: str) -> Tensor:
+        """`unit` through `resize_unit`: `(N, 3, size, size)`."""
+        if self.values.numel() <= _PIECE:
+            return resize_unit(self.unit(), size, resample)
+        channels = {1: [[0]], 3: [[0], [1], [2]], 4: [[0, 3], [1, 3], [2, 3]]}[self.values.shape[1]]
+        resized = torch.cat([resize_unit(self._to_floats(some), size, resample) for some in channels], dim=1)
+        return resized.expand(-1, 3, -1, -1)
+
+    def _to_floats(self, channels: slice | list[int]) -> Tensor:
+        """Some channels as `(N, c, H, W)` float32 in [0, 1]; the last one of an even number is alpha."""
+        parts = bands(self.size[0], self.values[..., 0, :].numel())
+        converted = ((rows, self._convert(self.values[:, :, rows][:, channels])) for rows in parts)
+        rows, first = next(converted)
+        if rows.stop == self.size[0]:
+            return first.contiguous()
+        floats = first.new_empty(*first.shape[:2], *self.size)
+        floats[:, :, rows] = first
+        for rows, part in converted:
+            floats[:, :, rows] = part
+        return floats
+
+    def _convert(self, part: Tensor) -> Tensor:
+        if part.is_floating_point():
+            unit = part.float().clamp(0, 1)
+        elif part.dtype in _FULL_SCALE:
+            unit = part.float().div_(_FULL_SCALE[part.dtype])
+        else:  # exact differences, where float32 would round beyond 24 bits
+            stretched = [
+                (image.long() - low).float() / max(high - low, 1)
+                for image, (low, high) in zip(part, self.ranges, strict=True)
+            ]
+            unit = torch.stack(stretched)
+        return unit[:, :-1] * unit[:, -1:] if unit.shape[1] in (2, 4) else unit
 
 
 def center_square(image: Tensor) -> Tensor:
@@ -137,8 +228,9 @@ def _batch(image: Image) -> Tensor:
         if image.dtype.kind not in "biuf":
             raise TypeError(f"An image array must hold numbers, got dtype {image.dtype}.")
         array = np.moveaxis(image, -1, -3) if image.ndim > 2 else image
-        # torch knows neither negative strides nor foreign byte orders; the copy also protects the caller's array
-        x = torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
+        # torch knows neither negative strides nor foreign byte orders, nor arrays that must not be written to
+        plain = array.dtype.isnative and array.flags.writeable and min(array.strides, default=0) >= 0
+        x = torch.from_numpy(array if plain else np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
     elif isinstance(image, Tensor):
         layout = "(H, W), (C, H, W) or (N, C, H, W)"
         x = image
@@ -162,38 +254,21 @@ def _batch(image: Image) -> Tensor:
 def _array(image: PIL.Image.Image) -> np.ndarray:
     """A PIL image as an array `(H, W)` or `(H, W, C)`: 8-bit modes as L, RGB or RGBA, the others with their depth."""
     if image.mode.startswith("I;16"):
-        return np.array(image).astype(np.uint16)  # in the machine's byte order
+        return pixels_of(image).astype(np.uint16, copy=False)  # in the machine's byte order
     if image.mode in ("I", "F"):
-        return np.array(image)
+        return pixels_of(image)
     if image.has_transparency_data:
-        return np.array((image.convert("LA") if image.mode == "La" else image).convert("RGBA"))
-    return np.array(image.convert("L" if image.mode in ("1", "L") else "RGB"))
+        return pixels_of(image, lambda part: (part.convert("LA") if part.mode == "La" else part).convert("RGBA"))
+    return pixels_of(image, lambda part: part.convert("L" if part.mode in ("1", "L") else "RGB"))
 
 
-def _unit(x: Tensor) -> Tensor:
-    """Images `(N, 1 or 3 or 4, H, W)` of any range to `(N, 3, H, W)` float32 in [0, 1]."""
-    if x.shape[1] == 3 and x.stride(1) == 0:  # gray that was expanded to RGB, such as this function's own
-        x = x[:, :1]
-    if x.is_floating_point():
-        unit = _checked(x.float())
-    elif x.dtype in _FULL_SCALE:
-        unit = x.float().div_(_FULL_SCALE[x.dtype])
-    elif x.dtype in _OWN_SCALE:
-        unit = _stretched(x)
-    else:
-        raise TypeError(
-            f"Images of {x.dtype} have no documented range: convert to uint8 (0..255), to uint16 or int32 (stretched "
-            "from minimum to maximum), or to floats in [0, 1]."
-        )
-    if unit.shape[1] == 4:
-        return unit[:, :3] * unit[:, 3:]
-    return unit.expand(-1, 3, -1, -1)
-
-
-def _checked(x: Tensor) -> Tensor:
-    if not x.numel():
-        return x
-    low, high = (float(v) for v in torch.aminmax(x.detach()))
+def _check_floats(values: Tensor) -> None:
+    """Refuse floats that are not in [0, 1], give or take what rounding does."""
+    if not values.numel():
+        return
+    parts = bands(values.shape[-2], values[..., 0, :].numel())
+    limits = [torch.stack(torch.aminmax(values[..., rows, :].detach().float())) for rows in parts]
+    low, high = (float(value) for value in torch.stack(torch.aminmax(torch.stack(limits))))
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError("An image contains NaN or infinity: clean it, or leave it out.")
     if low < -_ROUNDING or high > 1 + _ROUNDING:
@@ -201,19 +276,11 @@ def _checked(x: Tensor) -> Tensor:
             f"Floating images must be in [0, 1], got values in [{low:.4g}, {high:.4g}]: divide by the top of their "
             "range, or map [-1, 1] with (x + 1) / 2."
         )
-    return x.clamp(0, 1)
 
 
-def _stretched(x: Tensor) -> Tensor:
-    """Each image from its own minimum to its own maximum."""
-    if x.shape[1] == 4:
-        raise TypeError(f"Alpha has no documented range in {x.dtype}: give RGBA as uint8 or as floats in [0, 1].")
-    stretched = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    for image, result in zip(x, stretched, strict=True):
-        rows = max(1, _PIECE // image[:, 0].numel())
-        low = min(int(piece.long().min()) for piece in image.split(rows, dim=1))
-        high = max(int(piece.long().max()) for piece in image.split(rows, dim=1))
-        for piece, part in zip(image.split(rows, dim=1), result.split(rows, dim=1), strict=True):
-            # exact differences, where float32 would round beyond 24 bits; in pieces, as int64 takes 8 bytes a pixel
-            part.copy_((piece.long() - low).float() / max(high - low, 1))
-    return stretched
+def _extent(image: Tensor) -> tuple[int, int]:
+    """Minimum and maximum of `(C, H, W)`."""
+    if len(image) == 4:
+        raise TypeError(f"Alpha has no documented range in {image.dtype}: give RGBA as uint8 or as floats in [0, 1].")
+    limits = [torch.aminmax(image[:, rows].long()) for rows in bands(image.shape[1], image[:, 0].numel())]
+    return min(int(low) for low, _ in limits), max(int(high) for _, high in limits)

@@ -1,6 +1,5 @@
 import io
 import os
-import re
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from PIL import Image
 
 from diffusers_dino.data import Preprocessing, RawLayout, UnreadableImageError, read_image
 from diffusers_dino.data.images.reading import as_image
-from image_files import deep_png, deep_tiff, encoded
+from image_files import deep_png, deep_tiff, encoded, peak_of
 
 CXR = Path(__file__).parents[2].parent / "shared" / "cxr"
 GRAY = np.arange(0, 240, dtype=np.uint8).reshape(12, 20)
@@ -380,17 +379,6 @@ def test_orientation_of_deep_tiff(orientation):
     image = read_image(tiff_of(values, photometric="minisblack", extratags=tag))
     eight = read_image(tiff_of((values >> 8).astype(np.uint8), photometric="minisblack", extratags=tag))
     assert np.array_equal(image >> 8, eight)
-
-
-def peak_of(function) -> int:
-    """The most bytes that this process took besides what it had before."""
-    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not clear.exists():
-        pytest.skip("needs Linux")
-    clear.write_text("5")
-    before = int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1])
-    function()
-    return 1024 * (int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) - before)
 
 
 @pytest.mark.parametrize("kind", ["deep gray", "alpha", "deep alpha", "webp", "npz", "float tiff"])

@@ -157,17 +157,14 @@ def suppress(merged: Tensor, size: int | tuple[int, int]) -> Tensor:
     """
     height_width = (size, size) if isinstance(size, int) else tuple(size)
     count = max(1, min(_SUPPRESSED_AT_ONCE, _SUPPRESSED_PIXELS // (height_width[0] * height_width[1])))
-    best = labels = None
+    best = torch.full(height_width, -torch.inf, device=merged.device)
+    labels = torch.zeros(height_width, dtype=torch.int16, device=merged.device)
     for start in range(0, len(merged), count):
         chunk = merged[None, start : start + count].float()
-        value, index = F.interpolate(chunk, size=height_width, mode="bilinear")[0].max(dim=0)  # (H, W)
-        index += start
-        if best is None:
-            best, labels = value, index
-        else:
-            larger = value > best
-            best, labels = torch.where(larger, value, best), torch.where(larger, index, labels)
-    return labels
+        for label, value in enumerate(F.interpolate(chunk, size=height_width, mode="bilinear")[0], start):  # (H, W)
+            labels.masked_fill_(value > best, label)
+            torch.maximum(best, value, out=best)
+    return labels.long()
 
 
 def pairwise_kl(x: Tensor, y: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from ..diffseg.attention import capture_self_attention
 from ..diffseg.merging import aggregate_attention, merge_attention, refine_segments, relative_thresholds, suppress
 from ..fusion import TokenFusion, fuse
 from ..latents import encode_to_moments, vae_scale_factor
-from ..pixels import ImageInput, resize_unit, to_unit, unit_to_vae
+from ..pixels import ImageInput, StoredImages, stored_images, unit_to_vae
 from .caching import has_cache
 from .checks import Generators, check_channels, check_choice, check_finite, check_generator, check_numbers, image_size
 from .loading import ComponentLoadingMixin
@@ -145,11 +145,12 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
                 "tokenizer. Load them, or give `image_embeds`."
             )
 
-    def encode_condition(self, images: list[Tensor], size: int | None = None) -> dict[str, Any]:
+    def encode_condition(self, images: ImageInput, size: int | None = None) -> dict[str, Any]:
         """The condition of the UNet: the images' own tokens, the empty prompt, or none for an unconditional UNet.
 
         Args:
-            images: B images `(3, H, W)` in [0, 1], sizes may differ; they are stretched to squares.
+            images: B images of any type that `diffusers_dino.pixels.to_unit` reads, sizes may differ; they are
+                stretched to squares.
             size: Side in pixels that the model sees them at; by default the UNet's.
 
         Returns:
@@ -172,14 +173,14 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         added = {"text_embeds": outputs[-1].text_embeds, "time_ids": time_ids}
         return {"encoder_hidden_states": tokens, "added_cond_kwargs": added}
 
-    def prepare_latents(self, images: list[Tensor], size: int | None = None) -> Tensor:
+    def prepare_latents(self, images: ImageInput, size: int | None = None) -> Tensor:
         """Encode images, stretched to squares, to the clean latents of the UNet: the mean of the VAE's distribution.
 
         `images` and `size` are as in `encode_condition`; the result is `(B, L, size / f, size / f)` with f pixels per
         latent, or pixels in [-1, 1] without a VAE.
         """
         size, model = self._size(size), self.vae if self.vae is not None else self.unet
-        squares = torch.cat([resize_unit(image[None], size, "bicubic") for image in images])
+        squares = torch.cat([each.resized(size, "bicubic") for each in stored_images(images)])
         pixels = unit_to_vae(squares, model.config["in_channels"]).to(self._execution_device, model.dtype)
         latents = pixels if self.vae is None else encode_to_moments(self.vae, pixels)[0]
         check_finite(latents, "latents")
@@ -212,16 +213,17 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         self.check_inputs(timestep, size, generator, image_embeds, unet_kwargs, add_noise)
         images = [
             # where that is large, images go straight to the size of the model
-            resize_unit(unit[None], side, "bicubic")[0] if (side := max(unit.shape[-2:])) <= _SQUARE_AT_MOST else unit
-            for unit in to_unit(image)
+            StoredImages.of(each.resized(max(each.size), "bicubic")) if max(each.size) <= _SQUARE_AT_MOST else each
+            for each in stored_images(image)
         ]
-        check_generator(generator, len(images))
+        batch_size = sum(map(len, images))
+        check_generator(generator, batch_size)
         given = dict(unet_kwargs or {})
         if image_embeds is not None:
             given["encoder_hidden_states"] = fuse(self.fusion, image_embeds.to(self._execution_device))
         condition = given if "encoder_hidden_states" in given else self.encode_condition(images, size) | given
         latents = self.prepare_latents(images, size)
-        condition = _for_batch(condition, len(images), latents.dtype, latents.device)
+        condition = _for_batch(condition, batch_size, latents.dtype, latents.device)
         if add_noise:  # drawn in float32, so that a seed means the same in every precision
             noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=torch.float32)
             noise = noise.to(latents.dtype)
@@ -232,7 +234,7 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
                 self.unet(inputs, steps, **condition, return_dict=False)
         maps = [
             aggregate_attention({side: means[i : i + 1] for side, means in attention.items()}, weights=weights)
-            for i in range(len(images))
+            for i in range(batch_size)
         ]
         return torch.stack(maps)
 
@@ -266,7 +268,8 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
             own = relative_thresholds(image_maps, thresholds) if relative else thresholds
             candidates = merge_attention(image_maps, own, anchors_per_side)
             merged.append(refine_segments(image_maps, candidates) if refine else candidates)
-        masks = torch.stack([suppress(candidates, size) for candidates in merged])
+        masks = [suppress(candidates, size) for candidates in merged]
+        masks = torch.stack(masks) if len(masks) > 1 else masks[0][None]  # a copy of a large one takes a gigabyte
         return DiffSegPipelineOutput(
             masks=masks.cpu().numpy() if output_type == "np" else masks,
             maps=merged,
@@ -336,8 +339,8 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         check_choice(("pt", "np"), output_type=output_type)
         if output_size is not None:
             _output_size(output_size)
-        images = to_unit(image)
-        sizes = sorted({tuple(unit.shape[-2:]) for unit in images})
+        images = stored_images(image)
+        sizes = sorted({each.size for each in images})
         if output_size is None and len(sizes) > 1:
             raise ValueError(
                 f"The images have different sizes, {sizes}, and masks of one batch have one: give `output_size`, or "

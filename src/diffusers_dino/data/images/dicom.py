@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
+from ...bands import bands, map_bands
 from ...extras import require
-from .bands import bands, map_bands
 from .codestreams import frame_header
 from .dicom_header import PixelField, decimals, dicom_facts, integers, items, parse_dicom, text
 from .errors import MAX_PIXELS, NoImageError, UnreadableImageError, check_size

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from PIL import Image
 
-from .bands import map_bands
+from ...bands import map_bands
 from .errors import UnreadableImageError
 
 __all__ = ["Preprocessing", "refuse_blank"]

@@ -28,8 +28,8 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from ...bands import bands, map_bands, pixels_of
 from ...files import read_regular
-from .bands import bands, map_bands
 from .dicom import read_dicom
 from .dicom_header import is_dicom
 from .errors import MAX_PIXELS, NoImageError, UnreadableImageError, check_size
@@ -216,29 +216,15 @@ def _to_array(image: Image.Image) -> np.ndarray:
     if image.getexif().get(_ORIENTATION, 1) != 1:  # a PNG may hold it behind the pixels, and decodes them to look
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")) or (isinstance(opened, TiffImagePlugin.TiffImageFile) and image.mode == "L"):
-        array = _pixels_of(image)
+        array = pixels_of(image)
         array = restore_values(array, opened) if isinstance(opened, TiffImagePlugin.TiffImageFile) else array
         return array if array.dtype == np.uint8 else _deep_to_uint16(array)
     if image.mode in _ALPHA_MODES or "transparency" in image.info:
-        return _pixels_of(image, _on_black)
+        return pixels_of(image, _on_black)
     if image.mode not in ("L", "RGB"):
         mode = "L" if image.mode == "1" else "RGB"
-        return _pixels_of(image, lambda part: part.convert(mode))
-    return _pixels_of(image) if pixels is None or image is not opened else pixels
-
-
-def _pixels_of(image: Image.Image, convert: Callable[[Image.Image], Image.Image] = lambda part: part) -> np.ndarray:
-    """The pixels of an image that is converted in bands: Pillow copies what it hands over, several times."""
-    parts = bands(image.height, image.width)
-    first = next(parts)
-    if first.stop == image.height:
-        return np.asarray(convert(image))
-    array = np.asarray(convert(image.crop((0, 0, image.width, first.stop))))
-    result = np.empty((image.height, *array.shape[1:]), array.dtype)
-    result[first] = array
-    for rows in parts:
-        result[rows] = np.asarray(convert(image.crop((0, rows.start, image.width, rows.stop))))
-    return result
+        return pixels_of(image, lambda part: part.convert(mode))
+    return pixels_of(image) if pixels is None or image is not opened else pixels
 
 
 def _on_black(image: Image.Image) -> Image.Image:
@@ -292,7 +278,7 @@ def _decode_as(data: bytes, opener: _Opener, raw_mode: str) -> np.ndarray:
     with opener(io.BytesIO(data)) as image:
         image.tile = [_with_raw_mode(tile, raw_mode) for tile in image.tile]
         image.load()
-        return _pixels_of(image)
+        return pixels_of(image)
 
 
 def _raw_mode(image: ImageFile.ImageFile) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import PIL.Image
 
-__all__ = ["bands", "map_bands"]
+__all__ = ["bands", "map_bands", "pixels_of"]
 
 _VALUES = 2**20
 
@@ -24,4 +25,20 @@ def map_bands(
     result = np.empty(image.shape, dtype)
     for rows in bands(len(image), image[0].size):
         result[rows] = function(image[rows])
+    return result
+
+
+def pixels_of(
+    image: PIL.Image.Image, convert: Callable[[PIL.Image.Image], PIL.Image.Image] = lambda part: part
+) -> np.ndarray:
+    """The pixels of an image that is converted in bands: Pillow copies what it hands over, several times."""
+    parts = bands(image.height, image.width)
+    first = next(parts, slice(0, 0))
+    if first.stop == image.height:
+        return np.array(convert(image))
+    array = np.asarray(convert(image.crop((0, 0, image.width, first.stop))))
+    result = np.empty((image.height, *array.shape[1:]), array.dtype)
+    result[first] = array
+    for rows in parts:
+        result[rows] = np.asarray(convert(image.crop((0, rows.start, image.width, rows.stop))))
     return result
