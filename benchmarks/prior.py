@@ -4,16 +4,15 @@
 
 Without images of your own, the prior and the model are the bundled ones and the held-out images the test phantoms. The
 judge is a classifier that is trained on the training images and never sees a generated one. `prior.json` holds all
-figures with N, seeds and controls.
+figures with N, seeds and controls; `strength.png` shows what the dial of `DinoPriorPipeline.renoise` does.
 """
 
 from __future__ import annotations
 
-import time
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,25 +24,30 @@ from diffusers_dino.cli.arguments import flag, parse_arguments
 from diffusers_dino.data import ImageDataset, Preprocessing, open_images
 from diffusers_dino.data.labels import LabelTable, read_label_table, stored_labels
 from diffusers_dino.evaluation.classifier import ClassifierSettings, LabelledImages, predict, train_classifier
+from diffusers_dino.evaluation.figures import new_figure
 from diffusers_dino.evaluation.generation import generate_variations, stack_images
 from diffusers_dino.evaluation.packed import PackedImages
 from diffusers_dino.evaluation.prior import PriorResult, evaluate_prior
 from diffusers_dino.files import make_writable_folder, write_json
 from diffusers_dino.metrics import open_extractor
 from diffusers_dino.metrics.auroc import label_auroc, macro_auroc
-from diffusers_dino.metrics.bootstrap import Bootstrap, bootstrap_interval, estimate_frechet
+from diffusers_dino.metrics.bootstrap import Bootstrap, Interval, bootstrap_interval, estimate_frechet, share_interval
 from diffusers_dino.metrics.distances import frechet_of_samples
+from diffusers_dino.metrics.manifolds import manifold_hits
 from diffusers_dino.metrics.neighbours import nearest_by_cosine
 from diffusers_dino.prior import Condition
 from diffusers_dino.seeds import generator_for
 from diffusers_dino.sheets import contact_sheet
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 DATA = Path(__file__).resolve().parents[1] / "examples" / "data"
 
 
 @dataclass
 class Arguments:
-    model: str = flag(str(DATA / "tiny-diffusion"), "DinoDiffusionPipeline; with --only_tokens also a conditioner.")
+    model: str = flag(str(DATA / "tiny-diffusion"), "DinoDiffusionPipeline; for `tokens` also a conditioner.")
     prior: str = flag(str(DATA / "tiny-prior"), "DinoPriorPipeline.")
     training: str = flag(f"{DATA}/phantom-cxr/phantom-cxr-train-*.tar", "Training images of both.")
     held_out: str = flag(f"{DATA}/phantom-cxr/phantom-cxr-test-*.tar", "Images that neither has seen.")
@@ -61,16 +65,18 @@ class Arguments:
     num_inference_steps: int = flag(20, "Of the model.")
     judge_steps: int = flag(1500, "Updates of the judge.")
     judge_size: int = flag(64, "Pixels that it sees.")
-    only_tokens: bool = flag(False, "Leave the images out.")
+    parts: list[str] = flag(["tokens", "images", "strength"], "What to measure.")
+    strengths: list[float] = flag([0.0, 0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0], "Of variations.")
     output_dir: str = flag("outputs/prior-benchmark", "Where figures and pictures go.")
 
 
 def main() -> None:
     args = parse_arguments(Arguments, description=__doc__)
     folder = make_writable_folder(args.output_dir)
-    if args.only_tokens:
+    pipe = None
+    if set(args.parts) == {"tokens"}:
         inside = "conditioner" if Path(args.model, "conditioner").is_dir() else None
-        conditioner, pipe = DinoImageConditioner.from_pretrained(args.model, subfolder=inside), None
+        conditioner = DinoImageConditioner.from_pretrained(args.model, subfolder=inside)
     else:
         pipe = DinoDiffusionPipeline.from_pretrained(args.model)
         pipe.set_progress_bar_config(disable=True)
@@ -78,43 +84,46 @@ def main() -> None:
     prior = DinoPriorPipeline.from_pretrained(args.prior)
     prior.set_progress_bar_config(disable=True)
     prior.check_conditioner(conditioner)
-    training, known = load(args, args.training, args.training_keys)
-    held_out, asked = load(args, args.held_out, args.held_out_keys)
-    tokens, real = embed(conditioner, training), embed(conditioner, held_out)
-    condition = condition_of(prior, asked)
+    training = load(args, args.training, args.training_keys, conditioner)
+    held_out = load(args, args.held_out, args.held_out_keys, conditioner)
+    condition = condition_of(prior, held_out.table)
+    figures: dict[str, Any] = {"arguments": asdict(args)}
 
-    result = evaluate_prior(
-        prior, tokens, real, condition, num_sets=args.num_sets, seed=args.seed, guidance_scale=args.guidance_scale
-    )
-    unconditional = evaluate_prior(prior, tokens, real, num_sets=args.num_sets, seed=args.seed)
-    figures: dict[str, Any] = {"arguments": asdict(args), "asked": asdict(result), "anything": asdict(unconditional)}
-    for name, each in (("labels of the held-out images", result), ("anything", unconditional)):
-        print(f"\nTokens, asked for {name}: {each.num_held_out} held out, {each.num_training} of training")
-        print_tokens(each)
-    figures["judge of tokens"] = judge_tokens(args, prior, tokens, known, real, asked, condition)
-    write_json(folder / "prior.json", figures, indent=2)
-    if args.only_tokens:
+    def save(name: str, found: Any) -> None:
+        figures[name] = found
+        write_json(folder / "prior.json", figures, indent=2)
+
+    if "tokens" in args.parts:
+        save("tokens", compare_tokens(args, prior, training, held_out, condition))
+        save("judge of tokens", judge_tokens(args, prior, training, held_out, condition))
+    if pipe is None:
         return
-    images = make_images(args, pipe, prior, condition, real)
-    figures["frechet"] = compare_images(args, images, stack_images(training), stack_images(held_out))
-    figures["judge"] = judge(args, folder, training, known, held_out, asked, images, prior.labels)
-    figures["strength"] = sweep_strength(args, pipe, prior, condition, real)
-    write_json(folder / "prior.json", figures, indent=2)
-    rows = 4
-    columns = [
-        stack_images(held_out)[:rows],
-        *(images[name][:rows] for name in ("reconstructions", "asked", "anything")),
-    ]
-    contact_sheet(*columns).save(folder / "prior.png")
+    judge = Judge(args, folder, training, prior.labels)
+    if "images" in args.parts:
+        images = make_images(args, pipe, prior, condition, held_out.tokens)
+        columns = [stack_images(held_out.images), *(images[name] for name in ("reconstructions", "asked", "anything"))]
+        contact_sheet(*(column[:4] for column in columns)).save(folder / "prior.png")
+        save("frechet", compare_images(args, images, stack_images(training.images), stack_images(held_out.images)))
+        save("judge", judge_images(judge, images, held_out, prior.labels))
+    if "strength" in args.parts:
+        save("strength", sweep_strength(args, pipe, prior, judge, training, held_out, condition))
+        draw_strength(figures["strength"]).savefig(folder / "strength.png", dpi=110, bbox_inches="tight")
 
 
-def load(args: Arguments, source: str, keys: str | None) -> tuple[ImageDataset, LabelTable]:
+class Real(NamedTuple):
+    """Real images, what is known of them, and their tokens `(N, S, D)`."""
+
+    images: ImageDataset
+    table: LabelTable
+    tokens: Tensor
+
+
+def load(args: Arguments, source: str, keys: str | None, conditioner: DinoImageConditioner) -> Real:
     images = open_images(source, Preprocessing(args.size, args.remove_borders))
     if keys is not None:
         images = images.select(Path(keys).read_text().splitlines())
-    if args.labels == "stored":
-        return images, stored_labels(images)
-    return images, read_label_table(args.labels).select(images.keys)
+    table = stored_labels(images) if args.labels == "stored" else read_label_table(args.labels).select(images.keys)
+    return Real(images, table, embed(conditioner, images))
 
 
 def embed(conditioner: DinoImageConditioner, images: ImageDataset) -> Tensor:
@@ -132,6 +141,27 @@ def condition_of(prior: DinoPriorPipeline, table: LabelTable) -> Condition:
     return Condition(*(torch.cat([row[i] for row in rows]) for i in range(3)))
 
 
+def compare_tokens(
+    args: Arguments, prior: DinoPriorPipeline, training: Real, held_out: Real, condition: Condition
+) -> dict[str, Any]:
+    """Distances, a two-sample test and copies, for the held-out images' labels and for anything."""
+    figures = {}
+    for name, asked in (("labels of the held-out images", condition), ("anything", None)):
+        result = evaluate_prior(
+            prior,
+            training.tokens,
+            held_out.tokens,
+            asked,
+            num_sets=args.num_sets,
+            seed=args.seed,
+            guidance_scale=1.0 if asked is None else args.guidance_scale,
+        )
+        figures[name] = asdict(result)
+        print(f"\nTokens, asked for {name}: {result.num_held_out} held out, {result.num_training} of training")
+        print_tokens(result)
+    return figures
+
+
 def print_tokens(result: PriorResult) -> None:
     print("| tokens | Fréchet distance | two-sample accuracy | copies |\n| --- | --- | --- | --- |")
     for row in result.rows:
@@ -145,31 +175,31 @@ def print_tokens(result: PriorResult) -> None:
 
 
 def judge_tokens(
-    args: Arguments,
-    prior: DinoPriorPipeline,
-    tokens: Tensor,
-    known: LabelTable,
-    real: Tensor,
-    asked: LabelTable,
-    condition: Condition,
+    args: Arguments, prior: DinoPriorPipeline, training: Real, held_out: Real, condition: Condition
 ) -> dict[str, Any]:
     """Macro AUROC of the labels asked for, by logistic regressions on the tokens of real training images."""
-    flat = prior.prior.standardise(tokens).flatten(1).numpy()
-    labels, targets = prior.labels, asked.targets(prior.labels)
-    truth = known.targets(labels)
+    flat = prior.prior.standardise(training.tokens).flatten(1).numpy()
+    labels, targets = prior.labels, held_out.table.targets(prior.labels)
+    truth = training.table.targets(labels)
     models = [LogisticRegression(C=0.01, max_iter=1000).fit(flat, truth[:, i]) for i in range(len(labels))]
-    anything = prior.prior.conditions.unknown(len(real))
-    sets = {"held out": real, "asked": draw(args, prior, condition), "anything": draw(args, prior, anything)}
+    anything = prior.prior.conditions.unknown(len(targets))
+    sets = {
+        "held out": held_out.tokens,
+        "asked": draw(args, prior, condition),
+        "anything": draw(args, prior, anything),
+    }
     figures: dict[str, Any] = {"labels": labels}
     print("\nJudge of tokens: logistic regressions on the real training tokens")
     for name, each in sets.items():
         rows = prior.prior.standardise(each).flatten(1).numpy()
         scores = np.stack([model.decision_function(rows) for model in models], axis=1)
         figures[name] = with_interval(scores, targets)
-        print(
-            f"| {name} | {figures[name]['macro']:.3f} [{', '.join(f'{x:.3f}' for x in figures[name]['interval'])}] |"
-        )
+        print_interval(name, figures[name]["macro"], figures[name]["interval"])
     return figures
+
+
+def print_interval(name: str, value: float, interval: Interval) -> None:
+    print(f"| {name} | {value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}] |", flush=True)
 
 
 def with_interval(scores: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
@@ -193,28 +223,25 @@ def make_images(
     args: Arguments, pipe: DinoDiffusionPipeline, prior: DinoPriorPipeline, condition: Condition, real: Tensor
 ) -> dict[str, Tensor]:
     """Images of the held-out images' tokens, and of as many that the prior draws: of their labels, of anything."""
-    count = len(real)
-
     drawn = {"reconstructions": [real] * args.num_image_sets}
-    kinds = {"asked": condition, "anything": prior.prior.conditions.unknown(count)}
-    for name, what in kinds.items():
+    for name, what in {"asked": condition, "anything": prior.prior.conditions.unknown(len(real))}.items():
         drawn[name] = [draw(args, prior, what, f"{name} {number}") for number in range(args.num_image_sets)]
     return {
-        name: torch.cat(
-            [
-                generate_variations(
-                    pipe,
-                    tokens,
-                    seed=number,
-                    num_inference_steps=args.num_inference_steps,
-                    guidance_scale=args.image_guidance_scale,
-                    progress=False,
-                )
-                for number, tokens in enumerate(sets)
-            ]
-        )
+        name: torch.cat([generate(args, pipe, tokens, number) for number, tokens in enumerate(sets)])
         for name, sets in drawn.items()
     }
+
+
+def generate(args: Arguments, pipe: DinoDiffusionPipeline, tokens: Tensor, seed: int) -> Tensor:
+    """An image for each of the tokens: `(N, C, H, W)` in [0, 1]."""
+    return generate_variations(
+        pipe,
+        tokens,
+        seed=seed,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.image_guidance_scale,
+        progress=False,
+    )
 
 
 def compare_images(args: Arguments, images: dict[str, Tensor], training: Tensor, held_out: Tensor) -> dict[str, Any]:
@@ -242,69 +269,124 @@ def extract_all(extract: Any, images: Tensor) -> Tensor:
     return torch.cat([extract(part) for part in images.split(64)])
 
 
-def judge(
-    args: Arguments,
-    folder: Path,
-    training: ImageDataset,
-    known: LabelTable,
-    held_out: ImageDataset,
-    asked: LabelTable,
-    images: dict[str, Tensor],
-    labels: tuple[str, ...],
-) -> dict[str, Any]:
-    """Macro AUROC of the labels asked for, by a classifier that was trained on the real training images."""
-    started = time.perf_counter()
+class Judge:
+    """A classifier that is trained on the real training images."""
 
-    def packed(name: str, pixels: Tensor) -> PackedImages:
-        small = torch.nn.functional.interpolate(pixels, size=args.judge_size, mode="area").mean(1)
-        path = folder / f"{name}.npy"
-        np.save(path, (small * 255).round().byte().numpy())
-        write_json(
-            path.with_suffix(".json"), {"keys": [str(i) for i in range(len(small))], "recipe": "", "num_averaged": 0}
+    def __init__(self, args: Arguments, folder: Path, training: Real, labels: tuple[str, ...]) -> None:
+        self.folder = folder
+        self.settings = ClassifierSettings(
+            options='{"growth_rate": 12, "block_config": [3, 3, 3]}',
+            size=args.judge_size,
+            max_steps=args.judge_steps,
+            validation_steps=args.judge_steps,
+            max_scale=1.2,
         )
-        return PackedImages(path)
+        real = self._labelled("training", stack_images(training.images), training.table.targets(labels))
+        self.model = train_classifier([real], None, self.settings, seed=args.seed).model
+        print(f"\nJudge: {self.settings.name}, {len(real.rows)} real training images, {args.judge_steps} updates")
 
-    def labelled(name: str, pixels: Tensor, targets: np.ndarray) -> LabelledImages:
-        times = len(pixels) // len(targets)
-        return LabelledImages(packed(name, pixels), np.arange(len(pixels)), np.tile(targets, (times, 1)))
+    def __call__(self, name: str, pixels: Tensor, targets: np.ndarray) -> dict[str, Any]:
+        """Macro AUROC of `targets` in R images of each of them, `(R N, C, H, W)` in [0, 1]."""
+        return with_interval(predict(self.model, self._labelled(name, pixels, targets)), targets)
 
-    settings = ClassifierSettings(
-        options='{"growth_rate": 12, "block_config": [3, 3, 3]}',
-        size=args.judge_size,
-        max_steps=args.judge_steps,
-        validation_steps=args.judge_steps,
-        max_scale=1.2,
-    )
-    real = labelled("training", stack_images(training), known.targets(labels))
-    model = train_classifier([real], None, settings, seed=args.seed).model
-    figures: dict[str, Any] = {"labels": labels, "model": settings.name, "updates": settings.max_steps}
-    print(f"\nJudge: {settings.name}, {len(real.rows)} real training images, {settings.max_steps} updates")
-    for name, pixels in {**images, "held out": stack_images(held_out)}.items():
-        found = labelled(name, pixels, asked.targets(labels))
-        figures[name] = with_interval(predict(model, found), asked.targets(labels))
-        macro, (low, high) = figures[name]["macro"], figures[name]["interval"]
-        print(f"| {name} | {macro:.3f} [{low:.3f}, {high:.3f}] |", flush=True)
-    print(f"{time.perf_counter() - started:.0f} s")
+    def _labelled(self, name: str, pixels: Tensor, targets: np.ndarray) -> LabelledImages:
+        small = torch.nn.functional.interpolate(pixels, size=self.settings.size, mode="area").mean(1)
+        path = self.folder / f"{name}.npy"
+        np.save(path, (small * 255).round().byte().numpy())
+        keys = [str(number) for number in range(len(small))]
+        write_json(path.with_suffix(".json"), {"keys": keys, "recipe": "", "num_averaged": 0})
+        targets = np.tile(targets, (len(pixels) // len(targets), 1))
+        return LabelledImages(PackedImages(path), np.arange(len(pixels)), targets)
+
+
+def judge_images(judge: Judge, images: dict[str, Tensor], held_out: Real, labels: tuple[str, ...]) -> dict[str, Any]:
+    """Macro AUROC of the labels asked for."""
+    figures: dict[str, Any] = {"labels": labels, "model": judge.settings.name, "updates": judge.settings.max_steps}
+    for name, pixels in {**images, "held out": stack_images(held_out.images)}.items():
+        figures[name] = judge(name, pixels, held_out.table.targets(labels))
+        print_interval(name, figures[name]["macro"], figures[name]["interval"])
     return figures
 
 
 def sweep_strength(
-    args: Arguments, pipe: DinoDiffusionPipeline, prior: DinoPriorPipeline, condition: Condition, real: Tensor
-) -> list[dict[str, float]]:
-    """How far tokens move: which share still finds its own image among the held-out ones, by strength."""
-    rows = []
-    flat = prior.prior.standardise(real).flatten(1)
-    print("\nStrength: share of tokens whose nearest held-out image is their own, and relative distance moved")
-    for strength in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
-        generators = [generator_for(args.seed, "strength", row) for row in range(len(real))]
-        moved = prior.prior.standardise(
-            prior.renoise(real, strength, condition=condition, generator=generators)
-        ).flatten(1)
-        found = (nearest_by_cosine(moved, flat) == torch.arange(len(flat))).double().mean().item()
-        distance = ((moved - flat).norm(dim=1) / flat.norm(dim=1)).mean().item()
-        rows.append({"strength": strength, "retrieval": found, "relative distance": distance})
-        print(f"| {strength} | {found:.2f} | {distance:.2f} |", flush=True)
+    args: Arguments,
+    pipe: DinoDiffusionPipeline,
+    prior: DinoPriorPipeline,
+    judge: Judge,
+    training: Real,
+    held_out: Real,
+    condition: Condition,
+) -> list[dict[str, Any]]:
+    """Variations of the held-out images by strength: how far they go, whose they still are, and what they cover."""
+    extract, known = open_extractor(args.extractor), prior.prior.standardise(training.tokens).flatten(1)
+    flat = prior.prior.standardise(held_out.tokens).flatten(1)
+    unrelated = torch.cdist(flat, flat).square().sum() / (len(flat) * (len(flat) - 1))
+    sources, targets = stack_images(held_out.images), held_out.table.targets(prior.labels)
+    covered = extract_all(extract, stack_images(training.images))
+    rows, repeats = [], args.num_image_sets
+    print(f"\nStrength: {repeats} variations of each of {len(flat)} images, asked for their own labels")
+    for strength in args.strengths:
+        sets = [vary(args, prior, held_out.tokens, strength, condition, number) for number in range(repeats)]
+        images = torch.cat([generate(args, pipe, tokens, number) for number, tokens in enumerate(sets)])
+        moved = prior.prior.standardise(torch.cat(sets)).flatten(1)
+        seen = prior.prior.standardise(pipe.conditioner.encode(images)).flatten(1)
+        agreement = judge("strength", images, targets)
+        row: dict[str, Any] = {
+            "strength": strength,
+            "distance": ((moved - flat.repeat(repeats, 1)).square().sum(1).mean() / unrelated).sqrt().item(),
+            "retrieval of tokens": found(moved, flat),
+            "retrieval by the encoder": found(seen, flat),
+            "retrieval by pixels": found(thumbnails(images), thumbnails(sources)),
+            "label agreement": (agreement["macro"], *agreement["interval"]),
+            "coverage of tokens": coverage(moved, known),
+            "coverage": coverage(extract_all(extract, images), covered),
+        }
+        rows.append(row)
+        shown = [value if isinstance(value, tuple) else (value,) for value in row.values()]
+        print(f"| {' | '.join(', '.join(f'{x:.2f}' for x in each) for each in shown)} |", flush=True)
     return rows
+
+
+def vary(
+    args: Arguments, prior: DinoPriorPipeline, tokens: Tensor, strength: float, condition: Condition, number: int
+) -> Tensor:
+    generators = [generator_for(args.seed, "strength", number, row) for row in range(len(tokens))]
+    return prior.renoise(tokens, strength, condition=condition, generator=generators)
+
+
+def thumbnails(images: Tensor) -> Tensor:
+    """`(N, 256)`: gray values of 16 x 16 px."""
+    return torch.nn.functional.interpolate(images.mean(1, keepdim=True), size=16, mode="area").flatten(1)
+
+
+def found(queries: Tensor, gallery: Tensor) -> tuple[float, float, float]:
+    """Share of R queries of each of N sources that are nearest to their own; with an interval, drawn by source."""
+    own = torch.arange(len(queries)) % len(gallery)
+    hits = (nearest_by_cosine(queries, gallery) == own).double().numpy()
+    return float(hits.mean()), *bootstrap_interval(lambda rows: float(hits[rows].mean()), len(hits), own.tolist())
+
+
+def coverage(features: Tensor, reference: Tensor) -> tuple[float, float, float]:
+    """Share of real images with one of the others in the ball of its 5 nearest (Naeem et al. 2020)."""
+    hits = manifold_hits(features, reference)["coverage"]
+    return hits.mean().item(), *share_interval(int(hits.sum()), len(hits))
+
+
+def draw_strength(rows: list[dict[str, Any]]) -> Figure:
+    """The figures of a sweep against the strength."""
+    figure = new_figure(6, 3.4)
+    axes = figure.subplots()
+    strengths = [row["strength"] for row in rows]
+    axes.plot(strengths, [row["distance"] for row in rows], "k--", label="distance moved, of that to another image")
+    curves = ("retrieval by the encoder", "retrieval by pixels", "label agreement", "coverage")
+    for name in curves:
+        value, low, high = np.array([row[name] for row in rows]).T
+        line = axes.plot(strengths, value, marker="o", markersize=3, label=name)[0]
+        axes.fill_between(strengths, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
+    axes.set(xlabel="strength", xlim=(0, 1), ylim=(0, 1.02))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1.02, 0.5))
+    return figure
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..seeds import generator_for
 
-__all__ = ["FlowDraws", "Times", "add_noise", "draw_for_prior", "gaussian_velocity", "velocity"]
+__all__ = ["FlowDraws", "Times", "add_noise", "draw_for_prior", "gaussian_velocity", "noise_level", "velocity"]
 
 Times = Literal["logit-normal", "uniform"]
 
@@ -103,3 +103,31 @@ def gaussian_velocity(noisy: Tensor, times: Tensor, components: Tensor, variance
 
     inside = noisy @ components.T  # (B, K)
     return slope(rest) * noisy + ((slope(variances) - slope(rest)) * inside) @ components
+
+
+def noise_level(strength: float, variances: Tensor) -> float:
+    r"""The time to noise tokens to, so that denoising moves them a share `strength` of the way to unrelated tokens.
+
+    Where tokens are normally distributed, with a variance :math:`\lambda` in each direction, noising to the time t and
+    following the flow back keeps a correlation
+    :math:`\rho = (1 - t) \sqrt\lambda / \sqrt{(1 - t)^2 \lambda + t^2}` with the given token. The root mean square
+    distance to it, in units of that between two independent tokens, is
+    :math:`\sqrt{\sum \lambda (1 - \rho) / \sum \lambda}` and grows with t from 0 to 1. This is its inverse.
+
+    Args:
+        strength: In [0, 1].
+        variances: `(N,)`, of all directions.
+
+    Returns:
+        t in [0, 1]; exactly 0 and 1 at the ends.
+    """
+    if strength in (0, 1):
+        return float(strength)
+    variances = variances.double()
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        time = (low + high) / 2
+        kept = (1 - time) * variances.sqrt() / ((1 - time) ** 2 * variances + time**2).sqrt()
+        moved = ((variances * (1 - kept)).sum() / variances.sum()).sqrt().item()
+        low, high = (time, high) if moved < strength else (low, time)
+    return high

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..encoders import ExactBuffers
 from ..registration import ModelMixin
 from .conditions import Condition, PriorConditions
-from .flow import gaussian_velocity
+from .flow import gaussian_velocity, noise_level
 
 __all__ = ["DinoPrior"]
 
@@ -161,6 +161,11 @@ class DinoPrior(ExactBuffers, ModelMixin, ConfigMixin):
     def restore(self, tokens: Tensor) -> Tensor:
         """The inverse of `standardise`, for `tokens` `(B, S, D)`."""
         return tokens * self.token_std + self.token_mean
+
+    def noise_level(self, strength: float) -> float:
+        """The time in [0, 1] to noise tokens to, for a `strength` in [0, 1] of `DinoPriorPipeline.renoise`."""
+        others = self.config["num_tokens"] * self.config["token_dim"] - len(self.variances)
+        return noise_level(strength, torch.cat([self.variances, self.rest.expand(others)]).cpu())
 
     @torch.no_grad()
     def fit_tokens(self, tokens: Tensor) -> None:
