@@ -15,7 +15,7 @@ from hub_server import HubServer, run_client
 from pages import REPOSITORY, blocks
 from results import RECONSTRUCTION
 
-PUBLISH, AIR_GAPPED = REPOSITORY / "docs/publish.md", REPOSITORY / "docs/air_gapped.md"
+PUBLISH, AIR_GAPPED = REPOSITORY / "docs/publish.md", REPOSITORY / "docs/hospitals.md"
 NO_NETWORK = """
 import sys
 

@@ -64,7 +64,7 @@ def layout_facts(source: Source) -> dict[str, str]:
 
 
 def catalogue_page() -> str:
-    """The catalogue in Markdown: a table, and a section for each source."""
+    """The catalogue as a table in Markdown; `layout_facts` has what `diffusers-dino sources --name` tells of each."""
     sources = [_built_in(name) for name in source_names()]
     lines = ["| name | data set | images | patients | labels | split | masks | holds images of |"]
     lines.append("|" + " --- |" * (lines[0].count("|") - 1))
@@ -73,9 +73,6 @@ def catalogue_page() -> str:
         cells = [f"`{source.name}`", f"[{source.title}]({source.url})", f"{source.images:,}" if source.images else "?"]
         cells += ["yes" if fact else "" for fact in facts] + [", ".join(f"`{name}`" for name in source.contains)]
         lines.append(f"| {' | '.join(cells)} |")
-    for source in sources:
-        facts = [f"- **{name}**: {text}" for name, text in layout_facts(source).items()]
-        lines += ["", f"### {source.name}", "", *facts]
     return "\n".join([*lines, ""])
 
 
