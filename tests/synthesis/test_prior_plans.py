@@ -63,6 +63,14 @@ def test_a_longer_plan_begins_with_the_shorter_one_and_goes_to_a_file(tmp_path):
     assert plan_prior(KEYS, LABELS, num_images=7, seed=1).digest != plan_prior(KEYS, LABELS, num_images=7).digest
 
 
+def test_the_labels_of_every_image_may_be_given():
+    assert [planned.labels for planned in plan_prior((), asked=LABELS[:3])] == [
+        ("Edema",),
+        ("Edema", "Nodule"),
+        ("Nodule",),
+    ]
+
+
 def test_without_labels_and_without_images_anything_is_planned():
     assert counts(plan_prior((), num_images=3)) == Counter({None: 3})
     assert len(plan_prior(KEYS, ratio=0.5)) == 4
@@ -76,6 +84,8 @@ def test_without_labels_and_without_images_anything_is_planned():
         ({"keys": KEYS, "num_images": 3, "balanced": True}, "no labels to balance"),
         ({"keys": KEYS, "labels": [{"a"}], "ratio": 1}, "Each source needs its labels"),
         ({"keys": KEYS}, "how many images"),
+        ({"keys": KEYS, "asked": LABELS}, "either images"),
+        ({"keys": (), "asked": []}, "either images"),
     ],
 )
 def test_bad_plans_are_refused(arguments, message):
@@ -171,7 +181,7 @@ def test_the_command_makes_a_set_from_a_table_and_no_image(pipe, prior, tmp_path
     for change, message in (
         ({"prior": None}, "give both"),
         ({"strategy": "reconstruction", "prior": None}, "goes with --strategy prior"),
-        ({"engine": "ray"}, "Ray"),
+        ({"soft_labels": 1}, "goes with --strategy interpolation"),
         ({"gate": tmp_path / "gate"}, "calibrated gate"),
     ):
         with pytest.raises(ValueError, match=message):

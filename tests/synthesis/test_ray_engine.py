@@ -11,13 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
+import priors
 import tiny
+from diffusers_dino.prior import describe_conditioner
 from diffusers_dino.synthesis import (
+    PriorTokens,
     RayResources,
     SynthesisError,
     SynthesisSettings,
     bind,
     plan_interpolation,
+    plan_prior,
     prepare_folder,
     synthesise,
     synthesise_with_ray,
@@ -133,6 +137,26 @@ def test_errors_arrive_as_they_are(job):
 
     assert _portable(OSError(28, "No space left on device")).errno == 28
     assert str(_portable(LocalError("too hot"))) == "LocalError: too hot"
+
+
+@pytest.mark.slow
+def test_actors_draw_the_tokens_of_a_prior_as_one_process_does(pipe, tmp_path, monkeypatch):
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'diffusers-dino[ray]'")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    drawn = priors.tiny_prior_pipeline(conditioner=describe_conditioner(pipe.conditioner))
+    drawn.prior.fit_tokens(pipe.encode_image(tiny.random_images(32)))
+    prior = PriorTokens(drawn, guidance_scale=2.0, num_inference_steps=3)
+    plan = plan_prior(["a", "b"], [{"Edema"}, {"Nodule"}], num_images=10, settings=SETTINGS)
+    whole = synthesise(plan, pipe, None, tmp_path / "whole", prior=prior, progress=False)
+    for actors in (1, 2):
+        folder = tmp_path / str(actors)
+        made = synthesise_with_ray(
+            plan, pipe, None, folder, prior=prior, resources=RayResources(actors), progress=False
+        )
+        assert made.manifest == whole.manifest  # it has the SHA-256 of every shard
+        assert not (folder / ".work").exists()
+    with pytest.raises(SynthesisError, match="needs one"):
+        synthesise_with_ray(plan, pipe, None, tmp_path / "none", progress=False)
 
 
 def test_workers_are_counted_by_what_a_machine_has():

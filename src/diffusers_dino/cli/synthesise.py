@@ -73,6 +73,11 @@ class Arguments(SamplingArguments, RealImageArguments):
     identical: bool = flag(
         False, "With --strategy interpolation: only between images of the very same labels, which the result then has."
     )
+    soft_labels: float | None = flag(
+        None,
+        "With --strategy interpolation: soft labels, (1 - r^g) y1 + r^g y2 at a fraction r between images. "
+        "This is g; 1 mixes labels as tokens are mixed.",
+    )
     ratio: float | None = flag(None, "Synthetic images for each source.")
     num_images: int | None = flag(None, "Number of synthetic images, in place of --ratio.")
     seed: int = flag(0, "Seed of the plan and of the noise.")
@@ -127,7 +132,8 @@ def main(args: Arguments) -> None:
         raise ValueError("Ray distributes the work by itself: start the command as one process, without a launcher.")
     with accelerator.main_process_first():  # one process downloads
         pipe = load_generator(args.model, args.dtype, args.scheduler)
-        prior = load_prior(args, accelerator.device)
+        # Ray's workers take both pipelines from the CPU
+        prior = load_prior(args, torch.device("cpu") if args.engine == "ray" else accelerator.device)
     must_calibrate = args.gate is not None and not Path(args.gate).exists()  # only that needs patients
     images, table = open_regime(args, image_size(pipe), must_calibrate)
     gate = None
@@ -147,7 +153,7 @@ def main(args: Arguments) -> None:
     if args.engine == "ray":
         gpus = float(torch.cuda.is_available()) if args.ray_gpus is None else args.ray_gpus
         resources = RayResources(args.ray_workers, gpus, args.ray_address)
-        made = synthesise_with_ray(plan, pipe, images, args.output_dir, resources=resources, **shared)
+        made = synthesise_with_ray(plan, pipe, images, args.output_dir, prior=prior, resources=resources, **shared)
     else:
         pipe = pipe.to(accelerator.device)
         made = synthesise(plan, pipe, images, args.output_dir, prior=prior, accelerator=accelerator, **shared)
@@ -159,7 +165,10 @@ def main(args: Arguments) -> None:
 def make_plan(
     args: Arguments, images: ImageDataset | None, table: LabelTable | None, settings: SynthesisSettings
 ) -> Plan:
-    own = {"prior": {"balanced": args.balanced}, "interpolation": {"identical": args.identical}}
+    own = {
+        "prior": {"balanced": args.balanced},
+        "interpolation": {"identical": args.identical, "exponent": args.soft_labels},
+    }
     return PLANNERS[args.strategy](
         images.keys if images is not None else table.keys if table else (),
         table and table.labels,
@@ -179,8 +188,8 @@ def check_strategy(args: Arguments) -> None:
         raise ValueError("--balanced goes with --strategy prior: other strategies have the labels of their sources.")
     if args.identical and args.strategy != "interpolation":
         raise ValueError("--identical goes with --strategy interpolation: it says which images are paired.")
-    if args.prior and args.engine == "ray":
-        raise ValueError("Ray's workers do not load a prior: use --engine local.")
+    if args.soft_labels is not None and args.strategy != "interpolation":
+        raise ValueError("--soft_labels goes with --strategy interpolation: other images have those of one source.")
 
 
 def load_prior(args: Arguments, device: torch.device) -> PriorTokens | None:

@@ -7,7 +7,7 @@ from .images.dicom_header import dicom_facts, salted_hash
 from .images.errors import NoImageError, UnreadableImageError
 from .images.preprocessing import Preprocessing
 from .images.reading import RawLayout, read_image
-from .labels import LabelTable, read_label_table, stored_labels
+from .labels import LabelTable, SoftLabelTable, read_label_table, read_soft_labels, stored_labels
 from .loader import TrainingViews, load_batches
 from .order import GlobalBatchSampler, Slot, WindowedOrder
 from .sharding import verify_shards
@@ -25,6 +25,7 @@ __all__ = [
     "Preprocessing",
     "RawLayout",
     "Slot",
+    "SoftLabelTable",
     "SplitRule",
     "TrainingViews",
     "UnreadableImageError",
@@ -36,6 +37,7 @@ __all__ = [
     "read_dicom",
     "read_image",
     "read_label_table",
+    "read_soft_labels",
     "salted_hash",
     "stored_labels",
     "verify_shards",

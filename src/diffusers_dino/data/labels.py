@@ -1,11 +1,12 @@
-"""Labels and patients of images: from a table, or from the JSON files beside the images of a set."""
+"""Labels and patients of images: from a table, or from the JSON files beside the images of a set. Soft labels, too."""
 
 from __future__ import annotations
 
 import csv
+import difflib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +18,22 @@ from .keys import find_keys, unify
 from .sources.tables import unreadable_table
 from .stores.folder import image_key
 
-__all__ = ["NO_FINDING", "LabelTable", "read_label_table", "stored_labels"]
+__all__ = [
+    "NO_FINDING",
+    "PROBABILITIES",
+    "LabelTable",
+    "SoftLabelTable",
+    "read_label_table",
+    "read_soft_labels",
+    "stored_labels",
+]
 
 NO_FINDING = "No Finding"
+PROBABILITIES = "probabilities"  # of soft labels: a column of tables, and a name in JSON files
+_SOFT = (
+    "has soft labels, and hard ones are needed here. read_soft_labels reads them; for hard ones make the set without "
+    "an exponent."
+)
 
 
 @dataclass(frozen=True)
@@ -90,6 +104,76 @@ class LabelTable:
         )
 
 
+@dataclass(frozen=True)
+class SoftLabelTable:
+    """Soft labels of N images.
+
+    Attributes:
+        keys: Name of each image, without repeats.
+        probabilities: Of each image the probabilities of its labels, in [0, 1]; a label that is not named has 0.
+    """
+
+    keys: tuple[str, ...]
+    probabilities: tuple[Mapping[str, float], ...]
+
+    def __post_init__(self) -> None:
+        if len(self.keys) != len(self.probabilities) or len(set(self.keys)) < len(self.keys):
+            raise ValueError("Each image has one key of its own and its probabilities.")
+        for key, own in zip(self.keys, self.probabilities, strict=True):
+            for name, value in own.items():
+                if not 0 <= value <= 1:  # written so that a NaN does not pass
+                    raise ValueError(f"The probability of {name!r} of image {key!r} must be in [0, 1], got {value}.")
+
+    def targets(self, names: Sequence[str]) -> np.ndarray:
+        """`(N, L)` float32, the probability of each of the labels `names`; ValueError if no image has one of them."""
+        known = {name for own in self.probabilities for name in own}
+        for name in names:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1, cutoff=0)
+                raise ValueError(
+                    f"No image has a probability of {name!r}. The nearest label is {close[0]!r}."
+                    if close
+                    else "No image has a label."
+                )
+        rows = [[own.get(name, 0.0) for name in names] for own in self.probabilities]
+        return np.array(rows, dtype=np.float32).reshape(len(self.keys), len(names))
+
+
+def read_soft_labels(path: str | Path, separator: str = "|") -> SoftLabelTable:
+    """Read the `labels.csv` of a synthetic set: `key`, and `probabilities` such as `Edema=1.0|Nodule=0.25`.
+
+    A table of hard labels, with a column `labels` in place of `probabilities`, gives 1 for each label.
+
+    Raises:
+        ValueError: If a column is missing, or something is not a probability. The message names the line.
+    """
+    keys, rows = [], []
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        header = list(reader.fieldnames or [])
+        column = PROBABILITIES if PROBABILITIES in header else "labels"
+        if missing := [name for name in ("key", column) if name not in header]:
+            raise ValueError(
+                f"{str(path)!r} has no column {missing[0]!r}; its columns are {', '.join(map(repr, header))}."
+            )
+        for row in reader:
+            named = {}
+            for text in filter(None, (row[column] or "").split(separator)):
+                name, sign, value = text.rpartition("=") if column == PROBABILITIES else (text, "=", "1")
+                try:
+                    named[name] = float(value)
+                except ValueError:
+                    sign = ""
+                if not sign or not name or not 0 <= named[name] <= 1:
+                    raise ValueError(
+                        f"Line {reader.line_num} of {str(path)!r} has {text!r}, which is not NAME=PROBABILITY, with a "
+                        "number in [0, 1]."
+                    )
+            keys.append(row["key"])
+            rows.append(named)
+    return SoftLabelTable(tuple(keys), tuple(rows))
+
+
 def read_label_table(
     path: str | Path,
     key_column: str = "file",
@@ -124,6 +208,8 @@ def _read_rows(
         if twice := [column for column in columns if header.count(column) > 1]:
             raise csv.Error(f"it has several columns {twice[0]!r}")
         missing = [column for column in columns if column not in header]
+        if label_column in missing and PROBABILITIES in header:
+            raise ValueError(f"{str(path)!r} {_SOFT}")
         if missing:
             raise ValueError(
                 f"{str(path)!r} has no column {', '.join(map(repr, missing))}; "
@@ -153,6 +239,8 @@ def stored_labels(images: ImageDataset) -> LabelTable:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"The facts of image {key!r} are damaged: {error}.") from error
         names = facts.get("labels") if isinstance(facts, dict) else None
+        if names is None and isinstance(facts, dict) and PROBABILITIES in facts:
+            raise ValueError(f"The set of image {key!r} {_SOFT}")
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"The facts of image {key!r} have no list of labels: give a table of labels.")
         labels.append(frozenset(names))

@@ -195,7 +195,10 @@ def dataset_card(
         recipe=fact_table(_recipe(made, model)),
         origin=origin(sources, "set"),
         strategy=plan.strategy,
-        labels=table(["label", "images"], _count_labels(made)) if plan.label_sets else "",
+        soft=plan.exponent,
+        labels=table(["label", "images" if plan.exponent is None else "sum of probabilities"], _count_labels(made))
+        if plan.label_sets
+        else "",
         gate=made.manifest["lineage"]["gate"],
         gate_name=plain(str(made.manifest["lineage"]["gate"]["fingerprint"])),
     )
@@ -243,6 +246,7 @@ def _recipe(made: SyntheticSet, model: str | None) -> dict[str, Any]:
         "model": model,
         "fingerprints": [f"{name} {value}" for name, value in plan.made_with["model"].items()],
         "strategy": plan.strategy,
+        "soft labels, exponent": plan.exponent,
         "real images used": len(plan.keys) or None,
         "synthetic images for each": f"{len(plan) / len(plan.keys):.3g}" if plan.keys else None,
         "sampling steps": settings.num_inference_steps,
@@ -264,9 +268,15 @@ def _recipe(made: SyntheticSet, model: str | None) -> dict[str, Any]:
 
 def _count_labels(made: SyntheticSet) -> list[tuple[str, str]]:
     plan = made.plan
+    counts: Counter[str] = Counter()
+    if plan.exponent is not None:
+        for image in made.planned():
+            counts.update(image.probabilities)  # adds them up
+        return [
+            (label, f"{sum_:,.1f}") for label, sum_ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        ]
     sets = Counter(plan.labels.tolist())
     sets.subtract(plan.labels[list(made.left_out)].tolist())
-    counts: Counter[str] = Counter()
     for number, count in sets.items():
         for label in plan.label_sets[number] or ("(none)",) if number >= 0 else ("(unknown)",):
             counts[label] += count

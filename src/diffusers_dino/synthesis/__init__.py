@@ -6,7 +6,7 @@ made = synthesise(plan, load_generator("my-model").to("cuda"), images, "syntheti
 
 from .dataset import SyntheticSet, draw_examples
 from .exports import XRV_PATHOLOGIES, XrvStyleDataset, as_datasets, export
-from .pairs import Pair, interpolated_labels, sample_pairs
+from .pairs import Pair, interpolated_labels, sample_pairs, sample_places, soft_labels
 from .plan import (
     Plan,
     PlannedImage,
@@ -49,7 +49,9 @@ __all__ = [
     "plan_reconstruction",
     "prepare_folder",
     "sample_pairs",
+    "sample_places",
     "save_plan",
+    "soft_labels",
     "synthesise",
     "synthesise_with_ray",
 ]

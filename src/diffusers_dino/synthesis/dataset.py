@@ -14,6 +14,7 @@ from typing import Any
 import PIL.Image
 
 from ..data import ImageDataset, Preprocessing, open_images
+from ..data.labels import PROBABILITIES
 from ..data.sharding.manifest import MANIFEST, ShardError, read_manifest, verify_shards, write_manifest
 from ..files import write_csv
 from ..sheets import contact_sheet
@@ -24,18 +25,17 @@ from .tokens import WORK
 
 __all__ = [
     "LABELS",
-    "LABEL_COLUMNS",
     "SyntheticSet",
     "check_left_out",
     "complete_set",
     "draw_examples",
     "finished_set",
+    "label_columns",
     "label_rows",
 ]
 
 LABELS = "labels.csv"
 
-LABEL_COLUMNS = ("key", "labels", "strategy", "sources", "fraction")
 _READ_AT_ONCE = 2**30  # bytes of shards that are compared whenever a set is opened: a second or two
 
 
@@ -184,7 +184,7 @@ def complete_set(plan: Plan, folder: Path, max_left_out: float = 0.05) -> Synthe
     check_left_out(plan, len(left_out), max_left_out)
     if not _may_write_labels(plan, left_out, folder):
         raise SynthesisError(f"{folder / LABELS} is not the set's: rename it, and go on.")
-    write_csv(folder / LABELS, LABEL_COLUMNS, label_rows(plan, left_out))
+    write_csv(folder / LABELS, label_columns(plan), label_rows(plan, left_out))
     write_manifest(folder, _preprocessing(plan), [record.shard for record in records], _lineage(plan, records))
     shutil.rmtree(folder / WORK)
     return SyntheticSet(folder, plan, read_manifest(folder))
@@ -195,12 +195,21 @@ def _preprocessing(plan: Plan) -> Preprocessing:
     return Preprocessing(**{**plan.made_with["preprocessing"], "size": plan.made_with["image_size"]})
 
 
+def label_columns(plan: Plan) -> tuple[str, ...]:
+    """The header of `labels.csv`. Soft labels have another column, so that none is taken for a hard one."""
+    return ("key", "labels" if plan.exponent is None else PROBABILITIES, "strategy", "sources", "fraction")
+
+
 def label_rows(plan: Plan, left_out: set[int]) -> Iterator[tuple[str, ...]]:
-    """The rows of `labels.csv`, one for each image that is not left out; unknown labels are blank."""
+    """The rows of `labels.csv`, one for each image that is not left out; unknown labels are blank.
+
+    Soft labels are `NAME=PROBABILITY`, see `diffusers_dino.data.labels.SoftLabelTable`.
+    """
     for image in plan:
         if image.index not in left_out:
-            labels, sources = (LABEL_SEPARATOR.join(names or ()) for names in (image.labels, image.sources))
-            yield image.key, labels, plan.strategy, sources, str(image.fraction)
+            named = (f"{name}={value!r}" for name, value in (image.probabilities or {}).items())
+            labels = LABEL_SEPARATOR.join(image.labels or named)
+            yield image.key, labels, plan.strategy, LABEL_SEPARATOR.join(image.sources), str(image.fraction)
 
 
 def _may_write_labels(plan: Plan, left_out: set[int], folder: Path) -> bool:
@@ -210,7 +219,7 @@ def _may_write_labels(plan: Plan, left_out: set[int], folder: Path) -> bool:
         return True
     try:
         with open(path, encoding="utf-8", newline="") as file:
-            rows = itertools.zip_longest(csv.reader(file), [LABEL_COLUMNS, *label_rows(plan, left_out)])
+            rows = itertools.zip_longest(csv.reader(file), [label_columns(plan), *label_rows(plan, left_out)])
             return all(there is not None and tuple(there) == wanted for there, wanted in rows)
     except (ValueError, csv.Error):
         return False

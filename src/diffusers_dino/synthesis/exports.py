@@ -17,7 +17,7 @@ from ..extras import require
 from ..files import read_json, save_atomically, write_csv, write_json
 from ..fingerprints import hash_of
 from ..pixels import unit_to_xrv
-from .dataset import LABEL_COLUMNS, LABELS, SyntheticSet, label_rows
+from .dataset import LABELS, SyntheticSet, label_columns, label_rows
 from .plan import PlannedImage, SynthesisError
 
 if TYPE_CHECKING:
@@ -57,12 +57,17 @@ logger = logging.getLogger(__name__)
 def as_datasets(made: SyntheticSet, cache_dir: str | Path | None = None) -> datasets.Dataset:
     """A set as a `datasets.Dataset` with columns `image`, `key`, `labels`, `strategy`, `sources` and `fraction`.
 
-    Files of images are taken as they are. The labels of unlabelled images are None. It is kept in the cache of
+    Files of images are taken as they are. The labels of unlabelled images are None. A set of soft labels has
+    `probabilities` in place of `labels`: a number for each label of the set. It is kept in the cache of
     `datasets`, or in `cache_dir`, and made anew when the set has changed.
     """
     datasets = require("datasets", "train", "A datasets.Dataset needs datasets")
     text = datasets.Value("string")
-    columns = {"image": datasets.Image(), "key": text, "labels": datasets.List(text), "strategy": text}
+    columns = {"image": datasets.Image(), "key": text, "strategy": text}
+    if made.plan.exponent is None:
+        columns["labels"] = datasets.List(text)
+    else:
+        columns["probabilities"] = dict.fromkeys(_names(made), datasets.Value("float64"))
     columns |= {"sources": datasets.List(text), "fraction": datasets.Value("float64")}
     return datasets.Dataset.from_generator(
         _records,
@@ -85,7 +90,7 @@ class XrvStyleDataset(Dataset[dict[str, Any]]):
         transform: Of each image, as arrays.
 
     Attributes:
-        labels: `(N, P)` float32: 1 for present, 0 for absent, NaN for unknown.
+        labels: `(N, P)` float32: 1 for present, 0 for absent, NaN for unknown; in between for soft labels.
 
     Raises:
         ValueError: If the set has labels, and none of them is among the pathologies.
@@ -105,12 +110,16 @@ class XrvStyleDataset(Dataset[dict[str, Any]]):
     def csv(self) -> pd.DataFrame:
         """A row for each image, as in `labels.csv`."""
         pandas = require("pandas", "eval", "A table of labels needs pandas")
-        return pandas.DataFrame(label_rows(self._made.plan, set(self._made.left_out)), columns=list(LABEL_COLUMNS))
+        return pandas.DataFrame(
+            label_rows(self._made.plan, set(self._made.left_out)), columns=list(label_columns(self._made.plan))
+        )
 
     def totals(self) -> dict[str, dict[float, int]]:
         """How many images have each value, by pathology."""
         known = (column[~np.isnan(column)] for column in self.labels.T)
-        counts = [{value: int((column == value).sum()) for value in (0.0, 1.0)} for column in known]
+        counts = [
+            {value: int((column == value).sum()) for value in sorted({0.0, 1.0, *column.tolist()})} for column in known
+        ]
         return dict(zip(self.pathologies, counts, strict=True))
 
     def string(self) -> str:
@@ -157,13 +166,14 @@ def export(made: SyntheticSet, kind: Literal["folder", "datasets", "xrv"], folde
 def _write_folder(made: SyntheticSet, folder: Path) -> None:
     names = [Path(path).name for path in _write_images(made, folder / "images")]
     rows = label_rows(made.plan, set(made.left_out))
-    write_csv(folder / LABELS, ("file", *LABEL_COLUMNS), ((name, *row) for name, row in zip(names, rows, strict=True)))
+    header = ("file", *label_columns(made.plan))
+    write_csv(folder / LABELS, header, ((name, *row) for name, row in zip(names, rows, strict=True)))
 
 
 def _write_xrv(made: SyntheticSet, folder: Path) -> None:
     labels = _label_matrix(made, XRV_PATHOLOGIES)
     rows = (
-        (path.name, path.stem, *("" if np.isnan(value) else int(value) for value in row))
+        (path.name, path.stem, *("" if np.isnan(value) else f"{value:g}" for value in row))
         for path, row in zip(_write_images(made, folder / "images"), labels, strict=True)
     )
     write_csv(folder / LABELS, ("file", "key", *XRV_PATHOLOGIES), rows)
@@ -199,10 +209,14 @@ def _records(folder: str, version: str) -> Iterator[dict[str, Any]]:
     """Rows of a `datasets.Dataset`. `version` is only for its cache."""
     made = SyntheticSet.open(folder)
     for image, content in _files(made):
+        if made.plan.exponent is None:
+            labels = {"labels": image.labels}
+        else:
+            labels = {"probabilities": dict.fromkeys(_names(made), 0.0) | image.probabilities}
         yield {
             "image": {"bytes": content, "path": None},
             "key": image.key,
-            "labels": image.labels,
+            **labels,
             "strategy": made.plan.strategy,
             "sources": image.sources,
             "fraction": image.fraction,
@@ -217,7 +231,7 @@ def _version(made: SyntheticSet) -> str:
 def _label_matrix(made: SyntheticSet, pathologies: Sequence[str]) -> np.ndarray:
     """`(N, P)` float32, see `XrvStyleDataset`."""
     columns = {_bare(name): number for number, name in enumerate(pathologies)}
-    names = {label for labels in made.plan.label_sets for label in labels}
+    names = set(_names(made))
     known = {name: columns[_bare(name)] for name in names if _bare(name) in columns}
     others = sorted(name for name in names - set(known) if _bare(name) not in _NORMAL)
     if others and not known:
@@ -231,10 +245,17 @@ def _label_matrix(made: SyntheticSet, pathologies: Sequence[str]) -> np.ndarray:
     base[sorted(set(known.values()))] = 0
     rows = np.full((len(made), len(pathologies)), np.nan, np.float32)
     for row, image in zip(rows, made.planned(), strict=True):
-        if image.labels is not None:
+        if image.given is not None:
             row[:] = base
-            row[[known[label] for label in image.labels if label in known]] = 1
+            for label, probability in image.given.items():
+                if label in known:
+                    row[known[label]] = max(row[known[label]], probability)  # of two spellings of one pathology
     return rows
+
+
+def _names(made: SyntheticSet) -> list[str]:
+    """All labels of a set."""
+    return sorted({label for labels in made.plan.label_sets for label in labels})
 
 
 def _bare(name: str) -> str:

@@ -1,7 +1,8 @@
-"""Which images to interpolate between, and how the result is labelled (DiNO-Diffusion, section 2.4)."""
+"""Which images to interpolate between, how the result is labelled, and which labels to draw images of."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterator, Sequence
@@ -11,7 +12,7 @@ import numpy as np
 
 from ..seeds import derive_seed
 
-__all__ = ["Pair", "interpolated_labels", "permute", "sample_pairs"]
+__all__ = ["Pair", "interpolated_labels", "permute", "sample_pairs", "sample_places", "soft_labels"]
 
 _ROUNDS = 6  # of the Feistel network; four make it a pseudo-random permutation (Luby & Rackoff 1988)
 _CHUNK = 4096  # candidates at once
@@ -31,9 +32,42 @@ def interpolated_labels(
 ) -> frozenset[Hashable]:
     """Labels of an image between two: those of the nearer one; at a fraction of 0.5 the source counts as nearer.
 
+    The rule is that of DiNO-Diffusion, section 2.4.
+
     Raises:
         ValueError: If the two do not share a label, or the fraction is outside [0, 1].
     """
+    _check_ends(source, target, fraction)
+    return frozenset(source if fraction <= 0.5 else target)
+
+
+def soft_labels(
+    source: Collection[str], target: Collection[str], fraction: float, exponent: float = 1.0
+) -> dict[str, float]:
+    """Probabilities `(1 - r^g) y1 + r^g y2` of the labels of an image at a fraction r between two, by name.
+
+    A label of both has 1, one of neither is left out. The rule is Diff-Mix's (arXiv 2403.19600); with an exponent g of
+    1 it is mixup's (arXiv 1710.09412): labels are mixed as the condition tokens are.
+
+    Raises:
+        ValueError: If the two do not share a label, the fraction is outside [0, 1], or the exponent is not positive.
+    """
+    _check_ends(source, target, fraction)
+    check_exponent(exponent)
+    weight = fraction**exponent
+    given = {}
+    for name in sorted({*source, *target}):
+        given[name] = 1.0 if name in source and name in target else weight if name in target else 1 - weight
+    return given
+
+
+def check_exponent(exponent: float) -> None:
+    """ValueError unless an exponent of soft labels is a positive number."""
+    if not 0 < exponent < math.inf:  # written so that a NaN does not pass
+        raise ValueError(f"The exponent of soft labels must be a positive number, got {exponent}.")
+
+
+def _check_ends(source: Collection[Hashable], target: Collection[Hashable], fraction: float) -> None:
     if not 0 <= fraction <= 1:
         raise ValueError(f"The fraction must be in [0, 1], got {fraction}.")
     if not set(source) & set(target):
@@ -41,7 +75,35 @@ def interpolated_labels(
             f"Images that share no label are not interpolated, got {sorted(map(str, source))} and "
             f"{sorted(map(str, target))}."
         )
-    return frozenset(source if fraction <= 0.5 else target)
+
+
+def sample_places(
+    labels: Sequence[Collection[str]], balanced: Sequence[str] | None = None, seed: int = 0
+) -> Iterator[int]:
+    """Numbers of images whose labels a prior is asked for, without end; take as many as you need.
+
+    Each image comes once, in random order, before any comes again. Of `balanced` labels each comes equally often: they
+    take turns, each with the images that have it. A longer sequence begins with the same numbers.
+
+    Raises:
+        ValueError: If there is no image, or none has one of the balanced labels.
+    """
+    pools = [range(len(labels))]
+    if balanced is not None:
+        pools = [[place for place, own in enumerate(labels) if name in own] for name in balanced]
+        if absent := [name for name, pool in zip(balanced, pools, strict=True) if not pool]:
+            raise ValueError(f"No image has the label {', '.join(map(repr, absent))}, which is to come equally often.")
+    if not pools or not len(pools[0]):
+        raise ValueError("There are no labels to draw images of.")
+    return (_in_turn(pools, index, seed) for index in itertools.count())
+
+
+def _in_turn(pools: Sequence[Sequence[int]], index: int, seed: int) -> int:
+    """The member that image `index` takes where pools take turns, each with its members in random order."""
+    turn, number = divmod(index, len(pools))
+    pool = pools[number]
+    round_, rank = divmod(turn, len(pool))
+    return pool[int(permute(np.array([rank]), len(pool), derive_seed(seed, "labels", number, round_))[0])]
 
 
 def sample_pairs(labels: Sequence[Collection[Hashable]], seed: int = 0) -> Iterator[Pair]:

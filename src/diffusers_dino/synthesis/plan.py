@@ -17,7 +17,7 @@ import torch
 from ..data.images.encoding import Encoding
 from ..data.stores.archives import PackedKeys
 from ..seeds import derive_seed
-from .pairs import Pair, interpolated_labels, permute, sample_pairs
+from .pairs import Pair, check_exponent, interpolated_labels, permute, sample_pairs, sample_places, soft_labels
 
 __all__ = [
     "LABEL_SEPARATOR",
@@ -101,7 +101,8 @@ class PlannedImage(NamedTuple):
         key: Its name in the shards.
         sources: Key of the image that it varies, or keys of the two images that it lies between; none of a prior's.
         fraction: How far it is from the first source to the second, in [0, 1]; 0 for variations.
-        labels: Sorted; None if the sources' labels are not known.
+        labels: Sorted; None if the sources' labels are not known, and in a plan of soft labels.
+        probabilities: Of each label in a plan of soft labels; one that is not named has 0. None in other plans.
     """
 
     index: int
@@ -109,6 +110,13 @@ class PlannedImage(NamedTuple):
     sources: tuple[str, ...]
     fraction: float
     labels: tuple[str, ...] | None
+    probabilities: dict[str, float] | None = None
+
+    @property
+    def given(self) -> dict[str, float] | None:
+        """The probability of each label that it has, which is 1 in a plan of hard labels; None if unknown."""
+        hard = None if self.labels is None else dict.fromkeys(self.labels, 1.0)
+        return hard if self.probabilities is None else self.probabilities
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,9 +131,11 @@ class Plan:
         label_sets: The combinations of labels that occur, each sorted.
         sources: `(N, 1)`, `(N, 2)` or, of a prior's images, `(N, 0)` int64, numbers of keys.
         fractions: `(N,)` float64.
-        labels: `(N,)` int32, the number of each image's combination of labels; -1 if unknown.
+        labels: `(N,)` int32, the number of each image's combination of labels; -1 if unknown. Of soft labels `(N, 2)`,
+            the combinations of both sources.
         made_with: Fingerprints of the model, the source images and the gate, and the sources' preprocessing, once the
             plan is bound to them (see `diffusers_dino.synthesis.bind`); empty before.
+        exponent: Of soft labels (see `soft_labels`); None for hard ones.
     """
 
     strategy: Strategy
@@ -137,6 +147,7 @@ class Plan:
     fractions: np.ndarray
     labels: np.ndarray
     made_with: Mapping[str, Any] = field(default_factory=dict)
+    exponent: float | None = None
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -145,14 +156,15 @@ class Plan:
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is out of range for a plan of {len(self)} images")
         index %= len(self)
-        labels = int(self.labels[index])
-        return PlannedImage(
-            index,
-            f"synthetic-{index:09d}",
-            tuple(self.keys[number] for number in self.sources[index].tolist()),
-            float(self.fractions[index]),
-            None if labels < 0 else self.label_sets[labels],
-        )
+        fraction = float(self.fractions[index])
+        labels = probabilities = None
+        if self.exponent is not None:
+            ends = (self.label_sets[number] for number in self.labels[index].tolist())
+            probabilities = soft_labels(*ends, fraction, self.exponent)
+        elif (number := int(self.labels[index])) >= 0:
+            labels = self.label_sets[number]
+        sources = tuple(self.keys[number] for number in self.sources[index].tolist())
+        return PlannedImage(index, f"synthetic-{index:09d}", sources, fraction, labels, probabilities)
 
     def __iter__(self) -> Iterator[PlannedImage]:
         return (self[index] for index in range(len(self)))
@@ -179,6 +191,7 @@ class Plan:
             "settings": asdict(self.settings),
             "label_sets": [list(labels) for labels in self.label_sets],
             "made_with": dict(self.made_with),
+            **({} if self.exponent is None else {"exponent": self.exponent}),
         }
 
     @cached_property
@@ -251,10 +264,13 @@ def plan_interpolation(
     num_images: int | None = None,
     pairs: Sequence[Pair] | None = None,
     identical: bool = False,
+    exponent: float | None = None,
     seed: int = 0,
     settings: SynthesisSettings | None = None,
 ) -> Plan:
     """Plan images between two that share a label (DiNO-Diffusion, section 2.4). Each has the labels of the nearer one.
+
+    With an exponent each has probabilities of the labels of both in their place: see `soft_labels`.
 
     A longer plan of the same seed begins with the same images.
 
@@ -263,12 +279,15 @@ def plan_interpolation(
         ratio, num_images: As for `plan_reconstruction`; the pairs are then those of `sample_pairs`.
         pairs: Numbers of keys, and how far to go from one to the other, in place of `ratio` and `num_images`.
         identical: Pair only images of the very same labels; the paper's rule is that they share one.
+        exponent: Of soft labels; 1 mixes labels as tokens are mixed. By default labels are hard.
         seed: Of pairs, fractions and noise.
 
     Raises:
         SynthesisError: As for `plan_reconstruction`, and if there are no labels or no two images share one.
-        ValueError: If two images of given pairs do not share a label.
+        ValueError: If two images of given pairs do not share a label, or the exponent is not positive.
     """
+    if exponent is not None:
+        check_exponent(exponent)
     if labels is None:
         raise SynthesisError(
             "Interpolation goes between images that share a label: give the labels of the sources, or plan a "
@@ -284,7 +303,10 @@ def plan_interpolation(
     sources = np.array([(pair.source, pair.target) for pair in pairs], dtype=np.int64)  # (N, 2)
     fractions = np.array([pair.fraction for pair in pairs])
     given = [interpolated_labels(labels[pair.source], labels[pair.target], pair.fraction) for pair in pairs]
-    return _assemble("interpolation", seed, settings, keys, sources, fractions, given)
+    if exponent is not None:
+        given = [labels[end] for pair in pairs for end in (pair.source, pair.target)]
+        exponent = float(exponent)
+    return _assemble("interpolation", seed, settings, keys, sources, fractions, given, exponent)
 
 
 def plan_prior(
@@ -294,6 +316,7 @@ def plan_prior(
     ratio: float | None = None,
     num_images: int | None = None,
     balanced: bool = False,
+    asked: Labels | None = None,
     seed: int = 0,
     settings: SynthesisSettings | None = None,
 ) -> Plan:
@@ -307,34 +330,28 @@ def plan_prior(
             labels come together. Without any, `num_images` must be given.
         ratio, num_images: As for `plan_reconstruction`.
         balanced: Every label equally often: labels take turns, each with the label sets that have it.
+        asked: The labels of every single image, in place of `keys`, `labels`, `ratio` and `num_images`.
         seed: Of the order, the tokens and the noise.
 
     Raises:
         SynthesisError: As for `plan_reconstruction`, and if labels are to be balanced and there are none.
     """
-    if keys:
+    if asked is not None:
+        if keys or not asked:
+            raise SynthesisError("Give either images whose labels are drawn, or the labels asked for of each image.")
+        count, labels = len(asked), None
+    elif keys:
         count = _count(keys, labels, ratio, num_images)
     elif num_images is None or num_images < 1:
         raise SynthesisError(f"Without images, say how many to make: num_images, of at least 1, got {num_images}.")
     else:
         count = num_images
-    pools = [range(len(keys))] if labels is not None else []
-    if balanced:
-        names = sorted({name for own in labels or () for name in own})
-        if not names:
-            raise SynthesisError("There are no labels to balance: give those of the images.")
-        pools = [[place for place, own in enumerate(labels) if name in own] for name in names]
-    places = [_in_turn(pools, index, seed) for index in range(count)] if pools else None
-    given = None if places is None else [labels[place] for place in places]
-    return _assemble("prior", seed, settings, (), np.zeros((count, 0), np.int64), np.zeros(count), given)
-
-
-def _in_turn(pools: Sequence[Sequence[int]], index: int, seed: int) -> int:
-    """The member that image `index` takes where pools take turns, each with its members in random order."""
-    turn, number = divmod(index, len(pools))
-    pool = pools[number]
-    round_, rank = divmod(turn, len(pool))
-    return pool[int(permute(np.array([rank]), len(pool), derive_seed(seed, "labels", number, round_))[0])]
+    names = sorted({name for own in labels or () for name in own}) if balanced else None
+    if names == []:
+        raise SynthesisError("There are no labels to balance: give those of the images.")
+    if labels is not None:
+        asked = [labels[place] for place in itertools.islice(sample_places(labels, names, seed), count)]
+    return _assemble("prior", seed, settings, (), np.zeros((count, 0), np.int64), np.zeros(count), asked)
 
 
 def _count(keys: Sequence[str], labels: Labels | None, ratio: float | None, num_images: int | None) -> int:
@@ -364,8 +381,12 @@ def _assemble(
     sources: np.ndarray,
     fractions: np.ndarray,
     labels: Labels | None,
+    exponent: float | None = None,
 ) -> Plan:
-    """Put a plan together. Keys that no image is made from are left out: they need not be encoded."""
+    """Put a plan together. Keys that no image is made from are left out: they need not be encoded.
+
+    With an exponent, labels are those of both sources of an image, one after the other.
+    """
     used, places = np.unique(sources, return_inverse=True)
     names = [keys[number] for number in used.tolist()]
     sets: dict[tuple[str, ...], int] = {}
@@ -387,5 +408,6 @@ def _assemble(
         tuple(sets),
         places.reshape(sources.shape).astype(np.int64),
         fractions.astype(np.float64),
-        numbers,
+        numbers if exponent is None else numbers.reshape(-1, 2),
+        exponent=exponent,
     )

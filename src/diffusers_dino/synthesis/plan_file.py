@@ -14,6 +14,7 @@ from ..data.stores.archives import PackedKeys
 from ..files import atomic_write, read_json, write_json
 from ..fingerprints import hash_of
 from ..frozen import require_same
+from .pairs import check_exponent
 from .plan import Plan, SynthesisError, SynthesisSettings
 
 __all__ = ["PLAN", "begun_threads", "check_free", "freeze_plan", "load_plan", "save_plan"]
@@ -21,7 +22,7 @@ __all__ = ["PLAN", "begun_threads", "check_free", "freeze_plan", "load_plan", "s
 PLAN = "plan.json"
 
 _ROWS = "plan.safetensors"
-_FORMAT = 1
+_FORMAT, _SOFT = 1, 2  # the second has soft labels, which older versions cannot read
 # What may lie in the folder of a new set: the rows of a run that was killed before it wrote PLAN, and what its owner
 # keeps there. Hidden files may, too.
 _BESIDES = (_ROWS, "gate.safetensors", "*.yaml", "*.yml", "*.log", "*.out", "*.err")
@@ -32,7 +33,8 @@ def save_plan(plan: Plan, folder: str | Path) -> None:
     folder = Path(folder)
     with atomic_write(folder / _ROWS) as file:
         file.write(save(plan.columns()))
-    write_json(folder / PLAN, {"format": _FORMAT, "digest": plan.digest, **plan.describe()})
+    number = _FORMAT if plan.exponent is None else _SOFT
+    write_json(folder / PLAN, {"format": number, "digest": plan.digest, **plan.describe()})
 
 
 def load_plan(folder: str | Path) -> Plan:
@@ -40,8 +42,10 @@ def load_plan(folder: str | Path) -> Plan:
     folder = Path(folder)
     try:
         content = read_json(folder / PLAN)
-        if content["format"] != _FORMAT:
-            raise SynthesisError(f"{folder / PLAN} is of format {content['format']}, this version reads {_FORMAT}.")
+        if content["format"] not in (_FORMAT, _SOFT):
+            raise SynthesisError(
+                f"{folder / PLAN} is of format {content['format']}, this version reads {_FORMAT} and {_SOFT}."
+            )
         if (folder / _ROWS).exists() and not (folder / _ROWS).is_file():
             raise ValueError(f"{_ROWS} is not a file")
         rows = load_file(folder / _ROWS)
@@ -55,6 +59,7 @@ def load_plan(folder: str | Path) -> Plan:
             rows["fractions"],
             rows["labels"],
             content["made_with"],
+            content.get("exponent"),
         )
         if plan.digest != content["digest"]:
             raise SynthesisError(
@@ -107,7 +112,8 @@ def begun_threads(folder: str | Path) -> int:
 def _check_rows(plan: Plan) -> None:
     """Raise ValueError unless each row is of the types and within the ranges that `Plan` says."""
     count, ends = len(plan.sources), {"reconstruction": 1, "interpolation": 2, "prior": 0}[plan.strategy]
-    columns = {"sources": (count, ends), "fractions": (count,), "labels": (count,)}
+    soft = plan.exponent is not None
+    columns = {"sources": (count, ends), "fractions": (count,), "labels": (count, 2) if soft else (count,)}
     for (name, shape), dtype in zip(columns.items(), ("<i8", "<f8", "<i4"), strict=True):
         column = getattr(plan, name)
         if column.shape != shape or column.dtype != dtype or not count:
@@ -116,7 +122,7 @@ def _check_rows(plan: Plan) -> None:
     limits = {
         "sources": (0, len(plan.keys) - 1),
         "fractions": (0, 1),
-        "labels": (-1, len(plan.label_sets) - 1),
+        "labels": (0 if soft else -1, len(plan.label_sets) - 1),
     }
     for name, (least, most) in limits.items():
         column = getattr(plan, name)
@@ -126,6 +132,8 @@ def _check_rows(plan: Plan) -> None:
             raise ValueError(f"{name} are not all between {least} and {most}")
     if not all(isinstance(label, str) for labels in plan.label_sets for label in labels):
         raise ValueError("labels are not all text")
+    if soft:
+        check_exponent(plan.exponent)
     if not isinstance(plan.seed, int):
         raise ValueError(f"the seed is {plan.seed!r}")
 

@@ -16,20 +16,21 @@ from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.utils.logging import disable_progress_bar
 from tqdm.auto import tqdm
 
 from ..data import ImageDataset
 from ..data.sharding.manifest import MANIFEST
 from ..extras import require
-from ..pipelines import DinoDiffusionPipeline
+from ..pipelines import DinoDiffusionPipeline, DinoPriorPipeline
 from ..workers import progress_bar
 from .dataset import SyntheticSet, check_left_out, complete_set
 from .plan import Plan, SynthesisError
 from .plan_file import PLAN, freeze_plan
 from .run import begun, bind, check_readable
 from .shards import Gate, find_record, make_shard
-from .tokens import WORK, PlannedSources, TokenStore
+from .tokens import WORK, PlannedSources, PriorTokens, TokenStore
 
 __all__ = ["RayResources", "synthesise_with_ray"]
 
@@ -67,10 +68,11 @@ class RayResources:
 def synthesise_with_ray(
     plan: Plan,
     pipe: DinoDiffusionPipeline,
-    images: ImageDataset,
+    images: ImageDataset | None,
     output_dir: str | Path,
     *,
     gate: Gate | None = None,
+    prior: PriorTokens | None = None,
     resources: RayResources | None = None,
     max_left_out: float = 0.05,
     progress: bool = True,
@@ -82,9 +84,11 @@ def synthesise_with_ray(
     Args:
         plan, max_left_out, progress: As for `synthesise`.
         pipe: On the CPU. Workers load it from the output folder.
-        images: Holds the plan's sources. Workers must be able to read them under the same paths.
+        images: Holds the plan's sources; None for a plan without any. Workers must be able to read them under the same
+            paths.
         output_dir: As for `synthesise`. All machines must share it under one path.
         gate: As for `synthesise`. Workers must be able to import its class.
+        prior: As for `synthesise`, on the CPU. Workers load it from the output folder.
         resources: Which workers; by default those of this machine, without its GPUs.
 
     Raises:
@@ -95,23 +99,26 @@ def synthesise_with_ray(
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # otherwise it reports home
     ray = require("ray", "ray", "Generating on a Ray cluster needs Ray")
     resources = resources or RayResources()
-    plan = bind(plan, pipe, images, gate)
+    plan = bind(plan, pipe, images, gate, prior)
     if getattr(pipe.unet, "peft_config", None):
         raise SynthesisError(
             "A loaded LoRA does not travel to workers: merge it into the weights first, with pipe.fuse_lora() and "
             "pipe.unload_lora_weights()."
         )
-    dtypes = {name: part.dtype for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     with begun(plan, Path(output_dir).resolve()) as folder:
         if (folder / MANIFEST).is_file():
             return SyntheticSet.open(folder)
-        job = _Job(plan, images, gate, folder, dtypes, "cuda" if resources.num_gpus else "cpu")
-        for leftover in (job.attempts, job.model):  # of a run that was killed
+        dtypes, device = _dtypes(pipe), "cuda" if resources.num_gpus else "cpu"
+        drawn = None if prior is None else (prior.settings(), _dtypes(prior.pipe))
+        job = _Job(plan, images, gate, folder, dtypes, device, drawn)
+        for leftover in (job.attempts, job.model, job.prior):  # of a run that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         job.attempts.mkdir()
         pipe.save_pretrained(job.model)
+        if prior is not None:
+            prior.pipe.save_pretrained(job.prior)
         with _connected(ray, plan, resources) as num_workers:
-            tokens, problems = TokenStore(plan, folder), []
+            tokens, problems = TokenStore(plan, folder), []  # without a part for a prior's images
             found = {number: find_record(plan, number, folder) for number in range(plan.num_shards)}
             missing = [number for number, record in found.items() if record is None]
             left = [number for number in range(tokens.num_parts) if missing and not tokens.has_part(number)]
@@ -137,16 +144,22 @@ class _Job:
     """What every worker gets."""
 
     plan: Plan
-    images: ImageDataset
+    images: ImageDataset | None
     gate: Gate | None
     folder: Path
     dtypes: dict[str, torch.dtype]
     device: str
+    drawn: tuple[dict[str, float], dict[str, torch.dtype]] | None = None  # settings and types of the prior, if any
 
     @property
     def model(self) -> Path:
         """Where the pipeline is."""
         return self.folder / WORK / "model"
+
+    @property
+    def prior(self) -> Path:
+        """Where the prior is, if there is one."""
+        return self.folder / WORK / "prior"
 
     @property
     def attempts(self) -> Path:
@@ -174,7 +187,7 @@ class _Worker:
     """
 
     def __init__(self, job: _Job, kind: Literal["part", "shard"]) -> None:
-        self.job, self.kind, self.tokens = job, kind, TokenStore(job.plan, job.folder)
+        self.job, self.kind = job, kind
 
     def __call__(self, row: dict[str, Any]) -> dict[str, bytes]:
         number, host, attempt = int(row["number"]), platform.node(), 1
@@ -198,8 +211,23 @@ class _Worker:
         job = self.job
         disable_progress_bar()  # of loading, which Ray would repeat to the user for each worker
         pipe = DinoDiffusionPipeline.from_pretrained(job.model, dtype=job.dtypes, local_files_only=True)
-        freeze_plan(bind(job.plan, pipe, job.images, job.gate), job.folder)  # every worker must mean this plan
+        # every worker must mean this plan
+        freeze_plan(bind(job.plan, pipe, job.images, job.gate, self.prior), job.folder)
         return pipe.to(job.device)
+
+    @cached_property
+    def prior(self) -> PriorTokens | None:
+        """The prior of the plan, on its device, if the plan has one."""
+        if self.job.drawn is None:
+            return None
+        settings, dtypes = self.job.drawn
+        pipe = DinoPriorPipeline.from_pretrained(self.job.prior, dtype=dtypes, local_files_only=True)
+        return PriorTokens(pipe.to(self.job.device), **settings)
+
+    @cached_property
+    def tokens(self) -> TokenStore | PriorTokens:
+        job = self.job
+        return TokenStore(job.plan, job.folder) if self.prior is None else self.prior.of(job.plan)
 
     @cached_property
     def sources(self) -> PlannedSources:
@@ -285,6 +313,10 @@ def _count_fitting(nodes: Sequence[dict[str, Any]], num_cpus: int, num_gpus: flo
             by_gpu = [int(there.get("GPU", 0) / num_gpus)] if num_gpus else []
             count += min([int(there.get("CPU", 0)) // num_cpus, *by_gpu])
     return count
+
+
+def _dtypes(pipe: DiffusionPipeline) -> dict[str, torch.dtype]:
+    return {name: part.dtype for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
 
 
 def _portable(error: Exception) -> Exception:

@@ -203,9 +203,10 @@ def _samples(
     """Key and files of each image, in the order of the plan."""
     for index in sorted(drawn):
         planned, (attempt, content) = plan[index], drawn[index]
+        soft = plan.exponent is not None
         facts: dict[str, Any] = {
             "source": "synthetic",
-            "labels": planned.labels,
+            **({"probabilities": planned.probabilities} if soft else {"labels": planned.labels}),
             "strategy": plan.strategy,
             "sources": planned.sources,
             "fraction": planned.fraction,
