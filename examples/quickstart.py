@@ -308,7 +308,7 @@ def best_pairs(segments: Tensor, lungs: Tensor) -> float:
 
 
 def add_introduction(report: Report, test: Tensor, training: Tensor, pipe: DinoDiffusionPipeline) -> None:
-    parameters = sum(p.numel() for p in pipe.unet.parameters()) / 1e6
+    parameters = sum(p.numel() for p in pipe.denoiser.parameters()) / 1e6
     report.add_text(
         f"A UNet of {parameters:.2f} million parameters was trained on {len(training)} phantom radiographs of "
         f"{training.shape[-1]} px, without labels, to generate an image from the {pipe.conditioner.num_tokens} global "

@@ -1,4 +1,4 @@
-r"""Train the UNet of a DinoDiffusionPipeline from unlabelled images (DiNO-Diffusion, arXiv 2407.11594).
+r"""Train the denoiser of a DinoDiffusionPipeline from unlabelled images (DiNO-Diffusion, arXiv 2407.11594).
 
     accelerate launch examples/train_dino.py examples/configs/paper_dinov1.yaml \
         --train_data_dir /data/cxr --validation_data_dir /data/cxr-unseen
@@ -35,6 +35,7 @@ from diffusers_dino.cli.training_flags import (
     patients_of,
     split_off_unseen,
 )
+from diffusers_dino.denoisers import family_of
 from diffusers_dino.files import save_atomically
 from diffusers_dino.fingerprints import fingerprint_model, hash_of
 from diffusers_dino.fusion import fuse
@@ -66,9 +67,11 @@ class Arguments(RunArguments, FeatureArguments):
     hub_model_id: str | None = flag(None, "Repository (private if new); by default named as --output_dir.")
     report_to: str | None = flag(None, "Tracker: tensorboard, wandb, or all that are installed.")
     tracker_project_name: str = flag("diffusers-dino", "Project name for the tracker.")
-    unet: str | None = flag(None, "UNet, in place of the pretrained model's.", group="UNet and noise schedule")
+    unet: str | None = flag(None, "UNet, in place of the pretrained model's.", group="Denoiser and noise schedule")
     unet_config: str | None = flag(None, "Train a new UNet of this config (JSON file, folder or Hub id).")
-    qk_init_scale: float = flag(1.0, "Factor of a new UNet's query and key weights.")
+    transformer: str | None = flag(None, "Transformer, in place of the pretrained model's denoiser.")
+    transformer_config: str | None = flag(None, "Train a new transformer of this config, its class in _class_name.")
+    qk_init_scale: float = flag(1.0, "Factor of a new denoiser's query and key weights.")
     scheduler: str | None = flag(None, "Config of the noise schedule, in place of Stable Diffusion's.")
     prediction_type: Literal["epsilon", "v_prediction", "sample", "flow_prediction"] | None = flag(
         None, "In place of the schedule's; flow_prediction is flow matching."
@@ -99,8 +102,8 @@ class Arguments(RunArguments, FeatureArguments):
     allow_tf32: bool = flag(False, "TF32 matrix products on Ampere and later.", group="Speed and memory")
     gradient_checkpointing: bool = flag(False, "Save memory, compute activations twice.")
     enable_xformers_memory_efficient_attention: bool = flag(False, "xformers in place of PyTorch's attention.")
-    torch_compile: bool = flag(False, "Compile the UNet.")
-    channels_last: bool = flag(False, "Channels-last memory format of UNet and VAE.")
+    torch_compile: bool = flag(False, "Compile the denoiser.")
+    channels_last: bool = flag(False, "Channels-last memory format of denoiser and VAE.")
     validation_data_dir: str | None = flag(
         None, "Unseen images; else a share of the others is held out for --metric_steps.", group="Validation"
     )
@@ -133,7 +136,7 @@ def run_training(args: Arguments, run: Run) -> None:
     views = data.TrainingViews(images, make_augmentation(args), args.seed)
     with accelerator.main_process_first():  # one process downloads
         pipe = build_pipeline(args, views.images, accelerator.device)
-    models.latent_shape(pipe.vae, pipe.unet, args.resolution)  # checks the resolution
+    models.latent_shape(pipe.vae, pipe.denoiser, args.resolution)  # checks the resolution
     check_objective(args, pipe)
     run.begin(images, use_8bit_adam=args.use_8bit_adam, models=describe_models(args, pipe))
     if accelerator.is_main_process:
@@ -146,16 +149,16 @@ def run_training(args: Arguments, run: Run) -> None:
     frozen_device = "cpu" if args.feature_cache or args.cache_views else None
     trainable = models.adapt_for_training(pipe, accelerator.device, frozen_dtype, frozen_device)
     if args.channels_last:
-        pipe.unet.to(memory_format=torch.channels_last)
+        pipe.denoiser.to(memory_format=torch.channels_last)
         pipe.vae.to(memory_format=torch.channels_last)
     encode = FeatureEncoder(pipe.vae, pipe.conditioner, accelerator.device)
     if args.cache_views and not args.feature_cache:
         with models.on_device((pipe.vae, pipe.conditioner), accelerator.device):
             views = cache_in_memory(views, encode, args.cache_views, args.cache_batch_size)
     if args.gradient_checkpointing:
-        pipe.unet.enable_gradient_checkpointing()
+        pipe.denoiser.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
-        models.enable_xformers(pipe.unet)
+        models.enable_xformers(pipe.denoiser)
     images_per_update = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     total_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(views) / images_per_update)
     optimizer = optim.make_adamw(
@@ -171,15 +174,16 @@ def run_training(args: Arguments, run: Run) -> None:
     )
     state = TrainingState(
         accelerator,
-        pipe.unet,
+        pipe.denoiser,
         optimizer,
         lr_scheduler,
         ema_decay=args.ema_decay if args.use_ema else None,
         lora=args.rank is not None,
+        folder=family_of(pipe.denoiser).component,
         fusion=pipe.fusion,
     )
     if args.torch_compile:
-        pipe.unet.compile()
+        pipe.denoiser.compile()
     accelerator.init_trackers(args.tracker_project_name, {name: str(value) for name, value in asdict(args).items()})
     logger.info(
         f"Training {sum(p.numel() for p in trainable) / 1e6:.2f} M weights on {len(views)} images: {total_steps} "
@@ -268,7 +272,7 @@ def compute_loss(
     batch: dict[str, Any],
     fusion: torch.nn.Module | None = None,
 ) -> Tensor:
-    """The weighted squared error of what `model`, the UNet, predicts for a batch: a scalar."""
+    """The weighted squared error of what `model`, the denoiser, predicts for a batch: a scalar."""
     scheduler = pipe.scheduler
     mean, std, tokens = encode(batch)
     draws = objective.draw_for_training(
@@ -289,7 +293,7 @@ def compute_loss(
     tokens = objective.drop_condition(tokens, null_tokens, draws.drop, args.condition_dropout)
     noisy, timesteps = objective.noisy_latents(scheduler, latents, draws, args.flow_times or "logit_normal")
     tokens = fuse(fusion, tokens)
-    prediction = model(noisy, timesteps, encoder_hidden_states=tokens, return_dict=False)[0]
+    prediction = family_of(pipe.denoiser).predict(model, noisy, timesteps, tokens)
     target = objective.prediction_target(scheduler, latents, draws.noise, timesteps)
     if args.snr_gamma is None:
         return objective.weighted_mse(prediction, target)
@@ -306,6 +310,9 @@ def check_arguments(args: Arguments) -> None:
         raise ValueError("A LoRA (--rank) keeps its pipeline's fusion as it is: leave --fuse_encoders out.")
     if args.encoder_dropout is not None and not args.fuse_encoders:
         raise ValueError("--encoder_dropout needs what tells the encoders apart: give it with --fuse_encoders.")
+    named = [name for name in ("unet", "unet_config", "transformer", "transformer_config") if getattr(args, name)]
+    if len(named) > 1:
+        raise ValueError(f"There is one denoiser to train: give --{named[0]} or --{named[1]}.")
     args.in_memory &= args.feature_cache is None  # with a cache, hardly an image is read
 
 
@@ -330,8 +337,8 @@ def build_pipeline(args: Arguments, images: data.ImageDataset, device: torch.dev
             base=args.pretrained_model_name_or_path,
             revision=args.revision,
             variant=args.variant,
-            unet=args.unet,
-            unet_config=args.unet_config,
+            denoiser=args.transformer or args.unet,
+            denoiser_config=args.transformer_config or args.unet_config,
             qk_init_scale=args.qk_init_scale,
             scheduler=args.scheduler,
             prediction_type=args.prediction_type,
@@ -341,7 +348,7 @@ def build_pipeline(args: Arguments, images: data.ImageDataset, device: torch.dev
     if args.fuse_encoders:
         models.add_fusion(pipe, args.encoder_dropout)
     if args.rank:
-        models.add_lora(pipe.unet, args.rank, args.lora_alpha)
+        models.add_lora(pipe.denoiser, args.rank, args.lora_alpha)
         if pipe.fusion is not None:
             pipe.fusion.requires_grad_(False)
     return pipe
@@ -371,13 +378,17 @@ def make_validator(
 
 def describe_models(args: Arguments, pipe: DinoDiffusionPipeline) -> dict[str, Any]:
     """What a run cannot change when it goes on; call it before the models are cast."""
-    begun = [p for p in pipe.unet.parameters() if not (args.rank and p.requires_grad)]
-    new = {"config": {n: v for n, v in pipe.unet.config.items() if n[0] != "_"}, "qk_init_scale": args.qk_init_scale}
+    begun = [p for p in pipe.denoiser.parameters() if not (args.rank and p.requires_grad)]
+    new = {
+        "config": {n: v for n, v in pipe.denoiser.config.items() if n[0] != "_"},
+        "qk_init_scale": args.qk_init_scale,
+    }
+    component = family_of(pipe.denoiser).component
     statistics = f"standardised by {args.normalize_tokens} images"  # whose last bits another device may change
     return {
         "vae": fingerprint_model(pipe.vae),
         "conditioner": statistics if args.normalize_tokens else fingerprint_model(pipe.conditioner),
-        "unet at the start": new if args.unet_config else hash_of(*begun)[:16],
+        f"{component} at the start": new if args.transformer_config or args.unet_config else hash_of(*begun)[:16],
         "fusion at the start": None if pipe.fusion is None else fingerprint_model(pipe.fusion),
         "noise schedule": {name: value for name, value in pipe.scheduler.config.items() if name[0] != "_"},
         "lora_alpha": args.rank and (args.lora_alpha or args.rank),
@@ -405,7 +416,8 @@ def save_result(
 
     put_result(Path(args.output_dir), write)
     name = args.hub_model_id or Path(args.output_dir).resolve().name
-    bases = [args.pretrained_pipeline, args.pretrained_model_name_or_path, args.unet, args.vae, args.conditioner]
+    bases = [args.pretrained_pipeline, args.pretrained_model_name_or_path, args.unet or args.transformer]
+    bases += [args.vae, args.conditioner]
     write_record_and_card(args, name, len(views), num_updates, bases + (args.encoder or []), run.history)
     if args.push_to_hub:
         push_folder(args.output_dir, name, private=True)

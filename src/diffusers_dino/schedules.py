@@ -15,7 +15,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
+    from diffusers import ModelMixin
 
 __all__ = ["add_noise", "embed_guidance", "is_flow", "is_flow_model", "note_flow", "require_kind", "scheduler_like"]
 
@@ -28,20 +28,20 @@ def is_flow(scheduler: SchedulerMixin | None) -> bool:
     return type(scheduler).__name__.startswith("FlowMatch") or bool(flow_sigmas)
 
 
-def is_flow_model(unet: UNet2DConditionModel) -> bool:
-    """Whether a UNet was trained by flow matching, as `note_flow` noted in its config."""
-    return bool(unet.config.get(_NOTE))
+def is_flow_model(denoiser: ModelMixin) -> bool:
+    """Whether a denoiser was trained by flow matching, as `note_flow` noted in its config."""
+    return bool(denoiser.config.get(_NOTE))
 
 
 def note_flow(
-    unet: UNet2DConditionModel | None, scheduler: SchedulerMixin | None, flow_matching: bool | None = None
+    denoiser: ModelMixin | None, scheduler: SchedulerMixin | None, flow_matching: bool | None = None
 ) -> None:
-    """Note in the config of a UNet, with which it is saved, whether it is of a flow: if not said, as `scheduler` is.
+    """Note in the config of a denoiser, which is saved, whether it is of a flow: if not said, as `scheduler` is.
 
     A note that is there already stays, unless `flow_matching` says otherwise.
     """
-    if unet is not None and (flow_matching is not None or unet.config.get(_NOTE) is None):
-        unet.register_to_config(**{_NOTE: is_flow(scheduler) if flow_matching is None else flow_matching})
+    if denoiser is not None and (flow_matching is not None or denoiser.config.get(_NOTE) is None):
+        denoiser.register_to_config(**{_NOTE: is_flow(scheduler) if flow_matching is None else flow_matching})
 
 
 def add_noise(scheduler: SchedulerMixin, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

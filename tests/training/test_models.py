@@ -21,8 +21,8 @@ def folder(tmp_path_factory):
 
 
 def test_parts_load_from_their_folder_and_from_a_pipeline(folder):
-    assert isinstance(models.load_unet(str(folder / "unet")), UNet2DConditionModel)
-    assert isinstance(models.load_unet(str(folder / "pipeline")), UNet2DConditionModel)
+    assert isinstance(models.load_denoiser(str(folder / "unet")), UNet2DConditionModel)
+    assert isinstance(models.load_denoiser(str(folder / "pipeline")), UNet2DConditionModel)
     assert isinstance(models.load_vae(str(folder / "taesd")), AutoencoderTiny)
     assert models.load_vae(str(folder / "pipeline")).config["latent_channels"] == tiny.LATENT_CHANNELS
 
@@ -77,17 +77,17 @@ def test_a_trained_lora_is_fused_into_its_pipeline(folder, tmp_path):
 def test_parts_of_the_wrong_kind_or_missing(folder, tmp_path):
     with pytest.raises(ValueError, match="UNet2DConditionModel, but the VAE"):
         models.load_vae(str(folder / "unet"))
-    with pytest.raises(ValueError, match="AutoencoderTiny, but the UNet"):
-        models.load_unet(str(folder / "taesd"))
+    with pytest.raises(ValueError, match="AutoencoderTiny cannot be used as a denoiser"):
+        models.load_denoiser(str(folder / "taesd"))
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
-        models.load_unet(str(tmp_path))
+        models.load_denoiser(str(tmp_path))
     with pytest.raises(FileNotFoundError, match="the Hub gave no vae"):
         models.load_vae("org/missing")
 
 
 def test_new_unet_fits_its_neighbours(folder):
     vae = tiny.tiny_vae(latent_channels=8)
-    unet = models.new_unet(str(folder / "unet"), vae, cross_attention_dim=48, resolution=64)
+    unet = models.new_denoiser(str(folder / "unet"), vae, token_width=48, resolution=64)
     config = unet.config
     assert (config["in_channels"], config["out_channels"], config["sample_size"]) == (8, 8, 16)
     assert config["cross_attention_dim"] == 48
@@ -98,7 +98,7 @@ def test_query_and_key_weights_are_scaled_and_no_others(folder):
     made = []
     for scale in (1.0, 2.0):
         torch.manual_seed(0)
-        made.append(models.new_unet(str(folder / "unet"), tiny.tiny_vae(), 32, 32, scale).state_dict())
+        made.append(models.new_denoiser(str(folder / "unet"), tiny.tiny_vae(), 32, 32, scale).state_dict())
     for name, weight in made[0].items():
         factor = 2 if ".to_q." in name or ".to_k." in name else 1
         assert torch.equal(weight * factor, made[1][name]), name

@@ -117,7 +117,7 @@ def example_images(source: str | Path, size: int, count: int) -> list[Image.Imag
 
 def model_size(pipe: DinoDiffusionPipeline) -> int:
     """Side in pixels of the images that the model makes."""
-    size = pipe.unet.config["sample_size"]
+    size = pipe.denoiser.config["sample_size"]
     return (size if isinstance(size, int) else min(size)) * pipe.vae_scale_factor
 
 

@@ -21,16 +21,16 @@ Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 
 def with_fresh_unet(pipe: Pipeline, seed: int = 0) -> Pipeline:
-    """The same pipeline with an untrained UNet of the same config; the pipeline that is given stays as it is."""
+    """The same pipeline with an untrained denoiser of the same config; the pipeline that is given stays as it is."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet = type(pipe.unet).from_config(pipe.unet.config)
-    unet.requires_grad_(False).eval().to(pipe.unet.device)
-    if unet.dtype != pipe.unet.dtype:
-        unet.to(pipe.unet.dtype)
-    fresh = type(pipe)(**{**pipe.components, "unet": unet})
-    fresh.set_progress_bar_config(disable=True)
-    return fresh
+        fresh = type(pipe.denoiser).from_config(pipe.denoiser.config)
+    fresh.requires_grad_(False).eval().to(pipe.denoiser.device)
+    if fresh.dtype != pipe.denoiser.dtype:
+        fresh.to(pipe.denoiser.dtype)
+    untrained = type(pipe)(**{**pipe.components, pipe.denoiser_name: fresh})
+    untrained.set_progress_bar_config(disable=True)
+    return untrained
 
 
 def derangement(n: int, seed: int) -> Tensor:

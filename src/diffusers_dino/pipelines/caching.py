@@ -15,7 +15,7 @@ from diffusers import CacheMixin, FasterCacheConfig, PyramidAttentionBroadcastCo
 from diffusers.hooks import HookRegistry, apply_faster_cache, apply_pyramid_attention_broadcast, apply_taylorseer_cache
 from torch import nn
 
-from .turns import takes_the_unet
+from .turns import takes_the_denoiser
 
 __all__ = ["UNetCacheMixin", "cache_context", "deep_cache", "has_cache", "restart_cache"]
 
@@ -31,7 +31,7 @@ _APPLY = {
 class UNetCacheMixin:
     """`enable_cache` and `disable_cache` of diffusers' transformers, on a pipeline with a UNet."""
 
-    unet: nn.Module
+    denoiser: nn.Module
     _current_timestep: float | None = None
 
     @property
@@ -42,9 +42,9 @@ class UNetCacheMixin:
     @property
     def is_cache_enabled(self) -> bool:
         """Whether the UNet has a cache, also one that another pipeline with this UNet has enabled."""
-        return has_cache(self.unet)
+        return has_cache(self.denoiser)
 
-    @takes_the_unet
+    @takes_the_denoiser
     def enable_cache(self, config: CacheConfig) -> None:
         """Let the UNet use again what earlier steps have computed; images change a little, see docs/speed.md.
 
@@ -60,23 +60,23 @@ class UNetCacheMixin:
             )
         if self.is_cache_enabled:
             raise ValueError("The UNet has a cache already: call disable_cache() first.")
-        _APPLY[type(config)](self.unet, self._completed(config))
-        _forget_children(self.unet)
+        _APPLY[type(config)](self.denoiser, self._completed(config))
+        _forget_children(self.denoiser)
 
-    @takes_the_unet
+    @takes_the_denoiser
     def disable_cache(self) -> None:
         """Compute every step in full again; nothing where no cache is enabled."""
-        for registry in list(_registries(self.unet)):
+        for registry in list(_registries(self.denoiser)):
             for name in [name for name, hook in registry.hooks.items() if hook._is_stateful]:
                 registry.remove_hook(name, recurse=False)
-        _forget_children(self.unet)
+        _forget_children(self.denoiser)
 
     def _completed(self, config: CacheConfig) -> CacheConfig:
         """The config with the timestep of the UNet, and for FasterCache the layout of images in place of videos'."""
         changes: dict[str, Any] = {}
         if getattr(config, "current_timestep_callback", 0) is None:
-            unet = self.unet  # not this pipeline: another one may sample with the same UNet
-            changes["current_timestep_callback"] = lambda: unet._cache_timestep
+            denoiser = self.denoiser  # not this pipeline: another one may sample with the same UNet
+            changes["current_timestep_callback"] = lambda: denoiser._cache_timestep
         if isinstance(config, FasterCacheConfig):
             changes["tensor_format"] = "BCHW"
         return replace(config, **changes)

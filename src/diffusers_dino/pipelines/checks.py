@@ -11,9 +11,10 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel, UNet2DModel
-from torch import Tensor
+from diffusers import DiffusionPipeline, SchedulerMixin
+from torch import Tensor, nn
 
+from ..denoisers import family_of
 from ..latents import VAE
 from ..schedules import is_flow, require_kind
 
@@ -35,85 +36,58 @@ __all__ = [
     "check_schedule",
     "check_scheduler",
     "check_steps",
-    "condition_width",
     "guidance_width",
     "image_size",
 ]
 
 Generators = torch.Generator | list[torch.Generator] | None
-_EXTRA_CONDITIONS = ("addition_embed_type", "class_embed_type", "num_class_embeds")
 
 
 def image_size(pipe: DiffusionPipeline) -> int:
-    """The side in pixels of the images that a pipeline was trained on, by its UNet's config; the longer one of two."""
-    side = pipe.unet.config.get("sample_size")
+    """The side in pixels of the images that a pipeline was trained on, by its denoiser; the longer one of two."""
+    side = pipe.denoiser.config.get("sample_size")
     if side is None:
-        raise ValueError("The UNet's config has no sample_size: give `size` in pixels.")
+        raise ValueError(f"The config of {type(pipe.denoiser).__name__} has no sample_size: give `size` in pixels.")
     return (side if isinstance(side, int) else max(side)) * pipe.vae_scale_factor
-
-
-def condition_width(unet: UNet2DConditionModel) -> int:
-    """Width of the condition tokens that a UNet takes; a ValueError if its blocks differ, or it needs other inputs."""
-    config = unet.config
-    if config.get("encoder_hid_dim_type") not in (None, "text_proj"):
-        raise ValueError(
-            f"The UNet projects its condition with encoder_hid_dim_type={config['encoder_hid_dim_type']!r}, which "
-            "needs more inputs than image tokens. Use a UNet with 'text_proj', or without a projection."
-        )
-    extra = [name for name in _EXTRA_CONDITIONS if config.get(name) is not None]
-    if extra:
-        raise ValueError(
-            f"The UNet was built for conditions beside tokens ({', '.join(extra)}), which this pipeline does not give "
-            "it. Use a UNet without them, such as Stable Diffusion 1.5's or 2.1's."
-        )
-    if config.get("encoder_hid_dim") is not None:
-        return config["encoder_hid_dim"]
-    widths = config["cross_attention_dim"]
-    widths = {widths} if isinstance(widths, int) else set(widths)
-    if len(widths) != 1:
-        raise ValueError(f"The UNet's blocks take tokens of different widths, {sorted(widths)}; one width is needed.")
-    return widths.pop()
 
 
 def check_components(
     vae: VAE | None,
     conditioner: DinoImageConditioner | None,
-    unet: UNet2DConditionModel | None,
+    denoiser: nn.Module | None,
     fusion: TokenFusion | None = None,
 ) -> None:
-    """Refuse a UNet that takes other tokens than the conditioner makes, or other latents than the VAE makes.
+    """Refuse a denoiser that takes other tokens than the conditioner makes, or other latents than the VAE makes.
 
     Likewise a fusion of other encoders than the conditioner's.
     """
-    if unet is None:
+    if denoiser is None:
         return
-    width = condition_width(unet)
-    if conditioner is not None and conditioner.token_dim != width:
-        raise ValueError(
-            f"The UNet takes condition tokens of width {width} (its cross_attention_dim), but the conditioner makes "
-            f"tokens of width {conditioner.token_dim}. Build the UNet with "
-            f"cross_attention_dim={conditioner.token_dim}, or the conditioner with projection_dim={width}, and train."
-        )
+    family, config = family_of(denoiser), denoiser.config
+    width = family.token_width(config)
+    if conditioner is not None:
+        family.check_tokens(config, conditioner.token_dim, conditioner.config["projection_dim"] is not None)
     if fusion is not None:
         fusion.require_fit(conditioner, width)
-    check_channels(vae, unet, "in_channels", "out_channels")
+    check_channels(vae, denoiser, *family.latent_sides)
 
 
-def guidance_width(unet: UNet2DConditionModel) -> int | None:
+def guidance_width(denoiser: nn.Module) -> int | None:
     """Width in which a distilled UNet takes the guidance scale as an input; None of others."""
-    return unet.config.get("time_cond_proj_dim")
+    return denoiser.config.get("time_cond_proj_dim")
 
 
-def check_channels(vae: VAE | None, unet: UNet2DConditionModel | UNet2DModel | None, *sides: str) -> None:
-    """Refuse a UNet whose `sides` (`"in_channels"`, `"out_channels"`) are not as many as the VAE's latents have."""
-    if vae is None or unet is None:
+def check_channels(vae: VAE | None, denoiser: nn.Module | None, *sides: str) -> None:
+    """Refuse a model whose `sides` (`"in_channels"`, `"out_channels"`) are not as many as the VAE's latents have."""
+    if vae is None or denoiser is None:
         return
-    channels = {side: unet.config[side] for side in sides}
+    config, title = denoiser.config, "transformer" if "Transformer" in type(denoiser).__name__ else "UNet"
+    channels = {side: config["in_channels"] if config[side] is None else config[side] for side in sides}
     if set(channels.values()) != {vae.config["latent_channels"]}:
         raise ValueError(
-            f"The VAE's latents have {vae.config['latent_channels']} channels, but the UNet has "
+            f"The VAE's latents have {vae.config['latent_channels']} channels, but the {title} has "
             f"{' and '.join(f'{side}={count}' for side, count in channels.items())}. They must agree: use the VAE of "
-            "the UNet's training, and no UNet for inpainting."
+            f"the {title}'s training, and no {title} for inpainting."
         )
 
 

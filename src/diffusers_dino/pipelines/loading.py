@@ -10,18 +10,18 @@ from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any
 
 from diffusers import DiffusionPipeline
+from torch import nn
 
 from ..familiarity import HUB_OPTIONS, fetch_statistics
 
 if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
     from typing_extensions import Self
 
     from ..conditioner import DinoImageConditioner
 
 __all__ = ["ComponentLoadingMixin", "check_condition", "note_condition"]
 
-_NOTE = "_condition"  # in the UNet's config, which diffusers keeps and passes on without reading it
+_NOTE = "_condition"  # in the denoiser's config, which diffusers keeps and passes on without reading it
 
 
 class ComponentLoadingMixin:
@@ -33,7 +33,7 @@ class ComponentLoadingMixin:
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
         """Load a pipeline from a folder or the Hub, from safetensors unless `use_safetensors=False` is given.
 
-        A ValueError if conditioner and UNet do not belong together, as where a new training in the folder was killed.
+        A ValueError if conditioner and denoiser do not belong together, as where a new training there was killed.
 
         Args:
             pretrained_model_name_or_path: A folder that `save_pretrained` wrote, or a repository `"org/name"`.
@@ -42,9 +42,9 @@ class ComponentLoadingMixin:
         """
         kwargs.setdefault("use_safetensors", True)
         pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        if isinstance(pipe, cls) and not {"conditioner", "unet"} & set(kwargs):
-            parts = pipe.components
-            check_condition(parts.get("unet"), parts.get("conditioner"), pretrained_model_name_or_path)
+        if isinstance(pipe, cls) and not {"conditioner", "unet", "transformer"} & set(kwargs):
+            conditioner = pipe.components.get("conditioner")
+            check_condition(getattr(pipe, "denoiser", None), conditioner, pretrained_model_name_or_path)
         return pipe
 
     @classmethod
@@ -58,8 +58,8 @@ class ComponentLoadingMixin:
 
     @wraps(DiffusionPipeline.save_pretrained)
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As in diffusers; notes that conditioner and UNet belong together."""
-        note_condition(self.components.get("unet"), self.components.get("conditioner"))
+        """As in diffusers; notes that conditioner and denoiser belong together."""
+        note_condition(getattr(self, "denoiser", None), self.components.get("conditioner"))
         super().save_pretrained(*args, **kwargs)
 
     def to_json_string(self) -> str:
@@ -93,24 +93,24 @@ class ComponentLoadingMixin:
         return made if dtype is None else made.to(dtype=dtype)
 
 
-def note_condition(unet: UNet2DConditionModel | None, conditioner: DinoImageConditioner | None) -> None:
-    """Note the layout of the condition in the config of the UNet that is trained on it, where `check_condition` looks.
+def note_condition(denoiser: nn.Module | None, conditioner: DinoImageConditioner | None) -> None:
+    """Note the layout of the condition in the config of the denoiser that is trained on it, for `check_condition`.
 
-    It is saved with the UNet. Without a conditioner, an earlier note stays.
+    It is saved with the denoiser. Without a conditioner, an earlier note stays.
     """
-    if unet is not None and conditioner is not None:
-        unet.register_to_config(**{_NOTE: conditioner.layout})
+    if denoiser is not None and conditioner is not None:
+        denoiser.register_to_config(**{_NOTE: conditioner.layout})
 
 
 def check_condition(
-    unet: UNet2DConditionModel | None, conditioner: DinoImageConditioner | None, place: str | os.PathLike
+    denoiser: nn.Module | None, conditioner: DinoImageConditioner | None, place: str | os.PathLike
 ) -> None:
-    """Refuse with a ValueError a UNet that was trained on other tokens than a conditioner makes.
+    """Refuse with a ValueError a denoiser that was trained on other tokens than a conditioner makes.
 
     Models from before there were such notes are not checked. Statistics may differ by a thousandth, as they do where
     two devices compute them.
     """
-    noted = unet.config.get(_NOTE) if unet is not None else None
+    noted = denoiser.config.get(_NOTE) if denoiser is not None else None
     if noted is None or conditioner is None:
         return
     here = conditioner.layout
@@ -122,7 +122,8 @@ def check_condition(
         belong = False
     if not belong:
         raise ValueError(
-            f"The conditioner and the UNet in {place} do not belong together: the UNet was trained on other condition "
-            "tokens. A new training may have begun in this folder and not ended: let it end, or train into another "
+            f"The conditioner and the {'UNet' if 'UNet' in type(denoiser).__name__ else 'transformer'} in {place} do "
+            "not belong together: it was trained on other condition tokens. A new training may have begun in this "
+            "folder and not ended: let it end, or train into another "
             "folder. To put parts together on purpose, give the conditioner by name: conditioner=..."
         )

@@ -1,4 +1,4 @@
-"""Low-rank adapters of the UNet, in the file format that diffusers' Stable Diffusion pipelines read and write."""
+"""Low-rank adapters of the denoiser, in the file formats that diffusers' Stable Diffusion pipelines read and write."""
 
 from __future__ import annotations
 
@@ -11,41 +11,55 @@ from numbers import Integral
 from typing import Any
 
 import torch
-from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers import ModelMixin
+from diffusers.loaders import SD3LoraLoaderMixin, StableDiffusionLoraLoaderMixin
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
-from diffusers.utils import convert_unet_state_dict_to_peft
+from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ..denoisers import family_of
 from ..extras import require
 from .checks import check_number
-from .turns import takes_the_unet
+from .turns import takes_the_denoiser
 
-__all__ = ["UNetLoraLoaderMixin"]
+__all__ = ["DenoiserLoraMixin", "save_adapter"]
 
+_FORMATS = {"unet": StableDiffusionLoraLoaderMixin, "transformer": SD3LoraLoaderMixin}  # of files, by component
 _MALFORMED = (AttributeError, IndexError, KeyError, TypeError)  # what diffusers and peft raise at odd content
 
 
-class UNetLoraLoaderMixin(LoraBaseMixin):
-    """Load, save, fuse, weigh and combine LoRA of the UNet.
+class DenoiserLoraMixin(LoraBaseMixin):
+    """Load, save, fuse, weigh and combine LoRA of the denoiser, `unet` or `transformer`.
 
-    diffusers' own mixin for this UNet also expects a text encoder; this one has what remains without it.
+    diffusers' own mixins also expect a text encoder; this one has what remains without it.
     `set_adapters`, `delete_adapters`, `disable_lora`, `unload_lora_weights` and their like are the base class's.
     """
 
-    _lora_loadable_modules = ["unet"]  # noqa: RUF012 - the base class reads it as a plain class attribute
-    unet_name = "unet"
+    _lora_loadable_modules = ["unet", "transformer"]  # noqa: RUF012 - the base class reads a plain class attribute
+    unet: nn.Module | None
+    transformer: nn.Module | None = None
 
-    set_adapters = takes_the_unet(LoraBaseMixin.set_adapters)
-    delete_adapters = takes_the_unet(LoraBaseMixin.delete_adapters)
-    disable_lora = takes_the_unet(LoraBaseMixin.disable_lora)
-    enable_lora = takes_the_unet(LoraBaseMixin.enable_lora)
-    unload_lora_weights = takes_the_unet(LoraBaseMixin.unload_lora_weights)
+    set_adapters = takes_the_denoiser(LoraBaseMixin.set_adapters)
+    delete_adapters = takes_the_denoiser(LoraBaseMixin.delete_adapters)
+    disable_lora = takes_the_denoiser(LoraBaseMixin.disable_lora)
+    enable_lora = takes_the_denoiser(LoraBaseMixin.enable_lora)
+    unload_lora_weights = takes_the_denoiser(LoraBaseMixin.unload_lora_weights)
 
-    @takes_the_unet
+    @property
+    def denoiser(self) -> nn.Module | None:
+        """The model that denoises: the `transformer` where there is one, else the `unet`."""
+        return self.unet if self.transformer is None else self.transformer
+
+    @property
+    def denoiser_name(self) -> str:
+        """What the component is called: `"unet"` or `"transformer"`."""
+        return "unet" if self.transformer is None else "transformer"
+
+    @takes_the_denoiser
     def load_lora_weights(
         self,
         pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, Tensor],
@@ -53,9 +67,9 @@ class UNetLoraLoaderMixin(LoraBaseMixin):
         hotswap: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Add an adapter to the UNet.
+        """Add an adapter to the denoiser.
 
-        Errors are as in `lora_state_dict`, and a ValueError if it is of another UNet, not whole, or holds NaN or
+        Errors are as in `lora_state_dict`, and a ValueError if it is of another model, not whole, or holds NaN or
         infinity.
 
         Args:
@@ -65,24 +79,25 @@ class UNetLoraLoaderMixin(LoraBaseMixin):
             kwargs: As in `lora_state_dict`; also `low_cpu_mem_usage`.
         """
         require("peft", "train", "LoRA needs peft")
-        if self.unet is None:
-            raise ValueError("This pipeline has no unet to load a LoRA into.")
+        if self.denoiser is None:
+            raise ValueError("This pipeline has no unet to load a LoRA into, and no transformer.")
         low_cpu_mem_usage = kwargs.pop("low_cpu_mem_usage", True)
         state_dict, network_alphas, metadata = self.lora_state_dict(
             pretrained_model_name_or_path_or_dict, return_lora_metadata=True, **kwargs
         )
-        weights = {name: weight for name, weight in state_dict.items() if name.startswith(f"{self.unet_name}.")}
-        if not weights or not all("lora" in name for name in weights):
+        name, denoiser = self.denoiser_name, self.denoiser
+        weights = {key: weight for key, weight in state_dict.items() if key.startswith(f"{name}.")}
+        if not weights or not all("lora" in key for key in weights):
             raise ValueError(
-                "There are no LoRA weights of a UNet in this file: their names start with 'unet.' and contain 'lora', "
-                f"but the first names found are {sorted(state_dict)[:3]}."
+                f"There are no LoRA weights of a {_title(denoiser)} in this file: their names start with '{name}.' "
+                f"and contain 'lora', but the first names found are {sorted(state_dict)[:3]}."
             )
-        _check_numbers(weights, network_alphas, metadata, f"{self.unet_name}.")
-        _check_fit(self.unet, weights, f"{self.unet_name}.")
+        _check_numbers(weights, network_alphas, metadata, f"{name}.")
+        _check_fit(denoiser, weights, f"{name}.")
         try:
-            self.unet.load_lora_adapter(
+            denoiser.load_lora_adapter(
                 weights,
-                prefix=self.unet_name,
+                prefix=name,
                 network_alphas=network_alphas,
                 adapter_name=adapter_name,
                 metadata=metadata,
@@ -91,8 +106,8 @@ class UNetLoraLoaderMixin(LoraBaseMixin):
                 hotswap=hotswap,
             )
         except (RuntimeError, re.error, *_MALFORMED) as error:
-            if not getattr(self.unet, "peft_config", None):
-                self.unet.unload_lora()  # else layers would stay wrapped, and be saved under other names
+            if not getattr(denoiser, "peft_config", None):
+                denoiser.unload_lora()  # else layers would stay wrapped, and be saved under other names
             if isinstance(error, RuntimeError) and "in loading state_dict" not in str(error):
                 raise  # no memory, say
             reason = " ".join(str(error).split())[:200]
@@ -142,21 +157,31 @@ class UNetLoraLoaderMixin(LoraBaseMixin):
 
     @classmethod
     def save_lora_weights(
-        cls, save_directory: str | os.PathLike, unet_lora_layers: dict[str, nn.Module | Tensor], **kwargs: Any
+        cls,
+        save_directory: str | os.PathLike,
+        unet_lora_layers: dict[str, nn.Module | Tensor] | None = None,
+        transformer_lora_layers: dict[str, nn.Module | Tensor] | None = None,
+        **kwargs: Any,
     ) -> None:
         """Write an adapter as `pytorch_lora_weights.safetensors`.
 
         Args:
             save_directory: Made if it does not exist.
             unet_lora_layers: From `convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))`.
+            transformer_lora_layers: In its place, from `get_peft_model_state_dict(transformer)`.
             kwargs: As in diffusers: `weight_name`, `is_main_process` (False on all but one process of a distributed
-                run), `unet_lora_adapter_metadata` (the adapter's `LoraConfig`, by which it is rebuilt exactly), ...
+                run), `unet_lora_adapter_metadata` or `transformer_lora_adapter_metadata` (the adapter's `LoraConfig`,
+                by which it is rebuilt exactly), ...
         """
         if os.path.isfile(save_directory):  # diffusers would log it, and write nothing
             raise NotADirectoryError(f"A LoRA is saved to a folder, and {save_directory} is a file.")
-        StableDiffusionLoraLoaderMixin.save_lora_weights(save_directory, unet_lora_layers=unet_lora_layers, **kwargs)
+        layers = {"unet": unet_lora_layers, "transformer": transformer_lora_layers}
+        given = [name for name, each in layers.items() if each is not None]
+        if len(given) != 1:
+            raise ValueError("Give either `unet_lora_layers` or `transformer_lora_layers`.")
+        _FORMATS[given[0]].save_lora_weights(save_directory, **{f"{given[0]}_lora_layers": layers[given[0]]}, **kwargs)
 
-    @takes_the_unet
+    @takes_the_denoiser
     def fuse_lora(
         self,
         components: list[str] | None = None,
@@ -165,16 +190,16 @@ class UNetLoraLoaderMixin(LoraBaseMixin):
         adapter_names: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Merge adapters into the UNet's weights, so that they cost nothing at sampling; `unfuse_lora` reverts it.
+        """Merge adapters into the denoiser's weights, so that they cost nothing at sampling; `unfuse_lora` reverts it.
 
         A ValueError, and nothing is merged, if what is to be added to a weight is not finite.
 
         `lora_scale` is their strength, `safe_fusing` refuses to merge weights that become NaN, `adapter_names` are by
-        default all active ones, and `components` are `["unet"]`.
+        default all active ones, and `components` are `["unet"]` or `["transformer"]`.
         """
         check_number(-math.inf, lora_scale=lora_scale)
         tuners = require("peft.tuners.tuners_utils", "train", "LoRA needs peft")
-        for path, layer in self.unet.named_modules() if self.unet is not None else ():
+        for path, layer in self.denoiser.named_modules() if self.denoiser is not None else ():
             if not isinstance(layer, tuners.BaseTunerLayer):
                 continue
             for name in set(adapter_names or layer.active_adapters) & set(layer.scaling):
@@ -184,18 +209,27 @@ class UNetLoraLoaderMixin(LoraBaseMixin):
                         f"Adapter {name!r} would make weights of {path} infinite or NaN, and unfusing would not bring "
                         "them back: give a lower lora_scale or weight of the adapter, or train it anew."
                     )
-        super().fuse_lora(components or [self.unet_name], lora_scale, safe_fusing, adapter_names, **kwargs)
+        super().fuse_lora(components or [self.denoiser_name], lora_scale, safe_fusing, adapter_names, **kwargs)
 
-    @takes_the_unet
+    @takes_the_denoiser
     def unfuse_lora(self, components: list[str] | None = None, **kwargs: Any) -> None:
-        """Take merged adapters out of the UNet's weights again."""
-        super().unfuse_lora(components or [self.unet_name], **kwargs)
+        """Take merged adapters out of the denoiser's weights again."""
+        super().unfuse_lora(components or [self.denoiser_name], **kwargs)
+
+
+def save_adapter(denoiser: ModelMixin, folder: str | os.PathLike) -> None:
+    """Write the adapter of a denoiser, with weights as they are, as `load_lora_weights` of its pipeline reads it."""
+    from peft import get_peft_model_state_dict
+
+    layers, component = get_peft_model_state_dict(denoiser), family_of(denoiser).component
+    layers = convert_state_dict_to_diffusers(layers) if component == "unet" else layers
+    DenoiserLoraMixin.save_lora_weights(folder, **{f"{component}_lora_layers": layers})
 
 
 def _check_numbers(
     weights: Mapping[str, Any], alphas: Mapping[str, float] | None, metadata: Mapping[str, Any] | None, prefix: str
 ) -> None:
-    """Refuse weights and scales that are not finite numbers: fused, they would spoil the UNet for good."""
+    """Refuse weights and scales that are not finite numbers: fused, they would spoil the model for good."""
     if not isinstance(metadata or {}, Mapping):
         raise ValueError(f"The metadata of this LoRA must be a dict, got {metadata!r}.")
     for name, weight in weights.items():
@@ -221,9 +255,13 @@ def _check_numbers(
             raise ValueError(f"`{name}` of a LoRA's metadata must be a positive integer, got {value!r}.")
 
 
-def _check_fit(unet: nn.Module, weights: Mapping[str, Tensor], prefix: str) -> None:
-    """Refuse adapters of another UNet in one sentence, where peft would take a part of them or fill a page."""
-    layers = dict(unet.named_modules())
+def _title(denoiser: nn.Module) -> str:
+    return family_of(denoiser).title if isinstance(denoiser, ModelMixin) else type(denoiser).__name__
+
+
+def _check_fit(denoiser: nn.Module, weights: Mapping[str, Tensor], prefix: str) -> None:
+    """Refuse adapters of another model in one sentence, where peft would take a part of them or fill a page."""
+    layers = dict(denoiser.named_modules())
     own = {name.removeprefix(prefix): weight for name, weight in weights.items()}
     matrices: dict[str, dict[str, Tensor]] = {}
     for name, weight in convert_unet_state_dict_to_peft(own).items():
@@ -248,6 +286,6 @@ def _check_fit(unet: nn.Module, weights: Mapping[str, Tensor], prefix: str) -> N
             if count != size:
                 found = "none of that name" if size is None else f"one with {size} {side}puts"
                 raise ValueError(
-                    f"This LoRA is of another UNet: it has {count} {side}puts in the layer {path}, and here is "
-                    f"{found}. Load it into the pipeline that it was trained on."
+                    f"This LoRA is of another {_title(denoiser)}: it has {count} {side}puts in the layer {path}, and "
+                    f"here is {found}. Load it into the pipeline that it was trained on."
                 )

@@ -32,9 +32,9 @@ from ..pixels import ImageInput, StoredImages, stored_images, unit_to_vae
 from .caching import has_cache
 from .checks import Generators, check_channels, check_choice, check_finite, check_generator, check_numbers, image_size
 from .loading import ComponentLoadingMixin
-from .lora import UNetLoraLoaderMixin
+from .lora import DenoiserLoraMixin
 from .pipeline_output import DiffSegPipelineOutput
-from .turns import takes_the_unet
+from .turns import takes_the_denoiser
 
 __all__ = ["DiffSegPipeline"]
 
@@ -42,7 +42,7 @@ _ANCHORS_PER_SIDE = 16  # the published grid
 _SQUARE_AT_MOST = 4096  # pixels of the side of an image that is stretched at its own resolution
 
 
-class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionMixin, UNetLoraLoaderMixin):
+class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionMixin, DenoiserLoraMixin):
     """Segment images by DiffSeg (Tian et al., CVPR 2024): merge the self-attention maps of one denoising step.
 
     Made with `from_pipe`: of a `DinoDiffusionPipeline`, the condition is the image's own tokens; of a Stable Diffusion
@@ -186,7 +186,7 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         check_finite(latents, "latents")
         return latents.to(self.unet.dtype)
 
-    @takes_the_unet
+    @takes_the_denoiser
     @torch.no_grad()
     def attention_maps(
         self,
@@ -276,7 +276,7 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
             num_segments=[int(mask.flatten().bincount().count_nonzero()) for mask in masks],
         )
 
-    @takes_the_unet
+    @takes_the_denoiser
     @torch.no_grad()
     def __call__(
         self,

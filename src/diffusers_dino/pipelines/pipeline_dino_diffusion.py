@@ -16,6 +16,7 @@ from diffusers import (
     DiffusionPipeline,
     LCMScheduler,
     SchedulerMixin,
+    SD3Transformer2DModel,
     UNet2DConditionModel,
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -26,6 +27,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..conditioner import DinoImageConditioner
+from ..denoisers import family_of
 from ..fusion import TokenFusion, fuse
 from ..latents import decode_latents, vae_scale_factor
 from ..pixels import ImageInput
@@ -44,11 +46,10 @@ from .checks import (
     check_schedule,
     check_scheduler,
     check_steps,
-    condition_width,
     guidance_width,
 )
 from .loading import ComponentLoadingMixin
-from .lora import UNetLoraLoaderMixin
+from .lora import DenoiserLoraMixin
 from .pipeline_output import DinoDiffusionPipelineOutput
 from .turns import in_turn, samples_in_turn
 
@@ -58,11 +59,11 @@ StepCallback = Callable[..., dict[str, Any] | None] | PipelineCallback | MultiPi
 
 
 class DinoDiffusionPipeline(
-    ComponentLoadingMixin, DiffusionPipeline, StableDiffusionMixin, UNetLoraLoaderMixin, UNetCacheMixin
+    ComponentLoadingMixin, DiffusionPipeline, StableDiffusionMixin, DenoiserLoraMixin, UNetCacheMixin
 ):
     """Generate semantic variations of images, as in DiNO-Diffusion (arXiv 2407.11594, section 2.3, reconstruction).
 
-    The image takes the place that the prompt has in Stable Diffusion: its DINO tokens are the UNet's condition.
+    The image takes the place that the prompt has in Stable Diffusion: its DINO tokens are the denoiser's condition.
     A component may be None if the calls do not need it: no `vae` for latents out, no `conditioner` for `image_embeds`
     in and no guidance. Components that do not fit together raise a ValueError.
 
@@ -70,11 +71,12 @@ class DinoDiffusionPipeline(
         vae: Autoencoder of images with 1 or 3 channels.
         conditioner: Images to condition tokens, and the null condition of guidance.
         unet: Denoiser of the VAE's latents; its `cross_attention_dim` is the conditioner's `token_dim`.
-        scheduler: Any of diffusers' `KarrasDiffusionSchedulers`, with the noise schedule of the UNet's training; for a
-            UNet trained by flow matching a `FlowMatch...` scheduler, or one with `use_flow_sigmas`.
-        flow_matching: Whether the UNet was trained by flow matching; by default what its config notes, else what
-            `scheduler` says. It is noted in the UNet's config, and schedulers of the other kind are refused.
-        fusion: What tells the tokens of several encoders apart, if the UNet was trained with it.
+        scheduler: Any of diffusers' `KarrasDiffusionSchedulers`, with the noise schedule of the denoiser's training;
+            for one trained by flow matching a `FlowMatch...` scheduler, or one with `use_flow_sigmas`.
+        flow_matching: Whether the denoiser was trained by flow matching; by default what its config notes, else what
+            `scheduler` says. It is noted in the denoiser's config, and schedulers of the other kind are refused.
+        fusion: What tells the tokens of several encoders apart, if the denoiser was trained with it.
+        transformer: Denoiser in place of a UNet, of a class in `diffusers_dino.denoisers`.
 
     Example:
         ```python
@@ -88,24 +90,34 @@ class DinoDiffusionPipeline(
         ```
     """
 
-    model_cpu_offload_seq = "conditioner->fusion->unet->vae"
-    _optional_components = ["vae", "conditioner", "fusion"]  # noqa: RUF012 - the base class's form; a saved None stays None
-    _unlisted_if_none = ("fusion",)
+    model_cpu_offload_seq = "conditioner->fusion->unet->transformer->vae"
+    _optional_components = ["vae", "conditioner", "unet", "transformer", "scheduler", "fusion"]  # noqa: RUF012 - the base class's form; a saved None stays None
+    _unlisted_if_none = ("fusion", "transformer")
     _callback_tensor_inputs = ["latents", "image_embeds"]  # noqa: RUF012 - the base class's form
 
     def __init__(
         self,
         vae: AutoencoderKL | AutoencoderTiny,
         conditioner: DinoImageConditioner,
-        unet: UNet2DConditionModel,
-        scheduler: SchedulerMixin,
+        unet: UNet2DConditionModel | None = None,
+        scheduler: SchedulerMixin | None = None,
         flow_matching: bool | None = None,
         fusion: TokenFusion | None = None,
+        transformer: SD3Transformer2DModel | None = None,
     ) -> None:
         super().__init__()
-        check_components(vae, conditioner, unet, fusion)
-        self.register_modules(vae=vae, conditioner=conditioner, unet=unet, scheduler=scheduler, fusion=fusion)
-        note_flow(unet, scheduler, flow_matching)
+        if unet is not None and transformer is not None:
+            raise ValueError("A pipeline has one denoiser: give `unet` or `transformer`, and None for the other.")
+        self.register_modules(
+            vae=vae,
+            conditioner=conditioner,
+            unet=unet,
+            scheduler=scheduler,
+            fusion=fusion,
+            transformer=transformer,
+        )
+        check_components(vae, conditioner, self.denoiser, fusion)
+        note_flow(self.denoiser, scheduler, flow_matching)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._guidance_scale = 1.0
         self._guidance_rescale = 0.0
@@ -131,7 +143,7 @@ class DinoDiffusionPipeline(
     @property
     def do_classifier_free_guidance(self) -> bool:
         """Whether the null condition is evaluated beside the condition; a distilled UNet takes the scale instead."""
-        return self._guidance_scale > 1 and guidance_width(self.unet) is None
+        return self._guidance_scale > 1 and guidance_width(self.denoiser) is None
 
     @property
     def cross_attention_kwargs(self) -> dict[str, Any] | None:
@@ -193,7 +205,7 @@ class DinoDiffusionPipeline(
         Messages call `image` what `name` says, and `image_embeds` that with `_embeds` after it.
         """
         check_choice(("pil", "np", "pt", "latent"), output_type=output_type)
-        if self.unet is None or self.scheduler is None:
+        if self.denoiser is None or self.scheduler is None:
             raise ValueError("This pipeline has no unet or no scheduler; both are needed to generate.")
         if self.vae is None and output_type != "latent":
             raise ValueError(f"output_type={output_type!r} needs a VAE and this pipeline has none: ask for 'latent'.")
@@ -202,19 +214,22 @@ class DinoDiffusionPipeline(
         check_number(0, 1, guidance_rescale=guidance_rescale, eta=eta)
         if "scale" in (cross_attention_kwargs or {}):  # another would stay in the layers after the call
             check_number(-math.inf, scale=cross_attention_kwargs["scale"])
-        if self.conditioner is None and guidance_scale > 1 and guidance_width(self.unet) is None:
+        if self.conditioner is None and guidance_scale > 1 and guidance_width(self.denoiser) is None:
             raise ValueError(
                 f"guidance_scale={guidance_scale} needs the conditioner's null condition, and this pipeline has no "
                 "conditioner. Give guidance_scale=1, or load the conditioner."
             )
-        check_components(self.vae, self.conditioner, self.unet, self.fusion)
-        check_schedule(self.scheduler, is_flow_model(self.unet))
+        check_components(self.vae, self.conditioner, self.denoiser, self.fusion)
+        check_schedule(self.scheduler, is_flow_model(self.denoiser))
+        family, config = family_of(self.denoiser), self.denoiser.config
         if (image is None) == (image_embeds is None):
             raise ValueError(f"Give either `{name}` or `{name}_embeds`, and not both.")
         if image_embeds is not None:
             num_tokens = None if self.conditioner is None else self.conditioner.num_tokens
-            check_embeds(image_embeds, num_tokens, condition_width(self.unet), f"{name}_embeds")
-        check_numbers(self.vae_scale_factor, height=height, width=width)
+            check_embeds(image_embeds, num_tokens, family.token_width(config), f"{name}_embeds")
+        f = self.vae_scale_factor
+        check_numbers(f * family.patch_size(config), height=height, width=width)
+        family.check_size(config, height // f, width // f)
         check_numbers(num_inference_steps=num_inference_steps, num_images_per_prompt=num_images_per_prompt)
         check_steps(self.scheduler, timesteps, sigmas)
         check_generator(generator)
@@ -302,7 +317,7 @@ class DinoDiffusionPipeline(
         Args:
             image: B source images of any type that `diffusers_dino.pixels.to_unit` reads, sizes may differ.
             image_embeds: In place of `image`: tokens `(B, S, D)` from `encode_image`.
-            height: Of the generated images in pixels; by default what the UNet's config or `latents` say.
+            height: Of the generated images in pixels; by default what the denoiser's config or `latents` say.
             width: As `height`.
             num_inference_steps: Denoising steps; by default 50, and 4 with `LCMScheduler`.
             timesteps: Your own timesteps in place of `num_inference_steps`, for schedulers that take them, descending.
@@ -366,7 +381,8 @@ class DinoDiffusionPipeline(
         self._guidance_rescale = guidance_rescale
         self._cross_attention_kwargs = cross_attention_kwargs
         self._interrupt = False
-        device, dtype = self._execution_device, self.unet.dtype
+        denoiser, family = self.denoiser, family_of(self.denoiser)
+        device, dtype = self._execution_device, denoiser.dtype
 
         # 2. Encode
         if image_embeds is None:
@@ -380,14 +396,14 @@ class DinoDiffusionPipeline(
         timesteps, _ = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
         check_descent(timesteps, self.scheduler)
         self._num_timesteps = len(timesteps)
-        channels = self.unet.config.in_channels
+        channels = denoiser.config.in_channels
         latents = self.prepare_latents(batch_size, channels, height, width, dtype, device, generator, latents)
         step_kwargs = self.prepare_extra_step_kwargs(generator, eta, batch_size)
 
         # 4. Denoise
-        times, cached = timesteps.tolist(), has_cache(self.unet)
+        times, cached = timesteps.tolist(), has_cache(denoiser)
         scale_model_input = getattr(self.scheduler, "scale_model_input", lambda sample, _: sample)  # flows have none
-        restart_cache(self.unet)
+        restart_cache(denoiser)
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
@@ -397,15 +413,15 @@ class DinoDiffusionPipeline(
                 inputs = torch.cat([latents] * 2) if guided else latents
                 inputs = scale_model_input(inputs, t)
                 tokens = fuse(self.fusion, torch.cat([null_embeds, image_embeds]) if guided else image_embeds)
-                with cache_context(self.unet, cached, times[i], guided):
-                    prediction = self.unet(
+                with cache_context(denoiser, cached, times[i], guided):
+                    prediction = family.predict(
+                        denoiser,
                         inputs,
                         t.expand(len(inputs)).to(device),  # one each, as FasterCache splits the batch
-                        encoder_hidden_states=tokens,
-                        timestep_cond=self._embed_guidance(batch_size),
-                        cross_attention_kwargs=self.cross_attention_kwargs,
-                        return_dict=False,
-                    )[0]
+                        tokens,
+                        guidance=self._embed_guidance(batch_size),
+                        attention_kwargs=self.cross_attention_kwargs,
+                    )
 
                 if guided:
                     null, conditional = prediction.chunk(2)
@@ -420,7 +436,7 @@ class DinoDiffusionPipeline(
                     tensors.update(callback_on_step_end(self, i, t, given) or {})
                     latents, image_embeds = tensors["latents"], tensors["image_embeds"]
                 progress_bar.update()
-        restart_cache(self.unet)  # and keep nothing in memory
+        restart_cache(denoiser)  # and keep nothing in memory
         self._current_timestep = None
 
         # 5. Decode
@@ -443,25 +459,25 @@ class DinoDiffusionPipeline(
 
     def _embed_guidance(self, batch_size: int) -> Tensor | None:
         """The guidance scale as an input `(B, width)` of a distilled UNet, None for others."""
-        width = guidance_width(self.unet)
+        width = guidance_width(self.denoiser)
         if width is None:
             return None
         scales = torch.full((batch_size,), float(self.guidance_scale), device=self._execution_device)
-        return embed_guidance(scales, width).to(self.unet.dtype)
+        return embed_guidance(scales, width).to(self.denoiser.dtype)
 
     def _default_size(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int]:
-        """Fill in the size that was not given: of `latents`, else of the UNet's config."""
+        """Fill in the size that was not given: of `latents`, else of the denoiser's config."""
         if height is not None and width is not None:
             return height, width
-        if self.unet is None:
-            raise ValueError("This pipeline has no unet, which is needed to generate.")
-        size = self.unet.config.get("sample_size")
+        if self.denoiser is None:
+            raise ValueError("This pipeline has no unet and no transformer; one of them is needed to generate.")
+        size = self.denoiser.config.get("sample_size")
         if latents is not None:
             if not isinstance(latents, Tensor):
                 raise TypeError(f"`latents` must be a tensor (B * n, L, h, w), got {type(latents).__name__}.")
             size = tuple(latents.shape[-2:])
         if size is None:
-            raise ValueError("The UNet's config has no sample_size: give `height` and `width` in pixels.")
+            raise ValueError("The denoiser's config has no sample_size: give `height` and `width` in pixels.")
         rows, columns = (size, size) if isinstance(size, int) else size
         default_height, default_width = rows * self.vae_scale_factor, columns * self.vae_scale_factor
         return default_height if height is None else height, default_width if width is None else width

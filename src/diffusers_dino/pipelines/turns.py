@@ -1,7 +1,7 @@
 """One call at a time: some of what a pipeline works with keeps the state of a call, which a second one would change.
 
-A scheduler counts its steps, a pipeline keeps the guidance, DiffSeg hangs hooks on the UNet. Weights have no state: a
-pipeline for each thread, with a scheduler of its own, may share them.
+A scheduler counts its steps, a pipeline keeps the guidance, DiffSeg hangs hooks on the denoiser. Weights have no
+state: a pipeline for each thread, with a scheduler of its own, may share them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["in_turn", "samples_in_turn", "takes_the_unet"]
+__all__ = ["in_turn", "samples_in_turn", "takes_the_denoiser"]
 
 _LOCK = threading.Lock()
 _AT_WORK: dict[tuple[int, int], list[tuple[int, bool]]] = {}  # by process and object: thread, and whether alone
@@ -56,22 +56,22 @@ def samples_in_turn(call: Callable) -> Callable:
 
     @wraps(call)
     def in_its_turn(self: Any, *args: Any, **kwargs: Any) -> Any:
-        parts = self.components
-        alone, beside = [self.scheduler], [parts.get("unet")]
+        denoiser = getattr(self, "denoiser", None)
+        alone, beside = [self.scheduler], [denoiser]
         if any(isinstance(value, dict) and "scale" in value for value in (*args, *kwargs.values())):
-            alone, beside = [self.scheduler, parts.get("unet")], []  # whose LoRA layers are scaled for the call
+            alone, beside = [self.scheduler, denoiser], []  # whose LoRA layers are scaled for the call
         with in_turn(self, alone, beside):
             return call(self, *args, **kwargs)
 
     return in_its_turn
 
 
-def takes_the_unet(call: Callable) -> Callable:
-    """Make a method that changes the UNet, if only for a while, refuse to run beside calls; their callbacks may."""
+def takes_the_denoiser(call: Callable) -> Callable:
+    """Make a method that changes the denoiser, also for a while, refuse to run beside calls; their callbacks may."""
 
     @wraps(call)
     def in_its_turn(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with in_turn(self, [self.unet], within=True):
+        with in_turn(self, [self.denoiser], within=True):
             return call(self, *args, **kwargs)
 
     return in_its_turn

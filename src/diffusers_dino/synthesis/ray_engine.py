@@ -100,7 +100,7 @@ def synthesise_with_ray(
     ray = require("ray", "ray", "Generating on a Ray cluster needs Ray")
     resources = resources or RayResources()
     plan = bind(plan, pipe, images, gate, prior)
-    if getattr(pipe.unet, "peft_config", None):
+    if getattr(pipe.denoiser, "peft_config", None):
         raise SynthesisError(
             "A loaded LoRA does not travel to workers: merge it into the weights first, with pipe.fuse_lora() and "
             "pipe.unload_lora_weights()."

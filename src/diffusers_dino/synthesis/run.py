@@ -174,9 +174,9 @@ def bind(
         )
     if gate is not None and not callable(getattr(gate, "fingerprint", None)):
         raise TypeError(f"The gate {type(gate).__name__} needs a method fingerprint(), which identifies it in a plan.")
-    size = pipe.unet.config.get("sample_size")
+    size = pipe.denoiser.config.get("sample_size")
     if not isinstance(size, int):
-        raise SynthesisError(f"The model must make square images; the UNet's config has sample_size={size}.")
+        raise SynthesisError(f"The model must make square images; the denoiser's config has sample_size={size}.")
     scheduler = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
     model = fingerprint_pipeline(pipe)
     model["scheduler"] = (

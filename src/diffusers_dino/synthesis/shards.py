@@ -164,7 +164,7 @@ def _environment(pipe: DinoDiffusionPipeline) -> dict[str, str]:
     import diffusers
     import PIL
 
-    device = pipe.unet.device
+    device = pipe.denoiser.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {"device": name, "torch": torch.__version__, "diffusers": diffusers.__version__, "pillow": PIL.__version__}
 

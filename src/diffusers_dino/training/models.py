@@ -15,6 +15,7 @@ from diffusers import (
     AutoModel,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    ModelMixin,
     UNet2DConditionModel,
 )
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
@@ -22,6 +23,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from ..conditioner import DinoImageConditioner
+from ..denoisers import FAMILIES, family_named, family_of
 from ..extras import require
 from ..fusion import TokenFusion, check_dropout
 from ..latents import VAE, vae_scale_factor
@@ -38,13 +40,15 @@ __all__ = [
     "enable_xformers",
     "frozen_dtype",
     "latent_shape",
+    "load_denoiser",
     "load_trained_pipeline",
-    "load_unet",
     "load_vae",
     "make_scheduler",
-    "new_unet",
+    "new_denoiser",
     "on_device",
 ]
+
+_COMPONENTS = tuple(dict.fromkeys(family.component for family in FAMILIES))
 
 # diffusers' bare schedulers are not Stable Diffusion's: theirs is linear and clips samples.
 STABLE_DIFFUSION_SCHEDULE: dict[str, Any] = {
@@ -64,8 +68,8 @@ def build_pipeline(
     *,
     resolution: int,
     base: str | None = None,
-    unet: str | None = None,
-    unet_config: str | None = None,
+    denoiser: str | None = None,
+    denoiser_config: str | None = None,
     qk_init_scale: float = 1.0,
     scheduler: str | None = None,
     prediction_type: str | None = None,
@@ -80,31 +84,39 @@ def build_pipeline(
         conditioner: The conditioner.
         resolution: Side of the training images in pixels.
         base: A pipeline such as Stable Diffusion, for the parts that are not given.
-        unet: Folder or repository of a UNet.
-        unet_config: Make a new UNet of this config, with `qk_init_scale`, by `new_unet`.
-        scheduler: Config for `make_scheduler`, as are `prediction_type`, `zero_snr` and `flow_shift`.
+        denoiser: Folder or repository of a UNet or transformer.
+        denoiser_config: Make a new one of this config, with `qk_init_scale`, by `new_denoiser`.
+        scheduler: Config for `make_scheduler`, as are `prediction_type`, `zero_snr` and `flow_shift`. Where nothing
+            says what to predict, a new transformer that its authors trained by flow matching is, too.
         hub: `revision`, `variant` and the like for `base`.
 
     Raises:
-        ValueError: If there is no UNet, or the parts do not fit together.
+        ValueError: If there is no denoiser, or the parts do not fit together.
     """
-    if not (unet or unet_config or base):
+    if not (denoiser or denoiser_config or base):
         raise ValueError("There is no UNet: give one, the config of a new one, or a pretrained model.")
-    if unet_config:
-        denoiser = new_unet(unet_config, vae, conditioner.token_dim, resolution, qk_init_scale)
+    if denoiser_config:
+        model = new_denoiser(denoiser_config, vae, conditioner.token_dim, resolution, qk_init_scale)
     else:
-        denoiser = load_unet(unet) if unet else load_unet(base, **hub)
+        model = load_denoiser(denoiser) if denoiser else load_denoiser(base, **hub)
+    family = family_of(model)
+    if denoiser_config and family.flow and not (scheduler or base or zero_snr):
+        prediction_type = prediction_type or "flow_prediction"
     schedule = make_scheduler(scheduler or base, prediction_type, zero_snr, flow_shift)
     return DinoDiffusionPipeline(
-        vae=vae, conditioner=conditioner, unet=denoiser, scheduler=schedule, flow_matching=is_flow(schedule)
+        vae=vae,
+        conditioner=conditioner,
+        scheduler=schedule,
+        flow_matching=is_flow(schedule),
+        **{family.component: model},
     )
 
 
 def load_trained_pipeline(name_or_path: str | Path, dtype: torch.dtype | None = None) -> DinoDiffusionPipeline:
     """Load a pipeline's folder or repository, or `RUN/checkpoint-500` (or `best`), whose other parts lie in `RUN`.
 
-    If the run averaged its weights, `unet/` of a checkpoint holds the average, which is loaded. A LoRA is fused into
-    the weights of the pipeline that it was trained on. FileNotFoundError if a part is missing.
+    If the run averaged its weights, `unet/` or `transformer/` of a checkpoint holds the average, which is loaded. A
+    LoRA is fused into the weights of the pipeline that it was trained on. FileNotFoundError if a part is missing.
     """
     folder, options = Path(name_or_path), {} if dtype is None else {"dtype": dtype}
     run = folder.resolve().parent
@@ -117,19 +129,20 @@ def load_trained_pipeline(name_or_path: str | Path, dtype: torch.dtype | None = 
         pipe.fuse_lora()
         pipe.unload_lora_weights()
         return pipe
-    if not (folder / "unet").is_dir() or not (run / "conditioner").is_dir():
+    if not any((folder / name).is_dir() for name in _COMPONENTS) or not (run / "conditioner").is_dir():
         raise FileNotFoundError(
             f"{name_or_path} is not a pipeline (it has no model_index.json) and not a checkpoint of a training run "
-            "(unet/ in it, and conditioner/ beside it)."
+            "(unet/ or transformer/ in it, and conditioner/ beside it)."
         )
+    denoiser = load_denoiser(str(folder))
     pipe = DinoDiffusionPipeline(
         vae=load_vae(str(run)),
         conditioner=DinoImageConditioner.from_pretrained(run, subfolder="conditioner"),
-        unet=load_unet(str(folder)),
         scheduler=make_scheduler(str(run)),
+        **{family_of(denoiser).component: denoiser},
         fusion=TokenFusion.from_pretrained(folder, subfolder="fusion") if (folder / "fusion").is_dir() else None,
     )
-    check_condition(pipe.unet, pipe.conditioner, name_or_path)
+    check_condition(denoiser, pipe.conditioner, name_or_path)
     return pipe if dtype is None else pipe.to(dtype)
 
 
@@ -146,64 +159,62 @@ def load_vae(name_or_path: str, **hub: Any) -> VAE:
     return vae
 
 
-def load_unet(name_or_path: str, **hub: Any) -> UNet2DConditionModel:
-    """Load a UNet from its own folder or repository, or from the `unet` of a pipeline.
+def load_denoiser(name_or_path: str, **hub: Any) -> ModelMixin:
+    """Load a denoiser from its own folder or repository, or from the `unet` or `transformer` of a pipeline.
 
-    ValueError if it is not a `UNet2DConditionModel`.
+    ValueError if it is of a class that is not in `diffusers_dino.denoisers`.
     """
-    unet = _load(name_or_path, "unet", **hub)
-    if not isinstance(unet, UNet2DConditionModel):
-        raise ValueError(f"{name_or_path!r} is a {type(unet).__name__}, but the UNet must be a UNet2DConditionModel.")
-    return unet
+    model = _load(name_or_path, *_COMPONENTS, **hub)
+    try:
+        family_of(model)
+    except ValueError as error:
+        raise ValueError(f"{name_or_path!r}: {error}") from None
+    return model
 
 
-def _load(name_or_path: str, subfolder: str, **hub: Any) -> torch.nn.Module:
-    """Load a model from where its config is: the place itself, or the subfolder that a pipeline keeps it in."""
+def _load(name_or_path: str, *subfolders: str, **hub: Any) -> torch.nn.Module:
+    """Load a model from where its config is: the place itself, or a subfolder that a pipeline keeps it in."""
     folder, hub = Path(name_or_path), {"use_safetensors": True, **hub}
     if folder.is_dir():
-        inside = not (folder / "config.json").is_file()
-        if inside and not (folder / subfolder / "config.json").is_file():
-            raise FileNotFoundError(f"There is no config.json in {folder} nor in {folder / subfolder}.")
-        return AutoModel.from_pretrained(name_or_path, subfolder=subfolder if inside else None, **hub)
-    try:
-        return AutoModel.from_pretrained(name_or_path, subfolder=subfolder, **hub)
-    except (OSError, ValueError) as in_subfolder:
+        for subfolder in (None, *subfolders):
+            if Path(folder, subfolder or "", "config.json").is_file():
+                return AutoModel.from_pretrained(name_or_path, subfolder=subfolder, **hub)
+        places = " nor in ".join(str(folder / subfolder) for subfolder in subfolders)
+        raise FileNotFoundError(f"There is no config.json in {folder} nor in {places}.")
+    failures = []
+    for subfolder in (*subfolders, None):
         try:
-            return AutoModel.from_pretrained(name_or_path, **hub)
+            return AutoModel.from_pretrained(name_or_path, subfolder=subfolder, **hub)
         except (OSError, ValueError) as error:
-            raise FileNotFoundError(
-                f"{name_or_path!r} is not a folder, and the Hub gave no {subfolder} for it: {error}"
-            ) from in_subfolder
+            failures.append(error)
+    raise FileNotFoundError(
+        f"{name_or_path!r} is not a folder, and the Hub gave no {' and no '.join(subfolders)} for it: {failures[-1]}"
+    ) from failures[0]
 
 
-def new_unet(
-    config: str, vae: VAE, cross_attention_dim: int, resolution: int, qk_init_scale: float = 1.0
-) -> UNet2DConditionModel:
-    """Make an untrained UNet that fits a VAE and a conditioner.
+def new_denoiser(config: str, vae: VAE, token_width: int, resolution: int, qk_init_scale: float = 1.0) -> ModelMixin:
+    """Make an untrained UNet or transformer that fits a VAE and a conditioner.
 
     Args:
-        config: Config of a UNet: a JSON file, or a folder or repository that has one. Its latent channels, latent
-            size and token width are replaced by the fitting ones.
+        config: Its config: a JSON file, or a folder or repository that has one. `_class_name` says of which class of
+            diffusers. Its latent channels, latent size and token width are replaced by the fitting ones.
         vae: The autoencoder.
-        cross_attention_dim: Width of the conditioner's tokens.
+        token_width: Width of the conditioner's tokens.
         resolution: Side of the training images in pixels.
         qk_init_scale: Factor of the initial query and key weights. At small width and short training attention stays
             uniform with diffusers' initialisation; 2 lets it start to choose.
     """
-    settings = dict(UNet2DConditionModel.load_config(config))
-    settings.update(
-        in_channels=vae.config["latent_channels"],
-        out_channels=vae.config["latent_channels"],
-        sample_size=resolution // vae_scale_factor(vae),
-        cross_attention_dim=cross_attention_dim,
-    )
-    unet = UNet2DConditionModel.from_config(settings)
+    settings = dict(UNet2DConditionModel.load_config(config))  # of whatever class
+    family = family_named(settings.get("_class_name", UNet2DConditionModel.__name__))
+    side = resolution // vae_scale_factor(vae)
+    model = family.kind.from_config(family.fit(settings, vae.config["latent_channels"], side, token_width))
+    family.initialise(model)
     with torch.no_grad():
-        for module in unet.modules():
+        for module in model.modules():
             if isinstance(module, Attention) and qk_init_scale != 1:
                 module.to_q.weight.mul_(qk_init_scale)
                 module.to_k.weight.mul_(qk_init_scale)
-    return unet
+    return model
 
 
 def make_scheduler(
@@ -256,32 +267,37 @@ def make_scheduler(
     return scheduler
 
 
-def latent_shape(vae: VAE, unet: UNet2DConditionModel, resolution: int) -> tuple[int, int, int]:
+def latent_shape(vae: VAE, denoiser: ModelMixin, resolution: int) -> tuple[int, int, int]:
     """Shape `(L, h, w)` of the latents of square images.
 
     Raises:
-        ValueError: If the VAE and the UNet cannot halve the image as often as they do.
+        ValueError: If the VAE and the UNet cannot halve the image as often as they do, or a transformer cannot cut the
+            latents into its patches, or has no positions for so many.
     """
-    factor = vae_scale_factor(vae)
-    multiple = factor * 2 ** (len(unet.config["block_out_channels"]) - 1)
+    factor, family = vae_scale_factor(vae), family_of(denoiser)
+    multiple = factor * family.training_multiple(denoiser.config)
     if resolution % multiple:
-        raise ValueError(f"The resolution must be a multiple of {multiple} for this VAE and UNet, got {resolution}.")
-    return vae.config["latent_channels"], resolution // factor, resolution // factor
+        raise ValueError(
+            f"The resolution must be a multiple of {multiple} for this VAE and {family.title}, got {resolution}."
+        )
+    side = resolution // factor
+    family.check_size(denoiser.config, side, side)
+    return vae.config["latent_channels"], side, side
 
 
-def add_lora(unet: UNet2DConditionModel, rank: int, alpha: float | None = None) -> None:
-    """Freeze a UNet and add a trainable low-rank adapter to its attention, in place (Hu et al. 2021).
+def add_lora(denoiser: ModelMixin, rank: int, alpha: float | None = None) -> None:
+    """Freeze a denoiser and add a trainable low-rank adapter to its attention, in place (Hu et al. 2021).
 
     The scale of the adapter is alpha / rank, by default 1. ImportError if peft is not installed.
     """
     peft = require("peft", "train", "A LoRA needs peft")
-    unet.requires_grad_(False)
-    unet.add_adapter(
+    denoiser.requires_grad_(False)
+    denoiser.add_adapter(
         peft.LoraConfig(
             r=rank,
             lora_alpha=alpha or rank,
             init_lora_weights="gaussian",
-            target_modules=["to_q", "to_k", "to_v", "to_out.0"],
+            target_modules=list(family_of(denoiser).lora_targets),
         )
     )
 
@@ -315,20 +331,20 @@ def adapt_for_training(
 ) -> list[nn.Parameter]:
     """Move a pipeline to where it is trained: frozen weights in `frozen_dtype`, trained ones in float32.
 
-    Its VAE is frozen here; the weights of the UNet, and of the fusion if there is one, that require gradients are the
-    trained ones, which are returned. VAE and conditioner stay on `frozen_device`, see `on_device`; by default where
-    training is.
+    Its VAE is frozen here; the weights of the denoiser, and of a fusion if there is one, that require gradients are
+    the trained ones, which are returned. VAE and conditioner stay on `frozen_device`, see `on_device`; by default
+    where training is.
     """
     for model in (pipe.vae.requires_grad_(False), pipe.conditioner):
         # diffusers' own `to` warns of layers that this one handles too
         nn.Module.to(model, frozen_device or device, frozen_dtype)
-    trained = [pipe.unet, *([] if pipe.fusion is None else [pipe.fusion])]
+    trained = [pipe.denoiser, *([] if pipe.fusion is None else [pipe.fusion])]
     parameters = [parameter for model in trained for parameter in model.parameters()]
     for parameter in parameters:
         parameter.data = parameter.data.to(device, torch.float32 if parameter.requires_grad else frozen_dtype)
     for model in trained:
         model.to(device).train()
-    note_condition(pipe.unet, pipe.conditioner)
+    note_condition(pipe.denoiser, pipe.conditioner)
     pipe.set_progress_bar_config(disable=True)
     return [parameter for parameter in parameters if parameter.requires_grad]
 
@@ -346,7 +362,7 @@ def on_device(models: Sequence[nn.Module], device: torch.device | str) -> Iterat
             nn.Module.to(model, place)
 
 
-def enable_xformers(unet: UNet2DConditionModel) -> None:
+def enable_xformers(denoiser: ModelMixin) -> None:
     """Use xformers' attention in place of PyTorch's; ImportError names the extra if it is not installed."""
     require("xformers", "xformers", "This attention needs xformers")
-    unet.enable_xformers_memory_efficient_attention()
+    denoiser.enable_xformers_memory_efficient_attention()

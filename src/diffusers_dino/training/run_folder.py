@@ -26,6 +26,7 @@ _INDICES = ("model_index.json", "config.json")
 _CARD = ("README.md", "training_record.json")
 _WEIGHTS = (
     "unet",
+    "transformer",
     "fusion",
     "prior",
     "pytorch_lora_weights.safetensors",

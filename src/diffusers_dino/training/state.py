@@ -9,15 +9,14 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import SAFE_WEIGHTS_NAME
-from diffusers import UNet2DConditionModel
-from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, convert_state_dict_to_diffusers
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 from ..fusion import TokenFusion
-from ..prior import DinoPrior
+from ..pipelines.lora import save_adapter
 from .checkpoints import CheckpointError, read_pickle
 from .plain_state import OPTIMIZER, load_optimizer, read_state, save_optimizer
 
@@ -29,12 +28,13 @@ _FUSION = "fusion."  # begins the names of a fusion's weights among the trained 
 class TrainingState:
     """What is trained, and how `checkpoints.save_run` and `checkpoints.resume_run` write and read it.
 
-    A checkpoint holds `unet/` (or `pytorch_lora_weights.safetensors`), and `fusion/` if one is trained, which is what
-    a user samples from: the averaged weights where there is an average. What only resuming needs lies beside it.
+    A checkpoint holds `unet/` or `transformer/` (or `pytorch_lora_weights.safetensors`), and `fusion/` if one is
+    trained, which is what a user samples from: the averaged weights where there is an average. What only resuming
+    needs lies beside it.
 
     Args:
-        accelerator: Prepares the UNet and the optimizer.
-        unet: The parameters that require gradients are the ones that are saved.
+        accelerator: Prepares the model and the optimizer.
+        denoiser: The parameters that require gradients are the ones that are saved.
         optimizer: Of these parameters.
         lr_scheduler: Stepped once an update, whatever the number of processes.
         ema_decay: Decay of the moving average of the weights, or None for no average.
@@ -43,7 +43,7 @@ class TrainingState:
         fusion: Trained with the UNet, unless it is frozen.
 
     Attributes:
-        model: What to train: the UNet, wrapped for several processes and mixed precision.
+        model: What to train, wrapped for several processes and mixed precision.
         fusion: The fusion, likewise, or None.
         trainable: The trained parameters by name.
     """
@@ -51,7 +51,7 @@ class TrainingState:
     def __init__(
         self,
         accelerator: Accelerator,
-        unet: UNet2DConditionModel | DinoPrior,
+        denoiser: ModelMixin,
         optimizer: torch.optim.Optimizer,
         lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
         ema_decay: float | None = None,
@@ -60,11 +60,11 @@ class TrainingState:
         fusion: TokenFusion | None = None,
     ) -> None:
         self.accelerator = accelerator
-        self.unet = unet
-        self.model, self.optimizer = accelerator.prepare(unet, optimizer)
+        self.denoiser = denoiser
+        self.model, self.optimizer = accelerator.prepare(denoiser, optimizer)
         self.lora, self.folder, self.fusion = lora, folder, fusion
-        self.trainable: dict[str, Tensor] = {n: p for n, p in unet.named_parameters() if p.requires_grad}
-        self._saved = {folder: unet}
+        self.trainable: dict[str, Tensor] = {n: p for n, p in denoiser.named_parameters() if p.requires_grad}
+        self._saved = {folder: denoiser}
         if fusion is not None and fusion.type_embeddings.requires_grad:
             self.fusion = accelerator.prepare(fusion)
             self._saved["fusion"] = fusion
@@ -81,28 +81,25 @@ class TrainingState:
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Inside, the UNet holds the averaged weights, if there is an average, and is in evaluation mode."""
-        training = self.unet.training
+        """Inside, the model holds the averaged weights, if there is an average, and is in evaluation mode."""
+        training = self.denoiser.training
         parameters = list(self.trainable.values())
         kept = [p.detach().to("cpu", copy=True) for p in parameters] if self.ema is not None else []
         if self.ema is not None:
             self.ema.copy_to(parameters)
-        self.unet.eval()
+        self.denoiser.eval()
         try:
             yield
         finally:
             for parameter, value in zip(parameters, kept, strict=False):
                 parameter.data.copy_(value)
-            self.unet.train(training)
+            self.denoiser.train(training)
 
     def save_for_use(self, folder: str | Path) -> None:
-        """Write what a user samples from: `unet/`, or LoRA weights that `load_lora_weights` reads."""
+        """Write what a user samples from: the model's folder, or LoRA weights that `load_lora_weights` reads."""
         with self.averaged_weights():
             if self.lora:
-                from peft import get_peft_model_state_dict
-
-                layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.unet))
-                StableDiffusionLoraLoaderMixin.save_lora_weights(folder, unet_lora_layers=layers)
+                save_adapter(self.denoiser, folder)
             else:
                 for name, model in self._saved.items():
                     model.save_pretrained(Path(folder) / name, max_shard_size="1TB")
@@ -138,7 +135,7 @@ class TrainingState:
         return dict(zip(self.trainable, self.ema.shadow_params, strict=True))
 
     def _weight_files(self, folder: str) -> tuple[Path, Path]:
-        """Where a checkpoint keeps the trained weights and their average: `unet/` serves as one of them if it can."""
+        """Where a checkpoint keeps the trained weights and their average: the model's folder is one if it can be."""
         usable = Path(folder) / self.folder / SAFETENSORS_WEIGHTS_NAME
         raw, average = Path(folder) / "trainable.safetensors", Path(folder) / "average.safetensors"
         if self.lora:
@@ -192,6 +189,6 @@ def _copy_by_name(file: Path, targets: dict[str, Tensor]) -> None:
     if any(name.startswith(_FUSION) for name in targets.keys() - tensors.keys()) and beside.is_file():
         tensors |= {f"{_FUSION}{name}": tensor for name, tensor in load_file(beside).items()}
     if not targets.keys() <= tensors.keys() or any(tensors[n].shape != t.shape for n, t in targets.items()):
-        raise CheckpointError(f"{file} holds the weights of another model: the UNet or the rank has changed.")
+        raise CheckpointError(f"{file} holds the weights of another model: the denoiser or the rank has changed.")
     for name, target in targets.items():
         target.copy_(tensors[name])

@@ -216,7 +216,7 @@ def evaluate_fidelity(
 
         def row(name: str, pipe: DinoDiffusionPipeline, step: int | None = None) -> FidelityScores:
             parts = fingerprint_pipeline(pipe)
-            dtype = str(pipe.unet.dtype).removeprefix("torch.")
+            dtype = str(pipe.denoiser.dtype).removeprefix("torch.")
             settings = (num_inference_steps, guidance_scale, seed, batch_size, dtype)
             sampling = Sampling(type(pipe.scheduler).__name__, *settings)
 

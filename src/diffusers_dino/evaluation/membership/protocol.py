@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from ...data import ImageDataset
 from ...data.datasets import to_float
+from ...denoisers import family_of
 from ...fusion import fuse
 from ...latents import encode_to_moments
 from ...metrics import pixel_features
@@ -215,7 +216,7 @@ def denoising_errors(
         raise ValueError(f"timesteps are ascending numbers from 0 to {last - 1}, got {list(timesteps)}.")
     if len(keys) != len(images):
         raise ValueError(f"Give one key an image: {len(keys)} keys for {len(images)} images.")
-    device, dtype = pipe.unet.device, pipe.unet.dtype
+    device, dtype = pipe.denoiser.device, pipe.denoiser.dtype
     rows = []
     starts = range(0, len(images), batch_size)
     for start in tqdm(starts, desc="errors", unit="batch", leave=False, disable=not progress):
@@ -223,7 +224,7 @@ def denoising_errors(
         pixels = unit_to_vae(batch, pipe.vae.config["in_channels"]).to(pipe.vae.dtype)
         latents = encode_to_moments(pipe.vae, pixels)[0].to(dtype)
         tokens = fuse(pipe.fusion, pipe.encode_image(batch).to(dtype))
-        width = pipe.unet.config.get("time_cond_proj_dim")  # a distilled one is told of guidance: 1 is none
+        width = pipe.denoiser.config.get("time_cond_proj_dim")  # a distilled one is told of guidance: 1 is none
         guidance = None if width is None else embed_guidance(torch.ones(len(batch)), width).to(latents)
         columns = []
         for timestep in timesteps:
@@ -232,7 +233,7 @@ def denoising_errors(
                 generators = [generator_for(seed, "membership", name, timestep, draw) for name in names]
                 noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators]).to(latents)
                 noisy = add_noise(scheduler, latents, noise, t)
-                predicted = pipe.unet(noisy, t, encoder_hidden_states=tokens, timestep_cond=guidance).sample
+                predicted = family_of(pipe.denoiser).predict(pipe.denoiser, noisy, t, tokens, guidance)
                 target = prediction_target(scheduler, latents, noise, t)
                 errors.append((predicted.double() - target.double()).square().mean(dim=(1, 2, 3)).cpu())
             columns.append(torch.stack(errors).mean(dim=0))

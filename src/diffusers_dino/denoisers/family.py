@@ -1,0 +1,126 @@
+"""What pipelines and training ask of a kind of denoiser."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from diffusers import ModelMixin
+from torch import Tensor, nn
+
+__all__ = ["Config", "Family", "initialise_transformer"]
+
+Config = Mapping[str, Any]
+
+
+class Family(ABC):
+    """How tokens, time and latents go into models of one class of diffusers, and which of them fit.
+
+    It holds no model and no state. What is said here holds of most transformers.
+
+    Attributes:
+        kind: The class of the models.
+        component: What diffusers' pipelines call it.
+        title: What messages call it.
+        token_field: The number in its config that is the width of the condition tokens.
+        latent_sides: Numbers in its config that are the channels of the latents.
+        flow: Whether a new model is trained by flow matching unless something else is asked for.
+        lora_targets: Names of the layers that a LoRA is added to.
+        zero_layers: Ends of the names of layers that start at zero in a new transformer.
+        attention_argument: What the model calls the arguments of its attention, with a LoRA's `scale`; None for a
+            model that knows no scale.
+    """
+
+    kind: ClassVar[type[ModelMixin]]
+    component: ClassVar[str] = "transformer"
+    title: ClassVar[str] = "transformer"
+    token_field: ClassVar[str]
+    latent_sides: ClassVar[tuple[str, ...]] = ("in_channels", "out_channels")
+    flow: ClassVar[bool] = True
+    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    zero_layers: ClassVar[tuple[str, ...]] = ()
+    attention_argument: ClassVar[str | None] = None
+
+    @abstractmethod
+    def predict(
+        self,
+        model: nn.Module,
+        latents: Tensor,
+        timesteps: Tensor,
+        tokens: Tensor,
+        guidance: Tensor | None = None,
+        attention_kwargs: Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        """What the model predicts from noisy latents.
+
+        Args:
+            model: The model, which may be wrapped for training.
+            latents: `(B, L, h, w)`.
+            timesteps: `(B,)`, of a flow its time times the scheduler's `num_train_timesteps`.
+            tokens: The condition `(B, S, D)`, class token first.
+            guidance: The embedded guidance scale `(B, W)` of a distilled UNet.
+            attention_kwargs: For the attention processors; `{"scale": s}` weighs a LoRA.
+
+        Returns:
+            `(B, L, h, w)`.
+        """
+
+    @abstractmethod
+    def fit(self, config: Config, channels: int, side: int, token_width: int) -> dict[str, Any]:
+        """The config of a new model, with the latents' channels and side, and the width of the tokens."""
+
+    def token_width(self, config: Config) -> int:
+        """Width of the condition tokens; a ValueError if the model needs other inputs beside tokens."""
+        return config[self.token_field]
+
+    def check_tokens(self, config: Config, width: int, projected: bool = False) -> None:
+        """Refuse with a ValueError tokens of another width; `projected` says that a random projection made them."""
+        own = self.token_width(config)
+        if width != own:
+            raise ValueError(
+                f"The {self.title} takes condition tokens of width {own} (its {self.token_field}), but the "
+                f"conditioner makes tokens of width {width}. Build the {self.title} with {self.token_field}={width}, "
+                f"or the conditioner with projection_dim={own}, and train."
+            )
+
+    def patch_size(self, config: Config) -> int:
+        """Sides of latents must be multiples of it."""
+        return config["patch_size"]
+
+    def training_multiple(self, config: Config) -> int:
+        """Sides of latents in training must be multiples of it."""
+        return self.patch_size(config)
+
+    def check_size(self, config: Config, rows: int, columns: int) -> None:  # noqa: B027 - most models place any
+        """Refuse with a ValueError latents that are larger than the model can place."""
+
+    def initialise(self, model: nn.Module) -> None:
+        """Draw the weights of a new model as its authors do, where diffusers does not."""
+        initialise_transformer(model, self.zero_layers)
+
+
+@torch.no_grad()
+def initialise_transformer(model: nn.Module, zero_layers: tuple[str, ...]) -> None:
+    """Initialise as in DiT (Peebles & Xie, arXiv 2212.09748, section 3.2): blocks start as the identity.
+
+    Matrices are uniform after Glorot, biases zero, the embeddings of time and condition normal with a deviation of
+    0.02. Layers whose names end with one of `zero_layers` (modulation, output) start at zero.
+    """
+    for name, layer in model.named_modules():
+        if not isinstance(layer, nn.Linear | nn.Conv2d):
+            continue
+        if name.endswith(zero_layers):
+            nn.init.zeros_(layer.weight)
+        elif "embedder" in name:
+            nn.init.normal_(layer.weight, std=0.02)
+        else:
+            nn.init.xavier_uniform_(layer.weight.view(len(layer.weight), -1))
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
+def unwrapped_config(model: nn.Module) -> Config:
+    """The config of a model that may be wrapped for several processes."""
+    return getattr(model, "module", model).config
