@@ -59,6 +59,9 @@ class ComponentLoadingMixin:
     @wraps(DiffusionPipeline.save_pretrained)
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in diffusers; notes that conditioner and denoiser belong together."""
+        for name, part in self.components.items():
+            if part is not None and tuple(self.config[name]) == (None, None):  # was set as an attribute
+                self.register_modules(**{name: part})
         note_condition(getattr(self, "denoiser", None), self.components.get("conditioner"))
         super().save_pretrained(*args, **kwargs)
 

@@ -6,6 +6,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,14 +16,16 @@ from diffusers import (
     AutoencoderTiny,
     DiffusionPipeline,
     LCMScheduler,
+    ModelMixin,
     SchedulerMixin,
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.guiders import BaseGuidance
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg, retrieve_timesteps
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -48,6 +51,7 @@ from .checks import (
     check_steps,
     guidance_width,
 )
+from .guidance import check_guide, check_guider, guided_prediction, predict_with_guider
 from .loading import ComponentLoadingMixin
 from .lora import DenoiserLoraMixin
 from .pipeline_output import DinoDiffusionPipelineOutput
@@ -77,6 +81,8 @@ class DinoDiffusionPipeline(
             `scheduler` says. It is noted in the denoiser's config, and schedulers of the other kind are refused.
         fusion: What tells the tokens of several encoders apart, if the denoiser was trained with it.
         transformer: Denoiser in place of a UNet, of a class in `diffusers_dino.denoisers`.
+        guider: One of diffusers' guiders, in place of `guidance_scale` and its like.
+        guide: An earlier checkpoint of the denoiser, or a smaller one trained like it, for `autoguidance_scale`.
 
     Example:
         ```python
@@ -90,9 +96,11 @@ class DinoDiffusionPipeline(
         ```
     """
 
-    model_cpu_offload_seq = "conditioner->fusion->unet->transformer->vae"
-    _optional_components = ["vae", "conditioner", "unet", "transformer", "scheduler", "fusion"]  # noqa: RUF012 - the base class's form; a saved None stays None
-    _unlisted_if_none = ("fusion", "transformer")
+    model_cpu_offload_seq = "conditioner->fusion->guide->unet->transformer->vae"
+    _optional_components = [  # noqa: RUF012 - the base class's form
+        *("vae", "conditioner", "unet", "transformer", "scheduler", "fusion", "guider", "guide")
+    ]
+    _unlisted_if_none = ("fusion", "transformer", "guider", "guide")  # a saved None of the others stays None
     _callback_tensor_inputs = ["latents", "image_embeds"]  # noqa: RUF012 - the base class's form
 
     def __init__(
@@ -104,10 +112,13 @@ class DinoDiffusionPipeline(
         flow_matching: bool | None = None,
         fusion: TokenFusion | None = None,
         transformer: SD3Transformer2DModel | None = None,
+        guider: BaseGuidance | None = None,
+        guide: UNet2DConditionModel | SD3Transformer2DModel | None = None,
     ) -> None:
         super().__init__()
         if unet is not None and transformer is not None:
             raise ValueError("A pipeline has one denoiser: give `unet` or `transformer`, and None for the other.")
+        check_guider(guider, None, None)
         self.register_modules(
             vae=vae,
             conditioner=conditioner,
@@ -115,9 +126,13 @@ class DinoDiffusionPipeline(
             scheduler=scheduler,
             fusion=fusion,
             transformer=transformer,
+            guider=guider,
+            guide=guide,
         )
         check_components(vae, conditioner, self.denoiser, fusion)
         note_flow(self.denoiser, scheduler, flow_matching)
+        note_flow(guide, scheduler, flow_matching)
+        check_guide(guide, self.denoiser)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._guidance_scale = 1.0
         self._guidance_rescale = 0.0
@@ -192,6 +207,7 @@ class DinoDiffusionPipeline(
         guidance_rescale: float = 0.0,
         guidance_start: float = 0.0,
         guidance_end: float = 1.0,
+        autoguidance_scale: float = 1.0,
         num_images_per_prompt: int = 1,
         eta: float = 0.0,
         generator: Generators = None,
@@ -210,15 +226,10 @@ class DinoDiffusionPipeline(
         if self.vae is None and output_type != "latent":
             raise ValueError(f"output_type={output_type!r} needs a VAE and this pipeline has none: ask for 'latent'.")
         check_scheduler(self.scheduler)
-        check_number(0, guidance_scale=guidance_scale)
-        check_number(0, 1, guidance_rescale=guidance_rescale, eta=eta)
+        check_number(0, 1, eta=eta)
         if "scale" in (cross_attention_kwargs or {}):  # another would stay in the layers after the call
             check_number(-math.inf, scale=cross_attention_kwargs["scale"])
-        if self.conditioner is None and guidance_scale > 1 and guidance_width(self.denoiser) is None:
-            raise ValueError(
-                f"guidance_scale={guidance_scale} needs the conditioner's null condition, and this pipeline has no "
-                "conditioner. Give guidance_scale=1, or load the conditioner."
-            )
+        self._check_guidance(guidance_scale, guidance_rescale, guidance_start, guidance_end, autoguidance_scale)
         check_components(self.vae, self.conditioner, self.denoiser, self.fusion)
         check_schedule(self.scheduler, is_flow_model(self.denoiser))
         family, config = family_of(self.denoiser), self.denoiser.config
@@ -233,13 +244,38 @@ class DinoDiffusionPipeline(
         check_numbers(num_inference_steps=num_inference_steps, num_images_per_prompt=num_images_per_prompt)
         check_steps(self.scheduler, timesteps, sigmas)
         check_generator(generator)
-        check_number(0, 1, guidance_start=guidance_start, guidance_end=guidance_end)
-        if guidance_start > guidance_end:
-            raise ValueError(f"`guidance_start` {guidance_start} must not be above `guidance_end` {guidance_end}.")
         if unknown := set(callback_on_step_end_tensor_inputs or ()) - set(self._callback_tensor_inputs):
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, got "
                 f"{sorted(unknown)}."
+            )
+
+    def _check_guidance(self, scale: float, rescale: float, start: float, end: float, autoguidance: float) -> None:
+        """Refuse guidance that cannot work, for `check_inputs`."""
+        check_number(0, guidance_scale=scale, autoguidance_scale=autoguidance)
+        check_number(0, 1, guidance_rescale=rescale, guidance_start=start, guidance_end=end)
+        if start > end:
+            raise ValueError(f"`guidance_start` {start} must not be above `guidance_end` {end}.")
+        if self.guider is not None and (scale, rescale, start, end, autoguidance) != (2.0, 0.0, 0.0, 1.0, 1.0):
+            raise ValueError(
+                f"The {type(self.guider).__name__} of this pipeline has settings of its own: leave those of the call "
+                "at their defaults, or clear the guider by pipe.guider = None."
+            )
+        if self.guider is not None and has_cache(self.denoiser):
+            raise ValueError(
+                "A guider asks the denoiser several times a step, which a cache mixes up: disable_cache()."
+            )
+        if autoguidance != 1 and self.guide is None:
+            raise ValueError(
+                f"autoguidance_scale={autoguidance} needs a weaker version of the denoiser: give the pipeline an "
+                "earlier checkpoint as `guide`."
+            )
+        check_guider(self.guider, self.denoiser, self.conditioner)
+        check_guide(self.guide, self.denoiser)
+        if self.conditioner is None and scale > 1 and guidance_width(self.denoiser) is None:
+            raise ValueError(
+                f"guidance_scale={scale} needs the conditioner's null condition, and this pipeline has no "
+                "conditioner. Give guidance_scale=1, or load the conditioner."
             )
 
     def prepare_latents(
@@ -302,6 +338,7 @@ class DinoDiffusionPipeline(
         guidance_rescale: float = 0.0,
         guidance_start: float = 0.0,
         guidance_end: float = 1.0,
+        autoguidance_scale: float = 1.0,
         num_images_per_prompt: int = 1,
         eta: float = 0.0,
         generator: Generators = None,
@@ -330,6 +367,8 @@ class DinoDiffusionPipeline(
             guidance_start: Guidance starts after this fraction of the steps, and ends with `guidance_end`: a limited
                 interval keeps more diversity (Kynkäänniemi et al., arXiv 2404.07724). Outside it, steps cost half.
             guidance_end: As `guidance_start`, in [0, 1].
+            autoguidance_scale: Guidance away from `guide` under the same condition (Karras et al., arXiv 2406.02507,
+                eq. 3): 1 is none. It adds to `guidance_scale`, within the same interval, and costs a pass of `guide`.
             num_images_per_prompt: Variations of each image, n.
             eta: Stochasticity of DDIM in [0, 1]; other schedulers ignore it.
             generator: One for the call, or a list of B * n: then each image depends only on its own generator and
@@ -370,6 +409,7 @@ class DinoDiffusionPipeline(
             guidance_rescale=guidance_rescale,
             guidance_start=guidance_start,
             guidance_end=guidance_end,
+            autoguidance_scale=autoguidance_scale,
             num_images_per_prompt=num_images_per_prompt,
             eta=eta,
             generator=generator,
@@ -381,7 +421,7 @@ class DinoDiffusionPipeline(
         self._guidance_rescale = guidance_rescale
         self._cross_attention_kwargs = cross_attention_kwargs
         self._interrupt = False
-        denoiser, family = self.denoiser, family_of(self.denoiser)
+        denoiser = self.denoiser
         device, dtype = self._execution_device, denoiser.dtype
 
         # 2. Encode
@@ -409,25 +449,24 @@ class DinoDiffusionPipeline(
                 if self.interrupt:
                     continue
                 self._current_timestep = times[i]
-                guided = self.do_classifier_free_guidance and guidance_start <= i / len(timesteps) < guidance_end
-                inputs = torch.cat([latents] * 2) if guided else latents
+                within = guidance_start <= i / len(timesteps) < guidance_end
+                guided, autoguided = self.do_classifier_free_guidance and within, autoguidance_scale != 1 and within
+                inputs = torch.cat([latents] * 2) if guided and self.guider is None else latents
                 inputs = scale_model_input(inputs, t)
-                tokens = fuse(self.fusion, torch.cat([null_embeds, image_embeds]) if guided else image_embeds)
-                with cache_context(denoiser, cached, times[i], guided):
-                    prediction = family.predict(
-                        denoiser,
-                        inputs,
-                        t.expand(len(inputs)).to(device),  # one each, as FasterCache splits the batch
-                        tokens,
-                        guidance=self._embed_guidance(batch_size),
-                        attention_kwargs=self.cross_attention_kwargs,
-                    )
 
-                if guided:
-                    null, conditional = prediction.chunk(2)
-                    prediction = null + self.guidance_scale * (conditional - null)
-                    if self.guidance_rescale > 0:
-                        prediction = rescale_noise_cfg(prediction, conditional, self.guidance_rescale)
+                if self.guider is not None:
+                    predict = partial(self._predict, denoiser, inputs, t)
+                    step = (i, len(timesteps), t)
+                    prediction = predict_with_guider(self.guider, denoiser, predict, image_embeds, null_embeds, step)
+                else:
+                    tokens = torch.cat([null_embeds, image_embeds]) if guided else image_embeds
+                    with cache_context(denoiser, cached, times[i], guided):
+                        prediction = self._predict(denoiser, inputs, t, tokens)
+                    null, conditional = prediction.chunk(2) if guided else (None, prediction)
+                    weak = self._predict(self.guide, inputs[-batch_size:], t, image_embeds) if autoguided else None
+                    prediction = guided_prediction(
+                        conditional, null, self.guidance_scale, weak, autoguidance_scale, self.guidance_rescale
+                    )
                 latents = self.scheduler.step(prediction, t, latents, **step_kwargs, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
@@ -444,6 +483,17 @@ class DinoDiffusionPipeline(
         images = self.image_processor.postprocess(images, output_type)
         self.maybe_free_model_hooks()
         return DinoDiffusionPipelineOutput(images=images) if return_dict else (images,)
+
+    def _predict(self, model: ModelMixin, inputs: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
+        """What a denoiser predicts `(B, L, h, w)` from scaled latents of that shape, under tokens `(B, S, D)`."""
+        return family_of(model).predict(
+            model,
+            inputs,
+            t.expand(len(inputs)).to(inputs.device),  # one each, as FasterCache splits the batch
+            fuse(self.fusion, tokens),
+            guidance=self._embed_guidance(len(inputs)),
+            attention_kwargs=self.cross_attention_kwargs,
+        )
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Latents `(B, L, h, w)` to pixels `(B, C, H, W)` float32 of nominal range [-1, 1]."""

@@ -121,6 +121,7 @@ class DinoInterpolationPipeline(DinoDiffusionPipeline):
         guidance_rescale: float = 0.0,
         guidance_start: float = 0.0,
         guidance_end: float = 1.0,
+        autoguidance_scale: float = 1.0,
         num_images_per_prompt: int = 1,
         eta: float = 0.0,
         generator: Generators = None,
@@ -135,8 +136,8 @@ class DinoInterpolationPipeline(DinoDiffusionPipeline):
 
         The points are generated one after the other, each in a batch of P * n: to fill a large device, give several
         pairs. `height`, `width`, `num_inference_steps`, `timesteps`, `sigmas`, `guidance_scale`, `guidance_rescale`,
-        `guidance_start`, `guidance_end`, `eta`, `output_type`, `return_dict`, `cross_attention_kwargs` and errors are
-        as in `DinoDiffusionPipeline.__call__`.
+        `guidance_start`, `guidance_end`, `autoguidance_scale`, `eta`, `output_type`, `return_dict`,
+        `cross_attention_kwargs` and errors are as in `DinoDiffusionPipeline.__call__`.
 
         Args:
             source: P images of any type that `diffusers_dino.pixels.to_unit` reads, sizes may differ.
@@ -171,6 +172,7 @@ class DinoInterpolationPipeline(DinoDiffusionPipeline):
             "guidance_rescale": guidance_rescale,
             "guidance_start": guidance_start,
             "guidance_end": guidance_end,
+            "autoguidance_scale": autoguidance_scale,
             "num_images_per_prompt": num_images_per_prompt,
             "eta": eta,
             "cross_attention_kwargs": cross_attention_kwargs,

@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import nn
 
+from .guidance import skipped_layers
+
 __all__ = ["in_turn", "samples_in_turn", "takes_the_denoiser"]
 
 _LOCK = threading.Lock()
@@ -56,10 +58,11 @@ def samples_in_turn(call: Callable) -> Callable:
 
     @wraps(call)
     def in_its_turn(self: Any, *args: Any, **kwargs: Any) -> Any:
-        denoiser = getattr(self, "denoiser", None)
-        alone, beside = [self.scheduler], [denoiser]
-        if any(isinstance(value, dict) and "scale" in value for value in (*args, *kwargs.values())):
-            alone, beside = [self.scheduler, denoiser], []  # whose LoRA layers are scaled for the call
+        guider, guide = getattr(self, "guider", None), getattr(self, "guide", None)
+        alone, beside = [self.scheduler, guider], [getattr(self, "denoiser", None), guide]
+        scaled = any(isinstance(value, dict) and "scale" in value for value in (*args, *kwargs.values()))
+        if scaled or skipped_layers(guider):
+            alone, beside = alone + beside, []  # whose LoRA layers are scaled for the call, or layers skipped
         with in_turn(self, alone, beside):
             return call(self, *args, **kwargs)
 

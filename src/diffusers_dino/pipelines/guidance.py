@@ -1,0 +1,131 @@
+"""Guidance beside the classifier-free one: diffusers' guiders, and a weaker version of the denoiser (autoguidance)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from diffusers.guiders import BaseGuidance
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+from torch import Tensor, nn
+
+from ..denoisers import family_of
+from ..schedules import is_flow_model
+from .checks import guidance_width
+
+if TYPE_CHECKING:
+    from ..conditioner import DinoImageConditioner
+
+__all__ = ["check_guide", "check_guider", "guided_prediction", "predict_with_guider", "skipped_layers"]
+
+_PREDICTIONS = {"pred_cond", "pred_uncond", "pred_cond_skip"}  # that this pipeline knows how to make
+_BLOCKS = "transformer_blocks"  # what diffusers finds by itself in the transformers that are denoisers here
+
+
+def check_guider(guider: Any, denoiser: nn.Module | None, conditioner: DinoImageConditioner | None) -> None:
+    """Refuse what is not a guider of diffusers with a TypeError, and with a ValueError one that does not fit."""
+    if guider is None:
+        return
+    name = type(guider).__name__
+    if not isinstance(guider, BaseGuidance):
+        raise TypeError(f"`guider` must be one of diffusers' guiders, such as ClassifierFreeGuidance, got {name}.")
+    if unknown := set(guider._input_predictions) - _PREDICTIONS:
+        raise ValueError(
+            f"{name} asks for predictions that this pipeline does not make ({', '.join(sorted(unknown))}). Use "
+            "ClassifierFreeGuidance, AdaptiveProjectedGuidance or another that needs only the null condition."
+        )
+    if denoiser is None:
+        return
+    if conditioner is None:
+        raise ValueError(f"{name} needs the conditioner's null condition, and this pipeline has no conditioner.")
+    if guidance_width(denoiser) is not None:
+        raise ValueError(f"This UNet takes the guidance scale as an input, and no {name}: leave `guider` out.")
+    for config in skipped_layers(guider):
+        path = _BLOCKS if config.fqn == "auto" else config.fqn
+        blocks = dict(denoiser.named_modules()).get(path)
+        listed = isinstance(config.indices, list) and isinstance(blocks, nn.ModuleList)
+        if not listed or max(config.indices, default=0) >= len(blocks):
+            stacks = [path for path, part in denoiser.named_modules() if path.endswith(_BLOCKS)]
+            raise ValueError(
+                f"{name} is to skip layers {config.indices} of {config.fqn!r}, and {type(denoiser).__name__} has no "
+                f"such layers. Give a LayerSkipConfig with a list of them, and `fqn` one of {stacks}."
+            )
+
+
+def check_guide(guide: nn.Module | None, denoiser: nn.Module | None) -> None:
+    """Refuse with a ValueError a guide that takes other inputs than the denoiser, or was trained to another end."""
+    if guide is None or denoiser is None:
+        return
+    for what, of in (
+        ("class", lambda model: family_of(model).kind.__name__),
+        ("width of the condition", lambda model: family_of(model).token_width(model.config)),
+        ("channels of the latents", lambda model: model.config["in_channels"]),
+        ("flow matching", is_flow_model),
+        ("condition tokens", lambda model: (model.config.get("_condition") or {}).get("settings")),
+    ):
+        theirs, ours = of(guide), of(denoiser)
+        if theirs != ours and not (what == "condition tokens" and None in (theirs, ours)):
+            raise ValueError(
+                f"The guide and the denoiser differ in their {what}: {theirs} and {ours}. A guide is an earlier "
+                "checkpoint of the same run, or a smaller model trained like it."
+            )
+    for model in (guide, denoiser):
+        if guidance_width(model) is not None:
+            raise ValueError("A distilled UNet takes the guidance scale as an input, and no guide: leave it out.")
+
+
+def guided_prediction(
+    conditional: Tensor,
+    null: Tensor | None,
+    guidance_scale: float,
+    weak: Tensor | None,
+    autoguidance_scale: float,
+    rescale: float,
+) -> Tensor:
+    """Move a prediction `(B, L, h, w)` away from what the null condition gives, and from what a weaker model gives.
+
+    Either may be None. With the scales w and a it is `null + w (conditional - null) + (a - 1) (conditional - weak)`:
+    classifier-free guidance as in Imagen (arXiv 2205.11487, eq. 2), autoguidance as in Karras et al. (arXiv
+    2406.02507, eq. 3). `rescale` is of Lin et al. (arXiv 2305.08891, section 3.4).
+    """
+    if null is None and weak is None:
+        return conditional
+    prediction = conditional if null is None else null + guidance_scale * (conditional - null)
+    if weak is not None:
+        prediction = prediction + (autoguidance_scale - 1) * (conditional - weak)
+    return rescale_noise_cfg(prediction, conditional, rescale) if rescale > 0 else prediction
+
+
+def predict_with_guider(
+    guider: BaseGuidance,
+    denoiser: nn.Module,
+    predict: Callable[[Tensor], Tensor],
+    tokens: Tensor,
+    null_tokens: Tensor,
+    step: tuple[int, int, Tensor],
+) -> Tensor:
+    """What a guider makes of the denoiser's predictions, as diffusers' modular pipelines ask it.
+
+    Args:
+        guider: The guider.
+        denoiser: The model that it may hang hooks on.
+        predict: Gives the model's prediction `(B, L, h, w)` under tokens `(B, S, D)`, at this step.
+        tokens: The condition.
+        null_tokens: The null condition.
+        step: Number of the step, how many there are, and its timestep.
+    """
+    number, count, timestep = step
+    guider.set_state(step=number, num_inference_steps=count, timestep=timestep)
+    batches = guider.prepare_inputs({"tokens": (tokens, null_tokens)})
+    for batch in batches:
+        guider.prepare_models(denoiser)
+        try:
+            batch.noise_pred = predict(batch.tokens)
+        finally:
+            guider.cleanup_models(denoiser)
+    return guider(batches)[0]
+
+
+def skipped_layers(guider: Any) -> list[Any]:
+    """The `LayerSkipConfig`s of a guider that weakens the model itself, by hooks, while it asks it."""
+    return getattr(guider, "auto_guidance_config", None) or getattr(guider, "skip_layer_config", None) or []
