@@ -1,8 +1,12 @@
-"""Self-attention maps of a UNet, read while it runs and reduced at once.
+"""Self-attention maps of a UNet or a transformer, read while it runs and reduced at once.
 
 Attention kernels return no maps. Every attention processor of diffusers, however, calls its layer's own query and key
-projections, so the maps are computed anew from what these return: processors stay where they are and the UNet's output
-does not change by a bit, whether attention is SDPA, xformers, sliced or fused, and with LoRA inside.
+projections, so the maps are computed anew from what these return: processors stay where they are and the output of the
+model does not change by a bit, whether attention is SDPA, xformers, sliced or fused, and with LoRA inside.
+
+In joint attention (Stable Diffusion 3's MMDiT) a layer's own projections are those of the image, and the condition has
+others. Maps are of the image's queries over the image's keys: the softmax over these only, which is that part of the
+joint one, with each head's row brought to sum 1.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from inspect import signature
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -22,15 +27,16 @@ _CHUNK_NUMEL = 2**22  # 16 MiB of probabilities at a time: of queries x keys x h
 
 @contextmanager
 def capture_self_attention(
-    unet: nn.Module, sides: Collection[int] | None = None, layers: Collection[str] | None = None
+    model: nn.Module, sides: Collection[int] | None = None, layers: Collection[str] | None = None
 ) -> Iterator[dict[int, Tensor]]:
     """Collect the self-attention maps of the forward passes that run inside.
 
     Args:
-        unet: A `UNet2DConditionModel`, a `UNet2DModel` or another of diffusers' image models built of its `Attention`
-            layers; compiled ones run eagerly inside. Its input must be square.
-        sides: Side lengths s of the layers to collect, those with s * s positions; by default all. A ValueError, on
-            leaving, if no layer of one of them has run.
+        model: A `UNet2DConditionModel`, a `UNet2DModel`, an `SD3Transformer2DModel`, a `PixArtTransformer2DModel` or
+            another of diffusers' image models built of its `Attention` layers; compiled ones run eagerly inside. Its
+            input must be square. A ValueError if its attention cannot be read: linear, or with rotary positions.
+        sides: Side lengths s of the layers to collect, those with s * s positions (of a transformer, patches); by
+            default all. A ValueError, on leaving, if no layer of one of them has run.
         layers: Names of the layers to collect, or of their blocks; by default all.
 
     Yields:
@@ -38,7 +44,8 @@ def capture_self_attention(
         1, the mean over all heads, layers and forward passes with s * s positions. For one image it is what
         `merging.aggregate_attention` takes.
     """
-    chosen = _choose(self_attention_layers(unet), layers, type(unet).__name__)
+    chosen = _choose(self_attention_layers(model), layers, type(model).__name__)
+    _require_readable(chosen, type(model).__name__)
     maps: dict[int, Tensor] = {}
     heads: dict[int, int] = {}  # by side: how many heads have run
     projected: dict[str, Tensor] = {}  # of the layer that runs
@@ -60,7 +67,7 @@ def capture_self_attention(
 
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code would not call the hooks
-        hooks = [unet.register_forward_pre_hook(_check_square, with_kwargs=True)]
+        hooks = [model.register_forward_pre_hook(_check_square, with_kwargs=True)]
         for layer in chosen.values():
             hooks.append(layer.register_forward_pre_hook(lambda layer, inputs: projected.clear()))
             hooks.append(layer.register_forward_hook(reduce))
@@ -72,16 +79,19 @@ def capture_self_attention(
         yield maps
     if missing := sorted(set(sides or ()) - set(maps)):
         raise ValueError(
-            f"The UNet has no self-attention of side {', '.join(map(str, missing))} for this input; it has "
+            f"The model has no self-attention of side {', '.join(map(str, missing))} for this input; it has "
             f"{sorted(heads) or 'run none'}. Ask for these, or give an image of another size."
         )
 
 
-def self_attention_layers(unet: nn.Module) -> dict[str, Attention]:
-    """The attention layers whose keys come from their own input, by name, in the order of the model's modules."""
+def self_attention_layers(model: nn.Module) -> dict[str, Attention]:
+    """The attention layers whose keys come from their own input, by name, in the order of the model's modules.
+
+    Those of joint attention are among them: the keys of the condition come on top.
+    """
     return {
         name: module
-        for name, module in unet.named_modules()
+        for name, module in model.named_modules()
         if isinstance(module, Attention) and not module.is_cross_attention and module.to_k is not None
     }
 
@@ -102,6 +112,20 @@ def _choose(found: dict[str, Attention], wanted: Collection[str] | None, model: 
     }
 
 
+def _require_readable(layers: dict[str, Attention], model: str) -> None:
+    """Refuse layers whose maps do not follow from their projections and norms alone."""
+    for name, layer in layers.items():
+        kind, reason = type(layer.processor).__name__, None
+        if any("rotary" in argument for argument in signature(layer.processor.__call__).parameters):
+            reason = "turns queries and keys by rotary positions"
+        elif "Linear" in kind:
+            reason = "attends linearly, without maps"
+        elif kind.startswith("FusedJoint") and layer.norm_q is not None:
+            reason = "leaves out the norms that the model was trained with (call unfuse_qkv_projections)"
+        if reason:
+            raise ValueError(f"{model} cannot be segmented by DiffSeg: the {kind} of its layer {name} {reason}.")
+
+
 def _query_and_key(layer: Attention, projected: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Queries and keys of one call of a layer, each `(B, h, N, d)` float32."""
     if "to_qkv" in projected:
@@ -111,14 +135,14 @@ def _query_and_key(layer: Attention, projected: dict[str, Tensor]) -> tuple[Tens
     else:
         raise ValueError(
             f"The attention processor {type(layer.processor).__name__} does not call the layer's projections, so its "
-            "maps cannot be read. Set one of diffusers' processors: unet.set_default_attn_processor()."
+            "maps cannot be read. Set one of diffusers' processors, as set_default_attn_processor() of a UNet does."
         )
     width = query.shape[-1] // layer.heads
     query, key = (x.unflatten(-1, (-1, width)).transpose(1, 2).float() for x in (query, key))
-    if layer.norm_q is not None:
-        query = layer.norm_q(query)
+    if layer.norm_q is not None:  # which give half precision where their weights are
+        query = layer.norm_q(query).float()
     if layer.norm_k is not None:
-        key = layer.norm_k(key)
+        key = layer.norm_k(key).float()
     return query, key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)  # grouped-query attention shares keys
 
 
@@ -136,9 +160,10 @@ def _update_mean(mean: Tensor, query: Tensor, key: Tensor, scale: float, weight:
 
 
 def _check_square(module: nn.Module, args: tuple, kwargs: dict) -> None:
-    sample = args[0] if args else kwargs.get("sample")
+    sample = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
     if isinstance(sample, Tensor) and sample.shape[-1] != sample.shape[-2]:
         raise ValueError(
-            f"Self-attention maps are read as squares, but the UNet was given latents of shape {tuple(sample.shape)}. "
-            "Resize the image to a square and the masks back to its size, as DiffSegPipeline does."
+            f"Self-attention maps are read as squares, but the model was given latents of shape "
+            f"{tuple(sample.shape)}. Resize the image to a square and the masks back to its size, as DiffSegPipeline "
+            "does."
         )

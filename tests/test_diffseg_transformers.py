@@ -1,0 +1,176 @@
+"""Self-attention maps of diffusers' transformers: the image's part of joint attention, and what cannot be read."""
+
+import pytest
+import torch
+from diffusers import PixArtTransformer2DModel, SanaTransformer2DModel, SD3Transformer2DModel
+from diffusers.models.attention_processor import Attention, FusedJointAttnProcessor2_0
+
+import tiny
+from diffusers_dino.diffseg.attention import capture_self_attention, self_attention_layers
+from diffusers_dino.diffseg.merging import aggregate_attention
+
+
+def sd3(**overrides) -> SD3Transformer2DModel:
+    """Two blocks of joint attention, the second without the condition's output; the first also with one of its own."""
+    config = {
+        "sample_size": 8,
+        "patch_size": 2,
+        "in_channels": 4,
+        "num_layers": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": tiny.TOKEN_DIM,
+        "caption_projection_dim": 16,
+        "pooled_projection_dim": tiny.TOKEN_DIM,
+        "out_channels": 4,
+        "pos_embed_max_size": 8,
+        "qk_norm": "rms_norm",
+        "dual_attention_layers": (0,),
+    }
+    with tiny.seeded(11):
+        return SD3Transformer2DModel(**{**config, **overrides}).eval()
+
+
+def pixart(**overrides) -> PixArtTransformer2DModel:
+    config = {
+        "sample_size": 8,
+        "patch_size": 2,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "cross_attention_dim": 16,
+        "caption_channels": tiny.TOKEN_DIM,
+        "norm_num_groups": 4,
+        "use_additional_conditions": False,
+    }
+    with tiny.seeded(12):
+        return PixArtTransformer2DModel(**{**config, **overrides}).eval()
+
+
+def run(model, side=8, dtype=torch.float32):
+    latents = tiny.gaussian(2, 4, side, side, dtype=dtype)
+    tokens = tiny.gaussian(2, 5, tiny.TOKEN_DIM, seed=1, dtype=dtype)
+    pooled = {"pooled_projections": tokens[:, 0]} if isinstance(model, SD3Transformer2DModel) else {}
+    times = torch.full((2,), 300)
+    with torch.no_grad():
+        return model(hidden_states=latents, timestep=times, encoder_hidden_states=tokens, **pooled).sample
+
+
+def explicit_maps(model):
+    """Attention of each block written out over image and condition; its image-to-image part, rows brought to sum 1."""
+    found = []
+
+    def read(layer: Attention, args, kwargs):
+        def heads(x, norm):
+            x = x.unflatten(-1, (layer.heads, -1)).transpose(1, 2)
+            return x if norm is None else norm(x)
+
+        image, condition = kwargs.get("hidden_states", args[0] if args else None), kwargs.get("encoder_hidden_states")
+        query, key = heads(layer.to_q(image), layer.norm_q), heads(layer.to_k(image), layer.norm_k)
+        if condition is not None and layer.add_k_proj is not None:
+            key = torch.cat([key, heads(layer.add_k_proj(condition), layer.norm_added_k)], dim=2)
+        whole = (query @ key.transpose(-1, -2) * layer.scale).softmax(-1)  # (B, h, N, N + S)
+        part = whole[..., : image.shape[1]]
+        found.append(part / part.sum(-1, keepdim=True))
+
+    layers = self_attention_layers(model).values()
+    hooks = [layer.register_forward_pre_hook(read, with_kwargs=True) for layer in layers]
+    run(model)
+    for hook in hooks:
+        hook.remove()
+    return torch.cat(found, dim=1).mean(1)
+
+
+MODELS = {"joint": sd3, "joint without norms": lambda: sd3(qk_norm=None, dual_attention_layers=()), "cross": pixart}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_maps_are_the_explicit_attention_of_the_blocks(name):
+    model = MODELS[name]()
+    expected, alone = explicit_maps(model), run(model)
+    with capture_self_attention(model) as maps:
+        assert torch.equal(run(model), alone)  # the model does not notice
+    assert set(maps) == {4}  # 8 x 8 latents in patches of 2
+    assert (maps[4] - expected).abs().max() <= 1e-5
+    assert expected.std() > 1e-4
+    torch.testing.assert_close(maps[4].sum(-1), torch.ones(2, 16))
+    assert aggregate_attention({4: maps[4][:1]}).shape == (16, 4, 4)
+
+
+def test_fused_projections_are_read_too():
+    model = sd3(dual_attention_layers=(), qk_norm=None)
+    expected = explicit_maps(model)
+    model.fuse_qkv_projections()
+    kinds = {type(layer.processor) for layer in self_attention_layers(model).values()}
+    assert FusedJointAttnProcessor2_0 in kinds
+    with capture_self_attention(model) as maps:
+        run(model)
+    assert (maps[4] - expected).abs().max() <= 1e-5
+    normed = sd3(dual_attention_layers=())
+    normed.fuse_qkv_projections()
+    with pytest.raises(ValueError, match="leaves out the norms"), capture_self_attention(normed):
+        pass
+
+
+@pytest.mark.parametrize("name", ["joint", "cross"])
+def test_adapters_and_half_precision(name):
+    peft = pytest.importorskip("peft")
+    model = MODELS[name]()
+    adapter = peft.LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False)
+    model = peft.inject_adapter_in_model(adapter, model)
+    expected = explicit_maps(model)
+    with capture_self_attention(model) as maps:
+        run(model)
+    assert (maps[4] - expected).abs().max() <= 1e-5
+    with capture_self_attention(model.to(torch.bfloat16)) as half:
+        run(model, dtype=torch.bfloat16)
+    assert half[4].dtype == torch.float32
+    assert (half[4] - expected).abs().max() <= 1e-2
+
+
+def test_blocks_are_chosen_by_name():
+    model = sd3()
+    with capture_self_attention(model, layers=["transformer_blocks.0.attn2"]) as maps:
+        run(model)
+    with capture_self_attention(model) as whole:
+        run(model)
+    assert not torch.allclose(maps[4], whole[4], atol=1e-6)
+    with pytest.raises(ValueError, match="no self-attention of side 8"), capture_self_attention(model, sides=[8]):
+        run(model)
+
+
+def test_attention_that_has_no_maps_is_refused_by_name():
+    with tiny.seeded(0):
+        linear = SanaTransformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_layers=1,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=8,
+            cross_attention_dim=16,
+            caption_channels=32,
+            sample_size=8,
+        )
+    message = "SanaTransformer2DModel.*SanaLinearAttnProcessor2_0 of its layer .*attends linearly"
+    with pytest.raises(ValueError, match=message), capture_self_attention(linear):
+        pass
+
+
+def test_rotary_positions_are_refused_by_name():
+    from diffusers.models.attention_processor import HunyuanAttnProcessor2_0
+
+    model = pixart()
+    model.transformer_blocks[1].attn1.set_processor(HunyuanAttnProcessor2_0())
+    with pytest.raises(ValueError, match=r"transformer_blocks\.1\.attn1.*rotary"), capture_self_attention(model):
+        pass
+
+
+@pytest.mark.parametrize("name", ["joint", "cross"])
+def test_latents_that_are_not_square_are_refused(name):
+    model = MODELS[name]()
+    with pytest.raises(ValueError, match="read as squares"), capture_self_attention(model):
+        model(hidden_states=torch.zeros(1, 4, 8, 4), timestep=torch.zeros(1))
