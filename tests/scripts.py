@@ -110,16 +110,20 @@ def losses(folder: Path) -> list[float]:
 
 def call_script(script: str, config: Path | None = None, **flags: Any) -> None:
     """Run a script's `main`, or a command, in this process; errors are raised, not printed."""
+    call_argv(script, command_line(config, flags))
+
+
+def call_argv(script: str, arguments: list[str]) -> None:
+    """As `call_script`, with the words of a command line."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    argv = [script, *command_line(config, flags)]
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
         if script in COMMANDS:
             module = COMMANDS[script].load()
             shares_config = COMMANDS[script].shares_config
-            module.main(parse_arguments(module.Arguments, argv[1:], skip_foreign_keys=shares_config))
+            module.main(parse_arguments(module.Arguments, arguments, skip_foreign_keys=shares_config))
         else:
-            with patch.object(sys, "argv", argv):
+            with patch.object(sys, "argv", [script, *arguments]):
                 importlib.import_module(Path(script).stem).main()
     finally:
         for number, handler in handlers.items():

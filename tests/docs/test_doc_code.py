@@ -6,7 +6,7 @@ import pytest
 
 from pages import REPOSITORY, blocks, name_of, pages
 
-LANGUAGES = {"python", "bash", "yaml", "json", "text", "bibtex"}
+LANGUAGES = {"python", "bash", "yaml", "json", "text", "bibtex", "mermaid"}
 # Its blocks upload and download: `tests/test_hub_publish.py` runs them against a Hub on loopback.
 RUN_ELSEWHERE = {"docs/publish.md"}
 PAGES = [page for page in pages() if name_of(page) not in RUN_ELSEWHERE and any(blocks(page, "python"))]
