@@ -1,5 +1,6 @@
 """Classifiers and cells, trained on images whose labels can be seen."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -19,8 +20,10 @@ from diffusers_dino.evaluation.augmentation.cells import (
     CellSpec,
     run_cell,
 )
+from diffusers_dino.evaluation.augmentation.judged import FoldJudge, find_kept, judge_rows
 from diffusers_dino.evaluation.augmentation.plans import plan_regimes, split_folds
 from diffusers_dino.evaluation.augmentation.protocol import synthetic_images
+from diffusers_dino.evaluation.augmentation.sets import targets_of
 from diffusers_dino.evaluation.classifier import (
     ClassifierSettings,
     LabelledImages,
@@ -29,6 +32,7 @@ from diffusers_dino.evaluation.classifier import (
     train_classifier,
 )
 from diffusers_dino.evaluation.folds import assign_folds
+from diffusers_dino.evaluation.judge import Judge, Limits
 from diffusers_dino.evaluation.packed import pack_images
 from diffusers_dino.metrics.auroc import macro_auroc
 
@@ -200,7 +204,8 @@ def test_a_cell_trains_on_the_synthetic_images_that_are_there(job, packed, table
         if image.key != left_out:
             Image.fromarray(packed.array[packed.places[image.sources[0]]]).save(folder / f"{image.key}.png")
     synthetic = pack_images(open_images(folder, PREPROCESSING), tmp_path / "pack.npy")
-    found = synthetic_images(synthetic, planned, NAMES, 10, 2)
+    targets = targets_of(planned.plan, NAMES)
+    found = synthetic_images(synthetic, planned, targets, 10, 2, synthetic.places)
     assert len(found.rows) == 19
     assert found.targets.tolist() == [
         [name in table.select([planned.plan[int(number)].sources[0]]).labels[0] for name in NAMES]
@@ -211,3 +216,82 @@ def test_a_cell_trains_on_the_synthetic_images_that_are_there(job, packed, table
     settings = replace(SETTINGS, max_steps=2)
     facts = run_cell(replace(job, spec=spec, train=(*job.train, found), classifier=settings), tmp_path).facts
     assert (facts.num_real, facts.num_synthetic) == (20, 19)
+
+
+def test_soft_labels_are_trained_on_and_hard_ones_as_before(labelled):
+    train, validation = labelled(range(40)), labelled(range(40, 60))
+    settings = replace(SETTINGS, max_steps=4, validation_steps=2)
+    hard = train_classifier([train], validation, settings).model.state_dict()
+    for dtype in (np.float32, np.float64):
+        same = train_classifier([train._replace(targets=train.targets.astype(dtype))], validation, settings)
+        assert all(torch.equal(value, hard[name]) for name, value in same.model.state_dict().items())
+    soft = train._replace(targets=np.full(train.targets.shape, 0.3, np.float32))
+    model = train_classifier([soft], None, replace(settings, max_steps=24)).model
+    assert predict(model, train).mean() == pytest.approx(0.3, abs=0.1)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, np.nan])
+def test_targets_are_probabilities_and_validation_is_hard(labelled, value):
+    train = labelled(range(8))
+    wrong = train._replace(targets=np.full(train.targets.shape, value, np.float32))
+    with pytest.raises(ValueError, match=r"probabilities in \[0, 1\]"):
+        train_classifier([train, wrong], None, SETTINGS)
+    soft = train._replace(targets=train.targets.astype(np.float32))
+    with pytest.raises(ValueError, match="hard labels"):
+        train_classifier([train], soft, SETTINGS)
+
+
+def test_a_judge_has_seen_nobody_of_its_fold_and_regimes(splits, table):
+    for fold, split in enumerate(splits):
+        split = split._replace(ordered=split.ordered[:10])
+        train, held_out = judge_rows(table, NAMES, fold, split, seed=3)
+        groups = [{table.patients[row] for row in rows} for rows in (train, held_out, np.concatenate(split))]
+        assert all(groups)
+        assert len(set.union(*groups)) == sum(map(len, groups)) == 30
+    everything = splits[0]._replace(ordered=np.arange(60))
+    with pytest.raises(ValueError, match="use smaller regimes"):
+        judge_rows(table, NAMES, 0, everything, seed=3)
+
+
+def test_a_judge_drops_what_shows_another_label_and_is_trained_once(labelled, tmp_path):
+    judge = FoldJudge(
+        Judge(tmp_path / "judge.safetensors", SETTINGS, "digest"),
+        labelled(range(30)),
+        labelled(range(30, 45)),
+        NAMES,
+        0.0,
+        0,
+    )
+    images = labelled(range(45, 60))
+    wrong = np.arange(15) % 5 == 0
+    images = images._replace(targets=np.where(wrong[:, None], ~images.targets, images.targets))
+    kept = find_kept(0, judge, images, tmp_path / "report.json", None)
+    right = {images.images.keys[45 + row] for row in np.flatnonzero(~wrong).tolist()}
+    assert set(kept) <= right
+    assert len(kept) > 8
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["images"], report["kept"]) == (15, len(kept))
+    assert report["share of these that the same limits drop"] == 0
+    before = (tmp_path / "judge.safetensors").stat().st_mtime_ns
+    assert find_kept(0, judge, images, tmp_path / "report.json", None) == kept
+    assert (tmp_path / "judge.safetensors").stat().st_mtime_ns == before
+    nowhere = images._replace(targets=np.tile([True, False], (15, 1)) & ~labelled(range(45, 60)).targets)
+    with pytest.raises(ValueError, match="contradicts all 5 images of 'left'"):
+        find_kept(0, judge, nowhere, tmp_path / "report.json", None)
+
+
+def test_limits_spare_all_but_a_share_of_correct_labels_and_soft_ones():
+    random = np.random.default_rng(0)
+    targets = random.random((200, 2)) < 0.5
+    said = (random.normal(size=(200, 2)) + targets).clip(-3, 3) / 6 + 0.5
+    for share in (0.0, 0.05, 0.3):
+        limits = Limits.of_real(said, targets, share)
+        wrong = limits.contradicted(said, targets)
+        assert (wrong[targets].mean(), wrong[~targets].mean()) <= (share, share)
+        assert wrong.any() == bool(share)
+    assert not limits.contradicted(said, np.full(said.shape, 0.5)).any()
+    one_class = Limits.of_real(said, np.ones_like(targets), 0.5)
+    assert one_class.most.tolist() == [1, 1]
+    for share in (-0.1, 0.6, float("nan")):
+        with pytest.raises(ValueError, match="false_alarms"):
+            Limits.of_real(said, targets, share)

@@ -18,7 +18,7 @@ from diffusers_dino.evaluation.labels.plot import plot_label_preservation
 from diffusers_dino.evaluation.labels.result import JudgedSet, LabelPreservationResult, score_real, score_sets
 from diffusers_dino.evaluation.labels.table import format_preservation_table
 from diffusers_dino.evaluation.packed import PackedImages, pack_images
-from diffusers_dino.synthesis import Plan, plan_interpolation, plan_reconstruction
+from diffusers_dino.synthesis import Plan, plan_interpolation, plan_prior, plan_reconstruction
 
 LABELS = ("disc", "bar")
 NUM_REAL, SIZE = 60, 16
@@ -267,3 +267,24 @@ def test_bad_input_is_named(judges, judged, sets, table):
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_images_of_no_source_are_judged_by_the_labels_that_were_asked_for(judges, table, result, tmp_path):
+    labelled = [own for own in table.labels if own]
+    plan = plan_prior((), asked=labelled)
+    sets = {name: make_set(plan, tmp_path / name, name == "shown") for name in ("shown", "blank")}
+    assert len(judges.pairs_for(list(sets.values()))) == 3  # all judges have their share
+    judged = {name: [judges.judge(images)] for name, images in sets.items()}
+    parts = score_sets(judged, LABELS, ratios=[1], repeats=50)
+    shown, blank = (part.macro for part in parts)
+    assert shown.synthetic_low > 0.9
+    assert blank.synthetic_low < 0.5 < blank.synthetic_high
+    assert shown.sources is shown.difference is shown.sources_low is None
+    assert [(part.num_images, part.num_patients, part.ratio) for part in parts] == [(len(labelled), 0, 0)] * 2
+    mixed = replace(result, parts=(*parts, *result.parts))
+    for style in ("markdown", "latex"):
+        assert "no source" in format_preservation_table(mixed, style)
+    assert "no source" not in format_preservation_table(result)
+    assert len(plot_label_preservation(mixed).axes) == 6
+    mixed.save(tmp_path / "result.json")
+    assert LabelPreservationResult.load(tmp_path / "result.json") == mixed

@@ -1,10 +1,12 @@
 """Nested, balanced regimes of real images, and the synthetic images that are planned for them."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
 from diffusers_dino.data.labels import LabelTable
-from diffusers_dino.evaluation.augmentation.cells import INTERPOLATION, RECONSTRUCTION
+from diffusers_dino.evaluation.augmentation.cells import BALANCED, IDENTICAL, INTERPOLATION, PRIOR, RECONSTRUCTION
 from diffusers_dino.evaluation.augmentation.plans import order_balanced, plan_regimes, split_folds
 from diffusers_dino.synthesis import SynthesisError
 
@@ -47,6 +49,29 @@ def test_reconstruction_has_each_source_once_in_each_unit_of_the_ratio():
         assert sorted(sources) == sorted(KEYS[:20] * ratio)
 
 
+@pytest.mark.parametrize("strategy", [PRIOR, BALANCED])
+def test_a_prior_is_asked_for_the_labels_of_each_regime_and_shared_by_regimes(strategy):
+    planned = plan_regimes(strategy, KEYS, LABELS, REGIMES, 4, names=list("ABCDE"))
+    assert len(planned.plan) < sum(len(own) for own in planned.images.values())
+    for regime in REGIMES:
+        for ratio in (1, 4):
+            numbers = planned.images[regime][: regime * ratio].tolist()
+            assert len(set(numbers)) == regime * ratio
+            asked = [frozenset(planned.plan[number].labels) for number in numbers]
+            if strategy == PRIOR:
+                assert Counter(asked) == Counter(LABELS[:regime] * ratio)
+            assert set(asked) <= set(LABELS[:regime])
+    with pytest.raises(SynthesisError, match="none of the labels"):
+        plan_regimes(BALANCED, KEYS, LABELS, [4], 1, names=["Z"])
+
+
+def test_identical_pairs_have_the_very_same_labels():
+    planned = plan_regimes(IDENTICAL, KEYS, LABELS, [40, 20], 2)
+    of = dict(zip(KEYS, LABELS, strict=True))
+    for image in planned.plan:
+        assert of[image.sources[0]] == of[image.sources[1]] == set(image.labels)
+
+
 def test_pairs_within_a_smaller_regime_are_as_frequent_as_by_chance():
     labels = [frozenset("A")] * 40  # every two images are a pair
     planned = plan_regimes(INTERPOLATION, KEYS, labels, [20, 40], 19)
@@ -74,7 +99,7 @@ def test_what_cannot_be_planned_is_said():
         plan_regimes(INTERPOLATION, KEYS[:4], [{"A"}, {"B"}, {"A"}, {"B"}], [2, 4], 1)
     with pytest.raises(ValueError, match="cannot be planned from 40 images"):
         plan_regimes(RECONSTRUCTION, KEYS, LABELS, [41], 1)
-    with pytest.raises(ValueError, match="'reconstruction' or 'interpolation', got 'magic'"):
+    with pytest.raises(ValueError, match="by the strategy 'magic'"):
         plan_regimes("magic", KEYS, LABELS, [4], 1)
 
 

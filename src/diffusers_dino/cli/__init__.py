@@ -44,6 +44,7 @@ COMMANDS = {
     "evaluate fidelity": Command("evaluate.fidelity", "Distance of generated images from real ones", True),
     "evaluate memorization": Command("evaluate.memorization", "Copies of training images, and a gate against them"),
     "evaluate labels": Command("evaluate.labels", "Whether synthetic images show what their labels say", True),
+    "filter": Command("filter", "List the images of a synthetic set whose labels a judge does not contradict", True),
     "evaluate augmentation": Command("evaluate.augmentation", "Classifiers with and without synthetic images", True),
     "evaluate segmentation": Command("evaluate.segmentation", "Dice of zero-shot segments on images with masks", True),
     "evaluate interpolation": Command("evaluate.interpolation", "How images change on the way between two others"),

@@ -8,6 +8,7 @@
 | are generated images copies of training images? | `evaluate_memorization` | `MemorizationResult`, and a gate |
 | can it be told which images a model was trained on? | `evaluate_membership` | `MembershipResult` |
 | do synthetic images show what their labels say? | `evaluate_labels` | `LabelPreservationResult` |
+| which synthetic images does no judge contradict? | `filter_by_judge` | `FilterResult`, and the rows that stay |
 | do synthetic images help a classifier? | `evaluate_augmentation` | `AugmentationResult` |
 | are a prior's tokens like real ones, and not copies of training tokens? | `evaluate_prior` | `PriorResult` |
 | does the model's attention find anatomy? | `evaluate_segmentation` | `SegmentationResult`, and the segments |
@@ -22,10 +23,12 @@ from typing import TYPE_CHECKING, Any
 _NAMES = {
     "augmentation.protocol": "evaluate_augmentation",
     "augmentation.result": "AugmentationResult",
+    "augmentation.sets": "FoldPriors",
     "fidelity.protocol": "FidelityResult FidelityScores Sampling evaluate_fidelity",
     "fidelity.sets": "FidelitySets choose_sets",
     "generation": "Model load_models",
     "interpolation.protocol": "InterpolationResult PathFigures PathSpace evaluate_interpolation",
+    "labels.contradictions": "FilterResult filter_by_judge",
     "labels.protocol": "evaluate_labels",
     "labels.result": "LabelPreservationResult",
     "membership.protocol": "MembershipResult evaluate_membership",
@@ -43,10 +46,12 @@ __all__ = sorted(_ORIGIN)
 if TYPE_CHECKING:
     from .augmentation.protocol import evaluate_augmentation
     from .augmentation.result import AugmentationResult
+    from .augmentation.sets import FoldPriors
     from .fidelity.protocol import FidelityResult, FidelityScores, Sampling, evaluate_fidelity
     from .fidelity.sets import FidelitySets, choose_sets
     from .generation import Model, load_models
     from .interpolation.protocol import InterpolationResult, PathFigures, PathSpace, evaluate_interpolation
+    from .labels.contradictions import FilterResult, filter_by_judge
     from .labels.protocol import evaluate_labels
     from .labels.result import LabelPreservationResult
     from .membership.protocol import MembershipResult, evaluate_membership

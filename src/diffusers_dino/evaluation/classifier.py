@@ -100,7 +100,10 @@ class ClassifierSettings:
 
 
 class LabelledImages(NamedTuple):
-    """Some of a file's images: their numbers `(N,)` int64, and their targets `(N, L)` bool."""
+    """Some of a file's images: their numbers `(N,)` int64, and their targets `(N, L)`.
+
+    Targets are bool, or float32 in [0, 1] for soft labels, which only training takes.
+    """
 
     images: PackedImages
     rows: np.ndarray
@@ -149,15 +152,22 @@ def train_classifier(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> TrainedClassifier:
-    """Train a classifier with binary cross-entropy on each label; the same arguments give the same weights.
+    """Train a classifier with binary cross-entropy on each label, hard or soft; the same arguments, the same weights.
 
     All images are shown equally often, whichever part they are in. Validation images choose the weights with the
     highest macro AUROC, the earliest of equals; without them, or if no label has both classes among them, the last
     weights are taken. The weights at the start depend on nothing of the data but the number of labels.
+
+    Raises:
+        ValueError: If there is no image, a target is not in [0, 1], or validation images have soft labels.
     """
     targets = torch.from_numpy(np.concatenate([part.targets for part in train])).float()  # (N, L)
     if not len(targets):
         raise ValueError("There is no image to train a classifier on.")
+    if not ((targets >= 0) & (targets <= 1)).all():  # written so that a NaN does not pass
+        raise ValueError("Targets are probabilities in [0, 1]; some are outside, or not a number.")
+    if validation is not None and validation.targets.dtype != bool:
+        raise ValueError("Validation images have hard labels (bool): there is no AUROC of soft ones.")
     model = make_classifier(settings, targets.shape[1], derive_seed(seed, "weights")).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(

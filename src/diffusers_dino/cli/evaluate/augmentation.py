@@ -14,11 +14,13 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from ...data.labels import read_label_table
+from ...data.labels import read_label_table, stored_labels
+from ...evaluation.augmentation.cells import BALANCED, JUDGED, PRIOR, SOFT, STRATEGIES
 from ...evaluation.augmentation.generators import FOLD, write_folds
 from ...evaluation.augmentation.plot import plot_augmentation, plot_differences
 from ...evaluation.augmentation.protocol import UnfinishedGridError, evaluate_augmentation
 from ...evaluation.augmentation.result import AugmentationResult
+from ...evaluation.augmentation.sets import FoldPriors
 from ...evaluation.augmentation.table import format_augmentation_table, format_label_table
 from ...evaluation.table_text import write_tables
 from ...files import lock_folder, make_writable_folder
@@ -34,7 +36,12 @@ from ..sampling_flags import SamplingArguments
 class Arguments(SamplingArguments, ClassifierArguments, LabelledImageArguments):
     regimes: list[int] = flag([10000, 5000, 1000, 500, 100, 50], "Numbers of real images.", group="Grid")
     ratios: list[int] = flag([1, 5, 10, 25, 50], "Synthetic images for each real one.")
-    strategies: list[str] = flag(["reconstruction", "interpolation"], "How they are made.")
+    strategies: list[str] = flag(
+        ["reconstruction", "interpolation"],
+        f"How they are made: {', '.join(STRATEGIES)}; with {JUDGED} behind one, less what a judge contradicts.",
+    )
+    soft_labels: float = flag(1.0, f"Of {SOFT}: g in (1 - r^g) y1 + r^g y2; 1 mixes labels as tokens are mixed.")
+    false_alarms: float = flag(0.05, f"Of {JUDGED}: share of correct labels of real images that it may contradict.")
     modes: list[str] = flag(["augmentation", "full-synthetic"], "Beside real images, or in place of them.")
     num_folds: int = flag(5, "Folds of cross-validation.")
     seed: int = flag(0, "Seed of folds, regimes, synthesis and training.")
@@ -44,7 +51,12 @@ class Arguments(SamplingArguments, ClassifierArguments, LabelledImageArguments):
         f"DinoDiffusionPipeline; {FOLD} in it stands for the fold's number.",
         group="Generator",
     )
-    training_keys: str | None = flag(None, f"File of the keys that the generator was trained on, {FOLD} as above.")
+    prior: str | None = flag(None, f"DinoPriorPipeline of the strategies {PRIOR} and {BALANCED}, {FOLD} as above.")
+    prior_guidance_scale: float = flag(1.0, "Its guidance; 1 is none.")
+    prior_inference_steps: int = flag(50, "Its sampling steps.")
+    training_keys: str | None = flag(
+        None, f"File of the keys that the generator and the prior were trained on, {FOLD} as above."
+    )
     sampling_batch_size: int = flag(16, "Images sampled together.")
     shard_size: int = flag(1000, "Synthetic images in a shard: what a kill loses, for each process.")
     gate: str | None = flag(None, f"File of a CopyGate, {FOLD} as above: near-copies are drawn again.")
@@ -58,8 +70,9 @@ def main(args: Arguments) -> None:
     show_messages("diffusers_dino.evaluation")
     output = make_writable_folder(args.output_dir)
     images, table, names = open_labelled_images(args, args.size)
-    known = table
-    if args.labels != STORED:  # training keys may be of images that --keys_file leaves out
+    if args.labels == STORED:
+        known = stored_labels(images)
+    else:  # training keys may be of images that --keys_file leaves out
         known = read_label_table(args.labels, args.key_column, args.label_column, args.patient_column)
     options = {"num_folds": args.num_folds, "training_keys": args.training_keys, "seed": args.seed}
     if args.write_folds:
@@ -72,6 +85,7 @@ def main(args: Arguments) -> None:
     synthesis = SynthesisSettings(
         **{name: getattr(args, name) for name in shared}, batch_size=args.sampling_batch_size
     )
+    priors = args.prior and FoldPriors(args.prior, args.prior_guidance_scale, args.prior_inference_steps)
     try:
         result = evaluate_augmentation(
             images,
@@ -84,6 +98,9 @@ def main(args: Arguments) -> None:
             strategies=args.strategies,
             modes=args.modes,
             gates=args.gate,
+            priors=priors,
+            exponent=args.soft_labels,
+            false_alarms=args.false_alarms,
             classifier=classifier_settings(args),
             validation_fraction=args.validation_fraction,
             synthesis=synthesis,

@@ -24,22 +24,46 @@ from ..classifier import ClassifierSettings, LabelledImages, predict, train_clas
 
 __all__ = [
     "AUGMENTATION",
+    "BALANCED",
     "FULL_SYNTHETIC",
+    "IDENTICAL",
     "INTERPOLATION",
+    "JUDGED",
+    "PRIOR",
     "REAL",
     "RECONSTRUCTION",
+    "SOFT",
+    "STRATEGIES",
     "CellFacts",
     "CellJob",
     "CellResult",
     "CellSpec",
     "grid_of",
+    "images_of",
     "load_cells",
+    "order_of",
     "run_cell",
 ]
 
 REAL, RECONSTRUCTION, INTERPOLATION = "real", "reconstruction", "interpolation"
+IDENTICAL, SOFT = "interpolation-identical", "interpolation-soft"
+PRIOR, BALANCED = "prior", "prior-balanced"
+JUDGED = "+judge"  # behind a strategy: its images but those that a judge contradicts
+STRATEGIES = (RECONSTRUCTION, INTERPOLATION, IDENTICAL, SOFT, PRIOR, BALANCED)
 AUGMENTATION, FULL_SYNTHETIC = "augmentation", "full-synthetic"
 _SUFFIX = ".safetensors"
+
+
+def images_of(strategy: str) -> str:
+    """The strategy whose images this one trains on: soft labels and judges are tried on the very same images."""
+    base = strategy.removesuffix(JUDGED)
+    return INTERPOLATION if base == SOFT else base
+
+
+def order_of(strategy: str) -> tuple[int, bool]:
+    """Where a strategy stands in tables: the paper's first, a judged one behind that of the same images."""
+    base = strategy.removesuffix(JUDGED)
+    return STRATEGIES.index(base) if base in STRATEGIES else -1, base != strategy
 
 
 @dataclass(frozen=True, order=True)
@@ -47,7 +71,8 @@ class CellSpec:
     """Where a cell stands in the grid.
 
     Args:
-        strategy: How synthetic images were made, `RECONSTRUCTION` or `INTERPOLATION`; `REAL` for the baseline.
+        strategy: How synthetic images were made and labelled, one of `STRATEGIES`, maybe with `JUDGED` behind it;
+            `REAL` for the baseline.
         mode: `AUGMENTATION` trains on real and synthetic images, `FULL_SYNTHETIC` on synthetic ones only; `REAL`.
         ratio: Synthetic images for each real one; 0 for the baseline.
         regime: Number of real images, from which the synthetic ones are made.
@@ -62,12 +87,13 @@ class CellSpec:
 
     def __post_init__(self) -> None:
         baseline = (self.strategy, self.mode, self.ratio) == (REAL, REAL, 0)
-        synthetic = self.strategy in (RECONSTRUCTION, INTERPOLATION) and self.mode in (AUGMENTATION, FULL_SYNTHETIC)
+        known = self.strategy.removesuffix(JUDGED) in STRATEGIES
+        synthetic = known and self.mode in (AUGMENTATION, FULL_SYNTHETIC)
         if not (baseline or (synthetic and self.ratio >= 1)) or self.regime < 1 or self.fold < 0:
             raise ValueError(
-                f"There is no cell {self.name}: a strategy of {RECONSTRUCTION!r} or {INTERPOLATION!r} goes with a "
-                f"mode of {AUGMENTATION!r} or {FULL_SYNTHETIC!r} and a ratio of 1 or more, and {REAL!r} with {REAL!r} "
-                "and 0."
+                f"There is no cell {self.name}: a strategy of {', '.join(STRATEGIES)}, maybe with {JUDGED} behind it, "
+                f"goes with a mode of {AUGMENTATION!r} or {FULL_SYNTHETIC!r} and a ratio of 1 or more, and {REAL!r} "
+                f"with {REAL!r} and 0."
             )
 
     @property

@@ -99,13 +99,20 @@ def check_generators(
     generators: PerFold,
     training_keys: PerFold | None = None,
     known: LabelTable | None = None,
+    priors: PerFold | None = None,
 ) -> str:
     """A sentence about whether generators have seen patients of the folds `(N,)` that they are used for.
 
     ValueError if a fold's generator was trained on images of patients whom the fold tests, by the keys in the files
-    `training_keys`, or if none of these is the key of an image here. `known` is as of `write_folds`.
+    `training_keys`, or if none of these is the key of an image here. `known` is as of `write_folds`; the keys are
+    those of the `priors` as well.
     """
     if training_keys is None:
+        if priors is not None and is_shared(priors):
+            logger.warning(
+                "One prior serves all folds and may have learned labels of the patients that are tested: figures may "
+                "be too good. Give the keys that it was trained on, or train one for each fold."
+            )
         if not is_shared(generators):
             return (
                 f"One generator for each fold ({generators}); that each was trained without its test patients was not "

@@ -7,13 +7,15 @@ small regime needs serves larger ones, too:
 - Interpolation: in the random order of a regime's pairs, those between two images of the next smaller regime are taken
   from that regime's order. Both orders are equally random, each pair still comes once before any comes again, and an
   image is sampled once for all regimes that hold it. The images of ratio 1:1 are the first of those of 1:5.
+- Prior: regimes share the first, second, ... image of each set of labels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from itertools import islice, tee
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,11 +27,13 @@ from ...synthesis import (
     SynthesisError,
     SynthesisSettings,
     plan_interpolation,
+    plan_prior,
     plan_reconstruction,
     sample_pairs,
+    sample_places,
 )
 from ..folds import hold_out
-from .cells import INTERPOLATION, RECONSTRUCTION
+from .cells import BALANCED, IDENTICAL, INTERPOLATION, PRIOR, RECONSTRUCTION
 
 __all__ = ["FoldSplit", "RegimePlan", "order_balanced", "plan_regimes", "split_folds"]
 
@@ -137,12 +141,14 @@ def plan_regimes(
     regimes: Sequence[int],
     ratio: int,
     *,
+    names: Sequence[str] = (),
     seed: int = 0,
     settings: SynthesisSettings | None = None,
 ) -> RegimePlan:
     """Plan the synthetic images of all regimes at the largest ratio; seed and settings are as in `plan_interpolation`.
 
-    Keys and labels are those of the images of the largest regime; a regime of R images has the first R
+    `names` are the labels that come equally often in the strategy `BALANCED`, as far as a regime has them. Keys and
+    labels are those of the images of the largest regime; a regime of R images has the first R
     (`order_balanced`). SynthesisError if no two images of a regime share a label.
     """
     if not regimes or max(regimes) > len(keys) or min(regimes) < 1 or ratio < 1:
@@ -154,12 +160,46 @@ def plan_regimes(
         rank = {key: place for place, key in enumerate(keys)}
         source = np.array([rank[plan.keys[number]] for number in plan.sources[:, 0].tolist()])
         return RegimePlan(plan, {regime: np.flatnonzero(source < regime) for regime in regimes})
-    if strategy != INTERPOLATION:
-        raise ValueError(f"The strategy is {RECONSTRUCTION!r} or {INTERPOLATION!r}, got {strategy!r}.")
-    pairs = _nested_pairs(labels, sorted(regimes), ratio, seed)
-    number = {pair: place for place, pair in enumerate(dict.fromkeys(p for own in pairs.values() for p in own))}
-    plan = plan_interpolation(keys, labels, pairs=list(number), seed=seed, settings=settings)
-    return RegimePlan(plan, {regime: np.array([number[pair] for pair in own]) for regime, own in pairs.items()})
+    options: dict[str, Any] = {"seed": seed, "settings": settings}
+    if strategy in (PRIOR, BALANCED):
+        asked = _nested_labels(labels, regimes, ratio, names if strategy == BALANCED else None, seed)
+        number = _number(asked)
+        return _regime_plan(plan_prior((), asked=[own for own, _ in number], **options), number, asked)
+    if strategy not in (INTERPOLATION, IDENTICAL):
+        raise ValueError(f"No images are made by the strategy {strategy!r}.")
+    paired = [{tuple(sorted(own))} if own else () for own in labels] if strategy == IDENTICAL else labels
+    pairs = _nested_pairs(paired, sorted(regimes), ratio, seed)
+    number = _number(pairs)
+    return _regime_plan(plan_interpolation(keys, labels, pairs=list(number), **options), number, pairs)
+
+
+def _number(wanted: Mapping[int, Sequence[Hashable]]) -> dict[Hashable, int]:
+    """A number for each image that a regime wants, the same for all regimes that want it."""
+    return {one: place for place, one in enumerate(dict.fromkeys(one for own in wanted.values() for one in own))}
+
+
+def _regime_plan(plan: Plan, number: Mapping[Hashable, int], wanted: Mapping[int, Sequence[Hashable]]) -> RegimePlan:
+    return RegimePlan(plan, {regime: np.array([number[one] for one in own]) for regime, own in wanted.items()})
+
+
+def _nested_labels(
+    labels: Sequence[Collection[str]], regimes: Sequence[int], ratio: int, names: Sequence[str] | None, seed: int
+) -> dict[int, list[tuple[tuple[str, ...], int]]]:
+    """What each regime asks a prior for: sets of labels, and the how-many-th image of that set each is."""
+    asked = {}
+    for regime in sorted(regimes):
+        own = labels[:regime]
+        there = None if names is None else [name for name in names if any(name in each for each in own)]
+        if there == []:
+            raise SynthesisError(f"The regime of {regime} images has none of the labels that are to be balanced.")
+        places = islice(sample_places(own, there, derive_seed(seed, "regime", regime)), regime * ratio)
+        counts: defaultdict[tuple[str, ...], int] = defaultdict(int)
+        asked[regime] = []
+        for place in places:
+            one = tuple(sorted(own[place]))
+            asked[regime].append((one, counts[one]))
+            counts[one] += 1
+    return asked
 
 
 def _nested_pairs(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..figures import new_figure
+from .cells import JUDGED, STRATEGIES, order_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_augmentation", "plot_differences"]
 
-_COLORS = {"reconstruction": "C0", "interpolation": "C1"}
+_COLORS = {name: f"C{number}" for number, name in enumerate(STRATEGIES)}
 
 
 def plot_augmentation(result: AugmentationResult) -> Figure:
@@ -62,7 +63,7 @@ def plot_differences(result: AugmentationResult) -> Figure:
     axes.axvline(0, color="black", linewidth=0.8)
     names = []
     for place, row in enumerate(rows):
-        d, color = row.difference, _COLORS[row.strategy]
+        d, color = row.difference, _COLORS[row.strategy.removesuffix(JUDGED)]
         axes.plot([d.low, d.high], [place, place], color=color, linewidth=1)
         axes.plot([d.patients_low, d.patients_high], [place, place], color=color, linewidth=4, alpha=0.5)
         face = color if d.corrected_p < 0.05 else "white"
@@ -81,7 +82,7 @@ def plot_differences(result: AugmentationResult) -> Figure:
 
 
 def _draw_panel(axes: Axes, rows: list[Configuration], ratios: list[int]) -> None:
-    strategies = [name for name in _COLORS if any(row.strategy == name for row in rows)]
+    strategies = sorted({row.strategy for row in rows if not row.is_baseline}, key=order_of)
     for row in rows:
         if row.is_baseline:
             axes.axhline(row.mean, color="black", linestyle="--", linewidth=1, label="real only")
@@ -90,9 +91,13 @@ def _draw_panel(axes: Axes, rows: list[Configuration], ratios: list[int]) -> Non
     for number, strategy in enumerate(strategies):
         own = sorted((row for row in rows if row.strategy == strategy), key=lambda row: row.ratio)
         # ratios stand side by side as categories: 1:1 and 1:50 would not fit on one axis
-        places = [ratios.index(row.ratio) + 0.12 * (number - (len(strategies) - 1) / 2) for row in own]
+        places = [
+            ratios.index(row.ratio) + 0.3 / max(2.5, len(strategies)) * (number - (len(strategies) - 1) / 2)
+            for row in own
+        ]
         means, spread = [row.mean for row in own], [row.sd or 0.0 for row in own]
-        color = _COLORS[strategy]
-        axes.errorbar(places, means, yerr=spread, marker="o", capsize=3, color=color, label=strategy)
+        style = {"color": _COLORS[strategy.removesuffix(JUDGED)], "label": strategy, "capsize": 3}
+        judged = {"marker": "s", "linestyle": ":", "markerfacecolor": "white"} if strategy.endswith(JUDGED) else {}
+        axes.errorbar(places, means, yerr=spread, **({"marker": "o", **style} | judged))
     axes.set_xticks(range(len(ratios)), [f"1:{ratio}" for ratio in ratios])
     axes.grid(alpha=0.3)

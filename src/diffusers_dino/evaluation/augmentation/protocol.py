@@ -9,48 +9,53 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ...data import ImageDataset, Preprocessing, open_images
+from ...data import ImageDataset
 from ...data.labels import LabelTable
 from ...devices import count_workers, device_of
 from ...files import lock_folder, make_writable_folder, read_json, remove_partials, sha256_of, write_json
 from ...fingerprints import as_json, hash_of
 from ...frozen import require_same
 from ...metrics.auroc import check_classes
-from ...metrics.copy_gate import CopyGate
-from ...pipelines.checks import image_size
 from ...seeds import derive_seed
-from ...synthesis import Plan, SynthesisSettings, load_generator, synthesise
+from ...synthesis import Plan, SynthesisSettings
+from ...synthesis.pairs import check_exponent
 from ...workers import progress_bar, run_apart
 from ..classifier import ClassifierSettings, LabelledImages, make_classifier
-from ..generation import stack_images
+from ..judge import Judge, check_false_alarms
 from ..packed import GRAY, PackedImages, at_size, pack_images
 from .cells import (
     AUGMENTATION,
+    BALANCED,
     FULL_SYNTHETIC,
     INTERPOLATION,
+    JUDGED,
+    PRIOR,
     RECONSTRUCTION,
+    SOFT,
     CellJob,
     CellResult,
     CellSpec,
     grid_of,
+    images_of,
     load_cells,
     run_cell,
 )
-from .generators import PerFold, check_generators, of_fold, write_folds
+from .generators import PerFold, check_generators, write_folds
+from .judged import FoldJudge, find_kept, judge_rows
 from .plans import FoldSplit, RegimePlan, plan_regimes, split_folds
 from .result import AugmentationResult, summarise
+from .sets import FoldPriors, Sampling, make_set, targets_of
 
 __all__ = ["UnfinishedGridError", "evaluate_augmentation"]
 
 logger = logging.getLogger(__name__)
-
-_SHOWN_TO_GATE = 16
 
 
 class UnfinishedGridError(RuntimeError):
@@ -75,6 +80,9 @@ def evaluate_augmentation(
     num_folds: int = 5,
     training_keys: PerFold | None = None,
     gates: PerFold | None = None,
+    priors: FoldPriors | None = None,
+    exponent: float = 1.0,
+    false_alarms: float = 0.05,
     classifier: ClassifierSettings | None = None,
     validation_fraction: float = 0.15,
     synthesis: SynthesisSettings | None = None,
@@ -102,12 +110,21 @@ def evaluate_augmentation(
         labels: Names of the labels to classify; by default the four most frequent findings and "No Finding".
         regimes: Numbers of real images. Regimes are nested, and their labels as balanced as the data allows.
         ratios: Numbers of synthetic images for each real one.
-        strategies: How they are made: `"reconstruction"`, `"interpolation"`.
+        strategies: How they are made and labelled: `"reconstruction"`; `"interpolation"` by the paper's rule, the
+            labels of the nearer image; `"interpolation-identical"`, only between images of the very same labels;
+            `"interpolation-soft"`, the images of `"interpolation"` with soft labels; `"prior"`, drawn without an
+            image, labelled as the images of the regime; `"prior-balanced"`, each label equally often. With `+judge`
+            behind it a strategy loses the images that a judge contradicts (`judged` says what the judge has seen).
         modes: What they are trained with: real images (`"augmentation"`) or nothing else (`"full-synthetic"`).
         num_folds: Folds of cross-validation, which keep patients whole.
-        training_keys: Files with the keys, one a line, that the generators were trained on. If given, a generator that
+        training_keys: Files with the keys, one a line, that generators and priors were trained on. If given, one that
             has seen patients of its fold is refused; the patients of one that serves all folds are tested in none.
         gates: Files of a `CopyGate` for each fold, which has near-copies drawn again.
+        priors: Of the strategies `"prior"` and `"prior-balanced"`. They have learned from the labels of all of their
+            training images, which are more than those of a small regime. Of the labels in the table they are asked for
+            all that they know.
+        exponent: Of soft labels, see `diffusers_dino.synthesis.soft_labels`.
+        false_alarms: Share of correct labels of real images that a judge may contradict, see `judge.Limits`.
         classifier: Architecture and training of all classifiers.
         validation_fraction: Share of the training patients whose real images choose the weights of a classifier, the
             same for all cells of a fold; 0 takes the last weights.
@@ -123,7 +140,8 @@ def evaluate_augmentation(
     Raises:
         UnfinishedGridError: If cells could not be made; it has the result of the others.
         ValueError: If the folder was begun with other settings, a generator has seen its test patients, a regime is
-            larger than the training data of a fold, or an argument is out of its range.
+            larger than the training data of a fold, a prior is missing or lacks a label, no image is left for a
+            judge, or an argument is out of its range.
         KeyError: If an image has no row in the table.
         RuntimeError: If another process is at work in the folder, or no cell could be made.
     """
@@ -131,6 +149,7 @@ def evaluate_augmentation(
     classifier = classifier or ClassifierSettings()
     synthesis = replace(synthesis or SynthesisSettings(), threads=1, grayscale=classifier.channels == 1)
     labels = tuple(labels or table.most_frequent(4))
+    own = _own_options(strategies, priors, exponent, false_alarms)
     known, table = table, table.select(images.keys).restrict(labels)
     make_classifier(classifier, len(labels))  # refuses what timm does not make before hours of work
     real_images = at_size(images, classifier.size)
@@ -143,6 +162,11 @@ def evaluate_augmentation(
             check_classes(targets[folds == fold], labels, f"fold {fold}")
         options = {"validation_fraction": validation_fraction, "seed": seed}
         splits = split_folds(table, labels, folds, regimes, **options)
+        asked = [
+            priors.table_for(fold, known.select(table.keys), labels) for fold in range(num_folds if priors else 0)
+        ]
+        for fold, split in enumerate(splits if "false_alarms" in own else ()):
+            judge_rows(table, labels, fold, split, seed)  # refuses regimes that leave nothing
         begun = {
             "data": hash_of(*sorted(map(str, zip(table.keys, table.patients, targets.tolist(), strict=True))))[:16],
             "preparation": asdict(real_images.preprocessing),
@@ -157,6 +181,7 @@ def evaluate_augmentation(
             "synthesis": asdict(synthesis) | {"dtype": dtype, "scheduler": scheduler},
             "gate": gates,
             "classifier": asdict(classifier) | {"weights": classifier.weights and sha256_of(classifier.weights)},
+            **own,
         }
         begun, path = as_json(begun), output / "experiment.json"
         if path.is_file():
@@ -164,7 +189,8 @@ def evaluate_augmentation(
             if not isinstance(before, dict) or not isinstance(before.get("configuration"), dict):
                 raise ValueError(f"{path} is damaged: it holds no configuration. Give another output folder.")
             require_same(before["configuration"], begun, output)
-        write_json(path, {"configuration": begun, "generators": check_generators(table, folds, generators, **trained)})
+        checked = check_generators(table, folds, generators, priors=priors and priors.paths, **trained)
+        write_json(path, {"configuration": begun, "generators": checked})
         real = pack_images(real_images, output / "real.npy", channels=classifier.channels)
         if real.keys != table.keys:
             logger.warning(f"{len(table) - len(real)} of {len(table)} images cannot be read and are left out.")
@@ -174,9 +200,23 @@ def evaluate_augmentation(
         digest = hash_of(json.dumps(begun, sort_keys=True))[:16]
         if real.num_averaged:  # cells of older versions were trained on other gray values
             digest = hash_of(digest, GRAY)[:16]
-        sampling = _Sampling(images, generators, gates, dtype, scheduler, classifier, device, progress)
-        workers = count_workers(num_workers, device)
-        experiment = _Experiment(output, real, table, labels, splits, grid, sampling, synthesis, seed, digest, workers)
+        sampling = Sampling(images, generators, priors, gates, dtype, scheduler, classifier, device, progress)
+        experiment = _Experiment(
+            output=output,
+            real=real,
+            table=table,
+            asked=[one.select(real.keys) for one in asked],
+            labels=labels,
+            splits=splits,
+            grid=grid,
+            sampling=sampling,
+            synthesis=synthesis,
+            exponent=exponent,
+            false_alarms=false_alarms,
+            seed=seed,
+            digest=digest,
+            num_workers=count_workers(num_workers, device),
+        )
         cells = output / "cells"
         problems = _make_cells(experiment, cells)
         if not any(cells.iterdir()):
@@ -191,18 +231,24 @@ def evaluate_augmentation(
     return result
 
 
-@dataclass(frozen=True)
-class _Sampling:
-    """How the images of a set are made and packed; it travels to other processes."""
-
-    images: ImageDataset
-    generators: PerFold
-    gates: PerFold | None
-    dtype: str
-    scheduler: str | None
-    classifier: ClassifierSettings
-    device: str | None
-    progress: bool
+def _own_options(
+    strategies: Sequence[str], priors: FoldPriors | None, exponent: float, false_alarms: float
+) -> dict[str, Any]:
+    """Check the options of single strategies, and return those that count: older experiments have none of them."""
+    options: dict[str, Any] = {}
+    if {images_of(one) for one in strategies} & {PRIOR, BALANCED}:
+        if priors is None:
+            raise ValueError(f"The strategies {PRIOR} and {BALANCED} need a prior, and there is none: give it.")
+        options["prior"] = asdict(priors)
+    elif priors is not None:
+        raise ValueError(f"A prior goes with the strategies {PRIOR} and {BALANCED}, got {', '.join(strategies)}.")
+    if any(one.removesuffix(JUDGED) == SOFT for one in strategies):
+        check_exponent(exponent)
+        options["exponent"] = float(exponent)
+    if any(one.endswith(JUDGED) for one in strategies):
+        check_false_alarms(false_alarms)
+        options["false_alarms"] = false_alarms
+    return options
 
 
 @dataclass(frozen=True)
@@ -212,17 +258,34 @@ class _Experiment:
     output: Path
     real: PackedImages
     table: LabelTable  # of the real images
+    asked: list[LabelTable]  # the same with all labels that the prior of each fold knows; empty without priors
     labels: tuple[str, ...]
     splits: list[FoldSplit]
     grid: list[CellSpec]
-    sampling: _Sampling
+    sampling: Sampling
     synthesis: SynthesisSettings
+    exponent: float
+    false_alarms: float
     seed: int
     digest: str  # of the settings
     num_workers: int
 
     def set_folder(self, fold: int, strategy: str) -> Path:
-        return self.output / f"fold-{fold}" / strategy
+        return self.output / f"fold-{fold}" / images_of(strategy)
+
+    def packed(self, fold: int, strategy: str) -> PackedImages:
+        """The images of a set that is there."""
+        folder = self.set_folder(fold, strategy)
+        return PackedImages(folder.with_name(f"{folder.name}.npy"))
+
+    def real_images(self, rows: np.ndarray) -> LabelledImages:
+        return LabelledImages(self.real, rows, self.table.targets(self.labels)[rows])
+
+    def targets(self, plan: Plan, strategy: str) -> np.ndarray:
+        """The labels that all images of a plan train with."""
+        if strategy.removesuffix(JUDGED) != SOFT:
+            return targets_of(plan, self.labels)
+        return targets_of(plan, self.labels, self.exponent, dict(zip(self.table.keys, self.table.labels, strict=True)))
 
 
 def _make_cells(experiment: _Experiment, cells: Path) -> list[str]:
@@ -236,13 +299,15 @@ def _make_cells(experiment: _Experiment, cells: Path) -> list[str]:
         raise ValueError(f"The cells in {cells} are of other settings: delete them, or give another output folder.")
     planned = {
         (fold, strategy): _plan_set(experiment, fold, strategy)
-        for fold, strategy in sorted({(spec.fold, spec.strategy) for spec in left if not spec.is_baseline})
+        for fold, strategy in sorted({(spec.fold, images_of(spec.strategy)) for spec in left if not spec.is_baseline})
     }
     digests, problems = _make_sets(experiment, planned)
-    ready = [spec for spec in left if spec.is_baseline or (spec.fold, spec.strategy) in digests]
+    ready = [spec for spec in left if spec.is_baseline or (spec.fold, images_of(spec.strategy)) in digests]
+    kept = _ask_judges(experiment, planned, ready, problems)
+    ready = [spec for spec in ready if not spec.strategy.endswith(JUDGED) or (spec.fold, spec.strategy) in kept]
     # one by one: all jobs together hold the rows of the grid many times
     sampling = experiment.sampling
-    jobs = ((_cell_job(experiment, spec, planned, digests), cells, sampling.device) for spec in ready)
+    jobs = ((_cell_job(experiment, spec, planned, digests, kept), cells, sampling.device) for spec in ready)
     total = len(experiment.grid)
     with progress_bar("Classifiers", "cell", total, total - len(left), sampling.progress) as bar:
         for outcome in run_apart(_train_cell, jobs, experiment.num_workers):
@@ -255,13 +320,15 @@ def _make_cells(experiment: _Experiment, cells: Path) -> list[str]:
 
 def _plan_set(experiment: _Experiment, fold: int, strategy: str) -> RegimePlan:
     """What to synthesise for a fold: all regimes at the largest ratio."""
-    chosen = experiment.table.select([experiment.table.keys[row] for row in experiment.splits[fold].ordered.tolist()])
+    table = experiment.asked[fold] if strategy in (PRIOR, BALANCED) else experiment.table
+    chosen = table.select([experiment.table.keys[row] for row in experiment.splits[fold].ordered.tolist()])
     return plan_regimes(
         strategy,
         chosen.keys,
         chosen.labels,
         sorted({spec.regime for spec in experiment.grid}),
         max(spec.ratio for spec in experiment.grid),
+        names=experiment.labels,
         seed=derive_seed(experiment.seed, "synthetic", strategy, fold),
         settings=experiment.synthesis,
     )
@@ -273,7 +340,7 @@ def _make_sets(
     """Synthesise; returns the digest of the plan of each set that is there, and what went wrong."""
     kinds, digests, problems, started = list(planned), {}, [], time.perf_counter()
     jobs = [(experiment.sampling, fold, planned[fold, s].plan, experiment.set_folder(fold, s)) for fold, s in kinds]
-    for outcome in run_apart(_make_set, jobs, experiment.num_workers):
+    for outcome in run_apart(make_set, jobs, experiment.num_workers):
         fold, strategy = kinds[outcome.number]
         if outcome.error:
             problems.append(f"{strategy} of fold {fold}: {outcome.error}")
@@ -287,25 +354,44 @@ def _make_sets(
     return digests, problems
 
 
-def _make_set(place: int, sampling: _Sampling, fold: int, plan: Plan, folder: Path) -> str:
-    """Make a set, or go on with it, and pack its images for classifiers. Returns the digest of its plan."""
-    generator = of_fold(sampling.generators, fold)
-    pipe = load_generator(generator, sampling.dtype, sampling.scheduler).to(device_of(place, sampling.device))
-    sources = at_size(sampling.images, image_size(pipe))
-    gate = None if sampling.gates is None else CopyGate.load(of_fold(sampling.gates, fold))
-    if gate is not None and gate(stack_images(sources.select(plan.keys[:_SHOWN_TO_GATE]))).all():
-        logger.warning(
-            f"The gate of fold {fold} calls none of the first {_SHOWN_TO_GATE} sources a copy: is it of other images? "
-            "A gate must know the images that the generator was trained on."
+def _ask_judges(
+    experiment: _Experiment,
+    planned: Mapping[tuple[int, str], RegimePlan],
+    ready: Sequence[CellSpec],
+    problems: list[str],
+) -> dict[tuple[int, str], set[str]]:
+    """Train the judges of folds that need one; returns by fold and strategy the keys of the images that are kept."""
+    wanted = sorted({(spec.fold, spec.strategy) for spec in ready if spec.strategy.endswith(JUDGED)})
+    labels, seed = experiment.labels, experiment.seed
+    jobs = []
+    for fold, strategy in wanted:
+        folder, packed = experiment.output / f"fold-{fold}", experiment.packed(fold, strategy)
+        train, held_out = judge_rows(experiment.table, labels, fold, experiment.splits[fold], seed)
+        judge = FoldJudge(
+            Judge(
+                folder / "judge.safetensors", experiment.sampling.classifier, hash_of(experiment.digest, "judge", fold)
+            ),
+            experiment.real_images(train),
+            experiment.real_images(held_out),
+            labels,
+            experiment.false_alarms,
+            derive_seed(seed, "judge", fold),
         )
-    made = synthesise(plan, pipe, sources, folder, gate=gate, progress=sampling.progress and place == 0)
-    images = open_images(folder, Preprocessing(sampling.classifier.size, remove_borders=False))
-    packed = pack_images(
-        images, folder.with_name(f"{folder.name}.npy"), made.plan.digest, sampling.classifier.channels
-    )
-    if lost := len(images) - len(packed):
-        logger.warning(f"{lost} of {len(images)} images of {folder} cannot be read and are left out.")
-    return made.plan.digest
+        plan = planned[fold, images_of(strategy)].plan
+        there = np.array([packed.places.get(image.key, -1) for image in plan])
+        images = LabelledImages(packed, there[there >= 0], experiment.targets(plan, strategy)[there >= 0])
+        jobs.append((judge, images, folder / f"{strategy}.json", experiment.sampling.device))
+    kept = {}
+    # one after the other: strategies of a fold share its judge
+    for (fold, strategy), outcome in zip(
+        wanted, run_apart(find_kept, jobs, min(1, experiment.num_workers)), strict=True
+    ):
+        if outcome.error:
+            problems.append(f"the judge of {strategy} in fold {fold}: {outcome.error}")
+            logger.error(problems[-1])
+        else:
+            kept[fold, strategy] = set(outcome.value)
+    return kept
 
 
 def _cell_job(
@@ -313,18 +399,15 @@ def _cell_job(
     spec: CellSpec,
     planned: Mapping[tuple[int, str], RegimePlan],
     digests: Mapping[tuple[int, str], str],
+    kept: Mapping[tuple[int, str], Collection[str]],
 ) -> CellJob:
-    split, labels = experiment.splits[spec.fold], experiment.labels
-    targets = experiment.table.targets(labels)
-
-    def real(rows: np.ndarray) -> LabelledImages:
-        return LabelledImages(experiment.real, rows, targets[rows])
-
+    split, labels, real = experiment.splits[spec.fold], experiment.labels, experiment.real_images
+    place = spec.fold, images_of(spec.strategy)
     train = [] if spec.mode == FULL_SYNTHETIC else [real(split.ordered[: spec.regime])]
     if not spec.is_baseline:
-        folder = experiment.set_folder(spec.fold, spec.strategy)
-        packed = PackedImages(folder.with_name(f"{folder.name}.npy"))
-        train.append(synthetic_images(packed, planned[spec.fold, spec.strategy], labels, spec.regime, spec.ratio))
+        packed, targets = experiment.packed(*place), experiment.targets(planned[place].plan, spec.strategy)
+        left = kept.get((spec.fold, spec.strategy), packed.places)
+        train.append(synthetic_images(packed, planned[place], targets, spec.regime, spec.ratio, left))
     return CellJob(
         spec=spec,
         train=tuple(train),
@@ -335,7 +418,7 @@ def _cell_job(
         classifier=experiment.sampling.classifier,
         seed=experiment.seed,
         settings=experiment.digest,
-        plan=digests.get((spec.fold, spec.strategy), ""),
+        plan=digests.get(place, ""),
     )
 
 
@@ -344,11 +427,13 @@ def _train_cell(place: int, job: CellJob, folder: Path, device: str | None) -> N
 
 
 def synthetic_images(
-    packed: PackedImages, planned: RegimePlan, labels: Sequence[str], regime: int, ratio: int
+    packed: PackedImages, planned: RegimePlan, targets: np.ndarray, regime: int, ratio: int, kept: Collection[str]
 ) -> LabelledImages:
-    """The synthetic images of a regime and ratio among those of the whole plan; what a gate left out is not there."""
-    chosen = [planned.plan[int(number)] for number in planned.images[regime][: regime * ratio]]
-    chosen = [image for image in chosen if image.key in packed.places]
-    rows = np.array([packed.places[image.key] for image in chosen], dtype=np.int64)
-    targets = np.array([[name in (image.labels or ()) for name in labels] for image in chosen], dtype=bool)
-    return LabelledImages(packed, rows, targets.reshape(len(chosen), len(labels)))
+    """The synthetic images of a regime and ratio among those of the whole plan, if they are kept.
+
+    `targets` `(P, L)` are of all P images of the plan. What a gate left out is not there.
+    """
+    numbers = planned.images[regime][: regime * ratio].tolist()
+    chosen = [number for number in numbers if planned.plan[number].key in kept]
+    rows = np.array([packed.places[planned.plan[number].key] for number in chosen], dtype=np.int64)
+    return LabelledImages(packed, rows, targets[chosen])

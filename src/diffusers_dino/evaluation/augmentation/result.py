@@ -17,7 +17,7 @@ import numpy as np
 from ...metrics.auroc import auroc_draws, corrected_t_test, draw_weights, holm
 from ...metrics.bootstrap import percentile_interval
 from ..results import JsonResult
-from .cells import INTERPOLATION, CellResult, CellSpec
+from .cells import CellResult, CellSpec, order_of
 
 __all__ = ["AugmentationResult", "Configuration", "Difference", "LabelFigures", "summarise"]
 
@@ -156,8 +156,8 @@ def summarise(
     for regime in sorted({spec.regime for spec in planned}, reverse=True):
         baseline = None
         kinds = {_kind(spec) for spec in planned if spec.regime == regime}
-        # the baseline first, then by ratio, mode and strategy, in the order of the paper
-        for kind in sorted(kinds, key=lambda kind: (kind[2], kind[1], kind[0] == INTERPOLATION)):
+        # the baseline first, then by ratio, mode and strategy
+        for kind in sorted(kinds, key=lambda kind: (kind[2], kind[1], order_of(kind[0]))):
             found = {fold: finished.get(CellSpec(*kind, regime, fold)) for fold in range(num_folds)}
             own = _figures({fold: cell for fold, cell in found.items() if cell is not None}, weights, num_folds)
             baseline = own if kind[2] == 0 else baseline

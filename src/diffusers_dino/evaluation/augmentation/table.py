@@ -7,6 +7,7 @@ from itertools import groupby
 
 from ...files import csv_text
 from ..table_text import escape_latex, latex_line, markdown_table, require_table_format
+from .cells import INTERPOLATION, JUDGED, SOFT
 from .result import AugmentationResult, Configuration, Difference, LabelFigures
 
 __all__ = ["MARKS", "format_augmentation_table", "format_label_table", "significance_mark"]
@@ -63,6 +64,14 @@ def _note(result: AugmentationResult) -> str:
         "folds whose variance is corrected for shared training images (Nadeau & Bengio 2003).",
         f"{marks}: of that test, corrected for {result.num_tests} comparisons (Holm).",
     ]
+    there = {row.strategy for row in result.configurations}
+    if any(name.removesuffix(JUDGED) == SOFT for name in there):
+        sentences.append(f"{SOFT}: the images of {INTERPOLATION}, with probabilities of the labels of both ends.")
+    if any(name.endswith(JUDGED) for name in there):
+        sentences.append(
+            f"{JUDGED}: without the images that a judge contradicts, which has seen real images of no regime "
+            "and of no test patient; fewer images are left than the ratio says."
+        )
     if result.undefined:
         sentences.append(f"Left out of their fold's mean, having one class there: {', '.join(result.undefined)}.")
     if result.missing:

@@ -32,14 +32,18 @@ def plot_label_preservation(result: LabelPreservationResult) -> Figure:
     for axes, whole in zip(panels, wholes, strict=False):
         rows = [whole.macro, *whole.labels]
         _draw(axes, rows, [row.label for row in rows])
-        axes.set_title(f"{whole.name}, 1:{whole.ratio:g} (N = {whole.num_images})", fontsize="medium")
+        ratio = f", 1:{whole.ratio:g}" if whole.ratio else ", no source"
+        axes.set_title(f"{whole.name}{ratio} (N = {whole.num_images})", fontsize="medium")
     for axes, (name, parts) in zip(panels[len(wholes) :], binned.items(), strict=True):
         _draw(axes, [part.macro for part in parts], [f"{part.near:g} to {part.far:g}" for part in parts])
         axes.set_title(f"{name}: macro, by the fraction", fontsize="medium")
         axes.set_xlabel("|fraction - 0.5|: from the middle to a source")
     panels[0].set_ylabel("AUROC of the given labels")
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="upper center", ncols=len(names), bbox_to_anchor=(0.5, 0.0))
+    shown = {}  # a panel may lack what another one has
+    for axes in panels:
+        handles, names = axes.get_legend_handles_labels()
+        shown |= dict(zip(names, handles, strict=True))
+    figure.legend(shown.values(), shown.keys(), loc="upper center", ncols=len(shown), bbox_to_anchor=(0.5, 0.0))
     figure.tight_layout()
     return figure
 
@@ -55,6 +59,8 @@ def _draw(axes: Axes, rows: Sequence[Agreement], names: Sequence[str]) -> None:
             values.append(value)
             low.append(0 if ends[0] is None else max(0, value - ends[0]))
             high.append(0 if ends[1] is None else max(0, ends[1] - value))
+        if not places and kind == "sources":  # of a prior's images
+            continue
         axes.errorbar(places, values, yerr=[low, high], fmt=marker, color=color, capsize=2, label=kind)
     shuffled = {place: row for place, row in enumerate(rows) if row.shuffled_low is not None}
     heights = [row.shuffled_high - row.shuffled_low for row in shuffled.values()]

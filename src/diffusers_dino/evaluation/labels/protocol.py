@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from ..packed import at_size, pack_images
 from .judges import Judges, SyntheticImages, held_out_pairs
 from .result import LabelPreservationResult, RealScores, score_real, score_sets
 
-__all__ = ["evaluate_labels"]
+__all__ = ["evaluate_labels", "open_judges", "train_judges"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,8 @@ def evaluate_labels(
     Judges stay in the folder: called again, what was stopped goes on, and other sets are scored by the same judges.
 
     Args:
-        images: Real images, among them the sources of all sets.
+        images: Real images, among them the sources of all sets. A prior's set has none: whether it shows the labels
+            that were asked for is measured, and nothing is compared with sources.
         table: Labels and patients of (at least) these images: the labels that the sets were made with.
         sets: By name the folders that `synthesise` has completed; several of one name are taken together.
         output_dir: Where judges and packed images go.
@@ -61,7 +63,7 @@ def evaluate_labels(
 
     Raises:
         ValueError: If there is no set, a set has sources that are not among the images, its labels are not those of
-            the table, or an argument is out of its range.
+            the table, or soft, or an argument is out of its range.
         FileNotFoundError: If a set is not complete.
         KeyError: If an image has no row in the table.
         RuntimeError: If another process is at work in the folder, or a judge could not be trained.
@@ -70,6 +72,48 @@ def evaluate_labels(
         raise ValueError("There is no set to judge.")
     if any(ratio < 1 for ratio in ratios):
         raise ValueError(f"Ratios are 1 or more, got {list(ratios)}.")
+    options = {"num_folds": num_folds, "classifier": classifier, "validation_fraction": validation_fraction}
+    with open_judges(images, table, output_dir, labels=labels, seed=seed, **options) as judges:
+        opened = _open_sets(sets, Path(output_dir), judges.settings)
+        members = [one for parts in opened.values() for one in parts]
+        pairs = train_judges(judges, members, num_workers=num_workers, device=device, progress=progress)
+        place, draws = device_of(0, device), {"repeats": bootstrap_repeats, "seed": seed}
+        judged = {name: [judges.judge(one, place) for one in parts] for name, parts in opened.items()}
+        result = LabelPreservationResult(
+            labels=judges.labels,
+            num_folds=num_folds,
+            num_real=len(judges.table),
+            num_real_patients=len(set(judges.table.patients)),
+            model=judges.settings.name,
+            judges_seed=seed,
+            real=_score_judges(judges, pairs, place, **draws),
+            parts=score_sets(judged, judges.labels, ratios=ratios, **draws),
+            **draws,
+        )
+        if not result.judges_see:
+            logger.warning(
+                "The classifiers are no better than chance on real images: what they say of synthetic ones says "
+                "nothing. Train them longer, or on more images."
+            )
+        return result
+
+
+@contextmanager
+def open_judges(
+    images: ImageDataset,
+    table: LabelTable,
+    output_dir: str | Path,
+    *,
+    labels: Sequence[str] | None = None,
+    num_folds: int = 5,
+    classifier: ClassifierSettings | None = None,
+    validation_fraction: float = 0.15,
+    seed: int = 0,
+) -> Iterator[Judges]:
+    """Pack the real images, share out their patients to folds, and hold the folder of the judges.
+
+    Arguments and errors are those of `evaluate_labels`.
+    """
     check_fraction(validation_fraction)
     held_out_pairs(np.zeros((0, 2), np.int64), num_folds)  # refuses too few folds before images are read
     classifier = classifier or ClassifierSettings()
@@ -88,36 +132,23 @@ def evaluate_labels(
         targets = table.targets(labels)
         check_classes(targets, labels, "the real data")
         folds = assign_folds(targets, table.patients, num_folds, seed)
-        judges = Judges(real, table, labels, folds, classifier, folder, validation_fraction, seed)
-        opened = _open_sets(sets, output, classifier)
-        pairs = judges.pairs_for([one for members in opened.values() for one in members])
-        jobs, problems = [(judges, pair, device) for pair in pairs], []
-        with progress_bar("Classifiers", "classifier", len(pairs), show=progress) as bar:
-            for outcome in run_apart(_train_judge, jobs, count_workers(num_workers, device)):
-                if outcome.error:
-                    problems.append(f"the classifier without folds {pairs[outcome.number]}: {outcome.error}")
-                bar.update()
-        if problems:
-            raise RuntimeError(f"{len(problems)} classifiers were not trained: {'; '.join(problems)}")
-        place, options = device_of(0, device), {"repeats": bootstrap_repeats, "seed": seed}
-        judged = {name: [judges.judge(one, place) for one in members] for name, members in opened.items()}
-        result = LabelPreservationResult(
-            labels=labels,
-            num_folds=num_folds,
-            num_real=len(table),
-            num_real_patients=len(set(table.patients)),
-            model=classifier.name,
-            judges_seed=seed,
-            real=_score_judges(judges, pairs, place, **options),
-            parts=score_sets(judged, labels, ratios=ratios, **options),
-            **options,
-        )
-        if not result.judges_see:
-            logger.warning(
-                "The classifiers are no better than chance on real images: what they say of synthetic ones says "
-                "nothing. Train them longer, or on more images."
-            )
-        return result
+        yield Judges(real, table, labels, folds, classifier, folder, validation_fraction, seed)
+
+
+def train_judges(
+    judges: Judges, sets: Sequence[SyntheticImages], *, num_workers: int | None, device: str | None, progress: bool
+) -> list[tuple[int, int]]:
+    """Train the judges that these sets need, and return the folds that are held out from each."""
+    pairs = judges.pairs_for(sets)
+    jobs, problems = [(judges, pair, device) for pair in pairs], []
+    with progress_bar("Classifiers", "classifier", len(pairs), show=progress) as bar:
+        for outcome in run_apart(_train_judge, jobs, count_workers(num_workers, device)):
+            if outcome.error:
+                problems.append(f"the classifier without folds {pairs[outcome.number]}: {outcome.error}")
+            bar.update()
+    if problems:
+        raise RuntimeError(f"{len(problems)} classifiers were not trained: {'; '.join(problems)}")
+    return pairs
 
 
 def _open_sets(
@@ -129,6 +160,11 @@ def _open_sets(
         for folder in [folders] if isinstance(folders, (str, Path)) else folders:
             file = re.sub(r"[^\w.-]+", "_", f"set-{next(place)}-{Path(folder).resolve().name}") + ".npy"
             one = SyntheticImages.open(folder, output / file, classifier.size, classifier.channels)
+            if one.is_soft:
+                raise ValueError(
+                    f"{folder} has soft labels, of which there is no AUROC: that needs labels that are there or not. "
+                    "Judge a set of the same plan without an exponent."
+                )
             opened.setdefault(name, []).append(one)
     return opened
 

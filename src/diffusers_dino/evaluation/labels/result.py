@@ -31,12 +31,13 @@ class JudgedSet:
 
     Attributes:
         judges: `(N,)` int64, the number of the classifier that judged each.
-        patients: Of the source whose label each has.
+        patients: Of the source whose label each has; without sources, each image is one of its own.
         fractions: `(N,)` float64, as in the plan.
         rounds: `(N,)` float64, number of the image in its plan over the number of the plan's sources: the images of
             ratio 1:r are those below r.
         targets: `(N, L)` bool, labels that they were given.
-        synthetic, sources: `(N, L)` float32 probabilities of the images, and of the sources whose labels they have.
+        synthetic, sources: `(N, L)` float32 probabilities of the images, and of the sources whose labels they have,
+            if there are any.
     """
 
     strategy: str
@@ -46,21 +47,30 @@ class JudgedSet:
     rounds: np.ndarray
     targets: np.ndarray
     synthetic: np.ndarray
-    sources: np.ndarray
+    sources: np.ndarray | None
 
     def __post_init__(self) -> None:
-        lengths = {len(getattr(self, name)) for name in self.__dataclass_fields__ if name != "strategy"}
-        shapes = {array.shape for array in (self.targets, self.synthetic, self.sources)}
+        lengths = {len(self.patients), *(len(getattr(self, name)) for name in self.arrays)}
+        shapes = {array.shape for array in (self.targets, *self.scores.values())}
         if len(lengths) != 1 or len(shapes) != 1 or not len(self.patients):
             raise ValueError(f"Expected as many of everything and at least one, got {lengths} images, {shapes}.")
-        for name in ("synthetic", "sources"):
-            values = getattr(self, name)
+        for name, values in self.scores.items():
             if not ((values >= 0) & (values <= 1)).all():  # written so that a NaN does not pass
                 raise ValueError(f"Not all probabilities of {name} images are in [0, 1]; did training diverge?")
 
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """Names of the arrays that it has."""
+        return _ARRAYS if self.sources is not None else _ARRAYS[:-1]
+
+    @property
+    def scores(self) -> dict[str, np.ndarray]:
+        """Probabilities `(N, L)` of the images and, if there are any, of their sources."""
+        return {name: getattr(self, name) for name in ("synthetic", "sources") if name in self.arrays}
+
     def select(self, rows: np.ndarray) -> JudgedSet:
         """Some of the images: `(n,)` int64."""
-        chosen = {name: getattr(self, name)[rows] for name in _ARRAYS}
+        chosen = {name: getattr(self, name)[rows] for name in self.arrays}
         return replace(self, patients=tuple(self.patients[row] for row in rows.tolist()), **chosen)
 
 
@@ -72,8 +82,8 @@ class Agreement:
         label: Its name, or `macro`.
         num_positive: Images that have it; for `macro`, labels that have a figure.
         synthetic, synthetic_low, synthetic_high: Of the synthetic images, with a 95 % interval over patients.
-        sources, sources_low, sources_high: Of their sources.
-        difference, difference_low, difference_high: Synthetic minus sources.
+        sources, sources_low, sources_high: Of their sources; None for a prior's images, which have none.
+        difference, difference_low, difference_high: Synthetic minus sources; None without sources.
         shuffled_low, shuffled_high: The middle 95 % of shuffles of the labels.
     """
 
@@ -98,9 +108,9 @@ class Part:
 
     Attributes:
         name, strategy: Of the set.
-        ratio: Synthetic images for each source, counted from the beginning of the plan.
+        ratio: Synthetic images for each source, counted from the beginning of the plan; 0 without sources.
         near, far: Bounds of |fraction - 0.5|, 0 in the middle between two sources and 0.5 at one; None for all.
-        num_images, num_patients: Synthetic images, and patients of the sources whose labels they have.
+        num_images, num_patients: Synthetic images, and patients of the sources whose labels they have; 0 without.
         macro, labels: Mean over labels, and each label.
     """
 
@@ -174,7 +184,7 @@ def score_sets(
     parts = []
     for name, members in sets.items():
         whole = _join(name, members, labels)
-        size = max(1, round(whole.rounds.max()))
+        size = 0 if whole.sources is None else max(1, round(whole.rounds.max()))
         smaller = [ratio for ratio in sorted(set(ratios)) if ratio < size]
         chosen = [(size, None, whole.rounds >= 0), *((ratio, None, whole.rounds < ratio) for ratio in smaller)]
         if whole.strategy == "interpolation":
@@ -222,7 +232,8 @@ def _join(name: str, members: Sequence[JudgedSet], labels: Sequence[str]) -> Jud
         raise ValueError(f"The set {name!r} must have parts of one strategy, got {sorted(strategies) or 'none'}.")
     if any(one.targets.shape[1] != len(labels) for one in members):
         raise ValueError(f"The set {name!r} does not have the {len(labels)} labels {', '.join(labels)}.")
-    joined = {field: np.concatenate([getattr(one, field) for one in members]) for field in _ARRAYS}
+    joined: dict[str, np.ndarray | None] = dict.fromkeys(_ARRAYS)
+    joined |= {field: np.concatenate([getattr(one, field) for one in members]) for field in members[0].arrays}
     return JudgedSet(strategies.pop(), patients=tuple(p for one in members for p in one.patients), **joined)
 
 
@@ -235,25 +246,26 @@ def _part(
     repeats: int,
     seed: int,
 ) -> Part:
-    scores = {"synthetic": images.synthetic, "sources": images.sources}
+    scores = images.scores
     figures = {kind: _with_mean(stratified_auroc(s, images.targets, images.judges))[0] for kind, s in scores.items()}
-    figures["difference"] = figures["synthetic"] - figures["sources"]
-    draws = {}
+    draws: dict[str, np.ndarray] = {}
     if len(set(images.patients)) > 1:  # else there is nobody to draw
         weights = draw_weights(images.patients, np.zeros(len(images.patients), int), repeats, seed)
         for kind, s in scores.items():
             draws[kind] = _with_mean(stratified_auroc(s, images.targets, images.judges, weights))
-        draws["difference"] = draws["synthetic"] - draws["sources"]
+    for values in (figures, draws):
+        if "sources" in values:
+            values["difference"] = values["synthetic"] - values["sources"]
     shuffled = _with_mean(_shuffle(images, derive_seed(seed, "shuffles")))
     agreements = []
     counts = _counts(images.targets, figures["synthetic"])
     for place, (label, number) in enumerate(zip(("macro", *labels), counts, strict=True)):
         row: list[float | None] = []
         for kind in ("synthetic", "sources", "difference"):
-            column = draws[kind][:, place] if draws else None
-            row += [_number(figures[kind][place]), *_interval(column)]
+            value = _number(figures[kind][place]) if kind in figures else None
+            row += [value, *_interval(draws[kind][:, place] if kind in draws else None)]
         agreements.append(Agreement(label, number, *row, *_interval(shuffled[:, place])))
-    patients = len(set(images.patients))
+    patients = 0 if images.sources is None else len(set(images.patients))
     return Part(
         name, images.strategy, ratio, *bounds, len(images.patients), patients, agreements[0], (*agreements[1:],)
     )

@@ -25,13 +25,13 @@ def format_preservation_table(result: LabelPreservationResult, style: str = "mar
         rows = [(part, figures) for part in result.parts for figures in (part.macro, *part.labels)]
         body = [[*(getattr(p, n) for n in places), *(getattr(f, n) for n in names)] for p, f in rows]
         return csv_text([*places, *names], body)
-    body = [[*_names(part), *_figures(part.macro)] for part in result.parts]
+    body = [[*_names(part), *_figures(part.macro, part)] for part in result.parts]
     if style == "latex":
         begin = [r"\begin{table}", r"\centering", rf"\caption{{{escape_latex(' '.join(_note(result)))}}}"]
         columns = f"lll{'c' * (len(_HEADER) - 3)}"
         begin.append(r"\footnotesize\setlength{\tabcolsep}{2pt}")
         return "\n".join([*begin, latex_table(_HEADER, body, columns), r"\end{table}", ""])
-    labels = [[part.name, x.label, x.num_positive, *_figures(x)] for part in result.wholes for x in part.labels]
+    labels = [[part.name, x.label, x.num_positive, *_figures(x, part)] for part in result.wholes for x in part.labels]
     for real in result.real:
         number = "" if real.label == "macro" else real.num_positive
         figure = _bounded(real.auroc, real.low, real.high)
@@ -42,15 +42,22 @@ def format_preservation_table(result: LabelPreservationResult, style: str = "mar
 
 def _names(part: Part) -> list[str]:
     bounds = "all" if part.near is None else f"{part.near:g} to {part.far:g}"
+    if not part.ratio:
+        return [part.name, "no source", bounds, str(part.num_images)]
     return [part.name, f"1:{part.ratio:g}", bounds, f"{part.num_images} ({part.num_patients})"]
 
 
-def _figures(figures: Agreement) -> list[str]:
+def _figures(figures: Agreement, part: Part) -> list[str]:
     shuffled = "" if figures.shuffled_low is None else f"{figures.shuffled_low:.3f} to {figures.shuffled_high:.3f}"
+    compared = ["no source", ""]
+    if part.ratio:
+        compared = [
+            _bounded(figures.sources, figures.sources_low, figures.sources_high),
+            _bounded(figures.difference, figures.difference_low, figures.difference_high, "+"),
+        ]
     return [
         _bounded(figures.synthetic, figures.synthetic_low, figures.synthetic_high),
-        _bounded(figures.sources, figures.sources_low, figures.sources_high),
-        _bounded(figures.difference, figures.difference_low, figures.difference_high, "+"),
+        *compared,
         shuffled,
     ]
 
@@ -67,6 +74,12 @@ def _note(result: LabelPreservationResult) -> list[str]:
     unable = (
         "They are no better than chance there, so what they say of synthetic images and of their sources says nothing."
     )
+    sourceless = (
+        "The images of a prior have no source: it can be measured whether they show the labels that were asked for, "
+        "and how well the same classifiers tell held-out real images; not how much of a source's finding is lost. One "
+        "classifier is drawn for each image, and may have been trained on images that the prior has seen. Intervals "
+        "are over images."
+    )
     return [
         f"Macro AUROC, over {len(result.labels)} labels ({', '.join(result.labels)}), of the labels that synthetic "
         f"images were given, by classifiers ({result.model}, seed {result.judges_seed}) trained on real images of "
@@ -76,4 +89,5 @@ def _note(result: LabelPreservationResult) -> list[str]:
         f"The classifiers reach {_bounded(macro.auroc, macro.low, macro.high)} on held-out images of the "
         f"{result.num_real} real ones ({result.num_real_patients} patients, {result.num_folds} folds, two held out).",
         *([] if result.judges_see else [unable]),
+        *([] if all(part.ratio for part in result.parts) else [sourceless]),
     ]
