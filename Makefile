@@ -12,9 +12,10 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 DEV_EXTRAS := train,eval,dicom,shards,remote,ray,demo,notebooks,docs,dev
 
-.PHONY: help quickstart demo test floors wheel lint format docs clean
+.PHONY: help install quickstart demo test floors wheel lint format docs clean
 
 help:
+	@echo "make install      install all that training, demo and tests need; the others do their part of it by themselves"
 	@echo "make quickstart   train a small model on the bundled phantoms, generate, write outputs/quickstart/report.html"
 	@echo "make demo         open the demo on the bundled model: variations, blends and segments in a browser"
 	@echo "make test         install what the tests need and run them"
@@ -22,6 +23,8 @@ help:
 	@echo "make wheel        build dist/, install only the wheel in an empty environment, run README and commands there"
 	@echo "make lint         check style; make format mends what can be mended"
 	@echo "make docs         build the documentation into site/"
+
+install: $(VENV)/.installed-dev $(VENV)/.installed-train $(VENV)/.installed-demo
 
 quickstart: $(VENV)/.installed-train
 	@echo "== Training on the bundled phantoms; about five minutes on two cores =="
