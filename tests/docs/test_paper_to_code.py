@@ -10,7 +10,7 @@ from pages import REPOSITORY
 
 PAGE = REPOSITORY / "docs/paper_to_code.md"
 LINES = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
-ROWS = [line for line in LINES if not line.startswith(("| ---", "| in the paper"))]
+ROWS = [line for line in LINES if not line.startswith(("|---", "| in the paper"))]
 
 
 def codes(row):

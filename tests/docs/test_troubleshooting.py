@@ -30,7 +30,7 @@ def quotes(text: str) -> list[str]:
     found, in_table = [], False
     for line in text.splitlines():
         in_table = line.startswith("| message |") or (in_table and line.startswith("|"))
-        if in_table and not line.startswith(("| message |", "| ---")):
+        if in_table and not line.startswith(("| message |", "|---")):
             found += [match[2] for match in _CODE.finditer(line.split(" | ")[0])]
     return found
 
