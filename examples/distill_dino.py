@@ -4,7 +4,7 @@
         --output_dir my-fast-model
 
 The pipeline is the frozen teacher. The student's UNet takes the guidance scale as an input, so that one pass does the
-work of two. With `--rank` a LoRA for the teacher's own UNet is trained instead, at one guidance scale.
+work of two. With `--rank` a LoRA for the teacher's own denoiser is trained instead, at one guidance scale.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import LCMScheduler, UNet2DConditionModel
-from diffusers.utils import convert_state_dict_to_diffusers
+from diffusers import LCMScheduler, ModelMixin, UNet2DConditionModel
 from torch import Tensor, nn
 
 from diffusers_dino import DinoDiffusionPipeline, data
@@ -35,9 +34,11 @@ from diffusers_dino.cli.training_flags import (
     open_training_images,
 )
 from diffusers_dino.cli.training_run import TrainingRun
+from diffusers_dino.denoisers import family_of
 from diffusers_dino.fingerprints import fingerprint_pipeline
 from diffusers_dino.fusion import fuse
 from diffusers_dino.hub import TrainingRecord
+from diffusers_dino.pipelines.lora import save_adapter
 from diffusers_dino.schedules import embed_guidance, is_flow
 from diffusers_dino.training import models, objective
 from diffusers_dino.training.consistency import ConsistencySchedule, pseudo_huber
@@ -86,11 +87,11 @@ def train(args: Arguments, opened: Run) -> None:
         pipe = load_teacher(args)
     schedule = ConsistencySchedule(pipe.scheduler, args.teacher_steps).to(accelerator.device)
     images = open_training_images(args)
-    models.latent_shape(pipe.vae, pipe.unet, args.resolution)  # checks the resolution
+    models.latent_shape(pipe.vae, pipe.denoiser, args.resolution)  # checks the resolution
     teacher = {**fingerprint_pipeline(pipe), "lora_alpha": args.rank and (args.lora_alpha or args.rank)}
-    student = make_student(args, pipe.unet)
+    student = make_student(args, pipe.denoiser)
     frozen_dtype = models.frozen_dtype(accelerator.mixed_precision)
-    for model in filter(None, (pipe.vae, pipe.conditioner, pipe.fusion, pipe.unet)):
+    for model in filter(None, (pipe.vae, pipe.conditioner, pipe.fusion, pipe.denoiser)):
         nn.Module.to(model.requires_grad_(False), accelerator.device, frozen_dtype)
     target = copy.deepcopy(student).requires_grad_(False).eval().to(accelerator.device)
     encode = FeatureEncoder(pipe.vae, pipe.conditioner, accelerator.device)
@@ -101,6 +102,8 @@ def train(args: Arguments, opened: Run) -> None:
         f"{len(images)} images: {run.total} updates of {run.images_per_update} images"
     )
 
+    predict = family_of(pipe.denoiser).predict
+
     def compute_loss(batch: dict[str, Any]) -> Tensor:
         mean, std, tokens = encode(batch)
         total = pipe.scheduler.config["num_train_timesteps"]
@@ -108,23 +111,22 @@ def train(args: Arguments, opened: Run) -> None:
         start, end = schedule.neighbours(draws.timesteps)
         noisy = schedule.add_noise(mean + std * draws.latent_noise, draws.noise, start)
         guidance = low + (high - low) * draws.drop  # which is uniform, and drops nothing here
-        condition = {"encoder_hidden_states": fuse(pipe.fusion, tokens)}
-        if not args.rank:
-            condition["timestep_cond"] = embed_guidance(guidance, args.guidance_width)
+        condition = fuse(pipe.fusion, tokens)
+        embedded = None if args.rank else embed_guidance(guidance, args.guidance_width)
         with torch.no_grad(), accelerator.autocast():
             null = pipe.conditioner.null_condition(len(tokens)).to(tokens)
-            both = pipe.unet(
+            both = predict(
+                pipe.denoiser,
                 torch.cat([noisy, noisy]),
                 torch.cat([start, start]),
                 fuse(pipe.fusion, torch.cat([null, tokens])),
-                return_dict=False,
-            )[0]
+            )
             unconditional, conditional = both.float().chunk(2)
             guided = unconditional + guidance.view(-1, 1, 1, 1) * (conditional - unconditional)
             before = schedule.add_noise(*schedule.split(guided, noisy, start), end)
-            answer = target(before, end.clamp(min=0), **condition, return_dict=False)[0].float()
+            answer = predict(target, before, end.clamp(min=0), condition, embedded).float()
         answer = schedule.consistency(answer, before, end)
-        prediction = run.model(noisy, start, **condition, return_dict=False)[0].float()
+        prediction = predict(run.model, noisy, start, condition, embedded).float()
         return pseudo_huber(schedule.consistency(prediction, noisy, start), answer, args.huber_c)
 
     for batches in run.updates():
@@ -168,7 +170,7 @@ def load_teacher(args: Arguments) -> DinoDiffusionPipeline:
     )
     if is_flow(pipe.scheduler):
         raise ValueError("A consistency model follows a diffusion's noise schedule; this teacher has a flow's.")
-    if pipe.unet.config.get("time_cond_proj_dim") is not None:
+    if pipe.denoiser.config.get("time_cond_proj_dim") is not None:
         raise ValueError("This pipeline is distilled already: give the one that taught it.")
     facts = TrainingRecord.load(args.pretrained_pipeline).facts
     if facts and not facts.get("condition dropout") and check_guidance(args) != (1.0, 1.0):
@@ -179,12 +181,16 @@ def load_teacher(args: Arguments) -> DinoDiffusionPipeline:
     return pipe
 
 
-def make_student(args: Arguments, teacher: UNet2DConditionModel) -> UNet2DConditionModel:
+def make_student(args: Arguments, teacher: ModelMixin) -> ModelMixin:
     """A copy of the teacher with an input for the guidance scale, or with a LoRA."""
     if args.rank:
         student = copy.deepcopy(teacher)
         models.add_lora(student, args.rank, args.lora_alpha)
         return student
+    if not isinstance(teacher, UNet2DConditionModel):
+        raise ValueError(
+            f"A {type(teacher).__name__} has no input for the guidance scale: give --rank to train a LoRA at one scale."
+        )
     student = UNet2DConditionModel.from_config(dict(teacher.config) | {"time_cond_proj_dim": args.guidance_width})
     student.load_state_dict({**student.state_dict(), **teacher.state_dict()})  # which lacks the new input
     nn.init.zeros_(student.time_embedding.cond_proj.weight)  # it starts as the teacher
@@ -201,16 +207,13 @@ def open_views(
     return cache_in_memory(views, encode, args.cache_views, args.cache_batch_size) if args.cache_views else views
 
 
-def save_result(args: Arguments, pipe: DinoDiffusionPipeline, target: UNet2DConditionModel) -> None:
+def save_result(args: Arguments, pipe: DinoDiffusionPipeline, target: ModelMixin) -> None:
     """Save the averaged student, with the scheduler that samples it."""
     scheduler = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=args.teacher_steps)
     if args.rank:
-        from peft import get_peft_model_state_dict
-
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(target))
 
         def write(folder: Path) -> None:
-            DinoDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
+            save_adapter(target, folder)
             scheduler.save_pretrained(folder / "scheduler")
 
         put_result(Path(args.output_dir), write)

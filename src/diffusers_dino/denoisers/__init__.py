@@ -1,6 +1,6 @@
 """Denoisers: diffusers' UNet and its transformers behind one face, a class of `Family` for each kind of model.
 
-A new family is a module with such a class, and its name in `FAMILIES`.
+A new family is a module with such a class, and a place in `FAMILIES`.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from typing import Any
 from torch import nn
 
 from .family import Family
+from .pixart import PixArt
+from .sana import Sana
 from .sd3 import SD3
 from .unet import UNet
 
 __all__ = ["FAMILIES", "Family", "family_named", "family_of"]
 
-FAMILIES: tuple[Family, ...] = (UNet(), SD3())
+FAMILIES: tuple[Family, ...] = (UNet(), SD3(), PixArt(), Sana())
 
 
 def family_of(model: nn.Module) -> Family:

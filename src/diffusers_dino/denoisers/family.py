@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import ModelMixin
+from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
 
-__all__ = ["Config", "Family", "initialise_transformer"]
+__all__ = ["Config", "Family", "initialise_transformer", "unwrapped_config", "width_of", "with_lora_methods"]
 
 Config = Mapping[str, Any]
 
@@ -29,8 +30,8 @@ class Family(ABC):
         flow: Whether a new model is trained by flow matching unless something else is asked for.
         lora_targets: Names of the layers that a LoRA is added to.
         zero_layers: Ends of the names of layers that start at zero in a new transformer.
-        attention_argument: What the model calls the arguments of its attention, with a LoRA's `scale`; None for a
-            model that knows no scale.
+        small_layers: Parts of the names of those that start small: they embed time and condition.
+        takes_scale: Whether `attention_kwargs={"scale": s}` weighs a LoRA.
     """
 
     kind: ClassVar[type[ModelMixin]]
@@ -41,7 +42,8 @@ class Family(ABC):
     flow: ClassVar[bool] = True
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     zero_layers: ClassVar[tuple[str, ...]] = ()
-    attention_argument: ClassVar[str | None] = None
+    small_layers: ClassVar[tuple[str, ...]] = ("embedder",)
+    takes_scale: ClassVar[bool] = True
 
     @abstractmethod
     def predict(
@@ -98,27 +100,39 @@ class Family(ABC):
 
     def initialise(self, model: nn.Module) -> None:
         """Draw the weights of a new model as its authors do, where diffusers does not."""
-        initialise_transformer(model, self.zero_layers)
+        initialise_transformer(model, self.zero_layers, self.small_layers)
 
 
 @torch.no_grad()
-def initialise_transformer(model: nn.Module, zero_layers: tuple[str, ...]) -> None:
+def initialise_transformer(model: nn.Module, zero_layers: tuple[str, ...], small_layers: tuple[str, ...]) -> None:
     """Initialise as in DiT (Peebles & Xie, arXiv 2212.09748, section 3.2): blocks start as the identity.
 
-    Matrices are uniform after Glorot, biases zero, the embeddings of time and condition normal with a deviation of
-    0.02. Layers whose names end with one of `zero_layers` (modulation, output) start at zero.
+    Matrices are uniform after Glorot, biases zero. Layers whose names end with one of `zero_layers` (modulation,
+    output) are zero, those whose names contain one of `small_layers` normal with a deviation of 0.02.
     """
     for name, layer in model.named_modules():
         if not isinstance(layer, nn.Linear | nn.Conv2d):
             continue
         if name.endswith(zero_layers):
             nn.init.zeros_(layer.weight)
-        elif "embedder" in name:
+        elif any(part in name for part in small_layers):
             nn.init.normal_(layer.weight, std=0.02)
         else:
             nn.init.xavier_uniform_(layer.weight.view(len(layer.weight), -1))
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
+
+
+def with_lora_methods(model: ModelMixin) -> None:
+    """Give a model of a class that lacks them, such as PixArt's, diffusers' methods for LoRA; it stays of its class."""
+    if not isinstance(model, PeftAdapterMixin):
+        own = type(model)
+        model.__class__ = type(own.__name__, (own, PeftAdapterMixin), {"__module__": own.__module__})
+
+
+def width_of(config: Config, num_heads: int, head_width: int) -> int:
+    """Width inside a transformer, by its config or, where that says nothing, the heads that diffusers gives it."""
+    return config.get("num_attention_heads", num_heads) * config.get("attention_head_dim", head_width)
 
 
 def unwrapped_config(model: nn.Module) -> Config:

@@ -8,7 +8,7 @@ from typing import Any
 from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
-from .family import Config, Family, unwrapped_config
+from .family import Config, Family, unwrapped_config, width_of
 
 __all__ = ["SD3"]
 
@@ -24,7 +24,6 @@ class SD3(Family):
     token_field = "joint_attention_dim"
     lora_targets = (*Family.lora_targets, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     zero_layers = ("norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out")
-    attention_argument = "joint_attention_kwargs"
 
     def predict(
         self,
@@ -48,10 +47,15 @@ class SD3(Family):
     def fit(self, config: Config, channels: int, side: int, token_width: int) -> dict[str, Any]:
         """As in `Family`; positions reach as far as the latents do."""
         sizes = {"in_channels": channels, "out_channels": channels, "sample_size": side}
-        width = config["num_attention_heads"] * config["attention_head_dim"]
         tokens = {"joint_attention_dim": token_width, "pooled_projection_dim": token_width}
         positions = max(config.get("pos_embed_max_size") or 0, side // config.get("patch_size", 2))
-        return {**config, **sizes, **tokens, "caption_projection_dim": width, "pos_embed_max_size": positions}
+        return {
+            **config,
+            **sizes,
+            **tokens,
+            "caption_projection_dim": width_of(config, 18, 64),
+            "pos_embed_max_size": positions,
+        }
 
     def check_tokens(self, config: Config, width: int, projected: bool = False) -> None:
         """As in `Family`, and so for the class token."""

@@ -23,7 +23,6 @@ class UNet(Family):
     title = "UNet"
     token_field = "cross_attention_dim"
     flow = False
-    attention_argument = "cross_attention_kwargs"
 
     def predict(
         self,

@@ -11,6 +11,7 @@ import torch
 
 import diffusers_dino
 
+from ..denoisers import family_named
 from ..files import read_json
 from .privacy import Content
 
@@ -99,6 +100,8 @@ def part_facts(folder: str | Path) -> dict[str, Any]:
         side = unet["sample_size"]
         facts["UNet"] = f"{side} x {side} latents, levels of {unet['block_out_channels']}"
         facts["width of the condition"] = unet.get("cross_attention_dim")
+    if transformer := configs.get("transformer"):
+        facts |= _transformer_facts(transformer)
     if "scheduler" in places:
         schedule = _read(places["scheduler"] / "scheduler_config.json")
         names = ("beta_schedule", "prediction_type", "num_train_timesteps", "rescale_betas_zero_snr", "shift")
@@ -185,6 +188,16 @@ def _prior_facts(config: dict[str, Any]) -> dict[str, Any]:
         or None,
         "text encoder": config["text_encoder"],
         "transformer": f"{config['num_layers']} blocks of width {config['width']}",
+    }
+
+
+def _transformer_facts(config: dict[str, Any]) -> dict[str, Any]:
+    side, patch, blocks = config["sample_size"], config["patch_size"], config["num_layers"]
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    return {
+        "transformer": f"{config['_class_name']}, {side} x {side} latents in patches of {patch} x {patch}, {blocks} "
+        f"blocks of width {width}",
+        "width of the condition": family_named(config["_class_name"]).token_width(config),
     }
 
 

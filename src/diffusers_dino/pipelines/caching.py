@@ -93,6 +93,11 @@ def deep_cache(unet: nn.Module, every: int = 3, order: int = 0) -> TaylorSeerCac
         every: Steps from one full pass to the next; 1 computes all.
         order: 0 repeats what the deep levels said; 1 continues it in a straight line (TaylorSeer, Liu et al. 2025).
     """
+    if "up_block_types" not in unet.config:
+        raise ValueError(
+            f"DeepCache keeps the deep levels of a UNet, and {type(unet).__name__} has none: give "
+            "PyramidAttentionBroadcastConfig() to enable_cache."
+        )
     levels = len(unet.config["up_block_types"])
     if levels < 2:
         raise ValueError("A UNet of one level has nothing deeper to keep: deep_cache needs two.")

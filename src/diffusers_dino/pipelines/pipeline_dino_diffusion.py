@@ -18,7 +18,6 @@ from diffusers import (
     LCMScheduler,
     ModelMixin,
     SchedulerMixin,
-    SD3Transformer2DModel,
     UNet2DConditionModel,
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -31,6 +30,7 @@ from torch import Tensor
 
 from ..conditioner import DinoImageConditioner
 from ..denoisers import family_of
+from ..denoisers.family import with_lora_methods
 from ..fusion import TokenFusion, fuse
 from ..latents import decode_latents, vae_scale_factor
 from ..pixels import ImageInput
@@ -111,7 +111,7 @@ class DinoDiffusionPipeline(
         scheduler: SchedulerMixin | None = None,
         flow_matching: bool | None = None,
         fusion: TokenFusion | None = None,
-        transformer: SD3Transformer2DModel | None = None,
+        transformer: ModelMixin | None = None,
         guider: BaseGuidance | None = None,
         guide: UNet2DConditionModel | SD3Transformer2DModel | None = None,
     ) -> None:
@@ -131,6 +131,8 @@ class DinoDiffusionPipeline(
         )
         check_components(vae, conditioner, self.denoiser, fusion)
         note_flow(self.denoiser, scheduler, flow_matching)
+        if transformer is not None:
+            with_lora_methods(transformer)
         note_flow(guide, scheduler, flow_matching)
         check_guide(guide, self.denoiser)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
@@ -233,6 +235,10 @@ class DinoDiffusionPipeline(
         check_components(self.vae, self.conditioner, self.denoiser, self.fusion)
         check_schedule(self.scheduler, is_flow_model(self.denoiser))
         family, config = family_of(self.denoiser), self.denoiser.config
+        if "scale" in (cross_attention_kwargs or {}) and not family.takes_scale:
+            raise ValueError(
+                f"{type(self.denoiser).__name__} takes no scale of a LoRA in its call: weigh it by set_adapters."
+            )
         if (image is None) == (image_embeds is None):
             raise ValueError(f"Give either `{name}` or `{name}_embeds`, and not both.")
         if image_embeds is not None:

@@ -24,6 +24,7 @@ from torch import nn
 
 from ..conditioner import DinoImageConditioner
 from ..denoisers import FAMILIES, family_named, family_of
+from ..denoisers.family import with_lora_methods
 from ..extras import require
 from ..fusion import TokenFusion, check_dropout
 from ..latents import VAE, vae_scale_factor
@@ -291,6 +292,7 @@ def add_lora(denoiser: ModelMixin, rank: int, alpha: float | None = None) -> Non
     The scale of the adapter is alpha / rank, by default 1. ImportError if peft is not installed.
     """
     peft = require("peft", "train", "A LoRA needs peft")
+    with_lora_methods(denoiser)
     denoiser.requires_grad_(False)
     denoiser.add_adapter(
         peft.LoraConfig(

@@ -1,0 +1,60 @@
+"""Sana's transformer (Xie et al., arXiv 2410.10629): linear self-attention, tokens by cross-attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers import SanaTransformer2DModel
+from torch import Tensor, nn
+
+from .family import Config, Family, unwrapped_config, width_of
+
+__all__ = ["Sana"]
+
+
+class Sana(Family):
+    """`SanaTransformer2DModel`."""
+
+    kind = SanaTransformer2DModel
+    token_field = "caption_channels"
+    zero_layers = ("attn2.to_out.0", "proj_out")
+    small_layers = ("time_embed", "caption_projection")
+
+    def predict(
+        self,
+        model: nn.Module,
+        latents: Tensor,
+        timesteps: Tensor,
+        tokens: Tensor,
+        guidance: Tensor | None = None,
+        attention_kwargs: Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        """As in `Family`."""
+        return model(
+            hidden_states=latents,
+            encoder_hidden_states=tokens,
+            timestep=timesteps * unwrapped_config(model)["timestep_scale"],
+            attention_kwargs=attention_kwargs,
+            return_dict=False,
+        )[0]
+
+    def fit(self, config: Config, channels: int, side: int, token_width: int) -> dict[str, Any]:
+        """As in `Family`."""
+        sizes = {"in_channels": channels, "out_channels": channels, "sample_size": side}
+        return {
+            **config,
+            **sizes,
+            "caption_channels": token_width,
+            "cross_attention_dim": width_of(config, 70, 32),
+            "guidance_embeds": False,
+        }
+
+    def token_width(self, config: Config) -> int:
+        """As in `Family`."""
+        if config.get("guidance_embeds"):
+            raise ValueError(
+                "The transformer was distilled to take the guidance scale as an input (guidance_embeds), which this "
+                "pipeline does not give it: use one that was not."
+            )
+        return super().token_width(config)
