@@ -189,7 +189,7 @@ def make_student(args: Arguments, teacher: ModelMixin) -> ModelMixin:
         return student
     if not isinstance(teacher, UNet2DConditionModel):
         raise ValueError(
-            f"A {type(teacher).__name__} has no input for the guidance scale: give --rank to train a LoRA at one scale."
+            f"A {type(teacher).__name__} has no input for the guidance scale: train a LoRA at one scale, with --rank."
         )
     student = UNet2DConditionModel.from_config(dict(teacher.config) | {"time_cond_proj_dim": args.guidance_width})
     student.load_state_dict({**student.state_dict(), **teacher.state_dict()})  # which lacks the new input

@@ -124,7 +124,7 @@ def initialise_transformer(model: nn.Module, zero_layers: tuple[str, ...], small
 
 
 def with_lora_methods(model: ModelMixin) -> None:
-    """Give a model of a class that lacks them, such as PixArt's, diffusers' methods for LoRA; it stays of its class."""
+    """Give a model of a class that lacks them, such as PixArt's, diffusers' methods for LoRA."""
     if not isinstance(model, PeftAdapterMixin):
         own = type(model)
         model.__class__ = type(own.__name__, (own, PeftAdapterMixin), {"__module__": own.__module__})

@@ -1,7 +1,8 @@
-"""diffusers' caches on the UNet: what one denoising step has computed is used again in the next ones.
+"""diffusers' caches on the denoiser: what one denoising step has computed is used again in the next ones.
 
-diffusers offers them as methods of its transformers (`CacheMixin`), not of UNets. Three of them hook layers that a
-UNet has too; they are offered here on the pipeline, which also tells them the timestep and empties them in between.
+diffusers offers them as methods of some of its transformers (`CacheMixin`), not of UNets. Three of them hook layers
+that a UNet has too, one those of all transformers here; they are offered on the pipeline, which also tells them the
+timestep and empties them in between.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _APPLY = {
 
 
 class UNetCacheMixin:
-    """`enable_cache` and `disable_cache` of diffusers' transformers, on a pipeline with a UNet."""
+    """`enable_cache` and `disable_cache` of diffusers' transformers, on a pipeline with a UNet or a transformer."""
 
     denoiser: nn.Module
     _current_timestep: float | None = None
@@ -41,25 +42,32 @@ class UNetCacheMixin:
 
     @property
     def is_cache_enabled(self) -> bool:
-        """Whether the UNet has a cache, also one that another pipeline with this UNet has enabled."""
+        """Whether the denoiser has a cache, also one that another pipeline with it has enabled."""
         return has_cache(self.denoiser)
 
     @takes_the_denoiser
     def enable_cache(self, config: CacheConfig) -> None:
-        """Let the UNet use again what earlier steps have computed; images change a little, see docs/speed.md.
+        """Let the denoiser use again what earlier steps have computed; images change a little, see docs/speed.md.
 
         Args:
             config: `deep_cache(pipe.unet)`, or one of diffusers': `PyramidAttentionBroadcastConfig`,
                 `FasterCacheConfig` (saves guidance's unconditional half, and of a UNet no more) or
-                `TaylorSeerCacheConfig`. `current_timestep_callback` may be left out.
+                `TaylorSeerCacheConfig`. `current_timestep_callback` may be left out. A transformer takes only
+                `PyramidAttentionBroadcastConfig`.
         """
-        if type(config) not in _APPLY:
+        title, usable = type(self.denoiser).__name__, list(_APPLY)
+        if (
+            "up_block_types" not in self.denoiser.config
+        ):  # FasterCache halves no pooled token, TaylorSeer finds no layers
+            usable = [PyramidAttentionBroadcastConfig]
+        if type(config) not in usable:
+            also = "deep_cache(pipe.unet), or one of " if len(usable) > 1 else ""
             raise TypeError(
-                f"{type(config).__name__} cannot be used: it skips whole blocks of a transformer, which a UNet has "
-                f"not. Give deep_cache(pipe.unet), or one of {', '.join(kind.__name__ for kind in _APPLY)}."
+                f"{type(config).__name__} cannot be used with a {title}. Give {also}"
+                f"{', '.join(kind.__name__ for kind in usable)}."
             )
         if self.is_cache_enabled:
-            raise ValueError("The UNet has a cache already: call disable_cache() first.")
+            raise ValueError("The denoiser has a cache already: call disable_cache() first.")
         _APPLY[type(config)](self.denoiser, self._completed(config))
         _forget_children(self.denoiser)
 

@@ -113,7 +113,7 @@ class DinoDiffusionPipeline(
         fusion: TokenFusion | None = None,
         transformer: ModelMixin | None = None,
         guider: BaseGuidance | None = None,
-        guide: UNet2DConditionModel | SD3Transformer2DModel | None = None,
+        guide: ModelMixin | None = None,
     ) -> None:
         super().__init__()
         if unet is not None and transformer is not None:
