@@ -1,11 +1,17 @@
-"""Self-attention maps of diffusers' transformers: the image's part of joint attention, and what cannot be read."""
+"""DiffSeg on diffusers' transformers: the image's part of joint attention, the pipeline, and what cannot be read."""
 
 import pytest
 import torch
-from diffusers import PixArtTransformer2DModel, SanaTransformer2DModel, SD3Transformer2DModel
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    PixArtTransformer2DModel,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+)
 from diffusers.models.attention_processor import Attention, FusedJointAttnProcessor2_0
 
 import tiny
+from diffusers_dino import DiffSegPipeline, DinoDiffusionPipeline
 from diffusers_dino.diffseg.attention import capture_self_attention, self_attention_layers
 from diffusers_dino.diffseg.merging import aggregate_attention
 
@@ -141,9 +147,9 @@ def test_blocks_are_chosen_by_name():
         run(model)
 
 
-def test_attention_that_has_no_maps_is_refused_by_name():
+def sana() -> SanaTransformer2DModel:
     with tiny.seeded(0):
-        linear = SanaTransformer2DModel(
+        return SanaTransformer2DModel(
             in_channels=4,
             out_channels=4,
             num_attention_heads=2,
@@ -155,6 +161,10 @@ def test_attention_that_has_no_maps_is_refused_by_name():
             caption_channels=32,
             sample_size=8,
         )
+
+
+def test_attention_that_has_no_maps_is_refused_by_name():
+    linear = sana()
     message = "SanaTransformer2DModel.*SanaLinearAttnProcessor2_0 of its layer .*attends linearly"
     with pytest.raises(ValueError, match=message), capture_self_attention(linear):
         pass
@@ -174,3 +184,51 @@ def test_latents_that_are_not_square_are_refused(name):
     model = MODELS[name]()
     with pytest.raises(ValueError, match="read as squares"), capture_self_attention(model):
         model(hidden_states=torch.zeros(1, 4, 8, 4), timestep=torch.zeros(1))
+
+
+@pytest.fixture
+def joint() -> DinoDiffusionPipeline:
+    flow = FlowMatchEulerDiscreteScheduler()
+    return tiny.tiny_pipeline(unet=None, transformer=sd3(), scheduler=flow)
+
+
+IMAGES = tiny.random_images(2)
+
+
+def test_the_pipeline_segments_with_a_transformer_of_a_flow(joint, tmp_path):
+    pipe = DiffSegPipeline.from_pipe(joint)
+    maps = pipe.attention_maps(IMAGES, timestep=300)
+    assert maps.shape == (2, 16, 4, 4)
+    torch.testing.assert_close(maps.sum(dim=(-1, -2)), torch.ones(2, 16))
+    latents = joint.vae.encode(IMAGES.mean(1, keepdim=True) * 2 - 1).latent_dist.mean * joint.vae.config.scaling_factor
+    tokens = joint.encode_image(IMAGES)
+    with capture_self_attention(joint.transformer) as direct, torch.no_grad():  # the clean latents at time 0.3
+        joint.transformer(latents, tokens, tokens[:, 0], torch.full((2,), 300))
+    torch.testing.assert_close(maps, torch.stack([aggregate_attention({4: each[None]}) for each in direct[4]]))
+    masks = pipe(IMAGES, merge_threshold=0.3, relative_threshold=True).masks
+    assert masks.shape == (2, 32, 32)
+    pipe.save_pretrained(tmp_path)
+    loaded = DiffSegPipeline.from_pretrained(tmp_path)
+    assert torch.equal(loaded.attention_maps(IMAGES, timestep=300), maps)
+    noisy = pipe.attention_maps(IMAGES, timestep=900, add_noise=True, generator=torch.Generator().manual_seed(0))
+    assert not torch.allclose(noisy, maps, atol=1e-6)
+
+
+def test_what_does_not_fit_a_transformer_is_refused(joint):
+    pipe = DiffSegPipeline.from_pipe(joint)
+    with pytest.raises(ValueError, match="multiple of 8"):  # four pixels a latent, two latents a patch
+        pipe(IMAGES, size=28)
+    with pytest.raises(ValueError, match="pos_embed_max_size"):
+        pipe(IMAGES, size=128)
+    with pytest.raises(ValueError, match="`unet_kwargs` are of a UNet"):
+        pipe(IMAGES, unet_kwargs={"class_labels": torch.zeros(2)})
+    pipe.conditioner = None
+    with pytest.raises(ValueError, match="The transformer needs a condition"):
+        pipe(IMAGES)
+    assert pipe.attention_maps(IMAGES, image_embeds=joint.encode_image(IMAGES)).shape == (2, 16, 4, 4)
+    with pytest.raises(ValueError, match="one denoiser"):
+        DiffSegPipeline.from_pipe(joint, unet=tiny.tiny_unet())
+    with pytest.raises(ValueError, match="SanaTransformer2DModel cannot be used"):
+        DiffSegPipeline.from_pipe(joint, transformer=sana())
+    with pytest.raises(ValueError, match="latents have 4 channels"):
+        DiffSegPipeline.from_pipe(joint, transformer=sd3(in_channels=8, out_channels=8))

@@ -85,8 +85,10 @@ class ComponentLoadingMixin:
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         names, _ = cls._get_signature_keys(cls)
         shared = {name: part for name, part in pipeline.components.items() if name in names} | kwargs
-        arguments = signature(cls).parameters.values()
-        missing = {each.name for each in arguments if each.default is Parameter.empty} - set(shared)
+        arguments = signature(cls).parameters
+        needed = {name for name, each in arguments.items() if each.default is Parameter.empty}
+        needed |= {"scheduler"} | ({"unet"} if shared.get("transformer") is None else set())
+        missing = (needed & set(arguments)) - set(shared)
         if missing:
             raise ValueError(
                 f"{type(pipeline).__name__} has no {' and no '.join(sorted(missing))}, which a {cls.__name__} needs: "

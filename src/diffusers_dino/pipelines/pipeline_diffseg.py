@@ -13,6 +13,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
     DiffusionPipeline,
+    ModelMixin,
     UNet2DConditionModel,
     UNet2DModel,
 )
@@ -24,13 +25,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import schedules
 from ..conditioner import DinoImageConditioner
+from ..denoisers import family_of
 from ..diffseg.attention import capture_self_attention
 from ..diffseg.merging import aggregate_attention, merge_attention, refine_segments, relative_thresholds, suppress
 from ..fusion import TokenFusion, fuse
 from ..latents import encode_to_moments, vae_scale_factor
 from ..pixels import ImageInput, StoredImages, stored_images, unit_to_vae
 from .caching import has_cache
-from .checks import Generators, check_channels, check_choice, check_finite, check_generator, check_numbers, image_size
+from .checks import (
+    Generators,
+    check_channels,
+    check_choice,
+    check_components,
+    check_finite,
+    check_generator,
+    check_numbers,
+    image_size,
+)
 from .loading import ComponentLoadingMixin
 from .lora import DenoiserLoraMixin
 from .pipeline_output import DiffSegPipelineOutput
@@ -46,7 +57,8 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
     """Segment images by DiffSeg (Tian et al., CVPR 2024): merge the self-attention maps of one denoising step.
 
     Made with `from_pipe`: of a `DinoDiffusionPipeline`, the condition is the image's own tokens; of a Stable Diffusion
-    (1, 2, XL), the empty prompt. An unconditional `UNet2DModel` needs no condition.
+    (1, 2, XL), the empty prompt. An unconditional `UNet2DModel` needs no condition. In a transformer, the positions
+    are its patches, and of joint attention the image's part is read.
 
     Images are stretched to a square for the model, and masks back to the image's size, so every pixel gets a segment.
 
@@ -59,7 +71,9 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         tokenizer: Of `text_encoder`.
         text_encoder_2: Second one, of Stable Diffusion XL.
         tokenizer_2: Of `text_encoder_2`.
-        fusion: What tells the tokens of several encoders apart, if the UNet was trained with it.
+        fusion: What tells the tokens of several encoders apart, if the denoiser was trained with it.
+        transformer: Denoiser in place of a UNet, of a class in `diffusers_dino.denoisers`; it needs a `conditioner`,
+            or `image_embeds` in each call.
 
     Example:
         ```python
@@ -71,16 +85,17 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         ```
     """
 
-    model_cpu_offload_seq = "text_encoder->text_encoder_2->conditioner->fusion->vae->unet"
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->conditioner->fusion->vae->unet->transformer"
     _optional_components = [  # noqa: RUF012
-        *("vae", "conditioner", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "fusion")
+        *("vae", "conditioner", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+        *("unet", "scheduler", "fusion", "transformer"),
     ]
-    _unlisted_if_none = ("fusion",)
+    _unlisted_if_none = ("fusion", "transformer")
 
     def __init__(
         self,
-        unet: UNet2DConditionModel | UNet2DModel,
-        scheduler: KarrasDiffusionSchedulers,
+        unet: UNet2DConditionModel | UNet2DModel | None = None,
+        scheduler: KarrasDiffusionSchedulers | None = None,
         vae: AutoencoderKL | AutoencoderTiny | None = None,
         conditioner: DinoImageConditioner | None = None,
         text_encoder: PreTrainedModel | None = None,
@@ -88,6 +103,7 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         text_encoder_2: PreTrainedModel | None = None,
         tokenizer_2: PreTrainedTokenizerBase | None = None,
         fusion: TokenFusion | None = None,
+        transformer: ModelMixin | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -100,8 +116,9 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
             text_encoder_2=text_encoder_2,
             tokenizer_2=tokenizer_2,
             fusion=fusion,
+            transformer=transformer,
         )
-        check_channels(self.vae, self.unet, "in_channels")
+        self._check_denoiser()
 
     @property
     def vae_scale_factor(self) -> int:
@@ -118,43 +135,45 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         add_noise: bool = False,
     ) -> None:
         """Refuse what cannot work before any work is done; arguments and errors as in `__call__`."""
-        if self.unet is None or self.scheduler is None:
+        if self.denoiser is None or self.scheduler is None:
             raise ValueError("This pipeline has no unet or no scheduler; both are needed to segment.")
-        check_channels(self.vae, self.unet, "in_channels")
+        self._check_denoiser()
         config = self.scheduler.config
         if add_noise and "beta_schedule" not in config and not schedules.is_flow(self.scheduler):
             raise ValueError(
                 f"{type(self.scheduler).__name__} adds noise in a way of its own, which is not known "
                 "here: leave add_noise=False, as DiffSeg does."
             )
-        if has_cache(self.unet):
+        if has_cache(self.denoiser):
             raise ValueError(
                 "The UNet has a cache (enable_cache), which leaves out layers whose attention is read here: call "
                 "disable_cache() of the pipeline that it belongs to."
             )
         _timesteps(timestep, config["num_train_timesteps"])
-        check_numbers(self.vae_scale_factor, size=self._size(size))
+        self._check_size(self._size(size))
         check_generator(generator)
         if image_embeds is not None and not isinstance(image_embeds, Tensor):
             raise TypeError(f"`image_embeds` must be a tensor (B, S, D), got {type(image_embeds).__name__}.")
         given = image_embeds is not None or "encoder_hidden_states" in (unet_kwargs or {})
-        makeable = self.conditioner is not None or (self.text_encoder is not None and self.tokenizer is not None)
-        if self._is_conditional and not given and not makeable:
+        if self.transformer is not None and unet_kwargs:
+            raise ValueError("`unet_kwargs` are of a UNet, and this pipeline has a transformer: leave them out.")
+        prompted = self.transformer is None and self.text_encoder is not None and self.tokenizer is not None
+        if self._is_conditional and not given and self.conditioner is None and not prompted:
             raise ValueError(
-                "The UNet needs a condition, and this pipeline has neither a conditioner nor a text encoder with its "
-                "tokenizer. Load them, or give `image_embeds`."
+                f"The {self._title} needs a condition, and this pipeline has neither a conditioner nor, for a UNet, a "
+                "text encoder with its tokenizer. Load them, or give `image_embeds`."
             )
 
     def encode_condition(self, images: ImageInput, size: int | None = None) -> dict[str, Any]:
-        """The condition of the UNet: the images' own tokens, the empty prompt, or none for an unconditional UNet.
+        """The condition of the denoiser: the images' own tokens, the empty prompt, or none for an unconditional UNet.
 
         Args:
             images: B images of any type that `diffusers_dino.pixels.to_unit` reads, sizes may differ; they are
                 stretched to squares.
-            size: Side in pixels that the model sees them at; by default the UNet's.
+            size: Side in pixels that the model sees them at; by default the denoiser's.
 
         Returns:
-            Keyword arguments of the UNet, for B images or for one that stands for all.
+            Keyword arguments of a UNet, for B images or for one that stands for all.
         """
         device = self._execution_device
         if not self._is_conditional:
@@ -174,17 +193,17 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         return {"encoder_hidden_states": tokens, "added_cond_kwargs": added}
 
     def prepare_latents(self, images: ImageInput, size: int | None = None) -> Tensor:
-        """Encode images, stretched to squares, to the clean latents of the UNet: the mean of the VAE's distribution.
+        """Encode images, stretched to squares, to clean latents: the mean of the VAE's distribution.
 
         `images` and `size` are as in `encode_condition`; the result is `(B, L, size / f, size / f)` with f pixels per
         latent, or pixels in [-1, 1] without a VAE.
         """
-        size, model = self._size(size), self.vae if self.vae is not None else self.unet
+        size, model = self._size(size), self.vae if self.vae is not None else self.denoiser
         squares = torch.cat([each.resized(size, "bicubic") for each in stored_images(images)])
         pixels = unit_to_vae(squares, model.config["in_channels"]).to(self._execution_device, model.dtype)
         latents = pixels if self.vae is None else encode_to_moments(self.vae, pixels)[0]
         check_finite(latents, "latents")
-        return latents.to(self.unet.dtype)
+        return latents.to(self.denoiser.dtype)
 
     @takes_the_denoiser
     @torch.no_grad()
@@ -208,7 +227,7 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         `__call__`.
 
         Returns:
-            `(B, s * s, s, s)` float32, each map of sum 1, on the UNet's device; s is the largest side.
+            `(B, s * s, s, s)` float32, each map of sum 1, on the model's device; s is the largest side.
         """
         self.check_inputs(timestep, size, generator, image_embeds, unet_kwargs, add_noise)
         images = [
@@ -227,11 +246,15 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         if add_noise:  # drawn in float32, so that a seed means the same in every precision
             noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=torch.float32)
             noise = noise.to(latents.dtype)
-        with capture_self_attention(self.unet, sides, layers) as attention:
+        with capture_self_attention(self.denoiser, sides, layers) as attention:
             for t in _timesteps(timestep, self.scheduler.config["num_train_timesteps"]):
                 steps = torch.full((len(latents),), t, device=latents.device)
                 inputs = schedules.add_noise(self.scheduler, latents, noise, steps) if add_noise else latents
-                self.unet(inputs, steps, **condition, return_dict=False)
+                if self.transformer is None:
+                    self.unet(inputs, steps, **condition, return_dict=False)
+                else:
+                    tokens = condition["encoder_hidden_states"]
+                    family_of(self.transformer).predict(self.transformer, inputs, steps, tokens)
         maps = [
             aggregate_attention({side: means[i : i + 1] for side, means in attention.items()}, weights=weights)
             for i in range(batch_size)
@@ -303,7 +326,8 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
 
         Args:
             image: B images of any type that `diffusers_dino.pixels.to_unit` reads.
-            timestep: Of the denoising step whose attention is read, or several, over which maps are averaged.
+            timestep: Of the denoising step whose attention is read, or several, over which maps are averaged: from 0,
+                an image, to the scheduler's `num_train_timesteps` - 1, noise. Of a flow it is that share of its time.
             merge_threshold: Maps less than this apart, in nats of symmetric Kullback-Leibler divergence, are one
                 segment; one for all passes, or a sequence with one for each. Infinity gives one segment. By default
                 0.35 with `relative_threshold`, and 0.5 without.
@@ -313,8 +337,8 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
                 which makes it comparable between models, timesteps and images; 0.3 to 0.4 is a start. By default
                 only where no `merge_threshold` is given.
             refine: Refine by k-means over all maps. Needs scikit-learn (`pip install diffusers-dino[eval]`).
-            size: Side in pixels that images are stretched to for the model; by default what the UNet's config says.
-            sides: Side lengths of the self-attention layers to use; by default all that the model has.
+            size: Side in pixels that images are stretched to for the model; by default what its config says.
+            sides: Side lengths of the self-attention layers to use, in latents or patches; by default all.
             layers: Names of the self-attention layers to use, or of their blocks, such as `["up_blocks"]`: the first
                 layer of the decoder's largest resolution may segment better than all; by default all.
             weights: Weight of each side; by default in proportion to it.
@@ -374,7 +398,29 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
     @property
     def _is_conditional(self) -> bool:
         """Asked of the config, as a compiled UNet has another class."""
-        return self.unet.config.get("cross_attention_dim") is not None
+        return self.transformer is not None or self.unet.config.get("cross_attention_dim") is not None
+
+    @property
+    def _title(self) -> str:
+        return "UNet" if self.transformer is None else "transformer"
+
+    def _check_denoiser(self) -> None:
+        """Refuse two denoisers, a transformer of an unknown class, and other latents than the VAE makes."""
+        if self.transformer is not None:
+            if self.unet is not None:
+                raise ValueError("A pipeline has one denoiser: give `unet` or `transformer`, and None for the other.")
+            check_components(self.vae, self.conditioner, self.transformer, self.fusion)
+        else:
+            check_channels(self.vae, self.unet, "in_channels")
+
+    def _check_size(self, size: int) -> None:
+        f = self.vae_scale_factor
+        if self.transformer is None:
+            check_numbers(f, size=size)
+        else:
+            family, config = family_of(self.transformer), self.transformer.config
+            check_numbers(f * family.patch_size(config), size=size)
+            family.check_size(config, size // f, size // f)
 
     def _size(self, size: int | None) -> int:
         return image_size(self) if size is None else size
