@@ -1,9 +1,9 @@
 """Ways of guiding one model, on the bundled phantoms: classifier-free, in an interval, guiders, autoguidance.
 
-    python benchmarks/guidance.py --guide outputs/tiny-diffusion/checkpoint-1000 --output_dir outputs/guidance
+    python benchmarks/guidance.py --guide outputs/tiny-diffusion/checkpoint-500 --output_dir outputs/guidance
 
 The guide is an earlier checkpoint of the model's run: train as examples/data/tiny-diffusion/README.md says, with
-`--checkpointing_steps 500`. Each row generates a variation of each test phantom for each seed; retrieval is the share
+`--checkpointing_steps 500`, and stop after it. Each row generates a variation of each test phantom for each seed; retrieval is the share
 whose nearest test phantom, by the encoder's tokens, is their source. Fréchet distance and coverage are in the features
 of `tiny`, against the training phantoms.
 """
@@ -39,6 +39,7 @@ class Arguments:
     guide: str | None = flag(None, "Earlier checkpoint of its run; without it, no row of autoguidance.")
     training: str = flag(f"{DATA}/phantom-cxr/phantom-cxr-train-*.tar", "Its training images.")
     test: str = flag(f"{DATA}/phantom-cxr/phantom-cxr-test-*.tar", "Images that it has not seen.")
+    ways: list[str] | None = flag(None, "Rows to measure; all by default.")
     size: int = flag(128, "Side of the images in pixels.")
     seeds: list[int] = flag([0, 1, 2], "Of the noise.")
     num_inference_steps: int = flag(20, "Of the model's scheduler.")
@@ -111,8 +112,11 @@ def main() -> None:
     figures: dict[str, Any] = {}
     print(f"{len(test)} unseen images, {len(training)} of training, seeds {args.seeds}: mean (lowest to highest)")
     print("| guidance | retrieval | Fréchet distance | coverage | seconds an image |\n| --- | --- | --- | --- | --- |")
-    for name, (guider, call) in ways(args.guide is not None).items():
-        pipe.guider = guider
+    known = ways(args.guide is not None)
+    if unknown := set(args.ways or ()) - set(known):
+        raise ValueError(f"There is no row {sorted(unknown)[0]!r}: give some of {', '.join(map(repr, known))}.")
+    for name in args.ways or known:
+        pipe.guider, call = known[name]
         figures[name] = measure(args, pipe, test, reference, call)
         cells = [
             f"{statistics.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
