@@ -3,9 +3,9 @@
     python benchmarks/guidance.py --guide outputs/tiny-diffusion/checkpoint-500 --output_dir outputs/guidance
 
 The guide is an earlier checkpoint of the model's run: train as examples/data/tiny-diffusion/README.md says, with
-`--checkpointing_steps 500`, and stop after it. Each row generates a variation of each test phantom for each seed; retrieval is the share
-whose nearest test phantom, by the encoder's tokens, is their source. Fréchet distance and coverage are in the features
-of `tiny`, against the training phantoms.
+`--checkpointing_steps 500`, and stop after it. Each row generates a variation of each test phantom for each seed.
+Retrieval is the share whose nearest test phantom, by the encoder's tokens, is their source; Fréchet distance and
+coverage are in the features of `tiny`, against the training phantoms.
 """
 
 from __future__ import annotations
