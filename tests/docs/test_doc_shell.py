@@ -25,7 +25,7 @@ TRAINING = {
 UNET = {
     **TRAINING, "max_train_samples": 16, "use_8bit_adam": False, "validation_steps": 0, "metric_num_images": 2,
     "metric_steps": 2, "validation_inference_steps": 2, "metric_features": "pixels", "metric_weights": None,
-    "qk_init_scale": 1,
+    "qk_init_scale": 1, "normalize_tokens": None,
 }  # fmt: skip
 CLASSIFIER = {
     "classifier": "test_resnet", "size": 32, "train_batch_size": 4, "max_train_steps": 2, "validation_steps": 1,
@@ -54,12 +54,15 @@ SHORT = {
     },
     "evaluate memorization": {"size": 32, "false_alarms": 0.5, "num_pairs": 2},
     "evaluate interpolation": {**SAMPLING, "num_pairs": 2},
-    "evaluate labels": CLASSIFIER,
+    "evaluate labels": {**CLASSIFIER, "num_folds": 3},
+    "filter": {**CLASSIFIER, "num_folds": 3},
     "evaluate augmentation": {
         **CLASSIFIER, "regimes": ["4"], "ratios": ["1"], "strategies": ["reconstruction"], "classifier_options": None,
         "num_inference_steps": 2,
     },
-    "evaluate segmentation": {"max_samples": 2, "timesteps": ["100"], "thresholds": ["0.3"], "num_examples": 1},
+    "evaluate segmentation": {
+        "max_samples": 2, "timesteps": ["100"], "thresholds": ["0.3"], "num_examples": 1, "untrained": False,
+    },
     "extract": {"extractor": "pixels", "weights": None},
     "splice": {"num_inference_steps": 2},
 }  # fmt: skip
@@ -86,7 +89,7 @@ def shortened(words: list[str]) -> tuple[str, list[str]]:
         AssertionError: If it is neither: such a block needs a reason above it.
     """
     place = next((i for i, word in enumerate(words) if re.match(r"examples/\w+\.py$", word)), None)
-    own = next((i for i, word in enumerate(words) if word in {"diffusers-dino", "diffusers_dino"}), None)
+    own = next((i for i, word in enumerate(words[:-1]) if word in {"diffusers-dino", "diffusers_dino"}), None)
     assert place is not None or own is not None, f"{' '.join(words)!r}: say above the block why it is not run"
     if place is not None:
         name, arguments = Path(words[place]).name, words[place + 1 :]
@@ -127,10 +130,15 @@ def stocked(template, tmp_path_factory) -> Path:
     """The reader's folder with all that commands name: more images, a run with checkpoints, sets, models of folds."""
     root = shutil.copytree(template, tmp_path_factory.mktemp("shell") / "reader")
     (root / "examples").symlink_to(REPOSITORY / "examples")
+    rows = (root / "data/cxr.csv").read_text(encoding="utf-8").splitlines()[1:]
+    with open(root / "data/cxr.csv", "a", encoding="utf-8") as table:  # 16 more images, with labels of the first ones
+        for number, row in enumerate(rows, start=16):
+            shutil.copy(root / f"data/generated/{number - 16:03d}.png", root / f"data/cxr/{number:03d}.png")
+            table.write(f"{number:03d}.png,{row.split(',')[1]},p{number // 2}\n")
     for name in ("cxr-unseen", "archive", "tiles", "our-scanner", "shards", "cxr-real"):
         shutil.copytree(root / "data/cxr", root / "data" / name)
-    keys = sorted(path.stem for path in (root / "data/cxr").iterdir())
-    (root / "training_keys.txt").write_text("\n".join(keys[:8]) + "\n")
+    (root / "training_keys.txt").write_text("\n".join(f"{number:03d}" for number in range(20)) + "\n")
+    (root / "test.txt").write_text("030\n031\n")
     from tiny_text import stable_diffusion
 
     stable_diffusion().save_pretrained(root / "stable-diffusion-v1-5/stable-diffusion-v1-5")
@@ -149,6 +157,7 @@ def stocked(template, tmp_path_factory) -> Path:
             make = f"diffusers-dino synthesise --output_dir sets/{name} --strategy {name} --model my-model"
             call_argv(*shortened(f"{make} --data_dir data/cxr --labels data/cxr.csv".split()))
         shutil.copytree("sets/reconstruction", "outputs/synthetic")
+        shutil.copytree("sets/reconstruction", "drawn")
         call_argv(
             *shortened(
                 ["diffusers-dino", "evaluate", "memorization", "--training", "data/cxr", "--output_dir", "gate"]
@@ -171,8 +180,8 @@ def test_a_block_runs(block, stocked, tmp_path, monkeypatch):
             continue
         name, arguments = shortened(words)
         out = arguments[arguments.index("--output_dir") + 1] if "--output_dir" in arguments else None
-        if name.endswith(".py") and "--resume_from_checkpoint" not in arguments:
-            shutil.rmtree(out, ignore_errors=True)
+        if out and (name.endswith(".py") or name == "synthesise"):
+            shutil.rmtree(out, ignore_errors=True)  # the stocked one
         call_argv(name, arguments)
         assert out is None or any(Path(out).iterdir()), f"{block}: {name} left nothing in {out}"
 

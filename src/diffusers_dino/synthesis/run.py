@@ -125,7 +125,7 @@ def load_generator(model: str | Path, dtype: str = "float32", scheduler: str | N
 
 
 def open_gate(
-    path: str | Path, images: ImageDataset, patients: Groups | None = None, false_alarms: float = 0.01
+    path: str | Path, images: ImageDataset | None, patients: Groups | None = None, false_alarms: float = 0.01
 ) -> CopyGate:
     """Load a gate against near-copies; if there is no such file, calibrate it on the source images and write it there.
 
@@ -133,13 +133,20 @@ def open_gate(
 
     Args:
         path: The file. It holds features and small pictures of the images: keep it where they may be.
-        images: The source images.
+        images: The source images; None for a prior's, which have no sources.
         patients: Patient of each: images of one patient are not copies of each other.
         false_alarms: Share of unseen real images that a calibrated gate may refuse.
 
     Raises:
-        ValueError: If there are too few images for the share of false alarms, or the file is not that of a gate.
+        ValueError: If there are too few images for the share of false alarms, there is neither a file nor an image, or
+            the file is not that of a gate.
     """
+    if images is None:
+        if not Path(path).exists():
+            raise ValueError(
+                f"There is no gate {path}, and there are no source images to calibrate one on: make it first."
+            )
+        return CopyGate.load(path)
     if not Path(path).exists():
         CopyGate.calibrate(images, groups=patients, false_alarms=false_alarms).save(path)
         return CopyGate.load(path)
