@@ -1,5 +1,6 @@
 """Guidance by diffusers' guiders, and by a weaker version of the denoiser."""
 
+import copy
 import logging
 
 import numpy as np
@@ -145,6 +146,26 @@ def test_paths_are_guided_too(guided):
     start = guided(IMAGES[:1], generator=torch.Generator().manual_seed(0), **options).images
     ends = path(IMAGES[:1], IMAGES[1:], [0.0, 1.0], generator=torch.Generator().manual_seed(0), **options).images
     assert (ends[:1] == start).all()
+
+
+def test_a_guider_serves_one_call_at_a_time_and_may_be_copied(guided):
+    guided.guider = GUIDERS["apg"]()
+    shared = DinoDiffusionPipeline.from_pipe(guided, scheduler=copy.deepcopy(guided.scheduler))
+    own = DinoDiffusionPipeline.from_pipe(shared, guider=copy.deepcopy(guided.guider))
+    for other in (shared, own):
+        other.set_progress_bar_config(disable=True)
+    expected = generate(guided, IMAGES)
+    found = []
+
+    def meanwhile(pipe, step, timestep, tensors):
+        if not found:
+            with pytest.raises(RuntimeError, match=r"guider=copy\.deepcopy"):
+                generate(shared, IMAGES)
+            found.append(generate(own, IMAGES))
+        return {}
+
+    assert (generate(guided, IMAGES, callback_on_step_end=meanwhile) == expected).all()
+    assert (found[0] == expected).all()
 
 
 def test_what_is_no_guider_is_refused(pipe):

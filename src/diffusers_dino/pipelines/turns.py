@@ -96,8 +96,9 @@ def _refusal(pipe: Any, busy: Any) -> str:
             "DiffSeg, a cache, a LoRA, or offloading. Wait for that call, or load the model once more."
         )
     what = "This" if busy is pipe else f"The {type(busy).__name__} of this"
+    copied = "scheduler=copy.deepcopy(pipe.scheduler)"
+    copied += ", guider=copy.deepcopy(pipe.guider)" if getattr(pipe, "guider", None) is not None else ""
     return (
         f"{what} {name} is in use by another call, and serves one at a time. Wait for that call, or give each thread "
-        f"a pipeline of its own, which shares the weights: {name}.from_pipe(pipe, "
-        "scheduler=copy.deepcopy(pipe.scheduler))."
+        f"a pipeline of its own, which shares the weights: {name}.from_pipe(pipe, {copied})."
     )
