@@ -2,13 +2,18 @@
 
 import pytest
 import torch
+from PIL import Image
 
 import scripts
 import tiny
 from diffusers_dino import DinoDiffusionPipeline, DinoImageConditioner
 from diffusers_dino.data import Preprocessing, open_images
 from diffusers_dino.familiarity import MIN_IMAGES, UNLIKE, TokenStatistics
+from diffusers_dino.hub import TrainingRecord
+from diffusers_dino.hub.cards import dataset_card, folder_card
+from diffusers_dino.hub.folder import model_files
 from diffusers_dino.metrics.auroc import label_auroc
+from diffusers_dino.synthesis import SynthesisSettings, plan_reconstruction, synthesise
 
 MODEL = scripts.EXAMPLES / "data/tiny-diffusion"
 PHANTOMS = scripts.EXAMPLES / "data/phantom-cxr/phantom-cxr-test-*.tar"
@@ -119,3 +124,23 @@ def test_the_bundled_model_tells_its_phantoms_from_noise_and_blank_images():
         is_phantom = torch.arange(len(scores)) < len(phantoms)
         assert label_auroc(scores[:, None].numpy(), is_phantom[:, None].numpy()) > 0.99
     assert (phantoms < UNLIKE).double().mean() < 0.1
+
+
+def test_cards_and_synthetic_sets_tell_of_it(conditioner, tmp_path):
+    pipe = tiny.tiny_pipeline(conditioner=conditioner)
+    pipe.save_pretrained(tmp_path / "model")
+    assert "conditioner/familiarity.safetensors" in model_files(tmp_path / "model")
+    assert "familiarity.safetensors" in model_files(tmp_path / "model/conditioner")
+    assert "conditioner.familiarity(image)" in str(folder_card(tmp_path / "model", "org/model", TrainingRecord({})))
+
+    folder = scripts.image_folder(tmp_path / "images", 3, size=40)
+    noise = torch.rand(40, 40, generator=torch.Generator().manual_seed(0))
+    Image.fromarray((noise * 255).byte().numpy()).save(folder / "003.png")
+    images = open_images(folder, Preprocessing(tiny.IMAGE_SIZE))
+    plan = plan_reconstruction(images.keys, None, settings=SynthesisSettings(num_inference_steps=1, threads=1))
+    made = synthesise(plan, pipe, images, tmp_path / "set", progress=False)
+    unlike = int((conditioner.familiarity([sample["image"] for sample in images]) < UNLIKE).sum())
+    assert unlike > 0
+    told = made.manifest["lineage"]["sources"]
+    assert (told["unlike"], told["count"], told["familiarity_below"]) == (unlike, 4, UNLIKE)
+    assert f"{unlike} (familiarity below {UNLIKE})" in str(dataset_card(made))

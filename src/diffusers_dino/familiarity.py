@@ -17,16 +17,16 @@ from torch import Tensor
 from .seeds import generator_for
 from .tensor_files import read_tensors, refusing, write_tensors
 
-__all__ = ["HUB_OPTIONS", "MIN_IMAGES", "UNLIKE", "TokenStatistics", "fetch_statistics"]
+__all__ = ["HUB_OPTIONS", "MIN_IMAGES", "STATISTICS", "UNLIKE", "TokenStatistics", "fetch_statistics"]
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+STATISTICS = "familiarity.safetensors"  # in the folder of a conditioner
 MIN_IMAGES = 50
 UNLIKE = 0.01  # of images like the training images, a hundredth seem as unfamiliar
 
-_FILE = "familiarity.safetensors"  # in the folder of a conditioner
 _KIND = "a file of token statistics"
 _FORMAT = 1
-_MOST_DIRECTIONS = 32
+_MOST_DIRECTIONS = 64
 _IMAGES_PER_DIRECTION = 10
 _HELD_OUT = 5  # every fifth group calibrates
 _MOST_DISTANCES = 1000
@@ -121,12 +121,12 @@ class TokenStatistics:
         Path(folder).mkdir(parents=True, exist_ok=True)
         tensors = {name: getattr(self, name) for name in ("mean", "directions", "deviations", "distances")}
         described = {"format": _FORMAT, "num_images": self.num_images, "layout": self.layout}
-        write_tensors(Path(folder) / _FILE, tensors, {"familiarity": described})
+        write_tensors(Path(folder) / STATISTICS, tensors, {"familiarity": described})
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> TokenStatistics | None:
         """Read what `save` wrote; None if the folder has none, a ValueError if it is damaged."""
-        path = Path(folder) / _FILE
+        path = Path(folder) / STATISTICS
         if not path.exists():
             return None
         tensors, metadata = read_tensors(path, _KIND, "mean", "directions", "deviations", "distances")
@@ -143,7 +143,7 @@ def fetch_statistics(repository: str, subfolder: str | None, **options: Any) -> 
     diffusers fetches only configs and weights. The options are `hf_hub_download`'s.
     """
     try:
-        return Path(hf_hub_download(repository, _FILE, subfolder=subfolder, **options)).parent
+        return Path(hf_hub_download(repository, STATISTICS, subfolder=subfolder, **options)).parent
     except EntryNotFoundError:  # or offline and not in the cache
         return None
 

@@ -223,9 +223,14 @@ def describe(made: SyntheticSet, images: ImageDataset | None, args: Arguments) -
         write_dataset_card(made, args.title, **options)
         if args.export:
             print(f"{export(made, args.export, args.export_dir or f'{made.folder}-{args.export}')}: {args.export}")
-    gate = made.manifest["lineage"]["gate"]
+    gate, sources = (made.manifest["lineage"][name] for name in ("gate", "sources"))
     print(f"{made.folder}: {len(made)} of {len(made.plan)} images in {len(made.manifest['shards'])} shards")
     if gate["fingerprint"]:
         print(
             f"The gate refused {gate['refused']}; {gate['redrawn']} passed later, {len(made.left_out)} are left out."
+        )
+    if "unlike" in sources:
+        print(
+            f"{sources['unlike']} of {sources['count']} sources are unlike the images that the model was trained on "
+            f"(familiarity below {sources['familiarity_below']}, as it is for that share of images like those)."
         )

@@ -130,6 +130,7 @@ def model_card(
         origin="\n\n".join(origins),
         parts=fact_table(parts),
         labels=parts.get("labels"),
+        tells_unlike="familiarity" in parts,
         facts=fact_table({"made from": bases, **record.facts}),
         samples={path: plain(caption) for path, caption in (samples or {}).items()},
     )
@@ -240,7 +241,7 @@ def _write(card: ModelCard | DatasetCard, folder: str | os.PathLike) -> Path:
 
 def _recipe(made: SyntheticSet, model: str | None) -> dict[str, Any]:
     plan, lineage = made.plan, made.manifest["lineage"]
-    settings = plan.settings
+    settings, sources = plan.settings, lineage["sources"]
     versions = sorted({f"torch {e['torch']}, diffusers {e['diffusers']}" for e in lineage["environments"]})
     return {
         "model": model,
@@ -248,6 +249,10 @@ def _recipe(made: SyntheticSet, model: str | None) -> dict[str, Any]:
         "strategy": plan.strategy,
         "soft labels, exponent": plan.exponent,
         "real images used": len(plan.keys) or None,
+        "of them unlike the model's training images": f"{sources['unlike']} (familiarity below "
+        f"{sources['familiarity_below']})"
+        if "unlike" in sources
+        else None,
         "synthetic images for each": f"{len(plan) / len(plan.keys):.3g}" if plan.keys else None,
         "sampling steps": settings.num_inference_steps,
         "guidance": settings.guidance_scale,

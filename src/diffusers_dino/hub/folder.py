@@ -12,6 +12,7 @@ import torch
 import diffusers_dino
 
 from ..denoisers import family_named
+from ..familiarity import STATISTICS, TokenStatistics
 from ..files import read_json
 from .privacy import Content
 
@@ -57,7 +58,10 @@ def model_files(folder: str | Path) -> dict[str, Content]:
     if kind == "lora":
         return {_LORA: folder / _LORA}
     if kind != "pipeline":
-        paths = [folder / "config.json", *(path for path in _listed(folder) if path.name.startswith(_WEIGHTS))]
+        paths = [
+            folder / "config.json",
+            *(path for path in _listed(folder) if path.name.startswith((_WEIGHTS, STATISTICS))),
+        ]
         _check_weights(folder, paths)
         return {path.name: _content(path) for path in paths}
     files = {_INDEX: _content(folder / _INDEX)}
@@ -95,6 +99,11 @@ def part_facts(folder: str | Path) -> dict[str, Any]:
     places = {name: folder / name for name in _components(folder)} if kind == "pipeline" else {kind: folder}
     configs = {name: _read(place / "config.json") for name, place in places.items()}
     facts = _conditioner_facts(configs.get("conditioner", {})) | _vae_facts(configs.get("vae", {}))
+    if "conditioner" in places and (known := TokenStatistics.load(places["conditioner"])):
+        facts["familiarity"] = (
+            f"mean and {len(known.directions)} directions of the tokens of {known.num_images} training images, "
+            f"{len(known.distances)} distances of others; no image, and no tokens of one"
+        )
     facts |= _prior_facts(configs.get("prior", {}))
     if unet := configs.get("unet"):
         side = unet["sample_size"]

@@ -11,17 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL.Image
 
+from ..conditioner import DinoImageConditioner
 from ..data import ImageDataset, Preprocessing, open_images
 from ..data.labels import PROBABILITIES
 from ..data.sharding.manifest import MANIFEST, ShardError, read_manifest, verify_shards, write_manifest
+from ..familiarity import UNLIKE
 from ..files import write_csv
 from ..sheets import contact_sheet
 from .plan import LABEL_SEPARATOR, Plan, PlannedImage, SynthesisError
 from .plan_file import load_plan
 from .shards import SPLIT, ShardRecord, read_record, shard_path
-from .tokens import WORK
+from .tokens import WORK, TokenStore
 
 __all__ = [
     "LABELS",
@@ -172,8 +175,13 @@ def check_left_out(plan: Plan, left_out: int, max_left_out: float) -> None:
         )
 
 
-def complete_set(plan: Plan, folder: Path, max_left_out: float = 0.05) -> SyntheticSet:
-    """Write `labels.csv` and, last, the manifest; then delete what is no longer needed. Only one process does this."""
+def complete_set(
+    plan: Plan, folder: Path, max_left_out: float = 0.05, conditioner: DinoImageConditioner | None = None
+) -> SyntheticSet:
+    """Write `labels.csv` and, last, the manifest; then delete what is no longer needed. Only one process does this.
+
+    A conditioner with statistics of its training images tells how many sources are unlike them.
+    """
     found = [read_record(plan, number, folder) for number in range(plan.num_shards)]
     records = [record for record in found if record is not None]
     if len(records) < len(found):
@@ -185,9 +193,22 @@ def complete_set(plan: Plan, folder: Path, max_left_out: float = 0.05) -> Synthe
     if not _may_write_labels(plan, left_out, folder):
         raise SynthesisError(f"{folder / LABELS} is not the set's: rename it, and go on.")
     write_csv(folder / LABELS, label_columns(plan), label_rows(plan, left_out))
-    write_manifest(folder, _preprocessing(plan), [record.shard for record in records], _lineage(plan, records))
+    lineage = _lineage(plan, records)
+    lineage["sources"] |= _unlike_sources(plan, TokenStore(plan, folder), conditioner)
+    write_manifest(folder, _preprocessing(plan), [record.shard for record in records], lineage)
     shutil.rmtree(folder / WORK)
     return SyntheticSet(folder, plan, read_manifest(folder))
+
+
+def _unlike_sources(plan: Plan, tokens: TokenStore, conditioner: DinoImageConditioner | None) -> dict[str, Any]:
+    """How many sources are unlike the images that the model knows; empty if that cannot be told."""
+    if conditioner is None or conditioner.token_statistics is None or not plan.keys:
+        return {}
+    if not all(tokens.has_part(number) for number in range(tokens.num_parts)):
+        return {}
+    blocks = np.array_split(np.arange(len(plan.keys)), tokens.num_parts)
+    unlike = sum(int((conditioner.familiarity_of(tokens[block]) < UNLIKE).sum()) for block in blocks)
+    return {"unlike": unlike, "count": len(plan.keys), "familiarity_below": UNLIKE}
 
 
 def _preprocessing(plan: Plan) -> Preprocessing:

@@ -136,7 +136,7 @@ def synthesise_with_ray(
                     left_out += answer.result
                     check_left_out(plan, left_out, max_left_out)
                     bar.update(len(plan.shard(answer.number)))
-        return complete_set(plan, folder, max_left_out)
+        return complete_set(plan, folder, max_left_out, pipe.conditioner)
 
 
 @dataclass(frozen=True)

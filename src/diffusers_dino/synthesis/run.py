@@ -102,7 +102,7 @@ def synthesise(
                 check_left_out(plan, left_out, max_left_out)
         processes.wait()
         if processes.is_main:
-            complete_set(plan, folder, max_left_out)
+            complete_set(plan, folder, max_left_out, pipe.conditioner)
     processes.wait()
     return SyntheticSet.open(folder)
 
