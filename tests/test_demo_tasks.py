@@ -192,7 +192,9 @@ def test_near_copies_are_those_that_a_gate_refuses():
     known = tiny.random_images(320, channels=1, size=32)
     pictures = [Image.fromarray((image[0] * 255).round().byte().numpy()) for image in known[:2]]
     pictures.append(Image.fromarray((tiny.random_images(1, channels=1, size=32, seed=9)[0, 0] * 255).byte().numpy()))
-    assert tasks.near_copies(CopyGate.calibrate(known), pictures) == [True, True, False]
+    found = tasks.TrainingImages(CopyGate.calibrate(known)).nearest(pictures)
+    assert [near.is_copy for near in found] == [True, True, False]
+    assert [near.picture.size for near in found] == [(32, 32)] * 3
 
 
 class TestSegments:

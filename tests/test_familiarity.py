@@ -137,7 +137,7 @@ def test_cards_and_synthetic_sets_tell_of_it(conditioner, tmp_path):
     noise = torch.rand(40, 40, generator=torch.Generator().manual_seed(0))
     Image.fromarray((noise * 255).byte().numpy()).save(folder / "003.png")
     images = open_images(folder, Preprocessing(tiny.IMAGE_SIZE))
-    plan = plan_reconstruction(images.keys, None, settings=SynthesisSettings(num_inference_steps=1, threads=1))
+    plan = plan_reconstruction(images.keys, ratio=1, settings=SynthesisSettings(num_inference_steps=1, threads=1))
     made = synthesise(plan, pipe, images, tmp_path / "set", progress=False)
     unlike = int((conditioner.familiarity([sample["image"] for sample in images]) < UNLIKE).sum())
     assert unlike > 0

@@ -29,7 +29,13 @@ class Arguments:
     model: str = flag(MODEL, "A pipeline's folder or Hub id, or a checkpoint of train_dino.py.", group="Model")
     lora: str | None = flag(None, "A LoRA of its UNet, folder or Hub id.")
     gate: str | None = flag(
-        None, "gate.safetensors of `evaluate memorization`: variations that are near-copies are called so."
+        None,
+        "gate.safetensors of `evaluate memorization`, by default the one in the model's folder: the nearest training "
+        "image is shown beside each variation, and near-copies are called so.",
+    )
+    training_images: str | None = flag(
+        None,
+        "Folder or tars of the gate's images, shown in place of its small pictures; one is made of them if need be.",
     )
     prior: str | None = flag(None, "Its DinoPriorPipeline, for a tab that draws findings; the bundled model has one.")
     device: str | None = flag(None, "Where to compute; a GPU if there is one.")
@@ -50,6 +56,7 @@ def main(args: Arguments) -> None:
         args.model,
         lora=args.lora,
         gate=args.gate,
+        training_images=args.training_images,
         prior=PRIOR if args.prior is None and args.model == MODEL and Path(PRIOR).is_dir() else args.prior,
         device=args.device,
         dtype=getattr(torch, args.dtype),

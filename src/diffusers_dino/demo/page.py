@@ -15,7 +15,6 @@ from PIL import Image
 
 from .. import DinoDiffusionPipeline, DinoPriorPipeline
 from ..pipelines.pipeline_dino_interpolation import METHODS
-from ..synthesis import Gate
 from . import tasks
 from .visitors import GoneError, Visitors
 
@@ -45,6 +44,7 @@ LOOK = {
         font_mono=["ui-monospace", "monospace"],
     ),
     "css_paths": Path(__file__).with_name("page.css"),
+    "js": Path(__file__).with_name("page.js").read_text(encoding="utf-8"),
 }
 
 # In the browser: the image of the strip at a fraction of its length. No server is asked, so it is there at once.
@@ -58,8 +58,17 @@ SET_WINDOW = """(width, level) => document.querySelectorAll("#window [type=linea
     part.setAttribute("slope", 100 / width);
     part.setAttribute("intercept", 0.5 - level / width);
 })"""
+ZOOM = """<div id="zoom">
+<label>Zoom <input type="range" name="zoom" min="1" max="8" step="0.1" value="1"></label>
+<label>Across <input type="range" name="across" min="0" max="100" value="50"></label>
+<label>Down <input type="range" name="down" min="0" max="100" value="50"></label>
+</div>"""
 
 NOT_YET = gr.update(value=None, interactive=False)  # of a download
+UNLIKE = (
+    "⚠ **Unlike the images that the model was trained on** (familiarity {:.1g}; theirs are below 0.01 once in a "
+    "hundred times). What it makes of this image looks like its training images all the same."
+)
 Results = dict[gr.components.Component, Any]  # what a tab shows, and what it shows before there is a result
 
 
@@ -69,6 +78,7 @@ class Input(NamedTuple):
     image: gr.State
     picture: gr.Image
     file: gr.File
+    notice: gr.Markdown
     choices: gr.Gallery | None
     examples: Sequence[Image.Image]
 
@@ -77,13 +87,14 @@ def build_page(
     pipe: DinoDiffusionPipeline,
     model: str,
     examples: Sequence[Image.Image],
-    gate: Gate | None = None,
+    known: tasks.TrainingImages | None = None,
     prior: DinoPriorPipeline | None = None,
 ) -> tuple[gr.Blocks, Visitors]:
     """The page on a pipeline, which it calls `model`, and who is to watch its server.
 
-    The first of the examples is chosen already. Variations that the gate refuses are called near-copies. With a prior
-    of the model there is a tab that draws images of labels and of no image.
+    The first of the examples is chosen already. Beside each variation is the nearest one of the known training images,
+    and whether a gate takes it for a copy. With a prior of the model there is a tab that draws images of labels and of
+    no image.
     """
     visitors = Visitors()
     with gr.Blocks(title="diffusers-dino", delete_cache=(60, KEPT), analytics_enabled=False) as page:
@@ -92,32 +103,32 @@ def build_page(
         with gr.Row():
             with gr.Column(scale=2, elem_id="source"):
                 source = image_input(examples, 6)
-                window_and_level()
+                viewing()
             with gr.Column(scale=3):
                 with gr.Tab("Variations", elem_id="variations-tab"):
-                    results = variations_tab(pipe, model, source.image, visitors, gate)
+                    results = variations_tab(pipe, model, source.image, visitors, known)
                 with gr.Tab("Blend", elem_id="blend-tab"):
                     target, blended = blend_tab(pipe, model, source.image, examples[::-1], visitors)
                 with gr.Tab("Segments", elem_id="segments-tab"):
                     results |= segments_tab(pipe, source.image, visitors)
                 if prior is not None:
                     with gr.Tab("Findings", elem_id="findings-tab"):
-                        findings_tab(pipe, prior, model, visitors, gate)
+                        findings_tab(pipe, prior, model, visitors, known)
         gr.Markdown(NOTE, elem_classes="note")
-        accept_images(source, results | blended, visitors)
-        accept_images(target, blended, visitors)
+        accept_images(pipe, source, results | blended, visitors)
+        accept_images(pipe, target, blended, visitors)
     visitors.model_calls = {number for number, fn in page.fns.items() if fn.concurrency_id == "model"}
     return page.queue(max_size=WAITING, api_open=False), visitors
 
 
 def variations_tab(
-    pipe: DinoDiffusionPipeline, model: str, image: gr.State, visitors: Visitors, gate: Gate | None
+    pipe: DinoDiffusionPipeline, model: str, image: gr.State, visitors: Visitors, known: tasks.TrainingImages | None
 ) -> Results:
     with gr.Row():
         count = gr.Slider(1, tasks.MOST_VARIATIONS, 4, step=1, label="Number of variations")
         run = gr.Button("Make variations", variant="primary")
     sampling = sampling_inputs()
-    gallery = gr.Gallery(elem_id="variations", columns=2, buttons=BUTTONS, **WINDOWED)
+    gallery = gallery_of("variations", "Variations", known)
     download = gr.DownloadButton("Download all (ZIP)", interactive=False)
 
     @explain_errors
@@ -127,27 +138,45 @@ def variations_tab(
         made = tasks.vary(pipe, chosen(image), count, sampling, on_step)
         on_step(1)
         files = {f"variation_seed_{number}": picture for number, picture in enumerate(made, seed)}
-        captions, facts = told(made, seed, gate)
-        archive = tasks.archive(files, model, sampling, task="variations", **facts)
-        return list(zip(made, captions, strict=True)), offered("variations.zip", archive)
+        shown, facts = told(made, seed, known)
+        return shown, offered("variations.zip", tasks.archive(files, model, sampling, task="variations", **facts))
 
     run.click(make, [image, count, *sampling], [gallery, download], **ONE_AT_A_TIME)
     return {gallery: None, download: NOT_YET}
 
 
-def told(made: Sequence[Image.Image], seed: int, gate: Gate | None) -> tuple[list[str], dict[str, Any]]:
-    """What stands below each picture, and in the archive: its seed, and whether the gate takes it for a copy."""
+def gallery_of(name: str, label: str, known: tasks.TrainingImages | None) -> gr.Gallery:
+    """Where generated images are shown; in pairs with their nearest training images where those are known."""
+    return gr.Gallery(elem_id=name, label=label, columns=4 if known else 2, buttons=BUTTONS, **WINDOWED)
+
+
+def told(
+    made: Sequence[Image.Image], seed: int, known: tasks.TrainingImages | None
+) -> tuple[list[tuple[Image.Image, str]], dict[str, Any]]:
+    """What a gallery shows, with captions, and what the archive tells besides: seeds, and what is near each image."""
     captions = [f"seed {number}" for number in range(seed, seed + len(made))]
-    if gate is None:
-        return captions, {}
-    copies = tasks.near_copies(gate, made)
-    pairs = zip(captions, copies, strict=True)
-    captions = [f"{text}: near-copy of a training image" if copy else text for text, copy in pairs]
-    return captions, {"near_copies": [number for number, copy in enumerate(copies, seed) if copy]}
+    if known is None:
+        return list(zip(made, captions, strict=True)), {}
+    shown, found = [], known.nearest(made)
+    for picture, caption, near in zip(made, captions, found, strict=True):
+        verdict = "NEAR-COPY of this training image" if near.is_copy else "nearest training image: no copy"
+        verdict += f" ({near.distance:.2f}; copies are below {known.gate.threshold:.2f})"
+        if near.picture is None:
+            shown.append((picture, f"{caption}, {verdict}"))
+        else:
+            shown += [(picture, caption), (near.picture, verdict)]
+    return shown, {
+        "near_copies": [number for number, near in enumerate(found, seed) if near.is_copy],
+        "distance_to_training_images": [round(near.distance, 4) for near in found],
+    }
 
 
 def findings_tab(
-    pipe: DinoDiffusionPipeline, prior: DinoPriorPipeline, model: str, visitors: Visitors, gate: Gate | None
+    pipe: DinoDiffusionPipeline,
+    prior: DinoPriorPipeline,
+    model: str,
+    visitors: Visitors,
+    known: tasks.TrainingImages | None,
 ) -> None:
     gr.Markdown("Drawn by a prior from only these names; the image on the left is not used.")
     present = gr.CheckboxGroup(list(prior.labels), label="Draw images with", info="None: of anything")
@@ -157,7 +186,7 @@ def findings_tab(
         count = gr.Slider(1, tasks.MOST_VARIATIONS, 4, step=1, label="Number of images")
         run = gr.Button("Draw", variant="primary")
     sampling = sampling_inputs()
-    gallery = gr.Gallery(elem_id="drawn", columns=2, buttons=BUTTONS, **WINDOWED)
+    gallery = gallery_of("drawn", "Drawn images", known)
     download = gr.DownloadButton("Download all (ZIP)", interactive=False)
 
     @explain_errors
@@ -167,10 +196,9 @@ def findings_tab(
         made = tasks.draw(pipe, prior, present, absent, strength, count, sampling, on_step)
         on_step(1)
         files = {f"drawn_seed_{number}": picture for number, picture in enumerate(made, seed)}
-        captions, facts = told(made, seed, gate)
+        shown, facts = told(made, seed, known)
         facts |= {"present": present, "absent": absent, "prior_guidance": strength}
-        archive = tasks.archive(files, model, sampling, task="findings", **facts)
-        return list(zip(made, captions, strict=True)), offered("drawn.zip", archive)
+        return shown, offered("drawn.zip", tasks.archive(files, model, sampling, task="findings", **facts))
 
     run.click(make, [present, absent, strength, count, *sampling], [gallery, download], **ONE_AT_A_TIME)
 
@@ -267,16 +295,21 @@ def image_input(examples: Sequence[Image.Image], columns: int) -> Input:
     first = examples[0] if examples else None
     image = gr.State(first, time_to_live=KEPT)
     picture = gr.Image(first, height=240, buttons=["fullscreen"], **WINDOWED)
+    notice = gr.Markdown(elem_classes="notice")
     file = gr.File(show_label=False, height=60, elem_classes="drop")
     gr.Markdown("PNG, JPEG, TIFF, NumPy or DICOM" + (", or one of these:" if examples else ""), elem_classes="note")
     choices = None
     if examples:
         choices = gr.Gallery(list(examples), columns=columns, allow_preview=False, buttons=[], **PICTURE)
-    return Input(image, picture, file, choices, examples)
+    return Input(image, picture, file, notice, choices, examples)
 
 
-def accept_images(place: Input, results: Results, visitors: Visitors) -> None:
-    """Let an image be dropped and chosen. What was made of the one before goes, also if the new one cannot be read."""
+def accept_images(pipe: DinoDiffusionPipeline, place: Input, results: Results, visitors: Visitors) -> None:
+    """Let an image be dropped and chosen. What was made of the one before goes, also if the new one cannot be read.
+
+    An image unlike the training images is used all the same, and a notice says so.
+    """
+    results = {place.notice: "", **results}
     shown, cleared = [place.image, place.picture, *results], list(results.values())
 
     def clear(request: gr.Request):
@@ -297,22 +330,31 @@ def accept_images(place: Input, results: Results, visitors: Visitors) -> None:
         visitors.replace_image(request.session_hash)
         return place.examples[event.index], place.examples[event.index], *cleared
 
+    def judge(image):
+        familiarity = None if image is None else tasks.unlike(pipe, image)
+        return "" if familiarity is None else UNLIKE.format(familiarity)
+
     opened = place.file.upload(clear, None, shown, **QUIET).then(
         read, place.file, [place.image, place.picture], api_visibility="private"
     )
     for done in (opened.success, opened.failure):  # then free the place for the next file, also after a broken one
         done(None, None, place.file, js="() => null")
+    opened.success(judge, place.image, place.notice, **QUIET)
     if place.choices is not None:
         place.choices.select(choose, None, shown, **QUIET)
 
 
-def window_and_level() -> None:
+def viewing() -> None:
+    """How all pictures are shown, in the browser: nothing changes in what is computed and downloaded."""
     with gr.Accordion("Window and level", open=False):
         width = gr.Slider(1, 100, 100, step=1, label="Window", info="% of the range. Only what is shown changes")
         level = gr.Slider(0, 100, 50, step=1, label="Level", info="% of the range that becomes middle gray")
     gr.HTML(WINDOW, padding=False)
     for slider in (width, level):
         slider.change(None, [width, level], None, js=SET_WINDOW)
+    with gr.Accordion("Zoom", open=False):
+        gr.HTML(ZOOM, padding=False)
+        gr.Markdown("All pictures in step; also by Ctrl and the wheel over one. Drag to move.", elem_classes="note")
 
 
 def sampling_inputs() -> list[gr.components.Component]:

@@ -9,15 +9,17 @@ from pathlib import Path
 
 import torch
 
+from ..data import Preprocessing, open_images
 from ..devices import device_of
 from ..extras import require
 from ..metrics.copy_gate import CopyGate
 from ..pipelines import DinoPriorPipeline
 from ..training.models import load_trained_pipeline
-from .tasks import example_images, model_size
+from .tasks import TrainingImages, example_images, model_size
 
 __all__ = ["launch", "read_logins"]
 
+GATE = "gate.safetensors"  # as `evaluate memorization` calls it
 VISITORS = 100  # whose images are kept; the one who was here longest ago has to drop an image again
 
 
@@ -26,6 +28,7 @@ def launch(
     *,
     lora: str | Path | None = None,
     gate: str | Path | None = None,
+    training_images: str | Path | None = None,
     prior: str | Path | None = None,
     device: str | None = None,
     dtype: torch.dtype = torch.float32,
@@ -40,7 +43,10 @@ def launch(
     Args:
         model: A pipeline's folder or Hub id, or a checkpoint of a training.
         lora: A LoRA of its UNet, folder or Hub id.
-        gate: File of a `CopyGate` of the training images: variations that it refuses are called near-copies.
+        gate: File of a `CopyGate` of the training images, by default `gate.safetensors` in the model's folder if that
+            is there. Beside each variation is then the nearest training image, and whether it is a near-copy.
+        training_images: Folder or tars of these images, which every visitor may see, in place of the gate's small
+            pictures. Without a gate one is calibrated on them, which takes a while and at least 299 images.
         prior: A DinoPriorPipeline of the model, for a tab that draws images of labels; folder or Hub id.
         device: Where to compute; by default a GPU if there is one.
         dtype: Type of the weights.
@@ -70,7 +76,7 @@ def launch(
         if drawer is not None:
             drawer.check_conditioner(pipe.conditioner)
         shown = example_images(examples, model_size(pipe), count=6) if examples else []
-        known = CopyGate.load(gate) if gate else None
+        known = known_images(model, gate, training_images, model_size(pipe))
         page, visitors = build_page(pipe, Path(model).name, shown, known, drawer)
         _, address, public = page.launch(
             server_name=server_name,
@@ -89,6 +95,20 @@ def launch(
         )
         print(f"Open {public or address} in a browser; Ctrl+C ends the demo.", flush=True)
         page.block_thread()
+
+
+def known_images(
+    model: str | Path, gate: str | Path | None, source: str | Path | None, size: int
+) -> TrainingImages | None:
+    """What variations are compared with: a gate's file, training images, both, or nothing; for `launch`."""
+    beside = Path(model) / GATE
+    path = gate or (beside if beside.is_file() else None)
+    images = None
+    if source:
+        images = open_images(source, Preprocessing(size, remove_borders=False), local_files_only=True)
+    if path:
+        return TrainingImages(CopyGate.load(path), images)
+    return images and TrainingImages(CopyGate.calibrate(images), images)
 
 
 def read_logins(path: str | Path) -> list[tuple[str, str]]:

@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import diffusers
 import numpy as np
@@ -25,13 +25,15 @@ from PIL import Image
 from torch import Tensor
 
 from .. import DiffSegPipeline, DinoDiffusionPipeline, DinoInterpolationPipeline, DinoPriorPipeline
-from ..data import Preprocessing, open_images, read_image
+from ..data import ImageDataset, Preprocessing, open_images, read_image
 from ..diffseg.attention import self_attention_layers
 from ..diffseg.merging import suppress
+from ..familiarity import UNLIKE
+from ..metrics.copy_gate import CopyGate
+from ..metrics.registration import pictures_of
 from ..pixels import to_unit, unit_to_uint8, with_channels
 from ..schedules import scheduler_like
 from ..seeds import generator_for
-from ..synthesis import Gate
 
 # Of diffusers, by the names that a list shows; None is the scheduler that the model came with.
 SCHEDULERS = {
@@ -51,6 +53,7 @@ _SEEN = 4096  # longer side in pixels of what the model is given, which it shrin
 _LABELLED = 2048  # longer side at which segments are drawn; larger images take the nearest number
 _BATCH = 4  # images that are generated at a time
 _MAX_RATIO = 8  # of an image's sides
+_SAME = 8  # levels of 255 that small pictures of the same images differ by at most, prepared at different sizes
 
 OnStep = Callable[[float], None]  # is told the fraction that is done
 Pipeline = TypeVar("Pipeline", DinoDiffusionPipeline, DinoInterpolationPipeline)
@@ -283,10 +286,68 @@ def archive(pictures: Mapping[str, Image.Image], model: str, sampling: SamplerSe
     return buffer.getvalue()
 
 
-def near_copies(gate: Gate, pictures: Sequence[Image.Image]) -> list[bool]:
-    """Which pictures of one size a gate takes for copies of the images that it knows."""
-    images = torch.stack(to_unit(list(pictures)))  # (N, 3, S, S)
-    return (~gate(with_channels(images, 1) if pictures[0].mode == "L" else images)).tolist()
+class Nearest(NamedTuple):
+    """The training image that is nearest to a picture.
+
+    Attributes:
+        picture: How it looks, mirrored if that is nearer; None if nothing is there to show.
+        distance: Relative distance in [0, 1] that a gate decides by.
+        is_copy: Whether the gate takes the picture for a copy.
+    """
+
+    picture: Image.Image | None
+    distance: float
+    is_copy: bool
+
+
+class TrainingImages:
+    """What a gate knows of training images, and those images themselves where they are at hand.
+
+    A ValueError if the images are not those that the gate was calibrated on, in the same order.
+    """
+
+    def __init__(self, gate: CopyGate, images: ImageDataset | None = None) -> None:
+        self.gate, self.images = gate, images
+        if images is not None and not self._are_known(images):
+            raise ValueError(
+                f"The {len(images)} training images are not the {len(gate)} that the gate was calibrated on: give "
+                "both of the same training, or only one of them."
+            )
+
+    def _are_known(self, images: ImageDataset) -> bool:
+        if len(images) != len(self.gate) or self.gate.pictures is None:
+            return len(images) == len(self.gate)
+        probe = list(range(0, len(images), max(1, len(images) // 8)))
+        here = torch.cat([pictures_of(images[number]["image"][None]) for number in probe])
+        return bool((here.float() - self.gate.pictures[probe].float()).abs().mean() < _SAME)
+
+    def nearest(self, pictures: Sequence[Image.Image]) -> list[Nearest]:
+        """The nearest training image to each of some pictures of one size."""
+        units = torch.stack(to_unit(list(pictures)))  # (N, 3, S, S)
+        found = self.gate.search(with_channels(units, 1) if pictures[0].mode == "L" else units)
+        distances = found.smallest.tolist()
+        return [
+            Nearest(self._show(number, mirrored), distance, distance < self.gate.threshold)
+            for number, mirrored, distance in zip(*(part.tolist() for part in found.nearest), distances, strict=True)
+        ]
+
+    def _show(self, number: int, mirrored: bool) -> Image.Image | None:
+        if self.images is not None:
+            ((_, pixels),) = self.images.read_many([number])
+        elif self.gate.pictures is not None:
+            pixels = self.gate.pictures[number].numpy()
+        else:
+            return None
+        picture = Image.fromarray(pixels)
+        return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else picture
+
+
+def unlike(pipe: DinoDiffusionPipeline, image: Image.Image) -> float | None:
+    """How familiar an image is if it is unlike the training images; None if it is like them, or nobody can tell."""
+    if pipe.conditioner.token_statistics is None:
+        return None
+    found = pipe.conditioner.familiarity(fitted(image, _SEEN)).item()
+    return found if found < UNLIKE else None
 
 
 def release_memory() -> None:

@@ -195,14 +195,25 @@ class CopyGate:
 
     def distances(self, images: Tensor) -> Tensor:
         """The relative distance of each of `(N, C, H, H)` in [0, 1]: `(N,)` float64 in [0, 1]."""
-        if not len(images):
-            return torch.empty(0, dtype=torch.float64)
+        return self.search(images).smallest if len(images) else torch.empty(0, dtype=torch.float64)
+
+    def search(self, images: Tensor) -> Distances:
+        """How near each of `(N, C, H, H)` in [0, 1] is to the training images, and which one is nearest."""
         views = torch.stack([torch.cat([self.extractor(image) for image in side.split(1)]) for side in _sides(images)])
         neighbors = nearest_training(views, self._training)
         # The last digits of matrix products depend on how many images there are, and no verdict may
         relative = relative_distances(neighbors, typical_distances(views, self._training)).round(decimals=12)
         laid = None if self._search is None else self._search(pictures_of(images))
-        return Distances(relative, neighbors, laid, self.balance).smallest
+        return Distances(relative, neighbors, laid, self.balance)
+
+    def __len__(self) -> int:
+        """The number of training images."""
+        return len(self._training)
+
+    @property
+    def pictures(self) -> Tensor | None:
+        """A small picture of each training image, `(M, 32, 32)` uint8; None in gates of version 1."""
+        return self._pictures
 
     def fingerprint(self) -> str:
         """A short hash that is equal only for gates of equal verdicts."""
