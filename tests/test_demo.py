@@ -22,6 +22,7 @@ from PIL import Image
 
 import scripts
 import tiny
+from diffusers_dino.report import Report
 
 INSTALL = "pip install diffusers-dino[demo,dev]"
 pytest.importorskip("gradio", reason=f"The demo needs Gradio: {INSTALL}")
@@ -291,6 +292,107 @@ def test_window_and_level_change_what_is_shown_without_the_server(page, requests
         source.get_by_test_id("reset-button").nth(number).click()
     playwright.expect(parts.first).to_have_attribute("slope", "1")
     assert not [request for request in requests[sent:] if request.method == "POST"]
+
+
+def drop(page, name, content):
+    """Drop a file on the place for images, and wait until the page has taken it or said why not."""
+    page.locator("#source input[type=file]").set_input_files({"name": name, "mimeType": "", "buffer": content})
+
+
+def encoded(picture, kind="PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "message"),
+    [
+        ("cut.png", lambda: png_of(0)[:200], "Cannot read cut.png"),
+        ("wide.png", lambda: encoded(Image.new("L", (20_000, 300))), "wide.png has 20000 x 300 pixels"),
+        (
+            "moving.gif",
+            lambda: encoded(
+                Image.open(io.BytesIO(png_of(1))), "GIF", save_all=True, append_images=[Image.new("L", (60, 60))]
+            ),
+            "moving.gif holds several images: the first one is used",
+        ),
+    ],
+)
+def test_a_file_that_is_broken_too_wide_or_an_animation_is_told_of_in_words(page, name, make, message):
+    drop(page, name, make())
+    expect_and_close(page, message)
+    assert "Traceback" not in page.content()
+    playwright.expect(source_of(page)).to_have_count(name == "moving.gif")
+
+
+def test_images_unlike_those_of_the_training_are_warned_of(page):
+    source = page.locator("#source")
+    static = np.random.default_rng(0).integers(0, 256, (128, 128)).astype(np.uint8)
+    drop(page, "noise.png", encoded(Image.fromarray(static)))
+    playwright.expect(source.get_by_text("Unlike the images that the model was trained on")).to_be_visible()
+    source.locator(".thumbnail-item").nth(1).click()
+    playwright.expect(source.get_by_text("Unlike the images")).to_have_count(0)
+
+
+def test_source_and_variations_zoom_in_step_without_the_server(page, requests):
+    panel = open_tab(page, "Variations")
+    panel.get_by_role("button", name="Make variations").click()
+    made = page.locator("#variations img").first
+    playwright.expect(made).to_be_visible()
+    sent = len(requests)
+
+    def shown(picture):
+        return picture.evaluate("image => [getComputedStyle(image).transform, image.style.length]")
+
+    page.get_by_label("Zoom", exact=True).fill("3")
+    page.get_by_label("Down", exact=True).fill("10")
+    assert shown(source_of(page)) == shown(made) == ["matrix(3, 0, 0, 3, 0, 0)", 0]
+    pictures = [source_of(page), made]
+    origins = [
+        one.evaluate("image => parseFloat(getComputedStyle(image).transformOrigin.split(' ')[1])") for one in pictures
+    ]
+    heights = [one.evaluate("image => image.offsetHeight") for one in pictures]
+    assert [top / height for top, height in zip(origins, heights, strict=True)] == pytest.approx([0.1, 0.1], abs=1e-3)
+    made.hover()
+    page.keyboard.down("Control")
+    page.mouse.wheel(0, -200)
+    page.keyboard.up("Control")
+    assert shown(source_of(page)) == shown(made) == ["matrix(6, 0, 0, 6, 0, 0)", 0]
+    page.get_by_label("Zoom", exact=True).fill("1")
+    assert not [request for request in requests[sent:] if request.method == "POST"]
+
+
+def serious(page) -> list[str]:
+    """What axe-core finds that keeps people from using a page."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason=f"axe-core is missing: {INSTALL}")
+    found = axe.Axe().run(page).response["violations"]
+    return [f"{each['id']}: {each['nodes'][0]['html']}" for each in found if each["impact"] in ("serious", "critical")]
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_demo_has_no_serious_finding_of_accessibility(page, demo, theme):
+    other = page.context.browser.new_page()
+    other.goto(f"{demo.address}?__theme={theme}")
+    for name in ("Variations", "Blend", "Segments", "Findings"):
+        open_tab(other, name)
+        other.get_by_text("Sampling").first.wait_for(state="attached")
+        assert not serious(other)
+    other.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_reports_have_no_serious_finding_of_accessibility(page, tmp_path, scheme):
+    report = Report("What was measured")
+    report.add_heading("Figures")
+    report.add_text("Of phantoms.")
+    report.add_table(["", "Dice"], [["lungs", 0.7]])
+    report.add_image(Image.new("L", (32, 32), 99), "A phantom")
+    report.save(tmp_path / "report.html")
+    other = page.context.browser.new_page(color_scheme=scheme)
+    other.goto((tmp_path / "report.html").as_uri())
+    assert not serious(other)
+    other.close()
 
 
 def test_nothing_left_this_machine(page, demo, requests):

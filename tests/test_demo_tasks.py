@@ -16,7 +16,8 @@ from PIL import Image
 import priors
 import scripts
 import tiny
-from diffusers_dino import DiffSegPipeline, DinoInterpolationPipeline
+from diffusers_dino import DiffSegPipeline, DinoDiffusionPipeline, DinoInterpolationPipeline
+from diffusers_dino.data import Preprocessing, open_images
 from diffusers_dino.demo import launch, read_logins, tasks
 from diffusers_dino.metrics.copy_gate import CopyGate
 from diffusers_dino.pixels import to_unit, unit_to_uint8
@@ -195,6 +196,33 @@ def test_near_copies_are_those_that_a_gate_refuses():
     found = tasks.TrainingImages(CopyGate.calibrate(known)).nearest(pictures)
     assert [near.is_copy for near in found] == [True, True, False]
     assert [near.picture.size for near in found] == [(32, 32)] * 3
+
+
+def test_the_training_images_are_shown_that_the_gate_knows_and_no_others(tmp_path):
+    images = open_images(scripts.image_folder(tmp_path / "images", 60, size=48), Preprocessing(48))
+    gate = CopyGate.calibrate(images, false_alarms=0.05)
+    known = tasks.TrainingImages(gate, images)
+    made = [Image.fromarray(array) for _, array in images.read_many([3, 5])]
+    found = known.nearest([made[0], made[1].transpose(Image.Transpose.FLIP_LEFT_RIGHT)])
+    assert [near.is_copy for near in found] == [True, True]
+    assert np.array_equal(arrays([found[0].picture]), arrays(made[:1]))
+    pytest.importorskip("gradio", reason="The demo needs Gradio: pip install diffusers-dino[demo]")
+    from diffusers_dino.demo.page import told
+
+    shown, facts = told(made, 7, known)
+    assert [picture.size for picture, _ in shown] == [(48, 48)] * 4
+    assert facts["near_copies"] == [7, 8]
+    others = open_images(scripts.image_folder(tmp_path / "others", 59, size=48), Preprocessing(48))
+    with pytest.raises(ValueError, match="59 training images are not the 60"):
+        tasks.TrainingImages(gate, others)
+
+
+def test_an_image_of_another_kind_is_unlike_and_nobody_can_tell_without_statistics(pipe):
+    assert tasks.unlike(pipe, picture()) is None
+    bundled = DinoDiffusionPipeline.from_pretrained(scripts.EXAMPLES / "data/tiny-diffusion")
+    (phantom,) = tasks.example_images(PHANTOMS, 128, 1)
+    assert tasks.unlike(bundled, phantom) is None
+    assert tasks.unlike(bundled, Image.new("L", (128, 128), 99)) < 0.01
 
 
 class TestSegments:

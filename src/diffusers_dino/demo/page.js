@@ -28,6 +28,15 @@
     show({zoom: view.zoom * 2 ** (-event.deltaY / 200), ...(begins ? point : {})});
   }, {passive: false});
 
+  const name = () => { // what Gradio leaves without a name or a role, for those who hear the page
+    document.querySelectorAll(".empty[aria-label]:not([role])").forEach(place => { place.role = "img"; });
+    document.querySelectorAll("button:has(> .image-frame):not([aria-label])").forEach(button => {
+      button.setAttribute("aria-label", "Image");
+    });
+  };
+  new MutationObserver(name).observe(document.body, {childList: true, subtree: true});
+  name();
+
   let moved = 0, held = null;
   document.addEventListener("pointerdown", event => {
     held = view.zoom > 1 && event.button === 0 ? pictureOf(event) : null;

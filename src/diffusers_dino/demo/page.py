@@ -42,6 +42,16 @@ LOOK = {
         neutral_hue="slate",
         font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
+    ).set(  # contrasts of 4.5 and more
+        color_accent="*primary_700",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_800",
+        body_text_color_subdued="*neutral_600",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
+        body_text_color_subdued_dark="*neutral_300",
     ),
     "css_paths": Path(__file__).with_name("page.css"),
     "js": Path(__file__).with_name("page.js").read_text(encoding="utf-8"),
@@ -58,7 +68,8 @@ SET_WINDOW = """(width, level) => document.querySelectorAll("#window [type=linea
     part.setAttribute("slope", 100 / width);
     part.setAttribute("intercept", 0.5 - level / width);
 })"""
-ZOOM = """<div id="zoom">
+ZOOM = """<div id="zoom" role="group" aria-label="Zoom of all pictures" title="All pictures in step; also by Ctrl and
+the wheel over a picture, and by dragging it">
 <label>Zoom <input type="range" name="zoom" min="1" max="8" step="0.1" value="1"></label>
 <label>Across <input type="range" name="across" min="0" max="100" value="50"></label>
 <label>Down <input type="range" name="down" min="0" max="100" value="50"></label>
@@ -147,7 +158,14 @@ def variations_tab(
 
 def gallery_of(name: str, label: str, known: tasks.TrainingImages | None) -> gr.Gallery:
     """Where generated images are shown; in pairs with their nearest training images where those are known."""
-    return gr.Gallery(elem_id=name, label=label, columns=4 if known else 2, buttons=BUTTONS, **WINDOWED)
+    gallery = gr.Gallery(elem_id=name, label=label, columns=4 if known else 2, buttons=BUTTONS, **WINDOWED)
+    if known is not None:
+        gr.Markdown(
+            "Right of each is the nearest training image, with its distance from 0 to 1: the gate calls what is below "
+            f"{known.gate.threshold:.2f} a near-copy.",
+            elem_classes="note",
+        )
+    return gallery
 
 
 def told(
@@ -159,8 +177,7 @@ def told(
         return list(zip(made, captions, strict=True)), {}
     shown, found = [], known.nearest(made)
     for picture, caption, near in zip(made, captions, found, strict=True):
-        verdict = "NEAR-COPY of this training image" if near.is_copy else "nearest training image: no copy"
-        verdict += f" ({near.distance:.2f}; copies are below {known.gate.threshold:.2f})"
+        verdict = f"{'NEAR-COPY' if near.is_copy else 'nearest: no copy'} ({near.distance:.2f})"
         if near.picture is None:
             shown.append((picture, f"{caption}, {verdict}"))
         else:
@@ -214,9 +231,11 @@ def blend_tab(
             sampling = sampling_inputs()
             run = gr.Button("Blend", variant="primary")
         with gr.Column(scale=3):
-            picture = gr.Image(elem_id="blend", height=400, buttons=BUTTONS, **WINDOWED)
+            picture = gr.Image(elem_id="blend", label="Between", height=400, buttons=BUTTONS, **WINDOWED)
             fraction = gr.Slider(0, 1, 0.5, step=1 / (POINTS - 1), label="Fraction of the way")
-    strip = gr.Gallery(elem_id="path", columns=POINTS, allow_preview=False, buttons=[], **WINDOWED)
+    strip = gr.Gallery(
+        elem_id="path", label="From one to the other", columns=POINTS, allow_preview=False, buttons=[], **WINDOWED
+    )
     download = gr.DownloadButton("Download all (ZIP)", interactive=False)
 
     @explain_errors
@@ -242,13 +261,13 @@ def segments_tab(pipe: DinoDiffusionPipeline, image: gr.State, visitors: Visitor
     segmenter = tasks.Segmenter(pipe)
     with gr.Row():
         with gr.Column(scale=2, min_width=160):
-            threshold = gr.Slider(0.02, 1, 0.3, step=0.01, label="Merge threshold", info="Higher: fewer segments")
+            threshold = gr.Slider(0.02, 1, 0.2, step=0.01, label="Merge threshold", info="Higher: fewer segments")
             last, layers = segmenter.last_timestep, segmenter.layers
-            timestep = gr.Slider(0, last, 50, step=1, label="Timestep", info="Of the noise that the model expects")
+            timestep = gr.Slider(0, last, 1, step=1, label="Timestep", info="Of the noise that the model expects")
             layer = gr.Dropdown(layers, value=segmenter.finest_layer, label="Self-attention of")
             run = gr.Button("Segment", variant="primary")
         with gr.Column(scale=3):
-            picture = gr.Image(elem_id="segments", height=480, buttons=BUTTONS, **PICTURE)
+            picture = gr.Image(elem_id="segments", label="Segments", height=480, buttons=BUTTONS, **PICTURE)
             summary = gr.Markdown()
             opacity = gr.Slider(0, 1, 0.35, step=0.05, label="Opacity")
             with gr.Row():
@@ -294,13 +313,15 @@ def segments_tab(pipe: DinoDiffusionPipeline, image: gr.State, visitors: Visitor
 def image_input(examples: Sequence[Image.Image], columns: int) -> Input:
     first = examples[0] if examples else None
     image = gr.State(first, time_to_live=KEPT)
-    picture = gr.Image(first, height=240, buttons=["fullscreen"], **WINDOWED)
+    picture = gr.Image(first, label="Source", height=240, buttons=["fullscreen"], **WINDOWED)
     notice = gr.Markdown(elem_classes="notice")
     file = gr.File(show_label=False, height=60, elem_classes="drop")
     gr.Markdown("PNG, JPEG, TIFF, NumPy or DICOM" + (", or one of these:" if examples else ""), elem_classes="note")
     choices = None
     if examples:
-        choices = gr.Gallery(list(examples), columns=columns, allow_preview=False, buttons=[], **PICTURE)
+        choices = gr.Gallery(
+            list(examples), label="Examples", columns=columns, allow_preview=False, buttons=[], **PICTURE
+        )
     return Input(image, picture, file, notice, choices, examples)
 
 
@@ -349,12 +370,9 @@ def viewing() -> None:
     with gr.Accordion("Window and level", open=False):
         width = gr.Slider(1, 100, 100, step=1, label="Window", info="% of the range. Only what is shown changes")
         level = gr.Slider(0, 100, 50, step=1, label="Level", info="% of the range that becomes middle gray")
-    gr.HTML(WINDOW, padding=False)
+    gr.HTML(WINDOW + ZOOM, padding=False)
     for slider in (width, level):
         slider.change(None, [width, level], None, js=SET_WINDOW)
-    with gr.Accordion("Zoom", open=False):
-        gr.HTML(ZOOM, padding=False)
-        gr.Markdown("All pictures in step; also by Ctrl and the wheel over one. Drag to move.", elem_classes="note")
 
 
 def sampling_inputs() -> list[gr.components.Component]:
