@@ -43,6 +43,7 @@ COMMANDS = {
     "synthesise": Command("synthesise", "Make a labelled set of synthetic images from real ones", True),
     "evaluate fidelity": Command("evaluate.fidelity", "Distance of generated images from real ones", True),
     "evaluate memorization": Command("evaluate.memorization", "Copies of training images, and a gate against them"),
+    "evaluate membership": Command("evaluate.membership", "Whether a model tells which images it was trained on"),
     "evaluate labels": Command("evaluate.labels", "Whether synthetic images show what their labels say", True),
     "filter": Command("filter", "List the images of a synthetic set whose labels a judge does not contradict", True),
     "evaluate augmentation": Command("evaluate.augmentation", "Classifiers with and without synthetic images", True),

@@ -23,12 +23,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Model",
+    "StackedImages",
     "embed_images",
     "generate_batches",
     "generate_variations",
     "load_models",
     "models_of",
     "stack_images",
+    "stack_readable",
 ]
 
 
@@ -81,14 +83,32 @@ def stack_images(images: ImageDataset | Tensor) -> Tensor:
 
     Images that cannot be read are left out, with a warning that counts them; ValueError if none is left.
     """
-    if isinstance(images, Tensor):
-        return images
-    found = [{"key": key, "image": to_float(array)} for key, array in readable_images(images)]
-    if not found:
+    stacked = stack_readable(images).images
+    if not len(stacked) and not isinstance(images, Tensor):
         raise ValueError(f"None of {len(images)} images can be read.")
+    return stacked
+
+
+class StackedImages(NamedTuple):
+    """Images `(n, C, size, size)` in [0, 1], their numbers in the collection that they are of, and their keys."""
+
+    images: Tensor
+    rows: list[int]
+    keys: list[str]
+
+
+def stack_readable(images: ImageDataset | Tensor) -> StackedImages:
+    """The images of a collection that can be read, of which there may be none; the keys of a tensor are numbers."""
+    if isinstance(images, Tensor):
+        numbers = list(range(len(images)))
+        return StackedImages(images, numbers, list(map(str, numbers)))
+    places = {key: place for place, key in enumerate(images.keys)}
+    found = [{"key": key, "image": to_float(array)} for key, array in readable_images(images)]
     if len(found) < len(images):
         logger.warning("%d of %d images cannot be read and are left out.", len(images) - len(found), len(images))
-    return collate(found)["image"]
+    keys = [sample["key"] for sample in found]
+    stacked = collate(found)["image"] if found else torch.empty(0, 1, 1, 1)
+    return StackedImages(stacked, [places[key] for key in keys], keys)
 
 
 def embed_images(pipe: DinoDiffusionPipeline, images: ImageDataset | Tensor, batch_size: int = 64) -> Tensor:

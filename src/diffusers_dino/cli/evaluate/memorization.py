@@ -12,36 +12,24 @@ Needs the extra `eval`.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ...data import ImageDataset, Preprocessing, open_images
-from ...data.keys import read_keys
-from ...data.labels import read_label_table, stored_labels
+from ...data import Preprocessing, open_images
 from ...evaluation import evaluate_memorization
 from ...evaluation.memorization.plot import draw_closest_pairs, plot_memorization
 from ...evaluation.memorization.table import make_report, table_of_sets
 from ...files import lock_folder, make_writable_folder
 from ...metrics import open_extractor
 from ..arguments import flag
+from ..held_out_flags import HeldOutArguments, check_arguments, open_training_and_held_out, read_patients
 
 
 @dataclass
-class Arguments:
-    training: str | None = flag(
-        None, "What the generator was trained on: a folder, or webdataset tars.", group="Images"
-    )
-    synthetic: str | None = flag(None, "What it generated, likewise.")
-    held_out: str | None = flag(None, "Real images that it was not trained on, likewise.")
-    training_keys: str | None = flag(None, "Text file of the keys of --training to use, one a line.")
-    held_out_keys: str | None = flag(None, "The same for --held_out; by default what --training_keys does not list.")
-    patients: str | None = flag(None, "CSV table with the patient of each real image, or `stored` in the shards.")
-    key_column: str = flag("file", "Its column of keys or file names.")
-    patient_column: str = flag("patient", "Its column of patients.")
+class Arguments(HeldOutArguments):
+    synthetic: str | None = flag(None, "What the generator made, likewise.", group="Images")
     size: int = flag(128, "Side in pixels that images are prepared at.")
-    remove_borders: bool = flag(False, "Cut uniform borders off real images, if it was done in training.")
     extractor: str = flag("local-contrast", "Feature space: not the generator's own encoder.", group="Search")
     weights: str | None = flag(None, "Weights of the extractor, if it has any.")
     false_alarms: float = flag(0.01, "Share of real images that may be called copies; 0.01 takes 299 images.")
@@ -54,15 +42,14 @@ class Arguments:
 
 
 def main(args: Arguments) -> None:
-    if not args.training:
-        raise ValueError("Give --training: the images that the generator was trained on.")
+    check_arguments(args)
     output_dir = make_writable_folder(args.output_dir)
     with lock_folder(output_dir, OSError):
         measure(args, output_dir)
 
 
 def measure(args: Arguments, output_dir: Path) -> None:
-    training, held_out = open_real_images(args)
+    training, held_out = open_training_and_held_out(args, args.size)
     # what was generated has been prepared already
     synthetic = open_images(args.synthetic, Preprocessing(args.size, remove_borders=False)) if args.synthetic else None
     result, gate = evaluate_memorization(
@@ -91,35 +78,3 @@ def measure(args: Arguments, output_dir: Path) -> None:
     for row in table_of_sets(result)[1]:
         print(*row, sep=" | ")
     print(f"Report: {output_dir / 'report.html'}\nGate:   {output_dir / 'gate.safetensors'}")
-
-
-def open_real_images(args: Arguments) -> tuple[ImageDataset, ImageDataset | None]:
-    """Training and held-out images; what trained is never held out."""
-    preprocessing = Preprocessing(args.size, remove_borders=args.remove_borders)
-    training = open_images(args.training, preprocessing)
-    if args.training_keys:
-        training = training.select(read_keys(args.training_keys))
-    if not args.held_out:
-        return training, None
-    held_out, trained = open_images(args.held_out, preprocessing), set(training.keys)
-    is_same = os.path.realpath(args.held_out) == os.path.realpath(args.training)
-    if args.held_out_keys:
-        held_out = held_out.select(read_keys(args.held_out_keys))
-        if is_same and (both := sorted(trained & set(held_out.keys))):
-            raise ValueError(
-                f"{len(both)} of the held-out images are training images, such as {both[0]}: --held_out_keys and "
-                "--training_keys must not have keys in common."
-            )
-    elif args.training_keys or is_same:
-        held_out = held_out.select([key for key in held_out.keys if key not in trained])
-    if not len(held_out):
-        raise ValueError("No image is held out: the training set has all keys of --held_out.")
-    return training, held_out
-
-
-def read_patients(args: Arguments, images: ImageDataset | None) -> tuple[str, ...] | None:
-    if not args.patients or images is None:
-        return None
-    if args.patients == "stored":
-        return stored_labels(images).patients
-    return read_label_table(args.patients, args.key_column, None, args.patient_column).select(images.keys).patients

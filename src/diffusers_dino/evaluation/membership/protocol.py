@@ -23,7 +23,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...data import ImageDataset
-from ...data.datasets import to_float
 from ...denoisers import family_of
 from ...fusion import fuse
 from ...latents import encode_to_moments
@@ -36,7 +35,7 @@ from ...seeds import generator_for
 from ...training.objective import prediction_target
 from ..controls import rows_in
 from ..folds import assign_folds
-from ..packed import readable_images
+from ..generation import stack_readable
 from ..results import JsonResult
 
 if TYPE_CHECKING:
@@ -146,7 +145,7 @@ def evaluate_membership(
     sets = {"training": (training, training_groups), "held out": (held_out, held_out_groups)}
     stacked, names, groups = {}, {}, []
     for name, (images, own) in sets.items():
-        stacked[name], rows, names[name] = _stack(images)
+        stacked[name], rows, names[name] = stack_readable(images)
         if own is not None and len(own) != len(images):
             raise ValueError(f"Give one group an image: {len(own)} groups for {len(images)} {name} images.")
         if len(rows) < 2:
@@ -242,20 +241,6 @@ def denoising_errors(
     if not found.isfinite().all():
         raise ValueError("The model's predictions are not finite: it is not usable, or its type overflows.")
     return found
-
-
-def _stack(images: Images) -> tuple[Tensor, list[int], list[str]]:
-    """The images that can be read as `(N, C, H, W)`, their numbers, and their keys."""
-    if isinstance(images, Tensor):
-        numbers = list(range(len(images)))
-        return images, numbers, list(map(str, numbers))
-    places = {key: place for place, key in enumerate(images.keys)}
-    found = [(key, to_float(array)) for key, array in readable_images(images)]
-    if len(found) < len(images):
-        logger.warning("%d of %d images cannot be read and are left out.", len(images) - len(found), len(images))
-    channels = max((len(image) for _, image in found), default=1)
-    stacked = [image.expand(channels, -1, -1) for _, image in found] or [torch.empty(0, 1, 1)]
-    return torch.stack(stacked), [places[key] for key, _ in found], [key for key, _ in found]
 
 
 def _scores(errors: np.ndarray) -> np.ndarray:
