@@ -26,6 +26,10 @@ figure { margin: 1.5rem 0; }
 figure img { max-width: 100%; background: white; }
 img.pixelated { image-rendering: pixelated; width: 100%; }
 figcaption { font-size: .9rem; opacity: .8; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .5rem 1rem; }
+dt { font-weight: 600; }
+dd { margin: 0; }
+dd strong { margin-right: .5rem; }
 """
 
 
@@ -51,6 +55,12 @@ class Report:
         head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
         body = "".join("<tr>" + "".join(f"<td>{_cell(value)}</td>" for value in row) + "</tr>" for row in rows)
         self._parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+
+    def add_answers(self, rows: Sequence[tuple[str, str, str]]) -> None:
+        """Add questions with a word each that answers them, and a sentence."""
+        parts = ([html.escape(text) for text in row] for row in rows)
+        body = "".join(f"<dt>{name}</dt><dd><strong>{word}</strong>{text}</dd>" for name, word, text in parts)
+        self._parts.append(f"<dl>{body}</dl>")
 
     def add_image(self, image: Image.Image, caption: str) -> None:
         """Add a picture, embedded as PNG; small ones are enlarged without smoothing."""

@@ -41,6 +41,7 @@ COMMANDS = {
     "sources": Command("sources", "List the public data sets that `shards` knows, or describe one"),
     "cache": Command("cache", "Encode the images once, so that training runs only the UNet", True, shares_config=True),
     "synthesise": Command("synthesise", "Make a labelled set of synthetic images from real ones", True),
+    "evaluate suite": Command("evaluate.suite", "All that can be asked of synthetic images, in one report", True),
     "evaluate fidelity": Command("evaluate.fidelity", "Distance of generated images from real ones", True),
     "evaluate memorization": Command("evaluate.memorization", "Copies of training images, and a gate against them"),
     "evaluate membership": Command("evaluate.membership", "Whether a model tells which images it was trained on"),

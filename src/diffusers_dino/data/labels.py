@@ -23,12 +23,14 @@ __all__ = [
     "PROBABILITIES",
     "LabelTable",
     "SoftLabelTable",
+    "plain_label",
     "read_label_table",
     "read_soft_labels",
     "stored_labels",
 ]
 
 NO_FINDING = "No Finding"
+_SPELLINGS = {"pleuraleffusion": "effusion"}  # of other data sets, as TorchXRayVision maps them
 PROBABILITIES = "probabilities"  # of soft labels: a column of tables, and a name in JSON files
 _SOFT = (
     "has soft labels, and hard ones are needed here. read_soft_labels reads them; for hard ones make the set without "
@@ -246,3 +248,9 @@ def stored_labels(images: ImageDataset) -> LabelTable:
         labels.append(frozenset(names))
         patients.append(str(facts.get("patient") or key))
     return LabelTable(tuple(keys), tuple(labels), tuple(patients))
+
+
+def plain_label(name: str) -> str:
+    """What different spellings of a label have in common: letters and digits, small."""
+    bare = "".join(character for character in name.lower() if character.isalnum())
+    return _SPELLINGS.get(bare, bare)

@@ -7,11 +7,14 @@
 | how far are generated images from real ones? | `evaluate_fidelity` | `FidelityResult` |
 | are generated images copies of training images? | `evaluate_memorization` | `MemorizationResult`, and a gate |
 | can it be told which images a model was trained on? | `evaluate_membership` | `MembershipResult` |
+| can it be told of which patient a generated image is? | `evaluate_reidentification` | `ReidentificationResult` |
 | do synthetic images show what their labels say? | `evaluate_labels` | `LabelPreservationResult` |
 | which synthetic images does no judge contradict? | `filter_by_judge` | `FilterResult`, and the rows that stay |
+| do classifiers of real images tell synthetic labels, and the reverse? | `evaluate_transfer` | `TransferResult` |
 | do synthetic images help a classifier? | `evaluate_augmentation` | `AugmentationResult` |
 | are a prior's tokens like real ones, and not copies of training tokens? | `evaluate_prior` | `PriorResult` |
 | does the model's attention find anatomy? | `evaluate_segmentation` | `SegmentationResult`, and the segments |
+| all of these that a folder of images allows, in one report | `evaluate_suite` | `SuiteResult` |
 
 Each question is a folder: `protocol` measures, `table` and `plot` show a result. Results go to JSON and back
 (`result.save(path)`, `type(result).load(path)`). Names are imported when they are first used.
@@ -27,6 +30,7 @@ _NAMES = {
     "fidelity.protocol": "FidelityResult FidelityScores Sampling evaluate_fidelity",
     "fidelity.sets": "FidelitySets choose_sets",
     "generation": "Model load_models",
+    "image_sets": "ImageSet open_image_set",
     "interpolation.protocol": "InterpolationResult PathFigures PathSpace evaluate_interpolation",
     "labels.contradictions": "FilterResult filter_by_judge",
     "labels.protocol": "evaluate_labels",
@@ -34,9 +38,12 @@ _NAMES = {
     "membership.protocol": "MembershipResult evaluate_membership",
     "memorization.protocol": "MemorizationResult evaluate_memorization",
     "prior.protocol": "PriorResult TokenFigures evaluate_prior",
+    "reidentification.protocol": "ReidentificationResult evaluate_reidentification",
     "reconstruction.protocol": "ReconstructionResult RetrievalFigures evaluate_reconstruction",
     "segmentation.protocol": "MethodScores SegmentationResult SegmentationStudy SweepScores evaluate_segmentation",
     "segmentation.sweep": "Setting Sweep",
+    "suite.protocol": "Answer SuiteResult SuiteSettings evaluate_suite",
+    "transfer.protocol": "TransferResult evaluate_transfer",
 }
 _ORIGIN = {name: module for module, names in _NAMES.items() for name in names.split()}
 
@@ -50,6 +57,7 @@ if TYPE_CHECKING:
     from .fidelity.protocol import FidelityResult, FidelityScores, Sampling, evaluate_fidelity
     from .fidelity.sets import FidelitySets, choose_sets
     from .generation import Model, load_models
+    from .image_sets import ImageSet, open_image_set
     from .interpolation.protocol import InterpolationResult, PathFigures, PathSpace, evaluate_interpolation
     from .labels.contradictions import FilterResult, filter_by_judge
     from .labels.protocol import evaluate_labels
@@ -58,6 +66,7 @@ if TYPE_CHECKING:
     from .memorization.protocol import MemorizationResult, evaluate_memorization
     from .prior.protocol import PriorResult, TokenFigures, evaluate_prior
     from .reconstruction.protocol import ReconstructionResult, RetrievalFigures, evaluate_reconstruction
+    from .reidentification.protocol import ReidentificationResult, evaluate_reidentification
     from .segmentation.protocol import (
         MethodScores,
         SegmentationResult,
@@ -66,6 +75,8 @@ if TYPE_CHECKING:
         evaluate_segmentation,
     )
     from .segmentation.sweep import Setting, Sweep
+    from .suite.protocol import Answer, SuiteResult, SuiteSettings, evaluate_suite
+    from .transfer.protocol import TransferResult, evaluate_transfer
 
 
 def __getattr__(name: str) -> Any:

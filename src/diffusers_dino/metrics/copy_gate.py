@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 _FORMAT = 2  # 1, which is read too, had no pictures
 _KIND = "the file of a gate"
 _LOW, _MIDDLE = 0.05, 0.5  # quantiles of real images at which both distances are made equal
-_SPOILED = 0.45  # of the median: real images that are nearer than that are hardly of different people
+SPOILED = 0.45  # of the median: real images that are nearer than that are hardly of different people
 
 
 class ImageViews(NamedTuple):
@@ -181,7 +181,7 @@ class CopyGate:
         """The gate of which at most a share of `false_alarms` of images like the `real` ones are refused."""
         real = real.balanced(real)
         threshold = calibrate_threshold(real.smallest, false_alarms)
-        if threshold < _SPOILED * real.smallest.median():
+        if threshold < SPOILED * real.smallest.median():
             logger.warning(
                 "A few real images are so near to images of other groups (the nearest at %.2f) that the gate finds "
                 "few copies: are they of the same patient, or duplicates? Leave them out and calibrate again.",

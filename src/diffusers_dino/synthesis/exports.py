@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from torch.utils.data import Dataset
 
+from ..data.labels import plain_label
 from ..extras import require
 from ..files import read_json, save_atomically, write_csv, write_json
 from ..fingerprints import hash_of
@@ -47,7 +48,6 @@ XRV_PATHOLOGIES = (
     "Lung Opacity",
     "Enlarged Cardiomediastinum",
 )
-_SPELLINGS = {"pleuraleffusion": "effusion"}  # of other data sets, as TorchXRayVision maps them
 _NORMAL = {"nofinding", "normal"}  # absence of all
 _STAMP = ".exported.json"
 
@@ -230,10 +230,10 @@ def _version(made: SyntheticSet) -> str:
 
 def _label_matrix(made: SyntheticSet, pathologies: Sequence[str]) -> np.ndarray:
     """`(N, P)` float32, see `XrvStyleDataset`."""
-    columns = {_bare(name): number for number, name in enumerate(pathologies)}
+    columns = {plain_label(name): number for number, name in enumerate(pathologies)}
     names = set(_names(made))
-    known = {name: columns[_bare(name)] for name in names if _bare(name) in columns}
-    others = sorted(name for name in names - set(known) if _bare(name) not in _NORMAL)
+    known = {name: columns[plain_label(name)] for name in names if plain_label(name) in columns}
+    others = sorted(name for name in names - set(known) if plain_label(name) not in _NORMAL)
     if others and not known:
         raise ValueError(
             f"None of the set's labels ({', '.join(others[:5])}) is among the pathologies "
@@ -256,8 +256,3 @@ def _label_matrix(made: SyntheticSet, pathologies: Sequence[str]) -> np.ndarray:
 def _names(made: SyntheticSet) -> list[str]:
     """All labels of a set."""
     return sorted({label for labels in made.plan.label_sets for label in labels})
-
-
-def _bare(name: str) -> str:
-    bare = "".join(character for character in name.lower() if character.isalnum())
-    return _SPELLINGS.get(bare, bare)

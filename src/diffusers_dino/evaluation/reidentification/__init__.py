@@ -1,0 +1,1 @@
+"""Can it be told of which patient a generated image is?"""

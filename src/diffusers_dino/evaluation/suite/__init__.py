@@ -1,0 +1,1 @@
+"""All questions of a set of synthetic images, asked at once."""

@@ -1,0 +1,138 @@
+"""The answers of a suite as one page with pictures."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...data import ImageDataset
+from ...report import Report
+from ...sheets import contact_sheet
+from ..fidelity.protocol import FidelityScores
+from ..figures import new_figure
+from ..image_sets import ImageSet
+from ..memorization.plot import draw_closest_pairs, plot_memorization
+from .protocol import SuiteResult
+from .verdicts import FOUND, NOT_ASKED, PASSED, UNCLEAR
+
+__all__ = ["make_page"]
+
+_WORDS = {PASSED: "✓ No.", FOUND: "✗ Yes.", UNCLEAR: "? Unclear.", NOT_ASKED: "Not asked."}
+_SHOWN = 8
+
+
+def make_page(
+    result: SuiteResult, synthetic: ImageSet, real: ImageSet, training: ImageSet | None = None, draw: bool = True
+) -> Report:
+    """A page of all answers and their figures.
+
+    The sets are those of `evaluate_suite`. With `draw`, real and synthetic images are shown: leave it out where a page
+    must not show patients.
+    """
+    page = Report("Evaluation of synthetic images")
+    page.add_answers([(x.asks, _WORDS[x.verdict], x.line) for x in result.answers])
+    page.add_heading("What was compared")
+    header = ["images", "from", "N", "cannot be read", "patients", "labels", "of training patients, left out"]
+    rows = [
+        [x.name, x.place, x.num_images, x.num_unreadable, _known(x.num_patients), _known(x.num_labels), x.left_out]
+        for x in result.sets
+    ]
+    page.add_table(header, rows)
+    page.add_text(f"Prepared at {result.size} px; seed {result.seed}. Intervals hold 95 % and are over patients.")
+    if draw:
+        shown = [_first(one.images, _SHOWN) for one in (synthetic, real)]
+        count = min(map(len, shown))
+        sheet = contact_sheet(*([images[i]] * 1 for i in range(count) for images in shown))
+        page.add_image(sheet, "Synthetic and real images in turn.")
+    if result.fidelity is not None:
+        _add_fidelity(page, result)
+    if result.copies is not None:
+        page.add_heading("Copies")
+        page.add_figure(plot_memorization(result.copies), "Relative distance to the nearest training image.")
+        if draw and training is not None and result.copies.closest:
+            pairs = draw_closest_pairs(result.copies, synthetic.images, training.images)
+            page.add_image(pairs, "Closest pairs, nearest first: synthetic image, and its nearest training image.")
+    if result.reidentification is not None:
+        _add_reidentification(page, result, synthetic, training if draw else None)
+    if result.membership is not None:
+        page.add_heading("Membership")
+        attacks = (*result.membership.attacks, result.membership.combined)
+        table = [[x.timestep if x.timestep is not None else "all", x.auroc, x.low, x.high, x.found] for x in attacks]
+        page.add_table(["timestep", "AUROC", "low", "high", "found at 1 % false alarms"], table)
+    if result.transfer is not None:
+        _add_transfer(page, result)
+    return page
+
+
+def _add_fidelity(page: Report, result: SuiteResult) -> None:
+    page.add_heading("Fidelity")
+    names = ("frechet", "kernel", "precision", "recall", "density", "coverage", "vendi")
+    titles = ("Fréchet", "kernel (KID)", *names[2:])
+
+    def cells(row: FidelityScores) -> list[object]:
+        figures = [getattr(row, name) for name in names]
+        texts = [f"{x.value:.3g} [{x.low:.3g}, {x.high:.3g}]" for x in figures]
+        return [row.images, row.label or "all", f"{row.num_images}, {row.num_reference}", *texts]
+
+    rows = (*result.fidelity.rows, *result.fidelity.by_label)
+    page.add_table(["images", "label", "N, M", *titles], [cells(row) for row in rows])
+    spec = result.features
+    page.add_text(f"Against the real images. Features: {spec.extractor}, {spec.layer}, {spec.dim} dimensions.")
+    if result.fidelity.too_few:
+        page.add_text(f"Too few images for figures of their own: {', '.join(result.fidelity.too_few)}.")
+    own = [row for row in rows if row.images == "synthetic"]
+    figure = new_figure(8, 0.7 + 0.35 * len(own))
+    axes = figure.subplots()
+    values = [row.kernel for row in own]
+    errors = [[max(0.0, x.value - x.low) for x in values], [max(0.0, x.high - x.value) for x in values]]
+    places = range(len(own))
+    axes.errorbar([x.value for x in values], places, xerr=errors, fmt="o", capsize=3)
+    axes.axvline(0, color="grey", linewidth=1)
+    axes.set(yticks=list(places), yticklabels=[row.label or "all" for row in own], xlabel="kernel distance (KID)")
+    axes.invert_yaxis()
+    page.add_figure(figure, "Kernel distance of synthetic images, of all and of each label; 0: as near as real ones.")
+
+
+def _add_reidentification(page: Report, result: SuiteResult, synthetic: ImageSet, training: ImageSet | None) -> None:
+    found = result.reidentification
+    page.add_heading("Re-identification")
+    rows = [row for row in (found.real, found.synthetic, found.others) if row is not None]
+    table = [[x.pairs, x.num_pairs, x.num_patients, x.auroc, x.low, x.high, x.found] for x in rows]
+    page.add_table(["pairs", "pairs", "patients", "AUROC", "low", "high", "found at 1 % false alarms"], table)
+    page.add_text(
+        f"{found.num_folds} Siamese networks of {found.max_steps} updates, each trained without the patients that it "
+        f"compares; {found.num_known} patients have two images or more."
+    )
+    if training is not None and found.closest:
+        pairs = found.closest[:_SHOWN]
+        groups = [
+            [one.images.select([key])[0]["image"]]
+            for pair in pairs
+            for one, key in ((synthetic, pair.key), (training, pair.training_key))
+        ]
+        page.add_image(contact_sheet(*groups), "Highest scores: synthetic image, and the training image beside it.")
+
+
+def _add_transfer(page: Report, result: SuiteResult) -> None:
+    page.add_heading("Labels and utility")
+    names = {"real": "real on real", "synthetic": "real on synthetic", "student": "synthetic on real"}
+    header = ["label", "real with it", "synthetic with it", *names.values()]
+    table = []
+    for row in result.transfer.rows:
+        figures = [getattr(row, name) for name in names]
+        texts = [f"{x.value:.3f} [{x.low:.3f}, {x.high:.3f}]" for x in figures]
+        table.append([row.label, row.num_real, row.num_synthetic, *texts])
+    page.add_table(header, table)
+    page.add_text(
+        f"AUROC of classifiers ({result.transfer.model}): trained on one kind of images and tested on the other. The "
+        "first figure is the control of both others."
+    )
+
+
+def _first(images: ImageDataset, count: int) -> list[Tensor]:
+    places = torch.linspace(0, len(images) - 1, min(count, len(images))).round().long().tolist()
+    return [images[place]["image"] for place in places]
+
+
+def _known(number: int | None) -> object:
+    return "not known" if number is None else number
