@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import (
+    DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
     PixArtTransformer2DModel,
     SanaTransformer2DModel,
@@ -195,6 +196,13 @@ def joint() -> DinoDiffusionPipeline:
 IMAGES = tiny.random_images(2)
 
 
+def test_the_pipeline_segments_with_cross_attention():
+    pipe = DiffSegPipeline.from_pipe(tiny.tiny_pipeline(unet=None, transformer=pixart()))
+    maps = pipe.attention_maps(IMAGES)
+    assert maps.shape == (2, 16, 4, 4)
+    torch.testing.assert_close(maps.sum(dim=(-1, -2)), torch.ones(2, 16))
+
+
 def test_the_pipeline_segments_with_a_transformer_of_a_flow(joint, tmp_path):
     pipe = DiffSegPipeline.from_pipe(joint)
     maps = pipe.attention_maps(IMAGES, timestep=300)
@@ -228,7 +236,11 @@ def test_what_does_not_fit_a_transformer_is_refused(joint):
     assert pipe.attention_maps(IMAGES, image_embeds=joint.encode_image(IMAGES)).shape == (2, 16, 4, 4)
     with pytest.raises(ValueError, match="one denoiser"):
         DiffSegPipeline.from_pipe(joint, unet=tiny.tiny_unet())
-    with pytest.raises(ValueError, match="SanaTransformer2DModel cannot be used"):
-        DiffSegPipeline.from_pipe(joint, transformer=sana())
+    with tiny.seeded(0):
+        unknown = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=1)
+    with pytest.raises(ValueError, match="DiTTransformer2DModel cannot be used"):
+        DiffSegPipeline.from_pipe(joint, transformer=unknown)
+    with pytest.raises(ValueError, match="SanaTransformer2DModel cannot be segmented"):
+        DiffSegPipeline.from_pipe(joint, transformer=sana()).attention_maps(IMAGES, image_embeds=torch.ones(2, 5, 32))
     with pytest.raises(ValueError, match="latents have 4 channels"):
         DiffSegPipeline.from_pipe(joint, transformer=sd3(in_channels=8, out_channels=8))
