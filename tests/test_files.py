@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from diffusers_dino.data.labels import read_label_table
 from diffusers_dino.files import (
     atomic_write,
     csv_text,
@@ -23,6 +24,7 @@ from diffusers_dino.files import (
     remove_partials,
     save_atomically,
     write_csv,
+    write_json,
 )
 from diffusers_dino.frozen import freeze
 from kills import kills
@@ -196,8 +198,9 @@ class TestReadJson:
         for name in (tmp_path / "pipe", tmp_path / "link", "/dev/null"):
             with pytest.raises(ValueError, match="is a pipe or a device"):
                 read_json(name)
-        with pytest.raises(IsADirectoryError):
-            read_json(tmp_path)
+        for call in (read_json, read_label_table, lambda path: write_json(path, {})):
+            with pytest.raises(IsADirectoryError, match="is a folder, where a file is needed"):
+                call(tmp_path)
         with pytest.raises(FileNotFoundError):
             read_json(tmp_path / "absent.json")
 

@@ -14,6 +14,7 @@ import re
 import shutil
 import stat
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,6 +63,7 @@ _UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 def atomic_write(path: str | Path, mode: int = 0o666) -> Iterator[BinaryIO]:
     """Write a file aside, force it to disk, then give it its name. On an error nothing is left behind."""
     path = Path(path)
+    _refuse_folder(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
         with open(aside, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
@@ -73,6 +75,11 @@ def atomic_write(path: str | Path, mode: int = 0o666) -> Iterator[BinaryIO]:
         aside.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def _refuse_folder(path: Path) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, where a file is needed: move it away, or give another path.")
 
 
 def remove_partials(folder: Path) -> None:
@@ -101,8 +108,7 @@ def read_regular(path: str | Path, limit: int = 64 << 20, error: type[Exception]
 def size_of_regular(path: str | Path, error: type[Exception] = ValueError) -> int:
     """Bytes of a file; `error` for pipes and devices, which could be read forever."""
     status = os.stat(path)
-    if stat.S_ISDIR(status.st_mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    _refuse_folder(Path(path))
     if not stat.S_ISREG(status.st_mode):
         raise error(f"{path} is a pipe or a device, not a file.")
     return status.st_size
@@ -240,12 +246,20 @@ def refuse_other_folder(folder: Path, error: type[Exception] = FileExistsError) 
 def lock_folder(folder: Path, error: type[Exception] = RuntimeError) -> Iterator[None]:
     """Hold a lock on a folder, by a file `lock` in it; raise `error` if another process holds it.
 
-    It ends with this process, even if that is killed and its forked workers live on. Where the file system has no
-    locks, as on some networks, a warning says so.
+    It ends with this process, even if that is killed and its forked workers live on. What a thread holds already, it
+    may lock again. Where the file system has no locks, as on some networks, a warning says so.
     """
+    own = threading.get_ident(), folder.resolve()
+    if own in _held:
+        yield
+        return
     with open(folder / "lock", "w") as file:
         _hold(file, f"in {folder}", error)
-        yield
+        _held.add(own)
+        try:
+            yield
+        finally:
+            _held.discard(own)
 
 
 @contextmanager
@@ -275,9 +289,11 @@ def _hold(file: TextIO, place: str, error: type[Exception]) -> None:
 def _close_locks() -> None:
     for file in list(_locks):
         file.close()
+    _held.clear()
 
 
 _locks: WeakSet[TextIO] = WeakSet()
+_held: set[tuple[int, Path]] = set()
 if hasattr(os, "register_at_fork"):  # a worker that lives on for some seconds must not keep a lock of its dead parent
     os.register_at_fork(after_in_child=_close_locks)
 

@@ -361,3 +361,10 @@ def test_an_index_is_not_believed(tmp_path, caplog, damage):
     with caplog.at_level(logging.WARNING):
         assert len(open_images(path, PREPARE)) == 8
     assert f"{path.name}{INDEX_SUFFIX}" in caplog.text or "index beside" in caplog.text
+
+
+def test_companions_in_another_tar_than_their_image_are_named(tmp_path, caplog):
+    write_tar(tmp_path / "0.tar", {"a.png": encode(0), "b.png": encode(1)})
+    write_tar(tmp_path / "1.tar", {"a.seg.png": encode(2), "c.png": encode(3)})
+    assert len(open_images(tmp_path, PREPARE)) == 4
+    assert "1 of 4 samples, such as a.seg," in caplog.text

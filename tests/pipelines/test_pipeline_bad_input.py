@@ -147,8 +147,9 @@ def test_own_schedules_that_lead_nowhere(embeds, options, message):
         *("CogVideoXDPMScheduler", "ScoreSdeVeScheduler", "DDPMWuerstchenScheduler"),
     ],
 )
-def test_schedulers_of_other_models(embeds, name):
-    pipe = tiny.tiny_pipeline(scheduler=getattr(diffusers, name)())
+@pytest.mark.parametrize("settings", [{}, tiny.tiny_scheduler().config], ids=["its own", "the model's"])
+def test_schedulers_of_other_models(embeds, name, settings):
+    pipe = tiny.tiny_pipeline(scheduler=getattr(diffusers, name).from_config(settings))
     with pytest.raises(ValueError, match=rf"{name} (cannot be used.*KarrasDiffusion|leads from an image to noise)"):
         generate(pipe, image_embeds=embeds)
 

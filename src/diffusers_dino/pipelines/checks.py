@@ -101,6 +101,8 @@ def check_scheduler(scheduler: Any) -> None:
             attrgetter(name)(scheduler)
         except AttributeError:
             lacking.append(name)
+    if "num_train_timesteps" not in inspect.signature(type(scheduler).__init__).parameters:
+        lacking.append("timesteps of its own")  # what it was made from is kept in its config, too
     if not lacking:  # the first three are the prediction, the timestep and the latents
         step = list(inspect.signature(scheduler.step).parameters.values())[3:]
         named = (each for each in step if each.kind is each.POSITIONAL_OR_KEYWORD)

@@ -69,6 +69,11 @@ class Arguments(SamplingArguments, ClassifierArguments, LabelledImageArguments):
 def main(args: Arguments) -> None:
     show_messages("diffusers_dino.evaluation")
     output = make_writable_folder(args.output_dir)
+    with lock_folder(output):
+        measure(args, output)
+
+
+def measure(args: Arguments, output: Path) -> None:
     images, table, names = open_labelled_images(args, args.size)
     if args.labels == STORED:
         known = stored_labels(images)
@@ -76,8 +81,7 @@ def main(args: Arguments) -> None:
         known = read_label_table(args.labels, args.key_column, args.label_column, args.patient_column)
     options = {"num_folds": args.num_folds, "training_keys": args.training_keys, "seed": args.seed}
     if args.write_folds:
-        with lock_folder(output):
-            write_folds(table, names, output, known=known, **options)
+        write_folds(table, names, output, known=known, **options)
         patients = len(set(table.patients))
         print(f"{output}/folds.csv: {len(table)} images of {patients} patients in {args.num_folds} folds")
         return

@@ -81,6 +81,8 @@ class ShardStore(ImageStore):
         self._shard_ends = np.cumsum([len(image) for image in images])
         self._index = _concatenate(indexes)
         self.keys = self._index.keys
+        if image_column == "image":
+            self._warn_of_separated_companions()
         first = np.cumsum([0, *(len(index.kinds) for index in indexes)])
         shifted = [np.where(image >= 0, image + start, -1) for image, start in zip(images, first, strict=False)]
         self._image = np.concatenate(shifted)  # (S,): number of the file that is each sample's image, -1 if lost
@@ -88,6 +90,18 @@ class ShardStore(ImageStore):
             int(number): f"{self.describe(number)}: {reasons[self._shard(number)]}"
             for number in np.flatnonzero(self._image < 0)
         }
+
+    def _warn_of_separated_companions(self) -> None:
+        """Companions are looked for in the tar of their image: say that those in other tars count as images."""
+        if not _WORD.search(self.keys.to_bytes().decode()):
+            return
+        keys = set(self.keys)
+        if apart := [key for key in self.keys if parent_of(key, keys)]:
+            logger.warning(
+                "%d of %d samples, such as %s, look like companions of images in other tars, and are taken for images "
+                "themselves. Put each into the tar of its image.",
+                *(len(apart), len(keys), apart[0]),
+            )
 
     @property
     def shard_sizes(self) -> list[int]:
