@@ -74,11 +74,11 @@ def commands(place: Path, out: Path) -> dict[str, dict]:
         },
         "evaluate interpolation": drawn | {"training_keys": place / "keys.txt", "num_images": 2},
         "extract": {"data": place / "images", "output": out / "features.safetensors"},
-        "splice": drawn | {"model": place / "on all tokens", "data_dir": place / "masked"},
+        "splice": images | {"model": place / "on all tokens", "data_dir": place / "masked"},
         "publish": model | {"output_dir": out},
         "train_dino.py": frozen | run | {"unet_config": place / "unet_config"},
         "train_vae.py": training | run | {"num_validation_images": 2},
-        "pretrain_dino.py": training | run,
+        "pretrain_dino.py": training | run | {"hidden_size": 24, "num_hidden_layers": 1, "head_hidden_size": 32},
         "train_prior.py": training
         | run
         | {"conditioner": place / "conditioner", "width": 16, "num_heads": 2, "validation_data_dir": place / "images"},
