@@ -15,6 +15,8 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DCondi
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 import diffusers_dino
+from diffusers_dino.data import Preprocessing
+from diffusers_dino.pipelines.preparation import note_preparation
 from diffusers_dino.training.models import STABLE_DIFFUSION_SCHEDULE
 
 diffusers.utils.logging.disable_progress_bar()
@@ -132,6 +134,8 @@ def tiny_pipeline(**components: Any) -> diffusers_dino.DinoDiffusionPipeline:
     defaults = {"vae": tiny_vae, "conditioner": tiny_conditioner, "unet": tiny_unet, "scheduler": tiny_scheduler}
     built = {name: components[name] if name in components else make() for name, make in defaults.items()}
     pipe = diffusers_dino.DinoDiffusionPipeline(**{**components, **built})
+    if pipe.unet is not None and pipe.vae is not None:  # as training does
+        note_preparation(pipe.unet, Preprocessing(IMAGE_SIZE), pipe.vae.config["in_channels"])
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -56,9 +56,11 @@ def classifier_settings(args: ClassifierArguments) -> ClassifierSettings:
     )
 
 
-def open_labelled_images(args: LabelledImageArguments, size: int) -> tuple[ImageDataset, LabelTable, tuple[str, ...]]:
-    """The images, what is known of each in the same order, and the labels to classify."""
-    images, table = open_real_images(args, size)
+def open_labelled_images(
+    args: LabelledImageArguments, size: int, model: str | None = None
+) -> tuple[ImageDataset, LabelTable, tuple[str, ...]]:
+    """The images, what is known of each in the same order, and the labels to classify; see `open_real_images`."""
+    images, table = open_real_images(args, size, model=model)
     assert table is not None  # labels are not optional here
     names = tuple(args.label_names or table.most_frequent(args.num_labels))
     return images, table.restrict(names), names

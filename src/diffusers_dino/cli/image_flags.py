@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from diffusers import DiffusionPipeline
+
 from ..data import ImageDataset, Preprocessing, open_images
 from ..data.keys import read_keys
 from ..data.labels import LabelTable, read_label_table, stored_labels
+from ..pipelines.preparation import open_images_for
 from .arguments import flag
 
-__all__ = ["STORED", "RealImageArguments", "open_real_images"]
+__all__ = ["BORDERS", "STORED", "RealImageArguments", "open_real_images"]
 
 STORED = "stored"
+BORDERS = "Whether uniform borders are cut off; by default as in the model's training, which it remembers."
 
 
 @dataclass
@@ -23,18 +27,22 @@ class RealImageArguments:
     key_column: str = flag("file", "Column of the CSV: keys or file names.")
     label_column: str = flag("findings", "Column of the CSV: labels, joined by |.")
     patient_column: str = flag("patient", "Column of the CSV: patients.")
-    remove_borders: bool = flag(True, "Cut uniform borders off the images, as in training the generator.")
+    remove_borders: bool | None = flag(None, BORDERS)
 
 
 def open_real_images(
-    args: RealImageArguments, size: int, need_patients: bool = True
+    args: RealImageArguments, size: int, need_patients: bool = True, model: DiffusionPipeline | str | None = None
 ) -> tuple[ImageDataset, LabelTable | None]:
     """The images at this size in pixels, and what is known of each in the same order; None without labels.
 
+    They are prepared as for training the `model`; without one, borders are cut off unless the flag says otherwise.
     Raises ValueError if an image has no row of labels, or a key or column is missing.
     """
-    preprocessing = Preprocessing(size, args.remove_borders)
-    images = open_images(args.data_dir, preprocessing, split=args.data_split, local_files_only=True)
+    options = {"split": args.data_split, "local_files_only": True}
+    if model is None:
+        images = open_images(args.data_dir, Preprocessing(size, args.remove_borders is not False), **options)
+    else:
+        images = open_images_for(model, args.data_dir, size, args.remove_borders, **options)
     try:
         if args.keys_file:
             images = images.select(read_keys(args.keys_file))

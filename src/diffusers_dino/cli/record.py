@@ -14,21 +14,26 @@ __all__ = ["describe_history", "told_settings", "write_record_and_card"]
 
 # An allow-list: folders, trackers and what concerns only the machine are not told.
 _VIEWS = ("resolution", "remove_borders", "augment", "sharpness", "shear", "translation", "random_flip", "cache_views")
-_SCALE = ("min_scale", "max_scale")
-_VAE = ("in_channels", "block_out_channels", "layers_per_block", "latent_channels")
-_VAE_LOSS = ("l1_weight", "mse_weight", "gradient_weight", "kl_weight")
-_ENCODER = ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_register_tokens")
-_CONDITION = ("tokens", "projection_dim", "normalize_tokens", "condition_dropout")
-_PRIOR = ("width", "num_layers", "label_dropout", "times", "validation_share", "patience")
+_SCALE = ("min_scale", "max_scale", "shuffle_window_shards")
+_VAE = ("in_channels", "block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups")
+_VAE_LOSS = ("mid_block_add_attention", "l1_weight", "mse_weight", "gradient_weight", "kl_weight")
+_ENCODER = ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio")
+_TOKENS = ("num_register_tokens", "pixel_mean", "pixel_std", "image_size", "num_statistics_images", "slot_offset")
+_CONDITION = ("tokens", "projection_dim", "normalize_tokens", "condition_dropout", "fuse_encoders", "encoder_dropout")
+_PRIOR = ("width", "num_layers", "num_heads", "num_components", "text_length", "label_dropout", "times")
+_CHOICE = ("validation_share", "validation_steps", "patience")
 _UNET = ("qk_init_scale", "rank", "lora_alpha", "use_ema", "ema_decay")
 _NOISE = ("prediction_type", "flow_times", "flow_shift", "rescale_betas_zero_snr", "snr_gamma", "noise_offset")
+_DISTILLATION = ("teacher_steps", "min_guidance", "max_guidance", "guidance_width", "target_decay", "huber_c")
 _UPDATES = ("seed", "train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "mixed_precision")
-_RATE = ("learning_rate", "lr_scheduler", "lr_warmup_steps")
+_RATE = ("learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps")
 _ADAM = ("use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon")
-_VIEWS_OF_DINO = ("min_global_crop", "max_global_crop", "local_crops", "local_crop_size", "exposure")
-_DINO = ("num_prototypes", "teacher_temperature", "student_temperature", "teacher_momentum", "koleo_weight")
-_RECIPE = _VIEWS + _SCALE + _VIEWS_OF_DINO + _VAE + _VAE_LOSS + _ENCODER + _CONDITION + _PRIOR + _UNET + _NOISE + _DINO
-_RECIPE += _UPDATES + _RATE + _ADAM
+_VIEWS_OF_DINO = ("min_global_crop", "max_global_crop", "local_crops", "local_crop_size", "min_local_crop")
+_HEAD_OF_DINO = ("max_local_crop", "exposure", "num_prototypes", "head_hidden_size", "head_bottleneck_size")
+_DINO = ("teacher_temperature", "student_temperature", "teacher_momentum", "koleo_weight")
+_METRIC = ("metric", "metric_features", "metric_steps", "metric_num_images")
+_RECIPE = _VIEWS + _SCALE + _VIEWS_OF_DINO + _HEAD_OF_DINO + _VAE + _VAE_LOSS + _ENCODER + _TOKENS + _CONDITION
+_RECIPE += _PRIOR + _CHOICE + _UNET + _NOISE + _DINO + _DISTILLATION + _UPDATES + _RATE + _ADAM + _METRIC
 
 
 def told_settings(args: Any) -> dict[str, Any]:

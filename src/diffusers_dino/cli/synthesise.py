@@ -24,7 +24,7 @@ from ..data.sharding import recorded_sources
 from ..files import atomic_write
 from ..hub.cards import write_dataset_card
 from ..hub.measurements import read_results
-from ..pipelines import DinoPriorPipeline
+from ..pipelines import DinoDiffusionPipeline, DinoPriorPipeline
 from ..pipelines.checks import image_size
 from ..synthesis import (
     Plan,
@@ -135,7 +135,7 @@ def main(args: Arguments) -> None:
         # Ray's workers take both pipelines from the CPU
         prior = load_prior(args, torch.device("cpu") if args.engine == "ray" else accelerator.device)
     must_calibrate = args.gate is not None and not Path(args.gate).exists()  # only that needs patients
-    images, table = open_regime(args, image_size(pipe), must_calibrate)
+    images, table = open_regime(args, pipe, must_calibrate)
     gate = None
     if args.gate is not None:
         with accelerator.main_process_first():  # one process calibrates
@@ -199,10 +199,12 @@ def load_prior(args: Arguments, device: torch.device) -> PriorTokens | None:
     return PriorTokens(pipe, args.prior_guidance_scale, args.prior_inference_steps)
 
 
-def open_regime(args: Arguments, size: int, must_calibrate: bool) -> tuple[ImageDataset | None, LabelTable | None]:
+def open_regime(
+    args: Arguments, pipe: DinoDiffusionPipeline, must_calibrate: bool
+) -> tuple[ImageDataset | None, LabelTable | None]:
     """The real images, and what is known of them. A prior needs no images: `--data_dir none` and a table of labels."""
     if args.data_dir != NO_IMAGES:
-        return open_real_images(args, size, need_patients=must_calibrate)
+        return open_real_images(args, image_size(pipe), must_calibrate, pipe)
     if args.prior is None or must_calibrate or args.labels == STORED:
         raise ValueError(
             f"--data_dir {NO_IMAGES} goes with --strategy prior, a table of labels or none, and a calibrated gate or "

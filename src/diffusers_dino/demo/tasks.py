@@ -31,6 +31,7 @@ from ..diffseg.merging import suppress
 from ..familiarity import UNLIKE
 from ..metrics.copy_gate import CopyGate
 from ..metrics.registration import pictures_of
+from ..pipelines.preparation import cut_as_in_training
 from ..pixels import to_unit, unit_to_uint8, with_channels
 from ..schedules import scheduler_like
 from ..seeds import generator_for
@@ -118,6 +119,11 @@ def example_images(source: str | Path, size: int, count: int) -> list[Image.Imag
     return [Image.fromarray(array) for _, array in images.read_many(places)]
 
 
+def _seen(pipe: DinoDiffusionPipeline, image: Image.Image) -> Image.Image:
+    """What the model is given of an image: without its borders, if it was trained so."""
+    return fitted(cut_as_in_training(pipe, image), _SEEN)
+
+
 def model_size(pipe: DinoDiffusionPipeline) -> int:
     """Side in pixels of the images that the model makes."""
     size = pipe.denoiser.config["sample_size"]
@@ -134,7 +140,7 @@ def vary(
     """Variations of an image. Number i has the seed `sampling.seed + i` and does not depend on how many there are."""
     if not 1 <= count <= MOST_VARIATIONS:
         raise ValueError(f"There are 1 to {MOST_VARIATIONS} variations, not {count}.")
-    return _generate(pipe, pipe.encode_image(fitted(image, _SEEN)).expand(count, -1, -1), sampling, on_step)
+    return _generate(pipe, pipe.encode_image(_seen(pipe, image)).expand(count, -1, -1), sampling, on_step)
 
 
 def draw(
@@ -176,8 +182,8 @@ def blend(
     """Images on the path between two images, at `num_points` even fractions from 0 to 1, from one noise."""
     between = _made_of(pipe, DinoInterpolationPipeline, sampling.scheduler)
     return between(
-        fitted(source, _SEEN),
-        fitted(target, _SEEN),
+        _seen(pipe, source),
+        _seen(pipe, target),
         torch.linspace(0, 1, num_points),
         method=method,
         num_inference_steps=sampling.steps,

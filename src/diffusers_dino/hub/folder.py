@@ -14,6 +14,7 @@ import diffusers_dino
 from ..denoisers import family_named
 from ..familiarity import STATISTICS, TokenStatistics
 from ..files import read_json
+from ..pipelines.preparation import read_preparation
 from .privacy import Content
 
 __all__ = ["class_of", "folder_kind", "half_precision_files", "model_files", "part_facts", "variant_of"]
@@ -111,6 +112,7 @@ def part_facts(folder: str | Path) -> dict[str, Any]:
         facts["width of the condition"] = unet.get("cross_attention_dim")
     if transformer := configs.get("transformer"):
         facts |= _transformer_facts(transformer)
+    facts |= _preparation_facts(configs.get("unet") or configs.get("transformer") or {})
     if "scheduler" in places:
         schedule = _read(places["scheduler"] / "scheduler_config.json")
         names = ("beta_schedule", "prediction_type", "num_train_timesteps", "rescale_betas_zero_snr", "shift")
@@ -180,6 +182,18 @@ def _conditioner_facts(config: dict[str, Any]) -> dict[str, Any]:
         facts["condition tokens"] = config.get("tokens")
         facts["projected to"] = config.get("projection_dim")
     return facts
+
+
+def _preparation_facts(unet: dict[str, Any]) -> dict[str, Any]:
+    preparation = read_preparation(unet)
+    if preparation is None:
+        return {}
+    size, borders = preparation.size, "cut off" if preparation.remove_borders else "left on"
+    return {
+        "training images": f"borders {borders}, central square at {size} px, {preparation.resampling}, air is dark",
+        "border tolerance": preparation.border_tolerance,
+        "percent clipped at each end of the range": preparation.clip_percent,
+    }
 
 
 def _prior_facts(config: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -11,12 +12,13 @@ from PIL import Image
 from torch import Tensor
 
 from .. import DinoDiffusionPipeline
-from ..data import Preprocessing, open_images
+from ..data import ImageDataset, Preprocessing, open_images
 from ..data.datasets import collate
 from ..data.sharding import require_synthetic
 from ..latents import decode_latents, encode_to_moments
 from ..metrics.copy_gate import CopyGate
 from ..pipelines.checks import image_size
+from ..pipelines.preparation import stored_preparation
 from ..pixels import unit_to_vae, vae_to_unit
 from ..sheets import contact_sheet
 from .folder import class_of, folder_kind
@@ -62,7 +64,7 @@ def draw_samples(
         raise ValueError("A conditioner makes no images to show.")
     if kind == "vae":
         vae = getattr(diffusers, class_of(folder)).from_pretrained(folder).to(device)
-        sources = _open_sources(data_dir, vae.config["sample_size"], num_samples)
+        sources = _spread(open_images(data_dir, Preprocessing(vae.config["sample_size"], False)), num_samples)
         pixels = unit_to_vae(sources.to(device), vae.config["in_channels"])
         drawn = vae_to_unit(decode_latents(vae, encode_to_moments(vae, pixels)[0])).cpu()
     else:
@@ -72,7 +74,9 @@ def draw_samples(
         if kind == "lora":
             pipe.load_lora_weights(folder)
         pipe.to(device).set_progress_bar_config(disable=True)
-        sources = _open_sources(data_dir, image_size(pipe), num_samples)
+        preparation = stored_preparation(pipe) or Preprocessing(remove_borders=False)
+        images = open_images(data_dir, replace(preparation, size=image_size(pipe)))
+        sources = _spread(images, num_samples)
         drawn = pipe(
             sources,
             num_images_per_prompt=num_variations,
@@ -87,10 +91,9 @@ def draw_samples(
     return contact_sheet(sources, drawn)
 
 
-def _open_sources(data_dir: str | Path, size: int, count: int) -> Tensor:
+def _spread(images: ImageDataset, count: int) -> Tensor:
     """`(count, C, size, size)` in [0, 1], spread over the set."""
-    images = open_images(data_dir, Preprocessing(size, remove_borders=False))
     if len(images) < count:
-        raise ValueError(f"{count} samples were asked for, but {data_dir} has {len(images)} images.")
+        raise ValueError(f"{count} samples were asked for, but there are {len(images)} images.")
     stride = len(images) // count
     return collate([images[number * stride] for number in range(count)])["image"]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ...data.labels import read_label_table, stored_labels
 from ...evaluation.augmentation.cells import BALANCED, JUDGED, PRIOR, SOFT, STRATEGIES
-from ...evaluation.augmentation.generators import FOLD, write_folds
+from ...evaluation.augmentation.generators import FOLD, of_fold, write_folds
 from ...evaluation.augmentation.plot import plot_augmentation, plot_differences
 from ...evaluation.augmentation.protocol import UnfinishedGridError, evaluate_augmentation
 from ...evaluation.augmentation.result import AugmentationResult
@@ -24,6 +24,7 @@ from ...evaluation.augmentation.sets import FoldPriors
 from ...evaluation.augmentation.table import format_augmentation_table, format_label_table
 from ...evaluation.table_text import write_tables
 from ...files import lock_folder, make_writable_folder
+from ...pipelines.preparation import preparation_for
 from ...synthesis import SynthesisSettings
 from ..arguments import flag
 from ..classifier_flags import ClassifierArguments, LabelledImageArguments, classifier_settings, open_labelled_images
@@ -74,7 +75,10 @@ def main(args: Arguments) -> None:
 
 
 def measure(args: Arguments, output: Path) -> None:
-    images, table, names = open_labelled_images(args, args.size)
+    models = [] if args.write_folds else [of_fold(args.model, fold) for fold in range(args.num_folds)]
+    images, table, names = open_labelled_images(args, args.size, *models[:1])
+    for model in models[1:]:
+        preparation_for(model, args.size, images.preprocessing.remove_borders)  # refuses one of other images
     if args.labels == STORED:
         known = stored_labels(images)
     else:  # training keys may be of images that --keys_file leaves out

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from diffusers import DiffusionPipeline
 
-from ...data import Preprocessing, open_images
 from ...data.keys import read_keys
 from ...data.labels import read_label_table
 from ...devices import device_of
@@ -28,14 +28,16 @@ from ...evaluation.fidelity.plot import plot_fidelity
 from ...evaluation.fidelity.protocol import evaluate_fidelity, keep_best
 from ...evaluation.fidelity.sets import FidelitySets, choose_sets
 from ...evaluation.fidelity.table import format_fidelity_table
-from ...evaluation.generation import load_models
+from ...evaluation.generation import Model, load_models
 from ...evaluation.table_text import write_tables
 from ...files import lock_folder, make_writable_folder
 from ...metrics import open_extractor
 from ...pipelines.checks import image_size
+from ...pipelines.preparation import open_images_for, preparation_for
 from ...training.checkpoints import complete_checkpoints
 from ..arguments import flag
 from ..console import show_messages
+from ..image_flags import BORDERS
 
 
 @dataclass
@@ -56,7 +58,7 @@ class Arguments:
     fewest: int = flag(50, "Images of a label that sources and reference must have for that.")
     num_images: int | None = flag(None, "Take only so many of the sources, drawn at random.")
     num_reference: int | None = flag(None, "Take only so many images of the reference, drawn at random.")
-    remove_borders: bool = flag(True, "Cut uniform borders off, as training does unless told not to.")
+    remove_borders: bool | None = flag(None, BORDERS)
     features: str = flag(
         "pixels", "Feature extractor: pixels, tiny, xrv, rad-dino, dinov2, inception, timm/NAME ...", group="Figures"
     )
@@ -87,9 +89,9 @@ def measure(args: Arguments, output_dir: Path, paths: dict[str, str], steps: dic
     dtype = None if args.dtype == "float32" else getattr(torch, args.dtype)
     models = load_models(paths.items(), steps, device, dtype)
     first = next(models)
-    sets = open_sets(args, image_size(first.pipe))
+    sets = open_sets(args, first.pipe)
     result = evaluate_fidelity(
-        chain([first], models),
+        chain([first], (checked(model, sets) for model in models)),
         sets,
         labels=read_labels(args, [*sets.sources.keys, *sets.reference.keys]) if args.label_column else None,
         fewest=args.fewest,
@@ -109,6 +111,12 @@ def measure(args: Arguments, output_dir: Path, paths: dict[str, str], steps: dic
         keep_best(result, paths, output_dir / "best", args.metric)
     if result.checkpoints:
         plot_fidelity(result).savefig(output_dir / "fidelity.png", dpi=150, bbox_inches="tight")
+
+
+def checked(model: Model, sets: FidelitySets) -> Model:
+    """Refuse a model that was trained on images prepared in another way than the first one's."""
+    preparation_for(model.pipe, image_size(model.pipe), sets.sources.preprocessing.remove_borders)
+    return model
 
 
 def check_arguments(args: Arguments) -> None:
@@ -139,11 +147,12 @@ def list_models(args: Arguments) -> tuple[dict[str, str], dict[str, int]]:
     return {c.path.name: str(c.path) for c in chosen}, {c.path.name: c.step for c in chosen}
 
 
-def open_sets(args: Arguments, size: int) -> FidelitySets:
+def open_sets(args: Arguments, pipe: DiffusionPipeline) -> FidelitySets:
     """Sources, reference and patients, as the flags name them."""
-    preprocessing = Preprocessing(size, remove_borders=args.remove_borders)
-    images = open_images(args.data_dir, preprocessing)
-    reference = open_images(args.reference_dir, preprocessing) if args.reference_dir else None
+    images, reference = (
+        open_images_for(pipe, source, image_size(pipe), args.remove_borders) if source else None
+        for source in (args.data_dir, args.reference_dir)
+    )
     patients = None
     if args.table:
         table = read_label_table(args.table, args.key_column, None, args.patient_column)

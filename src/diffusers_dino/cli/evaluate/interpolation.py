@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 from ... import DinoInterpolationPipeline
-from ...data import Preprocessing, open_images
 from ...data.keys import read_keys
 from ...evaluation import evaluate_interpolation
 from ...evaluation.generation import stack_images
@@ -23,7 +22,9 @@ from ...evaluation.interpolation.plot import draw_paths, plot_path
 from ...evaluation.interpolation.table import format_interpolation_table
 from ...files import lock_folder, make_writable_folder
 from ...pipelines.checks import image_size
+from ...pipelines.preparation import open_images_for
 from ..arguments import flag
+from ..image_flags import BORDERS
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Arguments:
     num_inference_steps: int = flag(20, "Sampling steps.")
     guidance_scale: float = flag(2.0, "Guidance.")
     num_drawn: int = flag(6, "Paths in the picture.")
-    remove_borders: bool = flag(False, "Cut uniform borders off, if it was done in training.")
+    remove_borders: bool | None = flag(None, BORDERS)
     device: str = flag("cpu", "Where to compute, such as cuda.")
     output_dir: str = flag("outputs/interpolation", "Where figures and pictures go.")
 
@@ -56,7 +57,7 @@ def main(args: Arguments) -> None:
 
 def measure(args: Arguments, output_dir: Path) -> None:
     pipe = DinoInterpolationPipeline.from_pretrained(args.model).to(args.device)
-    images = open_images(args.data_dir, Preprocessing(image_size(pipe), remove_borders=args.remove_borders))
+    images = open_images_for(pipe, args.data_dir, image_size(pipe), args.remove_borders)
     training = images.select(read_keys(args.training_keys))
     others = sorted(set(images.keys) - set(training.keys))
     held_out_keys = images.select(read_keys(args.held_out_keys)).keys if args.held_out_keys else others
