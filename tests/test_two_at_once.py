@@ -51,6 +51,7 @@ def commands(place: Path, out: Path) -> dict[str, dict]:
     drawn = images | model | {"num_inference_steps": 1}
     labels = {"labels": place / "labels.csv"}
     labelled = TOY_CLASSIFIER | labels | {"num_labels": 1, "validation_fraction": 0, "max_train_steps": 1}
+    suite = {"table": place / "labels.csv", "network_steps": 1, "classifier_steps": 1, "draw": False}
     training = {"train_data_dir": place / "images", "resolution": 32}
     frozen = training | {name: place / name for name in ("vae", "conditioner")}
     run = {"max_train_steps": 1, "train_batch_size": 2, "output_dir": out}
@@ -73,6 +74,16 @@ def commands(place: Path, out: Path) -> dict[str, dict]:
             "output_dir": out,
         },
         "evaluate interpolation": drawn | {"training_keys": place / "keys.txt", "num_images": 2},
+        "evaluate membership": model
+        | {
+            "training": place / "images",
+            "training_keys": place / "keys.txt",
+            "held_out": place / "images",
+            "num_noises": 1,
+            "output_dir": out,
+        },
+        "evaluate suite": suite
+        | {"synthetic": place / "set", "real": place / "images", "size": 32, "false_alarms": 0.2, "output_dir": out},
         "extract": {"data": place / "images", "output": out / "features.safetensors"},
         "splice": images | {"model": place / "on all tokens", "data_dir": place / "masked"},
         "publish": model | {"output_dir": out},

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from diffusers import DiffusionPipeline
+
 from ..data import ImageDataset, Preprocessing, open_images
 from ..data.keys import read_keys
 from ..data.labels import read_label_table, stored_labels
+from ..pipelines.preparation import preparation_for
 from .arguments import flag
+from .image_flags import BORDERS
 
 __all__ = ["HeldOutArguments", "check_arguments", "open_training_and_held_out", "read_patients"]
 
@@ -24,7 +28,7 @@ class HeldOutArguments:
     patients: str | None = flag(None, "CSV table with the patient of each real image, or `stored` in the shards.")
     key_column: str = flag("file", "Its column of keys or file names.")
     patient_column: str = flag("patient", "Its column of patients.")
-    remove_borders: bool = flag(False, "Cut uniform borders off real images, if it was done in training.")
+    remove_borders: bool | None = flag(None, BORDERS)
 
 
 def check_arguments(args: HeldOutArguments) -> None:
@@ -33,9 +37,17 @@ def check_arguments(args: HeldOutArguments) -> None:
         raise ValueError("Give --training: the images that the generator was trained on.")
 
 
-def open_training_and_held_out(args: HeldOutArguments, size: int) -> tuple[ImageDataset, ImageDataset | None]:
-    """Training and held-out images, at this side in pixels; what trained is never held out."""
-    preprocessing = Preprocessing(size, remove_borders=args.remove_borders)
+def open_training_and_held_out(
+    args: HeldOutArguments, size: int, model: DiffusionPipeline | None = None
+) -> tuple[ImageDataset, ImageDataset | None]:
+    """Training and held-out images, at this side in pixels; what trained is never held out.
+
+    They are prepared as for training the `model`; without one, borders are left on unless the flag says otherwise.
+    """
+    if model is None:
+        preprocessing = Preprocessing(size, bool(args.remove_borders))
+    else:
+        preprocessing = preparation_for(model, size, args.remove_borders)
     training = open_images(args.training, preprocessing)
     if args.training_keys:
         training = training.select(read_keys(args.training_keys))

@@ -15,7 +15,7 @@ from .arguments import flag
 __all__ = ["BORDERS", "STORED", "RealImageArguments", "open_real_images"]
 
 STORED = "stored"
-BORDERS = "Whether uniform borders are cut off; by default as in the model's training, which it remembers."
+BORDERS = "Whether uniform borders are cut off real images; by default as in the model's training, which it remembers."
 
 
 @dataclass

@@ -56,7 +56,8 @@ def main(args: Arguments) -> None:
 def measure(args: Arguments, output_dir: Path) -> None:
     dtype = None if args.dtype == "float32" else getattr(torch, args.dtype)
     pipe = load_trained_pipeline(args.model, dtype).to(device_of(0, args.device))
-    sets = [evenly_chosen(images, args.num_images) for images in open_training_and_held_out(args, image_size(pipe))]
+    opened = open_training_and_held_out(args, image_size(pipe), pipe)
+    sets = [evenly_chosen(images, args.num_images) for images in opened]
     result = evaluate_membership(
         pipe,
         *sets,

@@ -27,12 +27,14 @@ from ...evaluation.suite.page import make_page
 from ...evaluation.suite.protocol import SuiteProgress, SuiteSettings, evaluate_suite
 from ...evaluation.suite.table import format_suite_table
 from ...evaluation.table_text import write_tables
-from ...files import make_writable_folder
+from ...files import lock_folder, make_writable_folder
 from ...metrics import open_extractor
+from ...pipelines.preparation import preparation_for
 from ...synthesis import SyntheticSet
 from ...training.models import load_trained_pipeline
 from ..arguments import flag
 from ..console import show_messages
+from ..image_flags import BORDERS
 
 
 @dataclass
@@ -52,7 +54,7 @@ class Arguments:
     synthetic_label_column: str = flag("labels", "Its column of labels, joined by |.")
     source_column: str = flag("sources", "Its column of the training image that each was made from.")
     size: int = flag(128, "Side in pixels that images are prepared at.")
-    remove_borders: bool = flag(True, "Cut uniform borders off real images, as training does unless told not to.")
+    remove_borders: bool | None = flag(None, BORDERS)
     max_unreadable: float = flag(0.05, "Largest tolerated share of images that cannot be read.")
     features: str = flag("tiny", "Feature extractor of fidelity: rad-dino, xrv, tiny, ...", group="Questions")
     weights: str | None = flag(None, "Its weights: a local file or folder.")
@@ -76,9 +78,17 @@ def main(args: Arguments) -> None:
         if not getattr(args, name):
             raise ValueError(f"Give --{name}: a folder of images, or webdataset tars.")
     output = make_writable_folder(args.output_dir)
+    with lock_folder(output):
+        ask(args, output)
+
+
+def ask(args: Arguments, output: Path) -> None:
     device = device_of(0, args.device)
     columns = (args.key_column, args.label_column, args.patient_column)
-    preprocessing = Preprocessing(args.size, remove_borders=args.remove_borders)
+    pipe = load_trained_pipeline(args.model).to(torch.device(device)) if args.model else None
+    preprocessing = Preprocessing(args.size, args.remove_borders is not False)
+    if pipe is not None:
+        preprocessing = preparation_for(pipe, args.size, args.remove_borders)
     options = {"max_unreadable": args.max_unreadable}
     real = open_image_set(args.real, preprocessing, args.table, *columns, **options)
     training = None
@@ -101,7 +111,7 @@ def main(args: Arguments) -> None:
         real,
         output,
         training=training,
-        pipe=load_trained_pipeline(args.model).to(torch.device(device)) if args.model else None,
+        pipe=pipe,
         sources=sources,
         extractor=open_extractor(args.features, args.weights, device),
         settings=settings,
