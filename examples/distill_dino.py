@@ -168,7 +168,7 @@ def load_teacher(args: Arguments) -> DinoDiffusionPipeline:
     if not args.pretrained_pipeline:
         raise ValueError("There is nothing to distil: give --pretrained_pipeline.")
     pipe = DinoDiffusionPipeline.from_pretrained(
-        args.pretrained_pipeline, revision=args.revision, variant=args.variant
+        args.pretrained_pipeline, guider=None, guide=None, revision=args.revision, variant=args.variant
     )
     if is_flow(pipe.scheduler):
         raise ValueError("A consistency model follows a diffusion's noise schedule; this teacher has a flow's.")
@@ -221,7 +221,13 @@ def save_result(args: Arguments, pipe: DinoDiffusionPipeline, target: ModelMixin
         put_result(Path(args.output_dir), write)
         return
     whole = DinoDiffusionPipeline.from_pretrained(
-        args.pretrained_pipeline, unet=target, scheduler=scheduler, revision=args.revision, variant=args.variant
+        args.pretrained_pipeline,
+        unet=target,
+        scheduler=scheduler,
+        guider=None,
+        guide=None,
+        revision=args.revision,
+        variant=args.variant,
     )
     put_result(Path(args.output_dir), whole.save_pretrained)
 

@@ -327,8 +327,8 @@ def check_objective(args: Arguments, pipe: DinoDiffusionPipeline) -> None:
 
 def build_pipeline(args: Arguments, images: data.ImageDataset, device: torch.device) -> DinoDiffusionPipeline:
     if args.pretrained_pipeline:
-        pipe = DinoDiffusionPipeline.from_pretrained(
-            args.pretrained_pipeline, revision=args.revision, variant=args.variant
+        pipe = DinoDiffusionPipeline.from_pretrained(  # guiding is for who samples
+            args.pretrained_pipeline, guider=None, guide=None, revision=args.revision, variant=args.variant
         )
     else:
         vae, conditioner = load_frozen(args, images, device)

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from diffusers import ClassifierFreeGuidance
 from safetensors.torch import load_file
 
 import scripts
@@ -209,6 +210,17 @@ def test_a_lora_keeps_its_pipelines_fusion(settings, trained, tmp_path):
     assert not (tmp_path / "lora/fusion").exists()
     pipe, before = load_trained_pipeline(tmp_path / "lora/checkpoint-1"), load_trained_pipeline(trained)
     assert torch.equal(pipe.fusion.type_embeddings, before.fusion.type_embeddings)
+
+
+def test_trained_further_it_keeps_the_fusion_and_leaves_guides_behind(settings, trained, tmp_path):
+    pipe = DinoDiffusionPipeline.from_pretrained(trained, guider=ClassifierFreeGuidance(2.0), guide=tiny.tiny_unet())
+    pipe.save_pretrained(tmp_path / "guided")
+    given = {name: value for name, value in settings.items() if name not in ("vae", "conditioner", "unet_config")}
+    changes = {"pretrained_pipeline": tmp_path / "guided", "max_train_steps": 1, "output_dir": tmp_path / "further"}
+    scripts.call_script("train_dino.py", **{**given, **changes})
+    further = DinoDiffusionPipeline.from_pretrained(tmp_path / "further")
+    assert further.guider is further.guide is None
+    assert not torch.equal(further.fusion.type_embeddings, pipe.fusion.type_embeddings)
 
 
 @pytest.mark.parametrize(
