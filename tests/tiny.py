@@ -54,6 +54,47 @@ def tiny_unet(**overrides: Any) -> UNet2DConditionModel:
         return UNet2DConditionModel(**{**config, **overrides}).eval()
 
 
+_TRANSFORMERS = {  # two blocks, 8 x 8 latents of 4 channels in patches of 2
+    "sd3": {
+        "_class_name": "SD3Transformer2DModel",
+        "joint_attention_dim": TOKEN_DIM,
+        "pooled_projection_dim": TOKEN_DIM,
+        "caption_projection_dim": 16,
+        "pos_embed_max_size": 6,
+        "qk_norm": "rms_norm",
+    },
+    "pixart": {
+        "_class_name": "PixArtTransformer2DModel",
+        "caption_channels": TOKEN_DIM,
+        "cross_attention_dim": 16,
+        "use_additional_conditions": False,
+    },
+    "sana": {
+        "_class_name": "SanaTransformer2DModel",
+        "caption_channels": TOKEN_DIM,
+        "cross_attention_dim": 16,
+        "num_cross_attention_heads": 2,
+        "cross_attention_head_dim": 8,
+        "timestep_scale": 0.5,
+    },
+}
+FAMILIES = tuple(_TRANSFORMERS)
+
+
+def tiny_transformer_config(family: str = "sd3", **overrides: Any) -> dict[str, Any]:
+    """The config of a transformer of one of `FAMILIES`."""
+    sizes = {"sample_size": LATENT_SIZE, "in_channels": LATENT_CHANNELS, "out_channels": LATENT_CHANNELS}
+    blocks = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "patch_size": 2}
+    return {**sizes, **blocks, **_TRANSFORMERS[family], **overrides}
+
+
+def tiny_transformer(family: str = "sd3", **overrides: Any) -> diffusers.ModelMixin:
+    """A transformer of one of `FAMILIES`, with diffusers' own weights: no layer is zero."""
+    config = tiny_transformer_config(family, **overrides)
+    with seeded(0):
+        return getattr(diffusers, config.pop("_class_name"))(**config).eval()
+
+
 def tiny_unconditional_unet() -> UNet2DModel:
     """A UNet without a condition, on 16 px images of one channel, with self-attention on its 8 x 8 level."""
     with seeded(0):

@@ -206,7 +206,7 @@ class Segmenter:
     """
 
     def __init__(self, pipe: DinoDiffusionPipeline, kept: int = 8) -> None:
-        blocks = list(dict.fromkeys(name.split(".transformer")[0] for name in self_attention_layers(pipe.unet)))
+        blocks = list(dict.fromkeys(name.split(".transformer")[0] for name in self_attention_layers(pipe.denoiser)))
         self.layers = [ALL_LAYERS, *blocks]
         self.finest_layer = ([name for name in blocks if name.startswith("up_blocks")] or blocks)[-1]
         self.last_timestep = pipe.scheduler.config["num_train_timesteps"] - 1

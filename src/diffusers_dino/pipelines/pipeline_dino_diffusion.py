@@ -177,6 +177,18 @@ class DinoDiffusionPipeline(
         """A callback may set `_interrupt = True`: the remaining steps are skipped."""
         return self._interrupt
 
+    def enable_freeu(self, *scales: float, **named: float) -> None:
+        """As in diffusers; a ValueError without a UNet, whose skip connections it weighs."""
+        if self.unet is None:
+            raise ValueError("FreeU weighs the skip connections of a UNet, and this pipeline has none.")
+        super().enable_freeu(*scales, **named)
+
+    def fuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
+        """As in diffusers; a ValueError for the UNet of a pipeline that has none."""
+        if unet and self.unet is None:
+            raise ValueError("There is no unet to fuse: call it with unet=False, or on the transformer itself.")
+        super().fuse_qkv_projections(unet, vae)
+
     def encode_image(self, image: ImageInput, encoders: Sequence[str] | None = None) -> Tensor:
         """Encode `image`, as in `__call__`, to condition tokens `(B, S, D)`, class token first, for `image_embeds`.
 
