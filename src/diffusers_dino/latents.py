@@ -1,4 +1,4 @@
-"""Between pixels and the standardised latents that a UNet is trained on, for any autoencoder of diffusers."""
+"""Between pixels and the standardised latents that a denoiser is trained on, for any autoencoder of diffusers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def encode_to_moments(vae: VAE, pixels: Tensor) -> tuple[Tensor, Tensor]:
         pixels: `(B, C, H, W)` in [-1, 1], C being the autoencoder's number of input channels.
 
     Returns:
-        Mean and standard deviation, each `(B, L, H / f, W / f)`, in the units the UNet sees.
+        Mean and standard deviation, each `(B, L, H / f, W / f)`, in the units the denoiser sees.
     """
     encoded = vae.encode(pixels)
     if hasattr(encoded, "latents"):
@@ -34,7 +34,7 @@ def encode_to_moments(vae: VAE, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def standardize(vae: VAE, latents: Tensor) -> Tensor:
-    """Bring an autoencoder's raw latents `(B, L, h, w)` to the units the UNet sees: `(latents - shift) * scale`."""
+    """Bring an autoencoder's raw latents `(B, L, h, w)` to the denoiser's units: `(latents - shift) * scale`."""
     shift, scale = _shift_and_scale(vae, latents)
     return (latents - shift) * scale
 

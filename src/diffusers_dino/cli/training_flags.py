@@ -97,7 +97,7 @@ class FeatureArguments(TokenArguments):
         None, "DinoDiffusionPipeline to continue from; needed for LoRA.", group="Frozen models"
     )
     pretrained_model_name_or_path: str | None = flag(
-        None, "Stable Diffusion to take VAE, UNet and scheduler from.", group="Frozen models"
+        None, "Stable Diffusion to take VAE, denoiser and scheduler from.", group="Frozen models"
     )
     vae: str | None = flag(None, "VAE, in place of the pretrained model's.")
 

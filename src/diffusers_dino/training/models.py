@@ -95,7 +95,9 @@ def build_pipeline(
         ValueError: If there is no denoiser, or the parts do not fit together.
     """
     if not (denoiser or denoiser_config or base):
-        raise ValueError("There is no UNet: give one, the config of a new one, or a pretrained model.")
+        raise ValueError(
+            "There is no UNet and no transformer: give one, the config of a new one, or a pretrained model."
+        )
     if denoiser_config:
         model = new_denoiser(denoiser_config, vae, conditioner.token_dim, resolution, qk_init_scale)
     else:

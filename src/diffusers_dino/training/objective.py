@@ -99,7 +99,7 @@ def noisy_latents(
     draws: TrainingDraws,
     flow_times: str = "logit_normal",
 ) -> tuple[Tensor, Tensor]:
-    """Noise latents `(B, L, h, w)` as the UNet sees them, and their timesteps `(B,)`; a flow's by `flow_timesteps`."""
+    """Noise latents `(B, L, h, w)` as a denoiser sees them, and timesteps `(B,)`, a flow's by `flow_timesteps`."""
     if not is_flow(scheduler):
         return scheduler.add_noise(latents, draws.noise, draws.timesteps), draws.timesteps
     timesteps = flow_timesteps(scheduler, draws.level, flow_times)
@@ -127,7 +127,7 @@ def flow_timesteps(scheduler: FlowMatchEulerDiscreteScheduler, level: Tensor, ti
 def prediction_target(
     scheduler: DDIMScheduler | FlowMatchEulerDiscreteScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor
 ) -> Tensor:
-    """What the UNet is to predict from noisy latents, as the scheduler's config says.
+    """What the denoiser is to predict from noisy latents, as the scheduler's config says.
 
     For `epsilon` the noise, for `sample` the clean latents, for `v_prediction` (Salimans & Ho 2022)
     `sqrt(a) e - sqrt(1 - a) z`, for a flow the velocity `e - z`.
