@@ -96,6 +96,8 @@ def shortened(words: list[str]) -> tuple[str, list[str]]:
     else:
         name, arguments = split_command(words[own + 1 :])
     known = fields_of(name)
+    if "--projection_dim" in arguments:
+        arguments[arguments.index("--projection_dim") + 1] = str(WIDTH)
     for flag, value in SHORT.get(name, {}).items():
         arguments = without(arguments, flag)
         if value is not None and flag in known:
