@@ -62,7 +62,7 @@ def commands(place: Path, out: Path) -> dict[str, dict]:
         "evaluate fidelity": drawn | {"features": "tiny", "bootstrap_repeats": 20, "untrained": False},
         "evaluate memorization": {"training": place / "images", "false_alarms": 0.2, "size": 32, "output_dir": out},
         "evaluate labels": images | labelled | {"synthetic": place / "set", "num_folds": 3},
-        "filter": images | labelled | {"synthetic": place / "set", "num_folds": 3},
+        "filter": images | labelled | {"synthetic": place / "set", "num_folds": 3, "bootstrap_repeats": None},
         "evaluate augmentation": drawn | labelled | {"regimes": 4, "ratios": 1, "num_folds": 2},
         "evaluate segmentation": {
             "pipeline": place / "model",

@@ -118,10 +118,11 @@ def splice_images(
 def travelled(result: Tensor, source: Tensor, other: Tensor, region: Tensor) -> float:
     """How far a region went from the source's reconstruction (0) to the other's (1) from the same noises.
 
-    Images are `(N, C, H, W)`, the region is `(H, W)` bool and not empty.
+    Images are `(N, C, H, W)`, the region is `(H, W)` bool and not empty. NaN where both reconstructions are the same.
     """
     way, gone = (other - source)[..., region], (result - source)[..., region]
-    return (way * gone).sum().item() / way.square().sum().item()
+    length = way.square().sum().item()
+    return (way * gone).sum().item() / length if length else math.nan
 
 
 def draw_splices(splices: Splices, source: Tensor, other: Tensor) -> Image:
