@@ -159,9 +159,10 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
             raise ValueError("`unet_kwargs` are of a UNet, and this pipeline has a transformer: leave them out.")
         prompted = self.transformer is None and self.text_encoder is not None and self.tokenizer is not None
         if self._is_conditional and not given and self.conditioner is None and not prompted:
+            lacking = "neither a conditioner nor a text encoder with its tokenizer"
             raise ValueError(
-                f"The {self._title} needs a condition, and this pipeline has neither a conditioner nor, for a UNet, a "
-                "text encoder with its tokenizer. Load them, or give `image_embeds`."
+                f"The {self._title} needs a condition, and this pipeline has "
+                f"{lacking if self.transformer is None else 'no conditioner'}. Load them, or give `image_embeds`."
             )
 
     def encode_condition(self, images: ImageInput, size: int | None = None) -> dict[str, Any]:
