@@ -3,6 +3,7 @@
 import csv
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import priors
@@ -10,8 +11,9 @@ import scripts
 import tiny
 from diffusers_dino.data import Preprocessing, open_images
 from diffusers_dino.data.labels import stored_labels
-from diffusers_dino.evaluation import AugmentationResult, FilterResult, FoldPriors, evaluate_augmentation
+from diffusers_dino.evaluation import AugmentationResult, FilterResult, FoldPriors
 from diffusers_dino.evaluation.augmentation.cells import load_cells
+from diffusers_dino.evaluation.augmentation.generators import check_generators
 from diffusers_dino.prior import describe_conditioner
 from diffusers_dino.synthesis import SynthesisSettings, SyntheticSet, plan_interpolation, plan_prior, synthesise
 
@@ -82,6 +84,16 @@ def test_all_strategies_stand_side_by_side(flags):
             scripts.call_script("evaluate augmentation", **{**flags, **changed})
 
 
+@pytest.mark.slow
+def test_a_judge_that_leaves_nothing_of_a_label_is_named_and_the_rest_goes_on(flags):
+    flags |= {"strategies": ["reconstruction", "reconstruction+judge"], "prior": None, "max_train_steps": 2}
+    with pytest.raises(RuntimeError, match=r"the judge of reconstruction\+judge in fold .* contradicts all"):
+        scripts.call_script("evaluate augmentation", **flags, false_alarms=0.5)
+    missing = AugmentationResult.load(flags["output_dir"] / "result.json").missing
+    assert missing
+    assert all("+judge" in name for name in missing)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -102,22 +114,11 @@ def test_what_does_not_fit_is_refused_before_images_are_made(flags, root, change
     assert not list(flags["output_dir"].glob("fold-*/*/plan.json"))
 
 
-def test_one_prior_for_all_folds_is_warned_of(root, tmp_path, caplog):
-    images = open_images(PHANTOMS, Preprocessing(64))
-    with pytest.raises(ValueError, match="cannot draw"):
-        evaluate_augmentation(
-            images,
-            stored_labels(images),
-            root / "model",
-            tmp_path,
-            labels=LABELS,
-            regimes=[6],
-            ratios=[1],
-            strategies=["prior"],
-            num_folds=2,
-            priors=FoldPriors(root / "narrow"),
-        )
-    assert "may have learned labels of the patients that are tested" in caplog.text
+def test_one_prior_for_all_folds_is_warned_of(caplog):
+    table = stored_labels(open_images(PHANTOMS, Preprocessing(64)))
+    for priors_, warned in (("priors/{fold}", False), ("prior", True)):
+        check_generators(table, np.zeros(len(table), int), "models/{fold}", priors=priors_)
+        assert ("may have learned labels of the patients that are tested" in caplog.text) == warned
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from ..folds import hold_out
 from ..judge import Judge, Limits, check_left
 from .plans import FoldSplit
 
-__all__ = ["FoldJudge", "find_kept", "judge_rows"]
+__all__ = ["FoldJudge", "find_kept", "judge_rows", "train_fold_judge"]
 
 _CALIBRATION = 0.25
 
@@ -61,18 +61,24 @@ def judge_rows(
     return rows[~aside], rows[aside]
 
 
+def train_fold_judge(place: int, judge: FoldJudge, device: str | None) -> None:
+    """Train the judge of a fold, unless it is there."""
+    judge.judge.train(judge.train, None, judge.seed, device_of(place, device))
+
+
 def find_kept(place: int, judge: FoldJudge, images: LabelledImages, report: Path, device: str | None) -> list[str]:
     """Train the judge, unless it is there, and ask it about a set: the keys of the images that are kept.
 
     Writes what was dropped to a JSON file. ValueError if no image of a label is left.
     """
+    train_fold_judge(place, judge, device)
     device = device_of(place, device)
-    judge.judge.train(judge.train, None, judge.seed, device)
     truth, real = judge.held_out.targets, judge.judge.predict(judge.held_out, device)
     limits = Limits.of_real(real, truth, judge.false_alarms)
     kept = ~limits.contradicted(judge.judge.predict(images, device), images.targets).any(axis=1)
     check_left(images.targets, kept, judge.labels)
-    given, auroc = images.targets == 1, label_auroc(real, truth).tolist()
+    given = images.targets == 1
+    auroc = [value if np.isfinite(value) else None for value in label_auroc(real, truth).tolist()]
     counts = {
         name: {"given": int(own.sum()), "dropped": int((own & ~kept).sum()), "AUROC of the judge": value}
         for name, own, value in zip(judge.labels, given.T, auroc, strict=True)

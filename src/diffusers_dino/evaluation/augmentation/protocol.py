@@ -48,7 +48,7 @@ from .cells import (
     run_cell,
 )
 from .generators import PerFold, check_generators, write_folds
-from .judged import FoldJudge, find_kept, judge_rows
+from .judged import FoldJudge, find_kept, judge_rows, train_fold_judge
 from .plans import FoldSplit, RegimePlan, plan_regimes, split_folds
 from .result import AugmentationResult, summarise
 from .sets import FoldPriors, Sampling, make_set, targets_of
@@ -362,36 +362,37 @@ def _ask_judges(
 ) -> dict[tuple[int, str], set[str]]:
     """Train the judges of folds that need one; returns by fold and strategy the keys of the images that are kept."""
     wanted = sorted({(spec.fold, spec.strategy) for spec in ready if spec.strategy.endswith(JUDGED)})
-    labels, seed = experiment.labels, experiment.seed
-    jobs = []
+    judges = {fold: _fold_judge(experiment, fold) for fold, _ in wanted}
+    device, workers = experiment.sampling.device, experiment.num_workers
+    for _ in run_apart(train_fold_judge, [(judge, device) for judge in judges.values()], workers):
+        pass  # what fails here fails again below, and is named there
+    jobs, kept = [], {}
     for fold, strategy in wanted:
-        folder, packed = experiment.output / f"fold-{fold}", experiment.packed(fold, strategy)
-        train, held_out = judge_rows(experiment.table, labels, fold, experiment.splits[fold], seed)
-        judge = FoldJudge(
-            Judge(
-                folder / "judge.safetensors", experiment.sampling.classifier, hash_of(experiment.digest, "judge", fold)
-            ),
-            experiment.real_images(train),
-            experiment.real_images(held_out),
-            labels,
-            experiment.false_alarms,
-            derive_seed(seed, "judge", fold),
-        )
-        plan = planned[fold, images_of(strategy)].plan
+        packed, plan = experiment.packed(fold, strategy), planned[fold, images_of(strategy)].plan
         there = np.array([packed.places.get(image.key, -1) for image in plan])
         images = LabelledImages(packed, there[there >= 0], experiment.targets(plan, strategy)[there >= 0])
-        jobs.append((judge, images, folder / f"{strategy}.json", experiment.sampling.device))
-    kept = {}
-    # one after the other: strategies of a fold share its judge
-    for (fold, strategy), outcome in zip(
-        wanted, run_apart(find_kept, jobs, min(1, experiment.num_workers)), strict=True
-    ):
+        jobs.append((judges[fold], images, experiment.output / f"fold-{fold}" / f"{strategy}.json", device))
+    for outcome in run_apart(find_kept, jobs, workers):
+        fold, strategy = wanted[outcome.number]
         if outcome.error:
             problems.append(f"the judge of {strategy} in fold {fold}: {outcome.error}")
             logger.error(problems[-1])
         else:
             kept[fold, strategy] = set(outcome.value)
     return kept
+
+
+def _fold_judge(experiment: _Experiment, fold: int) -> FoldJudge:
+    train, held_out = judge_rows(experiment.table, experiment.labels, fold, experiment.splits[fold], experiment.seed)
+    path, digest = experiment.output / f"fold-{fold}" / "judge.safetensors", hash_of(experiment.digest, "judge", fold)
+    return FoldJudge(
+        Judge(path, experiment.sampling.classifier, digest),
+        experiment.real_images(train),
+        experiment.real_images(held_out),
+        experiment.labels,
+        experiment.false_alarms,
+        derive_seed(experiment.seed, "judge", fold),
+    )
 
 
 def _cell_job(
