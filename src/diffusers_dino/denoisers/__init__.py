@@ -15,7 +15,7 @@ from .sana import Sana
 from .sd3 import SD3
 from .unet import UNet
 
-__all__ = ["FAMILIES", "Family", "family_named", "family_of"]
+__all__ = ["FAMILIES", "Family", "family_named", "family_of", "title_of"]
 
 FAMILIES: tuple[Family, ...] = (UNet(), SD3(), PixArt(), Sana())
 
@@ -34,6 +34,11 @@ def family_named(class_name: str) -> Family:
         if family.kind.__name__ == class_name:
             return family
     raise ValueError(_unknown(class_name))
+
+
+def title_of(model: nn.Module) -> str:
+    """What messages call a model: "UNet", also one of a kind that is not a family, or "transformer"."""
+    return "UNet" if "UNet" in type(model).__name__ else "transformer"
 
 
 def _unknown(class_name: Any) -> str:

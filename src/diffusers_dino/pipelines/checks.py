@@ -14,7 +14,7 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
-from ..denoisers import family_of
+from ..denoisers import family_of, title_of
 from ..latents import VAE
 from ..schedules import is_flow, require_kind
 
@@ -81,7 +81,7 @@ def check_channels(vae: VAE | None, denoiser: nn.Module | None, *sides: str) -> 
     """Refuse a model whose `sides` (`"in_channels"`, `"out_channels"`) are not as many as the VAE's latents have."""
     if vae is None or denoiser is None:
         return
-    config, title = denoiser.config, "transformer" if "Transformer" in type(denoiser).__name__ else "UNet"
+    config, title = denoiser.config, title_of(denoiser)
     channels = {side: config["in_channels"] if config[side] is None else config[side] for side in sides}
     if set(channels.values()) != {vae.config["latent_channels"]}:
         raise ValueError(

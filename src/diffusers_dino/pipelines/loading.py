@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from ..denoisers import title_of
 from ..familiarity import HUB_OPTIONS, fetch_statistics
 
 if TYPE_CHECKING:
@@ -126,9 +127,9 @@ def check_condition(
     except (KeyError, TypeError, ValueError):  # edited
         belong = False
     if not belong:
+        title = title_of(denoiser)
         raise ValueError(
-            f"The conditioner and the {'UNet' if 'UNet' in type(denoiser).__name__ else 'transformer'} in {place} do "
-            "not belong together: it was trained on other condition tokens. A new training may have begun in this "
-            "folder and not ended: let it end, or train into another "
-            "folder. To put parts together on purpose, give the conditioner by name: conditioner=..."
+            f"The conditioner and the {title} in {place} do not belong together: the {title} was trained on other "
+            "condition tokens. A new training may have begun in this folder and not ended: let it end, or train into "
+            "another folder. To put parts together on purpose, give the conditioner by name: conditioner=..."
         )

@@ -21,7 +21,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..denoisers import family_of
+from ..denoisers import family_of, title_of
 from ..extras import require
 from .checks import check_number
 from .turns import takes_the_denoiser
@@ -89,7 +89,7 @@ class DenoiserLoraMixin(LoraBaseMixin):
         weights = {key: weight for key, weight in state_dict.items() if key.startswith(f"{name}.")}
         if not weights or not all("lora" in key for key in weights):
             raise ValueError(
-                f"There are no LoRA weights of a {_title(denoiser)} in this file: their names start with '{name}.' "
+                f"There are no LoRA weights of a {title_of(denoiser)} in this file: their names start with '{name}.' "
                 f"and contain 'lora', but the first names found are {sorted(state_dict)[:3]}."
             )
         _check_numbers(weights, network_alphas, metadata, f"{name}.")
@@ -255,10 +255,6 @@ def _check_numbers(
             raise ValueError(f"`{name}` of a LoRA's metadata must be a positive integer, got {value!r}.")
 
 
-def _title(denoiser: nn.Module) -> str:
-    return family_of(denoiser).title if isinstance(denoiser, ModelMixin) else type(denoiser).__name__
-
-
 def _check_fit(denoiser: nn.Module, weights: Mapping[str, Tensor], prefix: str) -> None:
     """Refuse adapters of another model in one sentence, where peft would take a part of them or fill a page."""
     layers = dict(denoiser.named_modules())
@@ -286,6 +282,6 @@ def _check_fit(denoiser: nn.Module, weights: Mapping[str, Tensor], prefix: str) 
             if count != size:
                 found = "none of that name" if size is None else f"one with {size} {side}puts"
                 raise ValueError(
-                    f"This LoRA is of another {_title(denoiser)}: it has {count} {side}puts in the layer {path}, and "
-                    f"here is {found}. Load it into the pipeline that it was trained on."
+                    f"This LoRA is of another {title_of(denoiser)}: it has {count} {side}puts in the layer {path}, "
+                    f"and here is {found}. Load it into the pipeline that it was trained on."
                 )
