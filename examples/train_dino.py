@@ -31,6 +31,7 @@ from diffusers_dino.cli.training_flags import (
     check_frozen_models,
     load_frozen,
     make_augmentation,
+    note_training_images,
     open_training_images,
     patients_of,
     split_off_unseen,
@@ -40,7 +41,6 @@ from diffusers_dino.files import save_atomically
 from diffusers_dino.fingerprints import fingerprint_model, hash_of
 from diffusers_dino.fusion import fuse
 from diffusers_dino.hub import push_folder
-from diffusers_dino.pipelines.preparation import note_preparation, stored_preparation
 from diffusers_dino.schedules import is_flow
 from diffusers_dino.training import models, objective, optim, validation
 from diffusers_dino.training.feature_cache import Recipe, open_feature_cache
@@ -139,7 +139,7 @@ def run_training(args: Arguments, run: Run) -> None:
         pipe = build_pipeline(args, views.images, accelerator.device)
     models.latent_shape(pipe.vae, pipe.denoiser, args.resolution)  # checks the resolution
     check_objective(args, pipe)
-    note_images(args, pipe, images)
+    note_training_images(pipe, images, None if args.rank else pipe.denoiser)
     run.begin(images, use_8bit_adam=args.use_8bit_adam, models=describe_models(args, pipe))
     if accelerator.is_main_process:
         save_frozen(args, pipe)
@@ -354,18 +354,6 @@ def build_pipeline(args: Arguments, images: data.ImageDataset, device: torch.dev
         if pipe.fusion is not None:
             pipe.fusion.requires_grad_(False)
     return pipe
-
-
-def note_images(args: Arguments, pipe: DinoDiffusionPipeline, images: data.ImageDataset) -> None:
-    """Note with the model how its images are prepared, for all that use it; a LoRA keeps what its base says."""
-    before = stored_preparation(pipe)
-    if before is not None and before.remove_borders != images.preprocessing.remove_borders:
-        logger.warning(
-            f"The pretrained model was trained with --remove_borders {before.remove_borders}, and goes on with "
-            f"{images.preprocessing.remove_borders}."
-        )
-    if not args.rank:
-        note_preparation(pipe.denoiser, images.preprocessing, pipe.vae.config["in_channels"])
 
 
 def make_validator(

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from diffusers import DiffusionPipeline, ModelMixin
 
 from .. import data
 from ..conditioner import DinoImageConditioner
 from ..data.keys import read_keys
 from ..data.sharding.manifest import read_manifest
 from ..latents import VAE
+from ..pipelines.preparation import note_preparation, stored_preparation
 from ..training.features import evenly_spread
 from ..training.models import load_vae
 from .arguments import flag
@@ -214,6 +216,20 @@ def make_augmentation(args: AugmentationArguments) -> data.Augmentation | None:
         scale=(args.min_scale, args.max_scale),
         flip=0.5 * args.random_flip,
     )
+
+
+def note_training_images(pipe: DiffusionPipeline, images: data.ImageDataset, model: ModelMixin | None) -> None:
+    """Note with the UNet or transformer that is trained how its images are prepared, for all that use it.
+
+    A warning says where `pipe`, which it starts from, was trained on others. A LoRA (None) keeps what its base says.
+    """
+    before, removed = stored_preparation(pipe), images.preprocessing.remove_borders
+    if before is not None and before.remove_borders != removed:
+        logger.warning(
+            f"The model was trained with --remove_borders {before.remove_borders}, and is trained on with {removed}."
+        )
+    if model is not None:
+        note_preparation(model, images.preprocessing, pipe.vae.config["in_channels"])
 
 
 def open_views(args: FeatureArguments) -> data.TrainingViews:
