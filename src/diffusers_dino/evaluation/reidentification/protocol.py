@@ -6,8 +6,9 @@ images of strangers. The control are real pairs: other images of one patient. Ne
 cross-validation by patient, so that no network has seen a patient whose images it compares.
 
 A set without sources, such as that of a prior, is compared with whatever training image resembles each image most. So
-are real images of patients who were not trained on, and these take the place of strangers: 0.5 says that a generated
-image is no more like a training patient than an unseen person is.
+are real images of patients who were not trained on, by the same networks, which then learn from training images only.
+These take the place of strangers: 0.5 says that a generated image is no more like a training patient than an unseen
+person is.
 """
 
 from __future__ import annotations
@@ -65,7 +66,10 @@ class PairFigures:
 
 @dataclass(frozen=True)
 class PairScore:
-    """Keys of a generated and of a training image, and the log odds that they are of one patient."""
+    """Keys of a generated and of a training image, and a score that they are of one patient.
+
+    It is the network's log odds; of stand-ins these, standardised by those of strangers.
+    """
 
     key: str
     training_key: str
@@ -137,7 +141,8 @@ def evaluate_reidentification(
         training: Images that the generator was trained on or that it varies, or `(M, C, H, H)` in [0, 1].
         synthetic: What it generated.
         held_out: Real images of other patients.
-        training_patients, held_out_patients: The patient of each image. Pairs of both sets train the networks.
+        training_patients, held_out_patients: The patient of each image. Pairs of both sets train the networks; only
+            those of the training set where no source is known.
         sources: The key of the training image that each generated one was made from, by its key (a number as text for
             tensors). None: the nearest training image stands in.
         num_folds: Folds of the patients, and networks.
@@ -153,12 +158,8 @@ def evaluate_reidentification(
         ValueError: If patients do not fit, fewer than 30 have two images, no image has its source among the training
             images, or a set is empty.
     """
-    for name, images, patients in (
-        ("training", training, training_patients),
-        ("held-out", held_out, held_out_patients),
-    ):
-        if len(images) != len(patients):
-            raise ValueError(f"Give one patient an image: {len(patients)} for {len(images)} {name} images.")
+    _check_patients("training", training, training_patients)
+    _check_patients("held-out", held_out, held_out_patients)
     known, unseen, made = map(stack_readable, (training, held_out, synthetic))
     if not min(len(known.rows), len(unseen.rows), len(made.rows)):
         raise ValueError("Re-identification compares training, held-out and generated images, and one set is empty.")
@@ -168,7 +169,9 @@ def evaluate_reidentification(
     owners = [training_patients[row] for row in known.rows]
     owners += [held_out_patients[row] for row, new in zip(unseen.rows, fresh.tolist(), strict=True) if new]
     people = np.array(owners)
-    several = {patient for patient, count in Counter(owners).items() if count > 1}
+    is_training = np.arange(len(real)) < len(known.rows)
+    learnt_from = is_training if sources is None else np.ones(len(real), dtype=bool)
+    several = {patient for patient, count in Counter(people[learnt_from].tolist()).items() if count > 1}
     if len(several) < FEWEST_PATIENTS:
         raise ValueError(
             f"Re-identification is learned from patients with two images or more: there are {len(several)}, and it "
@@ -184,36 +187,33 @@ def evaluate_reidentification(
                 "that the set was made from as the training images."
             )
     folds = assign_folds(np.array([[owner in several] for owner in owners]), owners, num_folds, seed)
-    is_training = np.arange(len(real)) < len(known.rows)
     tables: dict[str, list[_Pairs]] = {"real": [], "synthetic": [], "others": []}
     closest: list[PairScore] = []
+    stand_ins = _StandIns(made.keys, known.keys, people, is_training)
     for fold in tqdm(range(num_folds), desc="networks", leave=False, disable=not progress):
-        others, rows = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
+        others, rows = np.flatnonzero((folds != fold) & learnt_from), np.flatnonzero(folds == fold)
         network = train_siamese(real[others], people[others].tolist(), max_steps, seed + fold, device)
         own, generated = (_embed(network, images, device) for images in (real[rows], pixels[2]))
         draw = _Strangers(people[rows], num_strangers, seed, fold)
         scores = _scores(network, own, own)
         tables["real"].append(_real_pairs(scores, real[rows], people[rows], draw))
         if rows_of_sources is None:
-            found = _scores(network, generated, own[is_training[rows]])
-            keys = [known.keys[row] for row in rows[is_training[rows]]]
-            tables["synthetic"].append(_stand_ins(found, scores, is_training[rows], people[rows], made.keys))
-        else:
-            place_of = {row: place for place, row in enumerate(rows.tolist())}
-            chosen = [i for i, row in enumerate(rows_of_sources.tolist()) if row in place_of]
-            found, keys = _scores(network, generated[chosen], own), [str(key) for key in rows.tolist()]
-            partners = np.array([place_of[rows_of_sources[i]] for i in chosen], dtype=np.int64)
-            for name, pairs in _variations(found, partners, people[rows], real[rows], draw).items():
-                tables[name].append(pairs)
-            closest += [
-                PairScore(made.keys[i], known.keys[rows_of_sources[i]], float(found[n, partners[n]]))
-                for n, i in enumerate(chosen)
-            ]
+            near = real[rows[is_training[rows]]]
+            searched = torch.cat([generated, _embed(network, real[~is_training], device)])
+            stand_ins.add(_scores(network, searched, _embed(network, near, device)), rows[is_training[rows]])
             continue
-        best = found.argmax(axis=1)
+        place_of = {row: place for place, row in enumerate(rows.tolist())}
+        chosen = [i for i, row in enumerate(rows_of_sources.tolist()) if row in place_of]
+        found = _scores(network, generated[chosen], own)
+        partners = np.array([place_of[rows_of_sources[i]] for i in chosen], dtype=np.int64)
+        for name, pairs in _variations(found, partners, people[rows], real[rows], draw).items():
+            tables[name].append(pairs)
         closest += [
-            PairScore(key, keys[j], float(found[i, j])) for i, (key, j) in enumerate(zip(made.keys, best, strict=True))
+            PairScore(made.keys[i], known.keys[rows_of_sources[i]], float(found[n, partners[n]]))
+            for n, i in enumerate(chosen)
         ]
+    if rows_of_sources is None:
+        tables["synthetic"], closest = [stand_ins.pairs()], stand_ins.closest()
     label = "generated and nearest training image" if rows_of_sources is None else "generated image and its source"
     options = {"repeats": bootstrap_repeats, "seed": seed}
     has_others = any(pairs.positive.any() for pairs in tables["others"])
@@ -236,6 +236,11 @@ def evaluate_reidentification(
         else None,
         closest=tuple(closest[:num_pairs]),
     )
+
+
+def _check_patients(name: str, images: Images, patients: Sequence[str]) -> None:
+    if len(images) != len(patients):
+        raise ValueError(f"Give one patient an image: {len(patients)} for {len(images)} {name} images.")
 
 
 @dataclass(frozen=True)
@@ -311,16 +316,38 @@ def _variations(
     return {"synthetic": pairs(own, owners), "others": pairs(others, of_others)}
 
 
-def _stand_ins(
-    generated: np.ndarray, real: np.ndarray, is_training: np.ndarray, people: np.ndarray, keys: Sequence[str]
-) -> _Pairs:
-    """The best training image of each generated image, and of each held-out one among those of other patients."""
-    best, owners = generated.max(axis=1).tolist(), [("generated", key) for key in keys]
-    for row in np.flatnonzero(~is_training):
-        strangers = is_training & (people != people[row])
-        best.append(real[row, strangers].max())
-        owners.append(("real", str(people[row])))
-    return _Pairs(np.array(best), np.arange(len(best)) < len(keys), owners)
+class _StandIns:
+    """The training image that resembles each generated and each held-out image most, over the networks of all folds.
+
+    Scores of a network are standardised by those of held-out images, of whom none is a training patient.
+    """
+
+    def __init__(
+        self, keys: Sequence[str], training_keys: Sequence[str], people: np.ndarray, is_training: np.ndarray
+    ) -> None:
+        self.keys, self.training_keys, self.people = keys, training_keys, people
+        self.unseen = people[~is_training]
+        self.best = np.full(len(keys) + len(self.unseen), -np.inf)
+        self.nearest = np.zeros(len(self.best), dtype=np.int64)
+
+    def add(self, scores: np.ndarray, rows: np.ndarray) -> None:
+        """Scores `(N + M, n)` of generated and held-out images with the training images of a fold."""
+        others = scores[len(self.keys) :]
+        scores = (scores - others.mean()) / max(float(others.std()), 1e-12)
+        scores[len(self.keys) :][self.unseen[:, None] == self.people[rows][None]] = -np.inf
+        best, place = scores.max(axis=1), scores.argmax(axis=1)
+        self.nearest = np.where(best > self.best, rows[place], self.nearest)
+        self.best = np.maximum(best, self.best)
+
+    def pairs(self) -> _Pairs:
+        """Generated images against held-out ones."""
+        owners = [*(("generated", key) for key in self.keys), *(("real", str(patient)) for patient in self.unseen)]
+        return _Pairs(self.best, np.arange(len(self.best)) < len(self.keys), owners)
+
+    def closest(self) -> list[PairScore]:
+        """Each generated image and the training image that it resembles most."""
+        found = zip(self.keys, self.nearest.tolist(), self.best.tolist(), strict=False)
+        return [PairScore(key, self.training_keys[row], score) for key, row, score in found]
 
 
 def _figures(name: str, tables: Sequence[_Pairs], repeats: int, seed: int) -> PairFigures:
