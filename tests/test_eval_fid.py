@@ -108,11 +108,11 @@ def test_patients_of_the_reference_are_no_sources(flags, run, tmp_path):
     (tmp_path / "odd.txt").write_text("\n".join(f"{i:03d}" for i in range(13)))
     paths = {name: str(flags[name]) for name in ("data_dir", "table")}
     args = eval_fid.Arguments(**paths, training_keys=str(tmp_path / "odd.txt"), num_reference=5)
-    sources, reference, patients, _ = eval_fid.open_sets(args, 32)
+    sources, reference, patients, _ = eval_fid.open_sets(args, tiny.tiny_pipeline())
     assert sources.keys == [f"{i:03d}" for i in range(14, 24)]  # 013 is of the patient of 012
     assert len(reference) == 5
     assert not {patients[key] for key in sources.keys} & {patients[key] for key in reference.keys}
-    other = eval_fid.open_sets(eval_fid.Arguments(data_dir=paths["data_dir"]), 32)[:2]
+    other = eval_fid.open_sets(eval_fid.Arguments(data_dir=paths["data_dir"]), tiny.tiny_pipeline())[:2]
     assert not set(other[0].keys) & set(other[1].keys)
 
 

@@ -175,8 +175,8 @@ def tiny_pipeline(**components: Any) -> diffusers_dino.DinoDiffusionPipeline:
     defaults = {"vae": tiny_vae, "conditioner": tiny_conditioner, "unet": tiny_unet, "scheduler": tiny_scheduler}
     built = {name: components[name] if name in components else make() for name, make in defaults.items()}
     pipe = diffusers_dino.DinoDiffusionPipeline(**{**components, **built})
-    if pipe.unet is not None and pipe.vae is not None:  # as training does
-        note_preparation(pipe.unet, Preprocessing(IMAGE_SIZE), pipe.vae.config["in_channels"])
+    if pipe.denoiser is not None and pipe.vae is not None:  # as training does
+        note_preparation(pipe.denoiser, Preprocessing(IMAGE_SIZE), pipe.vae.config["in_channels"])
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -14,7 +14,6 @@ import re
 import shutil
 import stat
 import tempfile
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -246,20 +245,12 @@ def refuse_other_folder(folder: Path, error: type[Exception] = FileExistsError) 
 def lock_folder(folder: Path, error: type[Exception] = RuntimeError) -> Iterator[None]:
     """Hold a lock on a folder, by a file `lock` in it; raise `error` if another process holds it.
 
-    It ends with this process, even if that is killed and its forked workers live on. What a thread holds already, it
-    may lock again. Where the file system has no locks, as on some networks, a warning says so.
+    It ends with this process, even if that is killed and its forked workers live on. Where the file system has no
+    locks, as on some networks, a warning says so.
     """
-    own = threading.get_ident(), folder.resolve()
-    if own in _held:
-        yield
-        return
     with open(folder / "lock", "w") as file:
         _hold(file, f"in {folder}", error)
-        _held.add(own)
-        try:
-            yield
-        finally:
-            _held.discard(own)
+        yield
 
 
 @contextmanager
@@ -289,11 +280,9 @@ def _hold(file: TextIO, place: str, error: type[Exception]) -> None:
 def _close_locks() -> None:
     for file in list(_locks):
         file.close()
-    _held.clear()
 
 
 _locks: WeakSet[TextIO] = WeakSet()
-_held: set[tuple[int, Path]] = set()
 if hasattr(os, "register_at_fork"):  # a worker that lives on for some seconds must not keep a lock of its dead parent
     os.register_at_fork(after_in_child=_close_locks)
 

@@ -23,7 +23,7 @@ from ...evaluation.augmentation.result import AugmentationResult
 from ...evaluation.augmentation.sets import FoldPriors
 from ...evaluation.augmentation.table import format_augmentation_table, format_label_table
 from ...evaluation.table_text import write_tables
-from ...files import lock_folder, make_writable_folder
+from ...files import lock_file, lock_folder, make_writable_folder
 from ...pipelines.preparation import preparation_for
 from ...synthesis import SynthesisSettings
 from ..arguments import flag
@@ -70,7 +70,7 @@ class Arguments(SamplingArguments, ClassifierArguments, LabelledImageArguments):
 def main(args: Arguments) -> None:
     show_messages("diffusers_dino.evaluation")
     output = make_writable_folder(args.output_dir)
-    with lock_folder(output):
+    with lock_file(output / "result.json"):  # the folder's own lock is held while cells are computed
         measure(args, output)
 
 
@@ -85,7 +85,8 @@ def measure(args: Arguments, output: Path) -> None:
         known = read_label_table(args.labels, args.key_column, args.label_column, args.patient_column)
     options = {"num_folds": args.num_folds, "training_keys": args.training_keys, "seed": args.seed}
     if args.write_folds:
-        write_folds(table, names, output, known=known, **options)
+        with lock_folder(output):
+            write_folds(table, names, output, known=known, **options)
         patients = len(set(table.patients))
         print(f"{output}/folds.csv: {len(table)} images of {patients} patients in {args.num_folds} folds")
         return

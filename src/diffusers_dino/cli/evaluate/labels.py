@@ -18,7 +18,7 @@ from ...evaluation.labels.plot import plot_label_preservation
 from ...evaluation.labels.protocol import evaluate_labels
 from ...evaluation.labels.table import format_preservation_table
 from ...evaluation.table_text import write_tables
-from ...files import lock_folder, make_writable_folder
+from ...files import lock_file, make_writable_folder
 from ..arguments import flag
 from ..classifier_flags import ClassifierArguments, LabelledImageArguments, classifier_settings, open_labelled_images
 
@@ -39,7 +39,7 @@ def main(args: Arguments) -> None:
     if not args.synthetic:
         raise ValueError("Give the sets to judge: --synthetic FOLDER, or NAME=FOLDER.")
     output = make_writable_folder(args.output_dir)
-    with lock_folder(output):
+    with lock_file(output / "result.json"):
         measure(args, output)
 
 

@@ -27,7 +27,7 @@ from ...evaluation.suite.page import make_page
 from ...evaluation.suite.protocol import SuiteProgress, SuiteSettings, evaluate_suite
 from ...evaluation.suite.table import format_suite_table
 from ...evaluation.table_text import write_tables
-from ...files import lock_folder, make_writable_folder
+from ...files import lock_file, make_writable_folder
 from ...metrics import open_extractor
 from ...pipelines.preparation import preparation_for
 from ...synthesis import SyntheticSet
@@ -78,7 +78,7 @@ def main(args: Arguments) -> None:
         if not getattr(args, name):
             raise ValueError(f"Give --{name}: a folder of images, or webdataset tars.")
     output = make_writable_folder(args.output_dir)
-    with lock_folder(output):
+    with lock_file(output / "suite.json"):
         ask(args, output)
 
 
