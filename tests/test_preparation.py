@@ -29,7 +29,18 @@ NOT_TOLD = {
     *("train_data_dir", "dataset_name", "dataset_config_name", "dataset_split", "image_column", "keys_file"),
     *("max_train_samples", "in_memory", "max_unreadable", "dataloader_num_workers", "pretrained_pipeline", "revision"),
     *("variant", "conditioner", "encoder", "cache_batch_size", "feature_cache", "pretrained_model_name_or_path"),
-    *("vae", "unet", "unet_config", "scheduler", "num_train_epochs", "max_train_steps", "output_dir", "weights_dtype"),
+    *(
+        "vae",
+        "unet",
+        "transformer",
+        "transformer_config",
+        "unet_config",
+        "scheduler",
+        "num_train_epochs",
+        "max_train_steps",
+        "output_dir",
+        "weights_dtype",
+    ),
     *("checkpointing_steps", "checkpointing_minutes", "checkpoints_total_limit", "resume_from_checkpoint"),
     *("overwrite_output_dir", "logging_steps", "push_to_hub", "hub_model_id", "report_to", "tracker_project_name"),
     *("allow_tf32", "gradient_checkpointing", "enable_xformers_memory_efficient_attention", "torch_compile"),
@@ -67,7 +78,7 @@ def test_what_was_noted_comes_back(folder):
     uploaded = json.loads(Path(model_files(folder / "model")["unet/config.json"]).read_text())
     assert uploaded["_images"]["remove_borders"] is False
     assert {"crop", "polarity", "channels"} < set(uploaded["_images"])
-    assert "borders left on" in part_facts(folder / "model")["training images"]
+    assert "borders left on" in part_facts(folder / "model")["images"]
 
 
 def test_images_are_prepared_as_in_training(folder):

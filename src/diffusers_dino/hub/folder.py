@@ -190,7 +190,7 @@ def _preparation_facts(unet: dict[str, Any]) -> dict[str, Any]:
         return {}
     size, borders = preparation.size, "cut off" if preparation.remove_borders else "left on"
     return {
-        "training images": f"borders {borders}, central square at {size} px, {preparation.resampling}, air is dark",
+        "images": f"borders {borders}, central square at {size} px, {preparation.resampling}, air is dark",
         "border tolerance": preparation.border_tolerance,
         "percent clipped at each end of the range": preparation.clip_percent,
     }
