@@ -323,7 +323,8 @@ def test_a_file_that_is_broken_too_wide_or_an_animation_is_told_of_in_words(page
     drop(page, name, make())
     expect_and_close(page, message)
     assert "Traceback" not in page.content()
-    playwright.expect(source_of(page)).to_have_count(int(name == "moving.gif"))
+    shown = page.locator("#source .windowed img")  # nor is the image before it used
+    playwright.expect(shown).to_have_count(int(name == "moving.gif"))
 
 
 def test_images_unlike_those_of_the_training_are_warned_of(page):
