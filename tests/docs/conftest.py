@@ -19,6 +19,8 @@ from pages import REPOSITORY
 # Encoders that pages name by their id on the Hub: a folder of that name comes before the Hub.
 ENCODERS = {"facebook/dino-vitb16": "dinov1", "microsoft/rad-dino": "dinov2", "facebook/dinov2-base": "dinov2"}
 
+LABELS = ("No Finding", "Cardiomegaly", "Effusion", "Pneumothorax", "Consolidation", "Nodule")  # of the phantoms
+
 
 def phantoms(count: int) -> list[tuple[bytes, dict]]:
     """PNG files of bundled phantoms, and what is known of each."""
@@ -42,9 +44,7 @@ def save_pipelines(root: Path) -> None:
     pipe = tiny.tiny_pipeline()
     for name in ("outputs/quickstart/model", "my-model"):
         pipe.save_pretrained(root / name)
-    prior = priors.tiny_prior_pipeline(
-        labels=("No Finding", "Effusion", "Nodule"), conditioner=describe_conditioner(pipe.conditioner)
-    )
+    prior = priors.tiny_prior_pipeline(labels=LABELS, conditioner=describe_conditioner(pipe.conditioner))
     prior.prior.fit_tokens(pipe.encode_image(tiny.random_images(32)))
     prior.save_pretrained(root / "my-prior")
     pipe.unet.save_pretrained(root / "my-model/checkpoint-500/unet")
