@@ -21,7 +21,7 @@ from torch import Tensor
 
 from diffusers_dino import DinoDiffusionPipeline, DinoImageConditioner, DinoPriorPipeline
 from diffusers_dino.cli.arguments import flag, parse_arguments
-from diffusers_dino.data import ImageDataset, Preprocessing, open_images
+from diffusers_dino.data import ImageDataset, Preprocessing, TrainingViews, open_images
 from diffusers_dino.data.labels import LabelTable, read_label_table, stored_labels
 from diffusers_dino.evaluation.classifier import ClassifierSettings, LabelledImages, predict, train_classifier
 from diffusers_dino.evaluation.figures import new_figure
@@ -38,6 +38,9 @@ from diffusers_dino.metrics.neighbours import nearest_by_cosine
 from diffusers_dino.prior import Condition
 from diffusers_dino.seeds import generator_for
 from diffusers_dino.sheets import contact_sheet
+from diffusers_dino.training.feature_cache import Recipe, open_feature_cache
+from diffusers_dino.training.features import FeatureEncoder
+from diffusers_dino.training.prior import encode_tokens
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,6 +53,7 @@ class Arguments:
     model: str = flag(str(DATA / "tiny-diffusion"), "DinoDiffusionPipeline; for `tokens` also a conditioner.")
     prior: str = flag(str(DATA / "tiny-prior"), "DinoPriorPipeline.")
     training: str = flag(f"{DATA}/phantom-cxr/phantom-cxr-train-*.tar", "Training images of both.")
+    feature_cache: str | None = flag(None, "Their tokens, of `diffusers-dino cache --augment no`.")
     held_out: str = flag(f"{DATA}/phantom-cxr/phantom-cxr-test-*.tar", "Images that neither has seen.")
     labels: str = flag("stored", "CSV of labels, or `stored` beside the images.")
     training_keys: str | None = flag(None, "Text file of the keys of the training images in --training.")
@@ -84,7 +88,7 @@ def main() -> None:
     prior = DinoPriorPipeline.from_pretrained(args.prior)
     prior.set_progress_bar_config(disable=True)
     prior.check_conditioner(conditioner)
-    training = load(args, args.training, args.training_keys, conditioner)
+    training = load(args, args.training, args.training_keys, conditioner, args.feature_cache)
     held_out = load(args, args.held_out, args.held_out_keys, conditioner)
     condition = condition_of(prior, held_out.table)
     figures: dict[str, Any] = {"arguments": asdict(args)}
@@ -118,12 +122,18 @@ class Real(NamedTuple):
     tokens: Tensor
 
 
-def load(args: Arguments, source: str, keys: str | None, conditioner: DinoImageConditioner) -> Real:
+def load(
+    args: Arguments, source: str, keys: str | None, conditioner: DinoImageConditioner, cache: str | None = None
+) -> Real:
     images = open_images(source, Preprocessing(args.size, args.remove_borders))
     if keys is not None:
         images = images.select(Path(keys).read_text().splitlines())
     table = stored_labels(images) if args.labels == "stored" else read_label_table(args.labels).select(images.keys)
-    return Real(images, table, embed(conditioner, images))
+    if cache is None:
+        return Real(images, table, embed(conditioner, images))
+    recipe = Recipe.of(None, conditioner, TrainingViews(images, None, args.seed), 0)
+    views = open_feature_cache(cache, recipe, images, only_tokens=True)
+    return Real(images, table, encode_tokens(views, FeatureEncoder(None, conditioner, "cpu"), range(len(images)))[0])
 
 
 def embed(conditioner: DinoImageConditioner, images: ImageDataset) -> Tensor:

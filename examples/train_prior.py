@@ -107,6 +107,7 @@ class Arguments(RunArguments, TokenArguments):
     )
     validation_share: float = flag(0.1, "Share of the patients or images that is held out, if there are no others.")
     validation_steps: int = flag(100, "Updates between looks at held-out images; 0 never looks.")
+    validation_images: int = flag(256, "Held-out images to look at, at most; all are left out of training.")
     validation_draws: int = flag(8, "Fixed noise and times for each of them.")
     patience: int = flag(8, "Stop after this many looks without a lower loss; 0 never stops.")
 
@@ -183,6 +184,7 @@ def run_training(args: Arguments, run: Run) -> None:
         optim.decay_matrices(model, args.adam_weight_decay),
         lr=args.learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
+        fused=accelerator.device.type in ("cpu", "cuda"),
     )
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=total_steps
@@ -198,6 +200,7 @@ def run_training(args: Arguments, run: Run) -> None:
         reference=tokens,
         every=args.validation_steps,
         patience=args.patience,
+        num_images=args.validation_images,
         num_draws=args.validation_draws,
         seed=args.seed,
     )

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["lerp", "mix", "slerp", "splice_patch_tokens"]
+__all__ = ["lerp", "mix", "slerp", "splice_patch_tokens", "token_statistics"]
 
+_MIN_STD = 1e-3  # relative to a token's root mean square deviation
 _PARALLEL = 1e-4  # sine of the angle below which a great circle is not defined well enough to follow
 
 
@@ -128,3 +129,14 @@ def _lerp_norm(source: Tensor, target: Tensor, weight: Tensor) -> Tensor:
 def _at_ends(source: Tensor, target: Tensor, weight: Tensor, mixed: Tensor) -> Tensor:
     """The ends themselves where the fraction is 0 or 1, whatever rounding did to `mixed` there."""
     return torch.where(weight == 0, source, torch.where(weight == 1, target, mixed))
+
+
+def token_statistics(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, each `(S, D)` float64, of the tokens `(N, S, D)` of N >= 2 images.
+
+    Where tokens hardly differ, the deviation is a thousandth of that of their slot, so that it can be divided by.
+    """
+    tokens = tokens.double()
+    std = tokens.std(0)
+    std = torch.maximum(std, _MIN_STD * std.square().mean(1, keepdim=True).sqrt())
+    return tokens.mean(0), std.where(std > 0, 1.0)

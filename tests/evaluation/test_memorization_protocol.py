@@ -6,9 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import priors
+import tiny
 from diffusers_dino.data import Preprocessing, open_images
 from diffusers_dino.evaluation import MemorizationResult, evaluate_memorization
 from diffusers_dino.evaluation.memorization.plot import draw_closest_pairs, plot_memorization
+from diffusers_dino.evaluation.memorization.table import make_report, table_of_sets
+from diffusers_dino.evaluation.memorization.tokens import compare_tokens
 from diffusers_dino.metrics.copy_gate import CopyGate
 
 FALSE_ALARMS = 0.02  # which 149 images can promise
@@ -119,3 +123,41 @@ def test_bad_sets_are_refused(phantoms):
     ):
         with pytest.raises(ValueError, match=message):
             evaluate_memorization(training, false_alarms=FALSE_ALARMS, **options)
+
+
+def test_planted_tokens_are_found_and_honest_ones_are_not():
+    every = priors.tiny_tokens(1000)
+    training, held_out, honest = every[:500], every[500:700], every[700:]
+    planted = torch.cat([honest[:100], training[:20], training[20:40] + 0.02 * training.std(0)])
+    for tokens, copies in ((honest, 0), (planted, 40)):
+        found = compare_tokens(training, tokens, held_out)
+        assert copies <= found.synthetic.copies <= copies + 3
+        assert found.held_out.share <= 0.03
+        assert found.training.share <= 0.01
+    assert {one.change: one.found for one in found.planted}["exact"] == 1
+    assert found.planted[1].found == 1
+    assert found.planted[-1].found < 1  # what lies between two images is no copy
+    patients = [number // 2 for number in range(500)]
+    twins = training[0::2].repeat_interleave(2, 0)  # of one patient, so they say nothing of copies
+    assert compare_tokens(twins, training_groups=patients).training.share <= 0.01
+
+
+def test_tokens_stand_beside_the_images(phantoms, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusers_dino.evaluation.memorization.protocol._NUM_PLANTED", 1)
+    conditioner, training = tiny.tiny_conditioner(), phantoms[:40]
+    copied = conditioner.encode(training[:30])
+    options = {"conditioner": conditioner, "drawn": copied, "false_alarms": 0.1}
+    result = evaluate_memorization(training, None, phantoms[40:60], **options).result
+    rows = {row[0]: row for row in table_of_sets(result)[1]}
+    assert rows["tokens, drawn"][1:3] == [30, 30]
+    assert rows["tokens, held out (false alarms)"][1] == 20
+    assert (result.tokens.num_tokens, result.tokens.drawn) == (5, True)
+    make_report(result).save(tmp_path / "report.html")
+    assert "5 x 32 condition tokens that the prior drew" in (tmp_path / "report.html").read_text()
+    assert len(plot_memorization(result).axes) == 2
+    result.save(tmp_path / "memorization.json")
+    assert MemorizationResult.load(tmp_path / "memorization.json") == result
+    with pytest.raises(ValueError, match="their `conditioner`"):
+        evaluate_memorization(training, drawn=copied)
+    with pytest.raises(ValueError, match=r"synthetic tokens \(N, 5, 32\)"):
+        compare_tokens(copied, copied[:, :1])

@@ -10,6 +10,7 @@ import pytest
 import priors
 import tiny
 from diffusers_dino.data.labels import stored_labels
+from diffusers_dino.evaluation import MemorizationResult
 from diffusers_dino.prior import describe_conditioner
 from diffusers_dino.synthesis import (
     PriorTokens,
@@ -22,7 +23,7 @@ from diffusers_dino.synthesis import (
     save_plan,
     synthesise,
 )
-from scripts import call_script
+from scripts import call_script, image_folder
 
 LABELS = [{"Edema"}, {"Edema", "Nodule"}, {"Nodule"}, {"No Finding"}, {"No Finding"}, {"No Finding"}, set()]
 KEYS = [f"{number:03d}" for number in range(len(LABELS))]
@@ -185,3 +186,33 @@ def test_the_command_makes_a_set_from_a_table_and_no_image(pipe, prior, tmp_path
     ):
         with pytest.raises(ValueError, match=message):
             call_script("synthesise", **{**flags, **change})
+
+
+def test_the_memorization_report_draws_the_tokens_of_a_set_again(pipe, prior, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusers_dino.evaluation.memorization.protocol._NUM_PLANTED", 1)
+    plan = plan_prior(KEYS, LABELS, num_images=5, settings=SETTINGS)
+    synthesise(plan, pipe, None, tmp_path / "set", prior=prior, progress=False)
+    pipe.save_pretrained(tmp_path / "model")
+    prior.pipe.save_pretrained(tmp_path / "prior")
+    image_folder(tmp_path / "real", 40, size=32)
+    flags = {
+        "training": tmp_path / "real",
+        "synthetic": tmp_path / "set",
+        "model": tmp_path / "model",
+        "prior": tmp_path / "prior",
+        "size": 32,
+        "false_alarms": 0.1,
+        "output_dir": tmp_path / "out",
+    }
+    call_script("evaluate memorization", **flags)
+    tokens = MemorizationResult.load(tmp_path / "out" / "memorization.json").tokens
+    assert tokens.drawn
+    assert tokens.synthetic.num_images == 5
+    for change, message in (({"model": None}, "--prior needs"), ({"synthetic": None}, "--prior needs")):
+        with pytest.raises(ValueError, match=message):
+            call_script("evaluate memorization", **{**flags, **change})
+    prior.pipe.prior.slots.data.add_(1)
+    prior.pipe.save_pretrained(tmp_path / "prior")
+    prior.pipe.prior.slots.data.sub_(1)
+    with pytest.raises(ValueError, match="is not the prior"):
+        call_script("evaluate memorization", **flags)

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from tqdm import tqdm
 
+from ..conditioner import DinoImageConditioner
 from ..data import ImageDataset, collate
 from ..data.datasets import to_float
 from ..seeds import generator_for
@@ -111,7 +112,9 @@ def stack_readable(images: ImageDataset | Tensor) -> StackedImages:
     return StackedImages(stacked, [places[key] for key in keys], keys)
 
 
-def embed_images(pipe: DinoDiffusionPipeline, images: ImageDataset | Tensor, batch_size: int = 64) -> Tensor:
+def embed_images(
+    model: DinoDiffusionPipeline | DinoImageConditioner, images: ImageDataset | Tensor, batch_size: int = 64
+) -> Tensor:
     """Condition tokens `(N, S, D)`, float32 on the CPU, of a data set or of `(N, C, H, W)` in [0, 1].
 
     Images of a data set pass through memory a batch at a time. ValueError if one cannot be read: whoever takes a row
@@ -120,7 +123,8 @@ def embed_images(pipe: DinoDiffusionPipeline, images: ImageDataset | Tensor, bat
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     batches = images.split(batch_size) if isinstance(images, Tensor) else _batches(images, batch_size)
-    tokens = torch.cat([pipe.encode_image(batch).float().cpu() for batch in batches])
+    encode = model.encode if isinstance(model, DinoImageConditioner) else model.encode_image
+    tokens = torch.cat([encode(batch).float().cpu() for batch in batches])
     if len(tokens) < len(images):
         raise ValueError(f"{len(images) - len(tokens)} of {len(images)} images cannot be read: leave them out.")
     return tokens

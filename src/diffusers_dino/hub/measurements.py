@@ -16,7 +16,8 @@ from ..evaluation.fidelity.table import format_fidelity_table
 from ..evaluation.interpolation.protocol import InterpolationResult
 from ..evaluation.labels.result import LabelPreservationResult
 from ..evaluation.labels.table import format_preservation_table
-from ..evaluation.memorization.protocol import MemorizationResult, SetFigures
+from ..evaluation.memorization.protocol import MemorizationResult
+from ..evaluation.memorization.sets import SetFigures
 from ..evaluation.reconstruction.protocol import ReconstructionResult
 from ..evaluation.results import JsonResult
 from ..evaluation.segmentation.protocol import SegmentationResult

@@ -12,6 +12,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import Tensor, nn
 
+from ..embeddings import token_statistics
 from ..encoders import ExactBuffers
 from ..registration import ModelMixin
 from .conditions import Condition, PriorConditions
@@ -20,7 +21,6 @@ from .flow import gaussian_velocity, noise_level
 __all__ = ["DinoPrior"]
 
 _FREQUENCIES = 128
-_MIN_STD = 1e-3  # relative to the tokens' root mean square deviation
 _MIN_TOKENS = 16
 
 
@@ -185,14 +185,10 @@ class DinoPrior(ExactBuffers, ModelMixin, ConfigMixin):
             raise ValueError(
                 f"The tokens of {bad} of {len(tokens)} images are NaN or infinite: encode them in float32."
             )
-        tokens = tokens.double()
-        mean, std = tokens.mean(0), tokens.std(0)
-        floor = _MIN_STD * std.square().mean(1, keepdim=True).sqrt()
-        std = torch.maximum(std, floor)
-        std = std.where(std > 0, 1.0)
+        mean, std = token_statistics(tokens)
         self.token_mean.copy_(mean)
         self.token_std.copy_(std)
-        rows = ((tokens - mean) / std).flatten(1)  # (N, S D)
+        rows = ((tokens.double() - mean) / std).flatten(1)  # (N, S D)
         covariance = rows.T @ rows / (len(rows) - 1)
         values, vectors = torch.linalg.eigh(covariance)
         values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)

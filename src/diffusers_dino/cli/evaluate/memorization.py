@@ -5,8 +5,10 @@ r"""Search a synthetic set for copies of training images, and make a gate that k
         --patients /data/cxr.csv --output_dir outputs/memorization
 
 Images are folders or webdataset tars. Without `--synthetic` the search is set up and checked, and `gate.safetensors`
-is written, which `synthesise --gate` takes. Writes `memorization.json`, `report.html`, `distances.png` and, where
-patients may be shown, `pairs.png`. Reports name images by their keys and nothing else.
+is written, which `synthesise --gate` takes. With `--model` the condition tokens of all images are compared, too, and
+with `--prior` those that it drew for a set of `synthesise --strategy prior`. Writes `memorization.json`,
+`report.html`, `distances.png` and, where patients may be shown, `pairs.png`. Reports name images by their keys and
+nothing else.
 Needs the extra `eval`.
 """
 
@@ -16,12 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from torch import Tensor
+
+from ...conditioner import DinoImageConditioner
 from ...data import Preprocessing, open_images
 from ...evaluation import evaluate_memorization
 from ...evaluation.memorization.plot import draw_closest_pairs, plot_memorization
 from ...evaluation.memorization.table import make_report, table_of_sets
 from ...files import lock_folder, make_writable_folder
+from ...fingerprints import fingerprint_model
 from ...metrics import open_extractor
+from ...pipelines import DinoPriorPipeline
+from ...synthesis import PriorTokens, load_plan
 from ..arguments import flag
 from ..held_out_flags import HeldOutArguments, check_arguments, open_training_and_held_out, read_patients
 
@@ -34,6 +42,8 @@ class Arguments(HeldOutArguments):
     weights: str | None = flag(None, "Weights of the extractor, if it has any.")
     false_alarms: float = flag(0.01, "Share of real images that may be called copies; 0.01 takes 299 images.")
     calibrate_on: Literal["training", "held out"] = flag("training", "Real images that the threshold comes from.")
+    model: str | None = flag(None, "Generator, or only its conditioner: compares condition tokens, too.")
+    prior: str | None = flag(None, "Prior that drew the tokens of --synthetic: compares those; needs --model.")
     batch_size: int = flag(64, "Images computed at once.")
     device: str = flag("cpu", "Where features are computed, such as cuda.")
     output_dir: str = flag("outputs/memorization", "Where the report and the gate go.", group="Output")
@@ -52,6 +62,7 @@ def measure(args: Arguments, output_dir: Path) -> None:
     training, held_out = open_training_and_held_out(args, args.size)
     # what was generated has been prepared already
     synthetic = open_images(args.synthetic, Preprocessing(args.size, remove_borders=False)) if args.synthetic else None
+    conditioner = open_conditioner(args)
     result, gate = evaluate_memorization(
         training,
         synthetic,
@@ -62,6 +73,8 @@ def measure(args: Arguments, output_dir: Path) -> None:
         false_alarms=args.false_alarms,
         calibrate_on=args.calibrate_on,
         num_pairs=args.num_pairs,
+        conditioner=conditioner,
+        drawn=draw_again(args, conditioner) if args.prior else None,
         batch_size=args.batch_size,
     )
     result.save(output_dir / "memorization.json")
@@ -78,3 +91,22 @@ def measure(args: Arguments, output_dir: Path) -> None:
     for row in table_of_sets(result)[1]:
         print(*row, sep=" | ")
     print(f"Report: {output_dir / 'report.html'}\nGate:   {output_dir / 'gate.safetensors'}")
+
+
+def open_conditioner(args: Arguments) -> DinoImageConditioner | None:
+    """The conditioner of `--model`, which is a folder or a repository of a pipeline, or a folder of only that."""
+    if not args.model:
+        return None
+    alone = Path(args.model, "config.json").is_file()
+    return DinoImageConditioner.from_pretrained(args.model, subfolder=None if alone else "conditioner").to(args.device)
+
+
+def draw_again(args: Arguments, conditioner: DinoImageConditioner | None) -> Tensor:
+    """The tokens that the prior drew first for each image of a synthetic set, whatever a gate said."""
+    if not args.synthetic or conditioner is None:
+        raise ValueError("--prior needs --synthetic, a set that it made, and --model, which it is for.")
+    plan, pipe = load_plan(args.synthetic), DinoPriorPipeline.from_pretrained(args.prior).to(args.device)
+    pipe.check_conditioner(conditioner)
+    if plan.strategy != "prior" or plan.made_with["model"]["prior"] != fingerprint_model(pipe.prior):
+        raise ValueError(f"{args.prior} is not the prior that {args.synthetic} was made with.")
+    return PriorTokens(pipe, **plan.made_with["prior"]).of(plan).draw(range(len(plan.sources))).cpu()

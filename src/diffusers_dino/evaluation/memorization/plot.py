@@ -14,9 +14,11 @@ from ...sheets import contact_sheet
 from ..figures import new_figure
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from .protocol import MemorizationResult
+    from .tokens import TokenCopies
 
 __all__ = ["draw_closest_pairs", "plot_memorization"]
 
@@ -24,22 +26,27 @@ _SETS = {"training": "training, to other groups", "held_out": "held out", "synth
 
 
 def plot_memorization(result: MemorizationResult) -> Figure:
-    """How near synthetic images are to training images, and how near real ones are."""
-    figure = new_figure(8, 3.2)
-    axes = figure.subplots()
+    """How near synthetic images are to training images, and how near real ones are; and likewise their tokens."""
+    parts = {"image": result} if result.tokens is None else {"image": result, "tokens": result.tokens}
+    figure = new_figure(8, 3.2 * len(parts))
+    for axes, (what, part) in zip(figure.subplots(len(parts), squeeze=False)[:, 0], parts.items(), strict=True):
+        _draw_distances(axes, part, what)
+    return figure
+
+
+def _draw_distances(axes: Axes, part: MemorizationResult | TokenCopies, what: str) -> None:
     for number, (name, label) in enumerate(_SETS.items()):
-        if (of_set := getattr(result, name)) is None:
+        if (of_set := getattr(part, name)) is None:
             continue
         counts = np.array(of_set.histogram)
         edges = np.linspace(0, 1, len(counts) + 1)
         axes.stairs(
             counts / counts.sum(), edges, label=f"{label} (N = {of_set.num_images})", color=f"C{number}", linewidth=1.5
         )
-    axes.axvline(result.threshold, color="black", linestyle="--", linewidth=1, label="threshold: copies to the left")
-    axes.set(xlabel="relative distance to the nearest training image", ylabel="share of the images", xlim=(0, 1))
+    axes.axvline(part.threshold, color="black", linestyle="--", linewidth=1, label="threshold: copies to the left")
+    axes.set(xlabel=f"relative distance to the nearest training {what}", ylabel="share of the images", xlim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    return figure
 
 
 def draw_closest_pairs(

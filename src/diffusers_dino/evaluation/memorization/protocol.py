@@ -14,9 +14,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ...conditioner import DinoImageConditioner
 from ...data import ImageDataset
 from ...metrics import FeatureExtractor, FeatureSpec, open_extractor
-from ...metrics.bootstrap import share_interval
 from ...metrics.copy_gate import (
     CopyGate,
     Distances,
@@ -26,62 +26,26 @@ from ...metrics.copy_gate import (
     search_copies,
     search_training,
 )
-from ...metrics.neighbours import Groups, authenticity
+from ...metrics.neighbours import Groups
 from ..controls import rows_in
-from ..generation import stack_images
+from ..generation import embed_images, stack_images
 from ..results import JsonResult
 from .planted import PLANTED
+from .sets import PlantedFigures, SetFigures, summarize
+from .tokens import TokenCopies, compare_tokens
 
 __all__ = [
     "ClosePair",
     "MemorizationResult",
     "MemorizationStudy",
-    "PlantedFigures",
-    "SetFigures",
     "evaluate_memorization",
 ]
 
 logger = logging.getLogger(__name__)
 
-NUM_BINS = 50
 _NUM_PLANTED = 50
 
 Images = ImageDataset | Tensor
-
-
-@dataclass(frozen=True)
-class SetFigures:
-    """How near the images of one set are to the training images.
-
-    Attributes:
-        copies: How many are nearer than the threshold.
-        share, low, high: The same as a share, with its interval (95 %, Wilson; as if the images were independent).
-        authentic: Share that is farther from its nearest training image than that is from its own nearest (AuthPct).
-        authentic_low, authentic_high: Interval of it.
-        nearest, median: The smallest and the middle relative distance.
-        histogram: Images by relative distance, in `NUM_BINS` equal bins of [0, 1].
-    """
-
-    num_images: int
-    copies: int
-    share: float
-    low: float
-    high: float
-    authentic: float
-    authentic_low: float
-    authentic_high: float
-    nearest: float
-    median: float
-    histogram: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class PlantedFigures:
-    """What share of copies of training images is found after a `change` that was made to them."""
-
-    change: str
-    num_images: int
-    found: float
 
 
 @dataclass(frozen=True)
@@ -114,6 +78,7 @@ class MemorizationResult(JsonResult):
         planted: Of tampered copies of training images.
         closest: The nearest synthetic images, nearest first.
         held_out_in_training: Held-out images that are training images, pixel by pixel: they should be none.
+        tokens: The same search among condition tokens; None if there was no conditioner.
     """
 
     spec: FeatureSpec
@@ -127,6 +92,7 @@ class MemorizationResult(JsonResult):
     planted: tuple[PlantedFigures, ...]
     closest: tuple[ClosePair, ...]
     held_out_in_training: int = 0
+    tokens: TokenCopies | None = None
 
 
 class MemorizationStudy(NamedTuple):
@@ -147,6 +113,8 @@ def evaluate_memorization(
     false_alarms: float = 0.01,
     calibrate_on: Literal["training", "held out"] = "training",
     num_pairs: int = 12,
+    conditioner: DinoImageConditioner | None = None,
+    drawn: Tensor | None = None,
     batch_size: int = 64,
     progress: bool = True,
 ) -> MemorizationStudy:
@@ -165,26 +133,24 @@ def evaluate_memorization(
         calibrate_on: Which real images the threshold comes from. `"held out"` is for training sets in which it is not
             known which images are of one patient; its false alarms are then true by construction.
         num_pairs: Nearest pairs to keep.
+        conditioner: The generator's own: then the condition tokens of all sets are compared, too (`compare_tokens`).
+        drawn: Tokens `(N, S, D)` that a prior drew; they stand for those of the synthetic images.
         batch_size: Images computed at once.
         progress: Whether to show bars.
 
     Raises:
         ValueError: If there are too few images to calibrate on, or groups do not fit.
     """
-    if num_pairs < 0:
-        raise ValueError(f"num_pairs must not be negative, got {num_pairs}.")
-    if held_out is None and (calibrate_on == "held out" or held_out_groups is not None):
-        raise ValueError("There are no held-out images to calibrate on, or to have groups: give them as `held_out`.")
-    if held_out_groups is not None and training_groups is None:
-        raise ValueError(
-            "Groups of held-out images are compared with those of training images: give `training_groups`."
-        )
+    _check(held_out, calibrate_on, training_groups, held_out_groups, num_pairs)
+    if drawn is not None and conditioner is None:
+        raise ValueError("Drawn tokens are compared with those of training images: give their `conditioner`.")
     extractor = extractor or open_extractor("local-contrast")
     views = extract_views(extractor, training, batch_size, progress)
     groups = known_groups(views, training, training_groups)
     own = search_training(views, groups)
     spacing = own.neighbors.distance[:, 0]  # (M,)
-    unseen, generated, num_seen = None, None, 0
+    unseen, generated, num_seen, known, tokens = None, None, 0, None, None
+    held_out_views, synthetic_views = None, None
     closest: tuple[ClosePair, ...] = ()
     if held_out is not None:
         held_out_views = extract_views(extractor, held_out, batch_size, progress)
@@ -208,9 +174,21 @@ def evaluate_memorization(
         generated = search_copies(synthetic_views, views).balanced(real)
         closest = _closest(generated, synthetic_views, views, gate.threshold, num_pairs)
     figures = {
-        name: None if found is None else _summarize(found.balanced(real), gate.threshold, spacing)
+        name: None if found is None else summarize(found.balanced(real), gate.threshold, spacing)
         for name, found in (("training", own), ("held_out", unseen), ("synthetic", generated))
     }
+    if conditioner is not None:
+        made = _tokens_of(conditioner, synthetic, synthetic_views, batch_size) if drawn is None else drawn
+        tokens = compare_tokens(
+            _tokens_of(conditioner, training, views, batch_size),
+            made,
+            _tokens_of(conditioner, held_out, held_out_views, batch_size),
+            drawn=drawn is not None,
+            training_groups=groups,
+            held_out_groups=known,
+            false_alarms=false_alarms,
+            calibrate_on=calibrate_on,
+        )
     result = MemorizationResult(
         spec=extractor.spec,
         false_alarms=false_alarms,
@@ -220,26 +198,37 @@ def evaluate_memorization(
         planted=_plant(training, views, real, gate),
         closest=closest,
         held_out_in_training=num_seen,
+        tokens=tokens,
         **figures,
     )
     return MemorizationStudy(result, gate)
 
 
-def _summarize(found: Distances, threshold: float, spacing: Tensor) -> SetFigures:
-    nearest = found.smallest
-    n, copies = len(nearest), int((nearest < threshold).sum())
-    authentic = int(authenticity(found.neighbors, spacing).sum())
-    return SetFigures(
-        n,
-        copies,
-        copies / n,
-        *share_interval(copies, n),
-        authentic / n,
-        *share_interval(authentic, n),
-        nearest.min().item(),
-        nearest.median().item(),
-        tuple(torch.histc(nearest, NUM_BINS, 0, 1).long().tolist()),
-    )
+def _check(
+    held_out: Images | None,
+    calibrate_on: str,
+    training_groups: Groups | None,
+    held_out_groups: Groups | None,
+    num_pairs: int,
+) -> None:
+    if num_pairs < 0:
+        raise ValueError(f"num_pairs must not be negative, got {num_pairs}.")
+    if held_out is None and (calibrate_on == "held out" or held_out_groups is not None):
+        raise ValueError("There are no held-out images to calibrate on, or to have groups: give them as `held_out`.")
+    if held_out_groups is not None and training_groups is None:
+        raise ValueError(
+            "Groups of held-out images are compared with those of training images: give `training_groups`."
+        )
+
+
+def _tokens_of(
+    conditioner: DinoImageConditioner, images: Images | None, views: ImageViews | None, batch_size: int
+) -> Tensor | None:
+    """Condition tokens of those images that could be read."""
+    if images is None:
+        return None
+    readable = images if isinstance(images, Tensor) else images.select(list(views.upright.keys))
+    return embed_images(conditioner, readable, batch_size)
 
 
 def _plant(training: Images, views: ImageViews, real: Distances, gate: CopyGate) -> tuple[PlantedFigures, ...]:

@@ -9,9 +9,12 @@ __all__ = ["make_report", "table_of_sets"]
 
 
 def table_of_sets(result: MemorizationResult) -> tuple[list[str], list[list[object]]]:
-    """Header and rows: one for the synthetic, the held-out and the training images."""
+    """Header and rows: one for the synthetic, the held-out and the training images, and for their tokens."""
     header = ["images", "N", "copies", "share [95 %]", "AuthPct [95 %]", "nearest", "median"]
     names = {"synthetic": result.synthetic, "held out (false alarms)": result.held_out, "training": result.training}
+    if (tokens := result.tokens) is not None:
+        names["tokens, drawn" if tokens.drawn else "tokens, synthetic"] = tokens.synthetic
+        names |= {"tokens, held out (false alarms)": tokens.held_out, "tokens, training": tokens.training}
     rows = [
         [
             name,
@@ -55,9 +58,19 @@ def make_report(result: MemorizationResult) -> Report:
         "AuthPct is the share of images that are farther from their nearest training image than that is from its own "
         "nearest. Compare it with that of held-out images; it is not a verdict on an image."
     )
+    if (tokens := result.tokens) is not None:
+        whose = "that the prior drew" if tokens.drawn else "of the synthetic images"
+        report.add_text(
+            f"Rows of tokens compare the {tokens.num_tokens} x {tokens.token_dim} condition tokens {whose} with those "
+            f"of training images in the same way; below {tokens.threshold:.3f} they count as copies. Tokens of a "
+            "variation are meant to be near those of its source."
+        )
     report.add_heading("What the search finds")
     header = [f"copies of {result.planted[0].num_images} training images that were planted", "share found"]
     report.add_table(header, [(planted.change, planted.found) for planted in result.planted])
+    if result.tokens is not None:
+        header = [f"copies of the tokens of {result.tokens.planted[0].num_images} training images", "share found"]
+        report.add_table(header, [(planted.change, planted.found) for planted in result.tokens.planted])
     if result.closest:
         report.add_heading("Closest pairs")
         header = ["synthetic image", "training image", "relative distance", "mirrored", "copy"]

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from ...metrics.bootstrap import share_interval
 from ...metrics.distances import frechet_of_samples
-from ...metrics.neighbours import calibrate_threshold, nearest_training, relative_distances, typical_distances
+from ...metrics.neighbours import calibrate_threshold
 from ...pipelines import DinoPriorPipeline
 from ...prior import Condition
 from ...seeds import generator_for
+from ..memorization.tokens import search_tokens
 from ..results import JsonResult
 
 __all__ = ["PriorResult", "TokenFigures", "evaluate_prior"]
@@ -118,14 +119,11 @@ def evaluate_prior(
         )
     known, real = (prior.prior.standardise(tokens).flatten(1).cpu() for tokens in (training, held_out))
     own = [str(row) for row in range(len(known))]
-    itself = nearest_training(known, known, groups=own, training_groups=own)
-    spread = typical_distances(known, known, groups=own, training_groups=own)
-    threshold = calibrate_threshold(relative_distances(itself, spread), false_alarms)
+    threshold = calibrate_threshold(search_tokens(known, known, own, own).relative, false_alarms)
 
     def figures(name: str, sets: list[Tensor], compared: bool = True) -> TokenFigures:
         every = torch.cat(sets)
-        near = relative_distances(nearest_training(every, known), typical_distances(every, known))
-        copies = int((near < threshold).sum())
+        copies = int((search_tokens(every, known).relative < threshold).sum())
         distances = [frechet_of_samples(drawn, real) for drawn in sets] if compared else []
         accuracies = [two_sample_accuracy(drawn, real) for drawn in sets] if compared else []
         return TokenFigures(
