@@ -136,7 +136,6 @@ def test_planted_tokens_are_found_and_honest_ones_are_not():
         assert found.training.share <= 0.01
     assert {one.change: one.found for one in found.planted}["exact"] == 1
     assert found.planted[1].found == 1
-    assert found.planted[-1].found < 1  # what lies between two images is no copy
     patients = [number // 2 for number in range(500)]
     twins = training[0::2].repeat_interleave(2, 0)  # of one patient, so they say nothing of copies
     assert compare_tokens(twins, training_groups=patients).training.share <= 0.01
