@@ -26,7 +26,7 @@ figure { margin: 1.5rem 0; }
 figure img { max-width: 100%; background: white; }
 img.pixelated { image-rendering: pixelated; width: 100%; }
 figcaption { font-size: .9rem; opacity: .8; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .5rem 1rem; }
+dl { display: grid; grid-template-columns: minmax(8rem, 16rem) 1fr; gap: .5rem 1rem; }
 dt { font-weight: 600; }
 dd { margin: 0; }
 dd strong { margin-right: .5rem; }

@@ -38,12 +38,14 @@ def make_page(
         for x in result.sets
     ]
     page.add_table(header, rows)
-    page.add_text(f"Prepared at {result.size} px; seed {result.seed}. Intervals hold 95 % and are over patients.")
+    page.add_text(
+        f"Prepared at {result.size} px; seed {result.seed}. Intervals hold 95 %, over patients where these are known."
+    )
     if draw:
         shown = [_first(one.images, _SHOWN) for one in (synthetic, real)]
-        count = min(map(len, shown))
-        sheet = contact_sheet(*([images[i]] * 1 for i in range(count) for images in shown))
-        page.add_image(sheet, "Synthetic and real images in turn.")
+        page.add_image(
+            contact_sheet(*map(list, zip(*shown, strict=False))), "Synthetic images above, real ones below."
+        )
     if result.fidelity is not None:
         _add_fidelity(page, result)
     if result.copies is not None:
