@@ -116,6 +116,7 @@ class StoredImages:
         return height, width
 
     def center_square(self) -> StoredImages:
+        """The square in the middle of each, as `pixels.center_square` crops it."""
         return replace(self, values=center_square(self.values))
 
     def unit(self) -> Tensor:
