@@ -2,13 +2,7 @@
 
 import pytest
 import torch
-from diffusers import (
-    DiTTransformer2DModel,
-    FlowMatchEulerDiscreteScheduler,
-    PixArtTransformer2DModel,
-    SanaTransformer2DModel,
-    SD3Transformer2DModel,
-)
+from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from diffusers.models.attention_processor import Attention, FusedJointAttnProcessor2_0
 
 import tiny
@@ -17,43 +11,13 @@ from diffusers_dino.diffseg.attention import capture_self_attention, self_attent
 from diffusers_dino.diffseg.merging import aggregate_attention
 
 
-def sd3(**overrides) -> SD3Transformer2DModel:
-    """Two blocks of joint attention, the second without the condition's output; the first also with one of its own."""
-    config = {
-        "sample_size": 8,
-        "patch_size": 2,
-        "in_channels": 4,
-        "num_layers": 2,
-        "attention_head_dim": 8,
-        "num_attention_heads": 2,
-        "joint_attention_dim": tiny.TOKEN_DIM,
-        "caption_projection_dim": 16,
-        "pooled_projection_dim": tiny.TOKEN_DIM,
-        "out_channels": 4,
-        "pos_embed_max_size": 8,
-        "qk_norm": "rms_norm",
-        "dual_attention_layers": (0,),
-    }
-    with tiny.seeded(11):
-        return SD3Transformer2DModel(**{**config, **overrides}).eval()
+def sd3(**overrides):
+    """Two blocks of joint attention; the first also has one of the image only, as in Stable Diffusion 3.5."""
+    return tiny.tiny_transformer("sd3", **{"dual_attention_layers": (0,), **overrides})
 
 
-def pixart(**overrides) -> PixArtTransformer2DModel:
-    config = {
-        "sample_size": 8,
-        "patch_size": 2,
-        "in_channels": 4,
-        "out_channels": 4,
-        "num_layers": 2,
-        "attention_head_dim": 8,
-        "num_attention_heads": 2,
-        "cross_attention_dim": 16,
-        "caption_channels": tiny.TOKEN_DIM,
-        "norm_num_groups": 4,
-        "use_additional_conditions": False,
-    }
-    with tiny.seeded(12):
-        return PixArtTransformer2DModel(**{**config, **overrides}).eval()
+def pixart():
+    return tiny.tiny_transformer("pixart")
 
 
 def run(model, side=8, dtype=torch.float32):
@@ -148,24 +112,8 @@ def test_blocks_are_chosen_by_name():
         run(model)
 
 
-def sana() -> SanaTransformer2DModel:
-    with tiny.seeded(0):
-        return SanaTransformer2DModel(
-            in_channels=4,
-            out_channels=4,
-            num_attention_heads=2,
-            attention_head_dim=8,
-            num_layers=1,
-            num_cross_attention_heads=2,
-            cross_attention_head_dim=8,
-            cross_attention_dim=16,
-            caption_channels=32,
-            sample_size=8,
-        )
-
-
 def test_attention_that_has_no_maps_is_refused_by_name():
-    linear = sana()
+    linear = tiny.tiny_transformer("sana")
     message = "SanaTransformer2DModel.*SanaLinearAttnProcessor2_0 of its layer .*attends linearly"
     with pytest.raises(ValueError, match=message), capture_self_attention(linear):
         pass
@@ -241,6 +189,8 @@ def test_what_does_not_fit_a_transformer_is_refused(joint):
     with pytest.raises(ValueError, match="DiTTransformer2DModel cannot be used"):
         DiffSegPipeline.from_pipe(joint, transformer=unknown)
     with pytest.raises(ValueError, match="SanaTransformer2DModel cannot be segmented"):
-        DiffSegPipeline.from_pipe(joint, transformer=sana()).attention_maps(IMAGES, image_embeds=torch.ones(2, 5, 32))
+        DiffSegPipeline.from_pipe(joint, transformer=tiny.tiny_transformer("sana")).attention_maps(
+            IMAGES, image_embeds=torch.ones(2, 5, 32)
+        )
     with pytest.raises(ValueError, match="latents have 4 channels"):
         DiffSegPipeline.from_pipe(joint, transformer=sd3(in_channels=8, out_channels=8))

@@ -12,6 +12,7 @@ from diffusers import (
     ClassifierFreeGuidance,
     ClassifierFreeZeroStarGuidance,
     DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
     LayerSkipConfig,
     PerturbedAttentionGuidance,
     SkipLayerGuidance,
@@ -81,9 +82,9 @@ def test_each_guider_moves_the_images_and_leaves_the_model_as_it_was(guided, nam
 
 
 def test_layers_that_a_guider_skips_are_skipped_only_in_its_own_pass(guided):
-    guided.guider = SkipLayerGuidance(1.0, 2.0, 0.0, 1.0, skip_layer_config=[SKIP])
+    guided.guider = SkipLayerGuidance(3.0, 2.0, 0.0, 1.0, skip_layer_config=[SKIP])
     other = generate(guided, IMAGES)
-    guided.guider = SkipLayerGuidance(1.0, 0.0, 0.0, 1.0, skip_layer_config=[SKIP])
+    guided.guider = SkipLayerGuidance(3.0, 0.0, 0.0, 1.0, skip_layer_config=[SKIP])
     assert not np.allclose(generate(guided, IMAGES), other, atol=1e-4)
 
 
@@ -137,6 +138,34 @@ def test_a_guide_alone_changes_no_bit_and_each_image_is_its_own(guided):
     both = generate(guided, IMAGES, generator=tiny.generators(0, 1), **options)
     one = generate(guided, IMAGES[1:], generator=tiny.generators(1), **options)
     np.testing.assert_allclose(both[1:], one, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["sd3", "pixart", "sana"])
+def test_transformers_are_guided_too(family):
+    kind = FlowMatchEulerDiscreteScheduler if family != "pixart" else None
+    models = []
+    for seed in (1, 2):
+        with tiny.seeded(seed), torch.no_grad():
+            models.append(tiny.tiny_transformer(family))
+            for parameter in models[-1].parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    scheduler = {"scheduler": kind()} if kind else {}
+    pipe = tiny.tiny_pipeline(unet=None, transformer=models[0], guide=models[1], **scheduler)
+    pipe.conditioner.null_tokens.copy_(tiny.gaussian(*pipe.conditioner.null_tokens.shape, dtype=torch.float32))
+    plain, free = generate(pipe, IMAGES, guidance_scale=3.0), generate(pipe, IMAGES, guidance_scale=1.0)
+    assert not np.allclose(generate(pipe, IMAGES, guidance_scale=1.0, autoguidance_scale=2.0), free, atol=1e-4)
+    pipe.guider = ClassifierFreeGuidance(3.0)
+    unskipped = generate(pipe, IMAGES)
+    np.testing.assert_allclose(unskipped, plain, atol=1e-5)
+    if family != "pixart":
+        pipe.guider = SkipLayerGuidance(3.0, 2.0, 0.0, 1.0, skip_layer_config=[LayerSkipConfig([1])])
+        with pytest.raises(ValueError, match="diffusers does not do in a"):
+            generate(pipe, IMAGES)
+    skip = LayerSkipConfig([0], skip_attention=family == "pixart")  # it finds the blocks by itself
+    pipe.guider = SkipLayerGuidance(3.0, 2.0, 0.0, 1.0, skip_layer_config=[skip])
+    assert (generate(pipe, IMAGES) != unskipped).any()
+    with pytest.raises(ValueError, match="differ in their class"):
+        DinoDiffusionPipeline.from_pipe(pipe, guider=None, guide=tiny.tiny_unet())
 
 
 def test_paths_are_guided_too(guided):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from diffusers.guiders import BaseGuidance
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import Tensor, nn
 
@@ -44,11 +45,17 @@ def check_guider(guider: Any, denoiser: nn.Module | None, conditioner: DinoImage
         path = _BLOCKS if config.fqn == "auto" else config.fqn
         blocks = dict(denoiser.named_modules()).get(path)
         listed = isinstance(config.indices, list) and isinstance(blocks, nn.ModuleList)
-        if not listed or max(config.indices, default=0) >= len(blocks):
+        if not listed or not config.indices or max(config.indices) >= len(blocks):
             stacks = [path for path, part in denoiser.named_modules() if path.endswith(_BLOCKS)]
             raise ValueError(
                 f"{name} is to skip layers {config.indices} of {config.fqn!r}, and {type(denoiser).__name__} has no "
                 f"such layers. Give a LayerSkipConfig with a list of them, and `fqn` one of {stacks}."
+            )
+        kind = type(blocks[config.indices[0]])
+        if (config.skip_attention or config.skip_attention_scores) and kind is not BasicTransformerBlock:
+            raise ValueError(
+                f"{name} is to skip attention, which diffusers does not do in a {kind.__name__}. Give a "
+                "LayerSkipConfig with skip_attention=False to SkipLayerGuidance, or use another guider."
             )
 
 
