@@ -214,7 +214,7 @@ def test_a_variant_downloads_only_its_weights(hub, folder):
     assert weights
     asked = "HEAD /org/half/resolve/main/conditioner/familiarity.safetensors"  # whether it has statistics: it has none
     assert not [request for request in weights if not request.endswith(".fp16.safetensors") and request != asked]
-    (cached,) = (folder / "cache" / "models--org--dino").rglob("*.safetensors")  # where it was asked for
+    (cached,) = (folder / "cache" / "models--org--dino/snapshots").rglob("*.safetensors")  # where it was asked for
     assert cached.read_bytes() == (folder / "dino" / cached.name).read_bytes()
 
 
