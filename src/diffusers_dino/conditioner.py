@@ -424,7 +424,7 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
         return self.familiarity_of(self.encode(images))
 
     def familiarity_of(self, tokens: Tensor) -> Tensor:
-        """`familiarity` `(B,)` of images by their tokens `(B, num_tokens, token_dim)`; its errors."""
+        """`familiarity` `(B,)` of images by their `tokens` `(B, num_tokens, token_dim)`; its errors."""
         if self.token_statistics is None:
             raise ValueError(
                 "This model holds no statistics of its training images, so it cannot tell which images are like them. "
