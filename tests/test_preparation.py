@@ -27,7 +27,15 @@ WITHOUT = Preprocessing(64, remove_borders=False, clip_percent=0.5, resampling="
 # What a card need not tell: where things are, what concerns only the machine or the progress, what it is made from.
 NOT_TOLD = {
     *("train_data_dir", "dataset_name", "dataset_config_name", "dataset_split", "image_column", "keys_file"),
-    *("max_train_samples", "in_memory", "max_unreadable", "dataloader_num_workers", "pretrained_pipeline", "revision"),
+    *(
+        "max_train_samples",
+        "validation_images",
+        "in_memory",
+        "max_unreadable",
+        "dataloader_num_workers",
+        "pretrained_pipeline",
+        "revision",
+    ),
     *("variant", "conditioner", "encoder", "cache_batch_size", "feature_cache", "pretrained_model_name_or_path"),
     *(
         "vae",

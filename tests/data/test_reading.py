@@ -127,7 +127,7 @@ def test_what_is_no_image(data, tmp_path):
 def test_missing_file(tmp_path):
     with pytest.raises(UnreadableImageError, match="No such file"):
         read_image(tmp_path / "missing.png")
-    with pytest.raises(UnreadableImageError, match="directory"):
+    with pytest.raises(UnreadableImageError, match="is a folder, where a file is needed"):
         read_image(tmp_path)
 
 

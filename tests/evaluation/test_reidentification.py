@@ -5,7 +5,6 @@ import torch
 
 import tiny
 from diffusers_dino.evaluation import ReidentificationResult, evaluate_reidentification
-from diffusers_dino.pixels import to_unit
 
 OPTIONS = {"num_folds": 2, "max_steps": 40, "bootstrap_repeats": 50, "progress": False}
 PEOPLE = 36
@@ -74,7 +73,7 @@ def test_the_nearest_training_image_stands_in_for_a_source(sets, people):
 
 
 def test_what_it_lacks_is_said(sets, people):
-    made = to_unit(people[:4])
+    made = films(people[:4], 4)
     few = {**sets, "training_patients": [f"p{i}" for i in range(2 * PEOPLE)]}
     with pytest.raises(ValueError, match=r"two images or more: there are 0, and it takes 30\. Give more images"):
         evaluate_reidentification(synthetic=made, **few, **OPTIONS)

@@ -22,6 +22,7 @@ FAMILIES: tuple[Family, ...] = (UNet(), SD3(), PixArt(), Sana())
 
 def family_of(model: nn.Module) -> Family:
     """The family that a model is of; a ValueError names those that there are."""
+    model = getattr(model, "_orig_mod", model)  # of a compiled one
     for family in FAMILIES:
         if isinstance(model, family.kind):
             return family

@@ -236,13 +236,13 @@ def label_rows(plan: Plan, left_out: set[int]) -> Iterator[tuple[str, ...]]:
 def _may_write_labels(plan: Plan, left_out: set[int], folder: Path) -> bool:
     """Whether a folder has no `labels.csv`, or one with the rows that it will have."""
     path = folder / LABELS
-    if not path.exists():
-        return True
+    if not path.is_file():
+        return not path.is_dir()  # a pipe is replaced, and never read
     try:
         with open(path, encoding="utf-8", newline="") as file:
             rows = itertools.zip_longest(csv.reader(file), [label_columns(plan), *label_rows(plan, left_out)])
             return all(there is not None and tuple(there) == wanted for there, wanted in rows)
-    except (OSError, ValueError, csv.Error):  # also if it is a folder
+    except (OSError, ValueError, csv.Error):
         return False
 
 

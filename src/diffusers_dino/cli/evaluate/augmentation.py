@@ -11,6 +11,7 @@ Stopped at any moment, the same command goes on where it was. docs/augmentation.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -78,7 +79,8 @@ def measure(args: Arguments, output: Path) -> None:
     models = [] if args.write_folds else [of_fold(args.model, fold) for fold in range(args.num_folds)]
     images, table, names = open_labelled_images(args, args.size, *models[:1])
     for model in models[1:]:
-        preparation_for(model, args.size, images.preprocessing.remove_borders)  # refuses one of other images
+        with suppress(OSError):  # of one that cannot be loaded its own cells tell
+            preparation_for(model, args.size, images.preprocessing.remove_borders)  # refuses one of other images
     if args.labels == STORED:
         known = stored_labels(images)
     else:  # training keys may be of images that --keys_file leaves out
