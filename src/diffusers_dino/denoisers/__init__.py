@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from diffusers.utils.torch_utils import is_compiled_module
 from torch import nn
 
 from .family import Family
@@ -22,7 +23,7 @@ FAMILIES: tuple[Family, ...] = (UNet(), SD3(), PixArt(), Sana())
 
 def family_of(model: nn.Module) -> Family:
     """The family that a model is of; a ValueError names those that there are."""
-    model = getattr(model, "_orig_mod", model)  # of a compiled one
+    model = model._orig_mod if is_compiled_module(model) else model
     for family in FAMILIES:
         if isinstance(model, family.kind):
             return family

@@ -69,9 +69,10 @@ class Family(ABC):
             `(B, L, h, w)`.
         """
 
-    @abstractmethod
     def fit(self, config: Config, channels: int, side: int, token_width: int) -> dict[str, Any]:
         """The config of a new model, with the latents' channels and side, and the width of the tokens."""
+        sizes = {"in_channels": channels, "out_channels": channels, "sample_size": side}
+        return {**config, **sizes, self.token_field: token_width}
 
     def token_width(self, config: Config) -> int:
         """Width of the condition tokens; a ValueError if the model needs other inputs beside tokens."""

@@ -45,9 +45,11 @@ class PixArt(Family):
 
     def fit(self, config: Config, channels: int, side: int, token_width: int) -> dict[str, Any]:
         """As in `Family`; without variances, and without the conditions on resolution and aspect ratio."""
-        sizes = {"in_channels": channels, "out_channels": channels, "sample_size": side}
-        tokens = {"caption_channels": token_width, "cross_attention_dim": width_of(config, 16, 72)}
-        return {**config, **sizes, **tokens, "use_additional_conditions": False}
+        return {
+            **super().fit(config, channels, side, token_width),
+            "cross_attention_dim": width_of(config, 16, 72),
+            "use_additional_conditions": False,
+        }
 
     def token_width(self, config: Config) -> int:
         """As in `Family`; without a projection of the tokens, what cross-attention takes."""

@@ -41,11 +41,8 @@ class Sana(Family):
 
     def fit(self, config: Config, channels: int, side: int, token_width: int) -> dict[str, Any]:
         """As in `Family`."""
-        sizes = {"in_channels": channels, "out_channels": channels, "sample_size": side}
         return {
-            **config,
-            **sizes,
-            "caption_channels": token_width,
+            **super().fit(config, channels, side, token_width),
             "cross_attention_dim": width_of(config, 70, 32),
             "guidance_embeds": False,
         }

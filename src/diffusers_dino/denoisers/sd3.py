@@ -46,13 +46,10 @@ class SD3(Family):
 
     def fit(self, config: Config, channels: int, side: int, token_width: int) -> dict[str, Any]:
         """As in `Family`; positions reach as far as the latents do."""
-        sizes = {"in_channels": channels, "out_channels": channels, "sample_size": side}
-        tokens = {"joint_attention_dim": token_width, "pooled_projection_dim": token_width}
         positions = max(config.get("pos_embed_max_size") or 0, side // config.get("patch_size", 2))
         return {
-            **config,
-            **sizes,
-            **tokens,
+            **super().fit(config, channels, side, token_width),
+            "pooled_projection_dim": token_width,
             "caption_projection_dim": width_of(config, 18, 64),
             "pos_embed_max_size": positions,
         }

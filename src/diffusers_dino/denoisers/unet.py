@@ -43,11 +43,6 @@ class UNet(Family):
             return_dict=False,
         )[0]
 
-    def fit(self, config: Config, channels: int, side: int, token_width: int) -> dict[str, Any]:
-        """As in `Family`."""
-        sizes = {"in_channels": channels, "out_channels": channels, "sample_size": side}
-        return {**config, **sizes, "cross_attention_dim": token_width}
-
     def token_width(self, config: Config) -> int:
         """As in `Family`; a ValueError also if the blocks differ."""
         if config.get("encoder_hid_dim_type") not in (None, "text_proj"):

@@ -71,7 +71,11 @@ def preparation_for(
     ValueError if `remove_borders` contradicts what the model was trained with: samples and figures of other images
     than it knows would say nothing, without looking wrong. Also if neither says it.
     """
-    stored = stored_preparation(model)
+    return _prepare(stored_preparation(model), size, remove_borders)
+
+
+def _prepare(stored: Preprocessing | None, size: int, remove_borders: bool | None) -> Preprocessing:
+    """`preparation_for` a model that holds what is stored."""
     if stored is None and remove_borders is None:
         raise ValueError(
             "The model does not say whether borders were cut off the images that it was trained on, as it is of an "
@@ -98,12 +102,13 @@ def open_images_for(
 
     Shards whose images have been prepared already are taken as they are, also for a model that does not say how.
     """
-    if remove_borders is None and stored_preparation(model) is None:
+    stored = stored_preparation(model)
+    if remove_borders is None and stored is None:
         for removed in (True, False):
             images = open_images(source, Preprocessing(size, removed), **options)
             if images.store.prepared_by == images.preprocessing.fingerprint():
                 return images
-    return open_images(source, preparation_for(model, size, remove_borders), **options)
+    return open_images(source, _prepare(stored, size, remove_borders), **options)
 
 
 def cut_as_in_training(model: DiffusionPipeline, image: PIL.Image.Image) -> PIL.Image.Image:
