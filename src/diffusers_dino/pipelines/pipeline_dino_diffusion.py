@@ -177,11 +177,11 @@ class DinoDiffusionPipeline(
         """A callback may set `_interrupt = True`: the remaining steps are skipped."""
         return self._interrupt
 
-    def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
+    def enable_freeu(self, *args: float, **kwargs: float) -> None:
         """As in diffusers; a ValueError without a UNet, whose skip connections it weighs."""
         if self.unet is None:
             raise ValueError("FreeU weighs the skip connections of a UNet, and this pipeline has none.")
-        super().enable_freeu(s1, s2, b1, b2)
+        super().enable_freeu(*args, **kwargs)
 
     def fuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
         """As in diffusers; a ValueError for the UNet of a pipeline that has none."""
