@@ -32,6 +32,7 @@ from diffusers_dino.cli.arguments import flag, parse_arguments
 from diffusers_dino.cli.console import run
 from diffusers_dino.data.sources.masks import open_masked_images
 from diffusers_dino.diffseg.lungs import lung_prior, name_lungs
+from diffusers_dino.diffseg.settings import ALL_LAYERS, DiffSegSettings, note_settings
 from diffusers_dino.evaluation import (
     MemorizationResult,
     ReconstructionResult,
@@ -113,6 +114,7 @@ def main() -> None:
     with stopwatch("segment"):
         segmentation, strips = segment(pipe, test, training, args.num_paths)
         write_json(output_dir / "segmentation.json", segmentation, indent=2)
+        pipe.unet.save_config(model_dir / "unet")  # with the chosen settings, which are now the defaults
 
     report = Report("diffusers-dino quickstart")
     add_introduction(report, test.images, training.images, pipe)
@@ -257,9 +259,10 @@ def segment(
     """Mean Dice of the lungs on the test set, with controls; and image | true lungs | named segments | segments."""
     diffseg = DiffSegPipeline.from_pipe(pipe)
     few = Phantoms(training.images[:32], training.lungs[:32])  # the setting is chosen on these
-    segments = segment_at(diffseg, test.images, best_setting(diffseg, few))
     untrained = with_fresh_unet(diffseg)
-    segments_of_untrained = segment_at(untrained, test.images, best_setting(untrained, few))
+    for each in (diffseg, untrained):
+        note_best_settings(each, few)
+    segments, segments_of_untrained = diffseg(test.images).masks, untrained(test.images).masks
     pairs = list(zip(segments, test.images[:, 0], strict=True))
     named = torch.stack([name_lungs(numbers, image).mask for numbers, image in pairs])
     size, count = test.lungs.shape[-1], len(test.lungs)
@@ -279,28 +282,16 @@ def segment(
     return figures, contact_sheet(*(column[:num_drawn] for column in columns))
 
 
-class Setting(NamedTuple):
-    layers: tuple[str, ...] | None
-    timestep: int
-    threshold: float
-
-
-def segment_at(diffseg: DiffSegPipeline, images: Tensor, setting: Setting) -> Tensor:
-    """Segments `(N, H, W)`."""
-    layers, timestep, threshold = setting
-    return diffseg(images, timestep, threshold, layers=layers, relative_threshold=True).masks
-
-
-def best_setting(diffseg: DiffSegPipeline, phantoms: Phantoms) -> Setting:
-    """The setting with which one or two segments come nearest to the lungs."""
+def note_best_settings(diffseg: DiffSegPipeline, phantoms: Phantoms) -> None:
+    """Note with the model the settings, its new defaults, with which one or two segments come nearest to the lungs."""
     scores = {}
     for layers, timestep in product(LAYERS, TIMESTEPS):
-        maps = diffseg.attention_maps(phantoms.images, timestep, layers=layers)
+        maps = diffseg.attention_maps(phantoms.images, timestep, layers=layers or ALL_LAYERS)
         for threshold in THRESHOLDS:
             size = phantoms.lungs.shape[-1]
             segments = diffseg.segment(maps, threshold, relative_threshold=True, output_size=size).masks
-            scores[Setting(layers, timestep, threshold)] = best_pairs(segments, phantoms.lungs)
-    return max(scores, key=scores.get)
+            scores[DiffSegSettings(timestep, threshold, layers)] = best_pairs(segments, phantoms.lungs)
+    note_settings(diffseg.unet, max(scores, key=scores.get))
 
 
 def best_pairs(segments: Tensor, lungs: Tensor) -> float:

@@ -8,6 +8,7 @@ import pytest
 import scripts
 import tiny
 import tiny_text
+from diffusers_dino.diffseg import DiffSegSettings, note_settings
 from diffusers_dino.evaluation import SegmentationResult
 
 PHANTOMS = Path(__file__).parents[1] / "examples/data/phantom-cxr/phantom-cxr-test-000000.tar"
@@ -16,7 +17,9 @@ PHANTOMS = Path(__file__).parents[1] / "examples/data/phantom-cxr/phantom-cxr-te
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    tiny.tiny_pipeline().save_pretrained(folder)
+    pipe = tiny.tiny_pipeline()
+    note_settings(pipe.unet, DiffSegSettings(timestep=50))
+    pipe.save_pretrained(folder)
     return folder
 
 
@@ -44,7 +47,10 @@ def test_figures_of_a_model_and_of_its_controls_are_written(flags):
     assert (out / "phantoms" / "failures-ours-best_pair.png").is_file()
     assert not (out / "phantoms" / "layers.png").exists()  # it was not swept
     result = SegmentationResult.load(out / "phantoms" / "result.json")
-    assert {row.method for row in result.methods} >= {"ours", "ours, untrained", "Otsu", "mean mask of other patients"}
+    ours = {"ours", "ours, untrained", "ours, settings noted with it"}
+    assert {row.method for row in result.methods} >= ours | {"Otsu", "mean mask of other patients"}
+    noted = next(sweep for sweep in result.sweeps if sweep.method == "ours, settings noted with it")
+    assert [str(setting) for setting in noted.settings] == ["t 50, threshold 0.35"]
 
 
 @pytest.mark.slow

@@ -104,7 +104,7 @@ def test_the_defaults_find_segments_with_the_bundled_model(diffseg):
     assert 2 <= bundled(image).num_segments[0] <= 8
     maps = bundled.attention_maps(image)
     same = [bundled.segment(maps, **options).masks for options in ({}, {"relative_threshold": True})]
-    same.append(bundled.segment(maps, 0.35, relative_threshold=True).masks)
+    same.append(bundled.segment(maps, bundled.settings.merge_threshold, relative_threshold=True).masks)
     assert all(torch.equal(each, same[0]) for each in same)
     absolute = [
         bundled.segment(maps, **options) for options in ({"merge_threshold": 0.5}, {"relative_threshold": False})

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from diffusers_dino.data import Preprocessing
 from diffusers_dino.data.sources import Record
 from diffusers_dino.data.sources.masks import open_masked_images, to_mask
 
@@ -66,6 +67,26 @@ def test_masks_of_records_are_united_and_may_be_of_half_the_size(tmp_path):
     save(tmp_path / "left.png", disc(20, 20))
     half = Record("jsrt", tmp_path / "image.png", "JPCLN001", patient="1", masks=masks[:1])
     assert open_masked_images([half], 20, 20).mask(0).any()
+
+
+def test_borders_are_cut_off_image_and_mask_alike(tmp_path):
+    scan = (np.indices((60, 80)).sum(0) % 7 + 20) + disc(60, 80) // 2
+    for name, pad in (("plain", (0, 0)), ("framed", (10, 24))):
+        padding = (pad, (6, 30) if name == "framed" else (0, 0))
+        save(tmp_path / f"{name}.png", np.pad(scan, padding))
+        save(tmp_path / f"{name}.mask.png", np.pad(disc(60, 80), padding))
+    removed = open_masked_images(tmp_path, 60, 60, preprocessing=Preprocessing())
+    plain = open_masked_images(tmp_path, 60, 60)
+    framed, whole = (removed.keys.index(name) for name in ("framed", "plain"))
+    assert torch.equal(removed.image(framed), plain.image(whole))
+    assert torch.equal(removed.mask(framed), plain.mask(whole))
+    assert not torch.equal(plain.mask(framed), plain.mask(whole))
+    save(tmp_path / "half.png", np.pad(disc(60, 80), ((10, 24), (6, 30)))[::2, ::2])
+    half = Record("jsrt", tmp_path / "framed.png", "JPCLN001", patient="1", masks=(tmp_path / "half.png",))
+    smaller = open_masked_images([half], 60, 60, preprocessing=Preprocessing()).mask(0)
+    assert (smaller == plain.mask(whole)).float().mean() > 0.98
+    kept = removed.resized(30).select(["framed"])
+    assert kept.preprocessing == Preprocessing(30)
 
 
 def test_a_missing_mask_is_named(folder, tmp_path):

@@ -259,12 +259,19 @@ def blend_tab(
 
 def segments_tab(pipe: DinoDiffusionPipeline, image: gr.State, visitors: Visitors) -> Results:
     segmenter = tasks.Segmenter(pipe)
+    first, last = segmenter.settings, segmenter.last_timestep
     with gr.Row():
         with gr.Column(scale=2, min_width=160):
-            threshold = gr.Slider(0.02, 1, 0.2, step=0.01, label="Merge threshold", info="Higher: fewer segments")
-            last, layers = segmenter.last_timestep, segmenter.layers
-            timestep = gr.Slider(0, last, 1, step=1, label="Timestep", info="Of the noise that the model expects")
-            layer = gr.Dropdown(layers, value=segmenter.finest_layer, label="Self-attention of")
+            threshold = gr.Slider(
+                *(0.02, max(1, first.merge_threshold), first.merge_threshold),
+                step=0.01,
+                label="Merge threshold",
+                info="Higher: fewer segments",
+            )
+            timestep = gr.Slider(
+                0, last, first.timestep, step=1, label="Timestep", info="Of the noise that the model expects"
+            )
+            layer = gr.Dropdown(segmenter.layers, value=segmenter.layer, label="Self-attention of")
             run = gr.Button("Segment", variant="primary")
         with gr.Column(scale=3):
             picture = gr.Image(elem_id="segments", label="Segments", height=480, buttons=BUTTONS, **PICTURE)

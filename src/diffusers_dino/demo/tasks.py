@@ -28,6 +28,7 @@ from .. import DiffSegPipeline, DinoDiffusionPipeline, DinoInterpolationPipeline
 from ..data import ImageDataset, Preprocessing, open_images, read_image
 from ..diffseg.attention import self_attention_layers
 from ..diffseg.merging import suppress
+from ..diffseg.settings import ALL_LAYERS, DiffSegSettings, noted_settings
 from ..familiarity import UNLIKE
 from ..metrics.copy_gate import CopyGate
 from ..metrics.registration import pictures_of
@@ -44,7 +45,6 @@ SCHEDULERS = {
     "Euler": "EulerDiscreteScheduler",
     "Euler, stochastic": "EulerAncestralDiscreteScheduler",
 }
-ALL_LAYERS = "all"
 DISPLAY = 1024  # pixels: larger images are shown smaller, and kept and downloaded at their own size
 MIN_SIDE = 32  # of an image in pixels: a smaller one has nothing to show
 MOST_PIXELS = 2**26  # of a file
@@ -200,9 +200,11 @@ class Segmenter:
     for 64).
 
     Attributes:
-        layers: All of the UNet's self-attention, then the names of its blocks.
+        layers: All of the UNet's self-attention, then the names of its blocks, and what `settings` join by +.
         finest_layer: The last one of the decoder, which often segments better than all together.
         last_timestep: The largest one.
+        settings: To begin with: those that were noted with the model, or the finest layer's at the first timestep.
+        layer: Those layers, as one of `layers`.
     """
 
     def __init__(self, pipe: DinoDiffusionPipeline, kept: int = 8) -> None:
@@ -210,6 +212,9 @@ class Segmenter:
         self.layers = [ALL_LAYERS, *blocks]
         self.finest_layer = ([name for name in blocks if name.startswith("up_blocks")] or blocks)[-1]
         self.last_timestep = pipe.scheduler.config["num_train_timesteps"] - 1
+        self.settings = noted_settings(pipe.denoiser) or DiffSegSettings(1, 0.2, (self.finest_layer,))
+        self.layer = self.settings.joined_layers
+        self.layers += [] if self.layer in self.layers else [self.layer]
         self._pipe = DiffSegPipeline.from_pipe(pipe)
         self._kept = kept
         self._maps: OrderedDict[tuple, Tensor] = OrderedDict()
@@ -221,7 +226,7 @@ class Segmenter:
         """
         key = hashlib.sha256(image.tobytes()).digest(), image.size, timestep, layer
         if key not in self._maps:
-            layers = None if layer == ALL_LAYERS else [layer]
+            layers = layer if layer == ALL_LAYERS else layer.split("+")
             self._maps[key] = self._pipe.attention_maps(fitted(image, _SEEN), timestep, layers=layers)
         self._maps.move_to_end(key)
         if len(self._maps) > self._kept:

@@ -13,8 +13,10 @@ from .merging import (
     relative_thresholds,
     suppress,
 )
+from .settings import DiffSegSettings, note_settings, noted_settings
 
 __all__ = [
+    "DiffSegSettings",
     "EllipsePrior",
     "NamedSegments",
     "aggregate_attention",
@@ -24,6 +26,8 @@ __all__ = [
     "merge_attention",
     "most_agreed",
     "name_lungs",
+    "note_settings",
+    "noted_settings",
     "refine_segments",
     "relative_thresholds",
     "self_attention_layers",

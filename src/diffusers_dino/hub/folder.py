@@ -12,6 +12,7 @@ import torch
 import diffusers_dino
 
 from ..denoisers import family_named
+from ..diffseg.settings import read_settings
 from ..familiarity import STATISTICS, TokenStatistics
 from ..files import read_json
 from ..pipelines.preparation import read_preparation
@@ -112,7 +113,13 @@ def part_facts(folder: str | Path) -> dict[str, Any]:
         facts["width of the condition"] = unet.get("cross_attention_dim")
     if transformer := configs.get("transformer"):
         facts |= _transformer_facts(transformer)
-    facts |= _preparation_facts(configs.get("unet") or configs.get("transformer") or {})
+    denoiser = configs.get("unet") or configs.get("transformer") or {}
+    facts |= _preparation_facts(denoiser)
+    if (noted := read_settings(denoiser)) is not None:
+        facts["segments by default"] = (
+            f"timestep {noted.timestep}, relative merge threshold {noted.merge_threshold:g}, self-attention of "
+            f"{noted.joined_layers}"
+        )
     if "scheduler" in places:
         schedule = _read(places["scheduler"] / "scheduler_config.json")
         names = ("beta_schedule", "prediction_type", "num_train_timesteps", "rescale_betas_zero_snr", "shift")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from ..conditioner import DinoImageConditioner
 from ..denoisers import family_of
 from ..diffseg.attention import capture_self_attention
 from ..diffseg.merging import aggregate_attention, merge_attention, refine_segments, relative_thresholds, suppress
+from ..diffseg.settings import ALL_LAYERS, DiffSegSettings, noted_settings
 from ..fusion import TokenFusion, fuse
 from ..latents import encode_to_moments, vae_scale_factor
 from ..pixels import ImageInput, StoredImages, stored_images, unit_to_vae
@@ -81,7 +82,7 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         from diffusers_dino import DiffSegPipeline, DinoDiffusionPipeline
 
         pipe = DiffSegPipeline.from_pipe(DinoDiffusionPipeline.from_pretrained("outputs/quickstart/model"))
-        masks = pipe(load_image("radiograph.png"), timestep=300, merge_threshold=0.5).masks  # (1, H, W)
+        masks = pipe(load_image("radiograph.png")).masks  # (1, H, W)
         ```
     """
 
@@ -124,6 +125,11 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
     def vae_scale_factor(self) -> int:
         """Pixels per latent along each side; 1 without a VAE."""
         return vae_scale_factor(self.vae) if self.vae is not None else 1
+
+    @property
+    def settings(self) -> DiffSegSettings:
+        """The defaults: those that were noted with the model by `diffseg.settings.note_settings`, or general ones."""
+        return (self.denoiser is not None and noted_settings(self.denoiser)) or DiffSegSettings()
 
     def check_inputs(
         self,
@@ -211,11 +217,11 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
     def attention_maps(
         self,
         image: ImageInput,
-        timestep: int | Sequence[int] = 300,
+        timestep: int | Sequence[int] | None = None,
         *,
         size: int | None = None,
         sides: Collection[int] | None = None,
-        layers: Collection[str] | None = None,
+        layers: Collection[str] | Literal["all"] | None = None,
         weights: Mapping[int, float] | None = None,
         add_noise: bool = False,
         generator: Generators = None,
@@ -230,7 +236,10 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         Returns:
             `(B, s * s, s, s)` float32, each map of sum 1, on the model's device; s is the largest side.
         """
+        timestep = self.settings.timestep if timestep is None else timestep
         self.check_inputs(timestep, size, generator, image_embeds, unet_kwargs, add_noise)
+        if layers is None and sides is None:
+            layers = self.settings.layers
         images = [
             # where that is large, images go straight to the size of the model
             StoredImages.of(each.resized(max(each.size), "bicubic")) if max(each.size) <= _SQUARE_AT_MOST else each
@@ -247,7 +256,7 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         if add_noise:  # drawn in float32, so that a seed means the same in every precision
             noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=torch.float32)
             noise = noise.to(latents.dtype)
-        with capture_self_attention(self.denoiser, sides, layers) as attention:
+        with capture_self_attention(self.denoiser, sides, None if layers == ALL_LAYERS else layers) as attention:
             for t in _timesteps(timestep, self.scheduler.config["num_train_timesteps"]):
                 steps = torch.full((len(latents),), t, device=latents.device)
                 inputs = schedules.add_noise(self.scheduler, latents, noise, steps) if add_noise else latents
@@ -282,7 +291,7 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
 
         The other arguments, and the result, are as in `__call__`.
         """
-        thresholds, relative = _thresholds(merge_threshold, num_merges, relative_threshold)
+        thresholds, relative = self._thresholds(merge_threshold, num_merges, relative_threshold)
         anchors_per_side = min(_ANCHORS_PER_SIDE, maps.shape[-1]) if anchors_per_side is None else anchors_per_side
         check_numbers(anchors_per_side=anchors_per_side)
         check_choice(("pt", "np"), output_type=output_type)
@@ -305,7 +314,7 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
     def __call__(
         self,
         image: ImageInput,
-        timestep: int | Sequence[int] = 300,
+        timestep: int | Sequence[int] | None = None,
         merge_threshold: float | Sequence[float] | None = None,
         num_merges: int = 3,
         anchors_per_side: int | None = None,
@@ -313,7 +322,7 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         refine: bool = False,
         size: int | None = None,
         sides: Collection[int] | None = None,
-        layers: Collection[str] | None = None,
+        layers: Collection[str] | Literal["all"] | None = None,
         weights: Mapping[int, float] | None = None,
         add_noise: bool = False,
         generator: Generators = None,
@@ -329,9 +338,10 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
             image: B images of any type that `diffusers_dino.pixels.to_unit` reads.
             timestep: Of the denoising step whose attention is read, or several, over which maps are averaged: from 0,
                 an image, to the scheduler's `num_train_timesteps` - 1, noise. Of a flow it is that share of its time.
+                By default that of `settings`.
             merge_threshold: Maps less than this apart, in nats of symmetric Kullback-Leibler divergence, are one
                 segment; one for all passes, or a sequence with one for each. Infinity gives one segment. By default
-                0.35 with `relative_threshold`, and 0.5 without.
+                that of `settings` with `relative_threshold`, and 0.5 without.
             num_merges: Passes of merging, where `merge_threshold` is one number.
             anchors_per_side: Of the grid of maps that merging starts from; by default 16, or s where that is less.
             relative_threshold: Whether `merge_threshold` is in units of the mean divergence between the image's maps,
@@ -341,7 +351,8 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
             size: Side in pixels that images are stretched to for the model; by default what its config says.
             sides: Side lengths of the self-attention layers to use, in latents or patches; by default all.
             layers: Names of the self-attention layers to use, or of their blocks, such as `["up_blocks"]`: the first
-                layer of the decoder's largest resolution may segment better than all; by default all.
+                layer of the decoder's largest resolution may segment better than all; `"all"`: all. By default those
+                of `settings`, or all of the `sides` that are given.
             weights: Weight of each side; by default in proportion to it.
             add_noise: Whether to add noise of the timestep to the latents. DiffSeg gives the model the clean latents.
             generator: Of that noise: one, or a list of B.
@@ -360,7 +371,7 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
                 a side that was asked for, or images of different sizes come without an `output_size`.
             RuntimeError: If the latents come out with NaN or infinity, or another call uses the pipeline or its UNet.
         """
-        _thresholds(merge_threshold, num_merges, relative_threshold)  # refused before the model runs
+        self._thresholds(merge_threshold, num_merges, relative_threshold)  # refused before the model runs
         check_choice(("pt", "np"), output_type=output_type)
         if output_size is not None:
             _output_size(output_size)
@@ -405,6 +416,20 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
     def _title(self) -> str:
         return "UNet" if self.transformer is None else "transformer"
 
+    def _thresholds(
+        self, merge_threshold: float | Sequence[float] | None, num_merges: int, relative: bool | None
+    ) -> tuple[list[float], bool]:
+        """One threshold a pass, checked: one `num_merges` times, or those that were given; and what they are in."""
+        check_numbers(num_merges=num_merges)
+        relative = merge_threshold is None if relative is None else bool(relative)
+        if merge_threshold is None:
+            merge_threshold = self.settings.merge_threshold if relative else 0.5
+        listed = isinstance(merge_threshold, (Sequence, np.ndarray, Tensor)) and np.ndim(merge_threshold) == 1
+        thresholds = list(merge_threshold) if listed else [merge_threshold] * num_merges
+        if not thresholds or not all(isinstance(each, (Real, Tensor)) and each > 0 for each in thresholds):  # no NaN
+            raise ValueError(f"`merge_threshold` must be above 0, got {merge_threshold!r}: at 0 no maps are similar.")
+        return [float(threshold) for threshold in thresholds], relative
+
     def _check_denoiser(self) -> None:
         """Refuse two denoisers, a transformer of an unknown class, and other latents than the VAE makes."""
         if self.transformer is not None:
@@ -446,21 +471,6 @@ def _for_batch(value: Any, batch_size: int, dtype: torch.dtype, device: torch.de
     if len(value) not in (1, batch_size):
         raise ValueError(f"An input of the UNet is for {len(value)} images, and there are {batch_size}.")
     return value.expand(batch_size, *value.shape[1:])
-
-
-def _thresholds(
-    merge_threshold: float | Sequence[float] | None, num_merges: int, relative: bool | None
-) -> tuple[list[float], bool]:
-    """One threshold a pass, checked: the same `num_merges` times, or those that were given; and what they are in."""
-    check_numbers(num_merges=num_merges)
-    relative = merge_threshold is None if relative is None else bool(relative)
-    if merge_threshold is None:
-        merge_threshold = 0.35 if relative else 0.5
-    listed = isinstance(merge_threshold, (Sequence, np.ndarray, Tensor)) and np.ndim(merge_threshold) == 1
-    thresholds = list(merge_threshold) if listed else [merge_threshold] * num_merges
-    if not thresholds or not all(isinstance(each, (Real, Tensor)) and each > 0 for each in thresholds):  # refuses NaN
-        raise ValueError(f"`merge_threshold` must be above 0, got {merge_threshold!r}: at 0 no maps are similar.")
-    return [float(threshold) for threshold in thresholds], relative
 
 
 def _output_size(size: int | tuple[int, int]) -> tuple[int, int]:

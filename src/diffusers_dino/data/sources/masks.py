@@ -1,14 +1,14 @@
 """Images with segmentation masks: folders, shards, and data sets of the catalogue that have masks.
 
-Image and mask are cut to the largest centred square and resized, masks by nearest neighbour. Borders are not removed,
-because they are found in the pixels of the image.
+Image and mask are cut to the largest centred square and resized, masks by nearest neighbour. Where borders are to be
+removed, they are found in the image, and cut off both.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..datasets import to_float
-from ..images.preprocessing import Preprocessing, center_crop
+from ..images.preprocessing import Preprocessing, border_window, center_crop
 from ..images.reading import read_image
 from ..stores import ImageStore
 from ..stores.archives import split_name
@@ -52,10 +52,16 @@ class _Entry:
 class MaskedImages(Sequence[MaskedImage]):
     """Images with masks, read on access."""
 
-    def __init__(self, entries: Iterable[_Entry], size: int, mask_size: int, max_scale: int = 1) -> None:
+    def __init__(
+        self, entries: Iterable[_Entry], preprocessing: Preprocessing, mask_size: int, max_scale: int = 1
+    ) -> None:
         self._entries = list(entries)
-        self.size, self.mask_size, self._max_scale = size, mask_size, max_scale
-        self._prepare = Preprocessing(size, remove_borders=False)
+        self.preprocessing, self.mask_size, self._max_scale = preprocessing, mask_size, max_scale
+
+    @property
+    def size(self) -> int:
+        """Side of the images in pixels."""
+        return self.preprocessing.size
 
     @property
     def keys(self) -> list[str]:
@@ -79,29 +85,29 @@ class MaskedImages(Sequence[MaskedImage]):
         """Read one sample; `UnreadableImageError` if a file is damaged, `ValueError` if the mask does not fit."""
         entry = self._entries[index]
         pixels = entry.read_image()
-        mask = self._mask(entry, pixels.shape[:2])
-        return MaskedImage(entry.key, to_float(self._prepare(pixels)), mask)
+        return MaskedImage(entry.key, to_float(self.preprocessing(pixels)), self._mask(entry, pixels))
 
     def image(self, index: int) -> Tensor:
         """Only the image of a sample, `(1 or 3, size, size)` in [0, 1]."""
-        return to_float(self._prepare(self._entries[index].read_image()))
+        return to_float(self.preprocessing(self._entries[index].read_image()))
 
     def mask(self, index: int) -> Tensor:
         """Only the mask of a sample, `(mask_size, mask_size)` bool, checked against its image's size."""
         entry = self._entries[index]
-        return self._mask(entry, entry.read_image().shape[:2])
+        return self._mask(entry, entry.read_image())
 
     def resized(self, size: int) -> MaskedImages:
         """The same samples with images of another size."""
-        return MaskedImages(self._entries, size, self.mask_size, self._max_scale)
+        return MaskedImages(self._entries, replace(self.preprocessing, size=size), self.mask_size, self._max_scale)
 
     def select(self, keys: Sequence[str]) -> MaskedImages:
         """The samples of these keys, in their order; raises `KeyError` if one is missing."""
         entries = {entry.key: entry for entry in self._entries}
-        return MaskedImages([entries[key] for key in keys], self.size, self.mask_size, self._max_scale)
+        return MaskedImages([entries[key] for key in keys], self.preprocessing, self.mask_size, self._max_scale)
 
-    def _mask(self, entry: _Entry, image_shape: tuple[int, ...]) -> Tensor:
+    def _mask(self, entry: _Entry, image: np.ndarray) -> Tensor:
         united: np.ndarray | None = None
+        image_shape = image.shape[:2]
         for name, pixels in entry.read_masks():
             size = pixels.shape[:2]
             if not any((size[0] * n, size[1] * n) == image_shape for n in range(1, self._max_scale + 1)):
@@ -111,13 +117,21 @@ class MaskedImages(Sequence[MaskedImage]):
             if united is not None and part.shape != united.shape:
                 raise ValueError(f"{name} is {_size(part.shape)}, the mask before it {_size(united.shape)}.")
             united = part if united is None else united | part
+        if self.preprocessing.remove_borders:
+            n = image_shape[0] // len(united)  # a mask may be smaller
+            rows, columns = border_window(image, self.preprocessing.border_tolerance)
+            united = united[rows.start // n : -(-rows.stop // n), columns.start // n : -(-columns.stop // n)]
         square = Image.fromarray(center_crop(united).astype(np.uint8))
         nearest = square.resize((self.mask_size, self.mask_size), Image.Resampling.NEAREST)
         return torch.from_numpy(np.array(nearest)).bool()
 
 
 def open_masked_images(
-    source: str | Path | Iterable[Record], size: int, mask_size: int = 256, max_samples: int | None = None
+    source: str | Path | Iterable[Record],
+    size: int,
+    mask_size: int = 256,
+    max_samples: int | None = None,
+    preprocessing: Preprocessing | None = None,
 ) -> MaskedImages:
     """Open images with masks.
 
@@ -127,6 +141,7 @@ def open_masked_images(
             of the catalogue, whose masks, such as those of the left and the right lung, are united.
         size, mask_size: Sides of the images and of the masks in pixels.
         max_samples: Use only the first ones.
+        preprocessing: How images are prepared, at any size; by default their borders stay on.
 
     `FileNotFoundError` if there is no folder, no image or no mask of an image; `ValueError` if no record has a mask.
     """
@@ -139,7 +154,8 @@ def open_masked_images(
         entries = _from_two_folders(Path(source) / "images", Path(source) / "masks")
     else:
         entries = _from_companions(source)
-    return MaskedImages(entries[:max_samples], size, mask_size, max_scale)
+    preprocessing = replace(preprocessing or Preprocessing(remove_borders=False), size=size)
+    return MaskedImages(entries[:max_samples], preprocessing, mask_size, max_scale)
 
 
 def to_mask(values: Any, name: str = "mask") -> Tensor:

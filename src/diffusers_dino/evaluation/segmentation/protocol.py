@@ -27,6 +27,7 @@ from tqdm import tqdm
 from ...data.images.errors import UnreadableImageError
 from ...data.sources.masks import MaskedImages
 from ...diffseg.lungs import lung_prior, most_agreed, name_lungs
+from ...diffseg.settings import noted_settings
 from ...files import lock_folder, make_writable_folder
 from ...metrics.bootstrap import bootstrap_interval
 from ...metrics.dice import best_union, dice, union_of
@@ -161,7 +162,7 @@ def evaluate_segmentation(
     sweep = sweep or Sweep()
     swept: dict[str, list[SweptSegments]] = {}
 
-    def add(name: str, pipe: DiffSegPipeline, checkpoint: str = "") -> None:
+    def add(name: str, pipe: DiffSegPipeline, sweep: Sweep, checkpoint: str = "") -> None:
         logger.info("%s: %s", ", ".join(filter(None, (dataset, name))), checkpoint or "all settings")
         place = Path(folder) / file_name(name) / (file_name(checkpoint) or "model")
         options = {"checkpoint": checkpoint, "chunk": batch_size, "progress": progress}
@@ -170,9 +171,11 @@ def evaluate_segmentation(
     with lock_folder(make_writable_folder(folder)):
         for model in models_of(models):
             pipe, is_first = DiffSegPipeline.from_pipe(model.pipe), model.name not in swept
-            add(model.name, pipe, model.checkpoint)
+            add(model.name, pipe, sweep, model.checkpoint)
+            if (noted := noted_settings(pipe.denoiser)) is not None:
+                add(f"{model.name}, settings noted with it", pipe, sweep.at(noted), model.checkpoint)
             if untrained and is_first and pipe.conditioner is not None:
-                add(f"{model.name}, untrained", with_fresh_unet(pipe))
+                add(f"{model.name}, untrained", with_fresh_unet(pipe), sweep)
     return SegmentationStudy(score_segments(swept, images, dataset=dataset, seed=seed, progress=progress), swept)
 
 

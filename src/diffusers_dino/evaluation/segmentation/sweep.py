@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -18,7 +19,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ...data import Preprocessing
 from ...data.sources.masks import MaskedImages
+from ...diffseg.settings import ALL_LAYERS, DiffSegSettings
 from ...files import atomic_write, make_writable_folder, remove_partials
 from ...fingerprints import fingerprint_pipeline, hash_of
 from ...frozen import freeze
@@ -27,8 +30,6 @@ from ...pipelines.checks import image_size
 from ...seeds import generator_for
 
 __all__ = ["Setting", "Sweep", "SweptSegments", "segment_images"]
-
-_ALL_LAYERS = "all"
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Sweep:
 
     timesteps: tuple[int, ...] = (1, 50, 100, 300)
     thresholds: tuple[float, ...] = (0.2, 0.25, 0.3, 0.35, 0.4, 0.5)
-    layers: tuple[str, ...] = (_ALL_LAYERS,)
+    layers: tuple[str, ...] = (ALL_LAYERS,)
     relative: bool = True
     refine: bool = True
     num_merges: int = 3
@@ -70,6 +71,12 @@ class Sweep:
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"A sweep needs one or more {name}, all different, got {list(values)}.")
             object.__setattr__(self, name, tuple(values))  # lists, as JSON gives them, are welcome
+
+    def at(self, settings: DiffSegSettings) -> Sweep:
+        """A sweep of only these settings, such as those that were noted with a model; all else is as here."""
+        timesteps, thresholds = (settings.timestep,), (settings.merge_threshold,)
+        layers = (settings.joined_layers,)
+        return replace(self, timesteps=timesteps, thresholds=thresholds, layers=layers, relative=True)
 
     @property
     def views(self) -> list[tuple[str, int]]:
@@ -88,7 +95,7 @@ class Setting:
 
     def __str__(self) -> str:
         parts = [self.checkpoint] if self.checkpoint else []
-        parts += [self.layers] if self.layers != _ALL_LAYERS else []
+        parts += [self.layers] if self.layers != ALL_LAYERS else []
         return ", ".join([*parts, f"t {self.timestep}", f"threshold {self.threshold:g}"])
 
 
@@ -157,6 +164,7 @@ def segment_images(
         **asdict(sweep),
         "chunk": chunk,
         "images": hash_of("\n".join(images.keys))[:16],
+        "images are prepared by": _told(images.preprocessing),
         "model": fingerprint_pipeline(pipe),
     }
     remove_partials(folder)
@@ -170,6 +178,12 @@ def segment_images(
     return swept
 
 
+def _told(preprocessing: Preprocessing) -> dict[str, Any] | None:
+    """How images are prepared, apart from their size; None for images whose borders stay on, as they once all did."""
+    told = {name: value for name, value in asdict(preprocessing).items() if name != "size"}
+    return None if preprocessing == Preprocessing(preprocessing.size, remove_borders=False) else told
+
+
 def _segment_unit(
     pipe: DiffSegPipeline, images: MaskedImages, sweep: Sweep, view: int, members: range
 ) -> Iterator[np.ndarray]:
@@ -180,7 +194,7 @@ def _segment_unit(
         [images.image(i) for i in members],
         timestep,
         size=images.size,
-        layers=None if layers == _ALL_LAYERS else layers.split("+"),
+        layers=ALL_LAYERS if layers == ALL_LAYERS else layers.split("+"),
         add_noise=sweep.add_noise,
         generator=generators,
     )
