@@ -3,12 +3,12 @@ r"""The whole suite on real radiographs: what it takes, an honest set, and plant
     python benchmarks/suite.py --images ../shared/cxr/kermany/images \
         --table ../shared/cxr/kermany.csv
     python benchmarks/suite.py --images ../shared/cxr/nih --table ../shared/cxr/nih.csv --num_images 220
-    python benchmarks/suite.py --overfitted 8
+    python benchmarks/suite.py --cases overfitted --num_images 8
 
 Images are shared out by patient to a synthetic, a real and a training set. The first set is honest: real images of
-others. In `planted` it holds blurred copies of training images, and its labels are shuffled. Prints seconds of wall
-clock and of processors, and the answers. The last command overfits the bundled model on so many phantoms and attacks
-it.
+others. In `planted` it holds blurred copies of training images, and its labels are shuffled. In `overfitted` it is
+honest again, and the model, which is attacked in all cases, learns the training set by heart first. Prints seconds of
+wall clock and of processors, and the answers.
 """
 
 from __future__ import annotations
@@ -25,55 +25,55 @@ from PIL import Image, ImageFilter
 
 from diffusers_dino import DinoDiffusionPipeline
 from diffusers_dino.cli.arguments import flag, parse_arguments
-from diffusers_dino.data import Preprocessing, open_images
-from diffusers_dino.data.datasets import to_float
-from diffusers_dino.data.labels import LabelTable, read_label_table
-from diffusers_dino.evaluation import evaluate_membership, evaluate_suite, open_image_set
+from diffusers_dino.data import ImageDataset, Preprocessing
+from diffusers_dino.data.labels import LabelTable, read_label_table, stored_labels
+from diffusers_dino.evaluation import evaluate_suite, open_image_set
+from diffusers_dino.evaluation.generation import stack_images
+from diffusers_dino.evaluation.packed import at_size
 from diffusers_dino.latents import encode_to_moments
-from diffusers_dino.pixels import unit_to_uint8, unit_to_vae
+from diffusers_dino.pipelines.checks import image_size
+from diffusers_dino.pipelines.preparation import open_images_for
+from diffusers_dino.pixels import unit_to_vae
 from diffusers_dino.seeds import generator_for
 
-PHANTOMS = "examples/data/phantom-cxr/phantom-cxr-{}-*.tar"
 SETS = ("synthetic", "real", "training")
 
 
 @dataclass
 class Arguments:
-    images: str | None = flag(None, "Folder of real images.")
-    table: str | None = flag(None, "Their labels and patients.")
+    images: str = flag("examples/data/phantom-cxr", "Real images: a folder or tars.")
+    table: str | None = flag(None, "Their labels and patients; by default those beside images in shards.")
     label_column: str = flag("findings", "Its column of labels.")
     num_images: int = flag(500, "Images of each set.")
     size: int = flag(64, "Side in pixels.")
-    model: str | None = flag(None, "A pipeline to attack, too.")
-    cases: list[str] = flag(["honest", "planted"], "Which sets to score.")
+    model: str = flag("examples/data/tiny-diffusion", "The pipeline that is attacked.")
+    cases: list[str] = flag(["honest", "planted"], "Which sets to score: honest, planted, overfitted.")
     num_copies: int = flag(10, "Planted copies.")
-    overfitted: int = flag(0, "Overfit the bundled model on so many phantoms, and attack it.")
-    overfit_steps: int = flag(150, "Updates of it.")
+    overfit_steps: int = flag(150, "Updates by which a model is overfitted, of 32 images at most.")
     seed: int = flag(0, "Of the sets.")
 
 
 def main() -> None:
     args = parse_arguments(Arguments, description=__doc__)
-    if args.overfitted:
-        attack_overfitted(args)
-        return
     with TemporaryDirectory() as folder:
         for case in args.cases:
-            score(args, Path(folder) / case, planted=case == "planted")
+            score(args, Path(folder) / case)
 
 
-def score(args: Arguments, folder: Path, planted: bool) -> None:
-    table = read_label_table(args.table, label_column=args.label_column)
-    images = open_images(args.images, Preprocessing(args.size))
+def score(args: Arguments, folder: Path) -> None:
+    pipe = DinoDiffusionPipeline.from_pretrained(args.model)
+    images = open_images_for(pipe, args.images, args.size)
+    table = read_label_table(args.table, label_column=args.label_column) if args.table else stored_labels(images)
     table = table.select(images.keys)
     chosen = share_out(table, args.num_images, args.seed)
     for name, keys in chosen.items():
         write(folder / name, images.select(keys), table)
-    if planted:
+    if folder.name == "planted":
         spoil(folder, args.num_copies, args.seed)
     plain = Preprocessing(args.size, remove_borders=False)
     sets = {name: open_image_set(folder / name, plain, folder / f"{name}.csv", label_column="labels") for name in SETS}
-    pipe = DinoDiffusionPipeline.from_pretrained(args.model) if args.model else None
+    if folder.name == "overfitted":
+        overfit(pipe, at_size(sets["training"].images, image_size(pipe)), args)
     started, worked = time.perf_counter(), time.process_time()
     times: list[tuple[str, float, float]] = []
     result = evaluate_suite(
@@ -131,36 +131,24 @@ def spoil(folder: Path, count: int, seed: int) -> None:
         csv.writer(file).writerows([header, *([*row[:2], rows[i][2]] for row, i in zip(rows, order, strict=True))])
 
 
-def attack_overfitted(args: Arguments) -> None:
-    pipe = DinoDiffusionPipeline.from_pretrained("examples/data/tiny-diffusion")
-    members, others = (phantoms(split, args.overfitted) for split in ("train", "test"))
-    before = evaluate_membership(pipe, members, others, seed=args.seed, progress=False)
+def overfit(pipe: DinoDiffusionPipeline, images: ImageDataset, args: Arguments) -> None:
+    """Train the UNet on these few images until it knows them by heart."""
+    shown = stack_images(images)
     with torch.no_grad():
-        pixels = unit_to_vae(unit_to_uint8(members).float() / 255, pipe.vae.config["in_channels"])
-        latents, tokens = encode_to_moments(pipe.vae, pixels)[0], pipe.encode_image(members)
+        pixels = unit_to_vae(shown, pipe.vae.config["in_channels"])
+        latents, tokens = encode_to_moments(pipe.vae, pixels)[0], pipe.encode_image(shown)
     pipe.unet.train().requires_grad_(True)
     optimizer, random = torch.optim.AdamW(pipe.unet.parameters(), 1e-3), torch.Generator().manual_seed(args.seed)
     for _ in range(args.overfit_steps):
-        timesteps = torch.randint(0, 500, (len(latents),), generator=random)
-        noise = torch.randn(latents.shape, generator=random)
-        noisy = pipe.scheduler.add_noise(latents, noise, timesteps)
-        loss = (pipe.unet(noisy, timesteps, encoder_hidden_states=tokens).sample - noise).square().mean()
+        some = torch.randperm(len(latents), generator=random)[:32]
+        timesteps = torch.randint(0, 500, (len(some),), generator=random)
+        noise = torch.randn(latents[some].shape, generator=random)
+        noisy = pipe.scheduler.add_noise(latents[some], noise, timesteps)
+        loss = (pipe.unet(noisy, timesteps, encoder_hidden_states=tokens[some]).sample - noise).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     pipe.unet.eval().requires_grad_(False)
-    after = evaluate_membership(pipe, members, others, seed=args.seed, progress=False)
-    for name, result in (("as it is bundled", before), ("overfitted", after)):
-        attack = result.combined
-        print(
-            f"{name}: AUROC {attack.auroc:.3f} [{attack.low:.3f}, {attack.high:.3f}] of {result.num_training} and "
-            f"{result.num_held_out} images; leaks: {result.leaks}"
-        )
-
-
-def phantoms(split: str, count: int) -> torch.Tensor:
-    images = open_images(PHANTOMS.format(split), Preprocessing(128, remove_borders=False))
-    return torch.stack([to_float(array) for _, array in images.read_many(range(count))])
 
 
 if __name__ == "__main__":

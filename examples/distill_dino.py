@@ -31,7 +31,6 @@ from diffusers_dino.cli.training_flags import (
     ImageArguments,
     RunArguments,
     make_augmentation,
-    note_training_images,
     open_training_images,
 )
 from diffusers_dino.cli.training_run import TrainingRun
@@ -40,6 +39,7 @@ from diffusers_dino.fingerprints import fingerprint_pipeline
 from diffusers_dino.fusion import fuse
 from diffusers_dino.hub import TrainingRecord
 from diffusers_dino.pipelines.lora import save_adapter
+from diffusers_dino.pipelines.preparation import note_preparation
 from diffusers_dino.schedules import embed_guidance, is_flow
 from diffusers_dino.training import models, objective
 from diffusers_dino.training.consistency import ConsistencySchedule, pseudo_huber
@@ -87,11 +87,12 @@ def train(args: Arguments, opened: Run) -> None:
     with accelerator.main_process_first():  # one process downloads
         pipe = load_teacher(args)
     schedule = ConsistencySchedule(pipe.scheduler, args.teacher_steps).to(accelerator.device)
-    images = open_training_images(args)
+    images = open_training_images(args, pipe, may_differ=args.rank is None)
     models.latent_shape(pipe.vae, pipe.denoiser, args.resolution)  # checks the resolution
     teacher = {**fingerprint_pipeline(pipe), "lora_alpha": args.rank and (args.lora_alpha or args.rank)}
     student = make_student(args, pipe.denoiser)
-    note_training_images(pipe, images, None if args.rank else student)
+    if not args.rank:
+        note_preparation(student, images.preprocessing, pipe.vae.config["in_channels"])
     frozen_dtype = models.frozen_dtype(accelerator.mixed_precision)
     for model in filter(None, (pipe.vae, pipe.conditioner, pipe.fusion, pipe.denoiser)):
         nn.Module.to(model.requires_grad_(False), accelerator.device, frozen_dtype)

@@ -31,7 +31,6 @@ from diffusers_dino.cli.training_flags import (
     check_frozen_models,
     load_frozen,
     make_augmentation,
-    note_training_images,
     open_training_images,
     patients_of,
     split_off_unseen,
@@ -41,6 +40,7 @@ from diffusers_dino.files import save_atomically
 from diffusers_dino.fingerprints import fingerprint_model, hash_of
 from diffusers_dino.fusion import fuse
 from diffusers_dino.hub import push_folder
+from diffusers_dino.pipelines.preparation import note_preparation
 from diffusers_dino.schedules import is_flow
 from diffusers_dino.training import models, objective, optim, validation
 from diffusers_dino.training.feature_cache import Recipe, open_feature_cache
@@ -133,13 +133,13 @@ def run_training(args: Arguments, run: Run) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
 
     to_measure_on = args.metric_num_images if args.metric_steps else 0
-    images, unseen = split_off_unseen(args, open_training_images(args), to_measure_on)
+    images = open_training_images(args, args.pretrained_pipeline, may_differ=args.rank is None)
+    images, unseen = split_off_unseen(args, images, to_measure_on)
     views = data.TrainingViews(images, make_augmentation(args), args.seed)
     with accelerator.main_process_first():  # one process downloads
         pipe = build_pipeline(args, views.images, accelerator.device)
     models.latent_shape(pipe.vae, pipe.denoiser, args.resolution)  # checks the resolution
     check_objective(args, pipe)
-    note_training_images(pipe, images, None if args.rank else pipe.denoiser)
     run.begin(images, use_8bit_adam=args.use_8bit_adam, models=describe_models(args, pipe))
     if accelerator.is_main_process:
         save_frozen(args, pipe)
@@ -353,6 +353,8 @@ def build_pipeline(args: Arguments, images: data.ImageDataset, device: torch.dev
         models.add_lora(pipe.denoiser, args.rank, args.lora_alpha)
         if pipe.fusion is not None:
             pipe.fusion.requires_grad_(False)
+    else:
+        note_preparation(pipe.denoiser, images.preprocessing, pipe.vae.config["in_channels"])
     return pipe
 
 

@@ -125,7 +125,7 @@ def run_training(args: Arguments, run: Run) -> None:
     columns = name_columns(args)
 
     # 1. Images, what is known of them, and their tokens
-    views = open_views(args)
+    views = open_views(args, may_differ=False)
     facts = read_known(args, views.images, columns)
     chosen = prior.split_held_out(
         views.images.keys,

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ from PIL import Image
 
 import tiny
 from diffusers_dino import DiffSegPipeline, DinoDiffusionPipeline, DinoInterpolationPipeline
+from diffusers_dino.cli.evaluate.labels import prepared_as_sources
 from diffusers_dino.cli.record import told_settings
+from diffusers_dino.cli.training_flags import open_training_images
 from diffusers_dino.data import Preprocessing
 from diffusers_dino.hub.folder import model_files, part_facts
 from diffusers_dino.pipelines.preparation import (
@@ -68,10 +71,17 @@ def folder(tmp_path_factory) -> Path:
     pipe.save_pretrained(folder / "older")
     note_preparation(pipe.unet, WITHOUT, 3)
     pipe.save_pretrained(folder / "model")
+    note_preparation(pipe.unet, Preprocessing(32), 3)
+    pipe.save_pretrained(folder / "other")
     for path in sorted(image_folder(folder / "images", 4, size=40).iterdir()):
         framed = np.zeros((60, 60), np.uint8)
         framed[10:50, 10:50] = np.asarray(Image.open(path)) // 2 + 100
         Image.fromarray(framed).save(path)
+        (folder / "pairs").mkdir(exist_ok=True)
+        shutil.copy(path, folder / "pairs")
+        Image.fromarray((framed > 150).astype(np.uint8) * 255).save(folder / "pairs" / f"{path.stem}.mask.png")
+    (folder / "keys").write_text("000\n")
+    (folder / "labels.csv").write_text("file,patient,findings\n" + "".join(f"00{n}.png,{n},Mass\n" for n in range(4)))
     (folder / "salt").write_text("a salt of 16 bytes")
     options = {"source": folder / "images", "salt_file": folder / "salt", "num_workers": 0, "size": 32}
     call_script("shards", output_dir=folder / "shards", **options)
@@ -121,24 +131,85 @@ def test_a_note_of_another_version_is_refused(pipe, note):
         stored_preparation(pipe)
 
 
-COMMANDS = {
-    "synthesise": {"num_images": 1, "plan_only": True},
-    "evaluate fidelity": {},
-    "evaluate interpolation": {"training_keys": "keys"},
-    "evaluate augmentation": {"labels": "labels.csv", "num_labels": 1, "size": 32},
+TRAINED = {"training": "images", "training_keys": "keys", "held_out": "images"}
+COMMANDS = {  # names of the folder stand for paths
+    "synthesise": {"data_dir": "images", "num_images": 1, "plan_only": True},
+    "evaluate fidelity": {"data_dir": "images"},
+    "evaluate interpolation": {"data_dir": "images", "training_keys": "keys"},
+    "evaluate augmentation": {"data_dir": "images", "labels": "labels.csv", "num_labels": 1, "size": 32},
+    "evaluate membership": TRAINED,
+    "evaluate memorization": {**TRAINED, "size": 32},
+    "evaluate suite": {"synthetic": "images", "real": "images", "size": 32},
 }
+
+
+def called(folder: Path, flags: dict) -> dict:
+    """Flags with the names of what is in the folder as paths."""
+    names = {path.name for path in folder.iterdir()}
+    return {flag: folder / value if value in names else value for flag, value in flags.items()}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_commands_refuse_other_images_and_ask_of_older_models(folder, tmp_path, name):
-    (folder / "keys").write_text("000\n")
-    (folder / "labels.csv").write_text("file,patient,findings\n" + "".join(f"00{n}.png,{n},Mass\n" for n in range(4)))
-    flags = {"data_dir": folder / "images", "output_dir": tmp_path / "out", **COMMANDS[name]}
-    flags |= {key: folder / flags[key] for key in ("training_keys", "labels") if key in flags}
+    flags = called(folder, {**COMMANDS[name], "output_dir": tmp_path / "out"})
     with pytest.raises(ValueError, match="trained with remove_borders=False"):
         call_script(name, model=folder / "model", remove_borders=True, **flags)
     with pytest.raises(ValueError, match="does not say whether borders"):
         call_script(name, model=folder / "older", **flags)
+
+
+def test_masked_images_are_prepared_for_all_models_alike(folder, tmp_path):
+    flags = {"data": [str(folder / "pairs")], "output_dir": tmp_path / "out", "mask_size": 32, "untrained": False}
+    flags |= {"timesteps": [1], "thresholds": [0.5], "num_examples": 0, "refine": False}
+    for pipelines, removed, message in (
+        (["model"], True, "trained with remove_borders=False"),
+        (["model", "other"], None, "trained with remove_borders=True"),
+        (["older", "other"], None, "trained with remove_borders=True"),
+    ):
+        paths = [str(folder / name) for name in pipelines]
+        with pytest.raises(ValueError, match=message):
+            call_script("evaluate segmentation", pipeline=paths, remove_borders=removed, **flags)
+
+
+def test_labels_are_judged_on_images_that_are_prepared_as_the_sources(folder, tmp_path):
+    made, options = {}, {"num_images": 2, "num_inference_steps": 1, "num_drawn": 0}
+    for name in ("model", "other"):
+        made[name] = [str(tmp_path / name)]
+        call_script("synthesise", model=folder / name, data_dir=folder / "images", output_dir=made[name][0], **options)
+    assert prepared_as_sources({"model": made["model"]}) == dataclasses.replace(WITHOUT, size=32)
+    with pytest.raises(ValueError, match="judge these sets apart"):
+        prepared_as_sources(made)
+    flags = called(folder, {"data_dir": "images", "labels": "labels.csv", "num_labels": 1, "size": 32})
+    flags["output_dir"] = tmp_path / "out"
+    with pytest.raises(ValueError, match="trained with remove_borders=False"):
+        call_script("evaluate labels", synthetic=made["model"], remove_borders=True, **flags)
+
+
+TRAININGS = {"train_prior.py": {}, "train_dino.py": {"rank": 2}, "distill_dino.py": {"rank": 2}}
+
+
+@pytest.mark.parametrize("script", TRAININGS)
+def test_what_is_added_to_a_model_sees_its_images(folder, tmp_path, script):
+    flags = {"pretrained_pipeline": folder / "model", "train_data_dir": folder / "images", "resolution": 32}
+    with pytest.raises(ValueError, match="trained with remove_borders=False"):
+        call_script(script, remove_borders=True, output_dir=tmp_path / "out", **flags, **TRAININGS[script])
+
+
+def test_training_goes_on_with_the_models_images(folder, caplog):
+    args = importlib.import_module("train_prior").Arguments(train_data_dir=str(folder / "images"), resolution=32)
+    for given, base, expected in (
+        (None, "model", dataclasses.replace(WITHOUT, size=32)),
+        (None, "older", Preprocessing(32)),
+        (None, None, Preprocessing(32)),
+        (False, None, Preprocessing(32, remove_borders=False)),
+        (True, "model", dataclasses.replace(WITHOUT, size=32, remove_borders=True)),
+    ):
+        args.remove_borders = given
+        caplog.clear()
+        images = open_training_images(args, base and str(folder / base))
+        assert images.preprocessing == expected
+        assert args.remove_borders is expected.remove_borders  # which cards and checkpoints tell
+        assert bool(caplog.messages) == (base == "older" or (base, given) == ("model", True))
 
 
 def test_training_notes_it(tmp_path):

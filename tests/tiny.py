@@ -16,7 +16,9 @@ from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 import diffusers_dino
 from diffusers_dino.data import Preprocessing
+from diffusers_dino.latents import encode_to_moments
 from diffusers_dino.pipelines.preparation import note_preparation
+from diffusers_dino.pixels import unit_to_vae
 from diffusers_dino.training.models import STABLE_DIFFUSION_SCHEDULE
 
 diffusers.utils.logging.disable_progress_bar()
@@ -178,6 +180,27 @@ def tiny_pipeline(**components: Any) -> diffusers_dino.DinoDiffusionPipeline:
     if pipe.denoiser is not None and pipe.vae is not None:  # as training does
         note_preparation(pipe.denoiser, Preprocessing(IMAGE_SIZE), pipe.vae.config["in_channels"])
     pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def overfitted_pipeline(images: torch.Tensor, updates: int = 100) -> diffusers_dino.DinoDiffusionPipeline:
+    """A pipeline whose UNet has learnt a few gray images `(N, 1, 32, 32)` by heart, at timesteps from 50 to 109."""
+    pipe = tiny_pipeline()
+    with torch.no_grad():
+        latents = encode_to_moments(pipe.vae, unit_to_vae(images, 1))[0]
+    tokens = pipe.encode_image(images)
+    pipe.unet.train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(pipe.unet.parameters(), 3e-3, weight_decay=0)
+    random = torch.Generator().manual_seed(0)
+    for _ in range(updates):
+        timesteps = torch.randint(50, 110, (len(latents),), generator=random)
+        noise = torch.randn(latents.shape, generator=random)
+        noisy = pipe.scheduler.add_noise(latents, noise, timesteps)
+        predicted = pipe.unet(noisy, timesteps, encoder_hidden_states=tokens).sample
+        optimizer.zero_grad()
+        (predicted - noise).square().mean().backward()
+        optimizer.step()
+    pipe.unet.eval().requires_grad_(False)
     return pipe
 
 

@@ -29,23 +29,7 @@ def others():
 @pytest.fixture(scope="module")
 def overfitted(members):
     """A pipeline whose UNet has learnt twelve images by heart."""
-    pipe = tiny.tiny_pipeline()
-    with torch.no_grad():
-        latents = encode_to_moments(pipe.vae, unit_to_vae(members, 1))[0]
-    tokens = pipe.encode_image(members)
-    pipe.unet.train().requires_grad_(True)
-    optimizer = torch.optim.AdamW(pipe.unet.parameters(), 3e-3, weight_decay=0)
-    random = torch.Generator().manual_seed(0)
-    for _ in range(100):
-        timesteps = torch.randint(50, 110, (len(latents),), generator=random)
-        noise = torch.randn(latents.shape, generator=random)
-        noisy = pipe.scheduler.add_noise(latents, noise, timesteps)
-        predicted = pipe.unet(noisy, timesteps, encoder_hidden_states=tokens).sample
-        optimizer.zero_grad()
-        (predicted - noise).square().mean().backward()
-        optimizer.step()
-    pipe.unet.eval().requires_grad_(False)
-    return pipe
+    return tiny.overfitted_pipeline(members)
 
 
 @pytest.fixture(scope="module")

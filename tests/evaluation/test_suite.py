@@ -14,6 +14,7 @@ from diffusers_dino.cli.evaluate import suite as command
 from diffusers_dino.data import Preprocessing
 from diffusers_dino.evaluation import ImageSet, SuiteResult, SuiteSettings, evaluate_suite, open_image_set
 from diffusers_dino.evaluation.classifier import ClassifierSettings
+from diffusers_dino.evaluation.generation import stack_images
 from diffusers_dino.evaluation.suite.page import make_page
 from diffusers_dino.evaluation.suite.table import format_suite_table
 
@@ -142,6 +143,20 @@ def test_planted_copies_and_shuffled_labels_are_found(root, sets, tmp_path):
     assert {pair.key for pair in result.copies.closest} >= {name.removesuffix(".png") for name in made[:8]}
     patients = result.answer("reidentification").line
     assert "patients of the training and real images are not known: give a table" in patients
+
+
+def test_a_model_that_knows_its_images_by_heart_is_found(tmp_path):
+    sets = {}
+    for seed, name in enumerate(("synthetic", "real", "training")):
+        (tmp_path / name).mkdir()
+        for number, image in enumerate(tiny.random_images(12, channels=1, seed=seed)):
+            Image.fromarray((255 * image[0]).byte().numpy()).save(tmp_path / name / f"{name}-{number}.png")
+        sets[name] = open_image_set(tmp_path / name, Preprocessing(tiny.IMAGE_SIZE, remove_borders=False))
+    settings = replace(SETTINGS, timesteps=(60, 100), num_noises=2)
+    pipe = tiny.overfitted_pipeline(stack_images(sets["training"].images))
+    result = evaluate_suite(folder=tmp_path / "out", **sets, pipe=pipe, settings=settings)
+    assert result.membership.combined.auroc >= 0.9
+    assert result.answer("membership").verdict == "found"
 
 
 def test_questions_that_cannot_be_asked_are_named(sets, tmp_path):

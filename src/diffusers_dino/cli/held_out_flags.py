@@ -38,7 +38,7 @@ def check_arguments(args: HeldOutArguments) -> None:
 
 
 def open_training_and_held_out(
-    args: HeldOutArguments, size: int, model: DiffusionPipeline | None = None
+    args: HeldOutArguments, size: int, model: DiffusionPipeline | str | None = None
 ) -> tuple[ImageDataset, ImageDataset | None]:
     """Training and held-out images, at this side in pixels; what trained is never held out.
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from diffusers import DiffusionPipeline
-
 from ..data import ImageDataset, Preprocessing, open_images
 from ..data.keys import read_keys
 from ..data.labels import LabelTable, read_label_table, stored_labels
-from ..pipelines.preparation import open_images_for
+from ..pipelines.preparation import Source, open_images_for
 from .arguments import flag
 
 __all__ = ["BORDERS", "STORED", "RealImageArguments", "open_real_images"]
@@ -31,7 +29,7 @@ class RealImageArguments:
 
 
 def open_real_images(
-    args: RealImageArguments, size: int, need_patients: bool = True, model: DiffusionPipeline | str | None = None
+    args: RealImageArguments, size: int, need_patients: bool = True, model: Source | None = None
 ) -> tuple[ImageDataset, LabelTable | None]:
     """The images at this size in pixels, and what is known of each in the same order; None without labels.
 

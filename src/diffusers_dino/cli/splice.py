@@ -30,6 +30,7 @@ from ..evaluation.reconstruction.splicing import (
 from ..files import lock_folder, make_writable_folder
 from ..metrics.dice import dice
 from ..pipelines.checks import image_size
+from ..pipelines.preparation import stored_preparation
 from ..sheets import contact_sheet
 from .arguments import flag
 
@@ -62,7 +63,8 @@ def splice(args: Arguments, output_dir: Path) -> None:
     pipe = DinoDiffusionPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
     side, size = patch_grid(pipe.conditioner), image_size(pipe)
-    samples = open_masked_images(args.data_dir, size, mask_size=size)
+    preparation = stored_preparation(pipe)  # of older models, borders stay on
+    samples = open_masked_images(args.data_dir, size, mask_size=size, preprocessing=preparation)
     call = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
     call |= {"num_noises": args.num_noises, "seed": args.seed}
     first = torch.stack([samples.image(i) for i in range(min(args.num_reconstructions, len(samples)))])

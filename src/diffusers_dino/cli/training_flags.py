@@ -8,18 +8,18 @@ from __future__ import annotations
 import json
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline
 
 from .. import data
 from ..conditioner import DinoImageConditioner
 from ..data.keys import read_keys
 from ..data.sharding.manifest import read_manifest
 from ..latents import VAE
-from ..pipelines.preparation import note_preparation, stored_preparation
+from ..pipelines.preparation import preparation_for, stored_preparation
 from ..training.features import evenly_spread
 from ..training.models import load_vae
 from .arguments import flag
@@ -49,7 +49,9 @@ class ImageArguments:
     )
     dataloader_num_workers: int = flag(0, "Processes that load data; 0 loads in the main process.")
     resolution: int = flag(256, "Side of the images in pixels.")
-    remove_borders: bool = flag(True, "Cut uniform borders off.")
+    remove_borders: bool | None = flag(
+        None, "Cut uniform borders off; by default as for the pipeline that it starts from, else yes."
+    )
     seed: int = flag(0, "Seed of everything random.")
 
 
@@ -129,13 +131,23 @@ class RunArguments:
     logging_steps: int = flag(50, "Updates between lines of progress where there is no terminal.")
 
 
-def open_training_images(args: ImageArguments) -> data.ImageDataset:
-    """Open what the flags name; ValueError unless it is one local source or one data set of the Hub."""
+def open_training_images(
+    args: ImageArguments, model: DiffusionPipeline | str | None = None, may_differ: bool = True
+) -> data.ImageDataset:
+    """Open what the flags name, prepared as for training the pipeline `model` that this training starts from.
+
+    `may_differ` is whether other images than it knows are taken, with a warning: what is only an addition to it, such
+    as a LoRA or a prior, cannot note others. Sets `args.remove_borders`, which cards and checkpoints tell.
+
+    ValueError unless it is one local source or one data set of the Hub, or if the images must not differ.
+    """
     if (args.train_data_dir is None) == (args.dataset_name is None):
         raise ValueError("Give the images as --train_data_dir or as --dataset_name.")
+    preprocessing = _preparation(args, model, may_differ)
+    args.remove_borders = preprocessing.remove_borders
     images = data.open_images(
         args.train_data_dir or args.dataset_name,
-        data.Preprocessing(args.resolution, args.remove_borders),
+        preprocessing,
         split=args.dataset_split,
         image_column=args.image_column,
         config_name=args.dataset_config_name,
@@ -146,6 +158,24 @@ def open_training_images(args: ImageArguments) -> data.ImageDataset:
     if args.keys_file:
         images = images.select(read_keys(args.keys_file))
     return images.select(images.keys[: args.max_train_samples]) if args.max_train_samples else images
+
+
+def _preparation(args: ImageArguments, model: DiffusionPipeline | str | None, may_differ: bool) -> data.Preprocessing:
+    stored = None if model is None else stored_preparation(model, getattr(args, "revision", None))
+    if stored is None:
+        if model is not None and args.remove_borders is None:
+            logger.warning(
+                "The model that this starts from is of an older version and does not say whether borders were cut "
+                "off its images: they are. Give --remove_borders to choose."
+            )
+        return data.Preprocessing(args.resolution, args.remove_borders is not False)
+    if may_differ and args.remove_borders not in (None, stored.remove_borders):
+        logger.warning(
+            f"The model was trained with --remove_borders {stored.remove_borders}, and is trained on with "
+            f"{args.remove_borders}."
+        )
+        return replace(stored, size=args.resolution, remove_borders=args.remove_borders)
+    return preparation_for(stored, args.resolution, args.remove_borders)
 
 
 def split_off_unseen(args: Any, images: data.ImageDataset, count: int) -> tuple[data.ImageDataset, data.ImageDataset]:
@@ -218,22 +248,10 @@ def make_augmentation(args: AugmentationArguments) -> data.Augmentation | None:
     )
 
 
-def note_training_images(pipe: DiffusionPipeline, images: data.ImageDataset, model: ModelMixin | None) -> None:
-    """Note with the UNet or transformer that is trained how its images are prepared, for all that use it.
-
-    A warning says where `pipe`, which it starts from, was trained on others. A LoRA (None) keeps what its base says.
-    """
-    before, removed = stored_preparation(pipe), images.preprocessing.remove_borders
-    if before is not None and before.remove_borders != removed:
-        logger.warning(
-            f"The model was trained with --remove_borders {before.remove_borders}, and is trained on with {removed}."
-        )
-    if model is not None:
-        note_preparation(model, images.preprocessing, pipe.vae.config["in_channels"])
-
-
-def open_views(args: FeatureArguments) -> data.TrainingViews:
-    return data.TrainingViews(open_training_images(args), make_augmentation(args), args.seed)
+def open_views(args: FeatureArguments, may_differ: bool = True) -> data.TrainingViews:
+    """Views of `open_training_images`."""
+    images = open_training_images(args, args.pretrained_pipeline, may_differ)
+    return data.TrainingViews(images, make_augmentation(args), args.seed)
 
 
 def check_conditioner(args: TokenArguments) -> None:

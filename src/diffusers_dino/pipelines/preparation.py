@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 __all__ = [
+    "Source",
     "cut_as_in_training",
     "note_preparation",
     "open_images_for",
@@ -25,6 +26,8 @@ __all__ = [
     "stored_preparation",
 ]
 
+# A pipeline, its folder, its repository, or what was stored of it.
+Source = DiffusionPipeline | Preprocessing | str | os.PathLike[str]
 _NOTE = "_images"  # in the denoiser's config, which diffusers keeps, saves and passes on without reading it
 # What cannot be chosen today, so that models of a later version with a choice are told from those of this one.
 _FIXED = {"crop": "central square", "polarity": "air is dark"}
@@ -38,14 +41,19 @@ def note_preparation(denoiser: ModelMixin, preprocessing: Preprocessing, channel
     denoiser.register_to_config(**{_NOTE: {**asdict(preprocessing), **_FIXED, "channels": channels}})
 
 
-def stored_preparation(model: DiffusionPipeline | str | os.PathLike[str]) -> Preprocessing | None:
-    """What `note_preparation` noted, of a pipeline, its folder or its repository; None for models from before that."""
+def stored_preparation(model: Source, revision: str | None = None) -> Preprocessing | None:
+    """What `note_preparation` noted, of a pipeline, its folder or its repository; None for models from before that.
+
+    What was stored elsewhere, such as with a synthetic set, is returned as it is. `revision` is that of a repository.
+    """
+    if isinstance(model, Preprocessing):
+        return model
     if isinstance(model, DiffusionPipeline):
         config = model.denoiser.config
     else:
-        parts = DiffusionPipeline.load_config(str(model))
+        parts = DiffusionPipeline.load_config(str(model), revision=revision)
         name = "transformer" if (parts.get("transformer") or [None])[0] else "unet"
-        config = UNet2DConditionModel.load_config(str(model), subfolder=name)  # of any model
+        config = UNet2DConditionModel.load_config(str(model), subfolder=name, revision=revision)  # of any model
     return read_preparation(config)
 
 
@@ -63,9 +71,7 @@ def read_preparation(config: Mapping[str, Any]) -> Preprocessing | None:
         raise ValueError(f"The model's config does not say how to prepare images ({_NOTE}): {error}.") from error
 
 
-def preparation_for(
-    model: DiffusionPipeline | str | os.PathLike[str], size: int, remove_borders: bool | None = None
-) -> Preprocessing:
+def preparation_for(model: Source, size: int, remove_borders: bool | None = None) -> Preprocessing:
     """How to prepare images at a side of `size` pixels for a model: as those that it was trained on.
 
     ValueError if `remove_borders` contradicts what the model was trained with: samples and figures of other images
@@ -92,7 +98,7 @@ def _prepare(stored: Preprocessing | None, size: int, remove_borders: bool | Non
 
 
 def open_images_for(
-    model: DiffusionPipeline | str | os.PathLike[str],
+    model: Source,
     source: str | os.PathLike[str],
     size: int,
     remove_borders: bool | None = None,

@@ -59,7 +59,8 @@ def main(args: Arguments) -> None:
 
 
 def measure(args: Arguments, output_dir: Path) -> None:
-    training, held_out = open_training_and_held_out(args, args.size)
+    whole = None if args.model is None or is_only_conditioner(args.model) else args.model
+    training, held_out = open_training_and_held_out(args, args.size, whole)
     # what was generated has been prepared already
     synthetic = open_images(args.synthetic, Preprocessing(args.size, remove_borders=False)) if args.synthetic else None
     conditioner = open_conditioner(args)
@@ -97,8 +98,12 @@ def open_conditioner(args: Arguments) -> DinoImageConditioner | None:
     """The conditioner of `--model`, which is a folder or a repository of a pipeline, or a folder of only that."""
     if not args.model:
         return None
-    alone = Path(args.model, "config.json").is_file()
-    return DinoImageConditioner.from_pretrained(args.model, subfolder=None if alone else "conditioner").to(args.device)
+    subfolder = None if is_only_conditioner(args.model) else "conditioner"
+    return DinoImageConditioner.from_pretrained(args.model, subfolder=subfolder).to(args.device)
+
+
+def is_only_conditioner(model: str) -> bool:
+    return Path(model, "config.json").is_file()
 
 
 def draw_again(args: Arguments, conditioner: DinoImageConditioner | None) -> Tensor:

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from diffusers import DiffusionPipeline
 
-from ...data import sources
+from ...data import Preprocessing, sources
 from ...data.sources.masks import MaskedImages, open_masked_images
 from ...devices import device_of
 from ...evaluation import Sweep, evaluate_segmentation
@@ -29,8 +29,12 @@ from ...evaluation.segmentation.protocol import file_name
 from ...evaluation.segmentation.table import format_segmentation_table
 from ...evaluation.table_text import write_tables
 from ...files import lock_folder, make_writable_folder
+from ...pipelines.preparation import preparation_for, stored_preparation
 from ..arguments import flag
 from ..console import show_messages
+from ..image_flags import BORDERS
+
+STABLE_DIFFUSION = "Stable Diffusion"
 
 
 @dataclass
@@ -42,6 +46,9 @@ class Arguments:
     dtype: Literal["float32", "bfloat16", "float16"] = flag("float32", "Type of the weights.")
     data: list[str] = flag([], "Images and masks, as FOLDER, TARS or NAME=FOLDER.", group="Data")
     max_samples: int | None = flag(None, "Use only the first images of a data set.")
+    remove_borders: bool | None = flag(
+        None, f"{BORDERS} Borders stay on for models that do not say, and Stable Diffusion."
+    )
     mask_size: int = flag(256, "Side in pixels that Dice coefficients are taken at.")
     size: int | None = flag(None, "Side in pixels that the models see images at; by default their own.", group="Sweep")
     timesteps: list[int] = flag([1, 50, 100, 300], "Timesteps of the attention that is read.")
@@ -69,7 +76,8 @@ def main(args: Arguments) -> None:
 
 
 def measure(args: Arguments, output_dir: Path) -> None:
-    data_sets = {name: open_data(name, path, args) for name, path in map(name_and_path, args.data)}
+    preparation = prepare_as_in_training(args)
+    data_sets = {name: open_data(name, path, args, preparation) for name, path in map(name_and_path, args.data)}
     if len(data_sets) < len(args.data):
         raise ValueError(f"Two of {args.data} have one name: give them as NAME=PATH.")
     same = ("timesteps", "thresholds", "layers", "refine", "num_merges", "add_noise", "size", "mask_size", "seed")
@@ -78,7 +86,7 @@ def measure(args: Arguments, output_dir: Path) -> None:
     for name, images in data_sets.items():
         folder = output_dir / file_name(name)
         study = evaluate_segmentation(
-            open_models(args),
+            (checked(model, images) for model in open_models(args)),
             images,
             folder / "segments",
             sweep,
@@ -99,11 +107,26 @@ def name_and_path(text: str) -> tuple[str, str]:
     return (name, path) if sign else (Path(text).name or text, text)
 
 
-def open_data(name: str, path: str, args: Arguments) -> MaskedImages:
+def prepare_as_in_training(args: Arguments) -> Preprocessing:
+    """How the first model was trained to see images, at the size of masks; ValueError if the flag contradicts it."""
+    stored = stored_preparation(next(open_models(args)).pipe) if args.pipeline else None
+    if stored is None:
+        return Preprocessing(args.mask_size, bool(args.remove_borders))
+    return preparation_for(stored, args.mask_size, args.remove_borders)
+
+
+def open_data(name: str, path: str, args: Arguments, preparation: Preprocessing) -> MaskedImages:
     """A data set of the catalogue if the name is one of its, else a folder or tars."""
     known = name in sources.source_names() and Path(path).is_dir() and not (Path(path) / "images").is_dir()
     source = sources.open_source(name, path) if known else path
-    return open_masked_images(source, args.mask_size, args.mask_size, args.max_samples)
+    return open_masked_images(source, args.mask_size, args.mask_size, args.max_samples, preparation)
+
+
+def checked(model: Model, images: MaskedImages) -> Model:
+    """Refuse a model that was trained on images prepared in another way than the first one's."""
+    if model.name != STABLE_DIFFUSION and (stored := stored_preparation(model.pipe)) is not None:
+        preparation_for(stored, images.size, images.preprocessing.remove_borders)
+    return model
 
 
 def open_models(args: Arguments) -> Iterator[Model]:
@@ -117,4 +140,4 @@ def open_models(args: Arguments) -> Iterator[Model]:
     if args.stable_diffusion:
         options = {} if dtype is None else {"dtype": dtype}
         pipe = DiffusionPipeline.from_pretrained(args.stable_diffusion, use_safetensors=True, **options)
-        yield Model("Stable Diffusion", pipe.to(device))
+        yield Model(STABLE_DIFFUSION, pipe.to(device))
