@@ -12,7 +12,7 @@ from PIL import Image
 
 import tiny
 from diffusers_dino import DiffSegPipeline, DinoDiffusionPipeline, DinoInterpolationPipeline
-from diffusers_dino.cli.evaluate.labels import prepared_as_sources
+from diffusers_dino.cli.image_flags import prepared_as_sources
 from diffusers_dino.cli.record import told_settings
 from diffusers_dino.cli.training_flags import open_training_images
 from diffusers_dino.data import Preprocessing
@@ -160,11 +160,10 @@ def test_commands_refuse_other_images_and_ask_of_older_models(folder, tmp_path, 
 
 def test_masked_images_are_prepared_for_all_models_alike(folder, tmp_path):
     flags = {"data": [str(folder / "pairs")], "output_dir": tmp_path / "out", "mask_size": 32, "untrained": False}
-    flags |= {"timesteps": [1], "thresholds": [0.5], "num_examples": 0, "refine": False}
+    flags |= {"timesteps": [1], "thresholds": [0.5], "max_samples": 2, "refine": False}
     for pipelines, removed, message in (
         (["model"], True, "trained with remove_borders=False"),
         (["model", "other"], None, "trained with remove_borders=True"),
-        (["older", "other"], None, "trained with remove_borders=True"),
     ):
         paths = [str(folder / name) for name in pipelines]
         with pytest.raises(ValueError, match=message):
@@ -176,13 +175,17 @@ def test_labels_are_judged_on_images_that_are_prepared_as_the_sources(folder, tm
     for name in ("model", "other"):
         made[name] = [str(tmp_path / name)]
         call_script("synthesise", model=folder / name, data_dir=folder / "images", output_dir=made[name][0], **options)
-    assert prepared_as_sources({"model": made["model"]}) == dataclasses.replace(WITHOUT, size=32)
+    assert prepared_as_sources(made["model"]) == dataclasses.replace(WITHOUT, size=32)
     with pytest.raises(ValueError, match="judge these sets apart"):
-        prepared_as_sources(made)
+        prepared_as_sources(made["model"] + made["other"])
     flags = called(folder, {"data_dir": "images", "labels": "labels.csv", "num_labels": 1, "size": 32})
-    flags["output_dir"] = tmp_path / "out"
+    flags |= {"output_dir": tmp_path / "out", "remove_borders": True, "synthetic": made["model"]}
+    for command in ("evaluate labels", "filter"):
+        with pytest.raises(ValueError, match="trained with remove_borders=False"):
+            call_script(command, **flags)
+    suite = {name: flags[name] for name in ("synthetic", "size", "output_dir", "remove_borders")}
     with pytest.raises(ValueError, match="trained with remove_borders=False"):
-        call_script("evaluate labels", synthetic=made["model"], remove_borders=True, **flags)
+        call_script("evaluate suite", real=folder / "images", **suite)
 
 
 TRAININGS = {"train_prior.py": {}, "train_dino.py": {"rank": 2}, "distill_dino.py": {"rank": 2}}

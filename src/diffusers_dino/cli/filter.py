@@ -16,6 +16,7 @@ from ..data.keys import read_keys
 from ..evaluation.labels.contradictions import filter_by_judge, format_filter_table
 from .arguments import flag
 from .classifier_flags import ClassifierArguments, LabelledImageArguments, classifier_settings, open_labelled_images
+from .image_flags import prepared_as_sources
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Arguments(ClassifierArguments, LabelledImageArguments):
 
 
 def main(args: Arguments) -> None:
-    images, table, names = open_labelled_images(args, args.size)
+    images, table, names = open_labelled_images(args, args.size, prepared_as_sources([args.synthetic]))
     result = filter_by_judge(
         images,
         table,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..data import ImageDataset, Preprocessing, open_images
 from ..data.keys import read_keys
 from ..data.labels import LabelTable, read_label_table, stored_labels
 from ..pipelines.preparation import Source, open_images_for
+from ..synthesis import SyntheticSet
 from .arguments import flag
 
-__all__ = ["BORDERS", "STORED", "RealImageArguments", "open_real_images"]
+__all__ = ["BORDERS", "STORED", "RealImageArguments", "open_real_images", "prepared_as_sources"]
 
 STORED = "stored"
 BORDERS = "Whether uniform borders are cut off real images; by default as in the model's training, which it remembers."
@@ -55,3 +57,19 @@ def open_real_images(
         raise ValueError(
             f"{error.args[0]}. Check --keys_file, and name files in --labels as in --data_dir."
         ) from error
+
+
+def prepared_as_sources(sets: Iterable[str]) -> Preprocessing | None:
+    """How the sources of all these sets of `synthesise` were prepared; None for a prior's sets, which have none."""
+    found: dict[bool, tuple[str, Preprocessing]] = {}
+    for folder in sets:
+        made = SyntheticSet.open(folder)
+        if made.plan.keys:
+            stored = Preprocessing(**made.plan.made_with["preprocessing"])
+            found[stored.remove_borders] = folder, stored
+    if len(found) > 1:
+        raise ValueError(
+            f"The sources of {found[True][0]} were prepared without borders, and those of {found[False][0]} with "
+            "them: judge these sets apart, each on real images as its own."
+        )
+    return next((stored for _, stored in found.values()), None)

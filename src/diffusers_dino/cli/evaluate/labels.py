@@ -11,19 +11,18 @@ the same classifiers. docs/labels.md says what is measured.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
-from ...data import Preprocessing
 from ...evaluation.labels.plot import plot_label_preservation
 from ...evaluation.labels.protocol import evaluate_labels
 from ...evaluation.labels.table import format_preservation_table
 from ...evaluation.table_text import write_tables
 from ...files import lock_file, make_writable_folder
-from ...synthesis import SyntheticSet
 from ..arguments import flag
 from ..classifier_flags import ClassifierArguments, LabelledImageArguments, classifier_settings, open_labelled_images
+from ..image_flags import prepared_as_sources
 
 
 @dataclass
@@ -48,7 +47,7 @@ def main(args: Arguments) -> None:
 
 def measure(args: Arguments, output: Path) -> None:
     sets = named_folders(args.synthetic)
-    images, table, names = open_labelled_images(args, args.size, prepared_as_sources(sets))
+    images, table, names = open_labelled_images(args, args.size, prepared_as_sources(chain(*sets.values())))
     result = evaluate_labels(
         images,
         table,
@@ -68,22 +67,6 @@ def measure(args: Arguments, output: Path) -> None:
     text = write_tables(output, lambda style: format_preservation_table(result, style))
     plot_label_preservation(result).savefig(output / "labels.png", dpi=120, bbox_inches="tight")
     print(text)
-
-
-def prepared_as_sources(sets: dict[str, list[str]]) -> Preprocessing | None:
-    """How the sources of all sets were prepared; None where there are only sets of a prior, which have none."""
-    found = {}
-    for folder in itertools.chain(*sets.values()):
-        made = SyntheticSet.open(folder)
-        if made.plan.keys:
-            stored = Preprocessing(**made.plan.made_with["preprocessing"])
-            found[stored.remove_borders] = folder, stored
-    if len(found) > 1:
-        raise ValueError(
-            f"The sources of {found[True][0]} were prepared without borders, and those of {found[False][0]} with "
-            "them: judge these sets apart, each on real images as its own."
-        )
-    return next((stored for _, stored in found.values()), None)
 
 
 def named_folders(texts: list[str]) -> dict[str, list[str]]:

@@ -34,7 +34,7 @@ from ...synthesis import SyntheticSet
 from ...training.models import load_trained_pipeline
 from ..arguments import flag
 from ..console import show_messages
-from ..image_flags import BORDERS
+from ..image_flags import BORDERS, prepared_as_sources
 
 
 @dataclass
@@ -86,9 +86,10 @@ def ask(args: Arguments, output: Path) -> None:
     device = device_of(0, args.device)
     columns = (args.key_column, args.label_column, args.patient_column)
     pipe = load_trained_pipeline(args.model).to(torch.device(device)) if args.model else None
+    known = pipe or (prepared_as_sources([args.synthetic]) if is_made_by_us(args) else None)
     preprocessing = Preprocessing(args.size, args.remove_borders is not False)
-    if pipe is not None:
-        preprocessing = preparation_for(pipe, args.size, args.remove_borders)
+    if known is not None:
+        preprocessing = preparation_for(known, args.size, args.remove_borders)
     options = {"max_unreadable": args.max_unreadable}
     real = open_image_set(args.real, preprocessing, args.table, *columns, **options)
     training = None
@@ -131,12 +132,17 @@ def tell(state: SuiteProgress) -> None:
         print(f"[{state.done + 1}/{state.total}] {state.question}", flush=True)
 
 
+def is_made_by_us(args: Arguments) -> bool:
+    """Whether the synthetic images are a set of `synthesise`."""
+    return (Path(args.synthetic) / "plan.json").is_file()
+
+
 def open_synthetic(args: Arguments) -> tuple[ImageSet, dict[str, str] | None]:
     """The images with their labels, and the source of each where it is known: of two, the nearer one."""
     # what was generated has been prepared already
     preprocessing = Preprocessing(args.size, remove_borders=False)
     options = {"max_unreadable": args.max_unreadable}
-    if (Path(args.synthetic) / "plan.json").is_file():
+    if is_made_by_us(args):
         made = SyntheticSet.open(args.synthetic)
         found = open_image_set(args.synthetic, preprocessing, **options)
         planned = list(made.planned())
