@@ -48,6 +48,9 @@ logger = logging.getLogger("train_vae")
 @dataclass
 class Arguments(RunArguments, AugmentationArguments, ImageArguments):
     sharpness: float = flag(0.0, "Largest weight of the random unsharp mask.")
+    crop_size: int | None = flag(
+        None, "Train on one random crop of this side of each view: cheaper than whole images."
+    )
     vae: str | None = flag(None, "AutoencoderKL to continue from, in place of a new one.", group="Model")
     in_channels: Literal[1, 3] = flag(1, "Channels of the images: 1 for radiographs.")
     block_out_channels: list[int] = flag(
@@ -80,6 +83,7 @@ def train(args: Arguments, opened: Run) -> None:
     accelerator = opened.accelerator
     images, held_out = split_images(args, open_training_images(args))
     vae = make_vae(args)
+    check_crops(args, vae)
     loss_function = ReconstructionLoss(args.l1_weight, args.mse_weight, args.gradient_weight, args.kl_weight)
     views = TrainingViews(images, make_augmentation(args), args.seed)
     begun = {"config": {name: value for name, value in vae.config.items() if name[0] != "_"}}
@@ -92,7 +96,10 @@ def train(args: Arguments, opened: Run) -> None:
     for batches in run.updates():
         losses = []
         for batch in batches:
-            pixels = unit_to_vae(batch["image"].to(accelerator.device, non_blocking=True), args.in_channels)
+            images = batch["image"].to(accelerator.device, non_blocking=True)
+            if args.crop_size:
+                images = random_crops(images, args.crop_size, args.seed, batch["position"])
+            pixels = unit_to_vae(images, args.in_channels)
             noise = posterior_noise(vae, args, batch["position"]).to(accelerator.device)
             with accelerator.accumulate(run.model):
                 loss = loss_function(*run.model(pixels, noise))
@@ -171,9 +178,28 @@ def make_vae(args: Arguments) -> AutoencoderKL:
     return vae.to(memory_format=torch.channels_last) if args.channels_last else vae
 
 
+def check_crops(args: Arguments, vae: AutoencoderKL) -> None:
+    factor = vae_scale_factor(vae)
+    if args.crop_size and (args.crop_size % factor or not 0 < args.crop_size <= args.resolution):
+        raise ValueError(
+            f"--crop_size {args.crop_size} must be a multiple of the VAE's {factor} pixels, and at most --resolution "
+            f"{args.resolution}."
+        )
+
+
+def random_crops(images: Tensor, size: int, seed: int, positions: list[int]) -> Tensor:
+    """One square `(B, C, size, size)` of each image `(B, C, H, W)`, which depends only on (seed, place in the run)."""
+    room = torch.tensor(images.shape[-2:]) - size + 1
+    crops = []
+    for image, position in zip(images, positions, strict=True):
+        y, x = (torch.rand(2, generator=generator_for(seed, "crops", position)) * room).long().tolist()
+        crops.append(image[:, y : y + size, x : x + size])
+    return torch.stack(crops)
+
+
 def posterior_noise(vae: AutoencoderKL, args: Arguments, positions: list[int]) -> Tensor:
     """Noise `(B, L, h, w)` that depends only on (seed, place in the run), so that a resumed run repeats it."""
-    side = args.resolution // vae_scale_factor(vae)
+    side = (args.crop_size or args.resolution) // vae_scale_factor(vae)
     shape = (vae.config["latent_channels"], side, side)
     return torch.stack([torch.randn(shape, generator=generator_for(args.seed, "posterior", p)) for p in positions])
 
