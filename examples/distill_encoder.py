@@ -112,7 +112,7 @@ def train(args: Arguments, opened: Run) -> None:
     elif accelerator.is_main_process:
         explained = explained_variance(args, network.eval(), teacher, unseen, region_scale)
         shares = ", ".join(f"{share:.2f} of the {part}" for part, share in explained.items())
-        logger.info(f"Of the teacher's variance on {len(unseen)} held-out images the student explains {shares}")
+        logger.info(f"Of the teacher's variance on {len(unseen)} images to look at, the student explains {shares}")
         save_result(args, network, images, explained)
         name = Path(args.output_dir).resolve().name
         write_record_and_card(args, name, len(images), run.step, [args.teacher], opened.history)

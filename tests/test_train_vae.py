@@ -117,6 +117,8 @@ def test_goes_on_from_an_autoencoder_in_bf16(trained, flags):
         ({"num_validation_images": 24}, ValueError, "cannot be held out"),
         ({"resolution": 30}, ValueError, "not a multiple of the VAE's 4"),
         ({"norm_num_groups": 3}, ValueError, "does not divide"),
+        ({"crop_size": 10}, ValueError, "--crop_size 10 must be a multiple of the VAE's 4"),
+        ({"crop_size": 64}, ValueError, "at most --resolution 32"),
         ({"l1_weight": -1.0}, ValueError, "negative"),
         ({"learning_rate": 1e30, "max_train_steps": 4}, FloatingPointError, "No weight was changed"),
     ],

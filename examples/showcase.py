@@ -1,0 +1,94 @@
+"""From unlabelled radiographs to a model worth showing: autoencoder, encoder and UNet, one command.
+
+    python examples/showcase.py --train_data_dir shards --teacher facebook/dinov2-small --setting cpu
+
+`shards` is what `diffusers-dino shards --size 128 --no_remove_borders ...` made; only its training patients are used.
+The teacher, a DINO encoder, is distilled into a small one. With `--setting cpu` it takes a few hours on two cores,
+with `gpu` some minutes on a large card. Stopped at any moment, the same command goes on where it was. The pipeline in
+half precision is `--output_dir`/model.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from diffusers_dino import DinoDiffusionPipeline
+from diffusers_dino.cli.arguments import flag, parse_arguments
+from diffusers_dino.files import save_atomically
+
+EXAMPLES = Path(__file__).resolve().parent
+SCRIPTS = {"vae": "train_vae.py", "encoder": "distill_encoder.py", "unet": "train_dino.py"}
+FINISHED = {"vae": "config.json", "encoder": "config.json", "unet": "model_index.json"}  # written last
+
+# What a card does otherwise than the configs, which are for two cores.
+ON_A_GPU = {
+    "vae": ["--mixed_precision=bf16", "--train_batch_size=64", "--max_train_steps=6000", "--crop_size=128"],
+    "encoder": ["--mixed_precision=bf16", "--teacher_size=224", "--cache_views=4", "--max_train_steps=6000"],
+    "unet": [
+        *("--mixed_precision=bf16", "--torch_compile", "--channels_last", "--cache_views=8"),
+        *("--train_batch_size=64", "--max_train_steps=12000"),
+    ],
+}
+
+
+@dataclass
+class Arguments:
+    train_data_dir: str | None = flag(None, "Folder of shards of radiographs.")
+    teacher: str = flag("facebook/dinov2-small", "Encoder to distil: Hub id or folder.")
+    setting: Literal["cpu", "gpu"] = flag("cpu", "Two cores and hours, or one large card and minutes.")
+    output_dir: str = flag("outputs/showcase", "Where a folder for each stage goes, and the model.")
+    seed: int = flag(0, "Seed of everything random.")
+    max_train_steps: int | None = flag(None, "Updates of each stage, in place of the configs', for a trial.")
+
+
+def main() -> None:
+    args = parse_arguments(Arguments, description=__doc__)
+    if args.train_data_dir is None:
+        raise ValueError("Give the shards of radiographs as --train_data_dir.")
+    output_dir = Path(args.output_dir).resolve()
+    for stage in SCRIPTS:
+        if not (output_dir / stage / FINISHED[stage]).exists():
+            train(args, stage, output_dir)
+    pack(output_dir)
+
+
+def train(args: Arguments, stage: str, output_dir: Path) -> None:
+    """Run the script of a stage in a process of its own, from its newest checkpoint if there is one."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
+    command += [f"--num_cpu_threads_per_process={torch.get_num_threads()}", "--mixed_precision=no"]
+    command += ["--dynamo_backend=no", str(EXAMPLES / SCRIPTS[stage]), f"examples/configs/showcase_{stage}.yaml"]
+    command += [f"--train_data_dir={Path(args.train_data_dir).resolve()}", f"--output_dir={output_dir / stage}"]
+    command += [f"--seed={args.seed}", "--resume_from_checkpoint=latest"]
+    if stage == "encoder":
+        command += [f"--teacher={Path(args.teacher).resolve() if Path(args.teacher).exists() else args.teacher}"]
+    if stage == "unet":
+        command += [f"--vae={output_dir / 'vae'}", f"--conditioner={output_dir / 'encoder'}"]
+    if args.setting == "gpu":
+        command += ON_A_GPU[stage]
+    if args.max_train_steps is not None:
+        command += [f"--max_train_steps={args.max_train_steps}"]
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}  # threads that spin stand still on busy cores
+    subprocess.run(command, check=True, cwd=EXAMPLES.parent, env=environment)  # the config's paths start there
+
+
+def pack(output_dir: Path) -> None:
+    """Save the pipeline in half precision; the token statistics stay as they are."""
+    pipe = DinoDiffusionPipeline.from_pretrained(output_dir / "unet").to(dtype=torch.float16)
+    with save_atomically(output_dir / "model") as folder:
+        pipe.save_pretrained(folder, max_shard_size="100MB")
+    print(f"Model: {output_dir / 'model'}, {sum(p.stat().st_size for p in folder_files(output_dir)) / 1e6:.1f} MB")
+
+
+def folder_files(output_dir: Path) -> list[Path]:
+    return [path for path in (output_dir / "model").rglob("*") if path.is_file()]
+
+
+if __name__ == "__main__":
+    main()
