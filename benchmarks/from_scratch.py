@@ -3,7 +3,8 @@
     python benchmarks/from_scratch.py --data_dir /data/nih --table /data/nih.csv --output_dir outputs/from_scratch
 
 Autoencoder, encoder and UNet start from random weights. Patients are held out of all three trainings; one image of
-each is what the figures are measured on. The table is a CSV file with the columns `file` and `patient`.
+each is what the figures are measured on. The table is a CSV file with the columns `file` and, where it is known,
+`patient`; `variations.png` shows a few unseen images with variations of them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+import yaml
+from PIL.Image import Image
 from torch import Tensor
 from transformers import HfArgumentParser
 
@@ -26,6 +29,7 @@ from diffusers_dino.data import ImageDataset, Preprocessing, open_images
 from diffusers_dino.evaluation import ReconstructionResult, evaluate_reconstruction
 from diffusers_dino.latents import decode_latents, encode_to_moments
 from diffusers_dino.pixels import unit_to_vae, vae_to_unit
+from diffusers_dino.sheets import contact_sheet
 from diffusers_dino.training.autoencoder import psnr
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -36,7 +40,7 @@ STAGES = {"vae": "train_vae.py", "dino": "pretrain_dino.py", "unet": "train_dino
 @dataclass
 class Arguments:
     data_dir: Path = field(metadata={"help": "Folder of images."})
-    table: Path = field(metadata={"help": "CSV file with the columns `file` and `patient`."})
+    table: Path = field(metadata={"help": "CSV file with the columns `file` and, where it is known, `patient`."})
     output_dir: Path = field(default=Path("outputs/from_scratch"), metadata={"help": "Models, times and figures."})
     configs: str = field(
         default=str(EXAMPLES / "configs" / "from_scratch"), metadata={"help": "Configs, before `_vae.yaml` and so on."}
@@ -46,6 +50,8 @@ class Arguments:
     training_seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "The chain runs once for each."})
     noise_seeds: int = field(default=3, metadata={"help": "Noise seeds that a model's figures are averaged over."})
     guidance_scale: float = field(default=2.0, metadata={"help": "For retrieval; the distances are without."})
+    in_channels: int = field(default=1, metadata={"help": "Channels of the images: 3 for colour."})
+    longer: float = field(default=1.0, metadata={"help": "Factor of the updates that the configs ask for."})
     max_train_steps: int | None = field(default=None, metadata={"help": "In place of the configs', for a trial."})
 
 
@@ -64,6 +70,7 @@ def main() -> None:
         pipe = DinoDiffusionPipeline.from_pretrained(folder / "unet")
         pipe.set_progress_bar_config(disable=True)
         noise_seeds = range(args.noise_seeds)
+        draw(pipe, test[:: len(test) // 4][:4], args.guidance_scale).save(folder / "variations.png")
         figures = evaluate_reconstruction(pipe, test, training, seeds=noise_seeds, guidance_scale=args.guidance_scale)
         runs.append({"seed": seed, "seconds": seconds, "psnr": vae_quality(pipe, test), "figures": asdict(figures)})
         (args.output_dir / "from_scratch.json").write_text(json.dumps(runs, indent=2) + "\n")
@@ -76,7 +83,7 @@ def split_by_patient(table: Path, held_out: int) -> tuple[list[str], list[str]]:
         rows = list(csv.DictReader(file))
     by_patient: dict[str, list[str]] = {}
     for row in rows:
-        by_patient.setdefault(row["patient"], []).append(row["file"].rpartition(".")[0])
+        by_patient.setdefault(row.get("patient") or row["file"], []).append(row["file"].rpartition(".")[0])
     if not 1 < held_out < len(by_patient):
         raise ValueError(f"--held_out_patients {held_out} of {len(by_patient)} patients cannot be held out.")
     patients = sorted(by_patient)
@@ -89,15 +96,18 @@ def train(args: Arguments, folder: Path, keys_file: Path, seed: int) -> dict[str
     """Run the three scripts as a user does. Returns the wall time of each, start-up and saving included."""
     seconds = {}
     for stage, script in STAGES.items():
-        command = [sys.executable, str(EXAMPLES / script), f"{args.configs}_{stage}.yaml", "--seed", str(seed)]
+        config = f"{args.configs}_{stage}.yaml"
+        planned = yaml.safe_load(Path(config).read_text())["max_train_steps"]
+        steps = args.max_train_steps or round(args.longer * planned)
+        command = [sys.executable, str(EXAMPLES / script), config, "--seed", str(seed)]
         command += ["--train_data_dir", str(args.data_dir), "--keys_file", str(keys_file)]
-        command += ["--resolution", str(args.resolution)]
+        command += ["--resolution", str(args.resolution), "--max_train_steps", str(steps)]
         command += ["--output_dir", str(folder / stage), "--overwrite_output_dir"]
         if stage == "unet":
             command += ["--vae", str(folder / "vae"), "--conditioner", str(folder / "dino")]
             command += ["--unet_config", str(EXAMPLES / "configs" / "tiny_unet.json")]
-        if args.max_train_steps is not None:
-            command += ["--max_train_steps", str(args.max_train_steps)]
+        if stage == "vae":
+            command += ["--in_channels", str(args.in_channels)]
         start = time.perf_counter()
         subprocess.run(command, check=True)
         seconds[stage] = time.perf_counter() - start
@@ -107,6 +117,18 @@ def train(args: Arguments, folder: Path, keys_file: Path, seed: int) -> dict[str
 def stack(images: ImageDataset) -> Tensor:
     """`(N, C, size, size)` in [0, 1]."""
     return torch.stack([images[i]["image"] for i in range(len(images))])
+
+
+def draw(pipe: DinoDiffusionPipeline, sources: Tensor, guidance_scale: float) -> Image:
+    """A row for each source: the source, then four variations."""
+    variations = pipe(
+        sources,
+        num_images_per_prompt=4,
+        num_inference_steps=20,
+        guidance_scale=guidance_scale,
+        generator=torch.Generator().manual_seed(0),
+    ).images
+    return contact_sheet(sources, variations)
 
 
 @torch.no_grad()
