@@ -52,6 +52,9 @@ class Arguments(RunArguments, AugmentationArguments, ImageArguments):
         None, "Train on one random crop of this side of each view: cheaper than whole images."
     )
     vae: str | None = flag(None, "AutoencoderKL to continue from, in place of a new one.", group="Model")
+    freeze_encoder: bool = flag(
+        False, "Train only the decoder of --vae: latents, and what was trained on them, stay as they are."
+    )
     in_channels: Literal[1, 3] = flag(1, "Channels of the images: 1 for radiographs.")
     block_out_channels: list[int] = flag(
         [64, 128, 128], "Channels per level; each level but the last halves the side."
@@ -88,6 +91,10 @@ def train(args: Arguments, opened: Run) -> None:
     views = TrainingViews(images, make_augmentation(args), args.seed)
     begun = {"config": {name: value for name, value in vae.config.items() if name[0] != "_"}}
     begun["weights"] = args.vae and fingerprint_model(vae)
+    if args.freeze_encoder:
+        vae.encoder.requires_grad_(False)
+        if vae.quant_conv is not None:
+            vae.quant_conv.requires_grad_(False)
     run = TrainingRun(opened, AutoencodingNetwork(vae), views, vae=begun)
     logger.info(
         f"Training {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M weights on {len(images)} images, "
@@ -96,10 +103,10 @@ def train(args: Arguments, opened: Run) -> None:
     for batches in run.updates():
         losses = []
         for batch in batches:
-            images = batch["image"].to(accelerator.device, non_blocking=True)
+            shown = batch["image"].to(accelerator.device, non_blocking=True)
             if args.crop_size:
-                images = random_crops(images, args.crop_size, args.seed, batch["position"])
-            pixels = unit_to_vae(images, args.in_channels)
+                shown = random_crops(shown, args.crop_size, args.seed, batch["position"])
+            pixels = unit_to_vae(shown, args.in_channels)
             noise = posterior_noise(vae, args, batch["position"]).to(accelerator.device)
             with accelerator.accumulate(run.model):
                 loss = loss_function(*run.model(pixels, noise))
@@ -147,6 +154,8 @@ def split_images(args: Arguments, images: ImageDataset) -> tuple[ImageDataset, I
 
 
 def make_vae(args: Arguments) -> AutoencoderKL:
+    if args.freeze_encoder and not args.vae:
+        raise ValueError("--freeze_encoder keeps the latents of an autoencoder: name it as --vae.")
     if args.vae:
         vae = AutoencoderKL.from_pretrained(args.vae, use_safetensors=True)
         if vae.config["in_channels"] != args.in_channels:
@@ -221,10 +230,17 @@ def validate(args: Arguments, vae: AutoencoderKL, held_out: ImageDataset, step: 
         raise FloatingPointError(f"Update {step}: the reconstructions are not finite. Lower --learning_rate.")
 
 
-@torch.no_grad()
 def save_result(args: Arguments, vae: AutoencoderKL, images: ImageDataset) -> None:
     """Save the autoencoder with the mean and standard deviation of its latents."""
     vae.eval()
+    if not args.freeze_encoder:
+        note_statistics(args, vae, images)
+    put_result(Path(args.output_dir), vae.to(memory_format=torch.contiguous_format).save_pretrained)
+    logger.info(f"The autoencoder is in {args.output_dir}")
+
+
+@torch.no_grad()
+def note_statistics(args: Arguments, vae: AutoencoderKL, images: ImageDataset) -> None:
     stride = max(1, len(images) // args.num_statistics_images)
     chosen = images.select(images.keys[::stride])
 
@@ -235,8 +251,6 @@ def save_result(args: Arguments, vae: AutoencoderKL, images: ImageDataset) -> No
 
     mean, std = latent_statistics(moments())
     vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0)
-    put_result(Path(args.output_dir), vae.to(memory_format=torch.contiguous_format).save_pretrained)
-    logger.info(f"The autoencoder is in {args.output_dir}")
 
 
 def batches_of(images: ImageDataset, size: int) -> Iterator[Tensor]:

@@ -108,9 +108,19 @@ def test_goes_on_from_an_autoencoder_in_bf16(trained, flags):
     assert next(vae.parameters()).dtype == torch.float32
 
 
+def test_only_the_decoder_is_trained_and_the_latents_stay(trained, flags):
+    flags |= {"vae": trained, "freeze_encoder": True, "crop_size": 16, "max_train_steps": 2}
+    scripts.call_script("train_vae.py", **flags)
+    before, after = (AutoencoderKL.from_pretrained(folder) for folder in (trained, flags["output_dir"]))
+    assert before.config["latents_std"] == after.config["latents_std"]
+    changed = {name for name, value in after.state_dict().items() if not torch.equal(value, before.state_dict()[name])}
+    assert changed and not any(name.startswith(("encoder", "quant_conv")) for name in changed)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
+        ({"freeze_encoder": True}, ValueError, "name it as --vae"),
         ({"train_data_dir": None}, ValueError, "--train_data_dir"),
         ({"vae": "rgb"}, ValueError, "has 3 channels, --in_channels is 1"),
         ({"train_batch_size": 21}, ValueError, "needs 21 images .* there are 20"),
