@@ -3,7 +3,7 @@ r"""The whole suite on real radiographs: what it takes, an honest set, and plant
     python benchmarks/suite.py --images ../shared/cxr/kermany/images \
         --table ../shared/cxr/kermany.csv
     python benchmarks/suite.py --images ../shared/cxr/nih --table ../shared/cxr/nih.csv --num_images 220
-    python benchmarks/suite.py --cases overfitted --num_images 8
+    python benchmarks/suite.py --cases overfitted --num_images 8 --size 128
 
 Images are shared out by patient to a synthetic, a real and a training set. The first set is honest: real images of
 others. In `planted` it holds blurred copies of training images, and its labels are shuffled. In `overfitted` it is

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..data import ImageDataset
 from ..data.labels import LabelTable
 from ..evaluation.classifier import ClassifierSettings
-from ..pipelines.preparation import Source
+from ..pipelines.preparation import TrainedModel
 from .arguments import flag
 from .image_flags import STORED, RealImageArguments, open_real_images
 
@@ -58,7 +58,7 @@ def classifier_settings(args: ClassifierArguments) -> ClassifierSettings:
 
 
 def open_labelled_images(
-    args: LabelledImageArguments, size: int, model: Source | None = None
+    args: LabelledImageArguments, size: int, model: TrainedModel | None = None
 ) -> tuple[ImageDataset, LabelTable, tuple[str, ...]]:
     """The images, what is known of each in the same order, and the labels to classify; see `open_real_images`."""
     images, table = open_real_images(args, size, model=model)

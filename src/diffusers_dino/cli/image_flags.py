@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..data import ImageDataset, Preprocessing, open_images
 from ..data.keys import read_keys
 from ..data.labels import LabelTable, read_label_table, stored_labels
-from ..pipelines.preparation import Source, open_images_for
+from ..pipelines.preparation import TrainedModel, open_images_for
 from ..synthesis import SyntheticSet
 from .arguments import flag
 
@@ -31,7 +31,7 @@ class RealImageArguments:
 
 
 def open_real_images(
-    args: RealImageArguments, size: int, need_patients: bool = True, model: Source | None = None
+    args: RealImageArguments, size: int, need_patients: bool = True, model: TrainedModel | None = None
 ) -> tuple[ImageDataset, LabelTable | None]:
     """The images at this size in pixels, and what is known of each in the same order; None without labels.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from ..devices import device_of
 from ..extras import require
 from ..metrics.copy_gate import CopyGate
 from ..pipelines import DinoPriorPipeline
+from ..pipelines.preparation import stored_preparation
 from ..training.models import load_trained_pipeline
 from .tasks import TrainingImages, example_images, model_size
 
@@ -76,7 +78,8 @@ def launch(
         if drawer is not None:
             drawer.check_conditioner(pipe.conditioner)
         shown = example_images(examples, model_size(pipe), count=6) if examples else []
-        known = known_images(model, gate, training_images, model_size(pipe))
+        preparation = stored_preparation(pipe) or Preprocessing(remove_borders=False)
+        known = known_images(model, gate, training_images, replace(preparation, size=model_size(pipe)))
         page, visitors = build_page(pipe, Path(model).name, shown, known, drawer)
         _, address, public = page.launch(
             server_name=server_name,
@@ -98,14 +101,14 @@ def launch(
 
 
 def known_images(
-    model: str | Path, gate: str | Path | None, source: str | Path | None, size: int
+    model: str | Path, gate: str | Path | None, source: str | Path | None, preparation: Preprocessing
 ) -> TrainingImages | None:
     """What variations are compared with: a gate's file, training images, both, or nothing; for `launch`."""
     beside = Path(model) / GATE
     path = gate or (beside if beside.is_file() else None)
     images = None
     if source:
-        images = open_images(source, Preprocessing(size, remove_borders=False), local_files_only=True)
+        images = open_images(source, preparation, local_files_only=True)
     if path:
         return TrainingImages(CopyGate.load(path), images)
     return images and TrainingImages(CopyGate.calibrate(images), images)

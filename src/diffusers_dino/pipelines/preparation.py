@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 __all__ = [
-    "Source",
+    "TrainedModel",
     "cut_as_in_training",
     "note_preparation",
     "open_images_for",
@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 # A pipeline, its folder, its repository, or what was stored of it.
-Source = DiffusionPipeline | Preprocessing | str | os.PathLike[str]
+TrainedModel = DiffusionPipeline | Preprocessing | str | os.PathLike[str]
 _NOTE = "_images"  # in the denoiser's config, which diffusers keeps, saves and passes on without reading it
 # What cannot be chosen today, so that models of a later version with a choice are told from those of this one.
 _FIXED = {"crop": "central square", "polarity": "air is dark"}
@@ -41,7 +41,7 @@ def note_preparation(denoiser: ModelMixin, preprocessing: Preprocessing, channel
     denoiser.register_to_config(**{_NOTE: {**asdict(preprocessing), **_FIXED, "channels": channels}})
 
 
-def stored_preparation(model: Source, revision: str | None = None) -> Preprocessing | None:
+def stored_preparation(model: TrainedModel, revision: str | None = None) -> Preprocessing | None:
     """What `note_preparation` noted, of a pipeline, its folder or its repository; None for models from before that.
 
     What was stored elsewhere, such as with a synthetic set, is returned as it is. `revision` is that of a repository.
@@ -71,7 +71,7 @@ def read_preparation(config: Mapping[str, Any]) -> Preprocessing | None:
         raise ValueError(f"The model's config does not say how to prepare images ({_NOTE}): {error}.") from error
 
 
-def preparation_for(model: Source, size: int, remove_borders: bool | None = None) -> Preprocessing:
+def preparation_for(model: TrainedModel, size: int, remove_borders: bool | None = None) -> Preprocessing:
     """How to prepare images at a side of `size` pixels for a model: as those that it was trained on.
 
     ValueError if `remove_borders` contradicts what the model was trained with: samples and figures of other images
@@ -98,7 +98,7 @@ def _prepare(stored: Preprocessing | None, size: int, remove_borders: bool | Non
 
 
 def open_images_for(
-    model: Source,
+    model: TrainedModel,
     source: str | os.PathLike[str],
     size: int,
     remove_borders: bool | None = None,

@@ -135,6 +135,8 @@ def evaluate_segmentation(
 ) -> SegmentationStudy:
     """Segment a data set with each model at all settings of a sweep, and score the segments beside the baselines.
 
+    A model that settings were noted with (`diffseg.note_settings`) is also scored at these, in a row of its own.
+
     Args:
         models: A pipeline of this package or a Stable Diffusion (with the empty prompt), or several models; those of
             one name are checkpoints of one model. An iterator may load one after the other.
