@@ -40,14 +40,15 @@ from diffusers_dino.files import save_atomically
 from diffusers_dino.fingerprints import fingerprint_model, hash_of
 from diffusers_dino.fusion import fuse
 from diffusers_dino.hub import push_folder
+from diffusers_dino.pipelines.compilation import compile_denoiser
 from diffusers_dino.pipelines.preparation import note_preparation
 from diffusers_dino.schedules import is_flow
 from diffusers_dino.training import models, objective, optim, validation
 from diffusers_dino.training.feature_cache import Recipe, open_feature_cache
 from diffusers_dino.training.features import FeatureEncoder, Views, cache_in_memory, fit_familiarity
-from diffusers_dino.training.progress import Progress
 from diffusers_dino.training.run_folder import put_result
 from diffusers_dino.training.state import TrainingState
+from diffusers_dino.training.tally import Tally
 
 logger = logging.getLogger("train_dino")
 
@@ -103,8 +104,17 @@ class Arguments(RunArguments, FeatureArguments):
     allow_tf32: bool = flag(False, "TF32 matrix products on Ampere and later.", group="Speed and memory")
     gradient_checkpointing: bool = flag(False, "Save memory, compute activations twice.")
     enable_xformers_memory_efficient_attention: bool = flag(False, "xformers in place of PyTorch's attention.")
-    torch_compile: bool = flag(False, "Compile the denoiser.")
-    channels_last: bool = flag(False, "Channels-last memory format of denoiser and VAE.")
+    torch_compile: bool = flag(False, "Compile the denoiser, and keep it and the VAE channels-last.")
+    compile_regions: Literal["auto", "blocks", "whole"] = flag(
+        "auto", "What to compile: the repeated blocks of large denoisers, and small ones whole; or as you say."
+    )
+    compile_mode: str | None = flag(
+        None, "torch.compile's; reduce-overhead (CUDA graphs) may help a small model on a GPU."
+    )
+    channels_last: bool = flag(False, "Channels-last memory format of denoiser and VAE, also uncompiled.")
+    exchange_steps: int | None = flag(
+        None, "Updates between looks at losses and signals, at most; by default 10 on a GPU, else 1."
+    )
     validation_data_dir: str | None = flag(
         None, "Unseen images; else a share of the others is held out for --metric_steps.", group="Validation"
     )
@@ -150,7 +160,7 @@ def run_training(args: Arguments, run: Run) -> None:
         views = open_feature_cache(args.feature_cache, recipe, views.images, share=share)
     frozen_device = "cpu" if args.feature_cache or args.cache_views else None
     trainable = models.adapt_for_training(pipe, accelerator.device, frozen_dtype, frozen_device)
-    if args.channels_last:
+    if args.channels_last or args.torch_compile:
         pipe.denoiser.to(memory_format=torch.channels_last)
         pipe.vae.to(memory_format=torch.channels_last)
     encode = FeatureEncoder(pipe.vae, pipe.conditioner, accelerator.device)
@@ -185,7 +195,8 @@ def run_training(args: Arguments, run: Run) -> None:
         fusion=pipe.fusion,
     )
     if args.torch_compile:
-        pipe.denoiser.compile()
+        whole = {"auto": None, "blocks": False, "whole": True}[args.compile_regions]
+        compile_denoiser(pipe.denoiser, whole, mode=args.compile_mode)
     accelerator.init_trackers(args.tracker_project_name, {name: str(value) for name, value in asdict(args).items()})
     logger.info(
         f"Training {sum(p.numel() for p in trainable) / 1e6:.2f} M weights on {len(views)} images: {total_steps} "
@@ -213,31 +224,14 @@ def train(
     """The loop. Returns the number of updates done, less than `total_steps` if a signal asked to stop."""
     accelerator, trainable = state.accelerator, list(state.trainable.values())
     step, position = run.resume(state)  # updates of the weights, and images that they were made from
-    # The loader stays out of `accelerator.prepare`: its sampler already gives each process its own share.
-    sampler = data.GlobalBatchSampler(
-        len(views),
-        args.train_batch_size,
-        args.seed,
-        num_processes=accelerator.num_processes,
-        process_index=accelerator.process_index,
-        start=position,
-        order=views.images.order(args.shuffle_window_shards),
-    )
-    batches = data.load_batches(views, sampler, args.dataloader_num_workers, accelerator.device)
-    images_per_update = sampler.global_batch_size * args.gradient_accumulation_steps
-    progress = Progress(
-        accelerator,
-        Path(args.output_dir, "train_log.jsonl"),
-        total_steps,
-        start=step,
-        images_per_step=images_per_update,
-        every=args.logging_steps,
-    )
+    batches = run.load_batches(views, position)
+    images_per_update = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    progress = run.open_progress(step, total_steps, images_per_update)
     if run.unseen and validator.is_due(step):  # a kill came between the checkpoint and its validation
         validator.run(step, progress.say)
         run.note_validated(step)
-    stop = False
-    while step < total_steps and not stop:
+    tally = Tally(accelerator, state.optimizer, run.interruption, args.exchange_steps)
+    while step < total_steps and not tally.stop:
         loss_sum = torch.zeros((), device=accelerator.device)
         for _ in range(args.gradient_accumulation_steps):
             batch = next(batches)
@@ -245,20 +239,20 @@ def train(
                 loss = compute_loss(args, pipe, state.model, encode, batch, state.fusion)
                 accelerator.backward(loss)
                 loss_sum += loss.detach() / args.gradient_accumulation_steps
-        # One exchange tells all processes the loss, and whether one of them wishes to stop or to save.
-        exchanged = torch.stack([loss_sum, *loss_sum.new_tensor(run.interruption.wishes())])
-        mean_loss, stop, due = accelerator.reduce(exchanged, "mean").tolist()
+        step, position = step + 1, position + images_per_update
         norm = accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
-        objective.check_finite(step + 1, mean_loss, norm, batch["key"], accelerator.mixed_precision)
         lr = state.lr_scheduler.get_last_lr()[0]
+        is_checkpoint = args.checkpointing_steps > 0 and step % args.checkpointing_steps == 0
+        at_once = is_checkpoint or validator.is_due(step) or step == total_steps
+        known = tally.note(step, loss_sum, norm, lr, batch["key"], at_once)  # refuses what is not finite
         state.optimizer.step()
         state.lr_scheduler.step()
         state.optimizer.zero_grad()
         state.update_average()
-        step, position = step + 1, position + images_per_update
-        progress.update(mean_loss, lr)
-        accelerator.log({"loss": mean_loss, "lr": lr}, step=step)
-        if stop or due or (args.checkpointing_steps and step % args.checkpointing_steps == 0):
+        for update in known:
+            progress.update(update.loss, update.lr)
+            accelerator.log({"loss": update.loss, "lr": update.lr}, step=update.step)
+        if tally.stop or tally.save or is_checkpoint:
             run.save(state, step, position)
         validator.run(step, progress.say)
         run.note_validated(step)

@@ -43,7 +43,6 @@ from diffusers_dino.prior.table import Columns, Facts, make_conditions, read_fac
 from diffusers_dino.training import objective, optim, prior
 from diffusers_dino.training.feature_cache import Recipe, open_feature_cache
 from diffusers_dino.training.features import FeatureEncoder, Views, cache_in_memory
-from diffusers_dino.training.progress import Progress
 from diffusers_dino.training.run_folder import put_result
 from diffusers_dino.training.state import TrainingState
 
@@ -235,25 +234,9 @@ def train(
     if run.found is not None:
         validator.load_state_dict(run.found.info["looks"])
         converged = validator.is_late()
-    sampler = data.GlobalBatchSampler(
-        len(views),
-        args.train_batch_size,
-        args.seed,
-        num_processes=accelerator.num_processes,
-        process_index=accelerator.process_index,
-        start=position,
-        order=views.images.order(args.shuffle_window_shards),
-    )
-    batches = data.load_batches(views, sampler, args.dataloader_num_workers, accelerator.device)
-    images_per_update = sampler.global_batch_size * args.gradient_accumulation_steps
-    progress = Progress(
-        accelerator,
-        Path(args.output_dir, "train_log.jsonl"),
-        total_steps,
-        start=step,
-        images_per_step=images_per_update,
-        every=args.logging_steps,
-    )
+    batches = run.load_batches(views, position)
+    images_per_update = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    progress = run.open_progress(step, total_steps, images_per_update)
     if not validator.looks:
         validator.run(0, progress.say)  # the Gaussian that it begins as
     while step < total_steps and not stop and not converged:

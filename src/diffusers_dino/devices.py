@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
-__all__ = ["count_workers", "deterministic", "device_of"]
+__all__ = ["count_workers", "deterministic", "device_of", "send"]
 
 
 def device_of(place: int, device: str | None) -> str:
@@ -25,6 +26,13 @@ def count_workers(num_workers: int | None, device: str | None) -> int:
     if device_of(0, device) == "cpu":
         return os.cpu_count() or 1
     return 1 if device else torch.cuda.device_count()
+
+
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor on a device. The host does not wait for the copy to a GPU, which is made from memory pinned for it."""
+    if torch.device(device).type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
 
 
 @contextmanager

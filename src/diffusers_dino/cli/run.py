@@ -18,9 +18,9 @@ from ..files import make_writable_folder
 from ..fingerprints import as_json, hash_of
 from ..training import checkpoints
 from ..training.checkpoints import Checkpoint, Resumable
-from ..training.features import evenly_spread
+from ..training.features import Views, evenly_spread
 from ..training.interruption import Interruption
-from ..training.progress import check_tracker
+from ..training.progress import Progress, check_tracker
 from ..training.run_folder import RunFolder
 from .record import describe_history, told_settings
 
@@ -142,6 +142,34 @@ class Run:
                 checkpoints.delete_old_checkpoints(self.args.output_dir, keep, self.found.path)  # or a kill left one
         self.interruption.saved()
         return (self.found.step, self.found.info["position"]) if self.found is not None else (0, 0)
+
+    def load_batches(self, views: Views, position: int) -> Iterator[dict[str, Any]]:
+        """Batches of this process without end, from the place in the global order after `position` images.
+
+        They stay out of `accelerator.prepare`: the order already gives each process its own share.
+        """
+        args, accelerator = self.args, self.accelerator
+        sampler = data.GlobalBatchSampler(
+            len(views),
+            args.train_batch_size,
+            args.seed,
+            num_processes=accelerator.num_processes,
+            process_index=accelerator.process_index,
+            start=position,
+            order=views.images.order(args.shuffle_window_shards),
+        )
+        return data.load_batches(views, sampler, args.dataloader_num_workers, accelerator.device)
+
+    def open_progress(self, step: int, total: int, images_per_update: int) -> Progress:
+        """What shows and logs the updates after `step`."""
+        return Progress(
+            self.accelerator,
+            Path(self.args.output_dir, "train_log.jsonl"),
+            total,
+            start=step,
+            images_per_step=images_per_update,
+            every=self.args.logging_steps,
+        )
 
     def save(self, state: Resumable, step: int, position: int, **info: Any) -> Path:
         """Write a checkpoint, which notes `info`; every process must call this."""

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
-from .. import data
-from ..training import objective
 from ..training.features import Views
 from ..training.optim import decay_matrices
-from ..training.progress import Progress
 from ..training.state import ModelState
+from ..training.tally import Tally
 from .run import Run
 
 __all__ = ["TrainingRun"]
@@ -73,6 +70,7 @@ class TrainingRun:
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self._state = ModelState(model, self.optimizer, self.lr_scheduler, companions)
         self.step, self._position = run.resume(self._state)  # updates so far, and images shown
+        self._tally = Tally(accelerator, self.optimizer, run.interruption)
 
     def updates(self) -> Iterator[list[dict[str, Any]]]:
         """The batches of each update that is left; ends early, with a checkpoint, after SIGTERM or SIGUSR1.
@@ -80,32 +78,11 @@ class TrainingRun:
         Yields:
             One batch for each forward pass; of each, `position` says where in the run its samples stand.
         """
-        args, accelerator = self.args, self.accelerator
-        sampler = data.GlobalBatchSampler(
-            len(self.views),
-            args.train_batch_size,
-            args.seed,
-            num_processes=accelerator.num_processes,
-            process_index=accelerator.process_index,
-            start=self._position,
-            order=self.views.images.order(args.shuffle_window_shards),
-        )
-        batches = data.load_batches(self.views, sampler, args.dataloader_num_workers, accelerator.device)
-        self.progress = Progress(
-            accelerator,
-            Path(args.output_dir, "train_log.jsonl"),
-            self.total,
-            start=self.step,
-            images_per_step=self.images_per_update,
-            every=args.logging_steps,
-        )
-        stop = False
-        while self.step < self.total and not stop:
-            yield [next(batches) for _ in range(accelerator.gradient_accumulation_steps)]
-            # What one process wishes, all do at the same update.
-            wishes = torch.tensor(self.run.interruption.wishes(), device=accelerator.device)
-            stop, due = accelerator.reduce(wishes, "mean").tolist()
-            if stop or due or (args.checkpointing_steps and self.step % args.checkpointing_steps == 0):
+        batches = self.run.load_batches(self.views, self._position)
+        self.progress = self.run.open_progress(self.step, self.total, self.images_per_update)
+        while self.step < self.total and not self._tally.stop:
+            yield [next(batches) for _ in range(self.accelerator.gradient_accumulation_steps)]
+            if self._tally.stop or self._tally.save or self._is_checkpoint(self.step):
                 self.run.save(self._state, self.step, self._position)
         self.progress.close()
 
@@ -115,12 +92,16 @@ class TrainingRun:
         Raises:
             FloatingPointError: The loss or the gradient is not finite; the weights are untouched. It names `keys`.
         """
-        loss = self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
-        objective.check_finite(self.step + 1, loss, norm, keys, self.accelerator.mixed_precision)
         lr = self.lr_scheduler.get_last_lr()[0]
+        self.step, self._position = self.step + 1, self._position + self.images_per_update
+        at_once = self._is_checkpoint(self.step) or self.step == self.total
+        known = self._tally.note(self.step, torch.stack(losses).mean(), norm, lr, keys, at_once)
         self.optimizer.step()
         self.lr_scheduler.step()
         self.optimizer.zero_grad()
-        self.step, self._position = self.step + 1, self._position + self.images_per_update
-        self.progress.update(loss, lr)
+        for update in known:
+            self.progress.update(update.loss, update.lr)
+
+    def _is_checkpoint(self, step: int) -> bool:
+        return self.args.checkpointing_steps > 0 and step % self.args.checkpointing_steps == 0

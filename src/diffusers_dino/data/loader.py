@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from ..devices import send
 from .datasets import ImageDataset
 from .images.augmentation import Augmentation
 from .order import GlobalBatchSampler, Slot
@@ -67,10 +68,10 @@ class TrainingViews(Dataset[dict[str, Any]]):
 
     def finish(self, batch: dict[str, Any], device: torch.device | str = "cpu") -> dict[str, Any]:
         """Move a loaded batch to a device and make the views there; what comes out is a copy."""
-        images = batch["image"].to(device)
+        images = send(batch["image"], device)
         images = self._floats.to_unit(images) if images.device.type == "cpu" else images / 255
         if self.augmentation:
-            images = self.augmentation.apply(images, batch["draws"])
+            images = self.augmentation.apply(images, send(batch["draws"], device))
         return {"key": batch["key"], "position": batch["position"], "image": images}
 
 

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from ..conditioner import DinoImageConditioner
 from ..data import ImageDataset, Slot, TrainingViews, load_batches
+from ..devices import send
 from ..latents import VAE, encode_to_moments
 from ..pixels import unit_to_vae
 
@@ -57,8 +58,8 @@ class FeatureEncoder:
     def __call__(self, batch: dict[str, Any]) -> Features:
         """Float32 features of a batch of `TrainingViews` (it has `image`) or of `CachedViews` (it has `features`)."""
         if "features" in batch:
-            return Features(*(part.to(self.device, non_blocking=True).float() for part in batch["features"]))
-        pixels = batch["image"].to(self.device, non_blocking=True)  # (B, 1 or 3, H, W) in [0, 1]
+            return Features(*(send(part, self.device).float() for part in batch["features"]))
+        pixels = send(batch["image"], self.device)  # (B, 1 or 3, H, W) in [0, 1]
         if self.vae is None:
             tokens = self.conditioner.encode(pixels).float()
             return Features(tokens.new_empty(len(tokens), 0), tokens.new_empty(len(tokens), 0), tokens)

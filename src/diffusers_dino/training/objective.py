@@ -14,6 +14,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from ..devices import send
 from ..schedules import add_noise, is_flow
 from ..seeds import generator_for
 
@@ -56,8 +57,8 @@ class TrainingDraws:
     level: Tensor
 
     def to(self, device: torch.device | str) -> TrainingDraws:
-        """The same draws on a device."""
-        return TrainingDraws(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        """The same draws on a device, which the host does not wait for."""
+        return TrainingDraws(*(send(getattr(self, field.name), device) for field in fields(self)))
 
 
 def draw_for_training(
@@ -197,9 +198,8 @@ def drop_encoders(tokens: Tensor, null_tokens: Tensor, kept: Tensor, tokens_per_
 
     The tokens are `(B, S, D)`, the null tokens too or `(1, S, D)`, and `kept` `(B, E)` is of `draw_encoders`.
     """
-    counts = torch.tensor(tokens_per_encoder, device=tokens.device)
-    kept = kept.to(tokens.device).repeat_interleave(counts, dim=1)  # (B, S)
-    return torch.where(kept[..., None], tokens, null_tokens.to(tokens))
+    kept = kept.repeat_interleave(torch.tensor(tokens_per_encoder), dim=1)  # (B, S), before it goes to a GPU
+    return torch.where(send(kept, tokens.device)[..., None], tokens, null_tokens.to(tokens))
 
 
 def weighted_mse(prediction: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -54,16 +54,16 @@ class Progress:
         if self._log is not None:
             self._log.write(json.dumps({"step": self.step, "loss": loss, "lr": lr}) + "\n")
             self._log.flush()
-        status = {"loss": f"{loss:.4f}", "lr": f"{lr:.2e}", "images/s": f"{self.rate:.1f}"}
-        status["memory"] = f"{peak_memory(self.device):.1f} GiB"
         if self._bar is not None:
-            self._bar.set_postfix(status, refresh=False)
+            self._bar.set_postfix(self._status(loss, lr), refresh=False)
             self._bar.update()
-        elif self.quiet:
-            return
-        elif self.step % self.every == 0 or self.step in (self._first + 1, self.total):
-            described = ", ".join(f"{name} {value}" for name, value in status.items())
+        elif not self.quiet and (self.step % self.every == 0 or self.step in (self._first + 1, self.total)):
+            described = ", ".join(f"{name} {value}" for name, value in self._status(loss, lr).items())
             print(f"step {self.step}/{self.total}: {described}", file=self.stream, flush=True)
+
+    def _status(self, loss: float, lr: float) -> dict[str, str]:
+        status = {"loss": f"{loss:.4f}", "lr": f"{lr:.2e}", "images/s": f"{self.rate:.1f}"}
+        return {**status, "memory": f"{peak_memory(self.device):.1f} GiB"}
 
     @property
     def rate(self) -> float:

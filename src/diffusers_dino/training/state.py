@@ -81,7 +81,10 @@ class TrainingState:
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Inside, the model holds the averaged weights, if there is an average, and is in evaluation mode."""
+        """Inside, the model holds the averaged weights, if there is an average, and is in evaluation mode.
+
+        What is compiled runs eagerly: it would have to be compiled anew for what evaluation gives it.
+        """
         training = self.denoiser.training
         parameters = list(self.trainable.values())
         kept = [p.detach().to("cpu", copy=True) for p in parameters] if self.ema is not None else []
@@ -89,7 +92,8 @@ class TrainingState:
             self.ema.copy_to(parameters)
         self.denoiser.eval()
         try:
-            yield
+            with torch.compiler.set_stance("force_eager"):
+                yield
         finally:
             for parameter, value in zip(parameters, kept, strict=False):
                 parameter.data.copy_(value)

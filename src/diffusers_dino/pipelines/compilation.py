@@ -1,0 +1,85 @@
+"""`torch.compile` on a denoiser and an autoencoder's decoder: which parts of them, and what without a compiler.
+
+Modules are compiled in place, so that their class and the names of their weights stay.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import Tensor
+
+from .caching import has_cache
+
+__all__ = ["compile_denoiser", "compile_pipeline", "compiler_problem"]
+
+logger = logging.getLogger(__name__)
+
+_LARGE = 200_000_000  # weights: from here on, compiling a whole model takes many minutes
+_MOST_SHAPES = 64  # that one block is compiled for: a UNet's have several widths and sides, with gradients and without
+
+
+def compile_denoiser(denoiser: ModelMixin, whole: bool | None = None, **options: Any) -> bool:
+    """Compile a denoiser in place, when it is where it will run.
+
+    Args:
+        denoiser: The UNet or transformer.
+        whole: Whether to compile all of it, rather than only its repeated blocks (diffusers'
+            `compile_repeated_blocks`), which takes a fraction of the time. By default models of under 200 M weights
+            are compiled whole, and those of a class that names no repeated blocks.
+        options: For `torch.compile`, such as `mode` or `fullgraph`.
+
+    Returns:
+        Whether it is compiled. Without a working compiler a warning says why, and the model stays as it is.
+
+    Raises:
+        ValueError: If one of diffusers' caches is on the model.
+    """
+    if has_cache(denoiser):
+        raise ValueError(
+            "A cache is on the denoiser (enable_cache), and its hooks cannot be compiled: call disable_cache() first."
+        )
+    parameters = list(denoiser.parameters())
+    if problem := compiler_problem(parameters[0].device, options.get("backend", "inductor")):
+        logger.warning("The denoiser is not compiled, and runs as without: %s", problem)
+        return False
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_SHAPES)
+    if whole is None:
+        whole = sum(parameter.numel() for parameter in parameters) < _LARGE
+    if whole or not getattr(denoiser, "_repeated_blocks", None):
+        denoiser.compile(**options)
+    else:
+        denoiser.compile_repeated_blocks(**options)
+    return True
+
+
+def compile_pipeline(pipe: DiffusionPipeline, whole: bool | None = None, **options: Any) -> bool:
+    """Compile the denoiser and the VAE's decoder of a pipeline in place, for arguments and errors as above.
+
+    Each shape of a batch is compiled by itself, at its first call: an image then depends on the shape of its batch,
+    and not on which shapes came before.
+    """
+    options = {"dynamic": False, **options}
+    compiled = compile_denoiser(pipe.denoiser, whole, **options)
+    if compiled and pipe.vae is not None:
+        pipe.vae.decoder.compile(**options)
+    return compiled
+
+
+def compiler_problem(device: torch.device | str, backend: str = "inductor") -> str | None:
+    """Why `torch.compile` does not work on a device, such as for want of a C++ compiler or of Triton; None if it does.
+
+    It is tried on a small function, which takes seconds.
+    """
+    try:
+        torch.compile(_trial, backend=backend, dynamic=False)(torch.zeros(8, device=device))
+    except (RuntimeError, ImportError, OSError) as error:
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return None
+
+
+def _trial(values: Tensor) -> Tensor:
+    return (values + 1).sin()
