@@ -1,7 +1,7 @@
 """Nothing is read off the device in an update of the denoiser, nor between the first and the last denoising step.
 
 A GPU is stood for by PyTorch's `meta` device, whose tensors have no values: what would make the host wait for a GPU
-(`item`, `tolist`, `cpu`, `bool`, `nonzero`, a tensor of the host indexed by one of the device) raises there. What lives
+(`item`, `tolist`, `cpu`, `bool`, `nonzero`, a tensor of the host indexed by one of the device) raises there. What is
 on the CPU has its values, and is sent to the device as it is to a GPU.
 """
 

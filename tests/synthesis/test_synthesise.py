@@ -18,12 +18,14 @@ from diffusers_dino.data import Preprocessing, open_images, verify_shards
 from diffusers_dino.data.labels import stored_labels
 from diffusers_dino.data.sharding.manifest import ShardError
 from diffusers_dino.embeddings import lerp
+from diffusers_dino.pipelines.compilation import compile_pipeline
 from diffusers_dino.seeds import generator_for
 from diffusers_dino.synthesis import (
     SynthesisError,
     SynthesisSettings,
     SyntheticSet,
     bind,
+    compile_generator,
     load_plan,
     plan_interpolation,
     plan_reconstruction,
@@ -124,6 +126,31 @@ def test_shards_are_the_same_in_any_order_and_on_any_number_of_threads(whole, pi
     finally:
         torch.set_num_threads(before)
     assert files(tmp_path / "set", "*.tar*") == files(whole.folder, "*.tar*")
+
+
+def test_a_compiled_model_makes_a_set_of_its_own(small, sources, tmp_path):
+    eager, compiled = bind(small, tiny.tiny_pipeline(), sources), tiny.tiny_pipeline()
+    assert compile_pipeline(compiled, backend="eager")
+    prepare_folder(eager, tmp_path / "set")
+    assert bind(small, compiled, sources).made_with == {**eager.made_with, "compiled": True}
+    with pytest.raises(SynthesisError, match="compiled"):
+        synthesise(small, compiled, sources, tmp_path / "set", progress=False)
+
+
+@pytest.mark.slow
+def test_compiled_processes_make_the_same_bytes(plan, sources, tmp_path):
+    """Each compiles by itself, and begins with another shard."""
+    for order in ((0, 1, 2), (2, 1, 0)):
+        torch.compiler.reset()
+        pipe = tiny.tiny_pipeline()
+        assert compile_generator(pipe)
+        bound = bind(plan, pipe, sources)
+        folder = prepare_folder(bound, tmp_path / f"{order[0]} first")
+        tokens = TokenStore(bound, folder)
+        tokens.encode_part(0, pipe, PlannedSources(bound, sources))
+        for number in order:
+            make_shard(bound, number, pipe, tokens, folder)
+    assert files(tmp_path / "0 first", "*.tar*") == files(tmp_path / "2 first", "*.tar*")
 
 
 def test_a_folder_that_an_earlier_version_began_is_gone_on_with(pipe, sources, tmp_path):

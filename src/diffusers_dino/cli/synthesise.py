@@ -34,6 +34,7 @@ from ..synthesis import (
     SyntheticSet,
     begun_threads,
     bind,
+    compile_generator,
     draw_examples,
     export,
     load_generator,
@@ -83,6 +84,7 @@ class Arguments(SamplingArguments, RealImageArguments):
     seed: int = flag(0, "Seed of the plan and of the noise.")
     batch_size: int = flag(16, "Images sampled together by a process.")
     threads: int | None = flag(None, "CPU threads of a process; by default what PyTorch chooses at the first run.")
+    compile: bool = flag(False, "Compile the model: worth minutes at the start for thousands of images.")
     gate: str | None = flag(
         None,
         "File of a CopyGate: near-copies are drawn again. Calibrated on the real images if there is no such file.",
@@ -134,6 +136,10 @@ def main(args: Arguments) -> None:
         pipe = load_generator(args.model, args.dtype, args.scheduler)
         # Ray's workers take both pipelines from the CPU
         prior = load_prior(args, torch.device("cpu") if args.engine == "ray" else accelerator.device)
+    if args.engine == "local":
+        pipe = pipe.to(accelerator.device)
+    if args.compile:
+        compile_generator(pipe)
     must_calibrate = args.gate is not None and not Path(args.gate).exists()  # only that needs patients
     images, table = open_regime(args, pipe, must_calibrate)
     gate = None
@@ -155,7 +161,6 @@ def main(args: Arguments) -> None:
         resources = RayResources(args.ray_workers, gpus, args.ray_address)
         made = synthesise_with_ray(plan, pipe, images, args.output_dir, prior=prior, resources=resources, **shared)
     else:
-        pipe = pipe.to(accelerator.device)
         made = synthesise(plan, pipe, images, args.output_dir, prior=prior, accelerator=accelerator, **shared)
     if accelerator.is_main_process:
         describe(made, images, args)

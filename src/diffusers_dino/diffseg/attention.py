@@ -22,7 +22,10 @@ from torch import Tensor, nn
 
 __all__ = ["capture_self_attention", "self_attention_layers"]
 
-_CHUNK_NUMEL = 2**22  # 16 MiB of probabilities at a time: of queries x keys x heads of one layer, never all of it
+# Scores of queries x keys x heads of one layer at a time, never all of them: 4 MiB, or on a GPU, where launching many
+# small operations takes longer than the arithmetic, 256 MiB.
+_CHUNK_NUMEL = 2**20
+_CHUNK_NUMEL_ON_A_GPU = 2**26
 
 
 @contextmanager
@@ -152,11 +155,14 @@ def _update_mean(mean: Tensor, query: Tensor, key: Tensor, scale: float, weight:
     Query and key are `(B, h, N, d)` float32; `scale` multiplies the scores before the softmax.
     """
     batch, heads, positions, _ = query.shape
-    rows = max(1, _CHUNK_NUMEL // (batch * heads * positions))
+    at_once = _CHUNK_NUMEL_ON_A_GPU if query.is_cuda else _CHUNK_NUMEL
+    rows = max(1, at_once // (batch * heads * positions))
+    query, key = query * scale, key.transpose(-1, -2)
     for start in range(0, positions, rows):
         chunk = slice(start, start + rows)
-        scores = (query[:, :, chunk] * scale) @ key.transpose(-1, -2)  # (B, h, rows, N)
-        mean[:, chunk].lerp_(scores.softmax(dim=-1).mean(dim=1), weight)
+        scores = query[:, :, chunk] @ key  # (B, h, rows, N)
+        maps = torch.softmax(scores, dim=-1, out=scores)  # in their place: they are held once
+        mean[:, chunk].lerp_(maps.mean(dim=1), weight)
 
 
 def _check_square(module: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
-from torch import Tensor
+from torch import Tensor, nn
 
 from .caching import has_cache
 
-__all__ = ["compile_denoiser", "compile_pipeline", "compiler_problem"]
+__all__ = ["compile_denoiser", "compile_pipeline", "compiler_problem", "is_compiled"]
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,11 @@ def compile_pipeline(pipe: DiffusionPipeline, whole: bool | None = None, **optio
     if compiled and pipe.vae is not None:
         pipe.vae.decoder.compile(**options)
     return compiled
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a model or one of its blocks is compiled in place."""
+    return any(module._compiled_call_impl is not None for module in model.modules())
 
 
 def compiler_problem(device: torch.device | str, backend: str = "inductor") -> str | None:

@@ -451,8 +451,10 @@ class DinoDiffusionPipeline(
             null_embeds = self.conditioner.null_condition(batch_size).to(device, dtype)
 
         # 3. Prepare timesteps, noise, and what the scheduler's step takes
-        timesteps, _ = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
+        # schedulers read them as numbers, and a GPU would be waited for at each: only the denoiser's are on the device
+        timesteps, _ = retrieve_timesteps(self.scheduler, num_inference_steps, "cpu", timesteps, sigmas)
         check_descent(timesteps, self.scheduler)
+        denoiser_timesteps = (timesteps.float() if timesteps.is_floating_point() else timesteps).to(device)
         self._num_timesteps = len(timesteps)
         channels = denoiser.config.in_channels
         latents = self.prepare_latents(batch_size, channels, height, width, dtype, device, generator, latents)
@@ -473,15 +475,17 @@ class DinoDiffusionPipeline(
                 inputs = scale_model_input(inputs, t)
 
                 if self.guider is not None:
-                    predict = partial(self._predict, denoiser, inputs, t)
+                    predict = partial(self._predict, denoiser, inputs, denoiser_timesteps[i])
                     step = (i, len(timesteps), t)
                     prediction = predict_with_guider(self.guider, denoiser, predict, image_embeds, null_embeds, step)
                 else:
                     tokens = torch.cat([null_embeds, image_embeds]) if guided else image_embeds
                     with cache_context(denoiser, cached, times[i], guided):
-                        prediction = self._predict(denoiser, inputs, t, tokens)
+                        prediction = self._predict(denoiser, inputs, denoiser_timesteps[i], tokens)
                     null, conditional = prediction.chunk(2) if guided else (None, prediction)
-                    weak = self._predict(self.guide, inputs[-batch_size:], t, image_embeds) if autoguided else None
+                    weak = None
+                    if autoguided:
+                        weak = self._predict(self.guide, inputs[-batch_size:], denoiser_timesteps[i], image_embeds)
                     prediction = guided_prediction(
                         conditional, null, self.guidance_scale, weak, autoguidance_scale, self.guidance_rescale
                     )
@@ -507,7 +511,7 @@ class DinoDiffusionPipeline(
         return family_of(model).predict(
             model,
             inputs,
-            t.expand(len(inputs)).to(inputs.device),  # one each, as FasterCache splits the batch
+            t.expand(len(inputs)),  # one each, as FasterCache splits the batch
             fuse(self.fusion, tokens),
             guidance=self._embed_guidance(len(inputs)),
             attention_kwargs=self.cross_attention_kwargs,

@@ -18,7 +18,7 @@ from .plan import (
 )
 from .plan_file import begun_threads, load_plan, save_plan
 from .ray_engine import RayResources, synthesise_with_ray
-from .run import bind, load_generator, only_run, open_gate, prepare_folder, synthesise
+from .run import bind, compile_generator, load_generator, only_run, open_gate, prepare_folder, synthesise
 from .shards import Gate
 from .tokens import PriorTokens
 
@@ -37,6 +37,7 @@ __all__ = [
     "as_datasets",
     "begun_threads",
     "bind",
+    "compile_generator",
     "draw_examples",
     "export",
     "interpolated_labels",

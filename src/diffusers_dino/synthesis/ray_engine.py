@@ -28,7 +28,7 @@ from ..workers import progress_bar
 from .dataset import SyntheticSet, check_left_out, complete_set
 from .plan import Plan, SynthesisError
 from .plan_file import PLAN, freeze_plan
-from .run import begun, bind, check_readable
+from .run import begun, bind, check_readable, compile_generator
 from .shards import Gate, find_record, make_shard
 from .tokens import WORK, PlannedSources, PriorTokens, TokenStore
 
@@ -211,9 +211,12 @@ class _Worker:
         job = self.job
         disable_progress_bar()  # of loading, which Ray would repeat to the user for each worker
         pipe = DinoDiffusionPipeline.from_pretrained(job.model, dtype=job.dtypes, local_files_only=True)
+        pipe = pipe.to(job.device)
+        if job.plan.made_with.get("compiled"):
+            compile_generator(pipe)
         # every worker must mean this plan
         freeze_plan(bind(job.plan, pipe, job.images, job.gate, self.prior), job.folder)
-        return pipe.to(job.device)
+        return pipe
 
     @cached_property
     def prior(self) -> PriorTokens | None:

@@ -24,6 +24,7 @@ from ..fingerprints import as_json, fingerprint_model, fingerprint_pipeline, has
 from ..metrics.copy_gate import CopyGate
 from ..metrics.neighbours import Groups
 from ..pipelines import DinoDiffusionPipeline
+from ..pipelines.compilation import compile_pipeline, is_compiled
 from ..schedules import scheduler_like
 from ..workers import progress_bar
 from .dataset import SyntheticSet, check_left_out, complete_set, finished_set
@@ -32,7 +33,16 @@ from .plan_file import check_free, freeze_plan
 from .shards import RECORDS, Gate, find_record, make_shard
 from .tokens import TOKENS, WORK, PlannedSources, PriorTokens, TokenStore
 
-__all__ = ["begun", "bind", "load_generator", "only_run", "open_gate", "prepare_folder", "synthesise"]
+__all__ = [
+    "begun",
+    "bind",
+    "compile_generator",
+    "load_generator",
+    "only_run",
+    "open_gate",
+    "prepare_folder",
+    "synthesise",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +66,8 @@ def synthesise(
 
     Args:
         plan: Which images, and how.
-        pipe: On the device that computes.
+        pipe: On the device that computes, perhaps compiled (`compile_generator`). That changes the last bits of
+            images, so the plan notes it, and goes on only so.
         images: Holds the plan's sources; None for a plan without any.
         output_dir: Where shards, `labels.csv` and `manifest.json` go. All processes and machines must share it.
         gate: Which images may pass; the others are drawn again.
@@ -122,6 +133,14 @@ def load_generator(model: str | Path, dtype: str = "float32", scheduler: str | N
             raise ValueError(f"diffusers has no scheduler {scheduler!r}: give a name like DDIMScheduler.")
         pipe.scheduler = scheduler_like(pipe.scheduler, kind)
     return pipe
+
+
+def compile_generator(pipe: DinoDiffusionPipeline) -> bool:
+    """Compile the pipeline that generates, on the device that computes; False, with a warning, without a compiler.
+
+    Kernels are chosen without timing them, so that all processes on machines of one kind choose the same.
+    """
+    return compile_pipeline(pipe, options={"deterministic": True})
 
 
 def open_gate(
@@ -193,9 +212,10 @@ def bind(
         wrong = "needs one" if prior is None else "takes none"
         raise SynthesisError(f"A plan of strategy {plan.strategy!r} {wrong}: a prior goes with plan_prior.")
     side = size * pipe.vae_scale_factor
+    compiled = {"compiled": True} if is_compiled(pipe.denoiser) else {}
     verdicts = None if gate is None else gate.fingerprint()
     if prior is not None:
-        return _bind_to_prior(plan, pipe, images, prior, model, image_size=side, gate=verdicts)
+        return _bind_to_prior(plan, pipe, images, prior, model, image_size=side, gate=verdicts, **compiled)
     # Keys such as 000001 name images of many data sets: a few sources' pixels tell them apart
     count = len(plan.keys)
     probe = list(PlannedSources(plan, images).read(sorted({0, count // 2, count - 1})))
@@ -208,6 +228,7 @@ def bind(
         preprocessing=asdict(images.preprocessing),
         source_pixels=hash_of(*(image for image, _ in probe))[:16],
         gate=verdicts,
+        **compiled,
     )
 
 

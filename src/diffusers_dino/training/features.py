@@ -14,7 +14,7 @@ from ..conditioner import DinoImageConditioner
 from ..data import ImageDataset, Slot, TrainingViews, load_batches
 from ..devices import send
 from ..latents import VAE, encode_to_moments
-from ..pixels import unit_to_vae
+from ..pixels import StoredImages, unit_to_vae
 
 __all__ = [
     "CachedViews",
@@ -60,11 +60,12 @@ class FeatureEncoder:
         if "features" in batch:
             return Features(*(send(part, self.device).float() for part in batch["features"]))
         pixels = send(batch["image"], self.device)  # (B, 1 or 3, H, W) in [0, 1]
+        images = StoredImages(pixels)  # made here in their range, which is not looked up on a GPU
         if self.vae is None:
-            tokens = self.conditioner.encode(pixels).float()
+            tokens = self.conditioner.encode(images).float()
             return Features(tokens.new_empty(len(tokens), 0), tokens.new_empty(len(tokens), 0), tokens)
         mean, std = encode_to_moments(self.vae, unit_to_vae(pixels, self.vae.config["in_channels"]).to(self.vae.dtype))
-        return Features(mean.float(), std.float(), self.conditioner.encode(pixels).float())
+        return Features(mean.float(), std.float(), self.conditioner.encode(images).float())
 
 
 def encode_views(

@@ -1,0 +1,112 @@
+"""Compiled denoisers: whole graphs, the same results, and what happens where they cannot be compiled."""
+
+import logging
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+import tiny
+from diffusers_dino.denoisers import family_of
+from diffusers_dino.pipelines import compilation, deep_cache
+from diffusers_dino.pipelines.compilation import compile_denoiser, compile_pipeline, compiler_problem
+
+ONE_LEVEL = {
+    "block_out_channels": (16,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+    "mid_block_type": None,
+}
+
+
+def gradients(model, denoiser, batch_size=2):
+    """What a training step makes of a batch: the loss, and all gradients."""
+    generator = torch.Generator().manual_seed(batch_size)
+    latents = torch.randn(batch_size, tiny.LATENT_CHANNELS, 8, 8, generator=generator)
+    tokens = torch.randn(batch_size, 5, tiny.TOKEN_DIM, generator=generator)
+    prediction = family_of(denoiser).predict(model, latents, torch.arange(batch_size), tokens)
+    loss = prediction.float().square().mean()
+    loss.backward()
+    found = [parameter.grad.clone() for parameter in denoiser.parameters()]
+    denoiser.zero_grad()
+    return loss.detach(), *found
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_training_step_is_one_graph_for_batches_of_any_size(precision):
+    """As accelerate wraps it; batches of a second size give a graph for all."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    denoiser = tiny.tiny_unet(**ONE_LEVEL).train()
+    model = Accelerator(cpu=True, mixed_precision=precision).prepare(denoiser)
+    expected = [gradients(model, denoiser, batch_size) for batch_size in (2, 3, 4)]
+    assert compile_denoiser(denoiser, fullgraph=True, backend="eager")
+    for batch_size, values in zip((2, 3, 4), expected, strict=True):
+        torch.testing.assert_close(gradients(model, denoiser, batch_size), values, atol=1e-6, rtol=1e-6)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3  # one of them the trial's
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [True, False])
+def test_compiled_gradients_are_the_eager_ones(whole):
+    torch.compiler.reset()
+    denoiser = tiny.tiny_unet().train()
+    expected = gradients(denoiser, denoiser)
+    denoiser.to(memory_format=torch.channels_last)
+    assert compile_denoiser(denoiser, whole, fullgraph=True)
+    torch.testing.assert_close(gradients(denoiser, denoiser), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_large_denoisers_are_compiled_by_blocks(monkeypatch):
+    blocks = "BasicTransformerBlock"
+    for large in (False, True):
+        monkeypatch.setattr(compilation, "_LARGE", 0 if large else 10**9)
+        denoiser = tiny.tiny_unet()
+        compile_denoiser(denoiser, backend="eager")
+        compiled = {type(part).__name__ for part in denoiser.modules() if part._compiled_call_impl is not None}
+        assert compiled == ({blocks} if large else {"UNet2DConditionModel"})
+
+
+@pytest.mark.slow
+def test_pipelines_sample_the_same_images_in_one_graph(pipe, images):
+    expected = tiny.generate(pipe, images[:2])
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    assert compile_pipeline(pipe, fullgraph=True)
+    together = tiny.generate(pipe, images[:2])
+    assert abs(together - expected).max() < 1e-4
+    tiny.generate(pipe, images[:1])  # another shape, compiled by itself
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert (tiny.generate(pipe, images[:2]) == together).all()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_without_a_compiler_it_stays_eager_with_one_warning(pipe, caplog):
+    def broken(graph, inputs):
+        raise RuntimeError("No working C++ compiler found")
+
+    torch.compiler.reset()
+    with caplog.at_level(logging.WARNING):
+        assert not compile_pipeline(pipe, backend=broken)
+    (record,) = caplog.records
+    assert "not compiled" in record.message
+    assert "No working C++ compiler found" in record.message
+    assert all(part._compiled_call_impl is None for part in [*pipe.unet.modules(), *pipe.vae.modules()])
+
+
+@pytest.mark.slow
+def test_a_compiler_that_is_not_there_is_told(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/nonexistent/g++"))
+    monkeypatch.setattr(torch._inductor.config, "fx_graph_cache", False)
+    torch.compiler.reset()
+    assert "/nonexistent/g++" in compiler_problem("cpu")
+    torch.compiler.reset()
+
+
+def test_caches_are_refused(pipe):
+    pipe.enable_cache(deep_cache(pipe.unet))
+    with pytest.raises(ValueError, match=r"disable_cache\(\) first"):
+        compile_pipeline(pipe)
