@@ -136,10 +136,7 @@ def main(args: Arguments) -> None:
         pipe = load_generator(args.model, args.dtype, args.scheduler)
         # Ray's workers take both pipelines from the CPU
         prior = load_prior(args, torch.device("cpu") if args.engine == "ray" else accelerator.device)
-    if args.engine == "local":
-        pipe = pipe.to(accelerator.device)
-    if args.compile:
-        compile_generator(pipe)
+    prepare_model(args, pipe, accelerator.device)
     must_calibrate = args.gate is not None and not Path(args.gate).exists()  # only that needs patients
     images, table = open_regime(args, pipe, must_calibrate)
     gate = None
@@ -165,6 +162,14 @@ def main(args: Arguments) -> None:
     if accelerator.is_main_process:
         describe(made, images, args)
     accelerator.end_training()
+
+
+def prepare_model(args: Arguments, pipe: DinoDiffusionPipeline, device: torch.device) -> None:
+    """Move the model to where it samples, and compile it if it is to be; Ray's workers load and compile their own."""
+    if args.engine == "local":
+        pipe.to(device)
+    if args.compile:
+        compile_generator(pipe)
 
 
 def make_plan(
