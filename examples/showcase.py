@@ -46,6 +46,7 @@ class Arguments:
     output_dir: str = flag("outputs/showcase", "Where a folder for each stage goes, and the model.")
     seed: int = flag(0, "Seed of everything random.")
     max_train_steps: int | None = flag(None, "Updates of each stage, in place of the configs', for a trial.")
+    max_train_samples: int | None = flag(None, "Train only on the first images, for a trial.")
 
 
 def main() -> None:
@@ -72,22 +73,20 @@ def train(args: Arguments, stage: str, output_dir: Path) -> None:
         command += [f"--vae={output_dir / 'vae'}", f"--conditioner={output_dir / 'encoder'}"]
     if args.setting == "gpu":
         command += ON_A_GPU[stage]
-    if args.max_train_steps is not None:
-        command += [f"--max_train_steps={args.max_train_steps}"]
+    for name in ("max_train_steps", "max_train_samples"):
+        if getattr(args, name) is not None:
+            command += [f"--{name}={getattr(args, name)}"]
     environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}  # threads that spin stand still on busy cores
     subprocess.run(command, check=True, cwd=EXAMPLES.parent, env=environment)  # the config's paths start there
 
 
 def pack(output_dir: Path) -> None:
-    """Save the pipeline in half precision; the token statistics stay as they are."""
-    pipe = DinoDiffusionPipeline.from_pretrained(output_dir / "unet").to(dtype=torch.float16)
+    """Save the pipeline in half precision; statistics of the tokens stay in single precision."""
+    pipe = DinoDiffusionPipeline.from_pretrained(output_dir / "unet", dtype=torch.float16)
     with save_atomically(output_dir / "model") as folder:
-        pipe.save_pretrained(folder, max_shard_size="100MB")
-    print(f"Model: {output_dir / 'model'}, {sum(p.stat().st_size for p in folder_files(output_dir)) / 1e6:.1f} MB")
-
-
-def folder_files(output_dir: Path) -> list[Path]:
-    return [path for path in (output_dir / "model").rglob("*") if path.is_file()]
+        pipe.save_pretrained(folder)
+    size = sum(path.stat().st_size for path in (output_dir / "model").rglob("*") if path.is_file())
+    print(f"The model is in {output_dir / 'model'}: {size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
