@@ -55,6 +55,7 @@ def test_a_model_without_a_note_has_the_general_defaults(images):
     plain = DiffSegPipeline.from_pipe(tiny.tiny_pipeline())
     explicit = plain(images, 300, 0.35, relative_threshold=True, layers="all")
     assert torch.equal(plain(images).masks, explicit.masks)
+    assert torch.equal(plain(images, timestep=None).masks, explicit.masks)
 
 
 def test_the_demo_begins_with_it(folder):

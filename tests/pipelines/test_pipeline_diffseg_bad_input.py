@@ -21,7 +21,7 @@ def test_thresholds(diffseg, images, threshold):
         diffseg(images, merge_threshold=threshold)
 
 
-@pytest.mark.parametrize("timestep", [-1, 1000, 2.5, True, [], [10, 1000], "300", None])
+@pytest.mark.parametrize("timestep", [-1, 1000, 2.5, True, [], [10, 1000], "300", [None]])
 def test_timesteps(diffseg, images, timestep):
     with pytest.raises(ValueError, match="`timestep` must be an integer from 0 to 999"):
         diffseg(images, timestep=timestep)
