@@ -17,8 +17,10 @@ from accelerate import init_empty_weights
 from accelerate.utils import send_to_device
 from diffusers import ConfigMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
+from .diffseg.features import stack_features
 from .encoders import (
     TOKENS,
     Encoder,
@@ -351,6 +353,27 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
         `encoders` are as in `forward`. Gradients flow if an image requires them; otherwise none are recorded.
         """
         return self._without_graph(partial(self, encoders=encoders), self.preprocess(images))
+
+    @apply_forward_hook  # offloading brings the encoders
+    @torch.no_grad()
+    def patch_features(self, images: ImageInput, size: int | None = None, layer: int | None = None) -> Tensor:
+        """Patch tokens of whole images as maps, not standardised or projected, whatever tokens are the condition.
+
+        Args:
+            images: B images as in `preprocess`; they are stretched to squares.
+            size: Side in pixels that the encoders see, a multiple of their patches; by default their own. Twice as
+                many pixels along a side give four times as many patches.
+            layer: Of the encoders, from 1, that the tokens leave; by default the one at three quarters of the depth.
+
+        Returns:
+            `(B, D, h, w)` float32. Of several encoders the channels stand one after the other, on the finest grid.
+        """
+        stored, maps = stored_images(images), []
+        for encoder in self.image_encoders:
+            side = encoder.spec.size if size is None else size
+            squares = torch.cat([each.resized(side, encoder.spec.resample) for each in stored])
+            maps.append(encoder.patches_after(squares.to(self.null_tokens.device), layer).float())
+        return stack_features(maps) if len(maps) > 1 else maps[0]
 
     def null_condition(self, batch_size: int) -> Tensor:
         """The condition of guidance's unconditional half, `(batch_size, num_tokens, token_dim)`.

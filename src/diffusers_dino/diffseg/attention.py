@@ -15,12 +15,13 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from inspect import signature
+from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-__all__ = ["capture_self_attention", "self_attention_layers"]
+__all__ = ["capture_features", "capture_self_attention", "self_attention_layers"]
 
 # Scores of queries x keys x heads of one layer at a time, never all of them: 4 MiB, or on a GPU, where launching many
 # small operations takes longer than the arithmetic, 256 MiB.
@@ -85,6 +86,39 @@ def capture_self_attention(
             f"The model has no self-attention of side {', '.join(map(str, missing))} for this input; it has "
             f"{sorted(heads) or 'run none'}. Ask for these, or give an image of another size."
         )
+
+
+@contextmanager
+def capture_features(model: nn.Module, layers: Collection[str] | None = None) -> Iterator[list[Tensor]]:
+    """Collect what self-attention layers give in the forward passes that run inside, as DiffCut does (2406.02842).
+
+    Args:
+        model: As in `capture_self_attention`; its input must be square. How its layers attend does not matter.
+        layers: Names of the layers to collect, or of their blocks; by default only the last layer of a UNet's
+            encoder, which DiffCut reads, and the middle layer of a transformer.
+
+    Yields:
+        A list, filled as the model runs: features `(B, D, s, s)` float32 of one layer after the other.
+    """
+    found = self_attention_layers(model)
+    if layers is None and found:
+        encoder = [name for name in found if name.startswith("down_blocks")]
+        layers = [encoder[-1] if encoder else list(found)[len(found) // 2]]
+    features: list[Tensor] = []
+
+    def keep(layer: Attention, inputs: tuple, output: Any) -> None:
+        output = output[0] if isinstance(output, tuple) else output  # joint attention gives the condition's, too
+        if output.ndim == 3:
+            output = output.transpose(1, 2).unflatten(2, (math.isqrt(output.shape[1]), -1))
+        features.append(output.detach().float())
+
+    with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code would not call the hooks
+        hooks = [model.register_forward_pre_hook(_check_square, with_kwargs=True)]
+        hooks += [layer.register_forward_hook(keep) for layer in _choose(found, layers, type(model).__name__).values()]
+        for hook in hooks:
+            stack.callback(hook.remove)
+        yield features
 
 
 def self_attention_layers(model: nn.Module) -> dict[str, Attention]:

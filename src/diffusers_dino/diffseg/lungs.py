@@ -12,8 +12,17 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-__all__ = ["EllipsePrior", "NamedSegments", "lung_prior", "most_agreed", "name_lungs", "union_table"]
+__all__ = [
+    "EllipsePrior",
+    "NamedSegments",
+    "lung_prior",
+    "most_agreed",
+    "name_lung_clusters",
+    "name_lungs",
+    "union_table",
+]
 
 
 class EllipsePrior(NamedTuple):
@@ -115,3 +124,34 @@ def most_agreed(masks: Tensor, weights: Tensor | None = None) -> int:
     agreement = torch.where(total > 0, 2 * (flat @ flat.T) / total.clamp(min=1), 1.0)  # (P, P)
     agreement.fill_diagonal_(0)  # no vote for oneself
     return int((agreement.double() @ weights.to(flat.device).double()).argmax())
+
+
+def name_lung_clusters(
+    segments: Tensor, images: Tensor, ellipses: tuple[EllipsePrior, ...] = LUNGS
+) -> tuple[int, ...]:
+    """Which segments are lungs, where a segment's number means the same in all images: by position and darkness.
+
+    They are those that lie mostly inside the ellipses, and are darker than what surrounds them, over all images
+    together; of none that are both, the one that is inside most. What one image leaves open, many decide.
+
+    Args:
+        segments: `(N, s, s)` integers of 0 or more.
+        images: `(N, H, H)` gray, air dark; any range.
+        ellipses: The prior.
+    """
+    count, size = len(segments), segments.shape[-1]
+    if segments.ndim != 3 or segments.shape[-2] != size or images.ndim != 3 or len(images) != count or not count:
+        raise ValueError(
+            f"Expected segments (N, s, s) of N gray images (N, H, H), got {tuple(segments.shape)} and "
+            f"{tuple(images.shape)}."
+        )
+    small = F.interpolate(images[:, None].float(), size=(size, size), mode="bilinear", antialias=True)
+    reach = max(1, size // 6)  # a third of the side, as wide as a lung
+    around = F.avg_pool2d(small, 2 * reach + 1, stride=1, padding=reach, count_include_pad=False)
+    lighter = (small - around) / small.std(dim=(-2, -1), keepdim=True).clamp(min=1e-9)
+    flat, prior = segments.flatten(), lung_prior(size, ellipses).to(segments.device).expand(count, -1, -1).flatten()
+    area = torch.bincount(flat).double()
+    inside = torch.bincount(flat[prior], minlength=len(area)).double() / area.clamp(min=1)
+    lightness = torch.bincount(flat, weights=lighter.flatten().double().to(flat.device), minlength=len(area))
+    named = ((inside > 0.5) & (lightness < 0)).nonzero()[:, 0].tolist()
+    return tuple(named) or (int(torch.where(lightness < 0, inside, inside - 1).argmax()),)

@@ -169,6 +169,50 @@ class Encoder(ExactBuffers):
                 f"The encoder {self.spec.source} takes images (B, {', '.join(map(str, expected))}), got "
                 f"{tuple(pixel_values.shape)}: use `preprocess`, which crops and resizes."
             )
+        return self._run(pixel_values)
+
+    def patches_after(self, pixel_values: Tensor, layer: int | None = None) -> Tensor:
+        """Patch tokens `(B, D, h, w)` of squares `(B, 3, s, s)` in [0, 1] as they leave one of the network's layers.
+
+        Args:
+            pixel_values: s is any multiple of the patch; positions are interpolated the model's own way.
+            layer: From 1 to `depth`, whose tokens are after the last layer norm; by default three quarters of it.
+
+        Raises:
+            ValueError: If the layer is not there, s is not a multiple, or the network takes only its own size.
+        """
+        side, own = pixel_values.shape[-1], self.spec.size
+        check_size(side, self.patch, self.spec.source)
+        if side != own and getattr(getattr(self.model, "patch_embed", None), "strict_img_size", False):
+            raise ValueError(f"{self.spec.source} was built by timm for images of {own} pixels only: give this size.")
+        layer = max(1, 3 * self.depth // 4) if layer is None else layer
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 1 <= layer <= self.depth:
+            raise ValueError(f"The layers of {self.spec.source} are 1 to {self.depth}, got {layer!r}.")
+        if layer == self.depth:
+            patches = self._run(pixel_values)[1]
+        else:
+            kept: list[Any] = []
+            hook = self._layers[layer - 1].register_forward_hook(lambda module, inputs, output: kept.append(output))
+            try:
+                self._run(pixel_values)
+            finally:
+                hook.remove()
+            sequence = kept[0][0] if isinstance(kept[0], tuple) else kept[0]
+            patches = self._split(sequence)[1]
+        return patches.transpose(1, 2).unflatten(2, (side // self.patch, -1))
+
+    @property
+    def depth(self) -> int:
+        """Number of its layers."""
+        return len(self._layers)
+
+    @property
+    def _layers(self) -> nn.ModuleList | nn.Sequential:
+        if self.spec.backend == "timm":
+            return self.model.blocks
+        return max((part for part in self.model.modules() if isinstance(part, nn.ModuleList)), key=len)
+
+    def _run(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         normalized = (pixel_values.float() - self.pixel_mean) / self.pixel_std
         normalized = normalized.to(next(self.model.parameters()).dtype)
         if self.spec.backend == "timm":

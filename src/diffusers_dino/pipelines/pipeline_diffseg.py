@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from numbers import Integral, Real
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from diffusers import (
@@ -26,7 +24,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .. import schedules
 from ..conditioner import DinoImageConditioner
 from ..denoisers import family_of
-from ..diffseg.attention import capture_self_attention
+from ..diffseg.attention import capture_features, capture_self_attention
+from ..diffseg.clusters import FeatureClusters, fit_clusters
+from ..diffseg.cuts import cut_features, mean_maps, recursive_cut, walk_affinity
+from ..diffseg.features import stack_features
 from ..diffseg.merging import aggregate_attention, merge_attention, refine_segments, relative_thresholds, suppress
 from ..diffseg.settings import ALL_LAYERS, DiffSegSettings, noted_settings
 from ..fusion import TokenFusion, fuse
@@ -42,6 +43,15 @@ from .checks import (
     check_generator,
     check_numbers,
     image_size,
+)
+from .diffseg_arguments import (
+    check_merging,
+    empty_prompt,
+    for_batch,
+    listed_features,
+    listed_timesteps,
+    mask_size,
+    merge_thresholds,
 )
 from .loading import ComponentLoadingMixin
 from .lora import DenoiserLoraMixin
@@ -155,7 +165,7 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
                 "The UNet has a cache (enable_cache), which leaves out layers whose attention is read here: call "
                 "disable_cache() of the pipeline that it belongs to."
             )
-        _timesteps(timestep, config["num_train_timesteps"])
+        listed_timesteps(timestep, config["num_train_timesteps"])
         self._check_size(self._size(size))
         check_generator(generator)
         if image_embeds is not None and not isinstance(image_embeds, Tensor):
@@ -189,7 +199,7 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
             pixels = send_to_device(self.conditioner.preprocess(images, crop=False), device)
             return {"encoder_hidden_states": fuse(self.fusion, self.conditioner(pixels))}
         encoders = [(self.text_encoder, self.tokenizer), (self.text_encoder_2, self.tokenizer_2)]
-        outputs = [_empty_prompt(*pair, device) for pair in encoders if pair[0] is not None]
+        outputs = [empty_prompt(*pair, device) for pair in encoders if pair[0] is not None]
         if self.unet.config.get("addition_embed_type") != "text_time":
             return {"encoder_hidden_states": outputs[0].last_hidden_state}  # (1, S, D)
         # Stable Diffusion XL, for an uncropped square image: its original size, the top left corner of the crop, its
@@ -240,31 +250,8 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         self.check_inputs(timestep, size, generator, image_embeds, unet_kwargs, add_noise)
         if layers is None and sides is None:
             layers = self.settings.layers
-        images = [
-            # where that is large, images go straight to the size of the model
-            StoredImages.of(each.resized(max(each.size), "bicubic")) if max(each.size) <= _SQUARE_AT_MOST else each
-            for each in stored_images(image)
-        ]
-        batch_size = sum(map(len, images))
-        check_generator(generator, batch_size)
-        given = dict(unet_kwargs or {})
-        if image_embeds is not None:
-            given["encoder_hidden_states"] = fuse(self.fusion, image_embeds.to(self._execution_device))
-        condition = given if "encoder_hidden_states" in given else self.encode_condition(images, size) | given
-        latents = self.prepare_latents(images, size)
-        condition = _for_batch(condition, batch_size, latents.dtype, latents.device)
-        if add_noise:  # drawn in float32, so that a seed means the same in every precision
-            noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=torch.float32)
-            noise = noise.to(latents.dtype)
         with capture_self_attention(self.denoiser, sides, None if layers == ALL_LAYERS else layers) as attention:
-            for t in _timesteps(timestep, self.scheduler.config["num_train_timesteps"]):
-                steps = torch.full((len(latents),), t, device=latents.device)
-                inputs = schedules.add_noise(self.scheduler, latents, noise, steps) if add_noise else latents
-                if self.transformer is None:
-                    self.unet(inputs, steps, **condition, return_dict=False)
-                else:
-                    tokens = condition["encoder_hidden_states"]
-                    family_of(self.transformer).predict(self.transformer, inputs, steps, tokens)
+            batch_size = self._run(image, timestep, size, add_noise, generator, image_embeds, unet_kwargs)
         maps = [
             aggregate_attention({side: means[i : i + 1] for side, means in attention.items()}, weights=weights)
             for i in range(batch_size)
@@ -280,6 +267,9 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         anchors_per_side: int | None = None,
         relative_threshold: bool | None = None,
         refine: bool = False,
+        merging: str = "kl",
+        cut_threshold: float = 0.5,
+        walk_steps: int = 2,
         output_size: int | tuple[int, int] | None = None,
         output_type: str = "pt",
     ) -> DiffSegPipelineOutput:
@@ -291,23 +281,109 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
 
         The other arguments, and the result, are as in `__call__`.
         """
-        thresholds, relative = self._thresholds(merge_threshold, num_merges, relative_threshold)
+        default = self.settings.merge_threshold
+        thresholds, relative = merge_thresholds(merge_threshold, num_merges, relative_threshold, default)
         anchors_per_side = min(_ANCHORS_PER_SIDE, maps.shape[-1]) if anchors_per_side is None else anchors_per_side
         check_numbers(anchors_per_side=anchors_per_side)
-        check_choice(("pt", "np"), output_type=output_type)
-        size = _output_size(maps.shape[-1] if output_size is None else output_size)
+        check_merging(merging, cut_threshold, walk_steps)
+        size = mask_size(maps.shape[-1] if output_size is None else output_size)
         merged = []
         for image_maps in maps:
+            if merging == "ncut":
+                cut = recursive_cut(walk_affinity(image_maps, walk_steps), cut_threshold)
+                merged.append(mean_maps(image_maps, cut))
+                continue
             own = relative_thresholds(image_maps, thresholds) if relative else thresholds
             candidates = merge_attention(image_maps, own, anchors_per_side)
             merged.append(refine_segments(image_maps, candidates) if refine else candidates)
-        masks = [suppress(candidates, size) for candidates in merged]
-        masks = torch.stack(masks) if len(masks) > 1 else masks[0][None]  # a copy of a large one takes a gigabyte
-        return DiffSegPipelineOutput(
-            masks=masks.cpu().numpy() if output_type == "np" else masks,
-            maps=merged,
-            num_segments=[int(mask.flatten().bincount().count_nonzero()) for mask in masks],
-        )
+        return _to_output(merged, size, output_type)
+
+    @takes_the_denoiser
+    @torch.no_grad()
+    def patch_features(
+        self,
+        image: ImageInput,
+        features: str | Sequence[str] = "encoder",
+        *,
+        timestep: int | Sequence[int] = 50,
+        size: int | None = None,
+        layers: Collection[str] | None = None,
+        encoder_size: int | None = None,
+        encoder_layer: int | None = None,
+        image_embeds: Tensor | None = None,
+        unet_kwargs: Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        """A vector for each patch of images, which `segment_features` and `fit_clusters` compare.
+
+        Args:
+            features: `"unet"`: what self-attention layers give, of the clean latents, as in DiffCut (arXiv
+                2406.02842); `"encoder"`: patch tokens of the conditioner's encoders; or both, side by side.
+            layers: Of the denoiser; by default the last self-attention of its encoder, as there.
+            encoder_size: Side in pixels that the encoders see, such as 392; by default their own.
+            encoder_layer: See `DinoImageConditioner.patch_features`.
+
+        The other arguments, and the errors, are as in `__call__`.
+
+        Returns:
+            `(B, D, h, w)` float32; of several sources on the finest of their grids, each of one mean square.
+        """
+        parts, kinds = [], listed_features(features)
+        if "encoder" in kinds and self.conditioner is None:
+            raise ValueError("This pipeline has no conditioner, whose encoder makes features: use features='unet'.")
+        if "unet" in kinds:
+            self.check_inputs(timestep, size, None, image_embeds, unet_kwargs)
+            with capture_features(self.denoiser, layers) as captured:
+                self._run(image, timestep, size, False, None, image_embeds, unet_kwargs)
+            parts += captured
+        if "encoder" in kinds:
+            parts.append(self.conditioner.patch_features(image, encoder_size, encoder_layer))
+        return stack_features(parts) if len(parts) > 1 else parts[0]
+
+    def fit_clusters(
+        self,
+        images: Iterable[ImageInput],
+        num_clusters: int | Sequence[int] = range(4, 13),
+        *,
+        features: str | Sequence[str] = "encoder",
+        seed: int = 0,
+        **options: Any,
+    ) -> FeatureClusters:
+        """Cluster the patches of many images, so that a segment keeps its identity from image to image.
+
+        Args:
+            images: One after the other, or in batches; no mask is needed.
+            num_clusters: How many, or several numbers of which the most stable is taken: see
+                `diffusers_dino.diffseg.clusters.fit_clusters`, which has the errors, too. Needs scikit-learn.
+            features: As in `patch_features`, whose other arguments are `options`.
+            seed: Of the clustering.
+        """
+        settings = {"features": listed_features(features), **options}
+        made = (self.patch_features(batch, **settings) for batch in images)
+        return fit_clusters(made, num_clusters, settings=settings, seed=seed)
+
+    def segment_features(
+        self,
+        features: Tensor,
+        *,
+        clusters: FeatureClusters | None = None,
+        cut_threshold: float = 0.2,
+        cut_power: float = 4.0,
+        output_size: int | tuple[int, int] | None = None,
+        output_type: str = "pt",
+    ) -> DiffSegPipelineOutput:
+        """Segment by features `(B, D, h, w)`, as `patch_features` gives them.
+
+        Args:
+            clusters: What `fit_clusters` gave for the same kind of features; without, each image is cut by itself.
+            output_size: Height and width of the masks, or the side of square ones; by default that of the features.
+
+        The other arguments, and the result, are as in `__call__`.
+        """
+        check_merging("ncut", cut_threshold, cut_power=cut_power)
+        size = mask_size(tuple(features.shape[-2:]) if output_size is None else output_size)
+        if clusters is not None:
+            return _to_output(list(clusters.assign(features)), size, output_type)
+        return _to_output([cut_features(each, cut_threshold, cut_power) for each in features], size, output_type)
 
     @takes_the_denoiser
     @torch.no_grad()
@@ -331,6 +407,15 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         output_size: int | tuple[int, int] | None = None,
         output_type: str = "pt",
         return_dict: bool = True,
+        *,
+        features: str | Sequence[str] = "attention",
+        merging: str | None = None,
+        cut_threshold: float | None = None,
+        cut_power: float = 4.0,
+        walk_steps: int = 2,
+        clusters: FeatureClusters | None = None,
+        encoder_size: int | None = None,
+        encoder_layer: int | None = None,
     ) -> DiffSegPipelineOutput | tuple:
         """Segment B images.
 
@@ -361,9 +446,21 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
             output_size: Height and width of the masks, or the side of square ones; by default the images' size.
             output_type: `"pt"` or `"np"`.
             return_dict: False returns a tuple.
+            features: `"attention"` maps, or those of `patch_features`: `"unet"`, `"encoder"`, or both in a list.
+            merging: `"kl"`, DiffSeg's, of attention; or `"ncut"`, recursive normalised cuts of attention (arXiv
+                2412.04678) or of features (DiffCut, arXiv 2406.02842). By default what DiffSeg or DiffCut does.
+            cut_threshold: With `"ncut"`, the largest cost of a cut, in (0, 2]; higher gives more segments. By default
+                0.2 of features, and 0.5 of attention.
+            cut_power: With `"ncut"` of features, what sharpens their cosines: DiffCut's alpha. Features are centred
+                here, so it is lower than DiffCut's 10.
+            walk_steps: With `"ncut"` of attention, the power of its matrix: steps of a random walk.
+            clusters: What `fit_clusters` gave, in place of merging. They say themselves of which features they are:
+                leave `features`, `merging`, `timestep`, `size`, `layers` and `encoder_*` out.
+            encoder_size: See `patch_features`.
+            encoder_layer: See `patch_features`.
 
         Returns:
-            Masks `(B, H, W)`, merged maps and numbers of segments.
+            Masks `(B, H, W)`, merged maps (of clusters, their probabilities) and numbers of segments.
 
         Raises:
             TypeError: If an argument has the wrong type.
@@ -371,10 +468,20 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
                 a side that was asked for, or images of different sizes come without an `output_size`.
             RuntimeError: If the latents come out with NaN or infinity, or another call uses the pipeline or its UNet.
         """
-        self._thresholds(merge_threshold, num_merges, relative_threshold)  # refused before the model runs
+        # refused before the model runs
+        merge_thresholds(merge_threshold, num_merges, relative_threshold, self.settings.merge_threshold)
+        if merging is None:
+            merging = "kl" if features == "attention" else "ncut"
+        if cut_threshold is None:
+            cut_threshold = 0.5 if features == "attention" else 0.2
+        check_merging(merging, cut_threshold, walk_steps, cut_power)
+        if clusters is None and features != "attention":
+            listed_features(features)
+            if merging != "ncut":
+                raise ValueError(f"merging={merging!r} is of attention maps: merge features={features!r} by 'ncut'.")
         check_choice(("pt", "np"), output_type=output_type)
         if output_size is not None:
-            _output_size(output_size)
+            mask_size(output_size)
         images = stored_images(image)
         sizes = sorted({each.size for each in images})
         if output_size is None and len(sizes) > 1:
@@ -382,30 +489,74 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
                 f"The images have different sizes, {sizes}, and masks of one batch have one: give `output_size`, or "
                 "call once for each size."
             )
-        maps = self.attention_maps(
-            images,
-            timestep,
-            size=size,
-            sides=sides,
-            layers=layers,
-            weights=weights,
-            add_noise=add_noise,
-            generator=generator,
-            image_embeds=image_embeds,
-            unet_kwargs=unet_kwargs,
-        )
-        self.maybe_free_model_hooks()
-        output = self.segment(
-            maps,
-            merge_threshold,
-            num_merges=num_merges,
-            anchors_per_side=anchors_per_side,
-            relative_threshold=relative_threshold,
-            refine=refine,
-            output_size=sizes[0] if output_size is None else output_size,
-            output_type=output_type,
-        )
+        asked = {"image_embeds": image_embeds, "unet_kwargs": unet_kwargs}
+        shown = {"timestep": timestep, "size": size, "layers": layers}
+        written = {"output_size": sizes[0] if output_size is None else output_size, "output_type": output_type}
+        if clusters is not None:
+            made = self.patch_features(images, **clusters.settings, **asked)
+            self.maybe_free_model_hooks()
+            output = self.segment_features(made, clusters=clusters, **written)
+        elif features != "attention":
+            shown["timestep"] = 50 if timestep is None else timestep
+            seen = {"encoder_size": encoder_size, "encoder_layer": encoder_layer}
+            made = self.patch_features(images, features, **shown, **seen, **asked)
+            self.maybe_free_model_hooks()
+            output = self.segment_features(made, cut_threshold=cut_threshold, cut_power=cut_power, **written)
+        else:
+            maps = self.attention_maps(
+                images, **shown, sides=sides, weights=weights, add_noise=add_noise, generator=generator, **asked
+            )
+            self.maybe_free_model_hooks()
+            output = self.segment(
+                maps,
+                merge_threshold,
+                num_merges=num_merges,
+                anchors_per_side=anchors_per_side,
+                relative_threshold=relative_threshold,
+                refine=refine,
+                merging=merging,
+                cut_threshold=cut_threshold,
+                walk_steps=walk_steps,
+                **written,
+            )
         return output if return_dict else output.to_tuple()
+
+    def _run(
+        self,
+        image: ImageInput,
+        timestep: int | Sequence[int],
+        size: int | None,
+        add_noise: bool,
+        generator: Generators,
+        image_embeds: Tensor | None,
+        unet_kwargs: Mapping[str, Any] | None,
+    ) -> int:
+        """Run the denoiser on B images at each timestep, for those who capture what its layers do; returns B."""
+        images = [
+            # where that is large, images go straight to the size of the model
+            StoredImages.of(each.resized(max(each.size), "bicubic")) if max(each.size) <= _SQUARE_AT_MOST else each
+            for each in stored_images(image)
+        ]
+        batch_size = sum(map(len, images))
+        check_generator(generator, batch_size)
+        given = dict(unet_kwargs or {})
+        if image_embeds is not None:
+            given["encoder_hidden_states"] = fuse(self.fusion, image_embeds.to(self._execution_device))
+        condition = given if "encoder_hidden_states" in given else self.encode_condition(images, size) | given
+        latents = self.prepare_latents(images, size)
+        condition = for_batch(condition, batch_size, latents.dtype, latents.device)
+        if add_noise:  # drawn in float32, so that a seed means the same in every precision
+            noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=torch.float32)
+            noise = noise.to(latents.dtype)
+        for t in listed_timesteps(timestep, self.scheduler.config["num_train_timesteps"]):
+            steps = torch.full((len(latents),), t, device=latents.device)
+            inputs = schedules.add_noise(self.scheduler, latents, noise, steps) if add_noise else latents
+            if self.transformer is None:
+                self.unet(inputs, steps, **condition, return_dict=False)
+            else:
+                tokens = condition["encoder_hidden_states"]
+                family_of(self.transformer).predict(self.transformer, inputs, steps, tokens)
+        return batch_size
 
     @property
     def _is_conditional(self) -> bool:
@@ -415,20 +566,6 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
     @property
     def _title(self) -> str:
         return "UNet" if self.transformer is None else "transformer"
-
-    def _thresholds(
-        self, merge_threshold: float | Sequence[float] | None, num_merges: int, relative: bool | None
-    ) -> tuple[list[float], bool]:
-        """One threshold a pass, checked: one `num_merges` times, or those that were given; and what they are in."""
-        check_numbers(num_merges=num_merges)
-        relative = merge_threshold is None if relative is None else bool(relative)
-        if merge_threshold is None:
-            merge_threshold = self.settings.merge_threshold if relative else 0.5
-        listed = isinstance(merge_threshold, (Sequence, np.ndarray, Tensor)) and np.ndim(merge_threshold) == 1
-        thresholds = list(merge_threshold) if listed else [merge_threshold] * num_merges
-        if not thresholds or not all(isinstance(each, (Real, Tensor)) and each > 0 for each in thresholds):  # no NaN
-            raise ValueError(f"`merge_threshold` must be above 0, got {merge_threshold!r}: at 0 no maps are similar.")
-        return [float(threshold) for threshold in thresholds], relative
 
     def _check_denoiser(self) -> None:
         """Refuse two denoisers, a transformer of an unknown class, and other latents than the VAE makes."""
@@ -452,43 +589,13 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         return image_size(self) if size is None else size
 
 
-def _empty_prompt(text_encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Any:
-    """What a text encoder says of an empty prompt, with its hidden states."""
-    tokens = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
-    inputs = {"input_ids": tokens.input_ids.to(device)}
-    if getattr(text_encoder.config, "use_attention_mask", False):  # as diffusers' pipelines read it
-        inputs["attention_mask"] = tokens.attention_mask.to(device)
-    return text_encoder(**inputs, output_hidden_states=True)
-
-
-def _for_batch(value: Any, batch_size: int, dtype: torch.dtype, device: torch.device) -> Any:
-    """Tensors, also in dictionaries, of one image repeated for the batch, on the model's device and in its type."""
-    if isinstance(value, Mapping):
-        return {name: _for_batch(item, batch_size, dtype, device) for name, item in value.items()}
-    if not isinstance(value, Tensor):
-        return value
-    value = value.to(device, dtype) if value.is_floating_point() else value.to(device)
-    if len(value) not in (1, batch_size):
-        raise ValueError(f"An input of the UNet is for {len(value)} images, and there are {batch_size}.")
-    return value.expand(batch_size, *value.shape[1:])
-
-
-def _output_size(size: int | tuple[int, int]) -> tuple[int, int]:
-    """Height and width of masks, checked."""
-    pair = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
-    if len(pair) != 2:
-        raise ValueError(f"`output_size` must be a height and a width, or the side of a square, got {size!r}.")
-    for side in pair:
-        check_numbers(output_size=side)
-    return pair
-
-
-def _timesteps(timestep: int | Sequence[int], num_train_timesteps: int) -> list[int]:
-    """The timesteps of a call that takes one or several, checked."""
-    timesteps = list(timestep) if isinstance(timestep, Sequence) else [timestep]
-    whole = all(isinstance(t, Integral) and not isinstance(t, bool) for t in timesteps)
-    if not timesteps or not whole or not all(0 <= t < num_train_timesteps for t in timesteps):
-        raise ValueError(
-            f"`timestep` must be an integer from 0 to {num_train_timesteps - 1}, or several of them, got {timestep!r}."
-        )
-    return [int(t) for t in timesteps]
+def _to_output(merged: list[Tensor], size: tuple[int, int], output_type: str) -> DiffSegPipelineOutput:
+    """Masks of candidates `(K, h, w)`, one tensor an image."""
+    check_choice(("pt", "np"), output_type=output_type)
+    masks = [suppress(candidates, size) for candidates in merged]
+    masks = torch.stack(masks) if len(masks) > 1 else masks[0][None]  # a copy of a large one takes a gigabyte
+    return DiffSegPipelineOutput(
+        masks=masks.cpu().numpy() if output_type == "np" else masks,
+        maps=merged,
+        num_segments=[int(mask.flatten().bincount().count_nonzero()) for mask in masks],
+    )

@@ -1,4 +1,4 @@
-r"""Zero-shot segmentation by DiffSeg, measured: the paper's Table 2 and Figs 9-12, on your images and masks.
+r"""Zero-shot segmentation, measured: the paper's Table 2 and Figs 9-12, and what goes beyond DiffSeg, on your images.
 
     diffusers-dino evaluate segmentation --pipeline outputs/model --data /data/lungs --output_dir outputs/segmentation
 
@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from diffusers import DiffusionPipeline
 
+from ...conditioner import DinoImageConditioner
 from ...data import Preprocessing, sources
 from ...data.sources.masks import MaskedImages, open_masked_images
 from ...devices import device_of
@@ -29,6 +30,7 @@ from ...evaluation.segmentation.protocol import file_name
 from ...evaluation.segmentation.table import format_segmentation_table
 from ...evaluation.table_text import write_tables
 from ...files import lock_folder, make_writable_folder
+from ...pipelines import DiffSegPipeline
 from ...pipelines.preparation import preparation_for, stored_preparation
 from ..arguments import flag
 from ..console import show_messages
@@ -41,6 +43,7 @@ STABLE_DIFFUSION = "Stable Diffusion"
 class Arguments:
     pipeline: list[str] = flag([], "DinoDiffusionPipelines or checkpoints, as PATH or NAME=PATH.", group="Models")
     stable_diffusion: str | None = flag(None, "A Stable Diffusion to show beside them, with the empty prompt.")
+    encoder: list[str] = flag([], "Encoders that segment without a diffusion model, as PATH or NAME=PATH.")
     untrained: bool = flag(True, "Show each model's UNet before training beside it.")
     device: str | None = flag(None, "Where to compute; a GPU if there is one.")
     dtype: Literal["float32", "bfloat16", "float16"] = flag("float32", "Type of the weights.")
@@ -51,8 +54,14 @@ class Arguments:
     )
     mask_size: int = flag(256, "Side in pixels that Dice coefficients are taken at.")
     size: int | None = flag(None, "Side in pixels that the models see images at; by default their own.", group="Sweep")
+    methods: list[str] = flag(["diffseg"], "Among diffseg, walk, cut, clusters: each makes rows of its own.")
+    features: list[str] = flag(["encoder"], "Of cut and clusters: unet, encoder, unet+encoder.")
     timesteps: list[int] = flag([1, 50, 100, 300], "Timesteps of the attention that is read.")
-    thresholds: list[float] = flag([0.2, 0.25, 0.3, 0.35, 0.4, 0.5], "Merge thresholds.")
+    thresholds: list[float] = flag([0.2, 0.25, 0.3, 0.35, 0.4, 0.5], "Merge thresholds of diffseg.")
+    cut_thresholds: list[float] = flag([0.1, 0.2, 0.3, 0.5, 0.7], "Largest costs of a cut, of walk and cut.")
+    num_clusters: list[int] = flag([*range(4, 13)], "Numbers of clusters, of which the most stable one is taken.")
+    encoder_size: int | None = flag(None, "Side in pixels that encoders see for features; by default their own.")
+    encoder_layer: int | None = flag(None, "Layer of encoders that features leave; by default at 3/4 of the depth.")
     absolute_thresholds: bool = flag(False, "Thresholds in nats, not in units of the mean divergence of an image.")
     layers: list[str] = flag(["all"], "Attention layers: `all`, or names of layers or blocks joined by +.")
     num_merges: int = flag(3, "Passes of merging.")
@@ -67,8 +76,8 @@ class Arguments:
 def main(args: Arguments) -> None:
     show_messages("diffusers_dino.evaluation")
     output_dir = make_writable_folder(args.output_dir)
-    if not args.data or not (args.pipeline or args.stable_diffusion):
-        raise ValueError("Give --data, and --pipeline or --stable_diffusion.")
+    if not args.data or not (args.pipeline or args.stable_diffusion or args.encoder):
+        raise ValueError("Give --data, and --pipeline, --encoder or --stable_diffusion.")
     if args.num_examples < 0:
         raise ValueError(f"--num_examples must not be negative, got {args.num_examples}.")
     with lock_folder(output_dir):
@@ -80,8 +89,7 @@ def measure(args: Arguments, output_dir: Path) -> None:
     data_sets = {name: open_data(name, path, args, preparation) for name, path in map(name_and_path, args.data)}
     if len(data_sets) < len(args.data):
         raise ValueError(f"Two of {args.data} have one name: give them as NAME=PATH.")
-    same = ("timesteps", "thresholds", "layers", "refine", "num_merges", "add_noise", "size", "mask_size", "seed")
-    sweep = Sweep(relative=not args.absolute_thresholds, **{flag: getattr(args, flag) for flag in same})
+    sweeps = make_sweeps(args)
     results = []
     for name, images in data_sets.items():
         folder = output_dir / file_name(name)
@@ -89,7 +97,7 @@ def measure(args: Arguments, output_dir: Path) -> None:
             (checked(model, images) for model in open_models(args)),
             images,
             folder / "segments",
-            sweep,
+            sweeps,
             dataset=name,
             untrained=args.untrained,
             batch_size=args.batch_size,
@@ -99,6 +107,20 @@ def measure(args: Arguments, output_dir: Path) -> None:
         draw_segmentation(study, images, folder, args.num_examples)
         results.append(study.result)
     print(write_tables(output_dir, lambda style: format_segmentation_table(results, style)))
+
+
+def make_sweeps(args: Arguments) -> list[Sweep]:
+    """One for each method, and of cuts and clusters for each kind of features."""
+    same = ("timesteps", "layers", "refine", "num_merges", "add_noise", "size", "mask_size", "seed")
+    same += ("num_clusters", "encoder_size", "encoder_layer")
+    shared = {flag: getattr(args, flag) for flag in same} | {"relative": not args.absolute_thresholds}
+    sweeps = []
+    for method in args.methods:
+        thresholds = args.cut_thresholds if method in ("walk", "cut") else args.thresholds
+        for features in args.features if method in ("cut", "clusters") else args.features[:1]:
+            kinds = features.split("+") if method in ("cut", "clusters") else ["encoder"]
+            sweeps.append(Sweep(method=method, features=kinds, thresholds=thresholds, **shared))
+    return sweeps
 
 
 def name_and_path(text: str) -> tuple[str, str]:
@@ -137,6 +159,9 @@ def open_models(args: Arguments) -> Iterator[Model]:
     names = [name for name, _ in named]
     for model, (name, path) in zip(load_models(named, device=device, dtype=dtype), named, strict=True):
         yield model._replace(checkpoint=Path(path).name if names.count(name) > 1 else "")
+    for name, path in map(name_and_path, args.encoder):
+        conditioner = DinoImageConditioner.from_encoder(path, tokens="patch").to(device)
+        yield Model(name, DiffSegPipeline(conditioner=conditioner if dtype is None else conditioner.to(dtype)))
     if args.stable_diffusion:
         options = {} if dtype is None else {"dtype": dtype}
         pipe = DiffusionPipeline.from_pretrained(args.stable_diffusion, use_safetensors=True, **options)

@@ -67,6 +67,7 @@ class MethodScores:
         low, high: Bootstrap interval of the mean (95 %), over patients.
         chosen: The setting chosen on the first half and the one chosen on the second; empty if there was no choice.
         optimistic: The mean at the one setting that is best on all images; None if there was no choice.
+        seconds: That segmenting an image took; None if that is not known. Fitting clusters is part of it.
     """
 
     method: str
@@ -80,6 +81,7 @@ class MethodScores:
     upper_quartile: float
     chosen: tuple[str, ...] = ()
     optimistic: float | None = None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def evaluate_segmentation(
     models: DiffusionPipeline | Iterable[Model],
     images: MaskedImages,
     folder: str | Path,
-    sweep: Sweep | None = None,
+    sweep: Sweep | Sequence[Sweep] | None = None,
     *,
     dataset: str = "",
     untrained: bool = True,
@@ -143,7 +145,8 @@ def evaluate_segmentation(
         images: Images with masks; masks are read only once all segments are made. Images that cannot be read are left
             out: the result's keys are those of the others.
         folder: Where segments are kept: another call with it computes only what is missing.
-        sweep: The settings.
+        sweep: The settings; several, of different methods, give rows of their own. Those that read a denoiser are left
+            out for a pipeline that has none.
         dataset: Name of the data set.
         untrained: Whether to sweep the UNet before training, too, for each model of this package.
         batch_size: Images that a model sees at once.
@@ -161,24 +164,45 @@ def evaluate_segmentation(
     if not images.patients_known:
         logger.warning("Patients are not known: images of one patient may be in both halves.")
     split_in_halves(images.patients, seed)  # says at once if there is one patient only
-    sweep = sweep or Sweep()
+    sweeps = _listed(sweep)
     swept: dict[str, list[SweptSegments]] = {}
 
-    def add(name: str, pipe: DiffSegPipeline, sweep: Sweep, checkpoint: str = "") -> None:
-        logger.info("%s: %s", ", ".join(filter(None, (dataset, name))), checkpoint or "all settings")
-        place = Path(folder) / file_name(name) / (file_name(checkpoint) or "model")
-        options = {"checkpoint": checkpoint, "chunk": batch_size, "progress": progress}
-        swept.setdefault(name, []).append(segment_images(pipe, images, sweep, place, **options))
+    def add(name: str, pipe: DiffSegPipeline, sweeps: Sequence[Sweep], checkpoint: str = "") -> None:
+        for each in sweeps:
+            row = ", ".join(filter(None, (name, each.title)))
+            logger.info("%s: %s", ", ".join(filter(None, (dataset, row))), checkpoint or "all settings")
+            place = Path(folder) / file_name(row) / (file_name(checkpoint) or "model")
+            options = {"checkpoint": checkpoint, "chunk": batch_size, "progress": progress}
+            swept.setdefault(row, []).append(segment_images(pipe, images, each, place, **options))
 
+    met: set[str] = set()
     with lock_folder(make_writable_folder(folder)):
         for model in models_of(models):
-            pipe, is_first = DiffSegPipeline.from_pipe(model.pipe), model.name not in swept
-            add(model.name, pipe, sweep, model.checkpoint)
+            is_diffseg = isinstance(model.pipe, DiffSegPipeline)  # which may be without a denoiser
+            pipe = model.pipe if is_diffseg else DiffSegPipeline.from_pipe(model.pipe)
+            of_denoiser = [each for each in sweeps if each.reads_denoiser]
+            if pipe.denoiser is None:
+                add(model.name, pipe, [each for each in sweeps if not each.reads_denoiser])
+                continue
+            add(model.name, pipe, sweeps, model.checkpoint)
             if (noted := noted_settings(pipe.denoiser)) is not None:
-                add(f"{model.name}, settings noted with it", pipe, sweep.at(noted), model.checkpoint)
-            if untrained and is_first and pipe.conditioner is not None:
-                add(f"{model.name}, untrained", with_fresh_unet(pipe), sweep)
+                at_noted = [each.at(noted) for each in sweeps if each.method == "diffseg"]
+                add(f"{model.name}, settings noted with it", pipe, at_noted, model.checkpoint)
+            if untrained and model.name not in met and pipe.conditioner is not None:
+                add(f"{model.name}, untrained", with_fresh_unet(pipe), of_denoiser)
+            met.add(model.name)
+    if not swept:
+        raise ValueError("None of the models has a denoiser, and every sweep reads one: sweep the encoder's features.")
     return SegmentationStudy(score_segments(swept, images, dataset=dataset, seed=seed, progress=progress), swept)
+
+
+def _listed(sweep: Sweep | Sequence[Sweep] | None) -> list[Sweep]:
+    """One sweep or several, whose rows have different names."""
+    sweeps = [sweep or Sweep()] if sweep is None or isinstance(sweep, Sweep) else list(sweep)
+    titles = [each.title for each in sweeps]
+    if not titles or len(set(titles)) < len(titles):
+        raise ValueError(f"Give one sweep, or several of different methods or features, got {titles}.")
+    return sweeps
 
 
 def _readable(images: MaskedImages, tolerated: float = 0.05) -> MaskedImages:
@@ -226,7 +250,13 @@ def score_segments(
     gray = _gray_images(images, range(len(images)))
     rows, sweeps = [], []
 
-    def add(method: str, selection: str, scores: Tensor, settings: Sequence[object] = ()) -> Tensor | None:
+    def add(
+        method: str,
+        selection: str,
+        scores: Tensor,
+        settings: Sequence[object] = (),
+        seconds: float | None = None,
+    ) -> Tensor | None:
         """Make a row of `(H, N)` scores; returns the setting chosen for each image, `(N,)`."""
         fitted = cross_fit(scores, halves)
         own = fitted.scores
@@ -235,14 +265,18 @@ def score_segments(
         chosen = tuple(str(settings[i]) for i in fitted.settings) if settings else ()
         optimistic = scores.mean(dim=1).max().item() if settings else None
         figures = (tuple(own.tolist()), own.mean().item(), low, high, *quartiles)
-        rows.append(MethodScores(method, selection, *figures, chosen, optimistic))
+        rows.append(MethodScores(method, selection, *figures, chosen, optimistic, seconds))
         return fitted.indices
 
     for method, swept in models.items():
         sweep, unsupervised = _score_model(method, swept, masks, gray, progress)
         sweeps.append(sweep)
-        indices = add(method, BEST_PAIR, torch.tensor(sweep.dice, dtype=torch.float64), sweep.settings)
-        add(method, NO_GROUND_TRUTH, unsupervised[None])
+        times = [one.seconds for one in swept]
+        seconds = None if None in times else sum(times) / len(times)
+        scored = torch.tensor(sweep.dice, dtype=torch.float64)
+        indices = add(method, BEST_PAIR, scored, sweep.settings, seconds)
+        tried = 1 if swept[0].sweep.method == "clusters" else len(sweep.settings)  # which agree on the lungs
+        add(method, NO_GROUND_TRUTH, unsupervised[None], seconds=seconds and seconds * tried)
         counts = torch.tensor(sweep.num_segments)[indices, torch.arange(len(images))]
         clusters = _score_kmeans(gray, masks, counts.tolist(), seed, progress)
         names = [f"position weight {weight:g}" for weight in _POSITION_WEIGHTS]
@@ -269,7 +303,7 @@ def chosen_masks(
     images, swept = images.select(study.result.keys), study.swept[scores.method]
     if scores.selection == NO_GROUND_TRUTH:
         gray = _gray_images(images, indices)
-        return [_choose_unsupervised(_read_all(swept, i), image) for i, image in zip(indices, gray, strict=True)]
+        return [_choose_unsupervised(swept, i, image) for i, image in zip(indices, gray, strict=True)]
     sweep = next(sweep for sweep in study.result.sweeps if sweep.method == scores.method)
     fitted = cross_fit(torch.tensor(sweep.dice), split_in_halves(images.patients, study.result.seed))
     masks = []
@@ -311,14 +345,18 @@ def _score_model(
         segments = _read_all(swept, i)
         oracle.append([best_union(candidate, masks[i]).dice for candidate in segments])
         counts.append([len(candidate.unique()) for candidate in segments])
-        unsupervised.append(dice(_choose_unsupervised(segments, gray[i]), masks[i]).item())
+        unsupervised.append(dice(_choose_unsupervised(swept, i, gray[i]), masks[i]).item())
     by_setting = (tuple(zip(*table, strict=True)) for table in (oracle, counts))
     return SweepScores(method, tuple(settings), *by_setting), torch.tensor(unsupervised, dtype=torch.float64)
 
 
-def _choose_unsupervised(segments: Tensor, gray: Tensor) -> Tensor:
-    """The mask `(S, S)` bool that is taken for the lungs, of segments `(H, S, S)` at all settings."""
-    named = torch.stack([name_lungs(candidate, gray).mask for candidate in segments])
+def _choose_unsupervised(swept: Sequence[SweptSegments], index: int, gray: Tensor) -> Tensor:
+    """The mask `(S, S)` bool that is taken for the lungs of an image, of its segments at all settings."""
+    clustered = [lungs for one in swept if (lungs := one.read_lungs(index)) is not None]
+    if clustered:
+        named = torch.cat(clustered)
+    else:
+        named = torch.stack([name_lungs(candidate, gray).mask for candidate in _read_all(swept, index)])
     return named[most_agreed(named)]
 
 

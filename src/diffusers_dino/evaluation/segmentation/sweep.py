@@ -7,8 +7,9 @@ timestep); a file holds it, so a run that was killed continues with the unit it 
 
 from __future__ import annotations
 
+import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,23 @@ from tqdm import tqdm
 
 from ...data import Preprocessing
 from ...data.sources.masks import MaskedImages
+from ...diffseg.clusters import FeatureClusters, fit_clusters
+from ...diffseg.lungs import name_lung_clusters
 from ...diffseg.settings import ALL_LAYERS, DiffSegSettings
 from ...files import atomic_write, make_writable_folder, remove_partials
 from ...fingerprints import fingerprint_pipeline, hash_of
 from ...frozen import freeze
 from ...pipelines import DiffSegPipeline
-from ...pipelines.checks import image_size
+from ...pipelines.checks import check_choice, image_size
+from ...pipelines.diffseg_arguments import listed_features
+from ...pixels import with_channels
 from ...seeds import generator_for
+from ..controls import split_in_halves
 
-__all__ = ["Setting", "Sweep", "SweptSegments", "segment_images"]
+__all__ = ["METHODS", "Setting", "Sweep", "SweptSegments", "segment_images"]
+
+METHODS = ("diffseg", "walk", "cut", "clusters")
+_OF_OTHER_METHODS = ("method", "features", "cut_power", "walk_steps", "num_clusters", "encoder_size", "encoder_layer")
 
 
 @dataclass(frozen=True)
@@ -47,10 +56,15 @@ class Sweep:
         add_noise: Whether the model sees noised latents in place of clean ones.
         size: Side in pixels that the model sees images at; None: the UNet's own.
         mask_size: Side of the segments in pixels.
-        seed: Of the noise.
+        seed: Of the noise, and of clusters.
+        method: How segments are made. `"diffseg"` merges attention maps, `"walk"` cuts them, `"cut"` cuts features,
+            and `"clusters"` groups the features of all images of the other half of the patients, and names lungs among
+            the clusters: no mask is looked at. Thresholds are those of merging or cutting; clusters have none.
+        features: Of `"cut"` and `"clusters"`: see `DiffSegPipeline.patch_features`; also `cut_power`, `walk_steps`,
+            `num_clusters`, `encoder_size` and `encoder_layer` are as in that class.
 
     Raises:
-        ValueError: If there is no timestep, threshold or choice of layers.
+        ValueError: If there is no timestep, threshold or choice of layers, or no such method or features.
     """
 
     timesteps: tuple[int, ...] = (1, 50, 100, 300)
@@ -64,8 +78,23 @@ class Sweep:
     size: int | None = None
     mask_size: int = 256
     seed: int = 0
+    method: str = METHODS[0]
+    features: tuple[str, ...] = ("encoder",)
+    cut_power: float = 4.0
+    walk_steps: int = 2
+    num_clusters: tuple[int, ...] = tuple(range(4, 13))
+    encoder_size: int | None = None
+    encoder_layer: int | None = None
 
     def __post_init__(self) -> None:
+        check_choice(METHODS, method=self.method)
+        object.__setattr__(self, "features", tuple(listed_features(self.features)))
+        object.__setattr__(self, "num_clusters", tuple(self.num_clusters))
+        if self.method == "clusters":
+            object.__setattr__(self, "thresholds", (0.0,))
+        if not self.reads_denoiser:
+            object.__setattr__(self, "timesteps", (0,))
+            object.__setattr__(self, "layers", (ALL_LAYERS,))
         for name in ("timesteps", "thresholds", "layers"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
@@ -77,6 +106,23 @@ class Sweep:
         timesteps, thresholds = (settings.timestep,), (settings.merge_threshold,)
         layers = (settings.joined_layers,)
         return replace(self, timesteps=timesteps, thresholds=thresholds, layers=layers, relative=True)
+
+    @property
+    def reads_denoiser(self) -> bool:
+        """Whether segments depend on the denoiser, and not on the encoder only."""
+        return self.method in ("diffseg", "walk") or "unet" in self.features
+
+    @property
+    def title(self) -> str:
+        """What to call the method behind a model's name; nothing for DiffSeg."""
+        named = {"diffseg": "", "walk": "walk on attention", "cut": "cut of ", "clusters": "clusters of "}[self.method]
+        return named + " + ".join(self.features) if named.endswith(" ") else named
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """What tells its segments from those of other settings; of DiffSeg, what older versions noted."""
+        values = asdict(self)
+        return {name: values[name] for name in values if self.method != METHODS[0] or name not in _OF_OTHER_METHODS}
 
     @property
     def views(self) -> list[tuple[str, int]]:
@@ -92,11 +138,16 @@ class Setting:
     layers: str
     timestep: int
     threshold: float
+    title: str = ""
 
     def __str__(self) -> str:
         parts = [self.checkpoint] if self.checkpoint else []
         parts += [self.layers] if self.layers != ALL_LAYERS else []
-        return ", ".join([*parts, f"t {self.timestep}", f"threshold {self.threshold:g}"])
+        if not self.title or self.timestep:
+            parts.append(f"t {self.timestep}")
+        if not self.title.startswith("clusters"):
+            parts.append(f"threshold {self.threshold:g}")
+        return ", ".join(parts) or self.title
 
 
 @dataclass(frozen=True)
@@ -112,7 +163,8 @@ class SweptSegments:
     @property
     def settings(self) -> list[Setting]:
         """All settings, in the order of `read`."""
-        return [Setting(self.checkpoint, *view, t) for view in self.sweep.views for t in self.sweep.thresholds]
+        sweep = self.sweep
+        return [Setting(self.checkpoint, *view, t, sweep.title) for view in sweep.views for t in sweep.thresholds]
 
     def units(self) -> list[tuple[int, range]]:
         """All (view, images) that are a file each."""
@@ -127,20 +179,38 @@ class SweptSegments:
 
     def read(self, index: int) -> Tensor:
         """Segments `(settings, mask_size, mask_size)` int64 of one image; ValueError if a file is damaged."""
-        first, side = index - index % self.chunk, self.sweep.mask_size
+        first = index - index % self.chunk
+        parts = (self._load(view, first, "segments") for view in range(len(self.sweep.views)))
+        return torch.cat([torch.from_numpy(segments[:, index - first].astype(np.int64)) for segments in parts])
+
+    def read_lungs(self, index: int) -> Tensor | None:
+        """Of clusters, the masks `(views, mask_size, mask_size)` bool of those that were named lungs; else None."""
+        if self.sweep.method != "clusters":
+            return None
+        first = index - index % self.chunk
+        masks = [self._load(view, first, "lungs")[0, index - first] for view in range(len(self.sweep.views))]
+        return torch.from_numpy(np.stack(masks).astype(bool))
+
+    @property
+    def seconds(self) -> float | None:
+        """Mean seconds that an image took at one setting; None if they are from before these were noted."""
+        found = []
+        for view, members in self.units():
+            with np.load(self.path(view, members.start), allow_pickle=False) as file:
+                found += [file["seconds"].item()] * len(members) if "seconds" in file else []
+        return float(np.mean(found)) if found else None
+
+    def _load(self, view: int, first: int, name: str) -> np.ndarray:
+        side, path = self.sweep.mask_size, self.path(view, first)
         shape = (len(self.sweep.thresholds), min(self.chunk, self.num_images - first), side, side)
-        parts = []
-        for view in range(len(self.sweep.views)):
-            path = self.path(view, first)
-            try:
-                with np.load(path, allow_pickle=False) as file:
-                    segments = file["segments"]
-                if segments.shape != shape or segments.dtype != np.uint16:
-                    raise ValueError(f"it holds {segments.dtype} {segments.shape}, not uint16 {shape}")
-            except (BadZipFile, EOFError, KeyError, ValueError, zlib.error) as error:
-                raise ValueError(f"{path} is damaged ({error}): delete it and run again.") from error
-            parts.append(torch.from_numpy(segments[:, index - first].astype(np.int64)))
-        return torch.cat(parts)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                values = file[name]
+            if values.shape != shape or values.dtype != np.uint16:
+                raise ValueError(f"it holds {values.dtype} {values.shape}, not uint16 {shape}")
+        except (BadZipFile, EOFError, KeyError, ValueError, zlib.error) as error:
+            raise ValueError(f"{path} is damaged ({error}): delete it and run again.") from error
+        return values
 
 
 def segment_images(
@@ -161,7 +231,7 @@ def segment_images(
     folder = make_writable_folder(folder)
     swept = SweptSegments(folder, checkpoint, sweep, len(images), chunk)
     identity = {
-        **asdict(sweep),
+        **sweep.identity,
         "chunk": chunk,
         "images": hash_of("\n".join(images.keys))[:16],
         "images are prepared by": _told(images.preprocessing),
@@ -170,11 +240,17 @@ def segment_images(
     remove_partials(folder)
     freeze(folder / "sweep.json", identity)
     todo = [unit for unit in swept.units() if not swept.path(unit[0], unit[1].start).is_file()]
-    shown = images.resized(sweep.size or image_size(pipe))
-    for view, members in tqdm(todo, desc=checkpoint or folder.name, unit="unit", disable=not progress):
-        segments = np.stack(list(_segment_unit(pipe, shown, sweep, view, members)), axis=1)
+    shown = images.resized(_shown_size(pipe, sweep))
+    units = tqdm(todo, desc=checkpoint or folder.name, unit="unit", disable=not progress)
+    if sweep.method == "clusters":
+        _segment_by_clusters(pipe, shown, swept, units)
+        return swept
+    segment_unit = _cut_unit if sweep.method == "cut" else _segment_unit
+    for view, members in units:
+        clock = _Clock(len(members))
+        segments = np.stack(list(segment_unit(pipe, shown, sweep, view, members, clock)), axis=1)
         with atomic_write(swept.path(view, members.start)) as file:
-            np.savez_compressed(file, segments=segments)
+            np.savez_compressed(file, segments=segments, seconds=clock.seconds(len(sweep.thresholds)))
     return swept
 
 
@@ -184,10 +260,118 @@ def _told(preprocessing: Preprocessing) -> dict[str, Any] | None:
     return None if preprocessing == Preprocessing(preprocessing.size, remove_borders=False) else told
 
 
-def _segment_unit(
-    pipe: DiffSegPipeline, images: MaskedImages, sweep: Sweep, view: int, members: range
+class _Clock:
+    """Seconds an image: of what is done once for all settings, and the share of a setting in the rest.
+
+    Of a CPU they are those of the processor, which do not depend on what else runs there.
+    """
+
+    def __init__(self, images: int) -> None:
+        self.images, self.once = images, 0.0
+        self._read = time.perf_counter if torch.cuda.is_available() else time.process_time
+        self._start = self._read()
+
+    def lap(self) -> None:
+        """What comes from here on is done for each setting."""
+        self.once = self._read() - self._start
+
+    def seconds(self, settings: int) -> float:
+        """For one image at one setting."""
+        return (self.once + (self._read() - self._start - self.once) / settings) / self.images
+
+
+def _shown_size(pipe: DiffSegPipeline, sweep: Sweep) -> int:
+    """Side of the images that the pipeline is given: what the larger of the denoiser and the encoders sees."""
+    sides = [sweep.size or image_size(pipe)] if sweep.reads_denoiser else []
+    if sweep.method in ("cut", "clusters") and "encoder" in sweep.features:
+        if pipe.conditioner is None:
+            raise ValueError(f"{sweep.title} needs an encoder, and this pipeline has no conditioner.")
+        sides.append(sweep.encoder_size or int(np.max(pipe.conditioner.image_size)))
+    return max(sides)
+
+
+def _features(pipe: DiffSegPipeline, images: MaskedImages, sweep: Sweep, view: int, members: range) -> Tensor:
+    """Features `(B, D, h, w)` of the images of a unit."""
+    layers, timestep = sweep.views[view]
+    return pipe.patch_features([images.image(i) for i in members], **_feature_settings(sweep, layers, timestep))
+
+
+def _feature_settings(sweep: Sweep, layers: str, timestep: int) -> dict[str, object]:
+    settings: dict[str, object] = {"features": list(sweep.features)}
+    if "encoder" in sweep.features:
+        settings |= {"encoder_size": sweep.encoder_size, "encoder_layer": sweep.encoder_layer}
+    if "unet" in sweep.features:
+        settings |= {"timestep": timestep, "size": sweep.size}
+        settings |= {"layers": None if layers == ALL_LAYERS else layers.split("+")}
+    return settings
+
+
+def _cut_unit(
+    pipe: DiffSegPipeline, images: MaskedImages, sweep: Sweep, view: int, members: range, clock: _Clock
 ) -> Iterator[np.ndarray]:
-    """Segments `(thresholds, mask_size, mask_size)` of each image of a unit."""
+    """Segments `(thresholds, mask_size, mask_size)` of each image of a unit, by cuts of features."""
+    features = _features(pipe, images, sweep, view, members)
+    clock.lap()
+    cutting = {"cut_power": sweep.cut_power, "output_size": sweep.mask_size}
+    for each in features:
+        results = [pipe.segment_features(each[None], cut_threshold=t, **cutting).masks[0] for t in sweep.thresholds]
+        yield torch.stack(results).cpu().numpy().astype(np.uint16)
+
+
+def _segment_by_clusters(
+    pipe: DiffSegPipeline, images: MaskedImages, swept: SweptSegments, units: Iterable[tuple[int, range]]
+) -> None:
+    """Segments of each unit by clusters that were fitted, and named, on the other half of the patients."""
+    sweep, halves = swept.sweep, split_in_halves(images.patients, swept.sweep.seed).tolist()
+    fitted: dict[int, tuple[list[FeatureClusters], dict[int, Tensor], float]] = {}
+    for view, members in units:
+        if view not in fitted:
+            fitted = {view: _fit_halves(pipe, images, swept, view, halves)}
+        clusters, features, seconds = fitted[view]
+        segments, lungs = [], []
+        clock = _Clock(len(members))
+        for index in members:
+            own = clusters[0] if halves[index] else clusters[1]  # fitted on the others
+            output = pipe.segment_features(features[index].float(), clusters=own, output_size=sweep.mask_size)
+            segments.append(output.masks[0].cpu())
+            lungs.append(torch.isin(segments[-1], torch.tensor(own.names["lungs"])))
+        arrays = {"segments": torch.stack(segments)[None], "lungs": torch.stack(lungs)[None]}
+        arrays = {name: values.numpy().astype(np.uint16) for name, values in arrays.items()}
+        with atomic_write(swept.path(view, members.start)) as file:
+            np.savez_compressed(file, **arrays, seconds=seconds + clock.seconds(1))
+
+
+def _fit_halves(
+    pipe: DiffSegPipeline, images: MaskedImages, swept: SweptSegments, view: int, halves: list[bool]
+) -> tuple[list[FeatureClusters], dict[int, Tensor], float]:
+    """Clusters of the second and of the first half, the features of all images, and the seconds an image.
+
+    Features are in memory in half precision: half a megabyte an image of 28 x 28 patches and a small encoder.
+    """
+    sweep, features, gray = swept.sweep, {}, {}
+    settings = _feature_settings(sweep, *sweep.views[view])
+    clock = _Clock(len(images))
+    starts = range(0, len(images), swept.chunk)
+    for start in tqdm(starts, desc="features", unit="unit", disable=len(images) < 2 * swept.chunk):
+        members = range(start, min(start + swept.chunk, len(images)))
+        made = _features(pipe, images, sweep, view, members).half()
+        features |= {index: made[i : i + 1] for i, index in enumerate(members)}
+        gray |= {index: with_channels(images.image(index), 1)[0] for index in members}
+    clusters = []
+    for half in (False, True):
+        members = [index for index in range(len(images)) if halves[index] == half]
+        own = fit_clusters((features[i] for i in members), sweep.num_clusters, settings=settings, seed=sweep.seed)
+        found = torch.cat([own.assign(features[i].float()).argmax(dim=1).cpu() for i in members])
+        own = own.named("lungs", name_lung_clusters(found, torch.stack([gray[i] for i in members])))
+        own.save(swept.folder / f"clusters-view-{view}-of-half-{int(half)}.safetensors")
+        clusters.append(own)
+    return clusters, features, clock.seconds(1)
+
+
+def _segment_unit(
+    pipe: DiffSegPipeline, images: MaskedImages, sweep: Sweep, view: int, members: range, clock: _Clock
+) -> Iterator[np.ndarray]:
+    """Segments `(thresholds, mask_size, mask_size)` of each image of a unit, by its attention."""
     layers, timestep = sweep.views[view]
     generators = [generator_for(sweep.seed, "segmentation", timestep, i) for i in members] if sweep.add_noise else None
     maps = pipe.attention_maps(
@@ -198,6 +382,13 @@ def _segment_unit(
         add_noise=sweep.add_noise,
         generator=generators,
     )
+    clock.lap()
+    if sweep.method == "walk":
+        for image_maps in maps:
+            cutting = {"merging": "ncut", "walk_steps": sweep.walk_steps, "output_size": sweep.mask_size}
+            results = [pipe.segment(image_maps[None], cut_threshold=t, **cutting).masks[0] for t in sweep.thresholds]
+            yield torch.stack(results).cpu().numpy().astype(np.uint16)
+        return
     merging = {"num_merges": sweep.num_merges, "anchors_per_side": sweep.anchors_per_side, "refine": sweep.refine}
     merging |= {"relative_threshold": sweep.relative, "output_size": sweep.mask_size}
     for image_maps in maps:
