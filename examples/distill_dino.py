@@ -61,7 +61,9 @@ class Arguments(RunArguments, AugmentationArguments, ImageArguments):
     pretrained_pipeline: str | None = flag(None, "The DinoDiffusionPipeline that teaches.", group="Teacher")
     revision: str | None = flag(None, "Its revision on the Hub.")
     variant: str | None = flag(None, "Its variant, such as fp16.")
-    teacher_steps: int = flag(50, "DDIM steps from noise to image that the student learns to skip.")
+    teacher_steps: int = flag(
+        50, "DDIM steps from noise to image that the student learns to skip; fewer are learned sooner."
+    )
     min_guidance: float | None = flag(None, "Smallest guidance scale to learn; 1, or 2 with --rank.")
     max_guidance: float | None = flag(None, "Largest guidance scale to learn; 4, or 2 with --rank.")
     rank: int | None = flag(None, "Train a LoRA of this rank, at one guidance scale.", group="Student")
@@ -104,6 +106,12 @@ def train(args: Arguments, opened: Run) -> None:
         f"Distilling {sum(p.numel() for p in student.parameters() if p.requires_grad) / 1e6:.2f} M weights on "
         f"{len(images)} images: {run.total} updates of {run.images_per_update} images"
     )
+
+    if run.total < 3 * (needed := round(args.teacher_steps / max(1 - args.target_decay, 1e-3))):
+        logger.warning(
+            f"What the student learns of the image travels to noise step by step, in about {needed} updates (teacher_"
+            f"steps / (1 - target_decay)): train for some times as many, or lower --teacher_steps."
+        )
 
     predict = family_of(pipe.denoiser).predict
 

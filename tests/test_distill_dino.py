@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import scripts
 import tiny
 from diffusers_dino import DinoDiffusionPipeline, DinoInterpolationPipeline
+from diffusers_dino.synthesis import load_plan
 from scripts import losses
 
 
@@ -42,10 +43,15 @@ def distil(flags, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def distilled(flags, tmp_path_factory) -> DinoDiffusionPipeline:
+def distilled_folder(flags, tmp_path_factory):
     folder = tmp_path_factory.mktemp("distilled")
     scripts.call_script("distill_dino.py", **{**flags, "output_dir": folder})
-    pipe = DinoDiffusionPipeline.from_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def distilled(distilled_folder) -> DinoDiffusionPipeline:
+    pipe = DinoDiffusionPipeline.from_pretrained(distilled_folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -64,6 +70,14 @@ def test_four_steps_of_one_pass_are_the_default(distilled):
     hook.remove()
     assert batches == [2] * 4
     assert not torch.equal(generate(distilled, guidance_scale=3.0), generate(distilled, guidance_scale=1.0))
+
+
+def test_its_card_and_synthesis_know_of_the_four_steps(distilled_folder, tmp_path):
+    assert "4 steps by default, at most 50" in (distilled_folder / "README.md").read_text()
+    images = scripts.image_folder(tmp_path / "sources", 3, size=32)
+    flags = {"model": distilled_folder, "data_dir": images, "output_dir": tmp_path / "set", "num_images": 3}
+    scripts.call_script("synthesise", **flags, num_drawn=0, batch_size=3)
+    assert load_plan(tmp_path / "set").settings.num_inference_steps == 4
 
 
 def test_images_depend_only_on_their_generator_and_paths_end_in_them(distilled):

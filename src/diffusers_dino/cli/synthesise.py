@@ -25,7 +25,7 @@ from ..files import atomic_write
 from ..hub.cards import write_dataset_card
 from ..hub.measurements import read_results
 from ..pipelines import DinoDiffusionPipeline, DinoPriorPipeline
-from ..pipelines.checks import image_size
+from ..pipelines.checks import default_steps, image_size
 from ..synthesis import (
     Plan,
     PriorTokens,
@@ -79,6 +79,7 @@ class Arguments(SamplingArguments, RealImageArguments):
         "With --strategy interpolation: soft labels, (1 - r^g) y1 + r^g y2 at a fraction r between images. "
         "This is g; 1 mixes labels as tokens are mixed.",
     )
+    num_inference_steps: int | None = flag(None, "Sampling steps; by default 50, and 4 of a distilled model.")
     ratio: float | None = flag(None, "Synthetic images for each source.")
     num_images: int | None = flag(None, "Number of synthetic images, in place of --ratio.")
     seed: int = flag(0, "Seed of the plan and of the noise.")
@@ -144,6 +145,7 @@ def main(args: Arguments) -> None:
         with accelerator.main_process_first():  # one process calibrates
             gate = open_gate(args.gate, images, table and table.patients, args.gate_false_alarms)
     options = {entry.name: getattr(args, entry.name) for entry in fields(SynthesisSettings)}
+    options["num_inference_steps"] = args.num_inference_steps or default_steps(pipe.scheduler)
     if args.threads is None:
         options["threads"] = begun_threads(args.output_dir)
     plan = make_plan(args, images, table, SynthesisSettings(**options))

@@ -15,6 +15,7 @@ from ..denoisers import family_named
 from ..diffseg.settings import read_settings
 from ..familiarity import STATISTICS, TokenStatistics
 from ..files import read_json
+from ..pipelines.checks import default_steps
 from ..pipelines.preparation import read_preparation
 from .privacy import Content
 
@@ -126,6 +127,9 @@ def part_facts(folder: str | Path) -> dict[str, Any]:
         facts["schedule"] = [f"{name} {schedule[name]}" for name in names if schedule.get(name) is not None]
         if str(schedule.get("_class_name")).startswith("FlowMatch"):
             facts["schedule"].insert(0, "flow matching")
+        if schedule.get("_class_name") == "LCMScheduler":
+            few = default_steps(diffusers.LCMScheduler())
+            facts["sampling"] = f"{few} steps by default, at most {schedule['original_inference_steps']}"
     return facts
 
 

@@ -11,7 +11,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline, LCMScheduler, SchedulerMixin
 from torch import Tensor, nn
 
 from ..denoisers import family_of, title_of
@@ -36,6 +36,7 @@ __all__ = [
     "check_schedule",
     "check_scheduler",
     "check_steps",
+    "default_steps",
     "guidance_width",
     "image_size",
 ]
@@ -112,6 +113,11 @@ def check_scheduler(scheduler: Any) -> None:
             f"{type(scheduler).__name__} cannot be used here: it has no {', no '.join(lacking)}. Use one of "
             "diffusers' KarrasDiffusionSchedulers, such as DDIMScheduler."
         )
+
+
+def default_steps(scheduler: Any) -> int:
+    """Denoising steps if nobody says how many: 4 with `LCMScheduler`, which samples distilled models, else 50."""
+    return 4 if isinstance(scheduler, LCMScheduler) else 50
 
 
 def check_steps(scheduler: Any, timesteps: Any = None, sigmas: Any = None) -> None:

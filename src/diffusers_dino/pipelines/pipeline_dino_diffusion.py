@@ -15,7 +15,6 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
     DiffusionPipeline,
-    LCMScheduler,
     ModelMixin,
     SchedulerMixin,
     UNet2DConditionModel,
@@ -49,6 +48,7 @@ from .checks import (
     check_schedule,
     check_scheduler,
     check_steps,
+    default_steps,
     guidance_width,
 )
 from .guidance import check_guide, check_guider, guided_prediction, predict_with_guider
@@ -524,10 +524,7 @@ class DinoDiffusionPipeline(
         return pixels
 
     def _default_steps(self, num_inference_steps: int | None) -> int:
-        """The steps that were given, else 4 with `LCMScheduler`, which samples distilled models, or 50."""
-        if num_inference_steps is not None:
-            return num_inference_steps
-        return 4 if isinstance(self.scheduler, LCMScheduler) else 50
+        return default_steps(self.scheduler) if num_inference_steps is None else num_inference_steps
 
     def _embed_guidance(self, batch_size: int) -> Tensor | None:
         """The guidance scale as an input `(B, width)` of a distilled UNet, None for others."""
