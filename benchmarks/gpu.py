@@ -2,12 +2,12 @@
 
     python benchmarks/gpu.py --output gpu.json
 
-Needs no network, no data and at most 10 minutes. The models have Stable Diffusion 1.5's shapes (a UNet of 860 M
+Needs no network, no data and at most 8 minutes. The models have Stable Diffusion 1.5's shapes (a UNet of 860 M
 weights, its VAE, a text encoder of CLIP ViT-L's for diffusers' side) and DINO ViT-B/16's. Their weights are random:
 speed and memory do not depend on them. Each part gets its share of what time is left and is stopped when it is over;
 what it has measured by then is kept. A part that fails is reported with its error, and the next goes on.
 
-`--size tiny` runs all of it in a minute on a CPU; its figures mean nothing.
+It ends with a table in Markdown. `--size tiny --device cpu` runs all of it in minutes; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ from diffusers.utils import logging
 
 from diffusers_dino.cli.arguments import flag, parse_arguments
 from diffusers_dino.devices import device_of
+from gpu_bench import Bench
 from gpu_models import SIZES
-from gpu_parts import PARTS, Bench
+from gpu_parts import PARTS
+from gpu_summary import summary
 from gpu_timing import TimeUp, free_memory, stop_after
 
 HERE = Path(__file__).resolve().parent
@@ -42,12 +44,11 @@ class Arguments:
     output: str = flag("outputs/gpu.json", "JSON file of the figures, written anew after each part.")
     size: Literal["sd15", "tiny"] = flag("sd15", "Of the models.")
     parts: list[str] = flag(list(PARTS), "What to measure.")
-    minutes: float = flag(9.5, "When to be done.")
+    minutes: float = flag(7.5, "When to be done.")
     repeats: int = flag(5, "Timings of each, after a warm-up.")
     device: str | None = flag(None, "Where to compute; the GPU by default.")
     dtype: Literal["bfloat16", "float32"] = flag("bfloat16", "Of autocast, of frozen models, and of sampling.")
     tf32: bool = flag(True, "TF32 products, outside the check.")
-    use_8bit_adam: bool = flag(False, "bitsandbytes' AdamW, on both sides.")
 
 
 def main() -> None:
@@ -60,7 +61,7 @@ def main() -> None:
     end = time.monotonic() + 60 * args.minutes
     device = torch.device(device_of(0, args.device))
     dtype = getattr(torch, args.dtype)
-    bench = Bench(SIZES[args.size], device, dtype, args.tf32, args.use_8bit_adam, args.repeats)
+    bench = Bench(SIZES[args.size], device, dtype, args.tf32, args.repeats)
     results: dict[str, Any] = {"arguments": asdict(args), "machine": describe_machine(device), "parts": {}}
     names = [name for name in PARTS if name in args.parts]  # in the order that they are written for
     for number, name in enumerate(names):
@@ -68,7 +69,7 @@ def main() -> None:
         seconds = max(0.0, end - time.monotonic()) * shares[0] / sum(shares)
         results["parts"][name] = run_part(name, bench, seconds)
         write(results, Path(args.output))
-    print(f"The figures are in {args.output}")
+    print(f"{summary(results)}\nThe figures are in {args.output}")
     if failed := [name for name, part in results["parts"].items() if "error" in part or part.get("passed") is False]:
         sys.exit(f"Failed: {', '.join(failed)}.")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, ViTConfig, ViTModel
 from diffusers_dino import DinoDiffusionPipeline, DinoImageConditioner
 from diffusers_dino.training.models import make_scheduler
 
-__all__ = ["SIZES", "Size", "make_pipeline", "make_text_encoder", "random_images"]
+__all__ = ["SIZES", "SMALL", "Size", "make_pipeline", "make_text_encoder", "random_images"]
 
 PROMPT_TOKENS = 77
 SHARPNESS = 3.0  # of attention: with random weights as they are it is uniform, and DiffSeg would see nothing
@@ -30,7 +30,8 @@ class Size:
         text: Arguments of `CLIPTextConfig`.
         resolutions: The larger and the smaller side of images in pixels.
         batches: Batch sizes to try for training at each of them, the largest first.
-        sampling_batch: Images sampled together.
+        sampling_batch: Images sampled together, or trained on in the small model.
+        larger_batch: Images sampled together where there is room.
         steps: Steps of DDIM, of few-step sampling, and of sampling where models travel.
     """
 
@@ -41,6 +42,7 @@ class Size:
     resolutions: tuple[int, int]
     batches: tuple[tuple[int, ...], tuple[int, ...]]
     sampling_batch: int
+    larger_batch: int
     steps: tuple[int, int, int]
 
 
@@ -67,6 +69,7 @@ SIZES = {
         resolutions=(512, 256),
         batches=((64, 48, 32, 24, 16, 8, 4, 2, 1), (256, 192, 128, 96, 64, 32, 16, 8, 4, 2, 1)),
         sampling_batch=8,
+        larger_batch=32,
         steps=(50, 10, 10),
     ),
     "tiny": Size(
@@ -108,9 +111,29 @@ SIZES = {
         resolutions=(64, 32),
         batches=((4, 2), (4, 2)),
         sampling_batch=2,
+        larger_batch=4,
         steps=(4, 2, 2),
     ),
 }
+
+# The UNet of examples/configs/tiny_unet.json on the latents of its VAE, at 64 px.
+SMALL = replace(
+    SIZES["tiny"],
+    unet={
+        "sample_size": 16,
+        "cross_attention_dim": 64,
+        "attention_head_dim": 2,
+        "block_out_channels": (32, 64),
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+    },
+    encoder={**SIZES["tiny"].encoder, "hidden_size": 64},
+    text={**SIZES["tiny"].text, "hidden_size": 64},
+    resolutions=(64, 64),
+    sampling_batch=16,
+)
 
 
 def make_pipeline(size: Size) -> DinoDiffusionPipeline:

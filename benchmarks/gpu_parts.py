@@ -2,71 +2,31 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import tempfile
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
-from torch import Tensor, nn
+from diffusers import DPMSolverMultistepScheduler, LCMScheduler, SchedulerMixin, StableDiffusionPipeline
+from diffusers.utils import numpy_to_pil
+from torch import Tensor
 
 from diffusers_dino import DiffSegPipeline, DinoDiffusionPipeline
+from diffusers_dino.data import Preprocessing, open_images
 from diffusers_dino.pipelines import deep_cache
-from diffusers_dino.training.features import FeatureEncoder
-from diffusers_dino.training.models import adapt_for_training
-from diffusers_dino.training.optim import make_adamw
-from gpu_models import PROMPT_TOKENS, Size, make_pipeline, make_text_encoder, random_images
-from gpu_timing import SideBySide, free_memory, largest_batch, peak_gb, synchronize
+from diffusers_dino.synthesis import SynthesisSettings, plan_reconstruction, synthesise
+from gpu_bench import Bench, compiled, measure_peaks, note_operations
+from gpu_models import random_images
+from gpu_timing import SideBySide, free_memory, peak_gb
+from gpu_training import small_model, training_large, training_small, training_ways
 
-__all__ = ["PARTS", "Bench"]
-
-TRAINING_SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train_dino.py"
+__all__ = ["PARTS"]
 
 TOLERANCE = 2e-3  # of float32 on another device, in the mean size of what is compared
 SAME_PIXELS = 0.98
-
-
-@dataclass
-class Bench:
-    """What the parts share.
-
-    Attributes:
-        size: Of the models.
-        device: Where to compute.
-        dtype: Of autocast, of the frozen models, and of all models in sampling.
-        tf32: Whether float32 products may be TF32, outside the check.
-        eight_bit_adam: Whether the optimizer keeps its moments in 8 bits.
-        repeats: Of each timing.
-    """
-
-    size: Size
-    device: torch.device
-    dtype: torch.dtype
-    tf32: bool
-    eight_bit_adam: bool
-    repeats: int
-
-    @cached_property
-    def pipe(self) -> DinoDiffusionPipeline:
-        return make_pipeline(self.size)
-
-    def allow_tf32(self, allow: bool) -> None:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow
-
-    def for_sampling(self) -> DinoDiffusionPipeline:
-        """The pipeline as one samples with it, its gradients gone."""
-        self.allow_tf32(self.tf32)
-        self.pipe.unet.requires_grad_(False).eval()
-        self.pipe.unet.zero_grad(set_to_none=True)
-        self.pipe.to(self.device, self.dtype)
-        free_memory(self.device)
-        return self.pipe
 
 
 def check(bench: Bench, result: dict[str, Any]) -> None:
@@ -105,150 +65,15 @@ def relative(value: Tensor, expected: Tensor) -> float:
     return difference if difference == difference else float("inf")
 
 
-def training_large(bench: Bench, result: dict[str, Any]) -> None:
-    """Training at the larger resolution."""
-    training(bench, result, 0)
-
-
-def training_small(bench: Bench, result: dict[str, Any]) -> None:
-    """Training at the smaller resolution."""
-    training(bench, result, 1)
-
-
-def training(bench: Bench, result: dict[str, Any], which: int) -> None:
-    """One update with VAE and encoder in the step, one from cached features, and one of diffusers' text-to-image."""
-    bench.allow_tf32(bench.tf32)
-    resolution, candidates = bench.size.resolutions[which], bench.size.batches[which]
-    bench.pipe.unet.requires_grad_(True)
-    trainable = adapt_for_training(bench.pipe, bench.device, bench.dtype)
-    trainer = Trainer(bench, trainable)
-    free_memory(bench.device)
-    try:
-
-        def attempt(size: int) -> None:
-            trainer.forget()  # of an attempt that broke off
-            for way in trainer.ways(size, resolution).values():
-                way()
-
-        batch = largest_batch(candidates, attempt, bench.device)
-        ways = trainer.ways(batch, resolution)
-        result |= {"resolution": resolution, "batch_size": batch, "peak_gb": {}}
-        measure_peaks(ways, bench.device, result["peak_gb"])
-        result["speed"] = timings = SideBySide(bench.device, batch, reference="diffusers")
-        timings.run(ways, bench.repeats)
-    finally:
-        trainer.forget()
-
-
-def measure_peaks(ways: dict[str, Callable[[], Any]], device: torch.device, peaks: dict[str, float | None]) -> None:
-    """Run each way once, and note the memory that it took at most, as it is known."""
-    for name, way in ways.items():
-        free_memory(device)
-        way()
-        synchronize(device)
-        peaks[name] = peak_gb(device)
-
-
-def load_training_script() -> ModuleType:
-    """The script whose loss is measured; it is in no package."""
-    spec = importlib.util.spec_from_file_location("train_dino", TRAINING_SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their types up there
-    spec.loader.exec_module(module)
-    return module
-
-
-@dataclass
-class Trainer:
-    """Updates of one UNet by one optimizer, from different losses."""
-
-    bench: Bench
-    trainable: list[nn.Parameter]
-    updates: int = field(default=0, init=False)
-
-    def __post_init__(self) -> None:
-        self.optimizer = make_adamw(self.trainable, lr=1e-5, eight_bit=self.bench.eight_bit_adam)
-        self.text_encoder = make_text_encoder(self.bench.size).to(self.bench.device, self.bench.dtype)
-        self.encode = FeatureEncoder(self.bench.pipe.vae, self.bench.pipe.conditioner, self.bench.device)
-        self.schedule = DDPMScheduler.from_config(self.bench.pipe.scheduler.config)
-        self.script = load_training_script()
-        self.arguments = self.script.Arguments()
-
-    def forget(self) -> None:
-        """Free the gradients."""
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def ways(self, batch_size: int, resolution: int) -> dict[str, Callable[[], None]]:
-        """The three updates, each of a batch that waits in the host's memory."""
-        bench, pipe = self.bench, self.bench.pipe
-        images = pinned(random_images(batch_size, resolution), bench.device)
-        positions = list(range(batch_size))
-        features = self.encode({"image": images})
-        cached = tuple(pinned(part.to("cpu", torch.float16), bench.device) for part in features)
-        prompts = torch.randint(0, 1000, (batch_size, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
-        prompts = pinned(prompts, bench.device)
-
-        def ours(batch: dict[str, Any]) -> Tensor:
-            return self.script.compute_loss(self.arguments, pipe, self.denoise, self.encode, batch)
-
-        return {
-            "online": lambda: self.update(lambda: ours({"image": images, "position": positions})),
-            "cached": lambda: self.update(lambda: ours({"features": cached, "position": positions})),
-            "diffusers": lambda: self.update(lambda: self.text_to_image_loss(images, prompts)),
-        }
-
-    def denoise(self, *args: Any, **kwargs: Any) -> Any:
-        """The UNet as accelerate prepares it: in mixed precision, and only it."""
-        with torch.autocast(self.bench.device.type, self.bench.dtype, enabled=self.bench.dtype != torch.float32):
-            return self.bench.pipe.unet(*args, **kwargs)
-
-    def text_to_image_loss(self, images: Tensor, prompts: Tensor) -> Tensor:
-        """The loss of diffusers' `train_text_to_image.py`, whose frozen models are in lower precision, too."""
-        pipe, device, dtype = self.bench.pipe, self.bench.device, self.bench.dtype
-        pixels = (2 * images - 1).to(device, dtype, non_blocking=True)
-        with torch.no_grad():
-            latents = pipe.vae.encode(pixels).latent_dist.sample() * pipe.vae.config["scaling_factor"]
-            tokens = self.text_encoder(prompts.to(device, non_blocking=True), return_dict=False)[0]
-        noise = torch.randn_like(latents)
-        timesteps = torch.randint(0, self.schedule.config["num_train_timesteps"], (len(latents),), device=device)
-        noisy = self.schedule.add_noise(latents, noise, timesteps)
-        prediction = self.denoise(noisy, timesteps, tokens, return_dict=False)[0]
-        return nn.functional.mse_loss(prediction.float(), noise.float())
-
-    def update(self, loss_of_batch: Callable[[], Tensor]) -> None:
-        """What both scripts do with a loss."""
-        loss = loss_of_batch()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.trainable, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if not loss.isfinite():  # also waits for the device, as both scripts do when they log the loss
-            raise FloatingPointError(f"Update {self.updates}: the loss is {loss.item()}.")
-        self.updates += 1
-
-
-def pinned(tensor: Tensor, device: torch.device) -> Tensor:
-    """As a loader hands it over: in memory that the GPU can read by itself."""
-    return tensor.pin_memory() if device.type == "cuda" else tensor
-
-
 def sampling(bench: Bench, result: dict[str, Any]) -> None:
     """Variations with guidance against diffusers' pipeline on the same UNet and VAE; then fewer steps, less work."""
     pipe = bench.for_sampling()
     batch, (full, few, _) = bench.size.sampling_batch, bench.size.steps
     embeds = pipe.encode_image(random_images(batch, bench.size.resolutions[0]))
     result |= {"batch_size": batch, "steps": full, "few_steps": few, "guidance_scale": 2.0, "peak_gb": {}}
-    ddim, fast = pipe.scheduler, DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-
-    def ours(steps: int = full, guidance_scale: float = 2.0) -> Callable[[], Any]:
-        return lambda: sample(pipe, embeds, steps, guidance_scale)
-
-    def with_scheduler() -> None:
-        pipe.scheduler = fast
-        try:
-            sample(pipe, embeds, few)
-        finally:
-            pipe.scheduler = ddim
+    fast, consistent = (
+        kind.from_config(pipe.scheduler.config) for kind in (DPMSolverMultistepScheduler, LCMScheduler)
+    )
 
     def with_cache() -> None:
         pipe.enable_cache(deep_cache(pipe.unet))
@@ -257,11 +82,36 @@ def sampling(bench: Bench, result: dict[str, Any]) -> None:
         finally:
             pipe.disable_cache()
 
-    ways = {"pipeline": ours(), "diffusers": text_to_image(pipe, embeds, full)}
-    ways |= {"few_steps": with_scheduler, "deep_cache": with_cache, "no_guidance": ours(guidance_scale=1.0)}
+    ways = {"pipeline": partial(sample, pipe, embeds, full), "diffusers": text_to_image(pipe, embeds, full)}
+    ways |= {
+        "few_steps": partial(sample_with, fast, pipe, embeds, few),
+        "lcm_4_steps": partial(sample_with, consistent, pipe, embeds, 4, 1.0),  # a distilled UNet takes the guidance
+        "deep_cache": with_cache,
+        "no_guidance": partial(sample, pipe, embeds, full, 1.0),
+    }
     measure_peaks(ways, bench.device, result["peak_gb"])
     result["speed"] = timings = SideBySide(bench.device, batch, reference="diffusers")
     timings.run(ways, bench.repeats, warmup=0)  # the peaks above were of warm-ups
+    note_operations(bench, {name: ways[name] for name in ("pipeline", "diffusers")}, batch, result)
+
+
+def larger_batch(bench: Bench, result: dict[str, Any]) -> None:
+    """The same of more images at once."""
+    pipe, batch, steps = bench.for_sampling(), bench.size.larger_batch, bench.size.steps[0]
+    embeds = pipe.encode_image(random_images(batch, bench.size.resolutions[0]))
+    result["batch_size"] = batch
+    result["speed"] = timings = SideBySide(bench.device, batch, reference="diffusers")
+    ways = {"pipeline": partial(sample, pipe, embeds, steps), "diffusers": text_to_image(pipe, embeds, steps)}
+    timings.run(ways, max(1, bench.repeats // 2))
+
+
+def sample_with(scheduler: SchedulerMixin, pipe: DinoDiffusionPipeline, *settings: Any) -> None:
+    """`sample` with another scheduler for the moment."""
+    before, pipe.scheduler = pipe.scheduler, scheduler
+    try:
+        sample(pipe, *settings)
+    finally:
+        pipe.scheduler = before
 
 
 def sample(pipe: DinoDiffusionPipeline, embeds: Tensor, steps: int, guidance_scale: float = 2.0) -> Tensor:
@@ -303,26 +153,49 @@ def diffseg(bench: Bench, result: dict[str, Any]) -> None:
     result["peak_gb"] = peak_gb(bench.device)
 
 
-def compiled(bench: Bench, result: dict[str, Any]) -> None:
-    """Sampling with the UNet's repeated blocks compiled against the same pipeline as it is."""
+def compiled_sampling(bench: Bench, result: dict[str, Any]) -> None:
+    """Ours and diffusers' pipeline as they are and compiled, by blocks and then whole, with the VAE's decoder.
+
+    Both call the same UNet and VAE, so both are compiled in the same way.
+    """
     pipe = bench.for_sampling()
     batch, steps = bench.size.sampling_batch, bench.size.steps[0]
     embeds = pipe.encode_image(random_images(batch, bench.size.resolutions[0]))
+    ways = {"pipeline": partial(sample, pipe, embeds, steps), "diffusers": text_to_image(pipe, embeds, steps)}
+    result["batch_size"] = batch
+    result["first_calls"] = first = SideBySide(bench.device, batch)
+    result["speed"] = timings = SideBySide(bench.device, batch, reference="diffusers")
+    timings.run(ways, bench.repeats)
+    for extent, whole in (("blocks", False), ("whole", True)):
+        with compiled(pipe.unet, whole, dynamic=False), compiled(pipe.vae.decoder, True, dynamic=False):
+            named = {f"{name}, compiled {extent}": way for name, way in ways.items()}
+            first.run({f"compiling {extent}": next(iter(named.values()))}, 1, warmup=0)
+            timings.run(named, bench.repeats)
 
-    def eager() -> None:
-        with torch.compiler.set_stance("force_eager"):
-            sample(pipe, embeds, steps)
 
-    pipe.unet.compile_repeated_blocks(fullgraph=True)
-    try:
-        timings = result["compilation"] = SideBySide(bench.device, batch)
-        timings.run({"first_call": lambda: sample(pipe, embeds, steps)}, 1, warmup=0)
-        result["speed"] = timings = SideBySide(bench.device, batch, reference="eager")
-        timings.run({"eager": eager, "compiled": lambda: sample(pipe, embeds, steps)}, bench.repeats)
-    finally:
-        for module in pipe.unet.modules():
-            module._compiled_call_impl = None
-        torch.compiler.reset()
+def engine(bench: Bench, result: dict[str, Any]) -> None:
+    """The synthesis engine, which writes shards, beside a bare loop of the pipeline for as many images."""
+    pipe, batch, steps = bench.for_sampling(), bench.size.sampling_batch, bench.size.steps[1]
+    count, side = 3 * batch, bench.size.resolutions[0]
+    pictures = random_images(count, side)
+    with tempfile.TemporaryDirectory() as folder:
+        for number, picture in enumerate(numpy_to_pil(pictures.movedim(1, -1).numpy())):
+            picture.save(Path(folder, f"{number:03d}.png"))
+        images = open_images(folder, Preprocessing(side, remove_borders=False))
+        settings = SynthesisSettings(num_inference_steps=steps, batch_size=batch, shard_size=count)
+        plan = plan_reconstruction(images.keys, num_images=count, settings=settings)
+
+        def by_engine() -> None:
+            with tempfile.TemporaryDirectory() as made:
+                synthesise(plan, pipe, images, Path(made, "set"), progress=False)
+
+        def by_loop() -> None:
+            for start in range(0, count, batch):
+                sample(pipe, pipe.encode_image(pictures[start : start + batch]), steps).cpu()
+
+        result |= {"images": count, "batch_size": batch, "steps": steps}
+        result["speed"] = timings = SideBySide(bench.device, count, reference="loop")
+        timings.run({"loop": by_loop, "engine": by_engine}, max(1, bench.repeats // 2))
 
 
 def offloading(bench: Bench, result: dict[str, Any]) -> None:
@@ -351,10 +224,14 @@ def offloading(bench: Bench, result: dict[str, Any]) -> None:
 
 PARTS: dict[str, tuple[Callable[[Bench, dict[str, Any]], None], float]] = {  # with its share of the time
     "check": (check, 1.0),
-    "training_large": (training_large, 3.0),
-    "training_small": (training_small, 2.5),
-    "sampling": (sampling, 2.5),
-    "diffseg": (diffseg, 1.0),
-    "compiled": (compiled, 2.0),
+    "training_large": (training_large, 2.5),
+    "training_small": (training_small, 1.5),
+    "small_model": (small_model, 1.0),
+    "sampling": (sampling, 2.0),
+    "larger_batch": (larger_batch, 1.0),
+    "diffseg": (diffseg, 0.5),
+    "engine": (engine, 1.0),
     "offloading": (offloading, 1.0),
+    "training_ways": (training_ways, 4.0),
+    "compiled": (compiled_sampling, 3.0),
 }

@@ -62,7 +62,7 @@ class Arguments(RunArguments, AugmentationArguments, ImageArguments):
     revision: str | None = flag(None, "Its revision on the Hub.")
     variant: str | None = flag(None, "Its variant, such as fp16.")
     teacher_steps: int = flag(
-        50, "DDIM steps from noise to image that the student learns to skip; fewer are learned sooner."
+        50, "DDIM steps from noise to image, which the student learns to skip; fewer take less training."
     )
     min_guidance: float | None = flag(None, "Smallest guidance scale to learn; 1, or 2 with --rank.")
     max_guidance: float | None = flag(None, "Largest guidance scale to learn; 4, or 2 with --rank.")
