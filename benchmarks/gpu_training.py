@@ -1,4 +1,4 @@
-"""The parts of `gpu.py` that train: beside diffusers' step, in every form, and a model so small that launches count."""
+"""The parts of `gpu.py` that train: beside diffusers' step, in every form, and a model that launches limit."""
 
 from __future__ import annotations
 

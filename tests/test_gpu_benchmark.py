@@ -2,12 +2,18 @@
 
 import importlib
 import json
+import re
+import subprocess
 import sys
 import time
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
+
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture
@@ -33,9 +39,19 @@ def run(gpu, folder, *flags):
     return json.loads((folder / "gpu.json").read_text()), ended
 
 
-def test_all_parts_but_compilation(gpu, tmp_path):
-    parts = ["check", "training_large", "training_small", "sampling", "diffseg", "offloading"]
+def test_all_parts_but_compilation(gpu, tmp_path, capsys):
+    parts = [
+        "check",
+        "training_large",
+        "training_small",
+        "sampling",
+        "larger_batch",
+        "diffseg",
+        "engine",
+        "offloading",
+    ]
     results, ended = run(gpu, tmp_path, "--parts", *parts)
+    table = capsys.readouterr().out.split("## ")[-1]
     assert ended is None
     assert list(results["parts"]) == parts
     found = results["parts"]
@@ -46,18 +62,38 @@ def test_all_parts_but_compilation(gpu, tmp_path):
         assert set(found[name]["speed"]["images_per_s"]) == {"online", "cached", "diffusers"}
         assert set(found[name]["speed"]["speed_over_diffusers"]) == {"online", "cached"}
         assert found[name]["speed"]["images"] == found[name]["batch_size"] == 4
-    assert {"pipeline", "diffusers", "few_steps", "deep_cache", "no_guidance"} == set(found["sampling"]["peak_gb"])
+        assert 0 < found[name]["operations_per_image"]["cached"] < found[name]["operations_per_image"]["online"]
+    ways = {"pipeline", "diffusers", "few_steps", "lcm_4_steps", "deep_cache", "no_guidance"}
+    assert ways == set(found["sampling"]["peak_gb"])
+    assert found["sampling"]["matrix_product"] > 0
+    assert set(found["engine"]["speed"]["speed_over_loop"]) == {"engine"}
     assert all(len(seconds) == 1 for seconds in found["sampling"]["speed"]["seconds"].values())
     assert set(found["diffseg"]["speed"]["seconds"]) == {"whole", "attention", "merging"}
     assert {"on_device", "model_offload", "group_offload"} <= set(found["offloading"]["speed"]["seconds"])
     assert {"torch", "diffusers", "commit", "device"} <= set(results["machine"])
+    assert re.search(r"\| training_large \| cached \| [\d.e+]+ \| [\d.]+ x \| \d+% \|", table)
+    assert "| check | against the CPU | passed |" in table
 
 
 @pytest.mark.slow
 def test_compilation(gpu, tmp_path):
-    results, ended = run(gpu, tmp_path, "--parts", "compiled")
+    results, ended = run(gpu, tmp_path, "--parts", "compiled", "training_ways", "small_model", "--minutes", 60)
     assert ended is None
-    assert set(results["parts"]["compiled"]["speed"]["images_per_s"]) == {"eager", "compiled"}
+    assert {"pipeline, compiled blocks", "diffusers, compiled whole"} <= set(
+        results["parts"]["compiled"]["speed"]["images_per_s"]
+    )
+    ways = {"diffusers", "cached, foreach Adam", "cached, channels-last, compiled blocks", "cached, compiled whole"}
+    assert ways <= set(results["parts"]["training_ways"]["speed"]["images_per_s"])
+    assert "read every 10, compiled" in results["parts"]["small_model"]["updates"]["images_per_s"]
+
+
+def test_it_starts_where_only_the_usual_stack_is_installed(tmp_path):
+    lacking = "import sys; sys.modules.update(dict.fromkeys(['webdataset', 'torchxrayvision', 'torchsde']))"
+    flags = ["gpu.py", "--size", "tiny", "--device", "cpu", "--parts", "diffseg", "--repeats", "1"]
+    flags += ["--output", str(tmp_path / "gpu.json")]
+    program = f"{lacking}; sys.argv = {flags}; sys.path.insert(0, {str(BENCHMARKS)!r}); import gpu; gpu.main()"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
+    assert "error" not in json.loads((tmp_path / "gpu.json").read_text())["parts"]["diffseg"]
 
 
 def test_a_part_is_stopped_in_time_and_what_it_measured_is_kept(gpu, timing, tmp_path, monkeypatch):
