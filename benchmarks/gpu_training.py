@@ -135,9 +135,8 @@ def small_model(bench: Bench, result: dict[str, Any]) -> None:
     result["updates"] = timings = SideBySide(bench.device, 10, reference="each loss read")
     for name, (exchange, options) in forms.items():
         average = EMAModel(trainable, decay=0.995, foreach=True)
-        update = Trainer(small, trainable, exchange=exchange, average=average).ways(batch, SMALL.resolutions[0])[
-            "cached"
-        ]
+        trainer = Trainer(small, trainable, exchange=exchange, average=average)
+        update = trainer.ways(batch, SMALL.resolutions[0])["cached"]
 
         def ten(update: Callable[[], None] = update) -> None:
             for _ in range(10):

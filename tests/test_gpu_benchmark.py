@@ -12,7 +12,6 @@ from unittest.mock import patch
 import pytest
 import torch
 
-
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
