@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 import tiny
 from diffusers_dino.denoisers import family_of
@@ -32,13 +33,20 @@ def gradients(model, denoiser, batch_size=2):
     return loss.detach(), *found
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_a_training_step_is_one_graph_for_batches_of_any_size(precision):
-    """As accelerate wraps it; batches of a second size give a graph for all."""
+@pytest.fixture
+def accelerator():
+    """One of mixed precision, which wraps what it prepares."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Accelerator(cpu=True, mixed_precision="bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_training_step_is_one_graph_for_batches_of_any_size(accelerator):
+    """Batches of a second size give a graph for all."""
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     denoiser = tiny.tiny_unet(**ONE_LEVEL).train()
-    model = Accelerator(cpu=True, mixed_precision=precision).prepare(denoiser)
+    model = accelerator.prepare(denoiser)
     expected = [gradients(model, denoiser, batch_size) for batch_size in (2, 3, 4)]
     assert compile_denoiser(denoiser, fullgraph=True, backend="eager")
     for batch_size, values in zip((2, 3, 4), expected, strict=True):
