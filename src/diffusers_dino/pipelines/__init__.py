@@ -1,6 +1,7 @@
 """Pipelines: siblings on the same components, each with the public life-cycle steps of a diffusers pipeline."""
 
 from .caching import deep_cache
+from .compilation import compile_pipeline
 from .pipeline_diffseg import DiffSegPipeline
 from .pipeline_dino_diffusion import DinoDiffusionPipeline
 from .pipeline_dino_interpolation import DinoInterpolationPipeline
@@ -21,5 +22,6 @@ __all__ = [
     "DinoInterpolationPipelineOutput",
     "DinoPriorPipeline",
     "DinoPriorPipelineOutput",
+    "compile_pipeline",
     "deep_cache",
 ]
