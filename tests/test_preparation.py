@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import tiny
+import tiny_text
 from diffusers_dino import DiffSegPipeline, DinoDiffusionPipeline, DinoInterpolationPipeline
 from diffusers_dino.cli.image_flags import prepared_as_sources
 from diffusers_dino.cli.record import told_settings
@@ -93,6 +94,8 @@ def test_what_was_noted_comes_back(folder):
         assert stored_preparation(kind.from_pretrained(folder / "model")) == WITHOUT
     assert stored_preparation(folder / "model") == WITHOUT
     assert stored_preparation(folder / "older") is None
+    assert stored_preparation(DiffSegPipeline(conditioner=tiny.tiny_conditioner())) is None
+    assert stored_preparation(tiny_text.stable_diffusion()) is None
     uploaded = json.loads(Path(model_files(folder / "model")["unet/config.json"]).read_text())
     assert uploaded["_images"]["remove_borders"] is False
     assert {"crop", "polarity", "channels"} < set(uploaded["_images"])

@@ -44,12 +44,14 @@ def note_preparation(denoiser: ModelMixin, preprocessing: Preprocessing, channel
 def stored_preparation(model: TrainedModel, revision: str | None = None) -> Preprocessing | None:
     """What `note_preparation` noted, of a pipeline, its folder or its repository; None for models from before that.
 
-    What was stored elsewhere, such as with a synthetic set, is returned as it is. `revision` is that of a repository.
+    None also for pipelines of others, and for those without a denoiser. What was stored elsewhere, such as with a
+    synthetic set, is returned as it is. `revision` is that of a repository.
     """
     if isinstance(model, Preprocessing):
         return model
     if isinstance(model, DiffusionPipeline):
-        config = model.denoiser.config
+        denoiser = getattr(model, "denoiser", None)
+        config = {} if denoiser is None else denoiser.config
     else:
         parts = DiffusionPipeline.load_config(str(model), revision=revision)
         name = "transformer" if (parts.get("transformer") or [None])[0] else "unet"

@@ -36,8 +36,6 @@ from ..arguments import flag
 from ..console import show_messages
 from ..image_flags import BORDERS
 
-STABLE_DIFFUSION = "Stable Diffusion"
-
 
 @dataclass
 class Arguments:
@@ -146,7 +144,7 @@ def open_data(name: str, path: str, args: Arguments, preparation: Preprocessing)
 
 def checked(model: Model, images: MaskedImages) -> Model:
     """Refuse a model that was trained on images prepared in another way than the first one's."""
-    if model.name != STABLE_DIFFUSION and (stored := stored_preparation(model.pipe)) is not None:
+    if (stored := stored_preparation(model.pipe)) is not None:
         preparation_for(stored, images.size, images.preprocessing.remove_borders)
     return model
 
@@ -165,4 +163,4 @@ def open_models(args: Arguments) -> Iterator[Model]:
     if args.stable_diffusion:
         options = {} if dtype is None else {"dtype": dtype}
         pipe = DiffusionPipeline.from_pretrained(args.stable_diffusion, use_safetensors=True, **options)
-        yield Model(STABLE_DIFFUSION, pipe.to(device))
+        yield Model("Stable Diffusion", pipe.to(device))
