@@ -44,6 +44,27 @@ def test_another_size_interpolates_positions_the_models_own_way(family, tmp_path
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_patches_of_any_layer_are_the_networks_own(family):
+    conditioner = wrap(build(family), tokens="patch")
+    encoder, images = conditioner.image_encoders[0], torch.rand(2, 3, 50, 40)
+    side = encoder.spec.size // encoder.patch
+    pixels = conditioner.preprocess(images, crop=False)
+    last = conditioner.patch_features(images, layer=encoder.depth)
+    assert last.shape == (2, encoder.width, side, side)
+    assert torch.allclose(last.flatten(2).transpose(1, 2), conditioner(pixels), atol=1e-5)
+    earlier = conditioner.patch_features(images, layer=1)
+    if family in TRANSFORMERS:
+        options = {"interpolate_pos_encoding": True} if encoder.spec.architecture == "vit" else {}
+        normalized = (pixels - encoder.pixel_mean) / encoder.pixel_std
+        hidden = encoder.model(normalized, output_hidden_states=True, **options).hidden_states[1]
+        assert torch.allclose(earlier.flatten(2).transpose(1, 2), hidden[:, encoder.num_prefix :], atol=1e-5)
+    assert not torch.allclose(earlier, last, atol=1e-3)
+    assert torch.isfinite(earlier).all()
+    with pytest.raises(ValueError, match="not a multiple of the patch"):
+        conditioner.patch_features(images, size=encoder.patch + 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_saved_needs_nothing_else(family, tmp_path):
     folder = checkpoint(family, tmp_path)
     conditioner = DinoImageConditioner.from_encoder(folder)
