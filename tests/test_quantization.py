@@ -112,7 +112,8 @@ def test_every_family_of_encoders(family, bits, tmp_path):
     before = len(layers_of(conditioner, torch.nn.Linear))
     quantize(conditioner, BitsAndBytesConfig(**BITS[bits]))
     assert len(layers_of(conditioner, torch.nn.Linear)) == before
-    assert F.cosine_similarity(conditioner(pixels), plain, dim=-1).min() > 0.99
+    least = {"8": 0.99, "4": 0.98}[bits]  # as of a trained pipeline, above: kernels of GPUs and CPUs round 4 bits otherwise
+    assert F.cosine_similarity(conditioner(pixels), plain, dim=-1).min() > least
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -250,7 +251,7 @@ def test_adapters_come_afterwards(pipe):
         quantize(pipe.unet, BitsAndBytesConfig(load_in_8bit=True))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: bitsandbytes' CUDA kernels")
+@pytest.mark.gpu
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("bits", BITS)
 def test_on_a_gpu(images, tmp_path, bits, offload):
@@ -272,7 +273,7 @@ def test_on_a_gpu(images, tmp_path, bits, offload):
     assert np.abs(generate(again, images) - plain).mean() < 0.02
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: bitsandbytes' CUDA kernels")
+@pytest.mark.gpu
 @pytest.mark.parametrize("bits", BITS)
 def test_in_memory_on_a_gpu(images, bits):
     pipe = wide_pipeline().to(torch.float16)

@@ -156,9 +156,8 @@ def test_a_pipeline_is_cast_as_a_whole(kind, images, dtype):
     assert np.abs(half - plain).mean() < 0.02
 
 
+@pytest.mark.gpu
 def test_a_pipeline_is_moved_as_a_whole(kind, images):
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU to move to")
     pipe = kind.make()
     plain = kind.run(pipe, images)
     pipe.to("cuda")

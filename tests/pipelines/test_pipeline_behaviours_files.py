@@ -109,7 +109,7 @@ def test_loading_to_a_device(kind, images, tmp_path):
     assert np.abs(kind.run(loaded, images) - kind.run(pipe, images)).max() < 1e-3
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 1, reason="needs a GPU: a balanced device map")
+@pytest.mark.gpu
 def test_loading_balanced_over_gpus(kind, images, tmp_path):
     kind.make().save_pretrained(tmp_path)
     loaded = kind.pipeline.from_pretrained(tmp_path, device_map="balanced")

@@ -67,7 +67,7 @@ def test_models_stay_where_they_are_from_point_to_point_of_a_path(images, monkey
     assert len(calls) == 1
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("way", ["model", "sequential", "group"])
 def test_offloading_on_a_gpu(images, way, dtype):

@@ -81,7 +81,7 @@ def test_a_file_and_a_state_dict_load_as_the_folder_does(pipe, images, folders):
     assert (state - plain).abs().max() > 1e-2
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("method", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
 def test_adapters_load_under_offloading(pipe, images, folders, method):
     pipe.load_lora_weights(folders["scanner"])
