@@ -112,7 +112,7 @@ def test_every_family_of_encoders(family, bits, tmp_path):
     before = len(layers_of(conditioner, torch.nn.Linear))
     quantize(conditioner, BitsAndBytesConfig(**BITS[bits]))
     assert len(layers_of(conditioner, torch.nn.Linear)) == before
-    least = {"8": 0.99, "4": 0.98}[bits]  # as of a trained pipeline, above: kernels of GPUs and CPUs round 4 bits otherwise
+    least = 0.98 if bits == "4" and torch.cuda.is_available() else 0.99  # whose kernels round in half precision
     assert F.cosine_similarity(conditioner(pixels), plain, dim=-1).min() > least
 
 

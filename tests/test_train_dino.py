@@ -107,8 +107,9 @@ def test_training_learns(train):
         {"in_memory": True},
         {"dataloader_num_workers": 2},
         {"validation_steps": 1, "validation_inference_steps": 1, "checkpointing_steps": 1},
+        {"exchange_steps": 3},
     ],
-    ids=["again", "in memory", "loader workers", "looked at"],
+    ids=["again", "in memory", "loader workers", "looked at", "losses read later"],
 )
 def test_what_must_not_change_the_run(plain, train, changes):
     assert_same_run(plain, train(use_ema=True, **changes))
