@@ -82,11 +82,19 @@ def sampling(bench: Bench, result: dict[str, Any]) -> None:
         finally:
             pipe.disable_cache()
 
+    def with_fused_projections() -> None:
+        pipe.fuse_qkv_projections(vae=False)
+        try:
+            sample(pipe, embeds, full)
+        finally:
+            pipe.unfuse_qkv_projections(vae=False)
+
     ways = {"pipeline": partial(sample, pipe, embeds, full), "diffusers": text_to_image(pipe, embeds, full)}
     ways |= {
         "few_steps": partial(sample_with, fast, pipe, embeds, few),
         "lcm_4_steps": partial(sample_with, consistent, pipe, embeds, 4, 1.0),  # a distilled UNet takes the guidance
         "deep_cache": with_cache,
+        "fused_qkv": with_fused_projections,
         "no_guidance": partial(sample, pipe, embeds, full, 1.0),
     }
     measure_peaks(ways, bench.device, result["peak_gb"])

@@ -62,7 +62,7 @@ def test_all_parts_but_compilation(gpu, tmp_path, capsys):
         assert set(found[name]["speed"]["speed_over_diffusers"]) == {"online", "cached"}
         assert found[name]["speed"]["images"] == found[name]["batch_size"] == 4
         assert 0 < found[name]["operations_per_image"]["cached"] < found[name]["operations_per_image"]["online"]
-    ways = {"pipeline", "diffusers", "few_steps", "lcm_4_steps", "deep_cache", "no_guidance"}
+    ways = {"pipeline", "diffusers", "few_steps", "lcm_4_steps", "deep_cache", "fused_qkv", "no_guidance"}
     assert ways == set(found["sampling"]["peak_gb"])
     assert found["sampling"]["matrix_product"] > 0
     assert set(found["engine"]["speed"]["speed_over_loop"]) == {"engine"}
