@@ -82,7 +82,8 @@ def compiler_problem(device: torch.device | str, backend: str = "inductor") -> s
     try:
         torch.compile(_trial, backend=backend, dynamic=False)(torch.zeros(8, device=device))
     except (RuntimeError, ImportError, OSError) as error:
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        reason = str(error).partition("\n\n")[0]  # after which PyTorch gives hints for its developers
+        return f"{type(error).__name__}: {' '.join(reason.split())}"
     return None
 
 
