@@ -67,6 +67,9 @@ def test_clusters_bring_their_features_along(diffseg, images, tmp_path):
     made = diffseg.patch_features(images, ["unet", "encoder"], timestep=9, encoder_size=40)
     for i in range(4):
         assert torch.allclose(output.maps[i], clusters.assign(made)[i], atol=1e-5)
+    for other in ({"features": "unet"}, {"merging": "ncut"}):
+        with pytest.raises(ValueError, match="take the place of merging"):
+            diffseg(images, clusters=loaded, **other)
     single = diffseg(images[2], clusters=loaded, output_size=(20, 30))
     assert (single.masks[0] == output.masks[2]).float().mean() > 0.98  # a segment's number is the same in any batch
 

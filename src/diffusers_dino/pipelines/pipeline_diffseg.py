@@ -470,6 +470,8 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         """
         # refused before the model runs
         merge_thresholds(merge_threshold, num_merges, relative_threshold, self.settings.merge_threshold)
+        if clusters is not None and (features != "attention" or merging is not None):
+            raise ValueError("`clusters` know their features and take the place of merging: leave the other two out.")
         if merging is None:
             merging = "kl" if features == "attention" else "ncut"
         if cut_threshold is None:
