@@ -1,4 +1,4 @@
-"""Draw the picture of the README: variations, paths and segments of phantoms that the bundled model has not seen.
+"""Draw the picture of the README: variations, paths and segments of radiographs that the bundled model has not seen.
 
 python docs/draw_overview.py --output docs/images/overview.png
 """
@@ -20,25 +20,23 @@ from diffusers_dino.pixels import unit_to_uint8
 from diffusers_dino.sheets import contact_sheet
 
 DATA = Path(__file__).parents[1] / "examples/data"
-ROWS, COLUMNS = 2, 8
+COLUMNS = 8
 SAMPLING = {"num_inference_steps": 20, "guidance_scale": 2.0}
-SEGMENTATION = {"timestep": 50, "merge_threshold": 0.3, "relative_threshold": True}
-LAYERS = ("up_blocks.1.attentions.1",)  # the last of the decoder
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="The picture, a PNG.")
-    parser.add_argument("--model", default=DATA / "tiny-diffusion", help="A pipeline for the phantoms.")
+    parser.add_argument("--model", default=DATA / "showcase", help="A pipeline for radiographs.")
     args = parser.parse_args()
     pipe = DinoDiffusionPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
     preprocessing = Preprocessing(pipe.vae.config.sample_size, remove_borders=False)
-    phantoms = open_images(DATA / "phantom-cxr/phantom-cxr-test-*.tar", preprocessing)
-    images = collate([phantoms[number] for number in range(ROWS * COLUMNS // 2)])["image"]  # (N, 1, S, S) in [0, 1]
+    radiographs = open_images(DATA / "kermany", preprocessing)
+    images = collate([radiographs[number] for number in range(len(radiographs))])["image"]  # (N, 1, S, S) in [0, 1]
     panels = {
-        "Variations: an unseen image (left), and what its tokens become": draw_variations(pipe, images[:ROWS]),
-        "Paths: two unseen images (left and right), and images between them": draw_paths(pipe, images[: 2 * ROWS]),
+        "Variations: an unseen image (left), and what its tokens become": draw_variations(pipe, images),
+        "Paths: two unseen images (left and right), and images between them": draw_paths(pipe, images),
         "Segments from self-attention, without labels": draw_segments(pipe, images),
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -54,31 +52,31 @@ def draw_variations(pipe: DinoDiffusionPipeline, images: Tensor) -> Image.Image:
 
 
 def draw_paths(pipe: DinoDiffusionPipeline, images: Tensor) -> Image.Image:
-    """Each pair of neighbours in a row, with images between them."""
+    """The first image and each other one in a row, with images between them."""
     between = DinoInterpolationPipeline.from_pipe(pipe)
     between.set_progress_bar_config(disable=True)
-    sources, targets, fractions = images[::2], images[1::2], torch.linspace(0, 1, COLUMNS - 2)
+    targets, fractions = images[1:], torch.linspace(0, 1, COLUMNS - 2)
+    sources = images[:1].expand_as(targets)
     path = between(sources, targets, fractions, generator=torch.Generator().manual_seed(0), **SAMPLING).images
     return contact_sheet(sources, path, targets)
 
 
 def draw_segments(pipe: DinoDiffusionPipeline, images: Tensor) -> Image.Image:
-    """Each image beside its segments."""
-    segments = DiffSegPipeline.from_pipe(pipe)(images, layers=LAYERS, **SEGMENTATION).masks
+    """Each image beside its segments, in one row."""
+    segments = DiffSegPipeline.from_pipe(pipe)(images).masks
     cells = []
     for pixels, labels in zip(unit_to_uint8(images)[:, 0].numpy(), segments, strict=True):
         picture = Image.fromarray(pixels)
         cells += [picture.convert("RGB"), overlay(picture, labels.to(torch.uint8).numpy(), 0.4)]
-    others = [cell for i, cell in enumerate(cells) if i % COLUMNS]
-    return contact_sheet(cells[::COLUMNS], others)
+    return contact_sheet(cells[:1], cells[1:])
 
 
 def stack(panels: dict[str, Image.Image]) -> Figure:
-    """Pictures of equal width under each other, each with its heading."""
-    height = sum(picture.height for picture in panels.values())
+    """Pictures under each other in one width, each with its heading."""
     width = max(picture.width for picture in panels.values())
-    figure = Figure(figsize=(width / 100, (height + 40 * len(panels)) / 100), layout="constrained")
-    rows = figure.subplots(len(panels), squeeze=False)[:, 0]
+    heights = [picture.height * width / picture.width for picture in panels.values()]
+    figure = Figure(figsize=(width / 100, (sum(heights) + 40 * len(panels)) / 100), layout="constrained")
+    rows = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
     for axes, (heading, picture) in zip(rows, panels.items(), strict=True):
         axes.imshow(picture)
         axes.set_title(heading, loc="left", fontsize=11)

@@ -150,21 +150,21 @@ def test_variations_of_an_example_are_made_and_downloaded(page):
     assert len(np.unique(np.stack(made), axis=0)) == 4
     with zipfile.ZipFile(io.BytesIO(download(page, panel, "Download all (ZIP)"))) as files:
         assert np.array_equal(np.asarray(Image.open(files.open("variation_seed_2.png"))), made[2])
-        assert json.loads(files.read("settings.json"))["model"] == "tiny-diffusion"
+        assert json.loads(files.read("settings.json"))["model"] == "showcase"
     take_picture(page, "variations")
 
 
 def test_findings_are_drawn_and_contradictory_ones_refused_in_words(page):
     panel = open_tab(page, "Findings")
-    panel.get_by_label("Effusion").first.check()
+    panel.get_by_label("Viral Pneumonia").first.check()
     panel.get_by_role("button", name="Draw").click()
     shown = page.locator("#drawn img")
     playwright.expect(shown).to_have_count(4)
     made = [pixels(page, shown.nth(i)) for i in range(4)]
     assert all(picture.shape[:2] == (128, 128) and picture.std() > 10 for picture in made)
     with zipfile.ZipFile(io.BytesIO(download(page, panel, "Download all (ZIP)"))) as files:
-        assert json.loads(files.read("settings.json"))["present"] == ["Effusion"]
-    panel.get_by_label("Effusion").nth(1).check()
+        assert json.loads(files.read("settings.json"))["present"] == ["Viral Pneumonia"]
+    panel.get_by_label("Viral Pneumonia").nth(1).check()
     panel.get_by_role("button", name="Draw").click()
     playwright.expect(page.get_by_text("present and absent at once")).to_be_visible()
 

@@ -1,7 +1,7 @@
 """A Space of the Hugging Face Hub that serves the demo: `python app.py` is what the Hub runs.
 
 The model is the one that the variable MODEL of the Space names (a Hub id), else the folder `model` beside this file,
-else, in a clone of the repository, the bundled tiny one.
+else, in a clone of the repository, the bundled one.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ def find(name: str, bundled: str) -> str | None:
 
 
 def main() -> None:
-    model = find("model", "tiny-diffusion")
+    model = find("model", "showcase")
     if model is None:
         raise SystemExit(
             "There is no model: set the variable MODEL of the Space to a Hub id, or add the folder `model`."
         )
-    is_bundled = Path(model) == BUNDLED / "tiny-diffusion"
+    is_bundled = Path(model) == BUNDLED / "showcase"
     launch(
         model,
-        prior=find("prior", "tiny-prior") if is_bundled else os.environ.get("PRIOR"),
-        examples=str(BUNDLED / "phantom-cxr/phantom-cxr-test-*.tar") if is_bundled else os.environ.get("EXAMPLES"),
+        prior=find("prior", "showcase-prior") if is_bundled else os.environ.get("PRIOR"),
+        examples=str(BUNDLED / "kermany") if is_bundled else os.environ.get("EXAMPLES"),
         server_name="0.0.0.0",  # the Hub's proxy is another machine
     )
 

@@ -20,8 +20,8 @@ import torch
 from ..demo import launch, read_logins
 from .arguments import flag
 
-MODEL, PRIOR = "examples/data/tiny-diffusion", "examples/data/tiny-prior"
-EXAMPLES = "examples/data/phantom-cxr/phantom-cxr-test-*.tar"
+MODEL, PRIOR = "examples/data/showcase", "examples/data/showcase-prior"
+EXAMPLES = "examples/data/kermany"
 
 
 @dataclass
