@@ -43,6 +43,10 @@ NOT_TOLD = {
     *("variant", "conditioner", "encoder", "cache_batch_size", "feature_cache", "pretrained_model_name_or_path"),
     *(
         "vae",
+        "teacher",
+        "compile_regions",
+        "compile_mode",
+        "exchange_steps",
         "unet",
         "transformer",
         "transformer_config",

@@ -15,9 +15,9 @@ __all__ = ["describe_history", "told_settings", "write_record_and_card"]
 # An allow-list: folders, trackers and what concerns only the machine are not told.
 _VIEWS = ("resolution", "remove_borders", "augment", "sharpness", "shear", "translation", "random_flip", "cache_views")
 _SCALE = ("min_scale", "max_scale", "shuffle_window_shards")
-_VAE = ("in_channels", "block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups")
-_VAE_LOSS = ("mid_block_add_attention", "l1_weight", "mse_weight", "gradient_weight", "kl_weight")
-_ENCODER = ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio")
+_VAE = ("in_channels", "block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups", "crop_size")
+_VAE_LOSS = ("freeze_encoder", "mid_block_add_attention", "l1_weight", "mse_weight", "gradient_weight", "kl_weight")
+_ENCODER = ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "teacher_size")
 _TOKENS = ("num_register_tokens", "pixel_mean", "pixel_std", "image_size", "num_statistics_images", "slot_offset")
 _CONDITION = ("tokens", "projection_dim", "normalize_tokens", "condition_dropout", "fuse_encoders", "encoder_dropout")
 _PRIOR = ("width", "num_layers", "num_heads", "num_components", "text_length", "label_dropout", "times")
