@@ -74,6 +74,7 @@ def test_all_parts_but_compilation(gpu, tmp_path, capsys):
     assert "| check | against the CPU | passed |" in table
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="Compiling every way takes many minutes of a small CPU.")
 @pytest.mark.slow
 def test_compilation(gpu, tmp_path):
     results, ended = run(gpu, tmp_path, "--parts", "compiled", "training_ways", "small_model", "--minutes", 60)
