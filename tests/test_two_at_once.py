@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import tiny
+from checkpoints import save_transformers
 from diffusers_dino.cli import COMMANDS
 from scripts import EXAMPLES, TOY_CLASSIFIER, call_script, image_folder, tiny_training
 
@@ -28,6 +29,7 @@ def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     tiny.tiny_pipeline().save_pretrained(folder / "model")
     tiny.tiny_pipeline(conditioner=tiny.tiny_conditioner(tokens="all")).save_pretrained(folder / "on all tokens")
+    save_transformers(tiny.tiny_encoder(), folder / "teacher")
     tiny_training(folder, 16)
     rows = [f"{number:03d}.png,p{number % 8},{'Mass' if number % 2 else 'No Finding'}\n" for number in range(16)]
     (folder / "labels.csv").write_text("".join(["file,patient,findings\n", *rows]))
@@ -95,6 +97,10 @@ def commands(place: Path, out: Path) -> dict[str, dict]:
         | run
         | {"conditioner": place / "conditioner", "width": 16, "num_heads": 2, "validation_data_dir": place / "images"},
         "distill_dino.py": training | run | {"pretrained_pipeline": place / "model"},
+        "distill_encoder.py": training
+        | run
+        | {"teacher": place / "teacher", "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 1}
+        | {"num_attention_heads": 2, "validation_data_dir": place / "images", "num_statistics_images": 16},
     }
 
 
