@@ -25,6 +25,7 @@ from diffusers_dino.evaluation.table_text import markdown_table
 from diffusers_dino.files import make_writable_folder, write_json
 from diffusers_dino.metrics import extract_features, open_extractor
 from diffusers_dino.metrics.distances import frechet_of_samples
+from diffusers_dino.pixels import unit_to_vae, vae_to_unit
 from diffusers_dino.sheets import contact_sheet
 
 NUM_RETRIEVED = 64
@@ -76,7 +77,7 @@ def main() -> None:
     figures["frechet"] = measure_distances(args, pipe, unseen)
     print(markdown_table(["Fréchet distance over real against real", *figures["frechet"]], distance_rows(figures)))
     figures["copies"] = search_copies(args, pipe, training, unseen)
-    print(markdown_table(["500 variations of training images", ""], list(figures["copies"].items())))
+    print(markdown_table([f"{args.num_copies} variations of training images", ""], list(figures["copies"].items())))
     write_json(folder / "showcase.json", figures)
 
 
@@ -100,7 +101,7 @@ def draw(pipe: DinoDiffusionPipeline, sources: Tensor, args: Arguments, folder: 
     ).images
     print(f"{(time.perf_counter() - start) / len(variations):.2f} s an image")
     with torch.no_grad():
-        kept = pipe.vae(chosen * 2 - 1).sample.clamp(-1, 1) / 2 + 0.5
+        kept = vae_to_unit(pipe.vae(unit_to_vae(chosen, pipe.vae.config["in_channels"])).sample)
     contact_sheet(chosen, kept, variations).save(folder / "variations.png")
 
 

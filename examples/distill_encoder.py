@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+from transformers import Dinov2WithRegistersModel
 
 from diffusers_dino import DinoImageConditioner
 from diffusers_dino.cli.arguments import flag, parse_arguments
@@ -35,8 +35,10 @@ from diffusers_dino.cli.run import Run, open_run
 from diffusers_dino.cli.training_flags import (
     AugmentationArguments,
     ImageArguments,
+    NewEncoderArguments,
     RunArguments,
     make_augmentation,
+    new_encoder_config,
     open_training_images,
     split_off_unseen,
 )
@@ -54,19 +56,15 @@ PARTS = ("class token", "registers", "patches")
 
 
 @dataclass
-class Arguments(RunArguments, AugmentationArguments, ImageArguments):
+class Arguments(RunArguments, NewEncoderArguments, AugmentationArguments, ImageArguments):
     teacher: str | None = flag(None, "Encoder to distil: Hub id or folder of a ViT.", group="Encoders")
     teacher_size: int | None = flag(None, "Side of the images that it sees; its own by default.")
     cache_views: int = flag(1, "Views of each image that the teacher sees.")
     cache_batch_size: int = flag(32, "Views that it sees at once.")
-    patch_size: int = flag(16, "Side of the small encoder's patches in pixels.")
-    hidden_size: int = flag(128, "Width of its tokens.")
-    num_hidden_layers: int = flag(6, "Transformer layers.")
+    hidden_size: int = flag(128, "Width of the small encoder's tokens.")
+    num_hidden_layers: int = flag(6, "Its transformer layers.")
     num_attention_heads: int = flag(4, "Heads per layer.")
-    mlp_ratio: int = flag(4, "Hidden width of the MLPs over the width of the tokens.")
     num_register_tokens: int = flag(4, "Registers, a square number: with the class token, the condition.")
-    pixel_mean: float = flag(0.5, "Subtracted from pixels in [0, 1].")
-    pixel_std: float = flag(0.25, "By which the difference is divided.")
     validation_data_dir: str | None = flag(
         None, "Unseen images; else some of --train_data_dir are held out.", group="Validation"
     )
@@ -172,17 +170,7 @@ def regions_of(args: Arguments) -> int:
 
 
 def make_student(args: Arguments) -> Dinov2WithRegistersModel:
-    model = Dinov2WithRegistersModel(
-        Dinov2WithRegistersConfig(
-            image_size=args.resolution,
-            patch_size=args.patch_size,
-            hidden_size=args.hidden_size,
-            num_hidden_layers=args.num_hidden_layers,
-            num_attention_heads=args.num_attention_heads,
-            mlp_ratio=args.mlp_ratio,
-            num_register_tokens=args.num_register_tokens,
-        )
-    )
+    model = Dinov2WithRegistersModel(new_encoder_config(args, args.resolution))
     model.embeddings.mask_token.requires_grad_(False)  # no patch is masked; it would wait for a gradient
     return model
 

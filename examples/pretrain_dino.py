@@ -27,7 +27,13 @@ from diffusers_dino import DinoImageConditioner
 from diffusers_dino.cli.arguments import flag, parse_arguments
 from diffusers_dino.cli.record import write_record_and_card
 from diffusers_dino.cli.run import Run, open_run
-from diffusers_dino.cli.training_flags import ImageArguments, RunArguments, open_training_images
+from diffusers_dino.cli.training_flags import (
+    ImageArguments,
+    NewEncoderArguments,
+    RunArguments,
+    new_encoder_config,
+    open_training_images,
+)
 from diffusers_dino.cli.training_run import TrainingRun
 from diffusers_dino.data import ImageDataset, TrainingViews
 from diffusers_dino.fingerprints import fingerprint_model
@@ -54,18 +60,10 @@ logger = logging.getLogger("pretrain_dino")
 
 
 @dataclass
-class Arguments(RunArguments, ImageArguments):
+class Arguments(RunArguments, NewEncoderArguments, ImageArguments):
     pretrained_model_name_or_path: str | None = flag(
         None, "DINOv2 with registers to continue from; else a new one.", group="Encoder"
     )
-    patch_size: int = flag(16, "Side of a patch in pixels.")
-    hidden_size: int = flag(384, "Width of the tokens.")
-    num_hidden_layers: int = flag(12, "Transformer layers.")
-    num_attention_heads: int = flag(6, "Heads per layer.")
-    mlp_ratio: int = flag(4, "Hidden width of the MLPs over the width of the tokens.")
-    num_register_tokens: int = flag(4, "Registers: with the class token they are the condition.")
-    pixel_mean: float = flag(0.5, "Subtracted from pixels in [0, 1].")
-    pixel_std: float = flag(0.25, "By which the difference is divided.")
     image_size: int | None = flag(None, "Side of the images the encoder sees; --resolution by default.", group="Views")
     min_global_crop: float = flag(0.5, "Smallest area of a large crop.")
     max_global_crop: float = flag(1.0, "Largest area of a large crop.")
@@ -156,15 +154,7 @@ def train(args: Arguments, opened: Run) -> None:
 def make_config(args: Arguments) -> Dinov2WithRegistersConfig:
     if args.pretrained_model_name_or_path:
         return Dinov2WithRegistersConfig.from_pretrained(args.pretrained_model_name_or_path)
-    return Dinov2WithRegistersConfig(
-        image_size=args.image_size or args.resolution,
-        patch_size=args.patch_size,
-        hidden_size=args.hidden_size,
-        num_hidden_layers=args.num_hidden_layers,
-        num_attention_heads=args.num_attention_heads,
-        mlp_ratio=args.mlp_ratio,
-        num_register_tokens=args.num_register_tokens,
-    )
+    return new_encoder_config(args, args.image_size or args.resolution)
 
 
 def make_crops(args: Arguments, patch_size: int) -> tuple[Crops, Crops]:
