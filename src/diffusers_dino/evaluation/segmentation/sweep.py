@@ -7,6 +7,7 @@ timestep); a file holds it, so a run that was killed continues with the unit it 
 
 from __future__ import annotations
 
+import io
 import time
 import zlib
 from collections.abc import Iterable, Iterator
@@ -196,21 +197,30 @@ class SweptSegments:
         """Mean seconds that an image took at one setting; None if they are from before these were noted."""
         found = []
         for view, members in self.units():
-            with np.load(self.path(view, members.start), allow_pickle=False) as file:
-                found += [file["seconds"].item()] * len(members) if "seconds" in file else []
+            arrays = self._arrays(view, members.start)
+            found += [arrays["seconds"].item()] * len(members) if "seconds" in arrays else []
         return float(np.mean(found)) if found else None
 
     def _load(self, view: int, first: int, name: str) -> np.ndarray:
-        side, path = self.sweep.mask_size, self.path(view, first)
+        side, arrays = self.sweep.mask_size, self._arrays(view, first)
         shape = (len(self.sweep.thresholds), min(self.chunk, self.num_images - first), side, side)
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                values = file[name]
-            if values.shape != shape or values.dtype != np.uint16:
-                raise ValueError(f"it holds {values.dtype} {values.shape}, not uint16 {shape}")
-        except (BadZipFile, EOFError, KeyError, ValueError, zlib.error) as error:
-            raise ValueError(f"{path} is damaged ({error}): delete it and run again.") from error
+        values = arrays.get(name, np.empty(0))
+        if values.shape != shape or values.dtype != np.uint16:
+            raise ValueError(
+                f"{self.path(view, first)} is damaged ({name}: {values.dtype} {values.shape}, not uint16 {shape}): "
+                "delete it and run again."
+            )
         return values
+
+    def _arrays(self, view: int, first: int) -> dict[str, np.ndarray]:
+        """All that a file holds, so that damage is found wherever it is."""
+        path = self.path(view, first)
+        content = io.BytesIO(path.read_bytes())
+        try:
+            with np.load(content, allow_pickle=False) as file:
+                return dict(file)
+        except (BadZipFile, EOFError, OSError, RuntimeError, ValueError, zlib.error) as error:
+            raise ValueError(f"{path} is damaged ({error}): delete it and run again.") from error
 
 
 def segment_images(
