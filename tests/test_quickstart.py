@@ -56,7 +56,7 @@ def test_quickstart_writes_a_report_and_a_pipeline_that_loads(tmp_path):
     assert memorization.held_out.share <= 0.05  # phantoms that are not copies
     assert memorization.synthetic.copies == 0
     dice = json.loads((tmp_path / "out" / "segmentation.json").read_text())
-    assert dice["control: mean mask of the training set"] == pytest.approx(0.85, abs=0.02)  # as docs/benchmarks.md says
+    assert dice["control: mean mask of the training set"] == pytest.approx(0.85, abs=0.02)  # as benchmarks.md says
     assert all(f"<td>{value:.3g}</td>" in report for value in dice.values())
 
     pipe = DinoDiffusionPipeline.from_pretrained(tmp_path / "out" / "model")
