@@ -12,7 +12,7 @@ from typing import Any
 from ...files import atomic_write, read_json, sha256_of, write_json
 from ..images.preprocessing import Preprocessing
 from ..stores.archives import INDEX_SUFFIX, index_tar, write_index
-from ..stores.shards import MANIFEST
+from ..stores.shard_list import MANIFEST
 
 __all__ = [
     "MANIFEST",

@@ -11,7 +11,8 @@ from .filesystem import expand_braces, is_pattern
 from .folder import FolderStore, find_images
 from .hugging_face import SAVED, HuggingFaceStore
 from .remote import is_remote
-from .shards import MANIFEST, ShardStore, is_shard_manifest
+from .shard_list import MANIFEST, is_shard_manifest
+from .shards import ShardStore
 from .store import ImageStore
 from .walk import list_files, printable
 

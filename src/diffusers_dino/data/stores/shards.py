@@ -3,39 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
-import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...files import atomic_write, read_json, read_regular
+from ...files import atomic_write, read_regular
 from ..images.errors import UnreadableImageError
-from ..images.reading import IMAGE_EXTENSIONS, read_image
-from .archives import COMPANIONS, INDEX_SUFFIX, PackedKeys, TarIndex, index_tar, parent_of, parse_index
-from .filesystem import ByteRange, FileSystem, LocalFileSystem, expand_braces, is_pattern
+from ..images.reading import read_image
+from .archives import INDEX_SUFFIX, PackedKeys, TarIndex, index_tar, parse_index
+from .filesystem import ByteRange, FileSystem, LocalFileSystem
+from .members import concatenate, keep_images, pad, separated_companions
 from .remote import RemoteFileSystem, add_suffix, is_remote, url_path
+from .shard_list import MANIFEST, find_shards, prepared_by
 from .store import ImageStore
-from .walk import is_junk
 
-__all__ = ["MANIFEST", "ShardStore", "default_cache_dir", "is_shard_manifest"]
+__all__ = ["ShardStore"]
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
-_LARGEST_MANIFEST = 2**28  # bytes
 _OPENED_TOGETHER = 1000
 _REPORTED = 100
 _MOST_LOST = 10_000  # samples that a manifest may promise in vain, or ten times those that are there
-_WORD = re.compile(r"\.[^\W\d_][^/\n]*$", re.MULTILINE)  # what may follow the key of an image
 
 
 class ShardStore(ImageStore):
@@ -58,7 +52,7 @@ class ShardStore(ImageStore):
     def __init__(self, pattern: str | Path, split: str | None = None, image_column: str = "image") -> None:
         pattern = str(pattern)
         self._files: FileSystem = RemoteFileSystem(pattern) if is_remote(pattern) else LocalFileSystem()
-        self.shards, expected = _find_shards(self._files, pattern, split)
+        self.shards, expected = find_shards(self._files, pattern, split)
         if isinstance(self._files, RemoteFileSystem):
             self._check_ranges()
         opened: list[_Opened] = []
@@ -71,18 +65,22 @@ class ShardStore(ImageStore):
         self._check_claims(sum(one.missing for one in opened), sum(len(one.images) for one in opened))
         self._report(opened)
         names = [f"{Path(url_path(shard)).stem}#lost-" for shard in self.shards]
-        padded = [_pad(one, name) for one, name in zip(opened, names, strict=True)]
+        padded = [pad(one.index, one.images, one.missing, name) for one, name in zip(opened, names, strict=True)]
         indexes, images = zip(*padded, strict=True)
         reasons = [one.reason for one in opened]
         if not any(map(len, images)):
             kind = "image" if image_column == "image" else f"KEY.{image_column}"
             raise FileNotFoundError(f"No {kind} in the {len(self.shards)} shard(s) of {self._files.show(pattern)!r}.")
-        self.prepared_by = _prepared_by(self._files, self.shards) if set(self.shards) == set(expected) else None
+        self.prepared_by = prepared_by(self._files, self.shards) if set(self.shards) == set(expected) else None
         self._shard_ends = np.cumsum([len(image) for image in images])
-        self._index = _concatenate(indexes)
+        self._index = concatenate(indexes)
         self.keys = self._index.keys
-        if image_column == "image":
-            self._warn_of_separated_companions()
+        if image_column == "image" and (apart := separated_companions(self.keys)):
+            logger.warning(
+                "%d of %d samples, such as %s, look like companions of images in other tars, and are taken for images "
+                "themselves. Put each into the tar of its image.",
+                *(len(apart), len(self.keys), apart[0]),
+            )
         first = np.cumsum([0, *(len(index.kinds) for index in indexes)])
         shifted = [np.where(image >= 0, image + start, -1) for image, start in zip(images, first, strict=False)]
         self._image = np.concatenate(shifted)  # (S,): number of the file that is each sample's image, -1 if lost
@@ -90,18 +88,6 @@ class ShardStore(ImageStore):
             int(number): f"{self.describe(number)}: {reasons[self._shard(number)]}"
             for number in np.flatnonzero(self._image < 0)
         }
-
-    def _warn_of_separated_companions(self) -> None:
-        """Companions are looked for in the tar of their image: say that those in other tars count as images."""
-        if not _WORD.search(self.keys.to_bytes().decode()):
-            return
-        keys = set(self.keys)
-        if apart := [key for key in self.keys if parent_of(key, keys)]:
-            logger.warning(
-                "%d of %d samples, such as %s, look like companions of images in other tars, and are taken for images "
-                "themselves. Put each into the tar of its image.",
-                *(len(apart), len(keys), apart[0]),
-            )
 
     @property
     def shard_sizes(self) -> list[int]:
@@ -172,7 +158,7 @@ class ShardStore(ImageStore):
         expected = promised["samples"] if promised else None
         try:
             whole = _open_index(self._files, shard)
-            index, images, left_out = _keep_images(whole, image_column)
+            index, images, left_out = keep_images(whole, image_column)
             reason = whole.damage
             if not reason and promised and promised.get("bytes") not in (None, whole.tar_bytes):
                 reason = f"has {whole.tar_bytes} bytes, not {promised['bytes']} as its manifest says"
@@ -225,107 +211,6 @@ class _Opened(NamedTuple):
     left_out: list[str]
 
 
-def is_shard_manifest(path: Path) -> bool:
-    """Whether a file is there and lists shards."""
-    try:
-        content = read_json(path, _LARGEST_MANIFEST)
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and isinstance(content.get("shards"), list)
-
-
-def _find_shards(files: FileSystem, pattern: str, split: str | None) -> tuple[list[str], dict[str, dict]]:
-    """The shards that a pattern stands for, sorted, and what a manifest says of them."""
-    if not url_path(pattern).endswith(".tar"):
-        return _find_in_folder(files, pattern.rstrip("/"), split)
-    found: set[str] = set()
-    expected: dict[str, dict] = {}
-    manifests: dict[str, dict[str, dict]] = {}
-    for path in expand_braces(pattern):
-        folder, _, name = url_path(path).rpartition("/")
-        if folder not in manifests:
-            manifests[folder] = {_join(folder, shard["name"]): shard for shard in _read_manifest(files, folder)}
-        if path in manifests[folder] or (not is_pattern(name) and _exists(files, path)):
-            matched = {path}
-        else:
-            promised = {
-                _join(folder, one["name"]) for one in manifests[folder].values() if fnmatchcase(one["name"], name)
-            }
-            matched = {*files.glob(path), *promised}
-        if not matched:
-            hint = "Give tar files, a glob or a brace range such as {000..009}."
-            raise FileNotFoundError(f"No shard {files.show(path)!r} (from {files.show(pattern)!r}). {hint}")
-        expected |= {shard: manifests[folder][shard] for shard in matched if shard in manifests[folder]}
-        found |= matched
-    return sorted(found), expected
-
-
-def _find_in_folder(files: FileSystem, folder: str, split: str | None) -> tuple[list[str], dict[str, dict]]:
-    shards = _read_manifest(files, folder)
-    if not shards:
-        found = files.glob(_join(folder, "*.tar"))
-        if not found:
-            raise FileNotFoundError(f"No .tar file in {files.show(folder)!r}, and no {MANIFEST} that names some.")
-        return found, {}
-    splits = sorted({str(shard["split"]) for shard in shards if shard.get("split")})
-    if split is not None and splits:
-        shards = [shard for shard in shards if shard.get("split") == split]
-        if not shards:
-            raise ValueError(f"{files.show(folder)!r} has no split {split!r}, but {', '.join(splits)}.")
-    expected = {_join(folder, shard["name"]): shard for shard in shards}
-    return sorted(expected), expected
-
-
-def _read_manifest(files: FileSystem, folder: str) -> list[dict]:
-    """The shards that the manifest in a folder lists; an empty list without a manifest."""
-    path = _join(folder, MANIFEST)
-    hint = "Mend it, or rename it to read the shards without one."
-    try:
-        shards = _parse_json(files.read(path, _LARGEST_MANIFEST))["shards"]
-        names = [shard["name"] for shard in shards]
-        sound = all(type(shard["samples"]) is int and 0 <= shard["samples"] < 2**31 for shard in shards)
-        sound = sound and all(isinstance(name, str) and name.endswith(".tar") and "/" not in name for name in names)
-    except (FileNotFoundError, PermissionError):  # a bucket that may not be listed says "forbidden" for "missing"
-        return []
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{files.show(path)!r} is not a manifest of shards: {error!r}. {hint}") from error
-    if not sound or len(set(names)) < len(names):
-        raise ValueError(f"{files.show(path)!r} is not a manifest of shards: a name or a count in it is wrong. {hint}")
-    return shards
-
-
-def _prepared_by(files: FileSystem, shards: Sequence[str]) -> str | None:
-    """How the images of shards that are in a manifest were prepared, if in one way."""
-    folders = {url_path(shard).rpartition("/")[0] for shard in shards}
-    contents = [_parse_json(files.read(_join(folder, MANIFEST), _LARGEST_MANIFEST)) for folder in folders]
-    told = {str(content.get("preprocessing_hash") or "") for content in contents}
-    return (told.pop() or None) if len(told) == 1 else None
-
-
-def _parse_json(content: bytes) -> Any:
-    try:
-        return json.loads(content)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-
-
-def _join(folder: str, name: str) -> str:
-    return f"{folder}/{name}" if folder else name
-
-
-def _exists(files: FileSystem, path: str) -> bool:
-    try:
-        files.size(path)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def default_cache_dir() -> Path:
-    """Where what was learned of remote shards is kept: `$XDG_CACHE_HOME/diffusers-dino`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusers-dino"
-
-
 def _open_index(files: FileSystem, shard: str) -> TarIndex:
     """The index of a shard: the one beside it, one that was made before, or a new one."""
     size = files.size(shard)
@@ -339,7 +224,8 @@ def _open_index(files: FileSystem, shard: str) -> TarIndex:
         with files.open(shard) as file:
             return index_tar(file, shard, size)
     name = hashlib.sha256(f"{files.show(shard)}\n{files.version(shard)}".encode()).hexdigest()
-    cached = default_cache_dir() / "indexes" / f"{name}.npz"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cached = cache / "diffusers-dino" / "indexes" / f"{name}.npz"
     try:
         return parse_index(read_regular(cached, size + 2**16), size)
     except (OSError, ValueError):
@@ -354,95 +240,3 @@ def _open_index(files: FileSystem, shard: str) -> TarIndex:
         except OSError as error:
             logger.warning("Cannot keep %s: %s", cached, error)
     return index
-
-
-def _keep_images(index: TarIndex, image_column: str) -> tuple[TarIndex, np.ndarray, list[str]]:
-    """The samples that have an image, the number `(S,)` of the file that is it, and clauses on what is left out."""
-    if not len(index.keys):
-        return index, np.zeros(0, np.int64), []
-    left_out = []
-    index, joined = _join_companions(index)
-    if joined:
-        left_out.append(f"{COMPANIONS}: {joined}")
-    order = {extension: rank for rank, extension in enumerate(IMAGE_EXTENSIONS)}
-    order = order if image_column == "image" else {image_column.lower(): 0}
-    ranks = np.array([order.get(extension, len(order)) for extension in index.extensions])[index.kinds]  # (M,)
-    count = len(ranks)
-    best = np.minimum.reduceat(ranks * count + np.arange(count), index.first_member[:-1])  # (S,): rank, then number
-    kept = best < len(order) * count
-    if not kept.all():
-        left_out.append(f"samples without an image: {np.count_nonzero(~kept)} of {len(kept)}")
-    if is_junk(index.keys.to_bytes().decode()):
-        junk = np.array([is_junk(key) for key in index.keys])
-        left_out.append(f"hidden files and those of systems: {np.count_nonzero(junk & kept)}")
-        kept &= ~junk
-    if kept.all():
-        return index, best % count, left_out
-    members = np.repeat(kept, np.diff(index.first_member))
-    renumbered = np.cumsum(members) - 1
-    return _select(index, kept, members), renumbered[best[kept] % count], left_out
-
-
-def _join_companions(index: TarIndex) -> tuple[TarIndex, int]:
-    """Put `KEY.seg.png` to the sample of the image `KEY`, as its file `seg.png`; how many images that were."""
-    if not _WORD.search(index.keys.to_bytes().decode()):  # as with most sets
-        return index, 0
-    is_image = np.isin(index.kinds, [n for n, one in enumerate(index.extensions) if one in IMAGE_EXTENSIONS])
-    has_image = np.logical_or.reduceat(is_image, index.first_member[:-1])
-    number_of = {key: number for number, key in enumerate(index.keys) if has_image[number]}
-    owners, kinds = np.arange(len(index.keys)), index.kinds.copy()
-    known = {extension: number for number, extension in enumerate(index.extensions)}
-    for number, key in enumerate(index.keys):
-        found = parent_of(key, number_of)
-        if found is None and not has_image[number]:
-            found = next(((parent, "") for parent in (f"{key}.image", f"{key}.img") if parent in number_of), None)
-        if found is not None:
-            owners[number] = number_of[found[0]]
-            for member in range(index.first_member[number], index.first_member[number + 1]):
-                extension = f"{found[1]}.{index.extensions[kinds[member]]}".lower().removeprefix(".")
-                kinds[member] = known.setdefault(extension, len(known))
-    kept = owners == np.arange(len(owners))
-    if kept.all():
-        return index, 0
-    order = np.argsort(np.repeat(owners, np.diff(index.first_member)), kind="stable")
-    sizes = np.bincount(owners, np.diff(index.first_member), len(owners)).astype(np.int64)
-    sorted_columns = {"kinds": kinds[order], "offsets": index.offsets[order], "sizes": index.sizes[order]}
-    joined = replace(index, extensions=tuple(known), first_member=np.cumsum([0, *sizes]), **sorted_columns)
-    return _select(joined, kept, np.ones(len(kinds), bool)), int(np.count_nonzero(has_image & ~kept))
-
-
-def _select(index: TarIndex, samples: np.ndarray, members: np.ndarray) -> TarIndex:
-    """The samples and their files for which these masks, `(S,)` and `(M,)`, are true."""
-    columns = {name: getattr(index, name)[members] for name in ("kinds", "offsets", "sizes")}
-    keys = PackedKeys([index.keys[number] for number in np.flatnonzero(samples)])
-    first = np.cumsum([0, *np.diff(index.first_member)[samples]])
-    return replace(index, keys=keys, first_member=first, **columns)
-
-
-def _pad(one: _Opened, name: str) -> tuple[TarIndex, np.ndarray]:
-    """Add a sample without files, named with a number, for each that is missing."""
-    index, images = one.index, one.images
-    if not one.missing:
-        return index, images
-    lost = PackedKeys([f"{name}{number:06d}" for number in range(one.missing)])
-    keys = PackedKeys.from_bytes(index.keys.to_bytes() + lost.to_bytes())
-    first = np.append(index.first_member, np.full(len(lost), index.first_member[-1]))
-    return replace(index, keys=keys, first_member=first), np.append(images, np.full(len(lost), -1))
-
-
-def _concatenate(indexes: Sequence[TarIndex]) -> TarIndex:
-    """One index of the samples of all shards; offsets stay those within each shard."""
-    extensions = tuple(sorted({extension for index in indexes for extension in index.extensions}))
-    number = {extension: i for i, extension in enumerate(extensions)}
-    kinds = [np.array([number[e] for e in index.extensions], np.int32)[index.kinds] for index in indexes]
-    starts = np.cumsum([0, *(len(index.kinds) for index in indexes)])
-    first = [index.first_member[:-1] + start for index, start in zip(indexes, starts, strict=False)]
-    return TarIndex(
-        sum(index.tar_bytes for index in indexes),
-        PackedKeys.from_bytes(b"".join(index.keys.to_bytes() for index in indexes)),
-        extensions,
-        np.concatenate([*first, starts[-1:]]),
-        np.concatenate(kinds),
-        np.concatenate([index.offsets for index in indexes]),
-        np.concatenate([index.sizes for index in indexes]),
-    )
