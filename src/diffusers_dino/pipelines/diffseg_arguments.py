@@ -1,23 +1,19 @@
-"""What `DiffSegPipeline` makes of its arguments: conditions, thresholds, timesteps, sizes and features, checked."""
+"""What `DiffSegPipeline` makes of its arguments: thresholds, timesteps, sizes and features, checked."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .checks import check_choice, check_number, check_numbers
 
 __all__ = [
     "FEATURES",
     "check_merging",
-    "empty_prompt",
-    "for_batch",
+    "chosen_merging",
     "listed_features",
     "listed_timesteps",
     "mask_size",
@@ -36,6 +32,33 @@ def check_merging(merging: str, cut_threshold: float, walk_steps: int = 1, cut_p
         raise ValueError(f"`cut_threshold` must be above 0 and at most 2, got {cut_threshold!r}.")
 
 
+def chosen_merging(
+    features: str | Sequence[str],
+    merging: str | None,
+    cut_threshold: float | None,
+    walk_steps: int,
+    cut_power: float,
+    clustered: bool,
+) -> tuple[str, float]:
+    """The way of merging and the threshold of cuts, those of DiffSeg or DiffCut where a call leaves them open.
+
+    A ValueError if they do not go with the features, or with clusters that take the place of merging.
+    """
+    by_attention = features == "attention"
+    if clustered and (not by_attention or merging is not None):
+        raise ValueError("`clusters` know their features and take the place of merging: leave the other two out.")
+    if merging is None:
+        merging = "kl" if by_attention else "ncut"
+    if cut_threshold is None:
+        cut_threshold = 0.5 if by_attention else 0.2
+    check_merging(merging, cut_threshold, walk_steps, cut_power)
+    if not by_attention:
+        listed_features(features)
+        if merging != "ncut":
+            raise ValueError(f"merging={merging!r} is of attention maps: merge features={features!r} by 'ncut'.")
+    return merging, cut_threshold
+
+
 def listed_features(features: str | Sequence[str]) -> list[str]:
     """The kinds of features of a call that takes one or several, checked."""
     listed = [features] if isinstance(features, str) else list(features)
@@ -44,27 +67,6 @@ def listed_features(features: str | Sequence[str]) -> list[str]:
     for each in listed:
         check_choice(FEATURES, features=each)
     return listed
-
-
-def empty_prompt(text_encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Any:
-    """What a text encoder says of an empty prompt, with its hidden states."""
-    tokens = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
-    inputs = {"input_ids": tokens.input_ids.to(device)}
-    if getattr(text_encoder.config, "use_attention_mask", False):  # as diffusers' pipelines read it
-        inputs["attention_mask"] = tokens.attention_mask.to(device)
-    return text_encoder(**inputs, output_hidden_states=True)
-
-
-def for_batch(value: Any, batch_size: int, dtype: torch.dtype, device: torch.device) -> Any:
-    """Tensors, also in dictionaries, of one image repeated for the batch, on the model's device and in its type."""
-    if isinstance(value, Mapping):
-        return {name: for_batch(item, batch_size, dtype, device) for name, item in value.items()}
-    if not isinstance(value, Tensor):
-        return value
-    value = value.to(device, dtype) if value.is_floating_point() else value.to(device)
-    if len(value) not in (1, batch_size):
-        raise ValueError(f"An input of the UNet is for {len(value)} images, and there are {batch_size}.")
-    return value.expand(batch_size, *value.shape[1:])
 
 
 def merge_thresholds(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -24,11 +24,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .. import schedules
 from ..conditioner import DinoImageConditioner
 from ..denoisers import family_of
-from ..diffseg.attention import capture_features, capture_self_attention
-from ..diffseg.clusters import FeatureClusters, fit_clusters
-from ..diffseg.cuts import cut_features, mean_maps, recursive_cut, walk_affinity
-from ..diffseg.features import stack_features
-from ..diffseg.merging import aggregate_attention, merge_attention, refine_segments, relative_thresholds, suppress
+from ..diffseg.attention import capture_self_attention
+from ..diffseg.clusters import FeatureClusters
+from ..diffseg.cuts import mean_maps, recursive_cut, walk_affinity
+from ..diffseg.merging import aggregate_attention, merge_attention, refine_segments, relative_thresholds
 from ..diffseg.settings import ALL_LAYERS, DiffSegSettings, noted_settings
 from ..fusion import TokenFusion, fuse
 from ..latents import encode_to_moments, vae_scale_factor
@@ -44,15 +43,9 @@ from .checks import (
     check_numbers,
     image_size,
 )
-from .diffseg_arguments import (
-    check_merging,
-    empty_prompt,
-    for_batch,
-    listed_features,
-    listed_timesteps,
-    mask_size,
-    merge_thresholds,
-)
+from .diffseg_arguments import check_merging, chosen_merging, listed_timesteps, mask_size, merge_thresholds
+from .diffseg_conditions import encode_empty_prompt, for_batch
+from .feature_segments import FeatureSegmentsMixin
 from .loading import ComponentLoadingMixin
 from .lora import DenoiserLoraMixin
 from .pipeline_output import DiffSegPipelineOutput
@@ -64,7 +57,9 @@ _ANCHORS_PER_SIDE = 16  # the published grid
 _SQUARE_AT_MOST = 4096  # pixels of the side of an image that is stretched at its own resolution
 
 
-class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionMixin, DenoiserLoraMixin):
+class DiffSegPipeline(
+    FeatureSegmentsMixin, ComponentLoadingMixin, DiffusionPipeline, StableDiffusionMixin, DenoiserLoraMixin
+):
     """Segment images by DiffSeg (Tian et al., CVPR 2024): merge the self-attention maps of one denoising step.
 
     Made with `from_pipe`: of a `DinoDiffusionPipeline`, the condition is the image's own tokens; of a Stable Diffusion
@@ -199,15 +194,7 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
             pixels = send_to_device(self.conditioner.preprocess(images, crop=False), device)
             return {"encoder_hidden_states": fuse(self.fusion, self.conditioner(pixels))}
         encoders = [(self.text_encoder, self.tokenizer), (self.text_encoder_2, self.tokenizer_2)]
-        outputs = [empty_prompt(*pair, device) for pair in encoders if pair[0] is not None]
-        if self.unet.config.get("addition_embed_type") != "text_time":
-            return {"encoder_hidden_states": outputs[0].last_hidden_state}  # (1, S, D)
-        # Stable Diffusion XL, for an uncropped square image: its original size, the top left corner of the crop, its
-        # target size (Podell et al., arXiv 2307.01952, section 2.2); the last text encoder gives the pooled vector
-        tokens, size = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), self._size(size)
-        time_ids = torch.tensor([[size, size, 0, 0, size, size]], device=device, dtype=tokens.dtype)
-        added = {"text_embeds": outputs[-1].text_embeds, "time_ids": time_ids}
-        return {"encoder_hidden_states": tokens, "added_cond_kwargs": added}
+        return encode_empty_prompt(self.unet, encoders, self._size(size), device)
 
     def prepare_latents(self, images: ImageInput, size: int | None = None) -> Tensor:
         """Encode images, stretched to squares, to clean latents: the mean of the VAE's distribution.
@@ -296,94 +283,7 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
             own = relative_thresholds(image_maps, thresholds) if relative else thresholds
             candidates = merge_attention(image_maps, own, anchors_per_side)
             merged.append(refine_segments(image_maps, candidates) if refine else candidates)
-        return _to_output(merged, size, output_type)
-
-    @takes_the_denoiser
-    @torch.no_grad()
-    def patch_features(
-        self,
-        image: ImageInput,
-        features: str | Sequence[str] = "encoder",
-        *,
-        timestep: int | Sequence[int] = 50,
-        size: int | None = None,
-        layers: Collection[str] | None = None,
-        encoder_size: int | None = None,
-        encoder_layer: int | None = None,
-        image_embeds: Tensor | None = None,
-        unet_kwargs: Mapping[str, Any] | None = None,
-    ) -> Tensor:
-        """A vector for each patch of images, which `segment_features` and `fit_clusters` compare.
-
-        Args:
-            features: `"unet"`: what self-attention layers give, of the clean latents, as in DiffCut (arXiv
-                2406.02842); `"encoder"`: patch tokens of the conditioner's encoders; or both, side by side.
-            layers: Of the denoiser; by default the last self-attention of its encoder, as there.
-            encoder_size: Side in pixels that the encoders see, such as 392; by default their own.
-            encoder_layer: See `DinoImageConditioner.patch_features`.
-
-        The other arguments, and the errors, are as in `__call__`.
-
-        Returns:
-            `(B, D, h, w)` float32; of several sources on the finest of their grids, each of one mean square.
-        """
-        parts, kinds = [], listed_features(features)
-        if "encoder" in kinds and self.conditioner is None:
-            raise ValueError("This pipeline has no conditioner, whose encoder makes features: use features='unet'.")
-        if "unet" in kinds:
-            self.check_inputs(timestep, size, None, image_embeds, unet_kwargs)
-            with capture_features(self.denoiser, layers) as captured:
-                self._run(image, timestep, size, False, None, image_embeds, unet_kwargs)
-            parts += captured
-        if "encoder" in kinds:
-            parts.append(self.conditioner.patch_features(image, encoder_size, encoder_layer))
-        return stack_features(parts) if len(parts) > 1 else parts[0]
-
-    def fit_clusters(
-        self,
-        images: Iterable[ImageInput],
-        num_clusters: int | Sequence[int] = range(4, 13),
-        *,
-        features: str | Sequence[str] = "encoder",
-        seed: int = 0,
-        **options: Any,
-    ) -> FeatureClusters:
-        """Cluster the patches of many images, so that a segment keeps its identity from image to image.
-
-        Args:
-            images: One after the other, or in batches; no mask is needed.
-            num_clusters: How many, or several numbers of which the most stable is taken: see
-                `diffusers_dino.diffseg.clusters.fit_clusters`, which has the errors, too. Needs scikit-learn.
-            features: As in `patch_features`, whose other arguments are `options`.
-            seed: Of the clustering.
-        """
-        settings = {"features": listed_features(features), **options}
-        made = (self.patch_features(batch, **settings) for batch in images)
-        return fit_clusters(made, num_clusters, settings=settings, seed=seed)
-
-    def segment_features(
-        self,
-        features: Tensor,
-        *,
-        clusters: FeatureClusters | None = None,
-        cut_threshold: float = 0.2,
-        cut_power: float = 4.0,
-        output_size: int | tuple[int, int] | None = None,
-        output_type: str = "pt",
-    ) -> DiffSegPipelineOutput:
-        """Segment by features `(B, D, h, w)`, as `patch_features` gives them.
-
-        Args:
-            clusters: What `fit_clusters` gave for the same kind of features; without, each image is cut by itself.
-            output_size: Height and width of the masks, or the side of square ones; by default that of the features.
-
-        The other arguments, and the result, are as in `__call__`.
-        """
-        check_merging("ncut", cut_threshold, cut_power=cut_power)
-        size = mask_size(tuple(features.shape[-2:]) if output_size is None else output_size)
-        if clusters is not None:
-            return _to_output(list(clusters.assign(features)), size, output_type)
-        return _to_output([cut_features(each, cut_threshold, cut_power) for each in features], size, output_type)
+        return DiffSegPipelineOutput.of(merged, size, output_type)
 
     @takes_the_denoiser
     @torch.no_grad()
@@ -470,17 +370,9 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
         """
         # refused before the model runs
         merge_thresholds(merge_threshold, num_merges, relative_threshold, self.settings.merge_threshold)
-        if clusters is not None and (features != "attention" or merging is not None):
-            raise ValueError("`clusters` know their features and take the place of merging: leave the other two out.")
-        if merging is None:
-            merging = "kl" if features == "attention" else "ncut"
-        if cut_threshold is None:
-            cut_threshold = 0.5 if features == "attention" else 0.2
-        check_merging(merging, cut_threshold, walk_steps, cut_power)
-        if clusters is None and features != "attention":
-            listed_features(features)
-            if merging != "ncut":
-                raise ValueError(f"merging={merging!r} is of attention maps: merge features={features!r} by 'ncut'.")
+        merging, cut_threshold = chosen_merging(
+            features, merging, cut_threshold, walk_steps, cut_power, clustered=clusters is not None
+        )
         check_choice(("pt", "np"), output_type=output_type)
         if output_size is not None:
             mask_size(output_size)
@@ -589,15 +481,3 @@ class DiffSegPipeline(ComponentLoadingMixin, DiffusionPipeline, StableDiffusionM
 
     def _size(self, size: int | None) -> int:
         return image_size(self) if size is None else size
-
-
-def _to_output(merged: list[Tensor], size: tuple[int, int], output_type: str) -> DiffSegPipelineOutput:
-    """Masks of candidates `(K, h, w)`, one tensor an image."""
-    check_choice(("pt", "np"), output_type=output_type)
-    masks = [suppress(candidates, size) for candidates in merged]
-    masks = torch.stack(masks) if len(masks) > 1 else masks[0][None]  # a copy of a large one takes a gigabyte
-    return DiffSegPipelineOutput(
-        masks=masks.cpu().numpy() if output_type == "np" else masks,
-        maps=merged,
-        num_segments=[int(mask.flatten().bincount().count_nonzero()) for mask in masks],
-    )

@@ -6,8 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import PIL.Image
+import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
+
+from ..diffseg.merging import suppress
+from .checks import check_choice
 
 __all__ = [
     "DiffSegPipelineOutput",
@@ -44,6 +48,18 @@ class DiffSegPipelineOutput(BaseOutput):
     masks: np.ndarray | Tensor
     maps: list[Tensor]
     num_segments: list[int]
+
+    @classmethod
+    def of(cls, maps: list[Tensor], size: tuple[int, int], output_type: str) -> DiffSegPipelineOutput:
+        """Masks of a height and width from the maps of candidates, `(K, s, s)` for each image."""
+        check_choice(("pt", "np"), output_type=output_type)
+        masks = [suppress(candidates, size) for candidates in maps]
+        masks = torch.stack(masks) if len(masks) > 1 else masks[0][None]  # a copy of a large one takes a gigabyte
+        return cls(
+            masks=masks.cpu().numpy() if output_type == "np" else masks,
+            maps=maps,
+            num_segments=[int(mask.flatten().bincount().count_nonzero()) for mask in masks],
+        )
 
 
 @dataclass
