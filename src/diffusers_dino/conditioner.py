@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from functools import partial, wraps
 from pathlib import Path
@@ -29,11 +27,13 @@ from .encoders import (
     LastingModelMixin,
     Moments,
     TokenHead,
+    choose_encoders,
     describe_model,
     load_encoder,
+    name_encoders,
     semi_orthogonal,
 )
-from .familiarity import HUB_OPTIONS, TokenStatistics, fetch_statistics
+from .familiarity import HUB_OPTIONS, FamiliarityMixin, TokenStatistics, fetch_statistics
 from .fingerprints import as_json, hash_of
 from .pixels import ImageInput, stored_images
 from .seeds import generator_for
@@ -44,7 +44,7 @@ PixelValues = Tensor | tuple[Tensor, ...]
 _MIN_IMAGES = 16  # the standard error of a standard deviation is then about a sixth of it
 
 
-class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
+class DinoImageConditioner(FamiliarityMixin, ExactBuffers, LastingModelMixin, ConfigMixin):
     """The condition of a latent diffusion model: tokens of frozen DINO encoders (DiNO-Diffusion, section 2.3).
 
     Make one with `from_encoder` (a checkpoint) or `from_model` (a module in memory), and read a saved one with
@@ -81,7 +81,7 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
         if tokens not in TOKENS:
             raise ValueError(f"`tokens` must be one of {', '.join(TOKENS)}, got {tokens!r}.")
         self.image_encoders = nn.ModuleList(Encoder(EncoderSpec.from_dict(spec)) for spec in encoders)
-        _check_encoders(self.image_encoders, tokens, projection_dim)
+        _check_encoders(self.image_encoders, projection_dim)
         generator = torch.Generator("cpu").manual_seed(projection_seed)
         self.heads = nn.ModuleList(
             TokenHead(
@@ -92,7 +92,6 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
             for encoder in self.image_encoders
         )
         self.register_buffer("null_tokens", torch.zeros(self.num_tokens, self.token_dim, dtype=torch.float32))
-        self.token_statistics: TokenStatistics | None = None
         self.requires_grad_(False)
         self.eval()
 
@@ -269,13 +268,11 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
     @property
     def encoder_names(self) -> list[str]:
         """What to call each encoder: the last part of its source; several of one name are numbered from the second."""
-        names: list[str] = []
-        met: Counter[str] = Counter()
-        for encoder in self.image_encoders:
-            name = encoder.spec.source.rstrip("/").rpartition("/")[2]
-            met[name] += 1
-            names.append(name if met[name] == 1 else f"{name}-{met[name]}")
-        return names
+        return name_encoders(self._sources)
+
+    @property
+    def _sources(self) -> list[str]:
+        return [encoder.spec.source for encoder in self.image_encoders]
 
     @property
     def image_size(self) -> int | tuple[int, ...]:
@@ -337,7 +334,7 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
             Tokens `(B, num_tokens, token_dim)` in the encoders' type: of each encoder in turn, its class token, its
             trained pooler, its registers, its patches in raster order, as far as `tokens` asks for them.
         """
-        chosen = self._choose(encoders)
+        chosen = choose_encoders(self._sources, encoders)
         outputs = self._encoder_outputs(pixel_values, chosen)
         nulls = self.null_condition(len(pixel_values[0]) if len(chosen) > 1 else len(pixel_values))
         nulls = nulls.split(self.tokens_per_encoder, dim=1)
@@ -416,75 +413,9 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
             head.std.copy_(std)
         self.token_statistics = None  # were of other tokens
 
-    def fit_familiarity(self, tokens: Iterable[Tensor], groups: Sequence[Hashable] | None = None) -> None:
-        """Note what the tokens of training images are like, for `familiarity`; saved with the conditioner.
-
-            conditioner.fit_familiarity(conditioner.encode(image) for image in images)
-            conditioner.token_statistics.save("my-model/conditioner")  # to add it to a model that lacks it
-
-        Args:
-            tokens: Of the images, batch by batch: `(B, num_tokens, token_dim)`.
-            groups: Of each image, such as its patient, to keep those apart that the scale is taken from.
-
-        Raises:
-            ValueError: If there are fewer than 50 images, or a token is not finite.
-        """
-        features = torch.cat([self._features_of(batch) for batch in tokens] or [torch.empty(0, 1)])
-        self.token_statistics = TokenStatistics.of(features, self.layout, groups)
-
-    def familiarity(self, images: ImageInput) -> Tensor:
-        """How like the training images each of B images is, as far as its tokens tell: `(B,)` float64 in [0, 1].
-
-        It is the share of images like those of the training that are as unusual as it, or more: a training-like image
-        is below 0.01 once in a hundred times. Images of another kind are far below. It says nothing of findings.
-
-        Args:
-            images: What `preprocess` takes.
-
-        Raises:
-            ValueError: If there are no statistics, as in models that were trained before there were such.
-        """
-        return self.familiarity_of(self.encode(images))
-
-    def familiarity_of(self, tokens: Tensor) -> Tensor:
-        """`familiarity` `(B,)` of images by their `tokens` `(B, num_tokens, token_dim)`; its errors."""
-        if self.token_statistics is None:
-            raise ValueError(
-                "This model holds no statistics of its training images, so it cannot tell which images are like them. "
-                "Add them: conditioner.fit_familiarity(conditioner.encode(image) for image in training_images)."
-            )
-        return self.token_statistics.familiarity(self._features_of(tokens))
-
     def train(self, mode: bool = True) -> DinoImageConditioner:
         """Does nothing: a frozen encoder stays in evaluation mode, whatever `mode` says."""
         return super().train(False)
-
-    def _features_of(self, tokens: Tensor) -> Tensor:
-        """`(B, F)` of tokens `(B, S, D)`: all global tokens, and the mean of each encoder's patches."""
-        parts: list[Tensor] = []
-        for head, own in zip(self.heads, tokens.float().split(self.tokens_per_encoder, 1), strict=True):
-            parts.append(own[:, : head.num_global])
-            if head.num_patches:
-                parts.append(own[:, head.num_global :].mean(1, keepdim=True))
-        return torch.cat(parts, dim=1).flatten(1).cpu()
-
-    def _choose(self, encoders: Sequence[str] | None) -> list[bool]:
-        """Which encoders are named; a ValueError that helps with one that is not there, and of an empty choice."""
-        if encoders is None:
-            return [True] * len(self.image_encoders)
-        if isinstance(encoders, str):
-            raise TypeError(f"`encoders` is a list of names: give [{encoders!r}].")
-        names, sources = self.encoder_names, [encoder.spec.source for encoder in self.image_encoders]
-        known = {source: name for source, name in zip(sources, names, strict=True) if sources.count(source) == 1}
-        known |= {name: name for name in names}
-        if not len(encoders):
-            raise ValueError(f"`encoders` is empty: give at least one of {names}, or None for all.")
-        for name in encoders:
-            if name not in known:
-                close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
-                raise ValueError(f"There is no encoder {name!r} here: did you mean {close[0]!r}? There are {names}.")
-        chosen = {known[name] for name in encoders}
-        return [name in chosen for name in names]
 
     def _encoder_outputs(
         self, pixel_values: PixelValues, chosen: Sequence[bool] | None = None
@@ -506,7 +437,7 @@ class DinoImageConditioner(ExactBuffers, LastingModelMixin, ConfigMixin):
             return function(pixel_values)
 
 
-def _check_encoders(encoders: nn.ModuleList, tokens: str, projection_dim: int | None) -> None:
+def _check_encoders(encoders: nn.ModuleList, projection_dim: int | None) -> None:
     if not len(encoders):
         raise ValueError("A conditioner needs at least one encoder.")
     if projection_dim is not None and projection_dim < 1:
@@ -514,11 +445,6 @@ def _check_encoders(encoders: nn.ModuleList, tokens: str, projection_dim: int | 
     widths = [encoder.width for encoder in encoders]
     if projection_dim is None and len(set(widths)) > 1:
         raise ValueError(f"The encoders' tokens have widths {widths}: give a common `projection_dim`.")
-    for encoder in encoders:
-        if tokens == "cls" and not encoder.has_class_token:
-            raise ValueError(f"The encoder {encoder.spec.source} has no class token: use tokens='patch'.")
-        if tokens == "global" and not encoder.num_global:
-            raise ValueError(f"The encoder {encoder.spec.source} has no global tokens: use tokens='patch'.")
 
 
 def _for_each(value: Any, names: list[Any], what: str) -> list[Any]:

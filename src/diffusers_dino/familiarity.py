@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,19 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor
 
+from .pixels import ImageInput
 from .seeds import generator_for
 from .tensor_files import read_tensors, refusing, write_tensors
 
-__all__ = ["HUB_OPTIONS", "MIN_IMAGES", "STATISTICS", "UNLIKE", "TokenStatistics", "fetch_statistics"]
+__all__ = [
+    "HUB_OPTIONS",
+    "MIN_IMAGES",
+    "STATISTICS",
+    "UNLIKE",
+    "FamiliarityMixin",
+    "TokenStatistics",
+    "fetch_statistics",
+]
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 STATISTICS = "familiarity.safetensors"  # in the folder of a conditioner
@@ -135,6 +144,60 @@ class TokenStatistics:
             if described["format"] != _FORMAT:
                 raise ValueError(f"its format is {described['format']}, and {_FORMAT} is read")
             return cls(**tensors, num_images=int(described["num_images"]), layout=dict(described["layout"]))
+
+
+class FamiliarityMixin:
+    """What a conditioner says of images by the statistics of its training images' tokens."""
+
+    token_statistics: TokenStatistics | None = None
+
+    def fit_familiarity(self, tokens: Iterable[Tensor], groups: Sequence[Hashable] | None = None) -> None:
+        """Note what the tokens of training images are like, for `familiarity`; saved with the conditioner.
+
+            conditioner.fit_familiarity(conditioner.encode(image) for image in images)
+            conditioner.token_statistics.save("my-model/conditioner")  # to add it to a model that lacks it
+
+        Args:
+            tokens: Of the images, batch by batch: `(B, num_tokens, token_dim)`.
+            groups: Of each image, such as its patient, to keep those apart that the scale is taken from.
+
+        Raises:
+            ValueError: If there are fewer than 50 images, or a token is not finite.
+        """
+        features = torch.cat([self._features_of(batch) for batch in tokens] or [torch.empty(0, 1)])
+        self.token_statistics = TokenStatistics.of(features, self.layout, groups)
+
+    def familiarity(self, images: ImageInput) -> Tensor:
+        """How like the training images each of B images is, as far as its tokens tell: `(B,)` float64 in [0, 1].
+
+        It is the share of images like those of the training that are as unusual as it, or more: a training-like image
+        is below 0.01 once in a hundred times. Images of another kind are far below. It says nothing of findings.
+
+        Args:
+            images: What `preprocess` takes.
+
+        Raises:
+            ValueError: If there are no statistics, as in models that were trained before there were such.
+        """
+        return self.familiarity_of(self.encode(images))
+
+    def familiarity_of(self, tokens: Tensor) -> Tensor:
+        """`familiarity` `(B,)` of images by their `tokens` `(B, num_tokens, token_dim)`; its errors."""
+        if self.token_statistics is None:
+            raise ValueError(
+                "This model holds no statistics of its training images, so it cannot tell which images are like them. "
+                "Add them: conditioner.fit_familiarity(conditioner.encode(image) for image in training_images)."
+            )
+        return self.token_statistics.familiarity(self._features_of(tokens))
+
+    def _features_of(self, tokens: Tensor) -> Tensor:
+        """`(B, F)` of tokens `(B, S, D)`: all global tokens, and the mean of each encoder's patches."""
+        parts: list[Tensor] = []
+        for head, own in zip(self.heads, tokens.float().split(self.tokens_per_encoder, 1), strict=True):
+            parts.append(own[:, : head.num_global])
+            if head.num_patches:
+                parts.append(own[:, head.num_global :].mean(1, keepdim=True))
+        return torch.cat(parts, dim=1).flatten(1).cpu()
 
 
 def fetch_statistics(repository: str, subfolder: str | None, **options: Any) -> Path | None:

@@ -2,6 +2,7 @@
 
 from .loading import load_encoder
 from .model import Encoder, EncoderSpec, ExactBuffers, describe_model
+from .names import choose_encoders, name_encoders
 from .storage import LastingModelMixin
 from .tokens import TOKENS, Moments, TokenHead, semi_orthogonal
 
@@ -13,7 +14,9 @@ __all__ = [
     "LastingModelMixin",
     "Moments",
     "TokenHead",
+    "choose_encoders",
     "describe_model",
     "load_encoder",
+    "name_encoders",
     "semi_orthogonal",
 ]

@@ -18,13 +18,17 @@ class TokenHead(ExactBuffers):
     """Choose the tokens of one encoder, standardise them, and project them: all in float32.
 
     `mean` and `std` are `(G' + P', width)`: a row for each global token that is kept, then one that all patches share.
-    `projection` is `(projection_dim, width)` or None.
+    `projection` is `(projection_dim, width)` or None. A ValueError if the encoder lacks the tokens that are asked for.
     """
 
     exact_buffers = ("mean", "std", "projection")
 
     def __init__(self, encoder: Encoder, tokens: str, projection: Tensor | None) -> None:
         super().__init__()
+        if tokens == "cls" and not encoder.has_class_token:
+            raise ValueError(f"The encoder {encoder.spec.source} has no class token: use tokens='patch'.")
+        if tokens == "global" and not encoder.num_global:
+            raise ValueError(f"The encoder {encoder.spec.source} has no global tokens: use tokens='patch'.")
         self.num_global = {"global": encoder.num_global, "all": encoder.num_global, "cls": 1, "patch": 0}[tokens]
         self.num_patches = encoder.num_patches if tokens in ("patch", "all") else 0
         rows = self.num_global + min(self.num_patches, 1)
