@@ -20,9 +20,9 @@ from diffusers_dino.evaluation.augmentation.cells import (
     CellSpec,
     run_cell,
 )
+from diffusers_dino.evaluation.augmentation.experiment import synthetic_images
 from diffusers_dino.evaluation.augmentation.judged import FoldJudge, find_kept, judge_rows
 from diffusers_dino.evaluation.augmentation.plans import plan_regimes, split_folds
-from diffusers_dino.evaluation.augmentation.protocol import synthetic_images
 from diffusers_dino.evaluation.augmentation.sets import targets_of
 from diffusers_dino.evaluation.classifier import (
     ClassifierSettings,
