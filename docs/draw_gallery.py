@@ -16,7 +16,7 @@ from torch import Tensor
 from diffusers_dino import DiffSegPipeline, DinoDiffusionPipeline, DinoInterpolationPipeline, DinoPriorPipeline
 from diffusers_dino.data import Augmentation, Preprocessing, TrainingViews, collate, open_images
 from diffusers_dino.data.sources.masks import open_masked_images
-from diffusers_dino.demo.tasks import overlay
+from diffusers_dino.demo.segments import overlay
 from diffusers_dino.pixels import unit_to_uint8
 from diffusers_dino.sheets import contact_sheet
 

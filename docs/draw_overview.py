@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffusers_dino import DiffSegPipeline, DinoDiffusionPipeline, DinoInterpolationPipeline
 from diffusers_dino.data import Preprocessing, collate, open_images
-from diffusers_dino.demo.tasks import overlay
+from diffusers_dino.demo.segments import overlay
 from diffusers_dino.pixels import unit_to_uint8
 from diffusers_dino.sheets import contact_sheet
 

@@ -18,7 +18,8 @@ import scripts
 import tiny
 from diffusers_dino import DiffSegPipeline, DinoDiffusionPipeline, DinoInterpolationPipeline
 from diffusers_dino.data import Preprocessing, open_images
-from diffusers_dino.demo import launch, read_logins, tasks
+from diffusers_dino.demo import launch, nearest, read_logins, reading, segments, tasks
+from diffusers_dino.diffseg.settings import ALL_LAYERS
 from diffusers_dino.metrics.copy_gate import CopyGate
 from diffusers_dino.pixels import to_unit, unit_to_uint8
 from image_files import deep_png
@@ -46,7 +47,7 @@ class TestReading:
         path = tmp_path / ("scan.tif" if mode == "CMYK" else "scan.png")
         pixels = (tiny.random_images(1, size=48)[0] * 255).byte().movedim(0, -1).numpy()
         Image.fromarray(pixels).convert(mode).save(path)
-        opened = tasks.open_image(path)
+        opened = reading.open_image(path)
         assert opened.size == (48, 48)
         assert opened.mode == ("L" if mode == "L" else "RGB")
         assert (np.asarray(opened).min(), np.asarray(opened).max()) == (0, 255)
@@ -54,7 +55,7 @@ class TestReading:
     def test_twelve_bits_in_sixteen_are_stretched(self, tmp_path):
         deep = np.linspace(100, 4095, 64 * 64).reshape(64, 64, 1).astype(np.uint16)
         (tmp_path / "deep.png").write_bytes(deep_png(deep))
-        opened = np.asarray(tasks.open_image(tmp_path / "deep.png"))
+        opened = np.asarray(reading.open_image(tmp_path / "deep.png"))
         assert opened.dtype == np.uint8
         assert (opened[0, 0], opened[-1, -1]) == (0, 255)
         assert len(np.unique(opened)) == 256
@@ -73,7 +74,7 @@ class TestReading:
         path = tmp_path / name
         path.write_bytes(content) if isinstance(content, bytes) else np.save(path, content)
         with pytest.raises(ValueError, match=message) as refusal:
-            tasks.open_image(path)
+            reading.open_image(path)
         assert str(tmp_path) not in str(refusal.value)
 
     def test_pixels_are_stretched_as_the_pipelines_stretch_them(self, tmp_path):
@@ -84,27 +85,27 @@ class TestReading:
         ):
             pixels = np.random.default_rng(0).integers(3, np.iinfo(dtype).max // 3, shape).astype(dtype)
             np.save(tmp_path / f"{name}.npy", pixels)
-            opened = np.asarray(tasks.open_image(tmp_path / f"{name}.npy"))
+            opened = np.asarray(reading.open_image(tmp_path / f"{name}.npy"))
             expected = unit_to_uint8(to_unit(pixels.astype(np.uint16))[0]).movedim(0, -1).numpy()
             assert np.array_equal(opened, expected if len(shape) == 3 else expected[..., 0])
         np.save(tmp_path / "flat.npy", np.full((40, 40), 7, np.uint16))
-        assert not np.asarray(tasks.open_image(tmp_path / "flat.npy")).any()
+        assert not np.asarray(reading.open_image(tmp_path / "flat.npy")).any()
 
     def test_a_file_that_has_gone_is_told_without_its_folder(self, tmp_path):
         with pytest.raises(ValueError, match=r"^scan\.png is not on the server any more: drop it again") as refusal:
-            tasks.open_image(tmp_path / "scan.png")
+            reading.open_image(tmp_path / "scan.png")
         assert str(tmp_path) not in str(refusal.value)
 
     def test_large_images_are_shrunk_and_the_visitor_is_told(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(tasks, "KEPT_PIXELS", 10_000)
+        monkeypatch.setattr(reading, "KEPT_PIXELS", 10_000)
         told = []
         Image.fromarray(np.tile(np.arange(250, dtype=np.uint8), (100, 1))).save(tmp_path / "wide.png")
-        opened = tasks.open_image(tmp_path / "wide.png", told.append)
+        opened = reading.open_image(tmp_path / "wide.png", told.append)
         assert opened.size == (158, 63)
         assert told == ["wide.png has 250 x 100 pixels: it is shown and used at 158 x 63."]
-        monkeypatch.setattr(tasks, "MOST_PIXELS", 20_000)
+        monkeypatch.setattr(reading, "MOST_PIXELS", 20_000)
         with pytest.raises(ValueError, match=r"wide\.png"):
-            tasks.open_image(tmp_path / "wide.png")
+            reading.open_image(tmp_path / "wide.png")
 
     @pytest.mark.parametrize("name", ["film.gif", "stack.tif", "one.png"])
     def test_of_an_animation_the_first_image_is_used_and_the_visitor_is_told(self, tmp_path, name):
@@ -112,12 +113,12 @@ class TestReading:
         frames[0].save(
             tmp_path / name, **({} if name == "one.png" else {"save_all": True, "append_images": frames[1:]})
         )
-        opened = np.asarray(tasks.open_image(tmp_path / name, told.append).convert("L")).astype(int)
+        opened = np.asarray(reading.open_image(tmp_path / name, told.append).convert("L")).astype(int)
         assert np.corrcoef(opened.ravel(), np.asarray(frames[0]).ravel())[0, 1] > 0.99
         assert told == ([] if name == "one.png" else [f"{name} holds several images: the first one is used."])
 
     def test_examples_are_spread_over_the_bundled_images(self):
-        examples = tasks.example_images(PHANTOMS, 64, 3)
+        examples = reading.example_images(PHANTOMS, 64, 3)
         assert [example.size for example in examples] == [(64, 64)] * 3
         assert len(np.unique(arrays(examples), axis=0)) == 3
 
@@ -193,7 +194,7 @@ def test_near_copies_are_those_that_a_gate_refuses():
     known = tiny.random_images(320, channels=1, size=32)
     pictures = [Image.fromarray((image[0] * 255).round().byte().numpy()) for image in known[:2]]
     pictures.append(Image.fromarray((tiny.random_images(1, channels=1, size=32, seed=9)[0, 0] * 255).byte().numpy()))
-    found = tasks.TrainingImages(CopyGate.calibrate(known)).nearest(pictures)
+    found = nearest.TrainingImages(CopyGate.calibrate(known)).nearest(pictures)
     assert [near.is_copy for near in found] == [True, True, False]
     assert [near.picture.size for near in found] == [(32, 32)] * 3
 
@@ -201,37 +202,37 @@ def test_near_copies_are_those_that_a_gate_refuses():
 def test_the_training_images_are_shown_that_the_gate_knows_and_no_others(tmp_path):
     images = open_images(scripts.image_folder(tmp_path / "images", 60, size=48), Preprocessing(48))
     gate = CopyGate.calibrate(images, false_alarms=0.05)
-    known = tasks.TrainingImages(gate, images)
+    known = nearest.TrainingImages(gate, images)
     made = [Image.fromarray(array) for _, array in images.read_many([3, 5])]
     found = known.nearest([made[0], made[1].transpose(Image.Transpose.FLIP_LEFT_RIGHT)])
     assert [near.is_copy for near in found] == [True, True]
     assert np.array_equal(arrays([found[0].picture]), arrays(made[:1]))
     pytest.importorskip("gradio", reason="The demo needs Gradio: pip install diffusers-dino[demo]")
-    from diffusers_dino.demo.page import told
+    from diffusers_dino.demo.tabs import told
 
     shown, facts = told(made, 7, known)
     assert [picture.size for picture, _ in shown] == [(48, 48)] * 4
     assert facts["near_copies"] == [7, 8]
     others = open_images(scripts.image_folder(tmp_path / "others", 59, size=48), Preprocessing(48))
     with pytest.raises(ValueError, match="59 training images are not the 60"):
-        tasks.TrainingImages(gate, others)
+        nearest.TrainingImages(gate, others)
 
 
 def test_an_image_of_another_kind_is_unlike_and_nobody_can_tell_without_statistics(pipe):
     assert tasks.unlike(pipe, picture()) is None
     bundled = DinoDiffusionPipeline.from_pretrained(scripts.EXAMPLES / "data/tiny-diffusion")
-    (phantom,) = tasks.example_images(PHANTOMS, 128, 1)
+    (phantom,) = reading.example_images(PHANTOMS, 128, 1)
     assert tasks.unlike(bundled, phantom) is None
     assert tasks.unlike(bundled, Image.new("L", (128, 128), 99)) < 0.01
 
 
 class TestSegments:
     def test_another_threshold_does_not_run_the_model_again(self, pipe, monkeypatch):
-        segmenter = tasks.Segmenter(pipe, kept=1)
+        segmenter = segments.Segmenter(pipe, kept=1)
         segmenter.segment(picture(), 100, 1.5)
         image = picture(size=40)
         few = segmenter.segment(image, 100, 1.5)
-        assert tasks.labels_of(few, image).shape == (40, 40)
+        assert segments.labels_of(few, image).shape == (40, 40)
         calls = []
         monkeypatch.setattr(pipe.unet, "forward", lambda *args, **kwargs: calls.append(args))
         many = segmenter.segment(image, 100, 0.05)
@@ -240,16 +241,16 @@ class TestSegments:
         assert len(segmenter._maps) == 1  # of the last image
 
     def test_layers_can_be_chosen(self, pipe):
-        segmenter = tasks.Segmenter(pipe)
-        assert segmenter.layers[0] == tasks.ALL_LAYERS
+        segmenter = segments.Segmenter(pipe)
+        assert segmenter.layers[0] == ALL_LAYERS
         assert segmenter.finest_layer == "up_blocks.1.attentions.1"
-        layers = tasks.ALL_LAYERS, segmenter.finest_layer
-        chosen = [tasks.labels_of(segmenter.segment(picture(), 100, 0.1, layer), picture()) for layer in layers]
+        layers = ALL_LAYERS, segmenter.finest_layer
+        chosen = [segments.labels_of(segmenter.segment(picture(), 100, 0.1, layer), picture()) for layer in layers]
         assert not np.array_equal(*chosen)
 
     def test_segments_are_the_pipelines_by_falling_area(self, pipe):
         image = picture(size=40)
-        labels = tasks.labels_of(tasks.Segmenter(pipe).segment(image, 100, 0.05), image)
+        labels = segments.labels_of(segments.Segmenter(pipe).segment(image, 100, 0.05), image)
         areas = np.bincount(labels.ravel())
         assert len(areas) > 2
         assert (np.diff(areas) <= 0).all()
@@ -261,17 +262,17 @@ class TestSegments:
 
     def test_large_images_are_labelled_at_their_own_size(self, pipe):
         image = picture(size=1500)
-        segments = tasks.Segmenter(pipe).segment(image, 100, 0.1)
-        assert tasks.labels_of(segments, image).shape == (1500, 1500)
-        assert tasks.fitted(image, tasks.DISPLAY).size == (1024, 1024)
+        maps = segments.Segmenter(pipe).segment(image, 100, 0.1)
+        assert segments.labels_of(maps, image).shape == (1500, 1500)
+        assert reading.fitted(image, reading.DISPLAY).size == (1024, 1024)
         long = image.resize((6000, 800))
-        assert tasks.labels_of(tasks.Segmenter(pipe).segment(long, 100, 0.1), long).shape == (800, 6000)
+        assert segments.labels_of(segments.Segmenter(pipe).segment(long, 100, 0.1), long).shape == (800, 6000)
 
     def test_an_overlay_goes_from_the_image_to_the_colours_and_a_mask_holds_the_numbers(self):
         image, labels = picture(size=32), np.repeat(np.arange(2, dtype=np.uint8), 512).reshape(32, 32)
-        assert np.array_equal(np.asarray(tasks.overlay(image, labels, 0)), np.asarray(image.convert("RGB")))
-        assert np.array_equal(np.asarray(tasks.overlay(image, labels, 1)), tasks.palette()[labels])
-        mask = Image.open(io.BytesIO(tasks.png(tasks.mask_image(labels))))
+        assert np.array_equal(np.asarray(segments.overlay(image, labels, 0)), np.asarray(image.convert("RGB")))
+        assert np.array_equal(np.asarray(segments.overlay(image, labels, 1)), segments.palette()[labels])
+        mask = Image.open(io.BytesIO(tasks.png(segments.mask_image(labels))))
         assert np.array_equal(np.asarray(mask), labels)
 
 
@@ -292,21 +293,21 @@ import resource, sys
 import numpy as np
 from PIL import Image
 import tiny
-from diffusers_dino.demo import tasks
+from diffusers_dino.demo import reading, segments, tasks
 
 def now():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 1e6
 
 Image.fromarray(np.tile(np.arange(20_000, dtype=np.uint16), (2500, 1))).save(sys.argv[1])
 pipe = tiny.tiny_pipeline(vae=tiny.tiny_vae(1))
-segmenter = tasks.Segmenter(pipe)
+segmenter = segments.Segmenter(pipe)
 segmenter.segment(Image.new("L", (64, 64)), 100, 0.1)
 tasks.release_memory()
 before = now()
-image = tasks.open_image(sys.argv[1])
+image = reading.open_image(sys.argv[1])
 maps = segmenter.segment(image, 100, 0.05)
-labels = tasks.labels_of(maps, image)
-files = tasks.png(tasks.mask_image(labels)), tasks.png(tasks.overlay(image, labels, 0.5))
+labels = segments.labels_of(maps, image)
+files = tasks.png(segments.mask_image(labels)), tasks.png(segments.overlay(image, labels, 0.5))
 tasks.vary(pipe, image, 1, tasks.SamplerSettings(steps=1))
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 - before
 del image, maps, labels, files

@@ -6,7 +6,7 @@ from PIL import Image
 
 import tiny
 from diffusers_dino import DiffSegPipeline, DinoDiffusionPipeline
-from diffusers_dino.demo.tasks import Segmenter
+from diffusers_dino.demo.segments import Segmenter
 from diffusers_dino.diffseg import DiffSegSettings, note_settings, noted_settings
 from diffusers_dino.evaluation import Sweep
 from diffusers_dino.hub.folder import part_facts

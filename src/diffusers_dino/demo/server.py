@@ -17,7 +17,9 @@ from ..metrics.copy_gate import CopyGate
 from ..pipelines import DinoPriorPipeline
 from ..pipelines.preparation import stored_preparation
 from ..training.models import load_trained_pipeline
-from .tasks import TrainingImages, example_images, model_size
+from .nearest import TrainingImages
+from .reading import example_images
+from .tasks import model_size
 
 __all__ = ["launch", "read_logins"]
 
