@@ -10,9 +10,7 @@ and `pretrain_dino.py` trained them on the same phantoms, without labels.
 from __future__ import annotations
 
 import json
-import os
 import resource
-import subprocess
 import sys
 import time
 import warnings
@@ -30,6 +28,7 @@ from torch import Tensor
 from diffusers_dino import DiffSegPipeline, DinoDiffusionPipeline, DinoInterpolationPipeline, DinoPriorPipeline
 from diffusers_dino.cli.arguments import flag, parse_arguments
 from diffusers_dino.cli.console import run
+from diffusers_dino.cli.launch import launch_training
 from diffusers_dino.data.sources.masks import open_masked_images
 from diffusers_dino.diffseg.lungs import lung_prior, name_lungs
 from diffusers_dino.diffseg.settings import ALL_LAYERS, DiffSegSettings, note_settings
@@ -148,19 +147,15 @@ def check_files(args: Arguments) -> None:
 
 def train(args: Arguments, model_dir: Path) -> None:
     """Run the training script in a process of its own, as a user does."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
-    command += [f"--num_cpu_threads_per_process={torch.get_num_threads()}"]  # accelerate's default on a CPU is one
-    command += ["--mixed_precision=no", "--dynamo_backend=no"]
-    command += [str(EXAMPLES / "train_dino.py"), str(Path(args.config).resolve())]
-    command += [
+    flags = [
+        str(Path(args.config).resolve()),
         f"--train_data_dir={Path(args.data_dir).resolve()}/phantom-cxr-train-*.tar",
         f"--output_dir={model_dir}",
         "--overwrite_output_dir",
     ]
     if args.max_train_steps is not None:
-        command += ["--max_train_steps", str(args.max_train_steps)]
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}  # threads that spin stand still on busy cores
-    subprocess.run(command, check=True, cwd=EXAMPLES.parent, env=environment)  # the config's paths start there
+        flags += [f"--max_train_steps={args.max_train_steps}"]
+    launch_training(EXAMPLES / "train_dino.py", flags, folder=EXAMPLES.parent)
 
 
 class Phantoms(NamedTuple):

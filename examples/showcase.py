@@ -10,9 +10,6 @@ half precision is `--output_dir`/model.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,6 +18,7 @@ import torch
 
 from diffusers_dino import DinoDiffusionPipeline
 from diffusers_dino.cli.arguments import flag, parse_arguments
+from diffusers_dino.cli.launch import launch_training
 from diffusers_dino.files import save_atomically
 
 EXAMPLES = Path(__file__).resolve().parent
@@ -62,22 +60,19 @@ def main() -> None:
 
 def train(args: Arguments, stage: str, output_dir: Path) -> None:
     """Run the script of a stage in a process of its own, from its newest checkpoint if there is one."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
-    command += [f"--num_cpu_threads_per_process={torch.get_num_threads()}", "--mixed_precision=no"]
-    command += ["--dynamo_backend=no", str(EXAMPLES / SCRIPTS[stage]), f"examples/configs/showcase_{stage}.yaml"]
-    command += [f"--train_data_dir={Path(args.train_data_dir).resolve()}", f"--output_dir={output_dir / stage}"]
-    command += [f"--seed={args.seed}", "--resume_from_checkpoint=latest"]
+    flags = [f"examples/configs/showcase_{stage}.yaml"]
+    flags += [f"--train_data_dir={Path(args.train_data_dir).resolve()}", f"--output_dir={output_dir / stage}"]
+    flags += [f"--seed={args.seed}", "--resume_from_checkpoint=latest"]
     if stage == "encoder":
-        command += [f"--teacher={Path(args.teacher).resolve() if Path(args.teacher).exists() else args.teacher}"]
+        flags += [f"--teacher={Path(args.teacher).resolve() if Path(args.teacher).exists() else args.teacher}"]
     if stage == "unet":
-        command += [f"--vae={output_dir / 'vae'}", f"--conditioner={output_dir / 'encoder'}"]
+        flags += [f"--vae={output_dir / 'vae'}", f"--conditioner={output_dir / 'encoder'}"]
     if args.setting == "gpu":
-        command += ON_A_GPU[stage]
+        flags += ON_A_GPU[stage]
     for name in ("max_train_steps", "max_train_samples"):
         if getattr(args, name) is not None:
-            command += [f"--{name}={getattr(args, name)}"]
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}  # threads that spin stand still on busy cores
-    subprocess.run(command, check=True, cwd=EXAMPLES.parent, env=environment)  # the config's paths start there
+            flags += [f"--{name}={getattr(args, name)}"]
+    launch_training(EXAMPLES / SCRIPTS[stage], flags, folder=EXAMPLES.parent)
 
 
 def pack(output_dir: Path) -> None:

@@ -12,7 +12,6 @@ if __name__ == "__main__":
     import diffusers_dino.cli.early  # noqa: F401  (first: signals and readers that leave are minded from here on)
 
 import logging
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,8 +35,7 @@ from diffusers_dino.cli.training_flags import (
     split_off_unseen,
 )
 from diffusers_dino.denoisers import family_of
-from diffusers_dino.files import save_atomically
-from diffusers_dino.fingerprints import fingerprint_model, hash_of
+from diffusers_dino.fingerprints import fingerprint_model, hash_of, own_config
 from diffusers_dino.fusion import fuse
 from diffusers_dino.hub import push_folder
 from diffusers_dino.pipelines.compilation import compile_denoiser
@@ -62,9 +60,7 @@ class Arguments(RunArguments, FeatureArguments):
     lr_warmup_steps: int = flag(500, "Updates of warm-up.")
     adam_beta2: float = flag(0.999, "Second moment's decay.")
     adam_weight_decay: float = flag(1e-2, "Weight decay.")
-    output_dir: str = flag(
-        "dino-diffusion", "Where pipeline, checkpoints, pictures and train_log.jsonl go.", group="Output"
-    )
+    output_dir: str = flag("dino-diffusion", "Where pipeline, checkpoints, pictures and log go.", group="Output")
     push_to_hub: bool = flag(False, "Upload the result and its card, with the token of `hf auth login` or HF_TOKEN.")
     hub_model_id: str | None = flag(None, "Repository (private if new); by default named as --output_dir.")
     report_to: str | None = flag(None, "Tracker: tensorboard, wandb, or all that are installed.")
@@ -78,25 +74,19 @@ class Arguments(RunArguments, FeatureArguments):
     prediction_type: Literal["epsilon", "v_prediction", "sample", "flow_prediction"] | None = flag(
         None, "In place of the schedule's; flow_prediction is flow matching."
     )
-    flow_times: Literal["logit_normal", "uniform"] | None = flag(
-        None, "Distribution of flow matching's times; logit_normal by default."
-    )
+    flow_times: Literal["logit_normal", "uniform"] | None = flag(None, "Flow matching's times; by default the first.")
     flow_shift: float | None = flag(None, "Shift of flow matching's times towards noise: above 1 for large images.")
     rescale_betas_zero_snr: bool = flag(False, "End the schedule at pure noise; needs v_prediction.")
     rank: int | None = flag(None, "Train a LoRA of this rank on --pretrained_pipeline.")
     lora_alpha: float | None = flag(None, "Scale of the LoRA; the rank by default.")
-    condition_dropout: float = flag(
-        0.1, "Fraction of samples with the null condition, for guidance.", group="Objective"
-    )
+    condition_dropout: float = flag(0.1, "Share of samples with the null condition, for guidance.", group="Objective")
     fuse_encoders: bool = flag(False, "Learn an embedding for each of several encoders, added to its tokens.")
     encoder_dropout: float | None = flag(
         None, "Leave whole encoders out at random, so that any of them will do at sampling; with --fuse_encoders."
     )
     snr_gamma: float | None = flag(None, "Min-SNR weighting of the loss; 5.0 is its authors' choice.")
     noise_offset: float = flag(0.0, "Strength of noise that is constant over a channel.")
-    scale_lr: bool = flag(
-        False, "Multiply the learning rate by the number of images per update.", group="More of the optimisation"
-    )
+    scale_lr: bool = flag(False, "Scale the learning rate by the images per update.", group="More of the optimisation")
     use_8bit_adam: bool = flag(False, "bitsandbytes' AdamW.")
     adam_epsilon: float = flag(1e-8, "Epsilon of Adam.")
     use_ema: bool = flag(False, "Average the weights; samples and the final pipeline use the average.")
@@ -108,13 +98,9 @@ class Arguments(RunArguments, FeatureArguments):
     compile_regions: Literal["auto", "blocks", "whole"] = flag(
         "auto", "What to compile: the repeated blocks of large denoisers, and small ones whole; or as you say."
     )
-    compile_mode: str | None = flag(
-        None, "torch.compile's; reduce-overhead (CUDA graphs) may help a small model on a GPU."
-    )
+    compile_mode: str | None = flag(None, "torch.compile's, such as reduce-overhead for a small model on a GPU.")
     channels_last: bool = flag(False, "Channels-last memory format of denoiser and VAE, also uncompiled.")
-    exchange_steps: int | None = flag(
-        None, "Updates between looks at losses and signals, at most; by default 10 on a GPU, else 1."
-    )
+    exchange_steps: int | None = flag(None, "Most updates between looks at losses and signals; 10 on a GPU, else 1.")
     validation_data_dir: str | None = flag(
         None, "Unseen images; else a share of the others is held out for --metric_steps.", group="Validation"
     )
@@ -151,8 +137,8 @@ def run_training(args: Arguments, run: Run) -> None:
     models.latent_shape(pipe.vae, pipe.denoiser, args.resolution)  # checks the resolution
     check_objective(args, pipe)
     run.begin(images, use_8bit_adam=args.use_8bit_adam, models=describe_models(args, pipe))
-    if accelerator.is_main_process:
-        save_frozen(args, pipe)
+    if accelerator.is_main_process and not args.rank:
+        models.save_frozen(pipe, args.output_dir)
     frozen_dtype = models.frozen_dtype(accelerator.mixed_precision)
     if args.feature_cache:
         recipe = Recipe.of(pipe.vae, pipe.conditioner, views, args.cache_views)
@@ -171,11 +157,10 @@ def run_training(args: Arguments, run: Run) -> None:
         pipe.denoiser.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
         models.enable_xformers(pipe.denoiser)
-    images_per_update = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    total_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(views) / images_per_update)
+    total_steps = run.count_updates(len(views))
     optimizer = optim.make_adamw(
         trainable,
-        lr=args.learning_rate * (images_per_update if args.scale_lr else 1),
+        lr=args.learning_rate * (run.images_per_update if args.scale_lr else 1),
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
         eps=args.adam_epsilon,
@@ -225,8 +210,7 @@ def train(
     accelerator, trainable = state.accelerator, list(state.trainable.values())
     step, position = run.resume(state)  # updates of the weights, and images that they were made from
     batches = run.load_batches(views, position)
-    images_per_update = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    progress = run.open_progress(step, total_steps, images_per_update)
+    progress = run.open_progress(step, total_steps)
     if run.unseen and validator.is_due(step):  # a kill came between the checkpoint and its validation
         validator.run(step, progress.say)
         run.note_validated(step)
@@ -239,7 +223,7 @@ def train(
                 loss = compute_loss(args, pipe, state.model, encode, batch, state.fusion)
                 accelerator.backward(loss)
                 loss_sum += loss.detach() / args.gradient_accumulation_steps
-        step, position = step + 1, position + images_per_update
+        step, position = step + 1, position + run.images_per_update
         norm = accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
         lr = state.lr_scheduler.get_last_lr()[0]
         is_checkpoint = args.checkpointing_steps > 0 and step % args.checkpointing_steps == 0
@@ -377,10 +361,7 @@ def make_validator(
 def describe_models(args: Arguments, pipe: DinoDiffusionPipeline) -> dict[str, Any]:
     """What a run cannot change when it goes on; call it before the models are cast."""
     begun = [p for p in pipe.denoiser.parameters() if not (args.rank and p.requires_grad)]
-    new = {
-        "config": {n: v for n, v in pipe.denoiser.config.items() if n[0] != "_"},
-        "qk_init_scale": args.qk_init_scale,
-    }
+    new = {"config": own_config(pipe.denoiser), "qk_init_scale": args.qk_init_scale}
     component = family_of(pipe.denoiser).component
     statistics = f"standardised by {args.normalize_tokens} images"  # whose last bits another device may change
     return {
@@ -388,17 +369,9 @@ def describe_models(args: Arguments, pipe: DinoDiffusionPipeline) -> dict[str, A
         "conditioner": statistics if args.normalize_tokens else fingerprint_model(pipe.conditioner),
         f"{component} at the start": new if args.transformer_config or args.unet_config else hash_of(*begun)[:16],
         "fusion at the start": None if pipe.fusion is None else fingerprint_model(pipe.fusion),
-        "noise schedule": {name: value for name, value in pipe.scheduler.config.items() if name[0] != "_"},
+        "noise schedule": own_config(pipe.scheduler),
         "lora_alpha": args.rank and (args.lora_alpha or args.rank),
     }
-
-
-def save_frozen(args: Arguments, pipe: DinoDiffusionPipeline) -> None:
-    """Write what training does not change, before it is cast to lower precision."""
-    for name in () if args.rank else ("vae", "conditioner", "scheduler"):
-        if not Path(args.output_dir, name).exists():
-            with save_atomically(Path(args.output_dir, name)) as folder:
-                getattr(pipe, name).save_pretrained(folder)
 
 
 def save_result(

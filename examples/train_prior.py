@@ -12,7 +12,6 @@ if __name__ == "__main__":
     import diffusers_dino.cli.early  # noqa: F401  (first: signals and readers that leave are minded from here on)
 
 import logging
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +35,7 @@ from diffusers_dino.cli.training_flags import (
     load_conditioner,
     open_views,
 )
+from diffusers_dino.fingerprints import own_config
 from diffusers_dino.hub import push_folder
 from diffusers_dino.prior import describe_conditioner
 from diffusers_dino.prior.flow import draw_for_prior
@@ -176,9 +176,8 @@ def run_training(args: Arguments, run: Run) -> None:
     held_out = open_held_out(args, views, left, columns, encode, known_facts, pipe)
 
     # 3. Train
-    run.begin(training.images, prior={name: value for name, value in model.config.items() if name[0] != "_"})
-    images_per_update = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    total_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(training) / images_per_update)
+    run.begin(training.images, prior=own_config(model))
+    total_steps = run.count_updates(len(training))
     optimizer = torch.optim.AdamW(
         optim.decay_matrices(model, args.adam_weight_decay),
         lr=args.learning_rate,
@@ -235,8 +234,7 @@ def train(
         validator.load_state_dict(run.found.info["looks"])
         converged = validator.is_late()
     batches = run.load_batches(views, position)
-    images_per_update = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    progress = run.open_progress(step, total_steps, images_per_update)
+    progress = run.open_progress(step, total_steps)
     if not validator.looks:
         validator.run(0, progress.say)  # the Gaussian that it begins as
     while step < total_steps and not stop and not converged:
@@ -257,7 +255,7 @@ def train(
         state.lr_scheduler.step()
         state.optimizer.zero_grad()
         state.update_average()
-        step, position = step + 1, position + images_per_update
+        step, position = step + 1, position + run.images_per_update
         progress.update(mean_loss, lr)
         accelerator.log({"loss": mean_loss, "lr": lr}, step=step)
         converged = validator.run(step, progress.say)

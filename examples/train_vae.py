@@ -34,7 +34,7 @@ from diffusers_dino.cli.training_flags import (
 )
 from diffusers_dino.cli.training_run import TrainingRun
 from diffusers_dino.data import ImageDataset, TrainingViews, collate, open_images
-from diffusers_dino.fingerprints import fingerprint_model
+from diffusers_dino.fingerprints import fingerprint_model, own_config
 from diffusers_dino.latents import vae_scale_factor
 from diffusers_dino.pixels import unit_to_vae, vae_to_unit
 from diffusers_dino.seeds import generator_for
@@ -89,7 +89,7 @@ def train(args: Arguments, opened: Run) -> None:
     check_crops(args, vae)
     loss_function = ReconstructionLoss(args.l1_weight, args.mse_weight, args.gradient_weight, args.kl_weight)
     views = TrainingViews(images, make_augmentation(args), args.seed)
-    begun = {"config": {name: value for name, value in vae.config.items() if name[0] != "_"}}
+    begun = {"config": own_config(vae)}
     begun["weights"] = args.vae and fingerprint_model(vae)
     if args.freeze_encoder:
         vae.encoder.requires_grad_(False)

@@ -5,12 +5,20 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-__all__ = ["as_json", "fingerprint_model", "fingerprint_pipeline", "hash_of"]
+if TYPE_CHECKING:
+    from diffusers import ConfigMixin
+
+__all__ = ["as_json", "fingerprint_model", "fingerprint_pipeline", "hash_of", "own_config"]
+
+
+def own_config(part: ConfigMixin) -> dict[str, Any]:
+    """What a model or scheduler of diffusers was made with, without what diffusers notes beside it."""
+    return {name: value for name, value in part.config.items() if not name.startswith("_")}
 
 
 def fingerprint_pipeline(pipe: Any) -> dict[str, str]:

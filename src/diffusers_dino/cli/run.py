@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -160,14 +161,23 @@ class Run:
         )
         return data.load_batches(views, sampler, args.dataloader_num_workers, accelerator.device)
 
-    def open_progress(self, step: int, total: int, images_per_update: int) -> Progress:
+    @property
+    def images_per_update(self) -> int:
+        """Over all processes and accumulated batches."""
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
+
+    def count_updates(self, num_images: int) -> int:
+        """Of the whole run, on this many images: as many as `--max_train_steps`, or those of the epochs."""
+        return self.args.max_train_steps or math.ceil(self.args.num_train_epochs * num_images / self.images_per_update)
+
+    def open_progress(self, step: int, total: int) -> Progress:
         """What shows and logs the updates after `step`."""
         return Progress(
             self.accelerator,
             Path(self.args.output_dir, "train_log.jsonl"),
             total,
             start=step,
-            images_per_step=images_per_update,
+            images_per_step=self.images_per_update,
             every=self.args.logging_steps,
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,8 +46,8 @@ class TrainingRun:
         **settings: Any,
     ) -> None:
         args, accelerator = run.args, run.accelerator
-        passes = accelerator.gradient_accumulation_steps
-        self.images_per_update = args.train_batch_size * passes * accelerator.num_processes
+        passes = args.gradient_accumulation_steps
+        self.images_per_update = run.images_per_update
         if self.images_per_update > len(views):
             raise ValueError(
                 f"One update needs {self.images_per_update} images ({accelerator.num_processes} processes x "
@@ -58,7 +57,7 @@ class TrainingRun:
         run.begin(views.images, **settings)
         self.run, self.args, self.accelerator = run, args, accelerator
         self.views = views
-        self.total = args.max_train_steps or math.ceil(args.num_train_epochs * len(views) / self.images_per_update)
+        self.total = run.count_updates(len(views))
         optimizer = torch.optim.AdamW(
             decay_matrices(model, args.adam_weight_decay),
             lr=args.learning_rate,
@@ -79,7 +78,7 @@ class TrainingRun:
             One batch for each forward pass; of each, `position` says where in the run its samples stand.
         """
         batches = self.run.load_batches(self.views, self._position)
-        self.progress = self.run.open_progress(self.step, self.total, self.images_per_update)
+        self.progress = self.run.open_progress(self.step, self.total)
         while self.step < self.total and not self._tally.stop:
             yield [next(batches) for _ in range(self.accelerator.gradient_accumulation_steps)]
             if self._tally.stop or self._tally.save or self._is_checkpoint(self.step):

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from ..data import ImageDataset, Preprocessing
 from ..data.sharding.manifest import MANIFEST
 from ..files import lock_folder, make_writable_folder, remove_partials
-from ..fingerprints import as_json, fingerprint_model, fingerprint_pipeline, hash_of
+from ..fingerprints import as_json, fingerprint_model, fingerprint_pipeline, hash_of, own_config
 from ..metrics.copy_gate import CopyGate
 from ..metrics.neighbours import Groups
 from ..pipelines import DinoDiffusionPipeline
@@ -203,11 +203,9 @@ def bind(
     size = pipe.denoiser.config.get("sample_size")
     if not isinstance(size, int):
         raise SynthesisError(f"The model must make square images; the denoiser's config has sample_size={size}.")
-    scheduler = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+    scheduler = json.dumps(as_json(own_config(pipe.scheduler)), sort_keys=True)
     model = fingerprint_pipeline(pipe)
-    model["scheduler"] = (
-        f"{type(pipe.scheduler).__name__} {hash_of(json.dumps(as_json(scheduler), sort_keys=True))[:16]}"
-    )
+    model["scheduler"] = f"{type(pipe.scheduler).__name__} {hash_of(scheduler)[:16]}"
     if (plan.strategy == "prior") != (prior is not None):
         wrong = "needs one" if prior is None else "takes none"
         raise SynthesisError(f"A plan of strategy {plan.strategy!r} {wrong}: a prior goes with plan_prior.")

@@ -26,6 +26,7 @@ from ..conditioner import DinoImageConditioner
 from ..denoisers import FAMILIES, family_named, family_of
 from ..denoisers.family import with_lora_methods
 from ..extras import require
+from ..files import save_atomically
 from ..fusion import TokenFusion, check_dropout
 from ..latents import VAE, vae_scale_factor
 from ..pipelines import DinoDiffusionPipeline
@@ -47,6 +48,7 @@ __all__ = [
     "make_scheduler",
     "new_denoiser",
     "on_device",
+    "save_frozen",
 ]
 
 _COMPONENTS = tuple(dict.fromkeys(family.component for family in FAMILIES))
@@ -320,6 +322,14 @@ def add_fusion(pipe: DinoDiffusionPipeline, encoder_dropout: float | None = None
     elif encoder_dropout is not None:
         check_dropout(encoder_dropout)
         pipe.fusion.register_to_config(encoder_dropout=encoder_dropout)
+
+
+def save_frozen(pipe: DinoDiffusionPipeline, output_dir: str | Path) -> None:
+    """Write the parts that training does not change, unless they are there; call it before their weights are cast."""
+    for name in ("vae", "conditioner", "scheduler"):
+        if not Path(output_dir, name).exists():
+            with save_atomically(Path(output_dir, name)) as folder:
+                getattr(pipe, name).save_pretrained(folder)
 
 
 def frozen_dtype(mixed_precision: str) -> torch.dtype:
