@@ -30,15 +30,14 @@ from transformers import Dinov2WithRegistersModel
 
 from diffusers_dino import DinoImageConditioner
 from diffusers_dino.cli.arguments import flag, parse_arguments
+from diffusers_dino.cli.new_encoder import NewEncoderArguments, new_encoder_config, save_as_conditioner
 from diffusers_dino.cli.record import write_record_and_card
 from diffusers_dino.cli.run import Run, open_run
 from diffusers_dino.cli.training_flags import (
     AugmentationArguments,
     ImageArguments,
-    NewEncoderArguments,
     RunArguments,
     make_augmentation,
-    new_encoder_config,
     open_training_images,
     split_off_unseen,
 )
@@ -48,7 +47,6 @@ from diffusers_dino.files import make_writable_folder
 from diffusers_dino.fingerprints import fingerprint_model
 from diffusers_dino.training.feature_cache import Recipe, open_feature_cache, write_feature_cache
 from diffusers_dino.training.features import CachedViews, FeatureEncoder, evenly_spread
-from diffusers_dino.training.run_folder import put_result
 
 logger = logging.getLogger("distill_encoder")
 
@@ -69,8 +67,6 @@ class Arguments(RunArguments, NewEncoderArguments, AugmentationArguments, ImageA
         None, "Unseen images; else some of --train_data_dir are held out.", group="Validation"
     )
     num_validation_images: int = flag(128, "Images to measure on.")
-    num_statistics_images: int = flag(1024, "Images that statistics of the tokens are taken from.", group="Result")
-    slot_offset: float = flag(1.0, "Strength of the fixed vector that tells a token's place; 0 for none.")
 
 
 def main() -> None:
@@ -111,7 +107,8 @@ def train(args: Arguments, opened: Run) -> None:
         explained = explained_variance(args, network.eval(), teacher, unseen, region_scale)
         shares = ", ".join(f"{share:.2f} of the {part}" for part, share in explained.items())
         logger.info(f"Of the teacher's variance on {len(unseen)} images to look at, the student explains {shares}")
-        save_result(args, network, images, explained)
+        Path(args.output_dir, "explained_variance.json").write_text(json.dumps(explained, indent=1))
+        save_as_conditioner(args, network.encoder, images, args.resolution)
         name = Path(args.output_dir).resolve().name
         write_record_and_card(args, name, len(images), run.step, [args.teacher], opened.history)
     accelerator.end_training()
@@ -242,21 +239,6 @@ def explained_variance(
         if theirs.numel():
             shares[name] = 1 - ((ours - theirs).square().mean() / (theirs - theirs.mean(0)).square().mean()).item()
     return shares
-
-
-def save_result(args: Arguments, network: StudentNetwork, images: ImageDataset, explained: dict[str, float]) -> None:
-    """Save the encoder as a conditioner whose tokens are standardised on the training images."""
-    conditioner = DinoImageConditioner.from_model(
-        network.encoder.cpu(),
-        size=args.resolution,
-        mean=[args.pixel_mean] * 3,
-        std=[args.pixel_std] * 3,
-        source=Path(args.output_dir).resolve().name,
-    )
-    conditioner.fit_normalization(evenly_spread(images, args.num_statistics_images), args.slot_offset)
-    Path(args.output_dir, "explained_variance.json").write_text(json.dumps(explained, indent=1))
-    put_result(Path(args.output_dir), conditioner.save_pretrained)
-    logger.info(f"The conditioner is in {args.output_dir}: {conditioner.num_tokens} tokens of {conditioner.token_dim}")
 
 
 if __name__ == "__main__":

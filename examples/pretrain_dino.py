@@ -23,23 +23,16 @@ import torch
 from torch import Tensor
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from diffusers_dino import DinoImageConditioner
 from diffusers_dino.cli.arguments import flag, parse_arguments
+from diffusers_dino.cli.new_encoder import NewEncoderArguments, new_encoder_config, save_as_conditioner
 from diffusers_dino.cli.record import write_record_and_card
 from diffusers_dino.cli.run import Run, open_run
-from diffusers_dino.cli.training_flags import (
-    ImageArguments,
-    NewEncoderArguments,
-    RunArguments,
-    new_encoder_config,
-    open_training_images,
-)
+from diffusers_dino.cli.training_flags import ImageArguments, RunArguments, open_training_images
 from diffusers_dino.cli.training_run import TrainingRun
 from diffusers_dino.data import ImageDataset, TrainingViews
 from diffusers_dino.fingerprints import fingerprint_model
 from diffusers_dino.seeds import generator_for
 from diffusers_dino.training.features import evenly_spread
-from diffusers_dino.training.run_folder import put_result
 from diffusers_dino.training.self_distillation import (
     Crops,
     DistillationNetwork,
@@ -83,8 +76,6 @@ class Arguments(RunArguments, NewEncoderArguments, ImageArguments):
         200, "Updates between diagnoses of collapse; 0 diagnoses only at the end.", group="Diagnosis"
     )
     min_effective_rank: float = flag(2.0, "Stop with an error if the features of the teacher have a lower rank.")
-    num_statistics_images: int = flag(1024, "Images that statistics of the tokens are taken from.", group="Result")
-    slot_offset: float = flag(1.0, "Strength of the fixed vector that tells a token's place; 0 for none.")
 
 
 def main() -> None:
@@ -144,7 +135,8 @@ def train(args: Arguments, opened: Run) -> None:
     else:
         diagnosis = diagnose(args, teacher, images, run.step)
         if accelerator.is_main_process:
-            save_result(args, teacher, images, large.size, diagnosis)
+            Path(args.output_dir, "diagnosis.json").write_text(json.dumps(diagnosis, indent=1))
+            save_as_conditioner(args, teacher.encoder, images, large.size)
             base_models = [args.pretrained_model_name_or_path]
             name = Path(args.output_dir).resolve().name
             write_record_and_card(args, name, len(images), run.step, base_models, opened.history)
@@ -219,23 +211,6 @@ def diagnose(args: Arguments, teacher: DistillationNetwork, images: ImageDataset
             "--learning_rate or --teacher_temperature, raise --koleo_weight or --train_batch_size."
         )
     return finding
-
-
-def save_result(
-    args: Arguments, teacher: DistillationNetwork, images: ImageDataset, size: int, diagnosis: dict[str, Any]
-) -> None:
-    """Save the teacher's encoder as a conditioner whose tokens are standardised on the training images."""
-    conditioner = DinoImageConditioner.from_model(
-        teacher.encoder.cpu(),
-        size=size,
-        mean=[args.pixel_mean] * 3,
-        std=[args.pixel_std] * 3,
-        source=Path(args.output_dir).resolve().name,
-    )
-    conditioner.fit_normalization(evenly_spread(images, args.num_statistics_images), args.slot_offset)
-    Path(args.output_dir, "diagnosis.json").write_text(json.dumps(diagnosis, indent=1))
-    put_result(Path(args.output_dir), conditioner.save_pretrained)
-    logger.info(f"The conditioner is in {args.output_dir}: {conditioner.num_tokens} tokens of {conditioner.token_dim}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
-from transformers import Dinov2WithRegistersConfig
 
 from .. import data
 from ..conditioner import DinoImageConditioner
@@ -67,20 +66,6 @@ class AugmentationArguments:
     min_scale: float = flag(0.9, "Smallest magnification.")
     max_scale: float = flag(1.4, "Largest magnification.")
     random_flip: bool = flag(False, "Mirror half of the images. It exchanges the patient's sides.")
-
-
-@dataclass
-class NewEncoderArguments:
-    """The shape of a small DINOv2 with registers that is trained from random weights."""
-
-    patch_size: int = flag(16, "Side of a patch in pixels.", group="Encoder")
-    hidden_size: int = flag(384, "Width of the tokens.")
-    num_hidden_layers: int = flag(12, "Transformer layers.")
-    num_attention_heads: int = flag(6, "Heads per layer.")
-    mlp_ratio: int = flag(4, "Hidden width of the MLPs over the width of the tokens.")
-    num_register_tokens: int = flag(4, "Registers: with the class token they are the condition.")
-    pixel_mean: float = flag(0.5, "Subtracted from pixels in [0, 1].")
-    pixel_std: float = flag(0.25, "By which the difference is divided.")
 
 
 @dataclass
@@ -267,19 +252,6 @@ def open_views(args: FeatureArguments, may_differ: bool = True) -> data.Training
     """Views of `open_training_images`."""
     images = open_training_images(args, args.pretrained_pipeline, may_differ)
     return data.TrainingViews(images, make_augmentation(args), args.seed)
-
-
-def new_encoder_config(args: NewEncoderArguments, image_size: int) -> Dinov2WithRegistersConfig:
-    """The config of the encoder that the flags describe, for images of this side in pixels."""
-    return Dinov2WithRegistersConfig(
-        image_size=image_size,
-        patch_size=args.patch_size,
-        hidden_size=args.hidden_size,
-        num_hidden_layers=args.num_hidden_layers,
-        num_attention_heads=args.num_attention_heads,
-        mlp_ratio=args.mlp_ratio,
-        num_register_tokens=args.num_register_tokens,
-    )
 
 
 def check_conditioner(args: TokenArguments) -> None:
