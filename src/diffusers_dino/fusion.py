@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .conditioner import DinoImageConditioner
 from .registration import ModelMixin
 
-__all__ = ["TokenFusion", "fuse"]
+__all__ = ["TokenFusion", "check_dropout", "fuse"]
 
 
 class TokenFusion(ModelMixin, ConfigMixin):

@@ -39,6 +39,7 @@ class Input(NamedTuple):
 
 
 def image_input(examples: Sequence[Image.Image], columns: int) -> Input:
+    """A place for an image, the first of the examples to begin with; `accept_images` brings it to life."""
     first = examples[0] if examples else None
     image = gr.State(first, time_to_live=KEPT)
     picture = gr.Image(first, label="Source", height=240, buttons=["fullscreen"], **WINDOWED)

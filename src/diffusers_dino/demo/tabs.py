@@ -28,6 +28,7 @@ SHOW_POINT = "(fraction, strip) => strip?.length ? strip[Math.round(fraction * (
 def variations_tab(
     pipe: DinoDiffusionPipeline, model: str, image: gr.State, visitors: Visitors, known: TrainingImages | None
 ) -> Results:
+    """Images generated from the tokens of the one that was chosen."""
     with gr.Row():
         count = gr.Slider(1, tasks.MOST_VARIATIONS, 4, step=1, label="Number of variations")
         run = gr.Button("Make variations", variant="primary")
@@ -88,6 +89,7 @@ def findings_tab(
     visitors: Visitors,
     known: TrainingImages | None,
 ) -> None:
+    """Images of labels, whose tokens a prior draws."""
     gr.Markdown("Drawn by a prior from only these names; the image on the left is not used.")
     present = gr.CheckboxGroup(list(prior.labels), label="Draw images with", info="None: of anything")
     absent = gr.CheckboxGroup(list(prior.labels), label="and without", info="What is in neither may be there")
@@ -116,6 +118,7 @@ def findings_tab(
 def blend_tab(
     pipe: DinoDiffusionPipeline, model: str, source: gr.State, examples: Sequence[Image.Image], visitors: Visitors
 ) -> tuple[Input, Results]:
+    """Images between the one that was chosen and another, for which there is a place here."""
     with gr.Row():
         with gr.Column(scale=2, min_width=160):
             gr.Markdown("From the image on the left to:")
@@ -151,6 +154,7 @@ def blend_tab(
 
 
 def segments_tab(pipe: DinoDiffusionPipeline, image: gr.State, visitors: Visitors) -> Results:
+    """Segments of the image that was chosen, drawn over it."""
     segmenter = segments.Segmenter(pipe)
     first, last = segmenter.settings, segmenter.last_timestep
     with gr.Row():

@@ -14,7 +14,17 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-__all__ = ["Encoder", "EncoderSpec", "ExactBuffers", "describe_model"]
+__all__ = [
+    "RESAMPLINGS",
+    "SUPPORTED",
+    "TRANSFORMERS_FAMILIES",
+    "Encoder",
+    "EncoderSpec",
+    "ExactBuffers",
+    "check_size",
+    "describe_model",
+    "is_timm_family",
+]
 
 TRANSFORMERS_FAMILIES: dict[str, tuple[type, type]] = {
     "vit": (transformers.ViTConfig, transformers.ViTModel),

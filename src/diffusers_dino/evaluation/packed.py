@@ -18,7 +18,7 @@ from ..data.images.preprocessing import stretch_to_uint8
 from ..files import atomic_write, read_json, sha256_of, write_json
 from ..pixels import unit_to_uint8, with_channels
 
-__all__ = ["PackedImages", "at_size", "pack_images", "readable_images"]
+__all__ = ["GRAY", "PackedImages", "at_size", "pack_images", "readable_images"]
 
 GRAY = "gray is the mean of the colours, then stretched"  # older versions stretched first, or weighted the colours
 

@@ -29,6 +29,7 @@ from .neighbours import (
 from .registration import SIDE, Laid, PictureSearch, pictures_of
 
 __all__ = [
+    "SPOILED",
     "CopyGate",
     "Distances",
     "ImageViews",

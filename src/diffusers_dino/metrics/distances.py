@@ -13,7 +13,14 @@ from ..tensor_files import read_tensors, refusing, write_tensors
 from .extractors import FeatureSpec
 from .features import Features, FeatureSet, comparable, feature_matrix
 
-__all__ = ["GaussianStatistics", "frechet_distance", "kernel_distance", "kernel_distance_of_subsets"]
+__all__ = [
+    "GaussianStatistics",
+    "frechet_distance",
+    "frechet_of_samples",
+    "kernel_blocks",
+    "kernel_distance",
+    "kernel_distance_of_subsets",
+]
 
 _KERNEL_ENTRIES = 1 << 22  # of the kernel matrix that are in memory at once
 _ROWS = 1024  # features that become float64 at once

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 __all__ = [
+    "Groups",
     "Neighbors",
     "authenticity",
     "calibrate_threshold",

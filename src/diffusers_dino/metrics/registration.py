@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ..data.images.preprocessing import border_window
 from .extractors.thumbnails import gaussian_blur, local_contrast, local_contrast_features
 
-__all__ = ["Laid", "PictureSearch", "pictures_of"]
+__all__ = ["SIDE", "Laid", "PictureSearch", "pictures_of"]
 
 SIDE = 32  # of a picture in pixels
 _BORDER = 0.02  # of the dynamic range: how uniform a border is that is cut off

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..seeds import derive_seed
 
-__all__ = ["Pair", "interpolated_labels", "permute", "sample_pairs", "sample_places", "soft_labels"]
+__all__ = ["Pair", "check_exponent", "interpolated_labels", "permute", "sample_pairs", "sample_places", "soft_labels"]
 
 _ROUNDS = 6  # of the Feistel network; four make it a pseudo-random permutation (Luby & Rackoff 1988)
 _CHUNK = 4096  # candidates at once

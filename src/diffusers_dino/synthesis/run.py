@@ -36,6 +36,7 @@ from .tokens import TOKENS, WORK, PlannedSources, PriorTokens, TokenStore
 __all__ = [
     "begun",
     "bind",
+    "check_readable",
     "compile_generator",
     "load_generator",
     "only_run",

@@ -30,6 +30,7 @@ from ..frozen import require_same
 from .plain_state import random_states, read_state, set_random_states, write_state
 
 __all__ = [
+    "MANIFEST",
     "Checkpoint",
     "CheckpointError",
     "Resumable",

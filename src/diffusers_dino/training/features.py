@@ -22,9 +22,11 @@ __all__ = [
     "Features",
     "Views",
     "cache_in_memory",
+    "concatenate",
     "encode_views",
     "evenly_spread",
     "fit_familiarity",
+    "samples_per_batch",
 ]
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from PIL import Image
 from ...bands import map_bands
 from .errors import UnreadableImageError
 
-__all__ = ["Preprocessing", "refuse_blank"]
+__all__ = ["Preprocessing", "border_window", "center_crop", "refuse_blank", "stretch_to_uint8"]
 
 _RESAMPLING = {
     "box": Image.Resampling.BOX,

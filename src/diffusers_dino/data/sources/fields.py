@@ -8,7 +8,21 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-__all__ = ["Finding", "LabelRule", "Template", "Value", "combine", "is_blank", "normalize_split", "normalize_view"]
+__all__ = [
+    "Finding",
+    "LabelRule",
+    "Row",
+    "Template",
+    "Value",
+    "as_list",
+    "as_words",
+    "combine",
+    "is_blank",
+    "is_one_of",
+    "normalize_split",
+    "normalize_view",
+    "require_column",
+]
 
 Row = Mapping[str, str]
 

@@ -53,6 +53,7 @@ class Experiment:
     num_workers: int
 
     def set_folder(self, fold: int, strategy: str) -> Path:
+        """Where the synthetic set of a fold and strategy is; strategies of the same images share it."""
         return self.output / f"fold-{fold}" / images_of(strategy)
 
     def packed(self, fold: int, strategy: str) -> PackedImages:
@@ -61,6 +62,7 @@ class Experiment:
         return PackedImages(folder.with_name(f"{folder.name}.npy"))
 
     def real_images(self, rows: np.ndarray) -> LabelledImages:
+        """Those of some rows of the table."""
         return LabelledImages(self.real, rows, self.table.targets(self.labels)[rows])
 
     def targets(self, plan: Plan, strategy: str) -> np.ndarray:
