@@ -117,6 +117,9 @@ def test_a_subset_has_the_null_condition_in_place_of_the_others(fused):
         assert torch.equal(some[:, 5:], whole[:, 5:])
     assert torch.equal(fused.encode_image(IMAGES, encoders=["rad-dino", "dinov2-tiny"]), whole)
     assert torch.equal(fused.conditioner.encode(IMAGES, encoders=["rad-dino"]), some)
+    fused.enable_fixed_batch(2)
+    assert torch.equal(fused.encode_image(IMAGES[:1])[0], fused.encode_image(IMAGES)[0])
+    fused.disable_fixed_batch()
 
 
 def test_encoders_of_one_name_are_numbered():

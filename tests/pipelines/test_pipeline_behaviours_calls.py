@@ -7,6 +7,7 @@ import pytest
 import torch
 from kinds import KINDS
 
+import tiny
 from tiny import generators
 
 USUAL = {"generator", "output_type", "return_dict"}
@@ -47,6 +48,27 @@ def test_a_batch_is_its_images(kind, images, size):
     else:
         alone = [kind.run(pipe, images[i : i + 1]) for i in range(size)]
     np.testing.assert_allclose(together, np.concatenate(alone), atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_in_a_fixed_batch_an_image_is_the_same_bits_beside_any_others(generating, images, batch_size, guidance_scale):
+    pipe = generating.make()
+    pipe.enable_fixed_batch(batch_size)
+    together = generating.run(pipe, images[:3], guidance_scale=guidance_scale)
+    for i in range(3):
+        alone = generating.run(
+            pipe, images[i : i + 1], guidance_scale=guidance_scale, generator=generators(i), num_images_per_prompt=1
+        )
+        assert np.array_equal(alone[0], together[i])
+    pipe.disable_fixed_batch()
+    np.testing.assert_allclose(generating.run(pipe, images[:3], guidance_scale=guidance_scale), together, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5])
+def test_a_fixed_batch_has_rows(size):
+    with pytest.raises((TypeError, ValueError), match="batch_size"):
+        tiny.tiny_pipeline().enable_fixed_batch(size)
 
 
 @pytest.mark.parametrize("num", [1, 2])

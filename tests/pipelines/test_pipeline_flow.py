@@ -47,6 +47,10 @@ def test_images_do_not_depend_on_their_batch(pipe, images, kind):
     together = pipe(images, generator=tiny.generators(0, 1, 2), **OPTIONS).images
     single = [pipe(images[i : i + 1], generator=tiny.generators(i), **OPTIONS).images for i in range(3)]
     torch.testing.assert_close(together, torch.cat(single), atol=1e-4, rtol=0)
+    pipe.enable_fixed_batch(2)
+    together = pipe(images, generator=tiny.generators(0, 1, 2), **OPTIONS).images
+    for i in range(3):
+        assert torch.equal(pipe(images[i : i + 1], generator=tiny.generators(i), **OPTIONS).images[0], together[i])
 
 
 def test_ends_of_a_path_are_the_variations(pipe, images):

@@ -116,6 +116,13 @@ def test_attention_is_cached_without_guidance_too(pipe, images):
     assert 0 < np.abs(sample(pipe, images, guidance_scale=1.0) - expected).max() < 0.05
 
 
+def test_a_cache_in_a_fixed_batch_is_refused(pipe, images):
+    pipe.enable_cache(deep_cache(pipe.unet))
+    pipe.enable_fixed_batch(1)
+    with pytest.raises(ValueError, match="disable_fixed_batch"):
+        sample(pipe, images)
+
+
 def test_faster_cache_without_guidance_is_refused(pipe, images):
     pipe.enable_cache(FasterCacheConfig(attention_weight_callback=lambda module: 0.5))
     with pytest.raises(ValueError, match="guidance_scale above 1"):

@@ -72,6 +72,10 @@ def test_images_do_not_depend_on_their_batch(pipe, images):
     together = vary(pipe, images, 0, 1)
     single = [vary(pipe, images[i : i + 1], i) for i in range(2)]
     torch.testing.assert_close(together, torch.cat(single), atol=1e-5, rtol=0)
+    pipe.enable_fixed_batch(2)
+    together = vary(pipe, images, 0, 1, guidance_scale=2.0)
+    for i in range(2):
+        assert torch.equal(vary(pipe, images[i : i + 1], i, guidance_scale=2.0)[0], together[i])
 
 
 def test_ends_of_a_path_are_the_variations(pipe, images):

@@ -34,6 +34,7 @@ from ..fusion import TokenFusion, fuse
 from ..latents import decode_latents, vae_scale_factor
 from ..pixels import ImageInput
 from ..schedules import embed_guidance, is_flow_model, note_flow
+from .batches import in_batches
 from .caching import UNetCacheMixin, cache_context, has_cache, restart_cache
 from .checks import (
     Generators,
@@ -141,6 +142,7 @@ class DinoDiffusionPipeline(
         self._cross_attention_kwargs = None
         self._num_timesteps = 0
         self._interrupt = False
+        self._fixed_batch: int | None = None
 
     @property
     def vae_scale_factor(self) -> int:
@@ -189,6 +191,19 @@ class DinoDiffusionPipeline(
             raise ValueError("There is no unet to fuse: call it with unet=False, or on the transformer itself.")
         super().fuse_qkv_projections(unet, vae)
 
+    def enable_fixed_batch(self, batch_size: int) -> None:
+        """Show encoder, denoiser and autoencoder exactly `batch_size` rows at a time, the last batch filled up.
+
+        An image is then the same bits whatever the number of images in its call, if its generator is its own; a
+        compiled model sees one shape; memory is that of one batch. Guidance makes two rows of an image.
+        """
+        check_numbers(batch_size=batch_size)
+        self._fixed_batch = batch_size
+
+    def disable_fixed_batch(self) -> None:
+        """Back to all rows at once, the default."""
+        self._fixed_batch = None
+
     def encode_image(self, image: ImageInput, encoders: Sequence[str] | None = None) -> Tensor:
         """Encode `image`, as in `__call__`, to condition tokens `(B, S, D)`, class token first, for `image_embeds`.
 
@@ -205,7 +220,12 @@ class DinoDiffusionPipeline(
         with in_turn(self, within=True):
             # an offloaded module does not know where it will run: its hooks act when it is called, not its `encode`
             pixels = send_to_device(self.conditioner.preprocess(image), self._execution_device)
-            return self.conditioner(pixels, encoders)
+            several = isinstance(pixels, tuple)
+
+            def encode(*pixels: Tensor) -> Tensor:
+                return self.conditioner(pixels if several else pixels[0], encoders)
+
+            return in_batches(encode, self._fixed_batch, *(pixels if several else (pixels,)))
 
     def check_inputs(
         self,
@@ -279,6 +299,8 @@ class DinoDiffusionPipeline(
                 f"The {type(self.guider).__name__} of this pipeline has settings of its own: leave those of the call "
                 "at their defaults, or clear the guider by pipe.guider = None."
             )
+        if self._fixed_batch is not None and has_cache(self.denoiser):
+            raise ValueError("A cache keeps features of a whole batch: disable_cache() or disable_fixed_batch().")
         if self.guider is not None and has_cache(self.denoiser):
             raise ValueError(
                 "A guider asks the denoiser several times a step, which a cache mixes up: disable_cache()."
@@ -508,18 +530,23 @@ class DinoDiffusionPipeline(
 
     def _predict(self, model: ModelMixin, inputs: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
         """What a denoiser predicts `(B, L, h, w)` from scaled latents of that shape, under tokens `(B, S, D)`."""
-        return family_of(model).predict(
-            model,
-            inputs,
-            t.expand(len(inputs)),  # one each, as FasterCache splits the batch
-            fuse(self.fusion, tokens),
-            guidance=self._embed_guidance(len(inputs)),
-            attention_kwargs=self.cross_attention_kwargs,
-        )
+
+        def predict(inputs: Tensor, tokens: Tensor) -> Tensor:
+            return family_of(model).predict(
+                model,
+                inputs,
+                t.expand(len(inputs)),  # one each, as FasterCache splits the batch
+                fuse(self.fusion, tokens),
+                guidance=self._embed_guidance(len(inputs)),
+                attention_kwargs=self.cross_attention_kwargs,
+            )
+
+        return in_batches(predict, self._fixed_batch, inputs, tokens)
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Latents `(B, L, h, w)` to pixels `(B, C, H, W)` float32 of nominal range [-1, 1]."""
-        pixels = decode_latents(self.vae, latents.to(self.vae.dtype)).float()
+        latents = latents.to(self.vae.dtype)
+        pixels = in_batches(partial(decode_latents, self.vae), self._fixed_batch, latents).float()
         check_finite(pixels, "generated images")
         return pixels
 

@@ -18,6 +18,7 @@ from ..conditioner import DinoImageConditioner
 from ..prior import Condition, DinoPrior, require_conditioner
 from ..prior.conditions import as_sets
 from ..prior.flow import add_noise
+from .batches import in_batches
 from .checks import Generators, check_choice, check_embeds, check_generator, check_number, check_numbers
 from .loading import ComponentLoadingMixin
 from .pipeline_output import DinoPriorPipelineOutput
@@ -394,13 +395,12 @@ class DinoPriorPipeline(ComponentLoadingMixin, DiffusionPipeline):
         return image_embeds.repeat_interleave(times, dim=0).float()
 
     def _predict(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-        """The prior on batches of one size, the last one filled up."""
-        parts = []
-        for first in range(0, len(latents), _TOGETHER):
-            rows = torch.arange(first, first + _TOGETHER, device=latents.device).clamp(max=len(latents) - 1)
-            times = timestep.expand(_TOGETHER).to(latents.device)
-            parts.append(self.prior(latents[rows], times, condition.rows(rows)))
-        return torch.cat(parts)[: len(latents)]
+        """The prior's velocity `(B * n, S, D)`, of draws that depend on no other."""
+
+        def predict(latents: Tensor, rows: Tensor) -> Tensor:
+            return self.prior(latents, timestep.to(latents.device).expand(len(rows)), condition.rows(rows))
+
+        return in_batches(predict, _TOGETHER, latents, torch.arange(len(latents), device=latents.device))
 
 
 def _says_nothing(condition: Condition) -> bool:
