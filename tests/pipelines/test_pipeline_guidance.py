@@ -163,7 +163,11 @@ def test_transformers_are_guided_too(family):
             generate(pipe, IMAGES)
     skip = LayerSkipConfig([0], skip_attention=family == "pixart")  # it finds the blocks by itself
     pipe.guider = SkipLayerGuidance(3.0, 2.0, 0.0, 1.0, skip_layer_config=[skip])
-    assert np.isfinite(generate(pipe, IMAGES)).all()
+    if family == "sana":  # diffusers finds no feed-forward part in its blocks
+        with pytest.raises(ValueError, match="nothing would be skipped"):
+            generate(pipe, IMAGES)
+    else:
+        assert not np.allclose(generate(pipe, IMAGES), unskipped, atol=1e-4)
     with pytest.raises(ValueError, match="differ in their class"):
         DinoDiffusionPipeline.from_pipe(pipe, guider=None, guide=tiny.tiny_unet())
 

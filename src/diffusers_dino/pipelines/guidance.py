@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from diffusers.guiders import BaseGuidance
-from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import Tensor, nn
 
@@ -51,11 +51,17 @@ def check_guider(guider: Any, denoiser: nn.Module | None, conditioner: DinoImage
                 f"{name} is to skip layers {config.indices} of {config.fqn!r}, and {type(denoiser).__name__} has no "
                 f"such layers. Give a LayerSkipConfig with a list of them, and `fqn` one of {stacks}."
             )
-        kind = type(blocks[config.indices[0]])
+        block = blocks[config.indices[0]]
+        kind = type(block)
         if (config.skip_attention or config.skip_attention_scores) and kind is not BasicTransformerBlock:
             raise ValueError(
                 f"{name} is to skip attention, which diffusers does not do in a {kind.__name__}. Give a "
                 "LayerSkipConfig with skip_attention=False to SkipLayerGuidance, or use another guider."
+            )
+        if config.skip_ff and not any(isinstance(part, FeedForward) for part in block.modules()):
+            raise ValueError(
+                f"{name} is to skip the feed-forward part, which diffusers does not do in a {kind.__name__}: nothing "
+                "would be skipped. Use another guider."
             )
 
 
