@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from diffusers.guiders import BaseGuidance
+from diffusers.hooks import LayerSkipConfig
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import Tensor, nn
@@ -42,27 +43,32 @@ def check_guider(guider: Any, denoiser: nn.Module | None, conditioner: DinoImage
     if guidance_width(denoiser) is not None:
         raise ValueError(f"This UNet takes the guidance scale as an input, and no {name}: leave `guider` out.")
     for config in skipped_layers(guider):
-        path = _BLOCKS if config.fqn == "auto" else config.fqn
-        blocks = dict(denoiser.named_modules()).get(path)
-        listed = isinstance(config.indices, list) and isinstance(blocks, nn.ModuleList)
-        if not listed or not config.indices or max(config.indices) >= len(blocks):
-            stacks = [path for path, part in denoiser.named_modules() if path.endswith(_BLOCKS)]
-            raise ValueError(
-                f"{name} is to skip layers {config.indices} of {config.fqn!r}, and {type(denoiser).__name__} has no "
-                f"such layers. Give a LayerSkipConfig with a list of them, and `fqn` one of {stacks}."
-            )
-        block = blocks[config.indices[0]]
-        kind = type(block)
-        if (config.skip_attention or config.skip_attention_scores) and kind is not BasicTransformerBlock:
-            raise ValueError(
-                f"{name} is to skip attention, which diffusers does not do in a {kind.__name__}. Give a "
-                "LayerSkipConfig with skip_attention=False to SkipLayerGuidance, or use another guider."
-            )
-        if config.skip_ff and not any(isinstance(part, FeedForward) for part in block.modules()):
-            raise ValueError(
-                f"{name} is to skip the feed-forward part, which diffusers does not do in a {kind.__name__}: nothing "
-                "would be skipped. Use another guider."
-            )
+        _check_skipped(name, config, denoiser)
+
+
+def _check_skipped(name: str, config: LayerSkipConfig, denoiser: nn.Module) -> None:
+    """Refuse layers that the denoiser does not have, or in which diffusers would skip nothing."""
+    path = _BLOCKS if config.fqn == "auto" else config.fqn
+    blocks = dict(denoiser.named_modules()).get(path)
+    listed = isinstance(config.indices, list) and isinstance(blocks, nn.ModuleList)
+    if not listed or not config.indices or max(config.indices) >= len(blocks):
+        stacks = [path for path, part in denoiser.named_modules() if path.endswith(_BLOCKS)]
+        raise ValueError(
+            f"{name} is to skip layers {config.indices} of {config.fqn!r}, and {type(denoiser).__name__} has no "
+            f"such layers. Give a LayerSkipConfig with a list of them, and `fqn` one of {stacks}."
+        )
+    block = blocks[config.indices[0]]
+    kind = type(block)
+    if (config.skip_attention or config.skip_attention_scores) and kind is not BasicTransformerBlock:
+        raise ValueError(
+            f"{name} is to skip attention, which diffusers does not do in a {kind.__name__}. Give a "
+            "LayerSkipConfig with skip_attention=False to SkipLayerGuidance, or use another guider."
+        )
+    if config.skip_ff and not any(isinstance(part, FeedForward) for part in block.modules()):
+        raise ValueError(
+            f"{name} is to skip the feed-forward part, which diffusers does not do in a {kind.__name__}: nothing "
+            "would be skipped. Use another guider."
+        )
 
 
 def check_guide(guide: nn.Module | None, denoiser: nn.Module | None) -> None:
