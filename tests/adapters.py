@@ -37,3 +37,11 @@ def save_adapter(folder: Path, *arguments: Any, **options: Any) -> Path:
         folder, unet_lora_layers=layers, unet_lora_adapter_metadata=config.to_dict()
     )
     return folder
+
+
+def predict(pipe, images, **options):
+    """One prediction of the UNet."""
+    latents = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    embeds = pipe.encode_image(images)
+    with torch.no_grad():
+        return pipe.unet(latents, 500, encoder_hidden_states=embeds, cross_attention_kwargs=options or None).sample

@@ -1,4 +1,4 @@
-"""Small folders with the layout that each data set has when it is downloaded, as `source_layouts.yaml` says."""
+"""Small folders as each data set is laid out when it is downloaded (`source_layouts.yaml`), and a source of one's own."""
 
 import gzip
 import io
@@ -12,8 +12,10 @@ import yaml
 from PIL import Image
 
 from dicom_files import dicom_bytes
+from diffusers_dino.data.sources import OpenSource, open_source
 
 LAYOUTS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+TABLE = {"name": "own", "table": {"file": "t.csv"}, "image": "images/{file}", "id": "{file}"}
 
 
 def lay_out(name: str, root: Path) -> dict[str, dict[str, Any]]:
@@ -55,3 +57,13 @@ def picture(path: Path, depth: int = 8, color: bool = False) -> None:
     else:
         values = np.random.default_rng(len(str(path))).integers(0, 2**depth, (12, 10, 3) if color else (12, 10))
         Image.fromarray(values.astype(np.uint16 if depth > 8 else np.uint8)).save(path)
+
+
+def own(tmp_path, rows: str, images: tuple[str, ...] = ("a.png", "b.png"), **more) -> OpenSource:
+    """A source of a table `file,patient,finding` and some images."""
+    write(tmp_path / "t.csv", "file,patient,finding\n" + rows)
+    for image in images:
+        picture(tmp_path / "images" / image)
+    description = TABLE | {"patient": "{patient}", "labels": {"column": "{finding}", "none": ["none found"]}} | more
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(description))
+    return open_source(tmp_path / "own.yaml", tmp_path)
