@@ -1,4 +1,4 @@
-"""Small folders as each data set is laid out when it is downloaded (`source_layouts.yaml`), and a source of one's own."""
+"""Small folders as each data set is laid out when downloaded (`source_layouts.yaml`), and a source of one's own."""
 
 import gzip
 import io
