@@ -45,9 +45,10 @@ from diffusers_dino.evaluation.generation import embed_images, generate_variatio
 from diffusers_dino.evaluation.memorization.plot import draw_closest_pairs, plot_memorization
 from diffusers_dino.evaluation.memorization.table import table_of_sets
 from diffusers_dino.evaluation.segmentation.baselines import otsu_mask
+from diffusers_dino.evaluation.table_text import with_interval
 from diffusers_dino.files import make_writable_folder, write_json
 from diffusers_dino.metrics import extract_features, open_extractor
-from diffusers_dino.metrics.bootstrap import Bootstrap, Estimate
+from diffusers_dino.metrics.bootstrap import Bootstrap
 from diffusers_dino.metrics.dice import best_union, dice
 from diffusers_dino.report import Report
 from diffusers_dino.sheets import contact_sheet
@@ -344,12 +345,11 @@ def add_fidelity(report: Report, result: FidelityResult) -> None:
     )
     report.add_table(
         ["images", "Fréchet distance [95 %]", "kernel distance [95 %]", "coverage [95 %]"],
-        [[row.images, *(with_interval(x) for x in (row.frechet, row.kernel, row.coverage))] for row in result.rows],
+        [
+            [row.images, *(with_interval(x.value, x.low, x.high) for x in (row.frechet, row.kernel, row.coverage))]
+            for row in result.rows
+        ],
     )
-
-
-def with_interval(estimate: Estimate) -> str:
-    return f"{estimate.value:.3g} [{estimate.low:.3g}, {estimate.high:.3g}]"
 
 
 def add_memorization(report: Report, result: MemorizationResult, pairs: Image) -> None:

@@ -13,6 +13,7 @@ __all__ = [
     "markdown_line",
     "markdown_table",
     "require_table_format",
+    "with_interval",
     "write_tables",
 ]
 
@@ -53,6 +54,11 @@ def latex_table(header: Sequence[str], body: Sequence[Sequence[str]], columns: s
     first, *rows = (latex_line([escape_latex(cell) for cell in row]) for row in (header, *body))
     begin, end = rf"\begin{{tabular}}{{{columns}}}", r"\end{tabular}"
     return "\n".join([begin, r"\toprule", first, r"\midrule", *rows, r"\bottomrule", end])
+
+
+def with_interval(value: float, low: float, high: float, form: str = ".3g") -> str:
+    """A figure and its interval, each in a form of Python's `format`: `"0.81 [0.78, 0.84]"`."""
+    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def write_tables(folder: str | Path, text_of: Callable[[str], str]) -> str:

@@ -6,8 +6,7 @@ from dataclasses import fields
 
 from ...files import csv_text
 from ...metrics import FeatureSpec
-from ...metrics.bootstrap import Estimate
-from ..table_text import latex_table, markdown_table, require_table_format
+from ..table_text import latex_table, markdown_table, require_table_format, with_interval
 from .protocol import FidelityResult, FidelityScores, Sampling
 
 __all__ = ["format_fidelity_table"]
@@ -34,17 +33,13 @@ def format_fidelity_table(result: FidelityResult, style: str = "markdown") -> st
         [
             row.images if row.label is None else f"{row.images}, {row.label}",
             f"{row.num_images}, {row.num_reference}",
-            *(_cell(getattr(row, name)) for name in _FIGURES),
+            *(with_interval(x.value, x.low, x.high) for x in (getattr(row, name) for name in _FIGURES)),
         ]
         for row in (*result.rows, *result.by_label)
     ]
     if style == "markdown":
         return f"{markdown_table(header, body)}\n\n{_note(result)}\n"
     return f"{latex_table(header, body, 'l' + 'c' * (len(header) - 1))}\n% {_note(result)}\n"
-
-
-def _cell(estimate: Estimate) -> str:
-    return f"{estimate.value:.3g} [{estimate.low:.3g}, {estimate.high:.3g}]"
 
 
 def _note(result: FidelityResult) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ...report import Report
+from ..table_text import with_interval
 from .protocol import MemorizationResult
 
 __all__ = ["make_report", "table_of_sets"]
@@ -20,8 +21,8 @@ def table_of_sets(result: MemorizationResult) -> tuple[list[str], list[list[obje
             name,
             x.num_images,
             x.copies,
-            f"{x.share:.2%} [{x.low:.2%}, {x.high:.2%}]",
-            f"{x.authentic:.1%} [{x.authentic_low:.1%}, {x.authentic_high:.1%}]",
+            with_interval(x.share, x.low, x.high, ".2%"),
+            with_interval(x.authentic, x.authentic_low, x.authentic_high, ".1%"),
             x.nearest,
             x.median,
         ]

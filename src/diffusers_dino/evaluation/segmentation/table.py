@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...files import csv_text
-from ..table_text import latex_table, markdown_table, require_table_format
+from ..table_text import latex_table, markdown_table, require_table_format, with_interval
 from .protocol import MethodScores, SegmentationResult
 
 __all__ = ["format_segmentation_table"]
@@ -26,7 +26,7 @@ def format_segmentation_table(results: Sequence[SegmentationResult], style: str 
     for place, result in enumerate(results):
         for scores in result.methods:
             cells = rows.setdefault((scores.method, scores.selection), [""] * (2 * len(results)))
-            cells[2 * place] = f"{scores.mean:.3f} [{scores.low:.3f}, {scores.high:.3f}]"
+            cells[2 * place] = with_interval(scores.mean, scores.low, scores.high, ".3f")
             cells[2 * place + 1] = f"{scores.median:.3f} ({scores.lower_quartile:.3f}, {scores.upper_quartile:.3f})"
     timed = any(scores.seconds is not None for result in results for scores in result.methods)
     header = ["method", "chosen by"]

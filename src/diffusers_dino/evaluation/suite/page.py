@@ -12,6 +12,7 @@ from ..fidelity.protocol import FidelityScores
 from ..figures import new_figure
 from ..image_sets import ImageSet
 from ..memorization.plot import draw_closest_pairs, plot_memorization
+from ..table_text import with_interval
 from .protocol import SuiteResult
 from .verdicts import FOUND, NOT_ASKED, PASSED, UNCLEAR
 
@@ -73,7 +74,7 @@ def _add_fidelity(page: Report, result: SuiteResult) -> None:
 
     def cells(row: FidelityScores) -> list[object]:
         figures = [getattr(row, name) for name in names]
-        texts = [f"{x.value:.3g} [{x.low:.3g}, {x.high:.3g}]" for x in figures]
+        texts = [with_interval(x.value, x.low, x.high) for x in figures]
         return [row.images, row.label or "all", f"{row.num_images}, {row.num_reference}", *texts]
 
     rows = (*result.fidelity.rows, *result.fidelity.by_label)
@@ -122,7 +123,7 @@ def _add_transfer(page: Report, result: SuiteResult) -> None:
     table = []
     for row in result.transfer.rows:
         figures = [getattr(row, name) for name in names]
-        texts = [f"{x.value:.3f} [{x.low:.3f}, {x.high:.3f}]" for x in figures]
+        texts = [with_interval(x.value, x.low, x.high, ".3f") for x in figures]
         table.append([row.label, row.num_real, row.num_synthetic, *texts])
     page.add_table(header, table)
     page.add_text(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...files import csv_text
-from ..table_text import latex_table, markdown_table, require_table_format
+from ..table_text import latex_table, markdown_table, require_table_format, with_interval
 from .protocol import SuiteResult
 
 __all__ = ["format_suite_table"]
@@ -30,7 +30,7 @@ def format_suite_table(result: SuiteResult, style: str = "markdown") -> str:
     for answer in result.answers:
         for number, x in enumerate(answer.figures):
             first = (answer.question, answer.verdict) if number == 0 else ("", "")
-            value = f"{x.value:.3g} [{x.low:.3g}, {x.high:.3g}]"
+            value = with_interval(x.value, x.low, x.high)
             body.append([first[0], x.name, value, x.control, x.number, first[1]])
         if not answer.figures:
             body.append([answer.question, "", "", "", "", answer.verdict])

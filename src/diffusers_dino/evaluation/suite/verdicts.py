@@ -10,6 +10,7 @@ from ..fidelity.protocol import FidelityResult
 from ..membership.protocol import MembershipResult
 from ..memorization.protocol import MemorizationResult
 from ..reidentification.protocol import ReidentificationResult
+from ..table_text import with_interval
 from ..transfer.protocol import TransferResult
 
 __all__ = ["FOUND", "NOT_ASKED", "PASSED", "UNCLEAR", "Answer", "Figure", "answers_of"]
@@ -111,9 +112,10 @@ def _copies(result: MemorizationResult) -> _Found:
     one, real = result.synthetic, result.held_out
     certain = sum(pair.relative_distance < SPOILED * result.training.median for pair in result.closest)
     is_found = one.low > result.false_alarms or certain > 0
+    share = with_interval(one.share, one.low, one.high, ".1%")
     line = (
-        f"{one.copies} of {one.num_images} images are near-copies, {one.share:.1%} [{one.low:.1%}, {one.high:.1%}]; "
-        f"so are {real.share:.1%} of {real.num_images} real images that were not trained on."
+        f"{one.copies} of {one.num_images} images are near-copies, {share}; so are {real.share:.1%} of "
+        f"{real.num_images} real images that were not trained on."
     )
     if certain:
         line += f" At least {certain} are nearer than real images of two people are."
@@ -147,7 +149,7 @@ def _reidentification(result: ReidentificationResult) -> _Found:
 def _membership(result: MembershipResult) -> _Found:
     attack = result.combined
     number = f"{result.num_training} and {result.num_held_out}"
-    blind = f"{result.blind:.3f} [{result.blind_low:.3f}, {result.blind_high:.3f}]"
+    blind = with_interval(result.blind, result.blind_low, result.blind_high, ".3f")
     line = (
         f"AUROC {_bounded(attack, 'auroc')} of {result.num_training} training against {result.num_held_out} held-out "
         f"images; a blind guess reaches {blind}. {attack.found:.0%} are found at 1 % false alarms."
@@ -161,7 +163,7 @@ def _membership(result: MembershipResult) -> _Found:
 
 
 def _labels(result: TransferResult) -> _Found:
-    macro, number = result.macro, f"{result.num_synthetic} and {result.num_real}"
+    macro = result.macro
     line = (
         f"AUROC {_bounded(macro.synthetic)} of {len(result.rows) - 1} labels of {result.num_synthetic} synthetic "
         f"images, {_bounded(macro.real)} of {result.num_real} real ones; shuffled labels reach up to "
@@ -169,34 +171,34 @@ def _labels(result: TransferResult) -> _Found:
     )
     if result.left_out:
         line += f" Left out: {', '.join(result.left_out)}."
-    figures = tuple(
-        Figure(f"AUROC, {row.label}", *_ends(row.synthetic), f"real: {_bounded(row.real)}", number)
-        for row in result.rows
-    )
+    figures = _by_label(result, "synthetic")
     if not result.judges_see:
         return UNCLEAR, f"Classifiers do not see the labels of real images, so nothing follows. {line}", figures
     return (PASSED if result.labels_agree else FOUND), line, figures
 
 
 def _utility(result: TransferResult) -> _Found:
-    macro, number = result.macro, f"{result.num_synthetic} and {result.num_real}"
+    macro = result.macro
     line = (
         f"AUROC {_bounded(macro.student)} on {result.num_real} real images after training on {result.num_synthetic} "
         f"synthetic ones, {_bounded(macro.real)} after training on half of the real ones; difference "
         f"{_bounded(macro.utility)}."
     )
-    figures = tuple(
-        Figure(f"AUROC, {row.label}", *_ends(row.student), f"real: {_bounded(row.real)}", number)
-        for row in result.rows
-    )
+    figures = _by_label(result, "student")
     if not result.judges_see:
         return UNCLEAR, f"Classifiers of real images learn nothing either, so nothing follows. {line}", figures
     return (PASSED if result.is_useful else FOUND), line, figures
 
 
-def _ends(figure: object) -> tuple[float, float, float]:
-    return figure.value, figure.low, figure.high
+def _by_label(result: TransferResult, trained_or_tested: str) -> tuple[Figure, ...]:
+    """The AUROC of each label where one kind of images is synthetic, beside that of real images only."""
+    number, figures = f"{result.num_synthetic} and {result.num_real}", []
+    for row in result.rows:
+        auroc = getattr(row, trained_or_tested)
+        real = f"real: {_bounded(row.real)}"
+        figures.append(Figure(f"AUROC, {row.label}", auroc.value, auroc.low, auroc.high, real, number))
+    return tuple(figures)
 
 
 def _bounded(figure: object, value: str = "value") -> str:
-    return f"{getattr(figure, value):.3g} [{figure.low:.3g}, {figure.high:.3g}]"
+    return with_interval(getattr(figure, value), figure.low, figure.high)
