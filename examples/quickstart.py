@@ -39,7 +39,8 @@ from diffusers_dino.evaluation import (
     evaluate_reconstruction,
 )
 from diffusers_dino.evaluation.controls import with_fresh_unet
-from diffusers_dino.evaluation.fidelity.protocol import REAL, UNTRAINED, FidelityResult, Sampling, score_fidelity
+from diffusers_dino.evaluation.fidelity.protocol import score_fidelity
+from diffusers_dino.evaluation.fidelity.result import REAL, UNTRAINED, FidelityResult, Sampling
 from diffusers_dino.evaluation.figures import plot_loss
 from diffusers_dino.evaluation.generation import embed_images, generate_variations
 from diffusers_dino.evaluation.memorization.plot import draw_closest_pairs, plot_memorization

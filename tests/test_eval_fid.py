@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 import scripts
 import tiny
 from diffusers_dino import DinoDiffusionPipeline
-from diffusers_dino.evaluation.fidelity.protocol import FidelityResult
+from diffusers_dino.evaluation.fidelity.result import FidelityResult
 from diffusers_dino.training.checkpoints import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*biased upwards")

@@ -14,7 +14,7 @@ from PIL import Image
 from diffusers_dino import DinoDiffusionPipeline
 from diffusers_dino.diffseg import noted_settings
 from diffusers_dino.evaluation import MemorizationResult, ReconstructionResult
-from diffusers_dino.evaluation.fidelity.protocol import REAL, UNTRAINED, FidelityResult
+from diffusers_dino.evaluation.fidelity.result import REAL, UNTRAINED, FidelityResult
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -10,13 +10,8 @@ import torch
 
 import tiny
 from diffusers_dino.evaluation.fidelity.plot import plot_fidelity
-from diffusers_dino.evaluation.fidelity.protocol import (
-    REAL,
-    FidelityResult,
-    Sampling,
-    generate_features,
-    score_fidelity,
-)
+from diffusers_dino.evaluation.fidelity.protocol import generate_features, score_fidelity
+from diffusers_dino.evaluation.fidelity.result import REAL, FidelityResult, Sampling
 from diffusers_dino.evaluation.fidelity.sets import require_disjoint
 from diffusers_dino.evaluation.fidelity.table import format_fidelity_table
 from diffusers_dino.evaluation.generation import embed_images

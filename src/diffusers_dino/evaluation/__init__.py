@@ -27,7 +27,8 @@ _NAMES = {
     "augmentation.protocol": "evaluate_augmentation",
     "augmentation.result": "AugmentationResult",
     "augmentation.sets": "FoldPriors",
-    "fidelity.protocol": "FidelityResult FidelityScores Sampling evaluate_fidelity",
+    "fidelity.protocol": "evaluate_fidelity",
+    "fidelity.result": "FidelityResult FidelityScores Sampling",
     "fidelity.sets": "FidelitySets choose_sets",
     "generation": "Model load_models",
     "image_sets": "ImageSet open_image_set",
@@ -54,7 +55,8 @@ if TYPE_CHECKING:
     from .augmentation.protocol import evaluate_augmentation
     from .augmentation.result import AugmentationResult
     from .augmentation.sets import FoldPriors
-    from .fidelity.protocol import FidelityResult, FidelityScores, Sampling, evaluate_fidelity
+    from .fidelity.protocol import evaluate_fidelity
+    from .fidelity.result import FidelityResult, FidelityScores, Sampling
     from .fidelity.sets import FidelitySets, choose_sets
     from .generation import Model, load_models
     from .image_sets import ImageSet, open_image_set

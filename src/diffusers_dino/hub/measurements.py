@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult
 
 from ..evaluation.augmentation.result import AugmentationResult
 from ..evaluation.augmentation.table import format_augmentation_table
-from ..evaluation.fidelity.protocol import REAL, UNTRAINED, FidelityResult
+from ..evaluation.fidelity.result import REAL, UNTRAINED, FidelityResult
 from ..evaluation.fidelity.table import format_fidelity_table
 from ..evaluation.interpolation.protocol import InterpolationResult
 from ..evaluation.labels.result import LabelPreservationResult

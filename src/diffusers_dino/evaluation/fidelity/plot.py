@@ -9,7 +9,7 @@ from ..figures import new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from .protocol import FidelityResult
+    from .result import FidelityResult
 
 __all__ = ["plot_fidelity"]
 

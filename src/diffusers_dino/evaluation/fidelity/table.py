@@ -7,7 +7,7 @@ from dataclasses import fields
 from ...files import csv_text
 from ...metrics import FeatureSpec
 from ..table_text import latex_table, markdown_table, require_table_format, with_interval
-from .protocol import FidelityResult, FidelityScores, Sampling
+from .result import FidelityResult, FidelityScores, Sampling
 
 __all__ = ["format_fidelity_table"]
 

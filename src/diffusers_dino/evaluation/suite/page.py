@@ -8,7 +8,7 @@ from torch import Tensor
 from ...data import ImageDataset
 from ...report import Report
 from ...sheets import contact_sheet
-from ..fidelity.protocol import FidelityScores
+from ..fidelity.result import FidelityScores
 from ..figures import new_figure
 from ..image_sets import ImageSet
 from ..memorization.plot import draw_closest_pairs, plot_memorization

@@ -24,7 +24,7 @@ from ...pipelines.checks import image_size
 from ..classifier import ClassifierSettings
 from ..controls import rows_in
 from ..fidelity.feature_sets import LabelledFeatures, compare_features
-from ..fidelity.protocol import FidelityResult
+from ..fidelity.result import FidelityResult
 from ..image_sets import ImageSet
 from ..membership.protocol import MembershipResult, evaluate_membership
 from ..memorization.protocol import MemorizationResult, evaluate_memorization

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ...metrics.copy_gate import SPOILED
-from ..fidelity.protocol import FidelityResult
+from ..fidelity.result import FidelityResult
 from ..membership.protocol import MembershipResult
 from ..memorization.protocol import MemorizationResult
 from ..reidentification.protocol import ReidentificationResult
