@@ -27,6 +27,7 @@ from diffusers_dino.cli.run import Run, open_run
 from diffusers_dino.cli.training_flags import (
     FeatureArguments,
     RunArguments,
+    SharingArguments,
     check_frozen_models,
     load_frozen,
     make_augmentation,
@@ -52,7 +53,7 @@ logger = logging.getLogger("train_dino")
 
 
 @dataclass
-class Arguments(RunArguments, FeatureArguments):
+class Arguments(SharingArguments, RunArguments, FeatureArguments):
     """Flags of images, views and frozen models, then those of the run, then these; a repeated one sets its default."""
 
     learning_rate: float = flag(1e-4, "After warm-up.")
@@ -61,10 +62,6 @@ class Arguments(RunArguments, FeatureArguments):
     adam_beta2: float = flag(0.999, "Second moment's decay.")
     adam_weight_decay: float = flag(1e-2, "Weight decay.")
     output_dir: str = flag("dino-diffusion", "Where pipeline, checkpoints, pictures and log go.", group="Output")
-    push_to_hub: bool = flag(False, "Upload the result and its card, with the token of `hf auth login` or HF_TOKEN.")
-    hub_model_id: str | None = flag(None, "Repository (private if new); by default named as --output_dir.")
-    report_to: str | None = flag(None, "Tracker: tensorboard, wandb, or all that are installed.")
-    tracker_project_name: str = flag("diffusers-dino", "Project name for the tracker.")
     unet: str | None = flag(None, "UNet, in place of the pretrained model's.", group="Denoiser and noise schedule")
     unet_config: str | None = flag(None, "Train a new UNet of this config (JSON file, folder or Hub id).")
     transformer: str | None = flag(None, "Transformer, in place of the pretrained model's denoiser.")

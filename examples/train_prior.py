@@ -30,6 +30,7 @@ from diffusers_dino.cli.record import write_record_and_card
 from diffusers_dino.cli.run import Run, open_run
 from diffusers_dino.cli.training_flags import (
     RunArguments,
+    SharingArguments,
     TokenArguments,
     check_conditioner,
     load_conditioner,
@@ -52,7 +53,7 @@ MAX_STATISTICS = 20_000  # images whose tokens give mean and covariance
 
 
 @dataclass
-class Arguments(RunArguments, TokenArguments):
+class Arguments(SharingArguments, RunArguments, TokenArguments):
     """Flags of images, views and conditioner, then those of the run, then these; a repeated one sets its default."""
 
     augment: bool = flag(
@@ -66,10 +67,6 @@ class Arguments(RunArguments, TokenArguments):
     adam_weight_decay: float = flag(0.02, "Weight decay, only of matrices.")
     output_dir: str = flag("dino-prior", "Where the pipeline, checkpoints and logs go.", group="Output")
     weights_dtype: Literal["float32", "bfloat16", "float16"] = flag("float32", "Type of the weights of the result.")
-    push_to_hub: bool = flag(False, "Upload the result and its card, with the token of `hf auth login` or HF_TOKEN.")
-    hub_model_id: str | None = flag(None, "Repository (private if new); by default named as --output_dir.")
-    report_to: str | None = flag(None, "Tracker: tensorboard, wandb, or all that are installed.")
-    tracker_project_name: str = flag("diffusers-dino", "Project name for the tracker.")
     labels: str | None = flag(
         None,
         f"CSV of what is known of the images, or {STORED!r} for the JSON beside images in shards.",

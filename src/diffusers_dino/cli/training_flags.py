@@ -131,6 +131,18 @@ class RunArguments:
     logging_steps: int = flag(50, "Updates between lines of progress where there is no terminal.")
 
 
+@dataclass
+class SharingArguments:
+    """Where else a run and its result are shown."""
+
+    push_to_hub: bool = flag(
+        False, "Upload the result and its card, with the token of `hf auth login` or HF_TOKEN.", group="Output"
+    )
+    hub_model_id: str | None = flag(None, "Repository (private if new); by default named as --output_dir.")
+    report_to: str | None = flag(None, "Tracker: tensorboard, wandb, or all that are installed.")
+    tracker_project_name: str = flag("diffusers-dino", "Project name for the tracker.")
+
+
 def open_training_images(
     args: ImageArguments, model: DiffusionPipeline | str | None = None, may_differ: bool = True
 ) -> data.ImageDataset:

@@ -150,7 +150,7 @@ def _choose(found: dict[str, Attention], wanted: Collection[str] | None, model: 
 
 
 def _require_readable(layers: dict[str, Attention], model: str) -> None:
-    """Refuse layers whose maps do not follow from their projections and norms alone."""
+    """Refuse layers whose maps do not follow only from their projections and norms."""
     for name, layer in layers.items():
         kind, reason = type(layer.processor).__name__, None
         if any("rotary" in argument for argument in signature(layer.processor.__call__).parameters):

@@ -2,7 +2,7 @@
 
 Clustering a vision transformer's patch tokens over all images is how Amir et al. ("Deep ViT Features as Dense Visual
 Descriptors", arXiv 2112.05814) find parts that images share. Here each image's features are first centred, and the
-principal directions are scaled halfway to equal variance, so that the few largest ones do not decide alone.
+principal directions are scaled halfway to equal variance, so that the others count besides the few largest.
 """
 
 from __future__ import annotations
