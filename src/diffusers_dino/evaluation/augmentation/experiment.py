@@ -26,7 +26,7 @@ from ..packed import PackedImages
 from .cells import BALANCED, FULL_SYNTHETIC, JUDGED, PRIOR, SOFT, CellJob, CellResult, CellSpec, images_of, run_cell
 from .judged import FoldJudge, find_kept, judge_rows, train_fold_judge
 from .plans import FoldSplit, RegimePlan, plan_regimes
-from .sets import Sampling, make_set, targets_of
+from .sets import SetOptions, make_set, targets_of
 
 __all__ = ["Experiment", "make_cells", "synthetic_images"]
 
@@ -44,7 +44,7 @@ class Experiment:
     labels: tuple[str, ...]
     splits: list[FoldSplit]
     grid: list[CellSpec]
-    sampling: Sampling
+    set_options: SetOptions
     synthesis: SynthesisSettings
     exponent: float
     false_alarms: float
@@ -90,10 +90,10 @@ def make_cells(experiment: Experiment, cells: Path) -> list[str]:
     kept = _ask_judges(experiment, planned, ready, problems)
     ready = [spec for spec in ready if not spec.strategy.endswith(JUDGED) or (spec.fold, spec.strategy) in kept]
     # one by one: all jobs together hold the rows of the grid many times
-    sampling = experiment.sampling
-    jobs = ((_cell_job(experiment, spec, planned, digests, kept), cells, sampling.device) for spec in ready)
+    set_options = experiment.set_options
+    jobs = ((_cell_job(experiment, spec, planned, digests, kept), cells, set_options.device) for spec in ready)
     total = len(experiment.grid)
-    with progress_bar("Classifiers", "cell", total, total - len(left), sampling.progress) as bar:
+    with progress_bar("Classifiers", "cell", total, total - len(left), set_options.progress) as bar:
         for outcome in run_apart(_train_cell, jobs, experiment.num_workers):
             if outcome.error:
                 problems.append(f"{ready[outcome.number].name}: {outcome.error}")
@@ -123,7 +123,7 @@ def _make_sets(
 ) -> tuple[dict[tuple[int, str], str], list[str]]:
     """Synthesise; returns the digest of the plan of each set that is there, and what went wrong."""
     kinds, digests, problems, started = list(planned), {}, [], time.perf_counter()
-    jobs = [(experiment.sampling, fold, planned[fold, s].plan, experiment.set_folder(fold, s)) for fold, s in kinds]
+    jobs = [(experiment.set_options, fold, planned[fold, s].plan, experiment.set_folder(fold, s)) for fold, s in kinds]
     for outcome in run_apart(make_set, jobs, experiment.num_workers):
         fold, strategy = kinds[outcome.number]
         if outcome.error:
@@ -147,7 +147,7 @@ def _ask_judges(
     """Train the judges of folds that need one; returns by fold and strategy the keys of the images that are kept."""
     wanted = sorted({(spec.fold, spec.strategy) for spec in ready if spec.strategy.endswith(JUDGED)})
     judges = {fold: _fold_judge(experiment, fold) for fold, _ in wanted}
-    device, workers = experiment.sampling.device, experiment.num_workers
+    device, workers = experiment.set_options.device, experiment.num_workers
     for _ in run_apart(train_fold_judge, [(judge, device) for judge in judges.values()], workers):
         pass  # what fails here fails again below, and is named there
     jobs, kept = [], {}
@@ -170,7 +170,7 @@ def _fold_judge(experiment: Experiment, fold: int) -> FoldJudge:
     train, held_out = judge_rows(experiment.table, experiment.labels, fold, experiment.splits[fold], experiment.seed)
     path, digest = experiment.output / f"fold-{fold}" / "judge.safetensors", hash_of(experiment.digest, "judge", fold)
     return FoldJudge(
-        Judge(path, experiment.sampling.classifier, digest),
+        Judge(path, experiment.set_options.classifier, digest),
         experiment.real_images(train),
         experiment.real_images(held_out),
         experiment.labels,
@@ -200,7 +200,7 @@ def _cell_job(
         test=real(split.test),
         patients=tuple(experiment.table.patients[row] for row in split.test.tolist()),
         labels=labels,
-        classifier=experiment.sampling.classifier,
+        classifier=experiment.set_options.classifier,
         seed=experiment.seed,
         settings=experiment.digest,
         plan=digests.get(place, ""),

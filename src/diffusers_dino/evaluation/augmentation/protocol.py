@@ -45,7 +45,7 @@ from .generators import PerFold, check_generators, write_folds
 from .judged import judge_rows
 from .plans import split_folds
 from .result import AugmentationResult, summarise
-from .sets import FoldPriors, Sampling
+from .sets import FoldPriors, SetOptions
 
 __all__ = ["UnfinishedGridError", "evaluate_augmentation"]
 
@@ -194,7 +194,7 @@ def evaluate_augmentation(
         digest = hash_of(json.dumps(begun, sort_keys=True))[:16]
         if real.num_averaged:  # cells of older versions were trained on other gray values
             digest = hash_of(digest, GRAY)[:16]
-        sampling = Sampling(images, generators, priors, gates, dtype, scheduler, classifier, device, progress)
+        set_options = SetOptions(images, generators, priors, gates, dtype, scheduler, classifier, device, progress)
         experiment = Experiment(
             output=output,
             real=real,
@@ -203,7 +203,7 @@ def evaluate_augmentation(
             labels=labels,
             splits=splits,
             grid=grid,
-            sampling=sampling,
+            set_options=set_options,
             synthesis=synthesis,
             exponent=exponent,
             false_alarms=false_alarms,

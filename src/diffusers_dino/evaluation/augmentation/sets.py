@@ -22,7 +22,7 @@ from ..generation import stack_images
 from ..packed import at_size, pack_images
 from .generators import PerFold, of_fold
 
-__all__ = ["FoldPriors", "Sampling", "make_set", "targets_of"]
+__all__ = ["FoldPriors", "SetOptions", "make_set", "targets_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class FoldPriors:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SetOptions:
     """How the images of a set are made and packed; it travels to other processes."""
 
     images: ImageDataset
@@ -71,25 +71,23 @@ class Sampling:
     progress: bool
 
 
-def make_set(place: int, sampling: Sampling, fold: int, plan: Plan, folder: Path) -> str:
+def make_set(place: int, options: SetOptions, fold: int, plan: Plan, folder: Path) -> str:
     """Make a set, or go on with it, and pack its images for classifiers. Returns the digest of its plan."""
-    device = device_of(place, sampling.device)
-    pipe = load_generator(of_fold(sampling.generators, fold), sampling.dtype, sampling.scheduler).to(device)
-    sources = at_size(sampling.images, image_size(pipe))
-    gate = None if sampling.gates is None else CopyGate.load(of_fold(sampling.gates, fold))
+    device = device_of(place, options.device)
+    pipe = load_generator(of_fold(options.generators, fold), options.dtype, options.scheduler).to(device)
+    sources = at_size(options.images, image_size(pipe))
+    gate = None if options.gates is None else CopyGate.load(of_fold(options.gates, fold))
     known = gate is not None and plan.keys  # a prior's images have no sources
     if known and gate(stack_images(sources.select(plan.keys[:_SHOWN_TO_GATE]))).all():
         logger.warning(
             f"The gate of fold {fold} calls none of the first {_SHOWN_TO_GATE} sources a copy: is it of other images? "
             "A gate must know the images that the generator was trained on."
         )
-    prior = sampling.priors.open(fold, device) if plan.strategy == "prior" else None
-    progress = sampling.progress and place == 0
+    prior = options.priors.open(fold, device) if plan.strategy == "prior" else None
+    progress = options.progress and place == 0
     made = synthesise(plan, pipe, sources, folder, gate=gate, prior=prior, progress=progress)
-    images = open_images(folder, Preprocessing(sampling.classifier.size, remove_borders=False))
-    packed = pack_images(
-        images, folder.with_name(f"{folder.name}.npy"), made.plan.digest, sampling.classifier.channels
-    )
+    images = open_images(folder, Preprocessing(options.classifier.size, remove_borders=False))
+    packed = pack_images(images, folder.with_name(f"{folder.name}.npy"), made.plan.digest, options.classifier.channels)
     if lost := len(images) - len(packed):
         logger.warning(f"{lost} of {len(images)} images of {folder} cannot be read and are left out.")
     return made.plan.digest
