@@ -7,6 +7,8 @@ from typing import Literal
 
 from .arguments import flag
 
+__all__ = ["SamplingArguments"]
+
 
 @dataclass
 class SamplingArguments:

@@ -24,6 +24,24 @@ from ..training.features import evenly_spread
 from ..training.models import load_vae
 from .arguments import flag
 
+__all__ = [
+    "AugmentationArguments",
+    "FeatureArguments",
+    "ImageArguments",
+    "RunArguments",
+    "SharingArguments",
+    "TokenArguments",
+    "check_conditioner",
+    "check_frozen_models",
+    "load_conditioner",
+    "load_frozen",
+    "make_augmentation",
+    "open_training_images",
+    "open_views",
+    "patients_of",
+    "split_off_unseen",
+]
+
 logger = logging.getLogger("diffusers_dino")
 
 

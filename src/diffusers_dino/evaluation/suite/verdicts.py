@@ -79,16 +79,12 @@ def answers_of(
         "utility": transfer and _utility(transfer),
     }
     return tuple(
-        Answer(question, _ASKS[question], *(answer or (NOT_ASKED, _reason(question, reasons))))
+        Answer(question, _ASKS[question], *(answer or (NOT_ASKED, reasons.get(question, reasons.get("transfer", "")))))
         for question, answer in found.items()
     )
 
 
 _Found = tuple[str, str, tuple[Figure, ...]]
-
-
-def _reason(question: str, reasons: Mapping[str, str]) -> str:
-    return reasons[question if question in reasons else "transfer"]
 
 
 def _fidelity(result: FidelityResult) -> _Found:
