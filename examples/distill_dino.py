@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from diffusers_dino import DinoDiffusionPipeline, data
 from diffusers_dino.cli.arguments import flag, parse_arguments
-from diffusers_dino.cli.record import write_record_and_card
 from diffusers_dino.cli.run import Run, open_run
 from diffusers_dino.cli.training_flags import (
     AugmentationArguments,
@@ -149,12 +148,9 @@ def train(args: Arguments, opened: Run) -> None:
             losses.append(loss.detach())
         run.update(losses, batches[-1]["key"])
         update_teacher(target, accelerator.unwrap_model(run.model), args.target_decay)
-    if run.step < run.total:
-        logger.info(f"Stopped after {run.step} updates. Go on with --resume_from_checkpoint=latest.")
-    elif accelerator.is_main_process:
+    if run.step == run.total and accelerator.is_main_process:
         save_result(args, pipe, target)
-        name = Path(args.output_dir).resolve().name
-        write_record_and_card(args, name, len(images), run.step, [args.pretrained_pipeline], opened.history)
+        run.write_card(args.pretrained_pipeline)
         logger.info(f"The result is in {args.output_dir}")
     accelerator.end_training()
 

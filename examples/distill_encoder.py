@@ -31,7 +31,6 @@ from transformers import Dinov2WithRegistersModel
 from diffusers_dino import DinoImageConditioner
 from diffusers_dino.cli.arguments import flag, parse_arguments
 from diffusers_dino.cli.new_encoder import NewEncoderArguments, new_encoder_config, save_as_conditioner
-from diffusers_dino.cli.record import write_record_and_card
 from diffusers_dino.cli.run import Run, open_run
 from diffusers_dino.cli.training_flags import (
     AugmentationArguments,
@@ -101,16 +100,13 @@ def train(args: Arguments, opened: Run) -> None:
                 accelerator.backward(loss)
             losses.append(loss.detach())
         run.update(losses, batches[-1]["key"])
-    if run.step < run.total:
-        logger.info(f"Stopped after {run.step} updates. Go on with --resume_from_checkpoint=latest.")
-    elif accelerator.is_main_process:
+    if run.step == run.total and accelerator.is_main_process:
         explained = explained_variance(args, network.eval(), teacher, unseen, region_scale)
         shares = ", ".join(f"{share:.2f} of the {part}" for part, share in explained.items())
         logger.info(f"Of the teacher's variance on {len(unseen)} images to look at, the student explains {shares}")
         Path(args.output_dir, "explained_variance.json").write_text(json.dumps(explained, indent=1))
         save_as_conditioner(args, network.encoder, images, args.resolution)
-        name = Path(args.output_dir).resolve().name
-        write_record_and_card(args, name, len(images), run.step, [args.teacher], opened.history)
+        run.write_card(args.teacher)
     accelerator.end_training()
 
 

@@ -25,7 +25,6 @@ from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from diffusers_dino.cli.arguments import flag, parse_arguments
 from diffusers_dino.cli.new_encoder import NewEncoderArguments, new_encoder_config, save_as_conditioner
-from diffusers_dino.cli.record import write_record_and_card
 from diffusers_dino.cli.run import Run, open_run
 from diffusers_dino.cli.training_flags import ImageArguments, RunArguments, open_training_images
 from diffusers_dino.cli.training_run import TrainingRun
@@ -130,16 +129,12 @@ def train(args: Arguments, opened: Run) -> None:
         update_teacher(teacher, accelerator.unwrap_model(run.model), momentum)
         if args.diagnosis_steps and run.step % args.diagnosis_steps == 0:
             diagnose(args, teacher, images, run.step)
-    if run.step < run.total:
-        logger.info(f"Stopped after {run.step} updates. Go on with --resume_from_checkpoint=latest.")
-    else:
+    if run.step == run.total:
         diagnosis = diagnose(args, teacher, images, run.step)
         if accelerator.is_main_process:
             Path(args.output_dir, "diagnosis.json").write_text(json.dumps(diagnosis, indent=1))
             save_as_conditioner(args, teacher.encoder, images, large.size)
-            base_models = [args.pretrained_model_name_or_path]
-            name = Path(args.output_dir).resolve().name
-            write_record_and_card(args, name, len(images), run.step, base_models, opened.history)
+            run.write_card(args.pretrained_model_name_or_path)
     accelerator.end_training()
 
 

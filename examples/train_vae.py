@@ -23,7 +23,6 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from diffusers_dino.cli.arguments import flag, parse_arguments
-from diffusers_dino.cli.record import write_record_and_card
 from diffusers_dino.cli.run import Run, open_run
 from diffusers_dino.cli.training_flags import (
     AugmentationArguments,
@@ -115,12 +114,9 @@ def train(args: Arguments, opened: Run) -> None:
         run.update(losses, batches[-1]["key"])
         if args.validation_steps and run.step % args.validation_steps == 0 and accelerator.is_main_process:
             validate(args, vae, held_out, run.step)
-    if run.step < run.total:
-        logger.info(f"Stopped after {run.step} updates. Go on with --resume_from_checkpoint=latest.")
-    elif accelerator.is_main_process:
+    if run.step == run.total and accelerator.is_main_process:
         save_result(args, vae, images)
-        name = Path(args.output_dir).resolve().name
-        write_record_and_card(args, name, len(images), run.step, [args.vae], opened.history)
+        run.write_card(args.vae)
         validate(args, vae, held_out, run.step)
     accelerator.end_training()
 

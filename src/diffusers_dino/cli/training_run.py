@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +15,12 @@ from ..training.features import Views
 from ..training.optim import decay_matrices
 from ..training.state import ModelState
 from ..training.tally import Tally
+from .record import write_record_and_card
 from .run import Run
 
 __all__ = ["TrainingRun"]
+
+logger = logging.getLogger("diffusers_dino")
 
 
 class TrainingRun:
@@ -84,6 +89,8 @@ class TrainingRun:
             if self._tally.stop or self._tally.save or self._is_checkpoint(self.step):
                 self.run.save(self._state, self.step, self._position)
         self.progress.close()
+        if self.step < self.total:
+            logger.info(f"Stopped after {self.step} updates. Go on with --resume_from_checkpoint=latest.")
 
     def update(self, losses: list[Tensor], keys: list[str]) -> None:
         """Take one step of the optimizer with the gradients that are there, after the `losses` of all forward passes.
@@ -101,6 +108,11 @@ class TrainingRun:
         self.optimizer.zero_grad()
         for update in known:
             self.progress.update(update.loss, update.lr)
+
+    def write_card(self, *base_models: str | None) -> None:
+        """Write the record and the card of the finished model; `base_models` are what it was made from, or None."""
+        name, num_images = Path(self.args.output_dir).resolve().name, len(self.views.images)
+        write_record_and_card(self.args, name, num_images, self.step, base_models, self.run.history)
 
     def _is_checkpoint(self, step: int) -> bool:
         return self.args.checkpointing_steps > 0 and step % self.args.checkpointing_steps == 0
