@@ -22,9 +22,6 @@ STOCHASTIC = [
     ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
     ("DPMSolverSDEScheduler", {}),
 ]
-DETERMINISTIC = [n for n in SCHEDULERS if n not in {name for name, overrides in STOCHASTIC if not overrides}] + [
-    "DDIMScheduler"  # at its default of eta = 0
-]
 
 
 def pipeline_with(name, **overrides):

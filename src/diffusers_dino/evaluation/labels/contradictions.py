@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +27,6 @@ __all__ = ["FilterResult", "FilteredLabel", "filter_by_judge", "format_filter_ta
 
 KEPT = "kept.csv"
 DROPPED = "dropped.csv"
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

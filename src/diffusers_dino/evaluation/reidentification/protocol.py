@@ -13,7 +13,6 @@ person is.
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,8 +33,6 @@ from ..results import JsonResult
 from .network import SiameseNetwork, prepare, train_siamese
 
 __all__ = ["FEWEST_PATIENTS", "PairFigures", "PairScore", "ReidentificationResult", "evaluate_reidentification"]
-
-logger = logging.getLogger(__name__)
 
 FEWEST_PATIENTS = 30
 _FALSE_ALARMS = 0.01

@@ -197,7 +197,7 @@ def evaluate_suite(
             features=extractor.spec,
             size=synthetic.images.preprocessing.size,
             seed=settings.seed,
-            answers=answers_of(**results, reasons=reasons, sources_known=sources is not None),
+            answers=answers_of(**results, reasons=reasons),
             **results,
         )
         result.save(folder / "suite.json")

@@ -67,7 +67,6 @@ def answers_of(
     membership: MembershipResult | None,
     transfer: TransferResult | None,
     reasons: Mapping[str, str],
-    sources_known: bool,
 ) -> tuple[Answer, ...]:
     """An answer to each question, from what its protocol found, or from the reason why it was not asked."""
     found = {

@@ -8,7 +8,6 @@ tested on the other, which is the control of both. Any labelled images can be as
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +28,6 @@ from ..packed import PackedImages, at_size, pack_images
 from ..results import JsonResult
 
 __all__ = ["Bounded", "LabelTransfer", "TransferResult", "common_labels", "evaluate_transfer"]
-
-logger = logging.getLogger(__name__)
 
 _HALVES, _SHUFFLES = 2, 200
 
