@@ -1,4 +1,4 @@
-"""`diffusers-dino cache` and training from what it makes, as a user runs them."""
+"""`diffusers-dino cache` and training from what it makes, in this process and as others."""
 
 import json
 import signal
@@ -10,6 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+import forks
 import scripts
 from scripts import losses
 
@@ -68,16 +69,16 @@ def test_two_processes_or_a_kill_change_no_byte(config, tmp_path):
     folders = {processes: tmp_path / f"{processes}" for processes in (1, 2)}
     for processes, folder in folders.items():
         options = {"processes": processes, "threads": 1}
-        scripts.run_script("cache", config, **options, **flags, feature_cache=folder)
+        forks.run_script("cache", config, **options, **flags, feature_cache=folder)
     whole = contents(folders[1])
     assert contents(folders[2]) == whole
     assert [shard["samples"] for shard in json.loads(whole["manifest.json"])["shards"]] == [4, 4, 4]
 
     cut = tmp_path / "cut"
-    process = scripts.start_script("cache", config, threads=1, **flags, feature_cache=cut)
+    process = forks.start_script("cache", config, threads=1, **flags, feature_cache=cut)
     while process.poll() is None and not list(cut.glob("features-*")):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    scripts.run_script("cache", config, threads=1, **flags, feature_cache=cut)
+    forks.run_script("cache", config, threads=1, **flags, feature_cache=cut)
     assert contents(cut) == whole

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import forks
 import scripts
 import tiny
 from diffusers_dino.data import Preprocessing, open_images
@@ -75,7 +76,7 @@ def test_a_killed_experiment_continues_and_ends_as_one_that_was_not(flags, tmp_p
     assert {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()} == before
 
     flags["output_dir"] = tmp_path / "killed"
-    process = scripts.start_script("evaluate augmentation", **{**flags, "num_workers": 1})
+    process = forks.start_script("evaluate augmentation", **{**flags, "num_workers": 1})
     cells = tmp_path / "killed" / "cells"
     deadline = time.monotonic() + 500
     while len(list(cells.glob("*.safetensors"))) < 3:

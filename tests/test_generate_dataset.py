@@ -15,7 +15,8 @@ import tiny
 from diffusers_dino.data import Preprocessing, open_images, verify_shards
 from diffusers_dino.data.labels import stored_labels
 from diffusers_dino.synthesis import SynthesisError, SyntheticSet, load_plan
-from scripts import call_script, command_line, image_folder, run_script, start_script
+from forks import run_script
+from scripts import call_script, command_line, image_folder, start_script
 from shard_files import write_shards
 
 SCRIPT = "synthesise"

@@ -8,15 +8,11 @@ import pytest
 from pages import REPOSITORY
 
 
-def modules_after(statement: str) -> set[str]:
-    """Names of all modules that a fresh interpreter has loaded."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", f"{statement}\nimport sys\nprint(*sys.modules)"],
-        capture_output=True,
-        text=True,
-    )
+def run_python(code: str) -> str:
+    """What a fresh interpreter prints."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return set(done.stdout.split())
+    return done.stdout
 
 
 def test_imports_run_downward():
@@ -39,28 +35,36 @@ def test_imports_run_downward():
 
 
 def test_the_package_itself_imports_nothing():
-    assert not {"torch", "diffusers", "transformers", "numpy"} & modules_after("import diffusers_dino")
+    loaded = run_python("import diffusers_dino, sys; print(*sys.modules)").split()
+    assert not {"torch", "diffusers", "transformers", "numpy"} & set(loaded)
 
 
-@pytest.mark.parametrize("module", ["diffusers_dino", "diffusers_dino.conditioner"])
-def test_using_a_name_registers_the_package(module):
-    table = "from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES as table"
-    modules_after(f"from {module} import DinoImageConditioner\n{table}\nassert 'diffusers_dino' in table")
+# After Stable Diffusion's pipeline: each way to import from us, in a fork of its own, then what all of ours brings.
+ON_TOP_OF_DIFFUSERS = """
+import os
+import sys
+from diffusers import StableDiffusionPipeline
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+
+assert "diffusers_dino" not in LOADABLE_CLASSES
+for module in ("diffusers_dino", "diffusers_dino.conditioner"):
+    if (child := os.fork()) == 0:
+        exec(f"from {module} import DinoImageConditioner")
+        os._exit("diffusers_dino" not in LOADABLE_CLASSES)
+    assert os.waitpid(child, 0)[1] == 0, f"{module} does not register the package"
+before = set(sys.modules)
+from diffusers_dino import DinoDiffusionPipeline, DinoInterpolationPipeline, DiffSegPipeline
+print(*(set(sys.modules) - before))
+"""
 
 
-@pytest.fixture(scope="module")
-def diffusers_own():
-    return modules_after("from diffusers import StableDiffusionPipeline")
-
-
-def test_pipelines_import_no_package_that_diffusers_does_not(diffusers_own):
+def test_using_a_name_registers_the_package_and_imports_no_package_that_diffusers_does_not():
     """Only our own modules, and of transformers the encoders, come on top of Stable Diffusion's pipeline."""
-    statement = "from diffusers_dino import DinoDiffusionPipeline, DinoInterpolationPipeline, DiffSegPipeline"
-    ours = modules_after(statement)
-    assert "diffusers_dino.pipelines" in ours
-    packages = {name.split(".")[0] for name in ours - diffusers_own}
+    new = set(run_python(ON_TOP_OF_DIFFUSERS).split())
+    assert "diffusers_dino.pipelines" in new
+    packages = {name.split(".")[0] for name in new}
     assert packages <= {"diffusers_dino", "diffusers", "transformers"} | set(sys.stdlib_module_names)
-    new = {name for name in ours - diffusers_own if name.split(".")[0] == "transformers"}
-    assert {name.split(".")[2] for name in new if name.count(".") > 1} <= {
+    encoders = {name for name in new if name.split(".")[0] == "transformers"}
+    assert {name.split(".")[2] for name in encoders if name.count(".") > 1} <= {
         *("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
     }

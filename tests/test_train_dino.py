@@ -18,6 +18,7 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 
+import forks
 import scripts
 import tiny
 from diffusers_dino import DinoDiffusionPipeline
@@ -350,7 +351,7 @@ def test_two_processes_equal_one_with_the_same_global_batch(flags, parts, tmp_pa
     flags |= {"validation_inference_steps": 2, "checkpointing_steps": 10, "use_ema": True}
     for processes in (1, 2):
         changes = {"train_batch_size": 8 // processes, "output_dir": tmp_path / f"{processes}"}
-        scripts.run_script("train_dino.py", processes=processes, threads=1, **{**flags, **changes})
+        forks.run_script("train_dino.py", processes=processes, threads=1, **{**flags, **changes})
     one, two = (losses(tmp_path / f"{processes}") for processes in (1, 2))
     assert len(one) == 20
     assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-4
@@ -363,7 +364,7 @@ def test_two_processes_equal_one_with_the_same_global_batch(flags, parts, tmp_pa
         crossed = tmp_path / f"{first} then {then}"
         shutil.copytree(tmp_path / f"{first}" / "checkpoint-10", crossed / "checkpoint-10")
         changes = {"train_batch_size": 8 // then, "output_dir": crossed, "resume_from_checkpoint": "latest"}
-        scripts.run_script("train_dino.py", processes=then, threads=1, **{**flags, **changes})
+        forks.run_script("train_dino.py", processes=then, threads=1, **{**flags, **changes})
         assert max(abs(a - b) for a, b in zip(one[10:], losses(crossed), strict=True)) < 1e-4
 
 
@@ -386,7 +387,7 @@ def test_result_is_pushed_with_its_card_and_nothing_else(flags, tmp_path):
     assert str(tmp_path).encode() not in pushed["README.md"]
 
 
-def wait_for_step(run: subprocess.Popen, folder: Path, step: int) -> None:
+def wait_for_step(run: subprocess.Popen | forks.Fork, folder: Path, step: int) -> None:
     log = folder / "train_log.jsonl"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and run.poll() is None:
@@ -416,7 +417,7 @@ def test_one_signal_to_one_process_makes_all_save_and_stop(flags, tmp_path):
 def test_sigterm_saves_a_checkpoint_and_stops(train, flags, tmp_path):
     options = {"max_train_steps": 60}
     cut = tmp_path / "cut"
-    run = scripts.start_script("train_dino.py", **{**flags, **options, "output_dir": cut})
+    run = forks.start_script("train_dino.py", **{**flags, **options, "output_dir": cut})
     wait_for_step(run, cut, 5)
     run.send_signal(signal.SIGTERM)
     output, _ = run.communicate(timeout=60)

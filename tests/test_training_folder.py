@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+import forks
 import scripts
 import tiny
 from diffusers_dino import DinoDiffusionPipeline
@@ -364,7 +365,7 @@ def test_the_papers_recipe_trains_without_validation_images(settings, train, tmp
     assert json.loads((out / "training_record.json").read_text())["facts"]["training images"] == 14
 
 
-def wait_for(path: Path, run: subprocess.Popen) -> None:
+def wait_for(path: Path, run: forks.Fork) -> None:
     deadline = time.monotonic() + 120
     while not path.exists() and time.monotonic() < deadline:
         assert run.poll() is None, run.communicate()[0]
@@ -374,7 +375,7 @@ def wait_for(path: Path, run: subprocess.Popen) -> None:
 @pytest.mark.slow
 def test_two_processes_in_one_folder_and_a_lock_that_dies_with_its_holder(settings, tmp_path):
     flags = {**settings, "output_dir": tmp_path / "out", "max_train_steps": 10_000, "dataloader_num_workers": 2}
-    run = scripts.start_script("train_dino.py", **flags)
+    run = forks.start_script("train_dino.py", **flags)
     wait_for(tmp_path / "out" / "checkpoint-1", run)
     for changes in ({}, {"resume_from_checkpoint": "latest"}, {"overwrite_output_dir": True}):
         with pytest.raises(ValueError, match="Another run is at work in"):

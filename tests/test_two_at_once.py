@@ -1,6 +1,5 @@
 """Each command that fills a folder is refused where another process is at work, before it has changed anything."""
 
-import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -14,13 +13,11 @@ from PIL import Image
 import tiny
 from checkpoints import save_transformers
 from diffusers_dino.cli import COMMANDS
+from forks import PROCESSES
 from scripts import EXAMPLES, TOY_CLASSIFIER, call_script, image_folder, tiny_training
 
 fcntl = pytest.importorskip("fcntl")
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux")
-# All first processes are forks of one that has imported what they need.
-PROCESSES = multiprocessing.get_context("forkserver" if sys.platform == "linux" else None)
-PROCESSES.set_forkserver_preload([f"diffusers_dino.cli.{command.module}" for command in COMMANDS.values()])
 
 
 @pytest.fixture(scope="module")

@@ -56,6 +56,14 @@ def tiny_unet(**overrides: Any) -> UNet2DConditionModel:
         return UNet2DConditionModel(**{**config, **overrides}).eval()
 
 
+# Half of that UNet, for what compiles it: seconds of a compiler go by layers.
+ONE_LEVEL = {
+    "block_out_channels": (16,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+    "mid_block_type": None,
+}
+
 _TRANSFORMERS = {  # two blocks, 8 x 8 latents of 4 channels in patches of 2
     "sd3": {
         "_class_name": "SD3Transformer2DModel",

@@ -7,8 +7,9 @@ import pytest
 from pages import REPOSITORY, blocks, name_of, pages
 
 LANGUAGES = {"python", "bash", "yaml", "json", "text", "bibtex", "mermaid"}
-# Its blocks upload and download: `tests/test_hub_publish.py` runs them against a Hub on loopback.
-RUN_ELSEWHERE = {"docs/publish.md"}
+# The one's blocks upload and download: `tests/test_hub_publish.py` runs them against a Hub on loopback. Those of the
+# other are run by `tests/run_wheel.py`, with the wheel.
+RUN_ELSEWHERE = {"docs/publish.md", "README.md"}
 PAGES = [page for page in pages() if name_of(page) not in RUN_ELSEWHERE and any(blocks(page, "python"))]
 EXAMPLES = [path for path in sorted(REPOSITORY.glob("src/**/pipeline_*.py")) if any(blocks(path, "python"))]
 

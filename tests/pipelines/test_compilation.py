@@ -12,13 +12,6 @@ from diffusers_dino.denoisers import family_of
 from diffusers_dino.pipelines import compilation, deep_cache
 from diffusers_dino.pipelines.compilation import compile_denoiser, compile_pipeline, compiler_problem
 
-ONE_LEVEL = {
-    "block_out_channels": (16,),
-    "down_block_types": ("CrossAttnDownBlock2D",),
-    "up_block_types": ("CrossAttnUpBlock2D",),
-    "mid_block_type": None,
-}
-
 
 def gradients(model, denoiser, batch_size=2):
     """What a training step makes of a batch: the loss, and all gradients."""
@@ -45,7 +38,7 @@ def test_a_training_step_is_one_graph_for_batches_of_any_size(accelerator):
     """Batches of a second size give a graph for all."""
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
-    denoiser = tiny.tiny_unet(**ONE_LEVEL).train()
+    denoiser = tiny.tiny_unet(**tiny.ONE_LEVEL).train()
     model = accelerator.prepare(denoiser)
     expected = [gradients(model, denoiser, batch_size) for batch_size in (2, 3, 4)]
     assert compile_denoiser(denoiser, fullgraph=True, backend="eager")
@@ -59,7 +52,7 @@ def test_a_training_step_is_one_graph_for_batches_of_any_size(accelerator):
 @pytest.mark.parametrize("whole", [True, False])
 def test_compiled_gradients_are_the_eager_ones(whole):
     torch.compiler.reset()
-    denoiser = tiny.tiny_unet().train()
+    denoiser = tiny.tiny_unet(**tiny.ONE_LEVEL).train()
     expected = gradients(denoiser, denoiser)
     denoiser.to(memory_format=torch.channels_last)
     assert compile_denoiser(denoiser, whole, fullgraph=True)
@@ -77,7 +70,8 @@ def test_large_denoisers_are_compiled_by_blocks(monkeypatch):
 
 
 @pytest.mark.slow
-def test_pipelines_sample_the_same_images_in_one_graph(pipe, images):
+def test_pipelines_sample_the_same_images_in_one_graph(images):
+    pipe = tiny.tiny_pipeline(unet=tiny.tiny_unet(**tiny.ONE_LEVEL))
     expected = tiny.generate(pipe, images[:2])
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()

@@ -178,12 +178,6 @@ def test_components_may_differ_in_precision(pipe, images):
     assert generate(pipe, images, output_type="latent").dtype == torch.bfloat16
 
 
-def test_the_unet_may_be_compiled(pipe, images):
-    plain = generate(pipe, images)
-    pipe.unet = torch.compile(pipe.unet, backend="eager")
-    np.testing.assert_allclose(generate(pipe, images), plain, atol=1e-5)
-
-
 def test_no_step_records_a_graph(pipe, images):
     assert not generate(pipe, images, output_type="latent").requires_grad
 
