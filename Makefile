@@ -7,6 +7,9 @@ SOURCES := src tests examples benchmarks
 # 0 runs them in one, with its output as it comes.
 TEST_WORKERS ?= 3
 
+# Commands that are started many times keep what Python has compiled of them.
+export PYTHONDONTWRITEBYTECODE :=
+
 # Threads that wait sleep: those that spin stand still on busy cores (docs/speed.md).
 export OMP_WAIT_POLICY ?= PASSIVE
 

@@ -81,9 +81,18 @@ def test_a_notebook_finds_the_repository(path, folder, clone, monkeypatch):
     assert clone in names["OUTPUT"].parents
 
 
-def execute(name: str, folder: Path) -> tuple[str, int]:
-    """Run a notebook with `folder` as the current one. Returns what it printed, and how many pictures it showed."""
+def execute(name: str, folder: Path, **constants: object) -> tuple[str, int]:
+    """Run a notebook with `folder` as the current one, and other values of some constants of its first cell.
+
+    Returns what it printed, and how many pictures it showed.
+    """
     notebook = nbformat.read(EXAMPLES / f"notebooks/{name}.ipynb", as_version=4)
+    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    for constant, value in constants.items():
+        first.source, count = re.subn(
+            rf"^({constant} =) [^#\n]*", rf"\g<1> {value}  ", first.source, flags=re.MULTILINE
+        )
+        assert count == 1
     resources = {"metadata": {"path": str(folder)}}
     NotebookClient(notebook, timeout=400, kernel_name="python3", resources=resources).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
@@ -93,7 +102,7 @@ def execute(name: str, folder: Path) -> tuple[str, int]:
 
 @pytest.mark.slow
 def test_the_first_hour(clone):
-    printed, pictures = execute("first_hour", clone / "examples/notebooks")
+    printed, pictures = execute("first_hour", clone / "examples/notebooks", NUM_STEPS=10)
     results = clone / "outputs/first_hour"
     assert pictures == 9
     assert (results / "lora/pytorch_lora_weights.safetensors").is_file()
@@ -116,7 +125,7 @@ def test_the_first_hour(clone):
 
 @pytest.mark.slow
 def test_from_dicom_to_a_segmentation(clone):
-    printed, pictures = execute("dicom_to_segmentation", clone)
+    printed, pictures = execute("dicom_to_segmentation", clone, TIMESTEPS=(1, 300))
     results = clone / "outputs/dicom_to_segmentation"
     assert pictures == 5
     assert "dicom   129 of 129 names" in printed  # the search finds what is there

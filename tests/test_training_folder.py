@@ -29,8 +29,9 @@ from scripts import losses
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory) -> dict:
-    """Flags that name tiny models and 16 images."""
+    """Flags that name tiny models and 16 images; the UNet is half of the others', as many runs are compared."""
     flags = scripts.tiny_training(tmp_path_factory.mktemp("parts"), count=16)
+    tiny.tiny_unet(**tiny.ONE_LEVEL).save_config(flags["unet_config"])
     return {**flags, "max_train_steps": 2, "checkpointing_steps": 1}
 
 
@@ -42,6 +43,31 @@ def train(settings, tmp_path):
         return Path(flags["output_dir"])
 
     return run
+
+
+@pytest.fixture(scope="module")
+def finished(settings, tmp_path_factory) -> Path:
+    """A run to copy: of two updates, with a checkpoint of each."""
+    folder = tmp_path_factory.mktemp("finished") / "out"
+    scripts.call_script("train_dino.py", **{**settings, "output_dir": folder})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def begun(settings, tmp_path_factory) -> Path:
+    """A run to copy, of one update."""
+    folder = tmp_path_factory.mktemp("begun") / "out"
+    scripts.call_script("train_dino.py", **{**settings, "max_train_steps": 1, "output_dir": folder})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gone_on(settings, begun) -> Path:
+    """The same after three updates, with the settings that it was begun with."""
+    folder = shutil.copytree(begun, begun.with_name("gone on"))
+    flags = {**settings, "max_train_steps": 3, "resume_from_checkpoint": "latest", "output_dir": folder}
+    scripts.call_script("train_dino.py", **flags)
+    return folder
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -172,12 +198,10 @@ def test_a_checkpoint_of_elsewhere_begins_a_run_of_its_own(train, tmp_path):
         ({"train_batch_size": 2}, "train batch size 4 to 2"),
     ],
 )
-def test_what_is_asked_for_on_resuming_is_taken_up_and_told(train, changes, named):
-    folder = train(max_train_steps=1)
-    begun = (folder / "train_log.jsonl").read_text()
-    shutil.copytree(folder, folder.with_name("as before"))
+def test_what_is_asked_for_on_resuming_is_taken_up_and_told(train, begun, gone_on, tmp_path, changes, named):
+    shutil.copytree(begun, tmp_path / "out")
     folder = train(**{"resume_from_checkpoint": "latest", "max_train_steps": 3, **changes})
-    assert (folder / "train_log.jsonl").read_text().startswith(begun)
+    assert (folder / "train_log.jsonl").read_text().startswith((begun / "train_log.jsonl").read_text())
     told = json.loads((folder / "training_record.json").read_text())["facts"]["changed on resuming"]
     assert told.startswith(f"after 1 updates: {named}")
     assert told.split(": ")[1].split(",")[0] in (folder / "README.md").read_text()
@@ -186,8 +210,7 @@ def test_what_is_asked_for_on_resuming_is_taken_up_and_told(train, changes, name
         assert rates == [1e-3, 1e-4, 1e-4]
     if "lr_scheduler" in changes:
         assert rates[1:] == pytest.approx([1e-3 * (8 - step) / 8 for step in range(1, 8)])
-    as_before = train(resume_from_checkpoint="latest", max_train_steps=3, output_dir=folder.with_name("as before"))
-    assert contents(folder / "unet") != contents(as_before / "unet")
+    assert contents(folder / "unet") != contents(gone_on / "unet")
 
 
 def test_a_longer_run_says_that_it_was_prolonged_only_once(train):
@@ -215,7 +238,7 @@ def test_a_longer_run_says_that_it_was_prolonged_only_once(train):
         ({"use_8bit_adam": True}, "use_8bit_adam was False, is True"),
     ],
 )
-def test_what_cannot_change_on_resuming_is_refused_by_name(train, tmp_path, changes, named):
+def test_what_cannot_change_on_resuming_is_refused_by_name(train, finished, tmp_path, changes, named):
     if changes.get("use_8bit_adam"):
         pytest.importorskip("bitsandbytes")
     images = scripts.image_folder(tmp_path / "other", 17, size=40)  # of the same names
@@ -226,7 +249,7 @@ def test_what_cannot_change_on_resuming_is_refused_by_name(train, tmp_path, chan
     (tmp_path / "fewer" / "015.png").unlink()
     tiny.tiny_vae(scaling_factor=0.7).save_pretrained(tmp_path / "vae")
     tiny.tiny_unet().save_pretrained(tmp_path / "unet")
-    folder = train()
+    folder = shutil.copytree(finished, tmp_path / "out")
     before = everything(folder)
     files = {name: tmp_path / value for name, value in changes.items() if value in ("other", "fewer", "vae", "unet")}
     with pytest.raises(ValueError, match=named):
