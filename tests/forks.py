@@ -71,7 +71,7 @@ def start_script(
     environment: dict[str, str] | None = None,
     **flags: Any,
 ) -> Fork:
-    """Start a script of `examples/` or a command as `scripts.start_script` does, but for what is read on import."""
+    """Start a script, by its path or its name in `examples/`, or a command: as `scripts.start_script`, but for imports."""
     threads = str(threads or torch.get_num_threads())
     own = {"OMP_NUM_THREADS": threads, "ACCELERATE_USE_CPU": "true", **(environment or {})}
     return Fork(script, command_line(config, flags), {**os.environ, **own})
@@ -113,7 +113,7 @@ def _run(script: str, arguments: list[str], environment: dict[str, str], folder:
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     if script.endswith(".py"):
         sys.argv = [str(EXAMPLES / script), *arguments]
-        sys.path.insert(0, str(EXAMPLES))
+        sys.path.insert(0, str(Path(sys.argv[0]).parent))
         runpy.run_path(sys.argv[0], run_name="__main__")
     else:
         sys.argv = ["diffusers-dino", *script.split(), *arguments]

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
+import forks
 from diffusers_dino import DinoDiffusionPipeline
 from diffusers_dino.diffseg import noted_settings
 from diffusers_dino.evaluation import MemorizationResult, ReconstructionResult
@@ -20,11 +21,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_a_copy_alone_says_what_is_missing(tmp_path):
-    script = shutil.copy(ROOT / "examples" / "quickstart.py", tmp_path)
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
-    assert re.fullmatch(r"error: There is no .*/train_dino\.py\. .* in a clone\.", done.stderr.splitlines()[-1])
-    assert "Traceback" not in done.stderr
-    assert done.returncode == 1
+    started = forks.start_script(shutil.copy(ROOT / "examples" / "quickstart.py", tmp_path))
+    printed, _ = started.communicate()
+    assert re.fullmatch(r"error: There is no .*/train_dino\.py\. .* in a clone\.", printed.splitlines()[-1])
+    assert "Traceback" not in printed
+    assert started.returncode == 1
 
 
 @pytest.mark.slow

@@ -339,7 +339,7 @@ def test_a_copy_of_the_script_alone_trains(flags, tmp_path):
     scripts.run_script(script, **{**flags, "max_train_steps": 2})
     assert len(losses(tmp_path / "out")) == 2
     DinoDiffusionPipeline.from_pretrained(tmp_path / "out")
-    refused = scripts.start_script(script, tmp_path / "nowhere.yaml", **flags)
+    refused = forks.start_script(script, tmp_path / "nowhere.yaml", **flags)
     output, _ = refused.communicate(timeout=60)
     assert refused.returncode == 2
     assert f"train_dino.py: error: cannot read the config {tmp_path / 'nowhere.yaml'}: " in output
