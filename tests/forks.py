@@ -71,7 +71,7 @@ def start_script(
     environment: dict[str, str] | None = None,
     **flags: Any,
 ) -> Fork:
-    """Start a script, by its path or its name in `examples/`, or a command, with as many threads as this process has."""
+    """Start a script, by its path or its name in `examples/`, or a command, with as many threads as this process."""
     threads = str(threads or torch.get_num_threads())
     own = {"OMP_NUM_THREADS": threads, "ACCELERATE_USE_CPU": "true", **(environment or {})}
     return Fork(script, command_line(config, flags), {**os.environ, **own})
