@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
+from functools import cache
 from typing import Any
 
 import diffusers
@@ -176,6 +178,16 @@ def tiny_encoder(**overrides: Any) -> Dinov2WithRegistersModel:
 
 def tiny_conditioner(**options: Any) -> diffusers_dino.DinoImageConditioner:
     """A conditioner on `tiny_encoder`: by default 5 global tokens of width 32."""
+    return _build_conditioner(**options) if options else deepcopy(_plain_conditioner())
+
+
+@cache
+def _plain_conditioner() -> diffusers_dino.DinoImageConditioner:
+    """What a thousand tests begin with: a copy takes an eighth of the time."""
+    return _build_conditioner()
+
+
+def _build_conditioner(**options: Any) -> diffusers_dino.DinoImageConditioner:
     preprocessing = {"size": IMAGE_SIZE, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
     return diffusers_dino.DinoImageConditioner.from_model(tiny_encoder(), **{**preprocessing, **options})
 
