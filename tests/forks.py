@@ -111,6 +111,7 @@ def _run(script: str, arguments: list[str], environment: dict[str, str], folder:
     os.environ.update(environment)
     os.chdir(folder)
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    multiprocessing.set_start_method(None, force=True)  # Python's own, as in a process that nothing has started
     if script.endswith(".py"):
         sys.argv = [str(EXAMPLES / script), *arguments]
         sys.path.insert(0, str(Path(sys.argv[0]).parent))

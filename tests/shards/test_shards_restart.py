@@ -19,9 +19,8 @@ from diffusers_dino.data import Preprocessing
 from diffusers_dino.data.images.encoding import Encoding
 from diffusers_dino.data.sharding import PlanRule, make_shards
 from diffusers_dino.data.splits import SplitRule
-from forks import run_script
 from kills import Killed, killed_before, kills
-from scripts import EXAMPLES, call_script, losses
+from scripts import EXAMPLES, call_script, losses, run_script
 from shard_runs import SALT, content, keys_of, picture
 
 ROOT = EXAMPLES.parent
