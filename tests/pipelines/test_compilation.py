@@ -101,10 +101,10 @@ def test_without_a_compiler_it_stays_eager_with_one_warning(pipe, caplog):
 @pytest.mark.slow
 def test_a_compiler_that_is_not_there_is_told(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/nonexistent/g++"))
-    monkeypatch.setattr(torch._inductor.config, "fx_graph_cache", False)
     torch.compiler.reset()
-    assert "/nonexistent/g++" in compiler_problem("cpu")
+    # monkeypatch would leave these settings deleted
+    with torch._inductor.config.patch({"cpp.cxx": (None, "/nonexistent/g++"), "fx_graph_cache": False}):
+        assert "/nonexistent/g++" in compiler_problem("cpu")
     torch.compiler.reset()
 
 
