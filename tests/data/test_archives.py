@@ -109,6 +109,14 @@ def test_every_flipped_or_missing_byte_of_an_index_is_refused_or_harmless(tmp_pa
     assert refused > 200
 
 
+def test_an_index_that_says_it_is_encrypted_is_refused(tmp_path):
+    path = write_tar(tmp_path / "x.tar", {"k.png": b"abc"})
+    content = bytearray(write_index(path).read_bytes())
+    content[content.index(b"PK\x01\x02") + 8] ^= 1
+    with pytest.raises(ValueError, match="damaged"):
+        parse_index(bytes(content), path.stat().st_size)
+
+
 def test_what_follows_a_damaged_header_is_found(tmp_path):
     path = write_tar(tmp_path / "x.tar", {f"k{i}.png": encode(i) for i in range(6)})
     data = bytearray(path.read_bytes())

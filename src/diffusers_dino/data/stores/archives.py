@@ -183,7 +183,7 @@ def parse_index(content: bytes, tar_bytes: int) -> TarIndex:
             extensions = tuple(_read_array(archive, "extensions").tobytes().decode().split("\n"))
             columns = [_read_array(archive, name) for name in ("first_member", "kinds", "offsets", "sizes")]
         names = keys.to_bytes().decode().split("\n")[:-1]
-    except (ValueError, KeyError, TypeError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, TypeError, OSError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
         raise ValueError(f"it is damaged: {error}") from error
     if version != _FORMAT:
         raise ValueError(f"its format is {version}, not {_FORMAT}")
