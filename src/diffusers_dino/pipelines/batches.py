@@ -20,6 +20,6 @@ def in_batches(model: Callable[..., Tensor], batch_size: int | None, *rows: Tens
         return model(*rows)
     results = []
     for first in range(0, count, batch_size):
-        chosen = torch.arange(first, first + batch_size).clamp(max=count - 1)
-        results.append(model(*(tensor[chosen.to(tensor.device)] for tensor in rows)))
+        chosen = torch.arange(first, first + batch_size, device=rows[0].device).clamp(max=count - 1)
+        results.append(model(*(tensor[chosen] for tensor in rows)))
     return torch.cat(results)[:count]

@@ -259,6 +259,8 @@ class DinoDiffusionPipeline(
             raise ValueError("This pipeline has no unet or no scheduler; both are needed to generate.")
         if self.vae is None and output_type != "latent":
             raise ValueError(f"output_type={output_type!r} needs a VAE and this pipeline has none: ask for 'latent'.")
+        if self._fixed_batch is not None and has_cache(self.denoiser):
+            raise ValueError("A cache keeps features of a whole batch: disable_cache() or disable_fixed_batch().")
         check_scheduler(self.scheduler)
         check_number(0, 1, eta=eta)
         if "scale" in (cross_attention_kwargs or {}):  # another would stay in the layers after the call
@@ -299,8 +301,6 @@ class DinoDiffusionPipeline(
                 f"The {type(self.guider).__name__} of this pipeline has settings of its own: leave those of the call "
                 "at their defaults, or clear the guider by pipe.guider = None."
             )
-        if self._fixed_batch is not None and has_cache(self.denoiser):
-            raise ValueError("A cache keeps features of a whole batch: disable_cache() or disable_fixed_batch().")
         if self.guider is not None and has_cache(self.denoiser):
             raise ValueError(
                 "A guider asks the denoiser several times a step, which a cache mixes up: disable_cache()."
