@@ -19,9 +19,8 @@ from torch import Tensor
 from diffusers_dino import DiffSegPipeline, DinoImageConditioner
 from diffusers_dino.cli.arguments import flag, parse_arguments
 from diffusers_dino.data.sources.masks import open_masked_images
-from diffusers_dino.diffseg.clusters import fit_clusters
-from diffusers_dino.diffseg.lungs import name_lung_clusters
-from diffusers_dino.evaluation.table_text import markdown_table
+from diffusers_dino.diffseg.lungs import fit_lung_clusters
+from diffusers_dino.evaluation.table_text import markdown_table, with_interval
 from diffusers_dino.metrics.bootstrap import bootstrap_interval
 from diffusers_dino.metrics.dice import best_union, dice
 from diffusers_dino.pixels import with_channels
@@ -63,9 +62,8 @@ def main() -> None:
 def measure(pipe: DiffSegPipeline, features: list[Tensor], gray: Tensor, scored: Sequence, seed: int) -> list[str]:
     """Number of clusters, and Dice of the best pair and of what was named, of clusters of the first features."""
     count = len(features) - len(scored)
-    clusters = fit_clusters((each.float() for each in features[:count]), seed=seed)
-    assigned = torch.cat([clusters.assign(each.float()).argmax(dim=1) for each in features[:count]])
-    named = torch.tensor(name_lung_clusters(assigned, gray))
+    clusters = fit_lung_clusters(features[:count], gray, seed=seed)
+    named = torch.tensor(clusters.names["lungs"])
     best, by_name = [], []
     for each, sample in zip(features[count:], scored, strict=True):
         size = sample.mask.shape[-1]
@@ -84,8 +82,8 @@ def mean_mask_dice(fitted: list[Tensor], scored: list[Tensor]) -> list[float]:
 
 def estimate(values: list[float]) -> str:
     array = np.array(values)
-    low, high = bootstrap_interval(lambda rows: float(array[rows].mean()), len(array))
-    return f"{array.mean():.3f} [{low:.3f}, {high:.3f}]"
+    interval = bootstrap_interval(lambda rows: float(array[rows].mean()), len(array))
+    return with_interval(array.mean(), *interval, ".3f")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from diffusers_dino.data.labels import LabelTable, stored_labels
 from diffusers_dino.evaluation.augmentation.plans import FoldSplit, split_folds
 from diffusers_dino.evaluation.folds import assign_folds
 from diffusers_dino.evaluation.generation import embed_images, stack_images
-from diffusers_dino.evaluation.table_text import markdown_table
+from diffusers_dino.evaluation.table_text import markdown_table, with_interval
 from diffusers_dino.metrics import pixel_features
 from diffusers_dino.metrics.auroc import corrected_t_test, macro_auroc
 
@@ -103,7 +103,7 @@ def score(models: list[LogisticRegression], features: np.ndarray, targets: np.nd
 
 def tell(scores: list[float], num_folds: int) -> str:
     test = corrected_t_test(scores, num_folds)
-    return f"{test.mean:.3f} [{test.low:.3f}, {test.high:.3f}]"
+    return with_interval(test.mean, test.low, test.high, ".3f")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from diffusers_dino import DinoDiffusionPipeline, DinoImageConditioner, DinoPrio
 from diffusers_dino.cli.arguments import flag, parse_arguments
 from diffusers_dino.data import ImageDataset, Preprocessing, TrainingViews, open_images
 from diffusers_dino.data.labels import LabelTable, read_label_table, stored_labels
+from diffusers_dino.evaluation import table_text
 from diffusers_dino.evaluation.classifier import ClassifierSettings, LabelledImages, predict, train_classifier
 from diffusers_dino.evaluation.figures import new_figure
 from diffusers_dino.evaluation.generation import generate_variations, stack_images
@@ -177,10 +178,11 @@ def print_tokens(result: PriorResult) -> None:
     for row in result.rows:
         frechet, test, copies = "", "", ""
         if row.frechet is not None:
-            frechet = f"{row.frechet:.1f} [{row.frechet_low:.1f}, {row.frechet_high:.1f}]"
-            test = f"{row.two_sample:.2f} [{row.two_sample_low:.2f}, {row.two_sample_high:.2f}]"
+            frechet = table_text.with_interval(row.frechet, row.frechet_low, row.frechet_high, ".1f")
+            test = table_text.with_interval(row.two_sample, row.two_sample_low, row.two_sample_high, ".2f")
         if row.num_tokens:
-            copies = f"{row.copies:.1%} [{row.copies_low:.1%}, {row.copies_high:.1%}] of {row.num_tokens}"
+            share = table_text.with_interval(row.copies, row.copies_low, row.copies_high, ".1%")
+            copies = f"{share} of {row.num_tokens}"
         print(f"| {row.name} | {frechet} | {test} | {copies} |")
 
 
@@ -209,7 +211,7 @@ def judge_tokens(
 
 
 def print_interval(name: str, value: float, interval: Interval) -> None:
-    print(f"| {name} | {value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}] |", flush=True)
+    print(f"| {name} | {table_text.with_interval(value, *interval, '.3f')} |", flush=True)
 
 
 def with_interval(scores: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
@@ -267,7 +269,7 @@ def compare_images(args: Arguments, images: dict[str, Tensor], training: Tensor,
             warnings.simplefilter("ignore")
             estimate = estimate_frechet(each[:count], reference, Bootstrap(repeats=200, seed=args.seed))
         figures[name] = {"sets": values, "mean": float(np.mean(values)), "first set": asdict(estimate)}
-        first = f"{estimate.value:.1f} [{estimate.low:.1f}, {estimate.high:.1f}]"
+        first = table_text.with_interval(estimate.value, estimate.low, estimate.high, ".1f")
         print(f"| {name} | {np.mean(values):.1f} | first set {first} |")
     for name in ("asked", "anything"):
         figures[name]["ratio to reconstructions"] = figures[name]["mean"] / figures["reconstructions"]["mean"]

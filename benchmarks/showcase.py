@@ -21,7 +21,7 @@ from diffusers_dino.cli.training_flags import patients_of
 from diffusers_dino.data import ImageDataset, Preprocessing, open_images
 from diffusers_dino.evaluation import evaluate_memorization, evaluate_reconstruction
 from diffusers_dino.evaluation.generation import embed_images, generate_variations, stack_images
-from diffusers_dino.evaluation.table_text import markdown_table
+from diffusers_dino.evaluation.table_text import markdown_table, with_interval
 from diffusers_dino.files import make_writable_folder, write_json
 from diffusers_dino.metrics import extract_features, open_extractor
 from diffusers_dino.metrics.distances import frechet_of_samples
@@ -168,7 +168,7 @@ def search_copies(
         "copies of training images, at 1 % false alarms": result.synthetic,
         "the same of unseen images": result.held_out,
     }
-    rows = {name: f"{found.share:.1%} [{found.low:.1%}, {found.high:.1%}]" for name, found in figures.items()}
+    rows = {name: with_interval(found.share, found.low, found.high, ".1%") for name, found in figures.items()}
     return rows | {f"planted copies found, {planted.change}": f"{planted.found:.0%}" for planted in result.planted}
 
 

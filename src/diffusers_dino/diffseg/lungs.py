@@ -8,15 +8,19 @@ segments' own. Anything that is chosen with it must be compared with the prior b
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .clusters import FeatureClusters, fit_clusters
+
 __all__ = [
     "EllipsePrior",
     "NamedSegments",
+    "fit_lung_clusters",
     "lung_prior",
     "most_agreed",
     "name_lung_clusters",
@@ -155,3 +159,24 @@ def name_lung_clusters(
     lightness = torch.bincount(flat, weights=lighter.flatten().double().to(flat.device), minlength=len(area))
     named = ((inside > 0.5) & (lightness < 0)).nonzero()[:, 0].tolist()
     return tuple(named) or (int(torch.where(lightness < 0, inside, inside - 1).argmax()),)
+
+
+def fit_lung_clusters(
+    features: Sequence[Tensor],
+    images: Tensor,
+    num_clusters: int | Sequence[int] = range(4, 13),
+    *,
+    settings: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> FeatureClusters:
+    """Clusters of many radiographs' features, of which those that are lungs are named so; no mask is needed.
+
+    Args:
+        features: Batch by batch, `(B, D, h, w)`, of N images in all.
+        images: `(N, H, H)` gray, air dark; any range.
+
+    The other arguments are those of `fit_clusters`.
+    """
+    clusters = fit_clusters(features, num_clusters, settings=settings, seed=seed)
+    found = torch.cat([clusters.assign(batch.float()).argmax(dim=1).cpu() for batch in features])
+    return clusters.named("lungs", name_lung_clusters(found, images))

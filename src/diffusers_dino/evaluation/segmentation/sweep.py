@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from ...data import Preprocessing
 from ...data.sources.masks import MaskedImages
-from ...diffseg.clusters import FeatureClusters, fit_clusters
-from ...diffseg.lungs import name_lung_clusters
+from ...diffseg.clusters import FeatureClusters
+from ...diffseg.lungs import fit_lung_clusters
 from ...diffseg.settings import ALL_LAYERS, DiffSegSettings
 from ...files import atomic_write, make_writable_folder, remove_partials
 from ...fingerprints import fingerprint_pipeline, hash_of
@@ -370,9 +370,10 @@ def _fit_halves(
     clusters = []
     for half in (False, True):
         members = [index for index in range(len(images)) if halves[index] == half]
-        own = fit_clusters((features[i] for i in members), sweep.num_clusters, settings=settings, seed=sweep.seed)
-        found = torch.cat([own.assign(features[i].float()).argmax(dim=1).cpu() for i in members])
-        own = own.named("lungs", name_lung_clusters(found, torch.stack([gray[i] for i in members])))
+        shown = torch.stack([gray[i] for i in members])
+        own = fit_lung_clusters(
+            [features[i] for i in members], shown, sweep.num_clusters, settings=settings, seed=sweep.seed
+        )
         own.save(swept.folder / f"clusters-view-{view}-of-half-{int(half)}.safetensors")
         clusters.append(own)
     return clusters, features, clock.seconds(1)
