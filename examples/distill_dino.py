@@ -103,7 +103,7 @@ def train(args: Arguments, opened: Run) -> None:
     run = TrainingRun(opened, student, views, companions=(target,), teacher=teacher)
     logger.info(
         f"Distilling {sum(p.numel() for p in student.parameters() if p.requires_grad) / 1e6:.2f} M weights on "
-        f"{len(images)} images: {run.total} updates of {run.images_per_update} images"
+        f"{len(images)} images: {run.total} updates of {opened.images_per_update} images"
     )
 
     if run.total < 3 * (needed := round(args.teacher_steps / max(1 - args.target_decay, 1e-3))):

@@ -88,7 +88,7 @@ def train(args: Arguments, opened: Run) -> None:
     region_scale = scale_of_regions(run.views.targets, side).to(accelerator.device)
     logger.info(
         f"Training {sum(p.numel() for p in network.encoder.parameters()) / 1e6:.2f} M weights on {len(images)} "
-        f"images, {len(unseen)} held out: {run.total} updates of {run.images_per_update} images"
+        f"images, {len(unseen)} held out: {run.total} updates of {opened.images_per_update} images"
     )
     for batches in run.updates():
         losses = []

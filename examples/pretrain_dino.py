@@ -98,7 +98,7 @@ def train(args: Arguments, opened: Run) -> None:
     run = TrainingRun(opened, student, views, companions=(teacher,), encoder=begun)
     logger.info(
         f"Training {sum(p.numel() for p in teacher.encoder.parameters()) / 1e6:.2f} M weights on {len(images)} "
-        f"images: {run.total} updates of {run.images_per_update} images"
+        f"images: {run.total} updates of {opened.images_per_update} images"
     )
 
     def compute_loss(pixels: Tensor, generator: torch.Generator) -> Tensor:

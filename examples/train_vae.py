@@ -97,7 +97,7 @@ def train(args: Arguments, opened: Run) -> None:
     run = TrainingRun(opened, AutoencodingNetwork(vae), views, vae=begun)
     logger.info(
         f"Training {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M weights on {len(images)} images, "
-        f"{len(held_out)} held out: {run.total} updates of {run.images_per_update} images"
+        f"{len(held_out)} held out: {run.total} updates of {opened.images_per_update} images"
     )
     for batches in run.updates():
         losses = []

@@ -36,7 +36,6 @@ class TrainingRun:
     Attributes:
         model: The prepared model.
         step, total: Updates done so far, and of the whole run.
-        images_per_update: Over all processes and accumulated batches.
 
     Raises:
         ValueError: An update would need more images than there are.
@@ -52,10 +51,9 @@ class TrainingRun:
     ) -> None:
         args, accelerator = run.args, run.accelerator
         passes = args.gradient_accumulation_steps
-        self.images_per_update = run.images_per_update
-        if self.images_per_update > len(views):
+        if run.images_per_update > len(views):
             raise ValueError(
-                f"One update needs {self.images_per_update} images ({accelerator.num_processes} processes x "
+                f"One update needs {run.images_per_update} images ({accelerator.num_processes} processes x "
                 f"{args.train_batch_size} x {passes} forward passes), but there are {len(views)}. Lower "
                 "--train_batch_size or --gradient_accumulation_steps."
             )
@@ -100,7 +98,7 @@ class TrainingRun:
         """
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
         lr = self.lr_scheduler.get_last_lr()[0]
-        self.step, self._position = self.step + 1, self._position + self.images_per_update
+        self.step, self._position = self.step + 1, self._position + self.run.images_per_update
         at_once = self._is_checkpoint(self.step) or self.step == self.total
         known = self._tally.note(self.step, torch.stack(losses).mean(), norm, lr, keys, at_once)
         self.optimizer.step()

@@ -42,9 +42,7 @@ def variations_tab(
         sampling = tasks.SamplerSettings(steps, guidance, seed, scheduler)
         made = tasks.vary(pipe, chosen(image), count, sampling, on_step)
         on_step(1)
-        files = {f"variation_seed_{number}": picture for number, picture in enumerate(made, seed)}
-        shown, facts = told(made, seed, known)
-        return shown, offered("variations.zip", tasks.archive(files, model, sampling, task="variations", **facts))
+        return shown_and_offered(made, "variation", "variations.zip", model, sampling, known, task="variations")
 
     run.click(make, [image, count, *sampling], [gallery, download], **ONE_AT_A_TIME)
     return {gallery: None, download: NOT_YET}
@@ -60,6 +58,22 @@ def gallery_of(name: str, label: str, known: TrainingImages | None) -> gr.Galler
             elem_classes="note",
         )
     return gallery
+
+
+def shown_and_offered(
+    made: Sequence[Image.Image],
+    picture_name: str,
+    archive_name: str,
+    model: str,
+    sampling: tasks.SamplerSettings,
+    known: TrainingImages | None,
+    task: str,
+    **asked: Any,
+) -> tuple[list[tuple[Image.Image, str]], Any]:
+    """Generated images for their gallery, and the archive of them for its button."""
+    shown, nearness = told(made, sampling.seed, known)
+    files = {f"{picture_name}_seed_{number}": picture for number, picture in enumerate(made, sampling.seed)}
+    return shown, offered(archive_name, tasks.archive(files, model, sampling, task=task, **nearness, **asked))
 
 
 def told(
@@ -107,10 +121,8 @@ def findings_tab(
         sampling = tasks.SamplerSettings(steps, scale, seed, scheduler)
         made = tasks.draw(pipe, prior, present, absent, strength, count, sampling, on_step)
         on_step(1)
-        files = {f"drawn_seed_{number}": picture for number, picture in enumerate(made, seed)}
-        shown, facts = told(made, seed, known)
-        facts |= {"present": present, "absent": absent, "prior_guidance": strength}
-        return shown, offered("drawn.zip", tasks.archive(files, model, sampling, task="findings", **facts))
+        asked = {"present": present, "absent": absent, "prior_guidance": strength}
+        return shown_and_offered(made, "drawn", "drawn.zip", model, sampling, known, task="findings", **asked)
 
     run.click(make, [present, absent, strength, count, *sampling], [gallery, download], **ONE_AT_A_TIME)
 
