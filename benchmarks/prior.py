@@ -26,7 +26,7 @@ from diffusers_dino.data.labels import LabelTable, read_label_table, stored_labe
 from diffusers_dino.evaluation import table_text
 from diffusers_dino.evaluation.classifier import ClassifierSettings, LabelledImages, predict, train_classifier
 from diffusers_dino.evaluation.figures import new_figure
-from diffusers_dino.evaluation.generation import generate_variations, stack_images
+from diffusers_dino.evaluation.generation import embed_images, generate_variations, stack_images
 from diffusers_dino.evaluation.packed import PackedImages
 from diffusers_dino.evaluation.prior import PriorResult, evaluate_prior
 from diffusers_dino.files import make_writable_folder, write_json
@@ -131,16 +131,10 @@ def load(
         images = images.select(Path(keys).read_text().splitlines())
     table = stored_labels(images) if args.labels == "stored" else read_label_table(args.labels).select(images.keys)
     if cache is None:
-        return Real(images, table, embed(conditioner, images))
+        return Real(images, table, embed_images(conditioner, images))
     recipe = Recipe.of(None, conditioner, TrainingViews(images, None, args.seed), 0)
     views = open_feature_cache(cache, recipe, images, only_tokens=True)
     return Real(images, table, encode_tokens(views, FeatureEncoder(None, conditioner, "cpu"), range(len(images)))[0])
-
-
-def embed(conditioner: DinoImageConditioner, images: ImageDataset) -> Tensor:
-    """Condition tokens `(N, S, D)` of all images."""
-    blocks = torch.arange(len(images)).split(64)
-    return torch.cat([conditioner.encode([images[i]["image"] for i in rows.tolist()]) for rows in blocks])
 
 
 def condition_of(prior: DinoPriorPipeline, table: LabelTable) -> Condition:

@@ -24,11 +24,11 @@ from diffusers_dino import DinoImageConditioner, DinoPriorPipeline
 from diffusers_dino.cli.arguments import flag, parse_arguments
 from diffusers_dino.data import Preprocessing, open_images
 from diffusers_dino.data.labels import LabelTable, read_label_table
+from diffusers_dino.evaluation.generation import embed_images
 from diffusers_dino.files import make_writable_folder, write_json
 from diffusers_dino.metrics.auroc import label_auroc
 from diffusers_dino.metrics.bootstrap import bootstrap_samples, percentile_interval
 from diffusers_dino.seeds import generator_for
-from prior import embed
 
 TRAIN = Path(__file__).resolve().parents[1] / "examples" / "train_prior.py"
 
@@ -65,7 +65,7 @@ def main() -> None:
 
     def tokens_of(keys: list[str]) -> np.ndarray:
         selected = images.select(keys)
-        encoded = prior.prior.standardise(embed(conditioner, selected)).flatten(1).numpy()
+        encoded = prior.prior.standardise(embed_images(conditioner, selected)).flatten(1).numpy()
         places = {key: place for place, key in enumerate(selected.keys)}
         return encoded[[places[key] for key in keys]]
 

@@ -109,6 +109,10 @@ class LabelledImages(NamedTuple):
     rows: np.ndarray
     targets: np.ndarray
 
+    def select(self, chosen: np.ndarray) -> LabelledImages:
+        """Some of them, by their places `(n,)` or `(N,)` bool."""
+        return self._replace(rows=self.rows[chosen], targets=self.targets[chosen])
+
 
 class TrainedClassifier(NamedTuple):
     """A classifier in evaluation mode, the update that its weights are of, and its macro AUROC on validation images.
@@ -158,8 +162,7 @@ def train_classifier(
     highest macro AUROC, the earliest of equals; without them, or if no label has both classes among them, the last
     weights are taken. The weights at the start depend on nothing of the data but the number of labels.
 
-    Raises:
-        ValueError: If there is no image, a target is not in [0, 1], or validation images have soft labels.
+    ValueError if there is no image, a target is not in [0, 1], or validation images have soft labels.
     """
     targets = torch.from_numpy(np.concatenate([part.targets for part in train])).float()  # (N, L)
     if not len(targets):

@@ -69,10 +69,10 @@ def hold_out(targets: np.ndarray, groups: Sequence[Hashable], fraction: float, s
     return assign_folds(targets, groups, shares, seed) == 0
 
 
-def check_fraction(fraction: float) -> None:
-    """ValueError unless a fraction for validation is in [0, 0.5]."""
-    if not 0 <= fraction <= 0.5:
-        raise ValueError(f"validation_fraction is in [0, 0.5], got {fraction}.")
+def check_fraction(fraction: float, name: str = "validation_fraction") -> None:
+    """ValueError that names an argument unless it is in [0, 0.5]."""
+    if not 0 <= fraction <= 0.5:  # written so that a NaN does not pass
+        raise ValueError(f"{name} is in [0, 0.5], got {fraction}.")
 
 
 def _rarest(counts: np.ndarray) -> int:

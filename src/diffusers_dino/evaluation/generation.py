@@ -67,11 +67,7 @@ def load_models(
 ) -> Iterator[Model]:
     """Load pipelines, or checkpoints of a run, one after the other.
 
-    Args:
-        paths: Name and folder of each.
-        steps: Updates of those that are checkpoints, by name.
-        device: Where they compute.
-        dtype: Of their weights.
+    `paths` are the name and folder of each, `steps` the updates of those that are checkpoints, by name.
     """
     from ..training.models import load_trained_pipeline
 
@@ -104,7 +100,7 @@ def stack_readable(images: ImageDataset | Tensor) -> StackedImages:
         numbers = list(range(len(images)))
         return StackedImages(images, numbers, list(map(str, numbers)))
     places = {key: place for place, key in enumerate(images.keys)}
-    found = [{"key": key, "image": to_float(array)} for key, array in readable_images(images)]
+    found = list(_samples(images))
     if len(found) < len(images):
         logger.warning("%d of %d images cannot be read and are left out.", len(images) - len(found), len(images))
     keys = [sample["key"] for sample in found]
@@ -130,15 +126,19 @@ def embed_images(
     return tokens
 
 
+def _samples(images: ImageDataset) -> Iterator[dict[str, Any]]:
+    return ({"key": key, "image": to_float(array)} for key, array in readable_images(images))
+
+
 def _batches(images: ImageDataset, batch_size: int) -> Iterator[Tensor]:
-    left = ({"key": key, "image": to_float(array)} for key, array in readable_images(images))
+    left = _samples(images)
     while samples := list(islice(left, batch_size)):
         yield collate(samples)["image"]
 
 
 def generate_batches(
-    pipe: DinoDiffusionPipeline,
-    tokens: Tensor,
+    pipe: DiffusionPipeline,
+    tokens: Tensor | Mapping[str, Tensor],
     keys: Sequence[int | str],
     noise: tuple[int, str],
     batch_size: int,
@@ -147,14 +147,16 @@ def generate_batches(
 ) -> Iterator[Tensor]:
     """One image from each row of `tokens` `(N, S, D)`: batches `(n, C, H, W)` float32 in [0, 1].
 
-    The noise of an image depends only on `noise`, the seed and purpose of the draw, and the key of its row. `call` are
-    further arguments of the pipeline.
+    The noise of an image depends only on `noise`, the seed and purpose of the draw, and the key of its row. `tokens`
+    of several arguments of a pipeline are given by their names; `call` are its further arguments.
     """
+    tokens = tokens if isinstance(tokens, Mapping) else {"image_embeds": tokens}
     pipe.set_progress_bar_config(disable=True)
     for start in tqdm(range(0, len(keys), batch_size), unit="batch", leave=False, disable=not progress):
         chunk = slice(start, start + batch_size)
         generators = [generator_for(*noise, key) for key in keys[chunk]]
-        yield pipe(image_embeds=tokens[chunk], generator=generators, output_type="pt", **call).images.float()
+        own = {name: rows[chunk] for name, rows in tokens.items()}
+        yield pipe(**own, generator=generators, output_type="pt", **call).images.float()
 
 
 def generate_variations(

@@ -65,8 +65,7 @@ def open_image_set(
             are unknown where the column is None or not there.
         max_unreadable: See `data.ImageDataset`.
 
-    Raises:
-        FileNotFoundError, ValueError: As of `open_images` and `read_label_table`, or if an image has no row.
+    Errors are those of `open_images` and `read_label_table`; ValueError also if an image has no row.
     """
     name, equals, folder = str(source).partition("=")
     if equals and (name in source_names() or name.endswith((".yaml", ".yml"))):

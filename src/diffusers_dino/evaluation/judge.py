@@ -18,8 +18,9 @@ from ..devices import deterministic
 from ..files import atomic_write
 from ..fingerprints import hash_of
 from .classifier import ClassifierSettings, LabelledImages, make_classifier, predict, train_classifier
+from .folds import check_fraction
 
-__all__ = ["Judge", "Limits", "check_false_alarms", "check_left"]
+__all__ = ["Judge", "Limits", "check_left"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Judge:
     ) -> Path:
         """Train it, unless it is there; ValueError if the file is another judge's. Returns the file."""
         if self.path.is_file():
-            self._require_own()
+            self._load()
             return self.path
         with deterministic(threads=1):
             model = train_classifier([train], validation, self.settings, seed, device).model
@@ -53,23 +54,20 @@ class Judge:
 
     def predict(self, images: LabelledImages, device: torch.device | str = "cpu") -> np.ndarray:
         """Probabilities `(N, L)` float32 of the labels."""
-        self._require_own()
-        with safe_open(self.path, "pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            checksum = file.metadata()["digest"].partition(" ")[2]
-        if checksum not in ("", _checksum(weights)):  # older versions wrote none
-            raise ValueError(f"{self.path} is damaged (its weights have changed): delete it and run again.")
+        weights = self._load()
         model = make_classifier(self.settings, images.targets.shape[1])
         model.load_state_dict(weights)
         with deterministic(threads=1):
             return predict(model.to(device), images, device)
 
-    def _require_own(self) -> None:
+    def _load(self) -> dict[str, torch.Tensor]:
+        """The weights; ValueError if the file is damaged, or another judge's."""
         if not self.path.is_file():
             raise FileNotFoundError(f"There is no judge {self.path}: train it first.")
         try:
             with safe_open(self.path, "pt") as file:
-                digest = (file.metadata() or {}).get("digest", "").partition(" ")[0]
+                digest, _, checksum = (file.metadata() or {}).get("digest", "").partition(" ")
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{self.path} is damaged ({error}): delete it and run again.") from error
         if digest != self.digest:
@@ -77,6 +75,9 @@ class Judge:
                 f"{self.path} was trained on other images, labels, folds or settings: delete it, or take another "
                 "folder."
             )
+        if checksum not in ("", _checksum(weights)):  # older versions wrote none
+            raise ValueError(f"{self.path} is damaged (its weights have changed): delete it and run again.")
+        return weights
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Limits:
         Takes what the judge says of N real images that it has not seen, `(N, L)`, and their labels, `(N, L)` bool. A
         label that none of them has, or all have, is never contradicted there.
         """
-        check_false_alarms(false_alarms)
+        check_fraction(false_alarms, "false_alarms")
         present = [column[own] for column, own in zip(probabilities.T, targets.T, strict=True)]
         absent = [column[~own] for column, own in zip(probabilities.T, targets.T, strict=True)]
         least = [np.quantile(p, false_alarms, method="lower") if len(p) else 0.0 for p in present]
@@ -112,12 +113,6 @@ class Limits:
         contradicts it.
         """
         return (given == 1) & (probabilities < self.least) | (given == 0) & (probabilities > self.most)
-
-
-def check_false_alarms(false_alarms: float) -> None:
-    """ValueError unless a share of false alarms is in [0, 0.5]."""
-    if not 0 <= false_alarms <= 0.5:  # written so that a NaN does not pass
-        raise ValueError(f"false_alarms is in [0, 0.5], got {false_alarms}.")
 
 
 def check_left(given: np.ndarray, kept: np.ndarray, labels: tuple[str, ...]) -> None:

@@ -6,6 +6,7 @@ A grid of classifiers reads the same images hundreds of times: decoding them onl
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
@@ -19,6 +20,8 @@ from ..files import atomic_write, read_json, sha256_of, write_json
 from ..pixels import unit_to_uint8, with_channels
 
 __all__ = ["GRAY", "PackedImages", "at_size", "pack_images", "readable_images"]
+
+logger = logging.getLogger(__name__)
 
 GRAY = "gray is the mean of the colours, then stretched"  # older versions stretched first, or weighted the colours
 
@@ -86,12 +89,18 @@ def pack_images(images: ImageDataset, path: str | Path, recipe: str = "", channe
     path = Path(path)
     plain = _digest(recipe, images.preprocessing.fingerprint(), str(channels), *images.keys)
     averaged = _digest(plain, GRAY)
-    if path.is_file() and _facts_path(path).is_file():
-        packed = PackedImages(path)
-        if packed.num_averaged is not None and packed.recipe in (plain, averaged):
-            if packed.sha256 not in (None, sha256_of(path)):
-                raise ValueError(f"{path} is damaged (its pixels have changed): delete it and run again.")
-            return packed
+    packed = PackedImages(path) if path.is_file() and _facts_path(path).is_file() else None
+    if packed is None or packed.num_averaged is None or packed.recipe not in (plain, averaged):
+        packed = _pack(images, path, channels, plain, averaged)
+    elif packed.sha256 not in (None, sha256_of(path)):
+        raise ValueError(f"{path} is damaged (its pixels have changed): delete it and run again.")
+    if lost := len(images) - len(packed):
+        logger.warning("%d of %d images for %s cannot be read and are left out.", lost, len(images), path)
+    return packed
+
+
+def _pack(images: ImageDataset, path: Path, channels: int, plain: str, averaged: str) -> PackedImages:
+    """Write the images; the recipe says whether colours were averaged."""
     _facts_path(path).unlink(missing_ok=True)  # an array without facts is not there
     size = images.preprocessing.size
     shape = (len(images), size, size) if channels == 1 else (len(images), size, size, 3)

@@ -12,6 +12,7 @@ AUROC downwards (Parker et al. 2007, BMC Bioinformatics 8:326).
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
@@ -31,7 +32,9 @@ __all__ = [
     "holm",
     "label_auroc",
     "macro_auroc",
+    "mean_of_defined",
     "stratified_auroc",
+    "with_mean",
 ]
 
 logger = logging.getLogger(__name__)
@@ -49,8 +52,19 @@ def label_auroc(probabilities: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 def macro_auroc(probabilities: np.ndarray, targets: np.ndarray) -> float:
     """Mean AUROC of `(N, L)` probabilities over the labels with both classes; NaN if there is none."""
-    per_label = label_auroc(probabilities, targets)
-    return float(np.nanmean(per_label)) if np.isfinite(per_label).any() else float("nan")
+    return float(mean_of_defined(label_auroc(probabilities, targets), axis=0))
+
+
+def mean_of_defined(values: np.ndarray, axis: int) -> np.ndarray:
+    """The mean of what is not NaN; NaN where nothing is."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Mean of empty slice")
+        return np.nanmean(values, axis=axis)
+
+
+def with_mean(values: np.ndarray) -> np.ndarray:
+    """Figures of labels `(R, L)` with the mean of those that are defined before them: `(R, 1 + L)`."""
+    return np.concatenate([mean_of_defined(values, axis=1)[:, None], values], axis=1)
 
 
 def check_classes(targets: np.ndarray, labels: Sequence[str], where: str) -> tuple[str, ...]:
@@ -95,14 +109,9 @@ def auroc_draws(scores: np.ndarray, targets: np.ndarray, weights: np.ndarray | N
     It is the weighted share of pairs of a positive and a negative image in which the positive one has the higher
     score, ties counting half (Hanley & McNeil 1982).
 
-    Args:
-        scores: `(N, L)`.
-        targets: `(N, L)` bool.
-        weights: `(R, N)`, how often each image was drawn in each of R draws; None is one draw of all.
-
-    Returns:
-        `(R, L)` float64; NaN where a draw lacks positive or negative images of a label. ValueError if the shapes do
-        not fit, or a score is not finite.
+    Takes scores `(N, L)`, targets `(N, L)` bool, and weights `(R, N)`, how often each image was drawn in each of R
+    draws; None is one draw of all. Returns `(R, L)` float64, NaN where a draw lacks positive or negative images of a
+    label. ValueError if the shapes do not fit, or a score is not finite.
     """
     if scores.ndim != 2 or scores.shape != targets.shape or targets.dtype != bool:
         raise ValueError(

@@ -36,6 +36,7 @@ __all__ = [
     "extract_views",
     "known_groups",
     "search_copies",
+    "search_features",
     "search_training",
 ]
 
@@ -98,10 +99,7 @@ class Distances(NamedTuple):
         if self.laid is None:
             return index, mirrored
         by_picture = self._by_pictures < self.relative
-        return (
-            torch.where(by_picture, self.laid.index, index),
-            torch.where(by_picture, self.laid.mirrored, mirrored),
-        )
+        return (torch.where(by_picture, self.laid.index, index), torch.where(by_picture, self.laid.mirrored, mirrored))
 
     @property
     def _by_pictures(self) -> Tensor:
@@ -123,8 +121,7 @@ class CopyGate:
         pictures: Those of the training images, by `pictures_of`. None leaves them out, as in gates of version 1.
         balance: Factor and power that bring distances of pictures to the scale of those of features.
 
-    Raises:
-        ValueError: If the extractor is another one, numbers are out of range, or there are too few images.
+    ValueError if the extractor is another one, numbers are out of range, or there are too few images.
     """
 
     def __init__(
@@ -228,9 +225,7 @@ class CopyGate:
     def load(cls, path: str | os.PathLike[str], extractor: FeatureExtractor | None = None) -> CopyGate:
         """Read what `save` wrote; the extractor is needed if the gate's has weights: opened with the same ones.
 
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If it is another kind of file, damaged or edited, or the extractor is not the gate's.
+        ValueError if it is another kind of file, damaged or edited, or the extractor is not the gate's.
         """
         tensors, metadata = read_tensors(path, _KIND, "training", optional="pictures")
         with refusing(path, _KIND):
@@ -290,14 +285,20 @@ def search_copies(
     images: ImageViews, training: ImageViews, groups: Groups | None = None, training_groups: Groups | None = None
 ) -> Distances:
     """How near images are to training images, those of their own group left out."""
+    found = search_features(images.features, training.upright.features, groups, training_groups)
+    if images.pictures is None or training.pictures is None:
+        return found
+    codes = encode_groups(groups, training_groups, len(images.pictures), len(training.pictures))
+    return found._replace(laid=PictureSearch(training.pictures)(images.pictures, *codes))
+
+
+def search_features(
+    features: Tensor, training: Tensor, groups: Groups | None = None, training_groups: Groups | None = None
+) -> Distances:
+    """`search_copies` by features only, `(N, D)` or `(V, N, D)`, among those of training images `(M, D)`."""
     sides = {"groups": groups, "training_groups": training_groups}
-    neighbors = nearest_training(images.features, training.upright.features, **sides)
-    typical = typical_distances(images.features, training.upright.features, **sides)
-    laid = None
-    if images.pictures is not None and training.pictures is not None:
-        codes = encode_groups(groups, training_groups, len(images.pictures), len(training.pictures))
-        laid = PictureSearch(training.pictures)(images.pictures, *codes)
-    return Distances(relative_distances(neighbors, typical), neighbors, laid)
+    neighbors = nearest_training(features, training, **sides)
+    return Distances(relative_distances(neighbors, typical_distances(features, training, **sides)), neighbors)
 
 
 def search_training(training: ImageViews, groups: Groups | None = None) -> Distances:

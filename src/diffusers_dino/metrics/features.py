@@ -103,18 +103,15 @@ def extract_features(
     num_workers: int = 0,
     progress: bool = False,
 ) -> FeatureSet:
-    """Features of a whole collection; the images pass through memory a batch at a time.
+    """Features of all images but those that cannot be read, in order; a batch at a time is in memory.
 
     Args:
-        extractor: What computes them.
+        extractor: What computes them, and refuses them by a ValueError.
         images: A data set (see `data.open_images`), or `(N, C, H, H)` in [0, 1].
         batch_size: Images computed at once.
         keys: Of a tensor's images, one an image; by default their numbers.
         num_workers: Processes that load a data set.
         progress: Whether to show a bar.
-
-    Returns:
-        Features of all images but those that cannot be read, in order. ValueError as of the extractor.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ..data.images.preprocessing import border_window
 from .extractors.thumbnails import gaussian_blur, local_contrast, local_contrast_features
 
-__all__ = ["SIDE", "Laid", "PictureSearch", "pictures_of"]
+__all__ = ["SIDE", "Laid", "PictureSearch", "affine", "pictures_of", "warp"]
 
 SIDE = 32  # of a picture in pixels
 _BORDER = 0.02  # of the dynamic range: how uniform a border is that is cut off
@@ -41,21 +41,21 @@ _TOGETHER, _ENTRIES = 16, 1 << 19  # images whose candidates are found together;
 _SEARCHING = threading.Lock()
 
 
-def _affine(degrees: float = 0.0, scale: float = 1.0, right: float = 0.0, down: float = 0.0) -> list[list[float]]:
-    """What a window sees that is turned, `scale` sides wide and moved by parts of the side: rows of a `(2, 3)`."""
+def affine(degrees: float = 0.0, scale: float = 1.0, right: float = 0.0, down: float = 0.0) -> list[list[float]]:
+    """A window that is turned, `scale` sides wide and moved by parts of the side: rows of a `(2, 3)` for `warp`."""
     cos, sin = (scale * f(math.radians(degrees)) for f in (math.cos, math.sin))
     return [[cos, -sin, 2 * right], [sin, cos, 2 * down]]
 
 
 _VIEWS = torch.tensor(  # that candidates are found by
     [
-        *(_affine(degrees) for degrees in (0, 8, -8)),
-        *(_affine(scale=scale) for scale in (0.9, 1.1)),
-        *(_affine(right=right, down=down) for right in (0.04, -0.04) for down in (0.04, -0.04)),
+        *(affine(degrees) for degrees in (0, 8, -8)),
+        *(affine(scale=scale) for scale in (0.9, 1.1)),
+        *(affine(right=right, down=down) for right in (0.04, -0.04) for down in (0.04, -0.04)),
     ]
 )
 _TURNS = torch.tensor(  # that are tried, each with all shifts
-    [_affine(degrees, scale) for degrees in (-10, -5, 0, 5, 10) for scale in (0.86, 0.93, 1.0, 1.07, 1.15)]
+    [affine(degrees, scale) for degrees in (-10, -5, 0, 5, 10) for scale in (0.86, 0.93, 1.0, 1.07, 1.15)]
 )
 
 
@@ -128,7 +128,7 @@ class PictureSearch:
 
     def _search_part(self, pictures: Tensor, excluded: Tensor | None) -> list[tuple[float, int, bool]]:
         sides = torch.stack([pictures, pictures.flip(-1)], dim=1)[:, :, None] / 255  # (n, 2, 1, 32, 32)
-        views = torch.stack([local_contrast_features(_warp(both, _VIEWS), _COARSE) for both in sides])  # (n, 2 V, 256)
+        views = torch.stack([local_contrast_features(warp(both, _VIEWS), _COARSE) for both in sides])  # (n, 2 V, 256)
         plain = [local_contrast_features(both, _COARSE).view(2, _COARSE, _COARSE) for both in sides]
         halves = torch.stack([_halves(both) for both in plain], dim=1)  # (4, n, 2, 128)
         whole = (views.flatten(0, 1) @ self._whole.T).view(*views.shape[:2], -1).amax(dim=1)  # (n, M)
@@ -170,7 +170,7 @@ class PictureSearch:
 
     def _try_out(self, relief: Tensor, candidates: Tensor) -> _Guesses:
         """The candidates that fit best under a rough turn, scale and shift."""
-        turned = _warp(gaussian_blur(relief, _BLUR, "reflect"), _TURNS, "zeros")[:, 0]  # (2 T, 32, 32)
+        turned = warp(gaussian_blur(relief, _BLUR, "reflect"), _TURNS, "zeros")[:, 0]  # (2 T, 32, 32)
         inner = SIDE - 2 * _MARGIN
         starts = [(_MARGIN + y, _MARGIN + x) for y in _SHIFTS for x in _SHIFTS]
         shifted = torch.stack([turned[:, y : y + inner, x : x + inner] for y, x in starts], dim=1).flatten(0, 1)
@@ -249,8 +249,8 @@ def _information(correlation: Tensor) -> Tensor:
     return -torch.log1p(-correlation.clamp(0, _MOST).square())
 
 
-def _warp(images: Tensor, matrices: Tensor, padding: str = "border") -> Tensor:
-    """Each of `(n, 1, S, S)` through each of `(m, 2, 3)`: `(n m, 1, S, S)`."""
+def warp(images: Tensor, matrices: Tensor, padding: str = "border") -> Tensor:
+    """What windows `(m, 2, 3)` see of each of `(n, C, S, S)`: `(n m, C, S, S)`."""
     grid = F.affine_grid(matrices, [len(matrices), 1, *images.shape[-2:]], align_corners=False)
     repeated = images.repeat_interleave(len(matrices), dim=0)
     return F.grid_sample(repeated, grid.repeat(len(images), 1, 1, 1), padding_mode=padding, align_corners=False)

@@ -12,7 +12,7 @@ import numpy as np
 
 from ...data.keys import match_paths, read_keys
 from ...data.labels import LabelTable
-from ...files import atomic_write, csv_text, make_writable_folder, read_regular, write_csv
+from ...files import atomic_write, make_writable_folder, read_regular, write_csv
 from ..folds import assign_folds
 
 __all__ = ["FOLD", "PerFold", "check_generators", "of_fold", "write_folds"]
@@ -72,8 +72,7 @@ def write_folds(
     path = make_writable_folder(output_dir) / "folds.csv"
     if not path.is_file():
         write_csv(path, _COLUMNS, rows)
-    before = read_regular(path, 1 << 30).decode(errors="replace")
-    if _parse(before) != _parse(csv_text(_COLUMNS, rows)):
+    if _read_rows(path) != [list(_COLUMNS), *map(list, rows)]:
         raise ValueError(
             f"{path} has other folds than these images, labels, number of folds and seed give. Use those that it was "
             "written with, or another output folder."
@@ -86,7 +85,8 @@ def write_folds(
     return folds
 
 
-def _parse(text: str) -> list[list[str]] | None:
+def _read_rows(path: Path) -> list[list[str]] | None:
+    text = read_regular(path, 1 << 30).decode(errors="replace")
     try:
         return list(csv.reader(io.StringIO(text, newline="")))
     except csv.Error:  # such as a field that does not end

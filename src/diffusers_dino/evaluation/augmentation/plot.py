@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..figures import new_figure
+from ..figures import add_legend, new_figure
 from .cells import JUDGED, STRATEGIES, order_of
 
 if TYPE_CHECKING:
@@ -40,11 +40,7 @@ def plot_augmentation(result: AugmentationResult) -> Figure:
     for regime, top, bottom in zip(regimes, panels[0], panels[-1], strict=True):
         top.set_title(f"{regime} real images")
         bottom.set_xlabel("synthetic images per real one")
-    named = {}  # a panel may lack what another one has
-    for axes in panels.flatten():
-        handles, labels = axes.get_legend_handles_labels()
-        named |= dict(zip(labels, handles, strict=True))
-    figure.legend(named.values(), named.keys(), loc="upper center", ncols=len(named), bbox_to_anchor=(0.5, 0.0))
+    add_legend(figure, panels.flatten())
     figure.tight_layout()
     return figure
 

@@ -7,7 +7,6 @@ Source: DiNO-Diffusion (arXiv 2407.11594), section 2.4. The folder holds folds (
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from ...metrics.auroc import check_classes
 from ...synthesis import SynthesisSettings
 from ...synthesis.pairs import check_exponent
 from ..classifier import ClassifierSettings, make_classifier
-from ..judge import check_false_alarms
+from ..folds import check_fraction
 from ..packed import GRAY, at_size, pack_images
 from .cells import (
     AUGMENTATION,
@@ -48,8 +47,6 @@ from .result import AugmentationResult, summarise
 from .sets import FoldPriors, SetOptions
 
 __all__ = ["UnfinishedGridError", "evaluate_augmentation"]
-
-logger = logging.getLogger(__name__)
 
 
 class UnfinishedGridError(RuntimeError):
@@ -187,7 +184,6 @@ def evaluate_augmentation(
         write_json(path, {"configuration": begun, "generators": checked})
         real = pack_images(real_images, output / "real.npy", channels=classifier.channels)
         if real.keys != table.keys:
-            logger.warning(f"{len(table) - len(real)} of {len(table)} images cannot be read and are left out.")
             fold_of = dict(zip(table.keys, folds.tolist(), strict=True))
             table, folds = table.select(real.keys), np.array([fold_of[key] for key in real.keys])
             splits = split_folds(table, labels, folds, regimes, **options)
@@ -240,6 +236,6 @@ def _own_options(
         check_exponent(exponent)
         options["exponent"] = float(exponent)
     if any(one.endswith(JUDGED) for one in strategies):
-        check_false_alarms(false_alarms)
+        check_fraction(false_alarms, "false_alarms")
         options["false_alarms"] = false_alarms
     return options

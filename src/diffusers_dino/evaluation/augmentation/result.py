@@ -6,7 +6,6 @@ images, fold by fold. docs/augmentation.md says why by these tests, intervals an
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...metrics.auroc import auroc_draws, corrected_t_test, draw_weights, holm
+from ...metrics.auroc import auroc_draws, corrected_t_test, draw_weights, holm, mean_of_defined
 from ...metrics.bootstrap import percentile_interval
 from ..results import JsonResult
 from .cells import CellResult, CellSpec, order_of
@@ -240,21 +239,17 @@ def _figures(cells: Mapping[int, CellResult], weights: Mapping[int, np.ndarray],
 
 
 def _configuration(
-    kind: tuple[str, str, int],
-    regime: int,
-    own: _Figures,
-    baseline: _Figures | None,
-    tests: Mapping[int, CellResult],
+    kind: tuple[str, str, int], regime: int, own: _Figures, baseline: _Figures | None, tests: Mapping[int, CellResult]
 ) -> Configuration:
-    macro = _mean_of_defined(own.auroc, axis=-1) if own.folds else np.empty(0)
+    macro = mean_of_defined(own.auroc, axis=-1) if own.folds else np.empty(0)
     compared = kind[2] > 0 and own.complete and baseline is not None and baseline.complete
     patients_low = patients_high = difference = None
     if own.complete:
-        by_fold = _mean_of_defined(own.draws, axis=-1)  # (folds, R)
-        patients_low, patients_high = percentile_interval(_mean_of_defined(by_fold, axis=0))
+        by_fold = mean_of_defined(own.draws, axis=-1)  # (folds, R)
+        patients_low, patients_high = percentile_interval(mean_of_defined(by_fold, axis=0))
     if compared:
-        gaps = macro - _mean_of_defined(baseline.auroc, axis=-1)
-        difference = _difference(gaps, _mean_of_defined(own.draws - baseline.draws, axis=-1))
+        gaps = macro - mean_of_defined(baseline.auroc, axis=-1)
+        difference = _difference(gaps, mean_of_defined(own.draws - baseline.draws, axis=-1))
     tested = [tests[fold] for fold in own.folds]
     names = tested[0].labels if tested else ()
     return Configuration(
@@ -296,7 +291,7 @@ def _difference(gaps: np.ndarray, draws: np.ndarray, num_folds: int | None = Non
     if len(gaps) < 2:
         return None
     test = corrected_t_test(gaps, num_folds or len(gaps))
-    return Difference(*test, test.p, *percentile_interval(_mean_of_defined(draws, axis=0)))
+    return Difference(*test, test.p, *percentile_interval(mean_of_defined(draws, axis=0)))
 
 
 def _corrected(rows: Sequence[Configuration]) -> tuple[Configuration, ...]:
@@ -318,10 +313,3 @@ def _corrected(rows: Sequence[Configuration]) -> tuple[Configuration, ...]:
 def _holm(family: Sequence[Difference | None]) -> Iterator[Difference | None]:
     values = holm([None if one is None else one.p for one in family])
     return (one and replace(one, corrected_p=value) for one, value in zip(family, values, strict=True))
-
-
-def _mean_of_defined(values: np.ndarray, axis: int) -> np.ndarray:
-    """The mean of what is not NaN; NaN where nothing is."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Mean of empty slice")
-        return np.nanmean(values, axis=axis)

@@ -87,9 +87,7 @@ def make_set(place: int, options: SetOptions, fold: int, plan: Plan, folder: Pat
     progress = options.progress and place == 0
     made = synthesise(plan, pipe, sources, folder, gate=gate, prior=prior, progress=progress)
     images = open_images(folder, Preprocessing(options.classifier.size, remove_borders=False))
-    packed = pack_images(images, folder.with_name(f"{folder.name}.npy"), made.plan.digest, options.classifier.channels)
-    if lost := len(images) - len(packed):
-        logger.warning(f"{lost} of {len(images)} images of {folder} cannot be read and are left out.")
+    pack_images(images, folder.with_name(f"{folder.name}.npy"), made.plan.digest, options.classifier.channels)
     return made.plan.digest
 
 

@@ -20,7 +20,7 @@ from dataclasses import replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,9 +38,34 @@ if TYPE_CHECKING:
     from ...data import ImageDataset
     from ...pipelines import DinoDiffusionPipeline
 
-__all__ = ["evaluate_fidelity", "generate_features", "keep_best", "score_fidelity"]
+__all__ = [
+    "LabelledFeatures",
+    "compare_features",
+    "evaluate_fidelity",
+    "generate_features",
+    "keep_best",
+    "score_fidelity",
+]
 
 logger = logging.getLogger(__name__)
+
+
+class LabelledFeatures(NamedTuple):
+    """Features, and by key the labels (None, or an image that is not there: unknown) and patients of their images."""
+
+    features: FeatureSet
+    labels: Mapping[str, frozenset[str]] | None = None
+    patients: Mapping[str, str] | None = None
+
+    def having(self, label: str) -> LabelledFeatures:
+        """Those of the images that have a label."""
+        keys = [key for key in self.features.keys if label in (self.labels or {}).get(key, ())]
+        return self._replace(features=self.features.select(keys))
+
+    @property
+    def groups(self) -> list[str] | None:
+        """The patient of each image; None: unknown."""
+        return [self.patients[key] for key in self.features.keys] if self.patients else None
 
 
 def evaluate_fidelity(
@@ -87,18 +112,20 @@ def evaluate_fidelity(
     with _held(folder) as place_of_features:
         kept = partial(_kept, place_of_features, extractor.spec)
 
-        def of_images(name: str, images: ImageDataset, place: str) -> FeatureSet:
+        def of_images(name: str, images: ImageDataset, place: str) -> LabelledFeatures:
             facts = place, images.preprocessing.fingerprint(), images.keys
-            return kept(name, facts, lambda: extract_features(extractor, images, batch_size, progress=progress))
+            features = kept(name, facts, lambda: extract_features(extractor, images, batch_size, progress=progress))
+            return LabelledFeatures(features, labels, sets.patients)
 
         sources = of_images("sources", sets.sources, sets.places[0])
         reference = of_images("reference", sets.reference, sets.places[1])
-        require_disjoint(sources, reference)
-        images = sets.sources.select(sources.keys)  # without what cannot be read
-        groups = [[sets.patients[k] for k in one.keys] if sets.patients else None for one in (sources, reference)]
-        bootstrap = Bootstrap(bootstrap_repeats, seed, 0.95, *groups)
+        keys = sources.features.keys
+        require_disjoint(sources.features, reference.features)
+        images = sets.sources.select(keys)  # without what cannot be read
+        bootstrap = Bootstrap(bootstrap_repeats, seed, 0.95, sources.groups, reference.groups)
+        options = {"neighbors": neighbors, "bootstrap": bootstrap}
         tokens: dict[str, Tensor] = {}  # by the fingerprint of the conditioner, which checkpoints share
-        logger.info("%d sources, %d real images of others as the reference", len(sources), len(reference))
+        logger.info("%d sources, %d real images of others as the reference", len(keys), len(reference.features))
 
         def row(name: str, pipe: DinoDiffusionPipeline, step: int | None = None) -> FidelityScores:
             parts = fingerprint_pipeline(pipe)
@@ -109,23 +136,23 @@ def evaluate_fidelity(
             def generate() -> FeatureSet:
                 if parts["conditioner"] not in tokens:
                     tokens[parts["conditioner"]] = embed_images(pipe, images, batch_size)
-                return generate_features(
-                    pipe, tokens[parts["conditioner"]], sources.keys, extractor, sampling, progress
-                )
+                return generate_features(pipe, tokens[parts["conditioner"]], keys, extractor, sampling, progress)
 
-            shown = sets.places[0], images.preprocessing.fingerprint(), sources.keys
+            shown = sets.places[0], images.preprocessing.fingerprint(), keys
             features = kept(name, (parts, dict(pipe.scheduler.config), sampling, *shown), generate)
             return scored(name, features, step=step, sampling=sampling)
 
-        shares, too_few = _share_out(labels, max(fewest, neighbors + 1), sources.keys, reference.keys)
+        shares, too_few = _share_out(sources, reference, max(fewest, neighbors + 1))
         by_label: list[FidelityScores] = []
 
-        def scored(name: str, features: FeatureSet, **options: Any) -> FidelityScores:
-            scores = score_fidelity(name, features, reference, neighbors=neighbors, bootstrap=bootstrap, **options)
+        def scored(name: str, features: FeatureSet, **facts: Any) -> FidelityScores:
+            made = sources._replace(features=features)  # with the labels and patients of their sources
+            scores = score_fidelity(name, features, reference.features, **options, **facts)
             frechet, kernel = scores.frechet.value, scores.kernel.value
             logger.info("%s: Fréchet distance %.4g, kernel distance %.4g", name, frechet, kernel)
-            for label, keys in shares.items():
-                by_label.append(_of_label(name, label, features, reference, keys, sets, bootstrap, neighbors, options))
+            for label in shares:
+                pair = made.having(label), reference.having(label)
+                by_label.append(_score_quietly(name, *pair, label=label, **options, **facts))
             return scores
 
         rows, model = [], None
@@ -135,52 +162,70 @@ def evaluate_fidelity(
             raise ValueError("There is no model to measure.")
         if untrained:
             rows.append(row(UNTRAINED, with_fresh_unet(model.pipe)))
-        rows.append(scored(REAL, sources))
-        order = list(shares)
-        by_label.sort(key=lambda row: order.index(row.label))  # stable: of a label the rows are in their order
+        rows.append(scored(REAL, sources.features))
+        by_label.sort(key=lambda row: shares.index(row.label))  # stable: of a label the rows are in their order
         return FidelityResult(tuple(rows), tuple(by_label), too_few)
 
 
 def _share_out(
-    labels: Mapping[str, Collection[str]] | None, fewest: int, sources: Sequence[str], reference: Sequence[str]
-) -> tuple[dict[str, tuple[list[str], list[str]]], tuple[str, ...]]:
-    """The keys of both sets that have a label, for each label that enough have, and the labels that too few have."""
-    if labels is None:
-        return {}, ()
-    if missing := [key for key in (*sources, *reference) if key not in labels]:
+    sources: LabelledFeatures, reference: LabelledFeatures, fewest: int
+) -> tuple[list[str], tuple[str, ...]]:
+    """The labels that enough images of both sets have, the most frequent first, and those that too few have."""
+    if (labels := sources.labels) is None:
+        return [], ()
+    keys = (*sources.features.keys, *reference.features.keys)
+    if missing := [key for key in keys if key not in labels]:
         raise KeyError(f"{len(missing)} images have no labels, such as {', '.join(missing[:3])}")
-    counts = Counter(label for key in (*sources, *reference) for label in labels[key])
+    counts = Counter(label for key in keys for label in labels[key])
     names = sorted(counts, key=lambda name: (-counts[name], name))
-    found = {
-        name: tuple([key for key in keys if name in labels[key]] for keys in (sources, reference)) for name in names
-    }
-    shares = {name: keys for name, keys in found.items() if min(map(len, keys)) >= fewest}
+    shares = [n for n in names if min(len(one.having(n).features) for one in (sources, reference)) >= fewest]
     if not shares:
         raise ValueError(f"No label has {fewest} sources and as many reference images: take a smaller `fewest`.")
-    too_few = tuple(name for name in found if name not in shares)
+    too_few = tuple(name for name in names if name not in shares)
     if too_few:
         logger.warning("Too few images to be scored by themselves: %s", ", ".join(too_few))
     return shares, too_few
 
 
-def _of_label(
-    name: str,
-    label: str,
-    features: FeatureSet,
-    reference: FeatureSet,
-    keys: tuple[list[str], list[str]],
-    sets: FidelitySets,
-    bootstrap: Bootstrap,
-    neighbors: int,
-    options: Mapping[str, Any],
+def _score_quietly(
+    name: str, ours: LabelledFeatures, theirs: LabelledFeatures, bootstrap: Bootstrap, **options: Any
 ) -> FidelityScores:
-    """Scores of the images of one label, by their keys in both sets."""
-    ours, theirs = features.select(keys[0]), reference.select(keys[1])
-    groups = [[sets.patients[key] for key in own] if sets.patients else None for own in keys]
-    bootstrap = replace(bootstrap, groups=groups[0], reference_groups=groups[1])
-    with warnings.catch_warnings():  # the table says which sets are small
+    """`score_fidelity` with the patients of both sets, and without its warning: the table says which are small."""
+    bootstrap = replace(bootstrap, groups=ours.groups, reference_groups=theirs.groups)
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*too few for features")
-        return score_fidelity(name, ours, theirs, neighbors=neighbors, bootstrap=bootstrap, label=label, **options)
+        return score_fidelity(name, ours.features, theirs.features, bootstrap=bootstrap, **options)
+
+
+def compare_features(
+    sets: Mapping[str, LabelledFeatures],
+    reference: LabelledFeatures,
+    *,
+    neighbors: int = 5,
+    bootstrap_repeats: int = 200,
+    fewest: int = 50,
+    seed: int = 0,
+) -> FidelityResult:
+    """A row for each set by name, then for each label that `fewest` images of the set and of the reference have.
+
+    Arguments are those of `evaluate_fidelity`. ValueError if a set has not more images than `neighbors`.
+    """
+    fewest = max(fewest, neighbors + 1)
+    smallest = min((len(one.features) for one in (*sets.values(), reference)), default=0)
+    if smallest <= neighbors:
+        raise ValueError(f"Distances of sets take more than {neighbors} images of each, and one set has {smallest}.")
+    options = {"neighbors": neighbors, "bootstrap": Bootstrap(bootstrap_repeats, seed)}
+    by_label: list[FidelityScores] = []
+    too_few: list[str] = []
+    counts = Counter(label for labels in (reference.labels or {}).values() for label in labels)
+    for label in sorted(counts, key=lambda name: (-counts[name], name)):
+        theirs, shares = reference.having(label), {name: one.having(label) for name, one in sets.items() if one.labels}
+        enough = [name for name, one in shares.items() if min(len(one.features), len(theirs.features)) >= fewest]
+        by_label += [_score_quietly(name, shares[name], theirs, label=label, **options) for name in enough]
+        if len(enough) < len(shares):
+            too_few.append(label)
+    rows = tuple(_score_quietly(name, one, reference, **options) for name, one in sets.items())
+    return FidelityResult(rows, tuple(by_label), tuple(too_few))
 
 
 def keep_best(

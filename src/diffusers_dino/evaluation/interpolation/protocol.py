@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from ...data import ImageDataset
 from ...metrics import pixel_features
 from ...metrics.neighbours import nearest_by_cosine
 from ...pipelines import DinoInterpolationPipeline
-from ...seeds import generator_for
 from ..controls import derangement, warn_of_training_images, with_fresh_unet
-from ..generation import embed_images, stack_images
+from ..generation import embed_images, generate_batches, stack_images
 from ..results import JsonResult
 
 if TYPE_CHECKING:
@@ -106,8 +104,7 @@ def evaluate_interpolation(
         guidance_scale: Of the generated images; the untrained UNet goes without.
         batch_size: Paths generated at once.
 
-    Raises:
-        ValueError: If there are fewer than two images, or the fractions do not ascend.
+    ValueError if there are fewer than two images, or the fractions do not ascend.
     """
     images, training_images = stack_images(images), stack_images(training_images)
     if not seeds:
@@ -116,7 +113,6 @@ def evaluate_interpolation(
         raise ValueError(f"Expected two images or more and ascending fractions, got {len(images)} and {fractions}.")
     warn_of_training_images(images, training_images)
     between = DinoInterpolationPipeline.from_pipe(pipe)
-    between.set_progress_bar_config(disable=True)
     fresh = with_fresh_unet(between)
     tokens = embed_images(pipe, images, batch_size)  # (N, S, D)
     targets = derangement(len(images), seed=0)
@@ -125,11 +121,18 @@ def evaluate_interpolation(
     lookup = torch.stack([nearest_by_cosine(point.flatten(1), training_tokens) for point in points.unbind(1)], dim=1)
     weights = torch.tensor(fractions)[:, None, None, None]  # (F, 1, 1, 1)
 
-    path = {"fractions": fractions, "method": method, "num_inference_steps": num_inference_steps}
-    call = {"sources": tokens, "targets": tokens[targets], "batch_size": batch_size, "progress": progress, **path}
+    ends, rows = {"source_embeds": tokens, "target_embeds": tokens[targets]}, range(len(images))
+    call = {"fractions": fractions, "method": method, "num_inference_steps": num_inference_steps}
+    call |= {"batch_size": batch_size, "progress": progress}
+
+    def draw(pipe: DinoInterpolationPipeline, guidance_scale: float) -> Tensor:
+        options = {"guidance_scale": guidance_scale, **call}
+        drawn = [batch.cpu() for s in seeds for batch in generate_batches(pipe, ends, rows, (s, "path"), **options)]
+        return torch.cat(drawn).unflatten(0, (-1, len(fractions)))
+
     paths = {  # (seeds * N, F, C, H, W), and (N, F, C, H, W) of what is not drawn
-        "generated": torch.cat([_paths(between, seed=s, guidance_scale=guidance_scale, **call) for s in seeds]),
-        "untrained": torch.cat([_paths(fresh, seed=s, guidance_scale=1.0, **call) for s in seeds]),
+        "generated": draw(between, guidance_scale),
+        "untrained": draw(fresh, 1.0),
         "nearest_training_image": training_images[lookup],
         "pixel_blend": torch.lerp(images[:, None], images[targets][:, None], weights),
     }
@@ -176,24 +179,3 @@ def _against(paths: Tensor, ends: Tensor, targets: Tensor) -> PathFigures:
     center, repeats = ends.mean(0), len(paths) // len(ends)
     ends = ends - center
     return path_figures(paths - center, ends.repeat(repeats, 1), ends[targets].repeat(repeats, 1))
-
-
-def _paths(
-    pipe: DinoInterpolationPipeline,
-    sources: Tensor,
-    targets: Tensor,
-    seed: int,
-    batch_size: int,
-    progress: bool,
-    **call: Any,
-) -> Tensor:
-    """Images `(P, F, C, H, W)` in [0, 1] between tokens `(P, S, D)`; a path has the noise of (seed, row)."""
-    rows = []
-    starts = range(0, len(sources), batch_size)
-    for start in tqdm(starts, desc=f"paths, seed {seed}", unit="batch", leave=False, disable=not progress):
-        chunk = slice(start, min(start + batch_size, len(sources)))
-        generators = [generator_for(seed, "path", row) for row in range(chunk.start, chunk.stop)]
-        ends = {"source_embeds": sources[chunk], "target_embeds": targets[chunk]}
-        images = pipe(**ends, generator=generators, output_type="pt", **call).images
-        rows.append(images.float().cpu().unflatten(0, (len(generators), -1)))
-    return torch.cat(rows)

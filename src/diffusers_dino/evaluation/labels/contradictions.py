@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,9 @@ from ...data.labels import LabelTable
 from ...devices import device_of
 from ...files import write_csv
 from ...metrics.auroc import label_auroc
-from ...synthesis import SyntheticSet
 from ..classifier import ClassifierSettings
-from ..judge import Limits, check_false_alarms, check_left
+from ..folds import check_fraction
+from ..judge import Limits, check_left
 from ..results import JsonResult
 from ..table_text import markdown_table
 from .judges import SyntheticImages
@@ -109,7 +110,7 @@ def filter_by_judge(
         ValueError: As `evaluate_labels`, if a source is of a test patient, or no image of a label is left.
         KeyError: If a test key is not of one of the images.
     """
-    check_false_alarms(false_alarms)
+    check_fraction(false_alarms, "false_alarms")
     table = table.select(images.keys)
     found = find_keys(test_keys, table.keys, "test images are not among the real images")
     tested = {table.patients[row] for row in found}
@@ -137,7 +138,14 @@ def filter_by_judge(
             auroc.append(label_auroc(probabilities, targets))
         kept = ~wrong.any(axis=1)
         check_left(given, kept, labels)
-        _write_rows(one, SyntheticSet.open(folder), output, labels, kept, given, said, wrong)
+        keys = [image.key for image in one.planned]
+        stays = {keys[i] for i in np.flatnonzero(kept).tolist()}
+        with open(Path(folder) / "labels.csv", newline="", encoding="utf-8") as file:
+            header, *rows = csv.reader(file)
+        write_csv(output / KEPT, header, (row for row in rows if row[0] in stays))
+        places = np.argwhere(wrong).tolist()
+        reasons = ((keys[i], labels[j], f"{given[i, j]:g}", f"{said[i, j]:.4f}") for i, j in places)
+        write_csv(output / DROPPED, ("key", "label", "given", "judge"), reasons)
         result = FilterResult(
             num_images=len(kept),
             num_kept=int(kept.sum()),
@@ -154,17 +162,8 @@ def filter_by_judge(
 def format_filter_table(result: FilterResult) -> str:
     """A line for each label, in Markdown, and a sentence about the whole."""
     header = ["label", "given", "dropped", "given, not seen", "not given, seen", "AUROC of the judges"]
-    body = [
-        [
-            row.label,
-            row.given,
-            row.dropped,
-            row.not_seen,
-            row.not_given,
-            "" if row.auroc is None else f"{row.auroc:.3f}",
-        ]
-        for row in result.labels
-    ]
+    counts = attrgetter("label", "given", "dropped", "not_seen", "not_given")
+    body = [[*counts(row), "" if row.auroc is None else f"{row.auroc:.3f}"] for row in result.labels]
     dropped = 1 - result.num_kept / result.num_images
     text = (
         f"{result.num_kept} of {result.num_images} images are kept, {dropped:.1%} dropped. The same limits would drop "
@@ -187,22 +186,3 @@ def _label(
         not_given=int((~has & contradicted).sum()),
         auroc=float(np.mean(told)) if told else None,
     )
-
-
-def _write_rows(
-    one: SyntheticImages,
-    made: SyntheticSet,
-    output: Path,
-    labels: Sequence[str],
-    kept: np.ndarray,
-    given: np.ndarray,
-    said: np.ndarray,
-    wrong: np.ndarray,
-) -> None:
-    keys = [image.key for image in one.planned]
-    stays = {key for key, stay in zip(keys, kept.tolist(), strict=True) if stay}
-    with open(made.folder / "labels.csv", newline="", encoding="utf-8") as file:
-        header, *rows = csv.reader(file)
-    write_csv(output / KEPT, header, (row for row in rows if row[0] in stays))
-    reasons = ((keys[i], labels[j], f"{given[i, j]:g}", f"{said[i, j]:.4f}") for i, j in np.argwhere(wrong).tolist())
-    write_csv(output / DROPPED, ("key", "label", "given", "judge"), reasons)

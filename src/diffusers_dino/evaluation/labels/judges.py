@@ -5,7 +5,6 @@ With K folds there are K (K - 1) / 2 judges; reconstructions, whose sources are 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,9 +26,6 @@ from .result import JudgedSet
 __all__ = ["Judges", "SyntheticImages", "held_out_pairs"]
 
 
-logger = logging.getLogger(__name__)
-
-
 @dataclass(frozen=True)
 class SyntheticImages:
     """A set to judge: its images as planned, less those that cannot be read, of `num_sources` sources in the plan.
@@ -49,8 +45,6 @@ class SyntheticImages:
         images = open_images(folder, Preprocessing(size, remove_borders=False))
         packed = pack_images(images, pack, made.plan.digest, channels)
         planned = [image for image in made.planned() if image.key in packed.places]
-        if lost := len(images) - len(packed):
-            logger.warning(f"{lost} of {len(images)} images of {folder} cannot be read and are left out.")
         return cls(made.plan.strategy, packed, planned, len(made.plan.keys))
 
     @property
@@ -148,34 +142,25 @@ class Judges:
         targets = images.given(self.labels) == 1
         fractions = np.array([image.fraction for image in images.planned])
         pairs, synthetic = self.scores(images, device)
-        judged = {
-            "strategy": images.strategy,
-            "judges": pairs @ np.array([self.num_folds, 1]),
-            "fractions": fractions,
-            "targets": targets,
-            "synthetic": synthetic,
-        }
-        if not images.num_sources:
-            patients = tuple(image.key for image in images.planned)
-            return JudgedSet(**judged, patients=patients, rounds=np.zeros(len(patients)), sources=None)
-        ends = self._sources(images)
-        nearer = np.where(fractions <= 0.5, ends[:, 0], ends[:, 1])  # as `interpolated_labels` has it
-        others = (targets != self.table.targets(self.labels)[nearer]).any(axis=1)
-        if others.any():
-            raise ValueError(
-                f"{int(others.sum())} of {len(others)} images of {images.images.path} have other labels than the "
-                "sources that they have them from: give the table of labels that the set was made with."
-            )
-        sources = np.empty_like(synthetic)
-        for pair, rows in _groups(pairs):
-            used, place = np.unique(nearer[rows], return_inverse=True)
-            sources[rows] = self._judge(pair).predict(self._labelled(used), device)[place]
-        return JudgedSet(
-            **judged,
-            patients=tuple(self.table.patients[row] for row in nearer.tolist()),
-            rounds=np.array([image.index for image in images.planned]) / images.num_sources,
-            sources=sources,
-        )
+        sources, rounds = None, np.zeros(len(fractions))
+        patients = tuple(image.key for image in images.planned)
+        if images.num_sources:
+            ends = self._sources(images)
+            nearer = np.where(fractions <= 0.5, ends[:, 0], ends[:, 1])  # as `interpolated_labels` has it
+            others = (targets != self.table.targets(self.labels)[nearer]).any(axis=1)
+            if others.any():
+                raise ValueError(
+                    f"{int(others.sum())} of {len(others)} images of {images.images.path} have other labels than the "
+                    "sources that they have them from: give the table of labels that the set was made with."
+                )
+            sources = np.empty_like(synthetic)
+            for pair, rows in _groups(pairs):
+                used, place = np.unique(nearer[rows], return_inverse=True)
+                sources[rows] = self._judge(pair).predict(self._labelled(used), device)[place]
+            rounds = np.array([image.index for image in images.planned]) / images.num_sources
+            patients = tuple(self.table.patients[row] for row in nearer.tolist())
+        numbers = pairs @ np.array([self.num_folds, 1])
+        return JudgedSet(images.strategy, numbers, patients, fractions, rounds, targets, synthetic, sources)
 
     def scores(self, images: SyntheticImages, device: torch.device | str = "cpu") -> tuple[np.ndarray, np.ndarray]:
         """The folds held out from each image's judge, `(N, 2)` int64, and its probabilities, `(N, L)` float32."""
@@ -203,13 +188,11 @@ class Judges:
         return LabelledImages(self.real, rows, self.table.targets(self.labels)[rows])
 
     def _judge(self, pair: tuple[int, int]) -> Judge:
-        return Judge(self.folder / f"judge-{pair[0]}-{pair[1]}.safetensors", self.settings, self._digest(pair))
-
-    def _digest(self, pair: tuple[int, int]) -> str:
         rows = zip(self.table.keys, self.table.patients, self.folds.tolist(), strict=True)
         targets = self.table.targets(self.labels).tobytes().hex()
         options = (self.labels, self.validation_fraction, self.seed, tuple(sorted(asdict(self.settings).items())))
-        return hash_of(pair, tuple(rows), targets, options, self.real.recipe)
+        digest = hash_of(pair, tuple(rows), targets, options, self.real.recipe)
+        return Judge(self.folder / f"judge-{pair[0]}-{pair[1]}.safetensors", self.settings, digest)
 
 
 def _groups(pairs: np.ndarray) -> Iterator[tuple[tuple[int, int], np.ndarray]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..figures import new_figure
+from ..figures import add_legend, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,11 +39,7 @@ def plot_label_preservation(result: LabelPreservationResult) -> Figure:
         axes.set_title(f"{name}: macro, by the fraction", fontsize="medium")
         axes.set_xlabel("|fraction - 0.5|: from the middle to a source")
     panels[0].set_ylabel("AUROC of the given labels")
-    shown = {}  # a panel may lack what another one has
-    for axes in panels:
-        handles, names = axes.get_legend_handles_labels()
-        shown |= dict(zip(names, handles, strict=True))
-    figure.legend(shown.values(), shown.keys(), loc="upper center", ncols=len(shown), bbox_to_anchor=(0.5, 0.0))
+    add_legend(figure, panels)
     figure.tight_layout()
     return figure
 
@@ -52,7 +48,7 @@ def _draw(axes: Axes, rows: Sequence[Agreement], names: Sequence[str]) -> None:
     for kind, marker, color, shift in (("synthetic", "o", "C0", -0.12), ("sources", "s", "C2", 0.12)):
         places, values, low, high = [], [], [], []
         for place, row in enumerate(rows):
-            value, *ends = (getattr(row, f"{kind}{end}") for end in ("", "_low", "_high"))
+            value, *ends = row.bounded(kind)
             if value is None:
                 continue
             places.append(place + shift)

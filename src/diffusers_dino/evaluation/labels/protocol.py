@@ -126,8 +126,6 @@ def open_judges(
         for place in (output, folder):
             remove_partials(place)
         real = pack_images(at_size(images, classifier.size), output / "real.npy", channels=classifier.channels)
-        if len(real) < len(table):
-            logger.warning(f"{len(table) - len(real)} of {len(table)} images cannot be read and are left out.")
         table = table.select(real.keys)
         targets = table.targets(labels)
         check_classes(targets, labels, "the real data")

@@ -7,13 +7,12 @@ images that the labels were taken from (what a perfect generator would reach), a
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ...metrics.auroc import draw_weights, stratified_auroc
+from ...metrics.auroc import draw_weights, stratified_auroc, with_mean
 from ...metrics.bootstrap import percentile_interval
 from ...seeds import derive_seed
 from ..results import JsonResult
@@ -100,6 +99,10 @@ class Agreement:
     difference_high: float | None
     shuffled_low: float | None
     shuffled_high: float | None
+
+    def bounded(self, kind: str) -> tuple[float | None, float | None, float | None]:
+        """The figure of `"synthetic"`, `"sources"` or their `"difference"`, and its interval."""
+        return tuple(getattr(self, f"{kind}{end}") for end in ("", "_low", "_high"))
 
 
 @dataclass(frozen=True)
@@ -216,8 +219,8 @@ def score_real(
     `judges` and `images`: each image is counted once.
     """
     weights = draw_weights(patients, np.zeros(len(patients), int), repeats, seed)
-    figures = _with_mean(stratified_auroc(probabilities, targets, judges))[0]
-    draws = _with_mean(stratified_auroc(probabilities, targets, judges, weights))
+    figures = with_mean(stratified_auroc(probabilities, targets, judges))[0]
+    draws = with_mean(stratified_auroc(probabilities, targets, judges, weights))
     _, once = np.unique(images, return_index=True)
     counts = _counts(targets[once], figures)
     return tuple(
@@ -247,16 +250,16 @@ def _part(
     seed: int,
 ) -> Part:
     scores = images.scores
-    figures = {kind: _with_mean(stratified_auroc(s, images.targets, images.judges))[0] for kind, s in scores.items()}
+    figures = {kind: with_mean(stratified_auroc(s, images.targets, images.judges))[0] for kind, s in scores.items()}
     draws: dict[str, np.ndarray] = {}
     if len(set(images.patients)) > 1:  # else there is nobody to draw
         weights = draw_weights(images.patients, np.zeros(len(images.patients), int), repeats, seed)
         for kind, s in scores.items():
-            draws[kind] = _with_mean(stratified_auroc(s, images.targets, images.judges, weights))
+            draws[kind] = with_mean(stratified_auroc(s, images.targets, images.judges, weights))
     for values in (figures, draws):
         if "sources" in values:
             values["difference"] = values["synthetic"] - values["sources"]
-    shuffled = _with_mean(_shuffle(images, derive_seed(seed, "shuffles")))
+    shuffled = with_mean(_shuffle(images, derive_seed(seed, "shuffles")))
     agreements = []
     counts = _counts(images.targets, figures["synthetic"])
     for place, (label, number) in enumerate(zip(("macro", *labels), counts, strict=True)):
@@ -281,13 +284,6 @@ def _shuffle(images: JudgedSet, seed: int) -> np.ndarray:
             targets[rows] = targets[random.permutation(rows)]
         figures.append(stratified_auroc(images.synthetic, targets, images.judges)[0])
     return np.array(figures)
-
-
-def _with_mean(values: np.ndarray) -> np.ndarray:
-    """`(R, L)` -> `(R, 1 + L)`, the mean of what is defined first."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Mean of empty slice")
-        return np.concatenate([np.nanmean(values, axis=1, keepdims=True), values], axis=1)
 
 
 def _counts(targets: np.ndarray, figures: np.ndarray) -> list[int]:

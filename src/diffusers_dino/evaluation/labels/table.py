@@ -51,15 +51,8 @@ def _figures(figures: Agreement, part: Part) -> list[str]:
     shuffled = "" if figures.shuffled_low is None else f"{figures.shuffled_low:.3f} to {figures.shuffled_high:.3f}"
     compared = ["no source", ""]
     if part.ratio:
-        compared = [
-            _bounded(figures.sources, figures.sources_low, figures.sources_high),
-            _bounded(figures.difference, figures.difference_low, figures.difference_high, "+"),
-        ]
-    return [
-        _bounded(figures.synthetic, figures.synthetic_low, figures.synthetic_high),
-        *compared,
-        shuffled,
-    ]
+        compared = [_bounded(*figures.bounded("sources")), _bounded(*figures.bounded("difference"), "+")]
+    return [_bounded(*figures.bounded("synthetic")), *compared, shuffled]
 
 
 def _bounded(value: float | None, low: float | None, high: float | None, sign: str = "") -> str:

@@ -134,9 +134,8 @@ def evaluate_membership(
         seed: Of noise and bootstrap. The noise of an image depends on the seed, its set and its key or number.
         progress: Whether to show bars.
 
-    Raises:
-        ValueError: If images are in both sets, there are fewer than two in one, groups do not fit, timesteps are not
-            ascending or out of range.
+    ValueError if images are in both sets, there are fewer than two in one, groups do not fit, or timesteps do not
+    ascend or are out of range.
     """
     if (training_groups is None) != (held_out_groups is None):
         raise ValueError("Give the groups of both sets, or of none.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...metrics.extractors.thumbnails import gaussian_blur
+from ...metrics.registration import affine, warp
 
 __all__ = ["PLANTED"]
 
@@ -25,10 +25,7 @@ def _window(images: Tensor, scale: float = 1.0, shift: float = 0.0, degrees: flo
 
     Edges go on.
     """
-    cos, sin = (scale * f(math.radians(degrees)) for f in (math.cos, math.sin))
-    matrix = torch.tensor([[cos, -sin, 2 * shift], [sin, cos, 2 * shift]], dtype=images.dtype)
-    grid = F.affine_grid(matrix.expand(len(images), 2, 3), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    return warp(images, torch.tensor([affine(degrees, scale, shift, shift)], dtype=images.dtype))
 
 
 def _frame(images: Tensor, width: float) -> Tensor:

@@ -34,12 +34,7 @@ from .planted import PLANTED
 from .sets import PlantedFigures, SetFigures, summarize
 from .tokens import TokenCopies, compare_tokens
 
-__all__ = [
-    "ClosePair",
-    "MemorizationResult",
-    "MemorizationStudy",
-    "evaluate_memorization",
-]
+__all__ = ["ClosePair", "MemorizationResult", "MemorizationStudy", "evaluate_memorization"]
 
 logger = logging.getLogger(__name__)
 
@@ -138,54 +133,58 @@ def evaluate_memorization(
         batch_size: Images computed at once.
         progress: Whether to show bars.
 
-    Raises:
-        ValueError: If there are too few images to calibrate on, or groups do not fit.
+    ValueError if there are too few images to calibrate on, or groups do not fit.
     """
     _check(held_out, calibrate_on, training_groups, held_out_groups, num_pairs)
     if drawn is not None and conditioner is None:
         raise ValueError("Drawn tokens are compared with those of training images: give their `conditioner`.")
     extractor = extractor or open_extractor("local-contrast")
-    views = extract_views(extractor, training, batch_size, progress)
-    groups = known_groups(views, training, training_groups)
-    own = search_training(views, groups)
-    spacing = own.neighbors.distance[:, 0]  # (M,)
-    unseen, generated, num_seen, known, tokens = None, None, 0, None, None
-    held_out_views, synthetic_views = None, None
-    closest: tuple[ClosePair, ...] = ()
+    sets = {"training": training, "held_out": held_out, "synthetic": synthetic}
+    views = {
+        name: extract_views(extractor, images, batch_size, progress)
+        for name, images in sets.items()
+        if images is not None
+    }
+    known, num_seen, unseen_groups = views["training"], 0, None
+    groups = known_groups(known, training, training_groups)
+    found = {"training": search_training(known, groups)}
+    spacing = found["training"].neighbors.distance[:, 0]  # (M,)
     if held_out is not None:
-        held_out_views = extract_views(extractor, held_out, batch_size, progress)
-        known = known_groups(held_out_views, held_out, held_out_groups)
-        num_seen = int(rows_in(held_out_views.upright.features, views.upright.features).sum())
+        unseen = views["held_out"]
+        unseen_groups = known_groups(unseen, held_out, held_out_groups)
+        num_seen = int(rows_in(unseen.upright.features, known.upright.features).sum())
         if num_seen and calibrate_on == "held out":
             raise ValueError(
-                f"{num_seen} of the {len(held_out_views.upright)} held-out images are training images: no threshold "
-                "can be learned from them. Leave them out."
+                f"{num_seen} of the {len(unseen.upright)} held-out images are training images: no threshold can be "
+                "learned from them. Leave them out."
             )
-        both = set() if known is None else set(known) & set(groups)
-        if both:
+        if unseen_groups is not None and (both := set(unseen_groups) & set(groups)):
             logger.warning("%d groups, such as patients, have training and held-out images.", len(both))
         if num_seen:
             logger.warning("%d of the held-out images are training images: they say nothing.", num_seen)
-        unseen = search_copies(held_out_views, views, known, None if known is None else groups)
-    real = own if calibrate_on == "training" else unseen
-    gate = CopyGate.of(views, real, extractor, false_alarms)
+        found["held_out"] = search_copies(unseen, known, unseen_groups, None if unseen_groups is None else groups)
+    real = found[calibrate_on.replace(" ", "_")]
+    gate = CopyGate.of(known, real, extractor, false_alarms)
+    closest: tuple[ClosePair, ...] = ()
     if synthetic is not None:
-        synthetic_views = extract_views(extractor, synthetic, batch_size, progress)
-        generated = search_copies(synthetic_views, views).balanced(real)
-        closest = _closest(generated, synthetic_views, views, gate.threshold, num_pairs)
+        found["synthetic"] = search_copies(views["synthetic"], known)
+        closest = _closest(found["synthetic"].balanced(real), views["synthetic"], known, gate.threshold, num_pairs)
     figures = {
-        name: None if found is None else summarize(found.balanced(real), gate.threshold, spacing)
-        for name, found in (("training", own), ("held_out", unseen), ("synthetic", generated))
+        name: summarize(found[name].balanced(real), gate.threshold, spacing) if name in found else None
+        for name in sets
     }
+    tokens = None
     if conditioner is not None:
-        made = _tokens_of(conditioner, synthetic, synthetic_views, batch_size) if drawn is None else drawn
+        of_sets = {} if drawn is None else {"synthetic": drawn}
+        for name, own in views.items():
+            if name not in of_sets:  # of the images that could be read
+                images = sets[name] if isinstance(sets[name], Tensor) else sets[name].select(own.upright.keys)
+                of_sets[name] = embed_images(conditioner, images, batch_size)
         tokens = compare_tokens(
-            _tokens_of(conditioner, training, views, batch_size),
-            made,
-            _tokens_of(conditioner, held_out, held_out_views, batch_size),
+            **of_sets,
             drawn=drawn is not None,
             training_groups=groups,
-            held_out_groups=known,
+            held_out_groups=unseen_groups,
             false_alarms=false_alarms,
             calibrate_on=calibrate_on,
         )
@@ -195,7 +194,7 @@ def evaluate_memorization(
         threshold=gate.threshold,
         calibrated_on=calibrate_on,
         gate=gate.fingerprint(),
-        planted=_plant(training, views, real, gate),
+        planted=_plant(training, known, real, gate),
         closest=closest,
         held_out_in_training=num_seen,
         tokens=tokens,
@@ -219,16 +218,6 @@ def _check(
         raise ValueError(
             "Groups of held-out images are compared with those of training images: give `training_groups`."
         )
-
-
-def _tokens_of(
-    conditioner: DinoImageConditioner, images: Images | None, views: ImageViews | None, batch_size: int
-) -> Tensor | None:
-    """Condition tokens of those images that could be read."""
-    if images is None:
-        return None
-    readable = images if isinstance(images, Tensor) else images.select(list(views.upright.keys))
-    return embed_images(conditioner, readable, batch_size)
 
 
 def _plant(training: Images, views: ImageViews, real: Distances, gate: CopyGate) -> tuple[PlantedFigures, ...]:

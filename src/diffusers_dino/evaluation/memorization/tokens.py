@@ -11,18 +11,12 @@ import torch
 from torch import Tensor
 
 from ...embeddings import token_statistics
-from ...metrics.copy_gate import Distances
-from ...metrics.neighbours import (
-    Groups,
-    calibrate_threshold,
-    nearest_training,
-    relative_distances,
-    typical_distances,
-)
+from ...metrics.copy_gate import search_features
+from ...metrics.neighbours import Groups, calibrate_threshold
 from ...seeds import generator_for
 from .sets import PlantedFigures, SetFigures, summarize
 
-__all__ = ["PLANTED_TOKENS", "TokenCopies", "compare_tokens", "search_tokens"]
+__all__ = ["PLANTED_TOKENS", "TokenCopies", "compare_tokens"]
 
 
 @dataclass(frozen=True)
@@ -68,8 +62,7 @@ def compare_tokens(
         drawn: Whether a prior drew the synthetic ones, for the record.
         training_groups, held_out_groups, false_alarms, calibrate_on: As in `evaluate_memorization`.
 
-    Raises:
-        ValueError: If shapes do not fit, a token is not finite, or there are too few to calibrate on.
+    ValueError if shapes do not fit, a token is not finite, or there are too few to calibrate on.
     """
     sets = {"training": training, "synthetic": synthetic, "held_out": held_out}
     for name, tokens in sets.items():
@@ -81,12 +74,12 @@ def compare_tokens(
     rows = {name: None if tokens is None else ((tokens - mean) / std).flatten(1) for name, tokens in sets.items()}
     known = rows["training"]
     own: Groups = range(len(known)) if training_groups is None else training_groups
-    found = {"training": search_tokens(known, known, own, own), "held_out": None, "synthetic": None}
+    found = {"training": search_features(known, known, own, own), "held_out": None, "synthetic": None}
     if held_out is not None:
         theirs = None if held_out_groups is None else own
-        found["held_out"] = search_tokens(rows["held_out"], known, held_out_groups, theirs)
+        found["held_out"] = search_features(rows["held_out"], known, held_out_groups, theirs)
     if synthetic is not None:
-        found["synthetic"] = search_tokens(rows["synthetic"], known)
+        found["synthetic"] = search_features(rows["synthetic"], known)
     threshold = calibrate_threshold(found[calibrate_on.replace(" ", "_")].relative, false_alarms)
     spacing = found["training"].neighbors.distance[:, 0]
     return TokenCopies(
@@ -97,15 +90,6 @@ def compare_tokens(
         planted=_plant(known, threshold),
         **{name: None if near is None else summarize(near, threshold, spacing) for name, near in found.items()},
     )
-
-
-def search_tokens(
-    tokens: Tensor, training: Tensor, groups: Groups | None = None, training_groups: Groups | None = None
-) -> Distances:
-    """How near standardised tokens `(N, S * D)` are to training tokens `(M, S * D)`, those of their group left out."""
-    sides = {"groups": groups, "training_groups": training_groups}
-    neighbors = nearest_training(tokens, training, **sides)
-    return Distances(relative_distances(neighbors, typical_distances(tokens, training, **sides)), neighbors)
 
 
 def _noisy(tokens: Tensor, deviation: float) -> Tensor:
@@ -130,7 +114,7 @@ def _plant(known: Tensor, threshold: float, count: int = 200) -> tuple[PlantedFi
     chosen = known[torch.linspace(0, len(known) - 1, min(len(known), count)).round().long()]
     return tuple(
         PlantedFigures(
-            change, len(chosen), (search_tokens(copy(chosen), known).relative < threshold).double().mean().item()
+            change, len(chosen), (search_features(copy(chosen), known).relative < threshold).double().mean().item()
         )
         for change, copy in PLANTED_TOKENS.items()
     )

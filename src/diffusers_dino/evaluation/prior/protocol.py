@@ -8,19 +8,19 @@ prior has to beat.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...metrics.bootstrap import share_interval
+from ...metrics.copy_gate import search_features
 from ...metrics.distances import frechet_of_samples
 from ...metrics.neighbours import calibrate_threshold
 from ...pipelines import DinoPriorPipeline
 from ...prior import Condition
 from ...seeds import generator_for
-from ..memorization.tokens import search_tokens
 from ..results import JsonResult
 
 __all__ = ["PriorResult", "TokenFigures", "evaluate_prior"]
@@ -96,21 +96,14 @@ def evaluate_prior(
     guidance_scale: float = 1.0,
     false_alarms: float = 0.01,
 ) -> PriorResult:
-    """Draw tokens and compare them with real ones.
+    """Draw tokens from a prior, by its steps and guidance, and compare them with real ones.
 
     Args:
-        prior: The prior.
         training: Tokens `(M, S, D)` of the images that it was trained on.
-        held_out: Tokens `(N, S, D)` of images that it was not trained on; `M >= 2 N`.
+        held_out: Tokens `(N, S, D)` of images that it was not trained on; `M >= 2 N`, or a ValueError says so.
         condition: What to ask for, of N images, such as what is known of the held-out ones; None asks for nothing.
         num_sets: Sets of N draws, over which figures are means.
-        seed: Of the draws.
-        num_inference_steps: Sampling steps.
-        guidance_scale: Guidance.
         false_alarms: Share of real images that may be called copies.
-
-    Raises:
-        ValueError: If there are too few images.
     """
     count = len(held_out)
     if count < 2 or len(training) < 2 * count:
@@ -119,11 +112,11 @@ def evaluate_prior(
         )
     known, real = (prior.prior.standardise(tokens).flatten(1).cpu() for tokens in (training, held_out))
     own = [str(row) for row in range(len(known))]
-    threshold = calibrate_threshold(search_tokens(known, known, own, own).relative, false_alarms)
+    threshold = calibrate_threshold(search_features(known, known, own, own).relative, false_alarms)
 
     def figures(name: str, sets: list[Tensor], compared: bool = True) -> TokenFigures:
         every = torch.cat(sets)
-        copies = int((search_tokens(every, known).relative < threshold).sum())
+        copies = int((search_features(every, known).relative < threshold).sum())
         distances = [frechet_of_samples(drawn, real) for drawn in sets] if compared else []
         accuracies = [two_sample_accuracy(drawn, real) for drawn in sets] if compared else []
         return TokenFigures(
@@ -152,6 +145,8 @@ def evaluate_prior(
     gaussian = list(_gaussian(known, count, num_sets, seed))
     order = torch.randperm(len(known), generator=generator_for(seed, "training sets"))
     training_sets = [known[rows] for rows in order.split(count) if len(rows) == count][:num_sets]
+    # training tokens are their own copies: that says nothing
+    no_copies = {"num_tokens": 0, "copies": 0.0, "copies_low": 0.0, "copies_high": 0.0}
     return PriorResult(
         len(known),
         count,
@@ -163,7 +158,7 @@ def evaluate_prior(
         (
             figures("prior", drawn),
             figures("gaussian", gaussian),
-            _without_copies(figures("training", training_sets)),
+            replace(figures("training", training_sets), **no_copies),
             figures("held out", [real], compared=False),
         ),
     )
@@ -187,8 +182,3 @@ def _gaussian(known: Tensor, count: int, num_sets: int, seed: int) -> Iterator[T
 
 def _mean_and_ends(values: list[float]) -> tuple[float | None, float | None, float | None]:
     return (float(np.mean(values)), min(values), max(values)) if values else (None, None, None)
-
-
-def _without_copies(figures: TokenFigures) -> TokenFigures:
-    """Training tokens are their own copies: that says nothing."""
-    return TokenFigures(**{**figures.__dict__, "num_tokens": 0, "copies": 0.0, "copies_low": 0.0, "copies_high": 0.0})

@@ -14,8 +14,9 @@ person is.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -39,6 +40,7 @@ _FALSE_ALARMS = 0.01
 _BATCH = 256
 
 Images = ImageDataset | Tensor
+_Draw = Callable[[str], np.ndarray]  # of numbers of images of others than a patient
 
 
 @dataclass(frozen=True)
@@ -151,9 +153,8 @@ def evaluate_reidentification(
         device: Where networks compute.
         progress: Whether to show a bar.
 
-    Raises:
-        ValueError: If patients do not fit, fewer than 30 have two images, no image has its source among the training
-            images, or a set is empty.
+    ValueError if patients do not fit, fewer than 30 have two images, no image has its source among the training
+    images, or a set is empty.
     """
     _check_patients("training", training, training_patients)
     _check_patients("held-out", held_out, held_out_patients)
@@ -191,7 +192,7 @@ def evaluate_reidentification(
         others, rows = np.flatnonzero((folds != fold) & learnt_from), np.flatnonzero(folds == fold)
         network = train_siamese(real[others], people[others].tolist(), max_steps, seed + fold, device)
         own, generated = (_embed(network, images, device) for images in (real[rows], pixels[2]))
-        draw = _Strangers(people[rows], num_strangers, seed, fold)
+        draw = partial(_draw_strangers, people[rows], num_strangers, generator_for(seed, "strangers", fold))
         scores = _scores(network, own, own)
         tables["real"].append(_real_pairs(scores, real[rows], people[rows], draw))
         if rows_of_sources is None:
@@ -213,7 +214,7 @@ def evaluate_reidentification(
         tables["synthetic"], closest = [stand_ins.pairs()], stand_ins.closest()
     label = "generated and nearest training image" if rows_of_sources is None else "generated image and its source"
     options = {"repeats": bootstrap_repeats, "seed": seed}
-    has_others = any(pairs.positive.any() for pairs in tables["others"])
+    has_others = any(pairs.near for pairs in tables["others"])
     closest.sort(key=lambda pair: -pair.score)
     return ReidentificationResult(
         num_training=len(known.rows),
@@ -240,25 +241,23 @@ def _check_patients(name: str, images: Images, patients: Sequence[str]) -> None:
         raise ValueError(f"Give one patient an image: {len(patients)} for {len(images)} {name} images.")
 
 
-@dataclass(frozen=True)
 class _Pairs:
-    """Scores `(P,)` of pairs, which are of one patient `(P,)` bool, and whose they are, whom the bootstrap draws."""
+    """Scores of pairs of one patient and of pairs of strangers, each with whose it is: whom the bootstrap draws."""
 
-    scores: np.ndarray
-    positive: np.ndarray
-    owners: Sequence[Hashable]
+    def __init__(self) -> None:
+        self.near: list[tuple[float, Hashable]] = []
+        self.strangers: list[tuple[float, Hashable]] = []
+
+    def add(self, near: np.ndarray, strangers: np.ndarray, owner: str) -> None:
+        """Scores `(n,)` and `(m,)` of an image of a patient."""
+        self.near += [(score, owner) for score in near.tolist()]
+        self.strangers += [(score, owner) for score in strangers.tolist()]
 
 
-class _Strangers:
-    """Draws numbers of images of other patients."""
-
-    def __init__(self, people: np.ndarray, count: int, seed: int, fold: int) -> None:
-        self.people, self.count = people, count
-        self.random = generator_for(seed, "strangers", fold)
-
-    def __call__(self, patient: str) -> np.ndarray:
-        others = np.flatnonzero(self.people != patient)
-        return others[torch.randint(len(others), (self.count,), generator=self.random).numpy()]
+def _draw_strangers(people: np.ndarray, count: int, random: torch.Generator, patient: str) -> np.ndarray:
+    """Numbers `(count,)` of images of other patients."""
+    others = np.flatnonzero(people != patient)
+    return others[torch.randint(len(others), (count,), generator=random).numpy()]
 
 
 def _embed(network: SiameseNetwork, images: Tensor, device: torch.device | str) -> Tensor:
@@ -270,47 +269,32 @@ def _scores(network: SiameseNetwork, first: Tensor, second: Tensor) -> np.ndarra
     return np.concatenate([np.empty((0, len(second)), np.float32), *parts])
 
 
-def _real_pairs(scores: np.ndarray, images: Tensor, people: np.ndarray, draw: _Strangers) -> _Pairs:
+def _real_pairs(scores: np.ndarray, images: Tensor, people: np.ndarray, draw: _Draw) -> _Pairs:
     """Each pair of different images of one patient, and strangers of each image that has a partner."""
-    found: list[float] = []
-    positive: list[bool] = []
-    owners: list[str] = []
+    pairs = _Pairs()
     for row, patient in enumerate(people.tolist()):
-        partners = [j for j in np.flatnonzero(people == patient) if not torch.equal(images[j], images[row])]
-        if not partners:
-            continue
-        later = [j for j in partners if j > row]
-        strangers = draw(patient)
-        found += [*scores[row, later].tolist(), *scores[row, strangers].tolist()]
-        positive += [True] * len(later) + [False] * len(strangers)
-        owners += [patient] * (len(later) + len(strangers))
-    return _Pairs(np.array(found), np.array(positive, dtype=bool), owners)
+        if partners := _others_of(row, images, people):
+            later = [partner for partner in partners if partner > row]
+            pairs.add(scores[row, later], scores[row, draw(patient)], patient)
+    return pairs
 
 
 def _variations(
-    scores: np.ndarray, partners: np.ndarray, people: np.ndarray, images: Tensor, draw: _Strangers
+    scores: np.ndarray, partners: np.ndarray, people: np.ndarray, images: Tensor, draw: _Draw
 ) -> dict[str, _Pairs]:
     """Generated images with their sources, and with other images of their patients; with the same strangers."""
-    own: list[float] = []
-    strangers: list[float] = []
-    others: list[float] = []
-    owners, of_strangers, of_others = [], [], []
+    found = {"synthetic": _Pairs(), "others": _Pairs()}
     for row, partner in enumerate(partners.tolist()):
         patient = people[partner]
-        own.append(scores[row, partner])
-        owners.append(patient)
-        chosen = draw(patient)
-        strangers += scores[row, chosen].tolist()
-        of_strangers += [patient] * len(chosen)
-        same = [j for j in np.flatnonzero(people == patient) if not torch.equal(images[j], images[partner])]
-        others += scores[row, same].tolist()
-        of_others += [patient] * len(same)
+        strangers = scores[row, draw(patient)]
+        found["synthetic"].add(scores[row, [partner]], strangers, patient)
+        found["others"].add(scores[row, _others_of(partner, images, people)], strangers, patient)
+    return found
 
-    def pairs(near: list[float], names: list[str]) -> _Pairs:
-        positive = np.arange(len(near) + len(strangers)) < len(near)
-        return _Pairs(np.array([*near, *strangers]), positive, [*names, *of_strangers])
 
-    return {"synthetic": pairs(own, owners), "others": pairs(others, of_others)}
+def _others_of(row: int, images: Tensor, people: np.ndarray) -> list[int]:
+    """Numbers of the other images of a patient."""
+    return [j for j in np.flatnonzero(people == people[row]).tolist() if not torch.equal(images[j], images[row])]
 
 
 class _StandIns:
@@ -338,8 +322,11 @@ class _StandIns:
 
     def pairs(self) -> _Pairs:
         """Generated images against held-out ones."""
-        owners = [*(("generated", key) for key in self.keys), *(("real", str(patient)) for patient in self.unseen)]
-        return _Pairs(self.best, np.arange(len(self.best)) < len(self.keys), owners)
+        pairs, scores = _Pairs(), self.best.tolist()
+        pairs.near = list(zip(scores, (("generated", key) for key in self.keys), strict=False))
+        of_unseen = (("real", str(patient)) for patient in self.unseen)
+        pairs.strangers = list(zip(scores[len(self.keys) :], of_unseen, strict=True))
+        return pairs
 
     def closest(self) -> list[PairScore]:
         """Each generated image and the training image that it resembles most."""
@@ -348,17 +335,22 @@ class _StandIns:
 
 
 def _figures(name: str, tables: Sequence[_Pairs], repeats: int, seed: int) -> PairFigures:
-    scores, positive = (np.concatenate([getattr(one, field) for one in tables]) for field in ("scores", "positive"))
-    folds = np.repeat(np.arange(len(tables)), [len(one.scores) for one in tables])
-    owners = [owner for one in tables for owner in one.owners]
+    rows = [
+        (fold, is_near, *pair)
+        for fold, one in enumerate(tables)
+        for is_near, pairs in ((True, one.near), (False, one.strangers))
+        for pair in pairs
+    ]
+    folds, positive, scores = (np.array(column) for column in list(zip(*rows, strict=True))[:3])
+    owners = [owner for *_, owner in rows]
     names = {owner: number for number, owner in enumerate(dict.fromkeys(owners))}
     codes = np.array([names[owner] for owner in owners])
     kinds = np.array([owner[0] == "real" if isinstance(owner, tuple) else False for owner in names]).astype(int)
     weights = draw_weights(range(len(names)), kinds.tolist(), repeats, seed)[:, codes]
-    columns = scores[:, None].astype(float), positive[:, None], folds
+    columns = scores[:, None], positive[:, None], folds
     auroc = stratified_auroc(*columns)[0, 0]
-    strangers = [one.scores[~one.positive] for one in tables]
-    bounds = [np.quantile(own, 1 - _FALSE_ALARMS) if len(own) else np.inf for own in strangers]
+    strangers = [[score for score, _ in one.strangers] for one in tables]
+    bounds = [np.quantile(own, 1 - _FALSE_ALARMS) if own else np.inf for own in strangers]
     return PairFigures(
         name,
         int(positive.sum()),

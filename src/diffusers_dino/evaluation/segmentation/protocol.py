@@ -251,11 +251,7 @@ def score_segments(
     rows, sweeps = [], []
 
     def add(
-        method: str,
-        selection: str,
-        scores: Tensor,
-        settings: Sequence[object] = (),
-        seconds: float | None = None,
+        method: str, selection: str, scores: Tensor, settings: Sequence[object] = (), seconds: float | None = None
     ) -> Tensor | None:
         """Make a row of `(H, N)` scores; returns the setting chosen for each image, `(N,)`."""
         fitted = cross_fit(scores, halves)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import io
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -64,8 +65,7 @@ class Sweep:
         features: Of `"cut"` and `"clusters"`: see `DiffSegPipeline.patch_features`; also `cut_power`, `walk_steps`,
             `num_clusters`, `encoder_size` and `encoder_layer` are as in that class.
 
-    Raises:
-        ValueError: If there is no timestep, threshold or choice of layers, or no such method or features.
+    ValueError if there is no timestep, threshold or choice of layers, or no such method or features.
     """
 
     timesteps: tuple[int, ...] = (1, 50, 100, 300)
@@ -255,10 +255,9 @@ def segment_images(
     if sweep.method == "clusters":
         _segment_by_clusters(pipe, shown, swept, units)
         return swept
-    segment_unit = _cut_unit if sweep.method == "cut" else _segment_unit
     for view, members in units:
         clock = _Clock(len(members))
-        segments = np.stack(list(segment_unit(pipe, shown, sweep, view, members, clock)), axis=1)
+        segments = _segment_unit(pipe, shown, sweep, view, members, clock)
         with atomic_write(swept.path(view, members.start)) as file:
             np.savez_compressed(file, segments=segments, seconds=clock.seconds(len(sweep.thresholds)))
     return swept
@@ -306,6 +305,20 @@ def _features(pipe: DiffSegPipeline, images: MaskedImages, sweep: Sweep, view: i
     return pipe.patch_features([images.image(i) for i in members], **_feature_settings(sweep, layers, timestep))
 
 
+def _attention(pipe: DiffSegPipeline, images: MaskedImages, sweep: Sweep, view: int, members: range) -> Tensor:
+    """Attention maps of the images of a unit."""
+    layers, timestep = sweep.views[view]
+    generators = [generator_for(sweep.seed, "segmentation", timestep, i) for i in members] if sweep.add_noise else None
+    return pipe.attention_maps(
+        [images.image(i) for i in members],
+        timestep,
+        size=images.size,
+        layers=ALL_LAYERS if layers == ALL_LAYERS else layers.split("+"),
+        add_noise=sweep.add_noise,
+        generator=generators,
+    )
+
+
 def _feature_settings(sweep: Sweep, layers: str, timestep: int) -> dict[str, object]:
     settings: dict[str, object] = {"features": list(sweep.features)}
     if "encoder" in sweep.features:
@@ -316,16 +329,27 @@ def _feature_settings(sweep: Sweep, layers: str, timestep: int) -> dict[str, obj
     return settings
 
 
-def _cut_unit(
+def _segment_unit(
     pipe: DiffSegPipeline, images: MaskedImages, sweep: Sweep, view: int, members: range, clock: _Clock
-) -> Iterator[np.ndarray]:
-    """Segments `(thresholds, mask_size, mask_size)` of each image of a unit, by cuts of features."""
-    features = _features(pipe, images, sweep, view, members)
+) -> np.ndarray:
+    """Segments `(thresholds, B, mask_size, mask_size)` of the images of a unit, by its features or its attention."""
+    if sweep.method == "cut":
+        found = _features(pipe, images, sweep, view, members)
+        segment = partial(pipe.segment_features, cut_power=sweep.cut_power)
+    else:
+        found = _attention(pipe, images, sweep, view, members)
+        merging = {"num_merges": sweep.num_merges, "anchors_per_side": sweep.anchors_per_side, "refine": sweep.refine}
+        merging["relative_threshold"] = sweep.relative
+        cutting = {"merging": "ncut", "walk_steps": sweep.walk_steps}
+        segment = partial(pipe.segment, **(cutting if sweep.method == "walk" else merging))
     clock.lap()
-    cutting = {"cut_power": sweep.cut_power, "output_size": sweep.mask_size}
-    for each in features:
-        results = [pipe.segment_features(each[None], cut_threshold=t, **cutting).masks[0] for t in sweep.thresholds]
-        yield torch.stack(results).cpu().numpy().astype(np.uint16)
+    kind = "merge_threshold" if sweep.method == "diffseg" else "cut_threshold"
+    masks = [
+        [segment(each[None], **{kind: t}, output_size=sweep.mask_size).masks[0] for t in sweep.thresholds]
+        for each in found
+    ]
+    segments = torch.stack([torch.stack(of_image) for of_image in masks], dim=1)
+    return segments.cpu().numpy().astype(np.uint16)
 
 
 def _segment_by_clusters(
@@ -377,31 +401,3 @@ def _fit_halves(
         own.save(swept.folder / f"clusters-view-{view}-of-half-{int(half)}.safetensors")
         clusters.append(own)
     return clusters, features, clock.seconds(1)
-
-
-def _segment_unit(
-    pipe: DiffSegPipeline, images: MaskedImages, sweep: Sweep, view: int, members: range, clock: _Clock
-) -> Iterator[np.ndarray]:
-    """Segments `(thresholds, mask_size, mask_size)` of each image of a unit, by its attention."""
-    layers, timestep = sweep.views[view]
-    generators = [generator_for(sweep.seed, "segmentation", timestep, i) for i in members] if sweep.add_noise else None
-    maps = pipe.attention_maps(
-        [images.image(i) for i in members],
-        timestep,
-        size=images.size,
-        layers=ALL_LAYERS if layers == ALL_LAYERS else layers.split("+"),
-        add_noise=sweep.add_noise,
-        generator=generators,
-    )
-    clock.lap()
-    if sweep.method == "walk":
-        for image_maps in maps:
-            cutting = {"merging": "ncut", "walk_steps": sweep.walk_steps, "output_size": sweep.mask_size}
-            results = [pipe.segment(image_maps[None], cut_threshold=t, **cutting).masks[0] for t in sweep.thresholds]
-            yield torch.stack(results).cpu().numpy().astype(np.uint16)
-        return
-    merging = {"num_merges": sweep.num_merges, "anchors_per_side": sweep.anchors_per_side, "refine": sweep.refine}
-    merging |= {"relative_threshold": sweep.relative, "output_size": sweep.mask_size}
-    for image_maps in maps:
-        results = [pipe.segment(image_maps[None], t, **merging).masks[0] for t in sweep.thresholds]
-        yield torch.stack(results).cpu().numpy().astype(np.uint16)

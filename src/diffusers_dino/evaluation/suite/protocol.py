@@ -23,7 +23,7 @@ from ...metrics import FeatureExtractor, FeatureSet, FeatureSpec, extract_featur
 from ...pipelines.checks import image_size
 from ..classifier import ClassifierSettings
 from ..controls import rows_in
-from ..fidelity.feature_sets import LabelledFeatures, compare_features
+from ..fidelity.protocol import LabelledFeatures, compare_features
 from ..fidelity.result import FidelityResult
 from ..image_sets import ImageSet
 from ..membership.protocol import MembershipResult, evaluate_membership
@@ -37,14 +37,7 @@ from .verdicts import Answer, answers_of
 if TYPE_CHECKING:
     from ...pipelines import DinoDiffusionPipeline
 
-__all__ = [
-    "Answer",
-    "SetFacts",
-    "SuiteProgress",
-    "SuiteResult",
-    "SuiteSettings",
-    "evaluate_suite",
-]
+__all__ = ["Answer", "SetFacts", "SuiteProgress", "SuiteResult", "SuiteSettings", "evaluate_suite"]
 
 logger = logging.getLogger(__name__)
 

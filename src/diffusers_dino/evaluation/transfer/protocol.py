@@ -8,7 +8,7 @@ tested on the other, which is the control of both. Any labelled images can be as
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +18,13 @@ import torch
 from ...data.labels import plain_label
 from ...devices import deterministic
 from ...files import make_writable_folder
-from ...metrics.auroc import draw_weights, stratified_auroc
+from ...metrics.auroc import draw_weights, stratified_auroc, with_mean
 from ...metrics.bootstrap import percentile_interval
 from ...seeds import derive_seed
 from ..classifier import ClassifierSettings, LabelledImages, predict, train_classifier
 from ..folds import assign_folds
 from ..image_sets import ImageSet
-from ..packed import PackedImages, at_size, pack_images
+from ..packed import at_size, pack_images
 from ..results import JsonResult
 
 __all__ = ["Bounded", "LabelTransfer", "TransferResult", "common_labels", "evaluate_transfer"]
@@ -139,8 +139,7 @@ def evaluate_transfer(
         seed: Of halves, training, bootstrap and shuffles.
         device: Where classifiers compute.
 
-    Raises:
-        ValueError: If a set has no labels, or no label is common to both sets and frequent enough.
+    ValueError if a set has no labels, or no label is common to both sets and frequent enough.
     """
     classifier, folder = classifier or ClassifierSettings(), make_writable_folder(folder)
     for name, one in (("real", real), ("synthetic", synthetic)):
@@ -152,18 +151,17 @@ def evaluate_transfer(
             f"No label is common to synthetic images ({_shown(synthetic.label_names)}) and real ones "
             f"({_shown(real.label_names)}): name them alike."
         )
-    packed = [_pack(one, folder / f"{name}.npy", classifier) for name, one in (("real", real), ("made", synthetic))]
-    rows = [
-        np.flatnonzero([key in one.labels for key in own.keys])
-        for one, own in zip((real, synthetic), packed, strict=True)
-    ]
-    keys = [[own.keys[row] for row in chosen] for own, chosen in zip(packed, rows, strict=True)]
     names = sorted(set(same.values()))
-    given = [
-        np.array([[name in {same.get(x, x) if made else x for x in one.labels[key]} for name in names] for key in own])
-        for one, own, made in zip((real, synthetic), keys, (False, True), strict=True)
-    ]
-    counts = [np.minimum(one.sum(axis=0), (~one).sum(axis=0)) for one in given]
+
+    def labelled(one: ImageSet, file: str, renamed: Mapping[str, str]) -> LabelledImages:
+        """The images that have labels, with those of `names` as their targets."""
+        packed = pack_images(at_size(one.images, classifier.size), folder / file, one.place, classifier.channels)
+        rows = np.flatnonzero([key in one.labels for key in packed.keys])
+        given = [{renamed.get(x, x) for x in one.labels[packed.keys[row]]} for row in rows.tolist()]
+        return LabelledImages(packed, rows, np.array([[name in own for name in names] for own in given], dtype=bool))
+
+    ours, theirs = labelled(real, "real.npy", {}), labelled(synthetic, "made.npy", same)
+    counts = [np.minimum(one.targets.sum(axis=0), (~one.targets).sum(axis=0)) for one in (ours, theirs)]
     enough = np.minimum(*counts) >= fewest
     if not enough.any():
         raise ValueError(
@@ -172,43 +170,39 @@ def evaluate_transfer(
         )
     labels = [name for name, used in zip(names, enough.tolist(), strict=True) if used]
     every = {*real.label_names, *(same.get(name, name) for name in synthetic.label_names)}
-    targets = [one[:, enough] for one in given]
-    patients = [real.patients[key] for key in keys[0]] if real.patients else list(keys[0])
-    halves = assign_folds(targets[0], patients, _HALVES, seed)
-
-    def labelled(which: int, chosen: np.ndarray | slice = slice(None)) -> LabelledImages:
-        return LabelledImages(packed[which], rows[which][chosen], targets[which][chosen])
-
-    real_scores, judged = np.empty(targets[0].shape), []
+    ours, theirs = (one._replace(targets=one.targets[:, enough]) for one in (ours, theirs))
+    keys = [ours.images.keys[row] for row in ours.rows.tolist()]
+    patients = [real.patients[key] for key in keys] if real.patients else keys
+    halves = assign_folds(ours.targets, patients, _HALVES, seed)
+    real_scores, judged = np.empty(ours.targets.shape), []
     with deterministic(threads=1):
         for half in range(_HALVES):
-            judge = train_classifier(
-                [labelled(0, halves != half)], None, classifier, derive_seed(seed, "judge", half), device
-            )
-            real_scores[halves == half] = predict(judge.model, labelled(0, halves == half), device)
-            judged.append(predict(judge.model, labelled(1), device))
-        student = train_classifier([labelled(1)], None, classifier, derive_seed(seed, "student"), device)
-        student_scores = predict(student.model, labelled(0), device)
+            tested, own_seed = halves == half, derive_seed(seed, "judge", half)
+            judge = train_classifier([ours.select(~tested)], None, classifier, own_seed, device)
+            real_scores[tested] = predict(judge.model, ours.select(tested), device)
+            judged.append(predict(judge.model, theirs, device))
+        student = train_classifier([theirs], None, classifier, derive_seed(seed, "student"), device)
+        student_scores = predict(student.model, ours, device)
     figures = _figures(
         (real_scores, np.concatenate(judged), student_scores),
-        (targets[0], np.concatenate([targets[1]] * _HALVES)),
-        (halves, np.repeat(np.arange(_HALVES), len(keys[1]))),
+        (ours.targets, np.concatenate([theirs.targets] * _HALVES)),
+        (halves, np.repeat(np.arange(_HALVES), len(theirs.rows))),
         patients,
         bootstrap_repeats,
         seed,
     )
-    totals = zip([len(keys[0]), *targets[0].sum(axis=0)], [len(keys[1]), *targets[1].sum(axis=0)], strict=True)
+    totals = ([len(one.rows), *one.targets.sum(axis=0).tolist()] for one in (ours, theirs))
     return TransferResult(
-        num_real=len(keys[0]),
+        num_real=len(ours.rows),
         num_patients=len(set(patients)) if real.patients else None,
-        num_synthetic=len(keys[1]),
+        num_synthetic=len(theirs.rows),
         left_out=tuple(sorted(every - set(labels))),
         model=classifier.name,
         seed=seed,
         repeats=bootstrap_repeats,
         rows=tuple(
-            LabelTransfer(name, int(n), int(m), **{figure: columns[i] for figure, columns in figures.items()})
-            for i, (name, (n, m)) in enumerate(zip(["macro", *labels], totals, strict=True))
+            LabelTransfer(name, *counts, **{figure: columns[i] for figure, columns in figures.items()})
+            for i, (name, *counts) in enumerate(zip(["macro", *labels], *totals, strict=True))
         ),
     )
 
@@ -233,8 +227,8 @@ def _figures(
         ("synthetic", judged, of_made, np.concatenate([chosen] * _HALVES, axis=1)),
         ("student", student, of_real, weights),
     ):
-        values[name] = _with_mean(stratified_auroc(one, *other))[0]
-        draws[name] = _with_mean(stratified_auroc(one, *other, drawn))
+        values[name] = with_mean(stratified_auroc(one, *other))[0]
+        draws[name] = with_mean(stratified_auroc(one, *other, drawn))
     for name, first in (("agreement", "synthetic"), ("utility", "student")):
         values[name], draws[name] = (kind[first] - kind["real"] for kind in (values, draws))
     random = np.random.default_rng(derive_seed(seed, "shuffles"))
@@ -242,21 +236,12 @@ def _figures(
     for _ in range(_SHUFFLES):
         order = np.concatenate([random.permutation(number)] * _HALVES)
         shuffled.append(stratified_auroc(judged, targets[1][order], strata[1])[0])
-    draws["shuffled"] = _with_mean(np.array(shuffled))
+    draws["shuffled"] = with_mean(np.array(shuffled))
     values["shuffled"] = np.median(draws["shuffled"], axis=0)
     return {
         name: [Bounded(float(v), *percentile_interval(d)) for v, d in zip(values[name], draws[name].T, strict=True)]
         for name in values
     }
-
-
-def _with_mean(values: np.ndarray) -> np.ndarray:
-    """`(R, L)` -> `(R, 1 + L)`, the mean of what is defined first."""
-    return np.concatenate([np.nanmean(values, axis=1, keepdims=True), values], axis=1)
-
-
-def _pack(one: ImageSet, path: Path, classifier: ClassifierSettings) -> PackedImages:
-    return pack_images(at_size(one.images, classifier.size), path, one.place, classifier.channels)
 
 
 def _shown(names: Collection[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from diffusers_dino.metrics import FeatureSet, GaussianStatistics
 
-__all__ = ["FeatureModule", "reference_features", "reference_statistics", "to_tensor"]
+__all__ = ["FeatureModule", "to_tensor"]
 
 _FROM_FILE = "from_file"  # configuration of a module whose reference is a file
 _REFERENCES = """
@@ -22,7 +23,7 @@ _REFERENCES = """
 
 
 class FeatureModule(evaluate.Metric):
-    """A figure of features. The docstring of a module says what it measures."""
+    """A figure of features. The docstring of a module says what it measures, `figures` computes it."""
 
     published: str  # where
     returns: str  # the names of its figures
@@ -45,6 +46,19 @@ class FeatureModule(evaluate.Metric):
             features=datasets.Features(columns),
         )
 
+    def _compute(self, predictions: Any, **given: Any) -> dict[str, Any]:
+        features = to_tensor(predictions)
+        counts = {"num_predictions": len(features)}
+        if self.paired:
+            references, file = (given.pop(name, None) for name in ("references", "reference_file"))
+            given["reference"] = reference = _reference(references, file, self.takes_statistics)
+            counts["num_references"] = reference.count if isinstance(reference, GaussianStatistics) else len(reference)
+        return {**self.figures(features, **given), **counts}
+
+    def figures(self, features: Tensor, **given: Any) -> dict[str, Any]:
+        """The figures of features `(N, D)`, the reference if the module has one, and arguments of its own, by name."""
+        raise NotImplementedError
+
 
 def to_tensor(rows: Any) -> Tensor:
     """Rows as `evaluate` hands them over, as a tensor `(N, D)`; ValueError if they differ in length."""
@@ -54,20 +68,15 @@ def to_tensor(rows: Any) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(row, np.float32) for row in rows]))
 
 
-def reference_features(references: Any, reference_file: str | Path | None) -> Tensor:
-    """The reference from its rows, or from a `FeatureSet` file; ValueError if neither or both are given."""
-    if references is None and reference_file is None:
+def _reference(references: Any, file: str | Path | None, takes_statistics: bool) -> Tensor | GaussianStatistics:
+    """The reference from its rows or from a file; ValueError if neither or both are given."""
+    if references is None and file is None:
         raise ValueError(f"compute() of the configuration {_FROM_FILE!r} needs `reference_file`, a file of features.")
-    if references is not None and reference_file is not None:
+    if references is not None and file is not None:
         raise ValueError(f'For a reference from a file, load the module with evaluate.load(path, "{_FROM_FILE}").')
-    return to_tensor(references) if references is not None else FeatureSet.load(reference_file).features
-
-
-def reference_statistics(references: Any, reference_file: str | Path | None) -> GaussianStatistics | Tensor:
-    """As `reference_features`, but the file may be one of `GaussianStatistics`, too."""
-    if references is None and reference_file is not None:
-        try:
-            return GaussianStatistics.load(reference_file)
-        except ValueError:
-            pass  # another kind of file
-    return reference_features(references, reference_file)
+    if references is not None:
+        return to_tensor(references)
+    if takes_statistics:
+        with suppress(ValueError):  # it is another kind of file
+            return GaussianStatistics.load(file)
+    return FeatureSet.load(file).features

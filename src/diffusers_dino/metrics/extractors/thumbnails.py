@@ -25,12 +25,8 @@ _FLOOR = 0.02  # added to the local deviation, so that noise in flat parts is no
 def pixel_features(images: Tensor, side: int = _SIDE) -> Tensor:
     """Coarse gray pixels as features: a space that no encoder of the model has shaped.
 
-    Args:
-        images: `(N, C, H, W)` in [0, 1], with C = 1 or 3 and H, W >= `side`.
-        side: Side of the thumbnail in pixels.
-
-    Returns:
-        `(N, side * side)` float32: the mean over channels, downsampled with antialiasing.
+    Images `(N, C, H, W)` in [0, 1], C = 1 or 3 and H, W >= `side`, give `(N, side * side)` float32: the mean over
+    channels, downsampled with antialiasing to `side` pixels.
     """
     if images.ndim != 4 or min(images.shape[-2:]) < side:
         raise ValueError(f"Expected images (N, C, H, W) of at least {side} x {side} px, got {tuple(images.shape)}.")
@@ -41,12 +37,8 @@ def local_contrast_features(images: Tensor, side: int = _SIDE) -> Tensor:
     """Gray thumbnails, each pixel in units of the contrast around it; made to find copies among look-alikes.
 
     Radiographs share their coarse brightness, so in plain pixels images of different people are near each other. What
-    is left here is where an image is brighter or darker than its own surroundings.
-
-    Images and `side` are those of `pixel_features`.
-
-    Returns:
-        `(N, side * side)` float32 of norm 1, so that squared distances are `2 - 2 * correlation`; 0 for a flat image.
+    is left here is where an image is brighter or darker than its own surroundings. Shapes are those of
+    `pixel_features`; features have norm 1, so that squared distances are `2 - 2 * correlation`, or 0 for a flat image.
     """
     return F.normalize(local_contrast(_thumbnails(images, side)).flatten(1), dim=1)
 

@@ -74,15 +74,9 @@ def convert_xrv_weights(
 ) -> str:
     """Turn the published pickle into safetensors, with its hash in `OUTPUT.sha256` for every later use.
 
-    The same file always gives the same bytes. Needs torchxrayvision, since the pickle names its classes.
-
-    Args:
-        weights: torchxrayvision's file.
-        output: A `.safetensors` file to write.
-        sha256: Of another file of the same architecture that you trust; by default it must be the published one.
-
-    Returns:
-        SHA-256 of the new file. ValueError if the hash is another, or the file holds another network or more than one.
+    The same file always gives the same bytes, whose SHA-256 is returned. Needs torchxrayvision, since the pickle names
+    its classes. `sha256` is that of another file of the same architecture that you trust; by default it must be the
+    published one. ValueError if the hash is another, or the file holds another network or more than one.
     """
     source, output = require_local("xrv", weights, "give the file that torchxrayvision published."), Path(output)
     if output.suffix != ".safetensors":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from torch import Tensor
 
 from diffusers_dino.metrics import GaussianStatistics, frechet_distance, kernel_distance
 from diffusers_dino.metrics.evaluate_modules import base
@@ -17,9 +17,8 @@ class FrechetDistance(base.FeatureModule):
     returns = "frechet_distance, num_predictions, num_references; kernel_distance where the real features are known"
     takes_statistics = True
 
-    def _compute(self, predictions: Any, references: Any = None, reference_file: str | None = None) -> dict[str, Any]:
-        generated, reference = base.to_tensor(predictions), base.reference_statistics(references, reference_file)
-        figures = {"frechet_distance": frechet_distance(generated, reference), "num_predictions": len(generated)}
+    def figures(self, features: Tensor, reference: Tensor | GaussianStatistics) -> dict[str, float]:
+        distance = {"frechet_distance": frechet_distance(features, reference)}
         if isinstance(reference, GaussianStatistics):
-            return {**figures, "num_references": reference.count}
-        return {**figures, "num_references": len(reference), "kernel_distance": kernel_distance(generated, reference)}
+            return distance
+        return {**distance, "kernel_distance": kernel_distance(features, reference)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from torch import Tensor
 
 from diffusers_dino.metrics import kernel_distance
 from diffusers_dino.metrics.evaluate_modules import base
@@ -16,7 +16,5 @@ class KernelDistance(base.FeatureModule):
     published = "Binkowski et al. 2018, arXiv:1801.01401"
     returns = "kernel_distance, num_predictions, num_references"
 
-    def _compute(self, predictions: Any, references: Any = None, reference_file: str | None = None) -> dict[str, Any]:
-        generated, reference = base.to_tensor(predictions), base.reference_features(references, reference_file)
-        counts = {"num_predictions": len(generated), "num_references": len(reference)}
-        return {"kernel_distance": kernel_distance(generated, reference), **counts}
+    def figures(self, features: Tensor, reference: Tensor) -> dict[str, float]:
+        return {"kernel_distance": kernel_distance(features, reference)}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+
+from torch import Tensor
 
 from diffusers_dino.metrics import manifold_figures
 from diffusers_dino.metrics.evaluate_modules import base
@@ -18,9 +19,5 @@ class ManifoldFigures(base.FeatureModule):
     arguments = "\n    k: the neighbour that balls reach to."
     returns = "precision, recall, density, coverage, k, num_predictions, num_references"
 
-    def _compute(
-        self, predictions: Any, references: Any = None, reference_file: str | None = None, k: int = 5
-    ) -> dict[str, Any]:
-        generated, reference = base.to_tensor(predictions), base.reference_features(references, reference_file)
-        counts = {"num_predictions": len(generated), "num_references": len(reference)}
-        return {**asdict(manifold_figures(generated, reference, k)), **counts}
+    def figures(self, features: Tensor, reference: Tensor, k: int = 5) -> dict[str, float]:
+        return asdict(manifold_figures(features, reference, k))

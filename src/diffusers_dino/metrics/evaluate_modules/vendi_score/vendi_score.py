@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from torch import Tensor
 
 from diffusers_dino.metrics import vendi_score
 from diffusers_dino.metrics.evaluate_modules import base
@@ -17,6 +17,5 @@ class VendiScore(base.FeatureModule):
     returns = "vendi_score, num_predictions"
     paired = False
 
-    def _compute(self, predictions: Any) -> dict[str, Any]:
-        features = base.to_tensor(predictions)
-        return {"vendi_score": vendi_score(features), "num_predictions": len(features)}
+    def figures(self, features: Tensor) -> dict[str, float]:
+        return {"vendi_score": vendi_score(features)}
