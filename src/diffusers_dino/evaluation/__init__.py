@@ -18,6 +18,9 @@
 
 Each question is a folder: `protocol` measures, `table` and `plot` show a result. Results go to JSON and back
 (`result.save(path)`, `type(result).load(path)`). Names are imported when they are first used.
+
+Arguments of one name are one thing everywhere: `batch_size` images are computed at once, intervals are of
+`bootstrap_repeats` draws, networks compute on `device`, and `progress` shows bars.
 """
 
 from importlib import import_module

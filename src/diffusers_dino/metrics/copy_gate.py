@@ -118,7 +118,8 @@ class CopyGate:
         training: Features of the training images.
         threshold: Relative distance in (0, 1] below which an image is a copy: see `calibrate_threshold`.
         extractor: Of the same description as the features.
-        pictures: Those of the training images, by `pictures_of`. None leaves them out, as in gates of version 1.
+        pictures: Those of the training images by `pictures_of`, `(M, 32, 32)` uint8. None leaves them out, as in gates
+            of version 1.
         balance: Factor and power that bring distances of pictures to the scale of those of features.
 
     ValueError if the extractor is another one, numbers are out of range, or there are too few images.
@@ -145,7 +146,7 @@ class CopyGate:
         self.threshold, self.balance = float(threshold), tuple(map(float, balance))
         self.extractor = extractor
         self._training = training.features.float().contiguous()
-        self._pictures = pictures
+        self.pictures = pictures
         self._search = None if pictures is None else PictureSearch(pictures)
 
     @classmethod
@@ -208,11 +209,6 @@ class CopyGate:
         """The number of training images."""
         return len(self._training)
 
-    @property
-    def pictures(self) -> Tensor | None:
-        """A small picture of each training image, `(M, 32, 32)` uint8; None in gates of version 1."""
-        return self._pictures
-
     def fingerprint(self) -> str:
         """A short hash that is equal only for gates of equal verdicts."""
         return hash_of(json.dumps(self._description(), sort_keys=True), *self._tensors().values())[:16]
@@ -242,12 +238,12 @@ class CopyGate:
         return gate
 
     def _tensors(self) -> dict[str, Tensor]:
-        pictures = {} if self._pictures is None else {"pictures": self._pictures}
+        pictures = {} if self.pictures is None else {"pictures": self.pictures}
         return {"training": self._training, **pictures}
 
     def _description(self) -> dict[str, object]:
         described = {"format": 1, "threshold": self.threshold, "spec": self.extractor.spec.to_dict()}
-        return described if self._pictures is None else {**described, "format": _FORMAT, "balance": self.balance}
+        return described if self.pictures is None else {**described, "format": _FORMAT, "balance": self.balance}
 
 
 def extract_views(

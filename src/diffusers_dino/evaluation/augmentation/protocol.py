@@ -126,7 +126,6 @@ def evaluate_augmentation(
         bootstrap_repeats: Draws of the intervals over patients.
         num_workers: Processes at a time; by default one for each GPU, or for each core without one; 0: this one.
         device: Where to compute; by default on all GPUs in turn, or else on the CPU.
-        progress: Whether to show progress bars.
 
     Raises:
         UnfinishedGridError: If cells could not be made; it has the result of the others.

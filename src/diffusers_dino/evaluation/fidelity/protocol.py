@@ -96,12 +96,10 @@ def evaluate_fidelity(
         untrained: Whether to add a row of the last model's UNet before training.
         num_inference_steps, guidance_scale, batch_size: See `Sampling`; each model has its own scheduler.
         neighbors: See `FidelityScores`.
-        bootstrap_repeats: Draws of the intervals.
         labels: Labels of each key of both sets, to score each label by itself, too: an image that was generated from a
             source with the label counts as one with it.
         fewest: Images of a label that either set must have for that.
         seed: Of noise and bootstrap.
-        progress: Whether to show bars.
 
     Raises:
         KeyError: If `labels` lacks an image.

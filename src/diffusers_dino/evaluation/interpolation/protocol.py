@@ -98,7 +98,7 @@ def evaluate_interpolation(
     not a radiograph.
 
     Args:
-        pipe, images, training_images, seeds, num_inference_steps, progress: As of `evaluate_reconstruction`.
+        pipe, images, training_images, seeds, num_inference_steps: As of `evaluate_reconstruction`.
         fractions: Points of a path, ascending in [0, 1].
         method: How tokens are interpolated.
         guidance_scale: Of the generated images; the untrained UNet goes without.

@@ -104,7 +104,7 @@ def filter_by_judge(
         false_alarms: Share of correct labels of real images that may be contradicted, in [0, 0.5], of each label.
         test_keys: Real images whose patients will test a classifier that is trained on the set: no image of these
             patients reaches a judge.
-        num_folds, classifier, validation_fraction, seed, num_workers, device, progress: As for `evaluate_labels`.
+        num_folds, classifier, validation_fraction, seed, num_workers, device: As for `evaluate_labels`.
 
     Raises:
         ValueError: As `evaluate_labels`, if a source is of a test patient, or no image of a label is left.

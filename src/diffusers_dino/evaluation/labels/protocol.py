@@ -59,7 +59,7 @@ def evaluate_labels(
         num_folds: Folds of patients, at least 3; each judge is trained without two of them.
         validation_fraction: Share of the training patients that chooses a judge's weights; 0 takes the last weights.
         seed: Of folds, training, bootstrap and shuffles.
-        labels, classifier, bootstrap_repeats, num_workers, device, progress: As in `evaluate_augmentation`.
+        labels, classifier, bootstrap_repeats, num_workers, device: As in `evaluate_augmentation`.
 
     Raises:
         ValueError: If there is no set, a set has sources that are not among the images, its labels are not those of

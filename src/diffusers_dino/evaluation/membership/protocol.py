@@ -129,10 +129,7 @@ def evaluate_membership(
         timesteps: Of the noise, ascending, below the schedule's number of timesteps.
         num_noises: Draws of noise at each of them.
         training_groups, held_out_groups: The patient of each image, both or none: the bootstrap draws them whole.
-        bootstrap_repeats: Draws of the intervals.
-        batch_size: Images at once.
         seed: Of noise and bootstrap. The noise of an image depends on the seed, its set and its key or number.
-        progress: Whether to show bars.
 
     ValueError if images are in both sets, there are fewer than two in one, groups do not fit, or timesteps do not
     ascend or are out of range.

@@ -130,8 +130,6 @@ def evaluate_memorization(
         num_pairs: Nearest pairs to keep.
         conditioner: The generator's own: then the condition tokens of all sets are compared, too (`compare_tokens`).
         drawn: Tokens `(N, S, D)` that a prior drew; they stand for those of the synthetic images.
-        batch_size: Images computed at once.
-        progress: Whether to show bars.
 
     ValueError if there are too few images to calibrate on, or groups do not fit.
     """

@@ -76,8 +76,6 @@ def evaluate_reconstruction(
         seeds: Seeds of the initial noise; the figures are means over them.
         num_inference_steps: Steps of the pipeline's scheduler.
         guidance_scale: For retrieval; the Fréchet distances are measured without guidance.
-        batch_size: Images generated at once.
-        progress: Whether to show bars.
     """
     if not seeds:
         raise ValueError("Give one seed or more.")

@@ -148,10 +148,7 @@ def evaluate_reidentification(
         max_steps: Updates of each network.
         num_strangers: Strangers that each image is compared with.
         num_pairs: Closest pairs to keep.
-        bootstrap_repeats: Draws of the intervals.
         seed: Of folds, networks, strangers and bootstrap: the result is a function of the arguments.
-        device: Where networks compute.
-        progress: Whether to show a bar.
 
     ValueError if patients do not fit, fewer than 30 have two images, no image has its source among the training
     images, or a set is empty.

@@ -149,9 +149,7 @@ def evaluate_segmentation(
             out for a pipeline that has none.
         dataset: Name of the data set.
         untrained: Whether to sweep the UNet before training, too, for each model of this package.
-        batch_size: Images that a model sees at once.
         seed: Of the split in halves, the bootstrap and k-means.
-        progress: Whether to show bars.
 
     Raises:
         ValueError: If there are not at least two patients, more than 5 % of the images cannot be read, a mask does not

@@ -176,15 +176,14 @@ def evaluate_suite(
         for done, (name, (kind, ask)) in enumerate(_PROTOCOLS.items()):
             report(SuiteProgress(name, done, len(_PROTOCOLS)))
             path = folder / f"{name}.json"
-            try:
-                results[name] = kind.load(path) if path.is_file() else ask(case)
-            except ValueError as error:  # what this question lacks; the others can be asked
-                if path.is_file():
-                    raise
-                results[name], reasons[name] = None, str(error)
+            if path.is_file():
+                results[name] = kind.load(path)
                 continue
-            if not path.is_file():
+            try:
+                results[name] = ask(case)
                 results[name].save(path)
+            except ValueError as error:  # what this question lacks; the others can be asked
+                results[name], reasons[name] = None, str(error)
         result = SuiteResult(
             sets=case.facts,
             features=extractor.spec,
@@ -284,20 +283,22 @@ def _describe(
         name: {
             "place": one.place,
             "images": hash_of(one.images.preprocessing.fingerprint(), *one.images.keys)[:16],
-            "labels": None
-            if one.labels is None
-            else hash_of(*((k, sorted(one.labels[k])) for k in sorted(one.labels)))[:16],
-            "patients": None if one.patients is None else hash_of(*sorted(one.patients.items()))[:16],
+            "labels": _hash_of_all(one.labels and {key: sorted(own) for key, own in one.labels.items()}),
+            "patients": _hash_of_all(one.patients),
         }
         for name, one in given.items()
     }
     return {
         **sets,
-        "sources": None if sources is None else hash_of(*sorted(sources.items()))[:16],
+        "sources": _hash_of_all(sources),
         "model": None if pipe is None else fingerprint_pipeline(pipe),
         "features": extractor.spec.to_dict(),
         "settings": as_json(asdict(settings)),
     }
+
+
+def _hash_of_all(known: Mapping[str, object] | None) -> str | None:
+    return None if known is None else hash_of(*sorted(known.items()))[:16]
 
 
 def _ask_fidelity(case: _Case) -> FidelityResult:

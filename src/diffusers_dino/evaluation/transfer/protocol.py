@@ -137,7 +137,6 @@ def evaluate_transfer(
         fewest: Images of either set that must have a label, and as many that must not.
         bootstrap_repeats: Draws of the intervals, over patients of the real images and over synthetic images.
         seed: Of halves, training, bootstrap and shuffles.
-        device: Where classifiers compute.
 
     ValueError if a set has no labels, or no label is common to both sets and frequent enough.
     """
