@@ -4,8 +4,8 @@
 
 The moments are drawn from --seed. A third of them are inside a checkpoint: the process is killed while the folder
 that is being written is there. Some are while a run starts or resumes, the others anywhere. SIGKILL goes to all
-processes of the run. Prints a table, writes kill_and_resume.json, and fails unless weights, averaged weights,
-optimizer and losses are the same bit for bit.
+processes of the run, which are forks of one that has imported what they need. Prints a table, writes
+kill_and_resume.json, and fails unless weights, averaged weights, optimizer and losses are the same bit for bit.
 """
 
 from __future__ import annotations
@@ -13,20 +13,18 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
-import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from transformers import HfArgumentParser
 
 from diffusers_dino.training.plain_state import OPTIMIZER
+from forks import Forks
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -136,17 +134,9 @@ class Run:
         self.folder = folder
         self.log = folder / "train_log.jsonl"
         self.former_log = self._log_identity()
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = [sys.executable, *(launcher if processes > 1 else []), str(EXAMPLES / "train_dino.py")]
-        self.output = args.output_dir / f"{folder.name}.log"
         self.started = time.time()
-        with open(self.output, "a") as output:
-            self.process = subprocess.Popen(
-                command + flags(args, processes, folder),
-                env={**os.environ, "OMP_NUM_THREADS": str(args.threads), "ACCELERATE_USE_CPU": "true"},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
+        environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "ACCELERATE_USE_CPU": "true"}
+        self.forks = Forks("train_dino.py", flags(args, processes, folder), environment, processes)
 
     def __enter__(self) -> Run:
         return self
@@ -177,28 +167,17 @@ class Run:
         return max(times) - min(times)
 
     def wait_a_moment(self) -> None:
-        if self.process.poll() is not None:
-            raise SystemExit(f"The run ended with {self.process.returncode}, see {self.output}.")
+        if self.forks.poll() is not None:
+            raise SystemExit(f"The run ended too early:\n{self.forks.communicate()[0]}")
         time.sleep(0.001)
 
     def finish(self) -> None:
-        if self.process.wait():
-            raise SystemExit(f"The run failed, see {self.output}.")
+        if self.forks.wait():
+            raise SystemExit(f"The run failed:\n{self.forks.communicate()[0]}")
 
     def kill(self) -> None:
-        """SIGKILL to the launcher and all of its children, which may have sessions of their own."""
-        try:
-            parent = psutil.Process(self.process.pid)
-            family = [parent, *parent.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            family = []
-        for member in family:
-            try:
-                member.kill()
-            except psutil.NoSuchProcess:
-                continue
-        psutil.wait_procs(family)
-        self.process.wait()
+        self.forks.kill()
+        self.forks.wait()
 
     def _log_identity(self) -> int | None:
         """Changes when a run takes the log over, which it does by replacing the file."""

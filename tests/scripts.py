@@ -1,4 +1,4 @@
-"""Run commands and the scripts of `examples/` on folders of made-up images: as processes, or faster in this one."""
+"""Run commands and the scripts of `examples/` on folders of made-up images: as processes, or in this one."""
 
 import importlib
 import json
@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -17,6 +19,7 @@ from PIL import Image
 import tiny
 from diffusers_dino.cli import COMMANDS
 from diffusers_dino.cli.arguments import parse_arguments
+from forks import Forks
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -74,33 +77,58 @@ def start_script(
     *,
     processes: int = 1,
     threads: int | None = None,
+    fresh: bool = False,
     environment: dict[str, str] | None = None,
     **flags: Any,
-) -> subprocess.Popen[str]:
-    """Start a script as one or several processes of its own.
+) -> Forks | subprocess.Popen[str]:
+    """Start a script, by its path or its name in `examples/`, or a command, as one or several processes.
+
+    They are forks of one that has imported what they need. `fresh` is for what a test says of the start itself, of a
+    launcher, or of an environment that is read on import.
 
     Sums depend on how many threads share them: one process has as many as this one, several have one each. Give
     `threads` where a run is compared with one of another number of processes.
     """
+    threads = threads or (torch.get_num_threads() if processes == 1 else 1)
+    own = {"OMP_NUM_THREADS": str(threads), "ACCELERATE_USE_CPU": "true", **(environment or {})}
+    environment, arguments = {**os.environ, **own}, command_line(config, flags)
+    if not fresh:
+        return Forks(script, arguments, environment, processes)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     program = [str(EXAMPLES / script)] if script.endswith(".py") else ["-m", "diffusers_dino", *script.split()]
-    command = [sys.executable, *(launcher if processes > 1 else []), *program]
-    threads = threads or (torch.get_num_threads() if processes == 1 else 1)
-    return subprocess.Popen(
-        [*command, *command_line(config, flags)],
-        env={**os.environ, "OMP_NUM_THREADS": str(threads), "ACCELERATE_USE_CPU": "true", **(environment or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    command = [sys.executable, *(launcher if processes > 1 else []), *program, *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def run_script(script: str, config: Path | None = None, **options: Any) -> str:
     """Run a script as `start_script` does. Returns what it printed; fails if it does."""
     process = start_script(script, config, **options)
-    output, _ = process.communicate(timeout=300)
+    try:
+        output, _ = process.communicate(timeout=300)
+    finally:
+        process.kill()
     assert process.returncode == 0, output
     return output
+
+
+def wait_until(happened: Callable[[], object], process: Forks | subprocess.Popen[str]) -> None:
+    """Wait until something is so; fails with what the process printed if it ends before, or needs five minutes."""
+    deadline = time.monotonic() + 300
+    while not happened():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(process.communicate()[0])
+        time.sleep(0.005)
+
+
+def address_of(process: subprocess.Popen[str]) -> str:
+    """Where a demo that was started afresh shows its page, once it says so."""
+    printed = ""
+    while "Open http" not in printed:
+        line = process.stdout.readline()
+        assert line, printed
+        printed += line
+    return printed.split("Open ")[1].split()[0]
 
 
 def losses(folder: Path) -> list[float]:

@@ -1,8 +1,6 @@
 """`diffusers-dino cache` and training from what it makes, in this process and as others."""
 
 import json
-import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +8,6 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-import forks
 import scripts
 from scripts import losses
 
@@ -69,16 +66,15 @@ def test_two_processes_or_a_kill_change_no_byte(config, tmp_path):
     folders = {processes: tmp_path / f"{processes}" for processes in (1, 2)}
     for processes, folder in folders.items():
         options = {"processes": processes, "threads": 1}
-        forks.run_script("cache", config, **options, **flags, feature_cache=folder)
+        scripts.run_script("cache", config, **options, **flags, feature_cache=folder)
     whole = contents(folders[1])
     assert contents(folders[2]) == whole
     assert [shard["samples"] for shard in json.loads(whole["manifest.json"])["shards"]] == [4, 4, 4]
 
     cut = tmp_path / "cut"
-    process = forks.start_script("cache", config, threads=1, **flags, feature_cache=cut)
-    while process.poll() is None and not list(cut.glob("features-*")):
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    forks.run_script("cache", config, threads=1, **flags, feature_cache=cut)
+    process = scripts.start_script("cache", config, threads=1, **flags, feature_cache=cut)
+    scripts.wait_until(lambda: any(cut.glob("features-*")), process)
+    process.kill()
+    process.wait()
+    scripts.run_script("cache", config, threads=1, **flags, feature_cache=cut)
     assert contents(cut) == whole

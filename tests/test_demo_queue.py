@@ -126,23 +126,17 @@ def test_results_of_a_replaced_image_are_of_no_use(visitors):
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
+def page(tmp_path_factory):
     pytest.importorskip("gradio", reason="The demo needs Gradio: pip install diffusers-dino[demo]")
     folder = tmp_path_factory.mktemp("demo")
-    process = scripts.start_script("demo", environment={"GRADIO_TEMP_DIR": str(folder)})
-    printed = ""
-    while "Open http" not in printed:
-        line = process.stdout.readline()
-        assert line, printed
-        printed += line
-    yield Page(printed.split("Open ")[1].split(" ")[0]), process.pid
+    process = scripts.start_script("demo", fresh=True, environment={"GRADIO_TEMP_DIR": str(folder)})
+    yield Page(scripts.address_of(process))
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 0
 
 
 @pytest.mark.slow
-def test_jobs_that_nobody_listens_to_do_not_keep_visitors_waiting(demo):
-    page, _ = demo
+def test_jobs_that_nobody_listens_to_do_not_keep_visitors_waiting(page):
     answers = [page.vary(f"nobody-{number}", 16, 100).status_code for number in range(40)]
     assert set(answers) <= {200, 503}  # 503 if they come faster than they are dropped
     start = time.monotonic()
@@ -156,8 +150,7 @@ def test_jobs_that_nobody_listens_to_do_not_keep_visitors_waiting(demo):
 
 
 @pytest.mark.slow
-def test_the_running_job_of_a_visitor_who_left_ends(demo):
-    page, _ = demo
+def test_the_running_job_of_a_visitor_who_left_ends(page):
     assert page.vary("ann", 16, 100).status_code == 200
     with page.listening("ann") as heard:
         while heard.get(timeout=PATIENCE)["msg"] != "progress":

@@ -4,14 +4,12 @@ import csv
 import json
 import os
 import shutil
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import forks
 import scripts
 import tiny
 from diffusers_dino.data import Preprocessing, open_images
@@ -76,13 +74,9 @@ def test_a_killed_experiment_continues_and_ends_as_one_that_was_not(flags, tmp_p
     assert {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()} == before
 
     flags["output_dir"] = tmp_path / "killed"
-    process = forks.start_script("evaluate augmentation", **{**flags, "num_workers": 1})
+    process = scripts.start_script("evaluate augmentation", **{**flags, "num_workers": 1})
     cells = tmp_path / "killed" / "cells"
-    deadline = time.monotonic() + 500
-    while len(list(cells.glob("*.safetensors"))) < 3:
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    scripts.wait_until(lambda: len(list(cells.glob("*.safetensors"))) >= 3, process)
     process.kill()
     process.wait()
     done = {path: path.stat().st_mtime_ns for path in cells.glob("*.safetensors")}

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -15,8 +14,7 @@ import tiny
 from diffusers_dino.data import Preprocessing, open_images, verify_shards
 from diffusers_dino.data.labels import stored_labels
 from diffusers_dino.synthesis import SynthesisError, SyntheticSet, load_plan
-from forks import run_script
-from scripts import call_script, command_line, image_folder, start_script
+from scripts import call_script, command_line, image_folder, run_script, start_script, wait_until
 from shard_files import write_shards
 
 SCRIPT = "synthesise"
@@ -136,24 +134,12 @@ def test_two_processes_and_a_worker_that_dies_change_nothing(data, tmp_path):
     options["num_inference_steps"] = 10
     run_script(SCRIPT, **options, output_dir=tmp_path / "one")
     half = start_script(SCRIPT, **options, processes=2, output_dir=tmp_path / "two")
-    kill_a_worker(half, tmp_path / "two")
+    wait_until(lambda: any((tmp_path / "two" / ".records").glob("*.json")), half)
+    half.members[1].kill()
+    assert half.wait(timeout=200) != 0
     assert not (tmp_path / "two" / "manifest.json").exists()
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     command = ["-m", "diffusers_dino", SCRIPT, *command_line(None, {**options, "output_dir": tmp_path / "two"})]
     subprocess.run([*launcher, *command], check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert files(tmp_path / "one") == files(tmp_path / "two")
     assert json.loads((tmp_path / "two" / "manifest.json").read_text())["lineage"]["num_images"] == 2 * COUNT
-
-
-def kill_a_worker(launched, out):
-    """Kill one of two processes after the first shard; the launcher must end the other, and say so."""
-    import psutil
-
-    while launched.poll() is None and not list((out / ".records").glob("*.json")):
-        time.sleep(0.01)
-    workers = [one for one in psutil.Process(launched.pid).children() if any(SCRIPT in part for part in one.cmdline())]
-    assert len(workers) == 2
-    workers[1].kill()
-    printed, _ = launched.communicate(timeout=200)
-    assert launched.returncode != 0, printed
-    assert "SIGKILL" in printed

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import forks
 import scripts
 from diffusers_dino import DinoImageConditioner
 from diffusers_dino.data import Preprocessing, open_images
@@ -55,7 +54,7 @@ def flags(settings, tmp_path) -> dict:
 def trained(settings, tmp_path_factory) -> Path:
     """A finished run in a process of its own."""
     folder = tmp_path_factory.mktemp("run") / "dino"
-    forks.run_script("pretrain_dino.py", **settings, output_dir=folder)
+    scripts.run_script("pretrain_dino.py", **settings, output_dir=folder)
     return folder
 
 
@@ -100,7 +99,7 @@ def test_resumed_run_ends_with_the_same_weights(trained, flags):
 @pytest.mark.slow
 def test_two_processes_with_accumulation_and_bf16(flags, images):
     flags |= {"train_batch_size": 4, "gradient_accumulation_steps": 2, "mixed_precision": "bf16"}
-    output = forks.run_script("pretrain_dino.py", processes=2, **flags)
+    output = scripts.run_script("pretrain_dino.py", processes=2, **flags)
     assert "6 updates of 16 images" in output
     assert torch.isfinite(torch.tensor(losses(flags["output_dir"]))).all()
     assert embed_all(DinoImageConditioner.from_pretrained(flags["output_dir"]), images).isfinite().all()

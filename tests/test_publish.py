@@ -63,7 +63,13 @@ def test_a_trained_folder_is_published_in_one_command(flags, trained, tmp_path):
     with HubServer() as hub:
         environment = {**hub.client_environment(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
         output = scripts.run_script(
-            "publish", environment=environment, **flags, repo_id="org/model", variant="fp16", private="true"
+            "publish",
+            fresh=True,
+            environment=environment,
+            **flags,
+            repo_id="org/model",
+            variant="fp16",
+            private="true",
         )
         repository = hub.repositories["org/model"]
     assert repository.private

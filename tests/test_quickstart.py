@@ -11,7 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
-import forks
+import scripts
 from diffusers_dino import DinoDiffusionPipeline
 from diffusers_dino.diffseg import noted_settings
 from diffusers_dino.evaluation import MemorizationResult, ReconstructionResult
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_a_copy_alone_says_what_is_missing(tmp_path):
-    started = forks.start_script(shutil.copy(ROOT / "examples" / "quickstart.py", tmp_path))
+    started = scripts.start_script(shutil.copy(ROOT / "examples" / "quickstart.py", tmp_path))
     printed, _ = started.communicate()
     assert re.fullmatch(r"error: There is no .*/train_dino\.py\. .* in a clone\.", printed.splitlines()[-1])
     assert "Traceback" not in printed

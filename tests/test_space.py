@@ -35,11 +35,7 @@ def test_it_makes_a_variation(tmp_path):
         port = free.getsockname()[1]
     process = start(GRADIO_SERVER_PORT=str(port), GRADIO_TEMP_DIR=str(tmp_path))
     try:
-        printed = ""
-        while "Open http" not in printed:
-            line = process.stdout.readline()
-            assert line, printed
-            printed += line
+        scripts.address_of(process)
         page = Page(f"http://127.0.0.1:{port}")
         assert page.vary("ann").status_code == 200
         with page.listening("ann") as heard:

@@ -6,23 +6,20 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 
-import forks
 import scripts
 import tiny
 from diffusers_dino import DinoDiffusionPipeline
 from diffusers_dino.training.checkpoints import find_checkpoint
+from forks import Forks
 from hub_server import HubServer
 from range_server import RangeServer
 from scripts import losses
@@ -336,10 +333,10 @@ def test_loss_that_is_not_finite_stops_before_the_update(train, tmp_path):
 def test_a_copy_of_the_script_alone_trains(flags, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     script = shutil.copy(scripts.EXAMPLES / "train_dino.py", tmp_path / "elsewhere")
-    scripts.run_script(script, **{**flags, "max_train_steps": 2})
+    scripts.run_script(script, fresh=True, **{**flags, "max_train_steps": 2})
     assert len(losses(tmp_path / "out")) == 2
     DinoDiffusionPipeline.from_pretrained(tmp_path / "out")
-    refused = forks.start_script(script, tmp_path / "nowhere.yaml", **flags)
+    refused = scripts.start_script(script, tmp_path / "nowhere.yaml", **flags)
     output, _ = refused.communicate(timeout=60)
     assert refused.returncode == 2
     assert f"train_dino.py: error: cannot read the config {tmp_path / 'nowhere.yaml'}: " in output
@@ -351,7 +348,7 @@ def test_two_processes_equal_one_with_the_same_global_batch(flags, parts, tmp_pa
     flags |= {"validation_inference_steps": 2, "checkpointing_steps": 10, "use_ema": True}
     for processes in (1, 2):
         changes = {"train_batch_size": 8 // processes, "output_dir": tmp_path / f"{processes}"}
-        forks.run_script("train_dino.py", processes=processes, threads=1, **{**flags, **changes})
+        scripts.run_script("train_dino.py", processes=processes, threads=1, **{**flags, **changes})
     one, two = (losses(tmp_path / f"{processes}") for processes in (1, 2))
     assert len(one) == 20
     assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-4
@@ -364,7 +361,7 @@ def test_two_processes_equal_one_with_the_same_global_batch(flags, parts, tmp_pa
         crossed = tmp_path / f"{first} then {then}"
         shutil.copytree(tmp_path / f"{first}" / "checkpoint-10", crossed / "checkpoint-10")
         changes = {"train_batch_size": 8 // then, "output_dir": crossed, "resume_from_checkpoint": "latest"}
-        forks.run_script("train_dino.py", processes=then, threads=1, **{**flags, **changes})
+        scripts.run_script("train_dino.py", processes=then, threads=1, **{**flags, **changes})
         assert max(abs(a - b) for a, b in zip(one[10:], losses(crossed), strict=True)) < 1e-4
 
 
@@ -373,7 +370,7 @@ def test_result_is_pushed_with_its_card_and_nothing_else(flags, tmp_path):
     with HubServer() as hub:
         flags |= {"push_to_hub": True, "hub_model_id": "org/trained", "checkpointing_steps": 2, "validation_steps": 4}
         environment = {**hub.client_environment(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
-        scripts.run_script("train_dino.py", environment=environment, **flags)
+        scripts.run_script("train_dino.py", fresh=True, environment=environment, **flags)
         pushed = hub.repositories["org/trained"].files()
     assert {Path(name).parts[0] for name in pushed} - {".gitattributes"} == {
         "README.md",
@@ -387,24 +384,17 @@ def test_result_is_pushed_with_its_card_and_nothing_else(flags, tmp_path):
     assert str(tmp_path).encode() not in pushed["README.md"]
 
 
-def wait_for_step(run: subprocess.Popen | forks.Fork, folder: Path, step: int) -> None:
+def wait_for_steps(run: Forks, folder: Path, count: int) -> None:
     log = folder / "train_log.jsonl"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and run.poll() is None:
-        if log.is_file() and len(log.read_text().splitlines()) >= step:
-            return
-        time.sleep(0.02)
-    run.kill()
-    pytest.fail(f"step {step} was not reached:\n{run.communicate()[0]}")
+    scripts.wait_until(lambda: log.is_file() and len(log.read_text().splitlines()) >= count, run)
 
 
 @pytest.mark.slow
 def test_one_signal_to_one_process_makes_all_save_and_stop(flags, tmp_path):
     flags |= {"max_train_steps": 10_000, "train_batch_size": 2, "output_dir": tmp_path / "out"}
     run = scripts.start_script("train_dino.py", processes=2, **flags)
-    wait_for_step(run, tmp_path / "out", 5)
-    worker = psutil.Process(run.pid).children()[-1]
-    worker.send_signal(signal.SIGUSR1)
+    wait_for_steps(run, tmp_path / "out", 5)
+    os.kill(run.members[1].pid, signal.SIGUSR1)
     output, _ = run.communicate(timeout=60)
     assert run.returncode == 0, output
     assert "--resume_from_checkpoint=latest" in output
@@ -417,8 +407,8 @@ def test_one_signal_to_one_process_makes_all_save_and_stop(flags, tmp_path):
 def test_sigterm_saves_a_checkpoint_and_stops(train, flags, tmp_path):
     options = {"max_train_steps": 60}
     cut = tmp_path / "cut"
-    run = forks.start_script("train_dino.py", **{**flags, **options, "output_dir": cut})
-    wait_for_step(run, cut, 5)
+    run = scripts.start_script("train_dino.py", **{**flags, **options, "output_dir": cut})
+    wait_for_steps(run, cut, 5)
     run.send_signal(signal.SIGTERM)
     output, _ = run.communicate(timeout=60)
     assert run.returncode == 0, output

@@ -3,15 +3,12 @@
 import csv
 import json
 import shutil
-import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import forks
 import scripts
 import tiny
 import tiny_text
@@ -155,15 +152,13 @@ def test_a_resumed_run_ends_with_the_same_bits(flags, known, tmp_path):
 @pytest.mark.slow  # three starts of two processes each
 def test_a_killed_run_of_two_processes_ends_with_the_same_bits(flags, tmp_path):
     flags |= {"processes": 2, "checkpointing_steps": 2, "max_train_steps": 20, "patience": 0, "train_batch_size": 8}
-    forks.run_script("train_prior.py", **flags)
+    scripts.run_script("train_prior.py", **flags)
     again = tmp_path / "again"
-    killed = scripts.start_script("train_prior.py", **{**flags, "output_dir": again}, threads=1)
-    while find_checkpoint(again) is None:
-        time.sleep(0.05)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
-    time.sleep(3)  # the launcher is dead; its processes notice that
-    forks.run_script("train_prior.py", **{**flags, "output_dir": again, "resume_from_checkpoint": "latest"})
+    killed = scripts.start_script("train_prior.py", **{**flags, "output_dir": again})
+    scripts.wait_until(lambda: find_checkpoint(again), killed)
+    killed.kill()
+    killed.wait()
+    scripts.run_script("train_prior.py", **{**flags, "output_dir": again, "resume_from_checkpoint": "latest"})
     assert same(again, flags["output_dir"])
     assert losses(again) == losses(flags["output_dir"])
 

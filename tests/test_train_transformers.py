@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 
-import forks
 import scripts
 import tiny
 from diffusers_dino import DinoDiffusionPipeline
@@ -83,9 +81,8 @@ def test_resumed_it_ends_with_the_same_bits(settings, train, trained, family, tm
 def test_killed_it_goes_on_to_the_same_bits(settings, train, tmp_path):
     flags = {"transformer_config": config_of(settings, "sd3"), "max_train_steps": 300, "checkpointing_steps": 5}
     whole, killed = train(tmp_path / "whole", **{**flags, "max_train_steps": 10}), tmp_path / "killed"
-    run = forks.start_script("train_dino.py", **{**settings, **flags, "output_dir": killed})
-    while not (killed / "checkpoint-5").is_dir() and run.poll() is None:
-        time.sleep(0.02)
+    run = scripts.start_script("train_dino.py", **{**settings, **flags, "output_dir": killed})
+    scripts.wait_until((killed / "checkpoint-5").is_dir, run)
     run.kill()
     run.wait()
     for later in killed.glob("checkpoint-[1-9]?*"):

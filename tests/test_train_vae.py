@@ -14,7 +14,6 @@ import yaml
 from diffusers import AutoencoderKL
 from PIL import Image
 
-import forks
 import scripts
 import tiny
 from diffusers_dino.data import Preprocessing, open_images
@@ -51,7 +50,7 @@ def trained(images, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(SETTINGS))
-    forks.run_script("train_vae.py", config, train_data_dir=images, output_dir=folder / "vae", max_train_steps=STEPS)
+    scripts.run_script("train_vae.py", config, train_data_dir=images, output_dir=folder / "vae", max_train_steps=STEPS)
     return folder / "vae"
 
 
@@ -97,7 +96,7 @@ def test_resumed_run_ends_with_the_same_weights_and_has_the_same_seed(trained, f
 @pytest.mark.parametrize("options", [{"processes": 2}, {"gradient_accumulation_steps": 2}])
 def test_processes_and_accumulated_passes_follow_the_curve_of_one_batch(trained, flags, options):
     flags |= {"train_batch_size": 2, "checkpointing_steps": 0, **options}
-    forks.run_script("train_vae.py", **flags)
+    scripts.run_script("train_vae.py", **flags)
     assert torch.allclose(torch.tensor(losses(flags["output_dir"])), torch.tensor(losses(trained)), atol=1e-4)
 
 

@@ -16,7 +16,6 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-import forks
 import scripts
 import tiny
 from diffusers_dino import DinoDiffusionPipeline
@@ -388,18 +387,11 @@ def test_the_papers_recipe_trains_without_validation_images(settings, train, tmp
     assert json.loads((out / "training_record.json").read_text())["facts"]["training images"] == 14
 
 
-def wait_for(path: Path, run: forks.Fork) -> None:
-    deadline = time.monotonic() + 120
-    while not path.exists() and time.monotonic() < deadline:
-        assert run.poll() is None, run.communicate()[0]
-        time.sleep(0.01)
-
-
 @pytest.mark.slow
 def test_two_processes_in_one_folder_and_a_lock_that_dies_with_its_holder(settings, tmp_path):
     flags = {**settings, "output_dir": tmp_path / "out", "max_train_steps": 10_000, "dataloader_num_workers": 2}
-    run = forks.start_script("train_dino.py", **flags)
-    wait_for(tmp_path / "out" / "checkpoint-1", run)
+    run = scripts.start_script("train_dino.py", **flags)
+    scripts.wait_until((tmp_path / "out" / "checkpoint-1").exists, run)
     for changes in ({}, {"resume_from_checkpoint": "latest"}, {"overwrite_output_dir": True}):
         with pytest.raises(ValueError, match="Another run is at work in"):
             scripts.call_script("train_dino.py", **{**flags, "max_train_steps": 1, **changes})
@@ -424,9 +416,8 @@ def test_training_outlives_the_reader_of_its_output(settings, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0.5, 4.0])
 def test_a_signal_before_training_leaves_with_a_word(settings, tmp_path, seconds):
-    run = scripts.start_script(
-        "train_dino.py", **{**settings, "output_dir": tmp_path / "out", "max_train_steps": 9999}
-    )
+    flags = {**settings, "output_dir": tmp_path / "out", "max_train_steps": 9999}
+    run = scripts.start_script("train_dino.py", fresh=True, **flags)
     time.sleep(seconds)
     run.send_signal(signal.SIGTERM)
     output, _ = run.communicate(timeout=60)
