@@ -39,11 +39,6 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture(autouse=True)
-def few_planted(monkeypatch):
-    monkeypatch.setattr("diffusers_dino.evaluation.memorization.protocol._NUM_PLANTED", 8)
-
-
 @pytest.fixture
 def flags(folder, tmp_path) -> dict:
     return {
@@ -55,6 +50,7 @@ def flags(folder, tmp_path) -> dict:
         "size": 32,
         "false_alarms": 0.05,
         "num_pairs": 4,
+        "num_planted": 8,
         "output_dir": tmp_path / "out",
     }
 

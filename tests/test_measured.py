@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import cache
 
 import pytest
 from huggingface_hub import ModelCardData
@@ -57,9 +58,10 @@ def segmentation():
     return SegmentationResult("montgomery", (SECRET, f"{SECRET}-b"), 64, 0, methods, sweeps)
 
 
+@cache
 def memorization():
     images = tiny.random_images(40, channels=1, seed=3)
-    result, _ = evaluate_memorization(images[:30], images[:6], images[30:], false_alarms=0.1)
+    result, _ = evaluate_memorization(images[:30], images[:6], images[30:], false_alarms=0.1, num_planted=2)
     closest = tuple(replace(pair, key=SECRET, training_key=SECRET) for pair in result.closest)
     return replace(result, closest=closest)
 

@@ -13,7 +13,7 @@ from PIL import Image
 import tiny
 from checkpoints import save_transformers
 from diffusers_dino.cli import COMMANDS
-from forks import PROCESSES
+from forks import FORKING
 from scripts import EXAMPLES, TOY_CLASSIFIER, call_script, image_folder, tiny_training
 
 fcntl = pytest.importorskip("fcntl")
@@ -59,7 +59,13 @@ def commands(place: Path, out: Path) -> dict[str, dict]:
         "cache": frozen | {"feature_cache": out},
         "synthesise": drawn | labels | {"ratio": 1, "num_drawn": 1},
         "evaluate fidelity": drawn | {"features": "tiny", "bootstrap_repeats": 20, "untrained": False},
-        "evaluate memorization": {"training": place / "images", "false_alarms": 0.2, "size": 32, "output_dir": out},
+        "evaluate memorization": {
+            "training": place / "images",
+            "false_alarms": 0.2,
+            "num_planted": 1,
+            "size": 32,
+            "output_dir": out,
+        },
         "evaluate labels": images | labelled | {"synthetic": place / "set", "num_folds": 3},
         "filter": images | labelled | {"synthetic": place / "set", "num_folds": 3, "bootstrap_repeats": None},
         "evaluate augmentation": drawn | labelled | {"regimes": 4, "ratios": 1, "num_folds": 2},
@@ -161,8 +167,8 @@ def work(name: str, place: Path, out: Path, held: Any, go_on: Any) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_second_process_is_refused_and_the_first_one_ends_well(place, tmp_path, name):
-    out, held, go_on = tmp_path / "out", PROCESSES.Event(), PROCESSES.Event()
-    first = PROCESSES.Process(target=work, args=(name, place, out, held, go_on), daemon=False)
+    out, held, go_on = tmp_path / "out", FORKING.Event(), FORKING.Event()
+    first = FORKING.Process(target=work, args=(name, place, out, held, go_on), daemon=False)
     first.start()
     try:
         while not held.wait(0.02):

@@ -52,7 +52,7 @@ SHORT = {
         **SAMPLING, "features": "pixels", "weights": None, "num_images": 4, "num_reference": 4,
         "bootstrap_repeats": 2, "neighbors": 2,
     },
-    "evaluate memorization": {"size": 32, "false_alarms": 0.5, "num_pairs": 2},
+    "evaluate memorization": {"size": 32, "false_alarms": 0.5, "num_pairs": 2, "num_planted": 2},
     "evaluate interpolation": {**SAMPLING, "num_pairs": 2},
     "evaluate labels": {**CLASSIFIER, "num_folds": 3},
     "filter": {**CLASSIFIER, "num_folds": 3},
@@ -125,11 +125,6 @@ def without(arguments: list[str], flag: str) -> list[str]:
 def at_hand(word: str) -> str:
     """`/data/...` of a page is `data/...` in the reader's folder; of the training phantoms a shard will do."""
     return re.sub(r"(^|=)/data/", r"\1data/", word).replace("phantom-cxr-train-*.tar", "phantom-cxr-train-000000.tar")
-
-
-@pytest.fixture(autouse=True)
-def few_planted(monkeypatch):
-    monkeypatch.setattr("diffusers_dino.evaluation.memorization.protocol._NUM_PLANTED", 8)
 
 
 @pytest.fixture(scope="session")

@@ -30,16 +30,9 @@ def synthetic_images(phantoms: torch.Tensor) -> torch.Tensor:
     return torch.cat([phantoms[1::2][:60], phantoms[::2][7:8], phantoms[::2][9:10].flip(-1)])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_planted():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("diffusers_dino.evaluation.memorization.protocol._NUM_PLANTED", 12)
-        yield
-
-
 @pytest.fixture(scope="module")
 def study(phantoms):
-    options = {"held_out": phantoms[1::2][60:], "false_alarms": FALSE_ALARMS, "num_pairs": 5}
+    options = {"held_out": phantoms[1::2][60:], "false_alarms": FALSE_ALARMS, "num_pairs": 5, "num_planted": 12}
     return evaluate_memorization(phantoms[::2], synthetic_images(phantoms), **options)
 
 
@@ -75,7 +68,8 @@ def test_figures_name_their_sets_and_agree_with_each_other(study, phantoms):
 
 def test_the_threshold_may_come_from_held_out_images(phantoms):
     training, others = phantoms[::2], phantoms[1::2]
-    result, _ = evaluate_memorization(training, held_out=others, calibrate_on="held out", false_alarms=0.05)
+    options = {"calibrate_on": "held out", "false_alarms": 0.05, "num_planted": 1}
+    result, _ = evaluate_memorization(training, held_out=others, **options)
     assert (result.calibrated_on, result.synthetic, result.closest) == ("held out", None, ())
     assert 0 < result.held_out.share < 0.05
 
@@ -83,9 +77,10 @@ def test_the_threshold_may_come_from_held_out_images(phantoms):
 def test_images_of_the_same_patient_are_not_compared(phantoms):
     training = phantoms[::2]
     patients = list(range(len(training)))
-    blind = evaluate_memorization(training, held_out=training[:40], false_alarms=FALSE_ALARMS).result
+    options = {"held_out": training[:40], "false_alarms": FALSE_ALARMS, "num_planted": 1}
+    blind = evaluate_memorization(training, **options).result
     groups = {"training_groups": patients, "held_out_groups": patients[:40]}
-    known = evaluate_memorization(training, held_out=training[:40], false_alarms=FALSE_ALARMS, **groups).result
+    known = evaluate_memorization(training, **options, **groups).result
     assert blind.held_out.copies == 40  # they are the training images themselves
     assert known.held_out.copies <= 2
     assert known.training == blind.training
@@ -141,11 +136,10 @@ def test_planted_tokens_are_found_and_honest_ones_are_not():
     assert compare_tokens(twins, training_groups=patients).training.share <= 0.01
 
 
-def test_tokens_stand_beside_the_images(phantoms, tmp_path, monkeypatch):
-    monkeypatch.setattr("diffusers_dino.evaluation.memorization.protocol._NUM_PLANTED", 1)
+def test_tokens_stand_beside_the_images(phantoms, tmp_path):
     conditioner, training = tiny.tiny_conditioner(), phantoms[:40]
     copied = conditioner.encode(training[:30])
-    options = {"conditioner": conditioner, "drawn": copied, "false_alarms": 0.1}
+    options = {"conditioner": conditioner, "drawn": copied, "false_alarms": 0.1, "num_planted": 1}
     result = evaluate_memorization(training, None, phantoms[40:60], **options).result
     rows = {row[0]: row for row in table_of_sets(result)[1]}
     assert rows["tokens, drawn"][1:3] == [30, 30]

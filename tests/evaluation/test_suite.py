@@ -26,6 +26,7 @@ SETTINGS = SuiteSettings(
     neighbors=3,
     fewest=10,
     false_alarms=0.1,
+    num_planted=4,
     network_steps=30,
     timesteps=(60,),
     num_noises=1,

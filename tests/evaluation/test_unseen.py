@@ -88,7 +88,7 @@ def test_rows_are_compared_to_the_bit():
 
 def test_held_out_images_that_were_trained_on_say_nothing(caplog):
     training, unseen = tiny.random_images(80, channels=1), tiny.random_images(30, channels=1, seed=1)
-    options = {"false_alarms": 0.1, "progress": False, "training_groups": range(80)}
+    options = {"false_alarms": 0.1, "num_planted": 1, "progress": False, "training_groups": range(80)}
     mixed = torch.cat([unseen, training[:20]])
     groups = [*range(100, 130), *range(20)]  # the patients are known, so these are not compared with themselves
     result = evaluate_memorization(training, held_out=mixed, held_out_groups=groups, **options).result
@@ -104,7 +104,7 @@ def test_what_is_too_few_to_promise_says_what_to_set():
     images = tiny.random_images(40, channels=1)
     with pytest.raises(ValueError, match=r"it takes 299.*set false_alarms to 0.0722 or more"):
         evaluate_memorization(images, progress=False)
-    evaluate_memorization(images, false_alarms=0.0722, progress=False)
+    evaluate_memorization(images, false_alarms=0.0722, num_planted=1, progress=False)
 
 
 def test_an_image_that_cannot_be_read_is_left_out_and_never_doubled(folder, pipe, caplog):

@@ -188,8 +188,7 @@ def test_the_command_makes_a_set_from_a_table_and_no_image(pipe, prior, tmp_path
             call_script("synthesise", **{**flags, **change})
 
 
-def test_the_memorization_report_draws_the_tokens_of_a_set_again(pipe, prior, tmp_path, monkeypatch):
-    monkeypatch.setattr("diffusers_dino.evaluation.memorization.protocol._NUM_PLANTED", 1)
+def test_the_memorization_report_draws_the_tokens_of_a_set_again(pipe, prior, tmp_path):
     plan = plan_prior(KEYS, LABELS, num_images=5, settings=SETTINGS)
     synthesise(plan, pipe, None, tmp_path / "set", prior=prior, progress=False)
     pipe.save_pretrained(tmp_path / "model")
@@ -202,6 +201,7 @@ def test_the_memorization_report_draws_the_tokens_of_a_set_again(pipe, prior, tm
         "prior": tmp_path / "prior",
         "size": 32,
         "false_alarms": 0.1,
+        "num_planted": 1,
         "output_dir": tmp_path / "out",
     }
     call_script("evaluate memorization", **flags)

@@ -112,7 +112,7 @@ def test_privacy_figures_are_those_of_the_memorization_protocol(made):
     real = open_images(made.folder, Preprocessing(32))
     images = tiny.random_images(40, channels=1, seed=3)
     generated = collate([real[i] for i in range(6)])["image"]
-    result, _ = evaluate_memorization(images[:30], generated, images[30:], false_alarms=0.1)
+    result, _ = evaluate_memorization(images[:30], generated, images[30:], false_alarms=0.1, num_planted=2)
     privacy = sections(dataset_card(made, measurements=[describe_result(result)]))["Privacy"]
     assert "| images compared with the training images | 6 |" in privacy
     assert f"| near-copies of training images | {result.synthetic.copies} (" in privacy

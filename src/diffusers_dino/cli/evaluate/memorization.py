@@ -42,6 +42,7 @@ class Arguments(HeldOutArguments):
     weights: str | None = flag(None, "Weights of the extractor, if it has any.")
     false_alarms: float = flag(0.01, "Share of real images that may be called copies; 0.01 takes 299 images.")
     calibrate_on: Literal["training", "held out"] = flag("training", "Real images that the threshold comes from.")
+    num_planted: int = flag(50, "Training images tampered with in each way, to see what the search finds.")
     model: str | None = flag(None, "Generator, or only its conditioner: compares condition tokens, too.")
     prior: str | None = flag(None, "Prior that drew the tokens of --synthetic: compares those; needs --model.")
     batch_size: int = flag(64, "Images computed at once.")
@@ -74,6 +75,7 @@ def measure(args: Arguments, output_dir: Path) -> None:
         false_alarms=args.false_alarms,
         calibrate_on=args.calibrate_on,
         num_pairs=args.num_pairs,
+        num_planted=args.num_planted,
         conditioner=conditioner,
         drawn=draw_again(args, conditioner) if args.prior else None,
         batch_size=args.batch_size,

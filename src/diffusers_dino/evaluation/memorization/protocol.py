@@ -38,8 +38,6 @@ __all__ = ["ClosePair", "MemorizationResult", "MemorizationStudy", "evaluate_mem
 
 logger = logging.getLogger(__name__)
 
-_NUM_PLANTED = 50
-
 Images = ImageDataset | Tensor
 
 
@@ -108,6 +106,7 @@ def evaluate_memorization(
     false_alarms: float = 0.01,
     calibrate_on: Literal["training", "held out"] = "training",
     num_pairs: int = 12,
+    num_planted: int = 50,
     conditioner: DinoImageConditioner | None = None,
     drawn: Tensor | None = None,
     batch_size: int = 64,
@@ -128,12 +127,13 @@ def evaluate_memorization(
         calibrate_on: Which real images the threshold comes from. `"held out"` is for training sets in which it is not
             known which images are of one patient; its false alarms are then true by construction.
         num_pairs: Nearest pairs to keep.
+        num_planted: Training images that are tampered with in each way, to see what the search finds.
         conditioner: The generator's own: then the condition tokens of all sets are compared, too (`compare_tokens`).
         drawn: Tokens `(N, S, D)` that a prior drew; they stand for those of the synthetic images.
 
     ValueError if there are too few images to calibrate on, or groups do not fit.
     """
-    _check(held_out, calibrate_on, training_groups, held_out_groups, num_pairs)
+    _check(held_out, calibrate_on, training_groups, held_out_groups, num_pairs, num_planted)
     if drawn is not None and conditioner is None:
         raise ValueError("Drawn tokens are compared with those of training images: give their `conditioner`.")
     extractor = extractor or open_extractor("local-contrast")
@@ -192,7 +192,7 @@ def evaluate_memorization(
         threshold=gate.threshold,
         calibrated_on=calibrate_on,
         gate=gate.fingerprint(),
-        planted=_plant(training, known, real, gate),
+        planted=_plant(training, known, real, gate, num_planted),
         closest=closest,
         held_out_in_training=num_seen,
         tokens=tokens,
@@ -207,9 +207,12 @@ def _check(
     training_groups: Groups | None,
     held_out_groups: Groups | None,
     num_pairs: int,
+    num_planted: int,
 ) -> None:
     if num_pairs < 0:
         raise ValueError(f"num_pairs must not be negative, got {num_pairs}.")
+    if num_planted < 1:
+        raise ValueError(f"num_planted must be at least 1, got {num_planted}.")
     if held_out is None and (calibrate_on == "held out" or held_out_groups is not None):
         raise ValueError("There are no held-out images to calibrate on, or to have groups: give them as `held_out`.")
     if held_out_groups is not None and training_groups is None:
@@ -218,10 +221,12 @@ def _check(
         )
 
 
-def _plant(training: Images, views: ImageViews, real: Distances, gate: CopyGate) -> tuple[PlantedFigures, ...]:
+def _plant(
+    training: Images, views: ImageViews, real: Distances, gate: CopyGate, count: int
+) -> tuple[PlantedFigures, ...]:
     """Tamper with training images, evenly spread over their order, and search for them."""
     keys = views.upright.keys  # of those that can be read
-    rows = torch.linspace(0, len(keys) - 1, min(len(keys), _NUM_PLANTED)).round().long().tolist()
+    rows = torch.linspace(0, len(keys) - 1, min(len(keys), count)).round().long().tolist()
     images = training[rows] if isinstance(training, Tensor) else stack_images(training.select([keys[i] for i in rows]))
     figures = []
     for change, tamper in PLANTED.items():

@@ -59,6 +59,7 @@ class SuiteSettings:
         bootstrap_repeats: Draws of all intervals.
         batch_size: Images at once.
         seed: Of everything.
+        num_planted: Of the search for copies; None, as in folders from before it could be chosen, is 50.
     """
 
     neighbors: int = 5
@@ -71,6 +72,7 @@ class SuiteSettings:
     bootstrap_repeats: int = 200
     batch_size: int = 64
     seed: int = 0
+    num_planted: int | None = None
 
 
 @dataclass(frozen=True)
@@ -321,6 +323,7 @@ def _ask_copies(case: _Case) -> MemorizationResult:
         training_groups=training.patient_list,
         held_out_groups=real.patient_list if both else None,
         false_alarms=case.settings.false_alarms,
+        num_planted=case.settings.num_planted or 50,
         batch_size=case.settings.batch_size,
         progress=False,
     )
