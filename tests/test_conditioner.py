@@ -80,6 +80,11 @@ def test_several_encoders_side_by_side(tokens, tmp_path):
     both.save_pretrained(tmp_path)
     again = DinoImageConditioner.from_pretrained(tmp_path)
     assert torch.equal(again.encode(IMAGES[:3]), both.encode(IMAGES[:3]))
+
+
+def test_several_encoders_compile_to_one_graph():
+    both = several(tokens="all")
+    pixels = both.preprocess(IMAGES[:3])
     torch._dynamo.reset()
     assert torch.allclose(torch.compile(both, fullgraph=True, backend="eager")(pixels), both(pixels), atol=1e-5)
 

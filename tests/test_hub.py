@@ -63,6 +63,8 @@ push_folder(folder / "second", "org/replaced")
 FETCH = """
 import huggingface_hub
 
+assert not list(Path(huggingface_hub.constants.HF_HUB_CACHE).glob("models--*")), "nothing is downloaded yet"
+
 def attempt(action):
     try:
         action()
@@ -171,7 +173,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def hub(folder):
-    """One process uploads, another with an empty cache downloads, a third has its cache and no network.
+    """One process uploads and downloads, another has its cache and no network.
 
     `org/name` has two versions from the start, `org/half` also fp16 weights, and `org/pickles` only pickles.
     """
@@ -180,11 +182,10 @@ def hub(folder):
         server.repositories["org/name"].references["v1"] = first_commit
         for name, source in (("name", "second"), ("half", "second"), ("half", "half"), ("pickles", "pickles")):
             server.add_folder(f"org/{name}", folder / source)
-        run_client(PREAMBLE + PUSH, server.client_environment(folder / "home_1"), folder)
-        run_client(PREAMBLE + FETCH, server.client_environment(folder / "home_2"), folder, first_commit)
+        online = server.client_environment(folder / "home")
+        run_client(PREAMBLE + PUSH + FETCH, online, folder, first_commit)
         asked = len(server.requests)
-        offline = {**server.client_environment(folder / "home_2"), "HF_HUB_OFFLINE": "1"}
-        run_client(PREAMBLE + OFFLINE, offline, folder)
+        run_client(PREAMBLE + OFFLINE, {**online, "HF_HUB_OFFLINE": "1"}, folder)
         assert len(server.requests) == asked
         yield server
 

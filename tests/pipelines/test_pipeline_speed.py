@@ -177,11 +177,11 @@ def test_compiled_unets_give_the_same_images(images, compile_unet):
     pipe = tiny.tiny_pipeline(unet=tiny.tiny_unet(**tiny.ONE_LEVEL))
     expected = sample(pipe, images)
     if compile_unet == "blocks":
-        pipe.unet.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+        pipe.unet.compile_repeated_blocks(fullgraph=True, backend="eager")
     elif compile_unet == "in place":
-        pipe.unet.compile(fullgraph=True, backend="aot_eager")
+        pipe.unet.compile(fullgraph=True, backend="eager")
     else:
-        pipe.unet = torch.compile(pipe.unet, fullgraph=True, backend="aot_eager")
+        pipe.unet = torch.compile(pipe.unet, fullgraph=True, backend="eager")
     np.testing.assert_allclose(sample(pipe, images), expected, atol=1e-4)
     np.testing.assert_allclose(sample(pipe, images, guidance_scale=1.0).shape, expected.shape)
     assert DiffSegPipeline.from_pipe(pipe)(images, merge_threshold=0.5).masks.shape == (2, 32, 32)
@@ -189,6 +189,6 @@ def test_compiled_unets_give_the_same_images(images, compile_unet):
 
 @pytest.mark.slow
 def test_caches_work_on_compiled_blocks(pipe, images, expected):
-    pipe.unet.compile_repeated_blocks(backend="aot_eager")
+    pipe.unet.compile_repeated_blocks(backend="eager")
     pipe.enable_cache(deep_cache(pipe.unet))
     assert 0 < np.abs(sample(pipe, images) - expected).max() < 0.05
