@@ -1,13 +1,13 @@
 """The quickstart, shortened, as a user runs it."""
 
 import json
+import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -16,6 +16,7 @@ from diffusers_dino import DinoDiffusionPipeline
 from diffusers_dino.diffseg import noted_settings
 from diffusers_dino.evaluation import MemorizationResult, ReconstructionResult
 from diffusers_dino.evaluation.fidelity.result import REAL, UNTRAINED, FidelityResult
+from forks import Forks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,15 +30,17 @@ def test_a_copy_alone_says_what_is_missing(tmp_path):
 
 
 @pytest.mark.slow
-def test_quickstart_writes_a_report_and_a_pipeline_that_loads(tmp_path):
+def test_quickstart_writes_a_report_and_a_pipeline_that_loads(tmp_path, monkeypatch):
     config = yaml.safe_load((ROOT / "examples" / "configs" / "quickstart.yaml").read_text())
     config.update(max_train_samples=32, cache_views=1, lr_warmup_steps=1)
     (tmp_path / "short.yaml").write_text(yaml.safe_dump(config))
     options = [f"--output_dir={tmp_path / 'out'}", f"--config={tmp_path / 'short.yaml'}"]
     options += ["--max_train_steps=3", "--num_seeds=1", "--num_sources=1", "--num_variations=2"]
     options += ["--num_paths=1", "--num_points=3", "--num_inference_steps=4"]
-    # from another folder: nothing may depend on where it is started
-    subprocess.run([sys.executable, str(ROOT / "examples" / "quickstart.py"), *options], check=True, cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)  # nothing may depend on where it is started
+    started = Forks("quickstart.py", options, {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}, 1)
+    printed, _ = started.communicate()
+    assert started.returncode == 0, printed
 
     result = ReconstructionResult.load(tmp_path / "out" / "reconstruction.json")
     assert (result.num_images, result.num_training_images) == (64, 512)
