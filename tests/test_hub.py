@@ -190,6 +190,7 @@ def hub(folder):
         yield server
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

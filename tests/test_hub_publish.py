@@ -67,6 +67,7 @@ def hub(folder):
         yield server
 
 
+@pytest.mark.slow
 def test_the_code_of_the_page_on_publishing_uploads_and_loads(hub):
     assert set(hub.repositories) == {"org/name", "org/scanner-lora", "org/same", "org/encoder"}
     assert {name for name, repository in hub.repositories.items() if repository.private} == {"org/name", "org/same"}

@@ -165,6 +165,7 @@ def work(name: str, place: Path, out: Path, held: Any, go_on: Any) -> None:
     assert not watch.without, f"changed without the lock: {watch.without}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_second_process_is_refused_and_the_first_one_ends_well(place, tmp_path, name):
     out, held, go_on = tmp_path / "out", FORKING.Event(), FORKING.Event()

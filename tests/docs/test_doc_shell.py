@@ -170,6 +170,7 @@ def stocked(template, tmp_path_factory) -> Path:
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", RUN, ids=str)
 def test_a_block_runs(block, stocked, tmp_path, monkeypatch):
     root = shutil.copytree(stocked, tmp_path / "reader", symlinks=True)
