@@ -87,3 +87,9 @@ def test_a_patient_is_known_by_an_image_that_is_not_used(tmp_path):
         check_generators(used, folds, "model-{fold}", path, TABLE)
     with pytest.raises(ValueError, match="trained on all 12 patients"):
         write_folds(used, ("A",), tmp_path / "out", num_folds=2, training_keys=path, known=TABLE)
+
+
+def test_keys_that_look_like_formulas_are_read_as_they_were_written(tmp_path):
+    table = LabelTable(tuple(f"={key}" for key in KEYS), TABLE.labels, TABLE.patients)
+    folds = write_folds(table, ("A", "B"), tmp_path, num_folds=2)
+    assert np.array_equal(write_folds(table, ("A", "B"), tmp_path, num_folds=2), folds)

@@ -8,6 +8,7 @@ from pathlib import Path
 __all__ = [
     "TABLE_FORMATS",
     "escape_latex",
+    "latex_float",
     "latex_line",
     "latex_table",
     "markdown_line",
@@ -54,6 +55,13 @@ def latex_table(header: Sequence[str], body: Sequence[Sequence[str]], columns: s
     first, *rows = (latex_line([escape_latex(cell) for cell in row]) for row in (header, *body))
     begin, end = rf"\begin{{tabular}}{{{columns}}}", r"\end{tabular}"
     return "\n".join([begin, r"\toprule", first, r"\midrule", *rows, r"\bottomrule", end])
+
+
+def latex_float(caption: str, tabular: str, size: str, gap: int) -> str:
+    """A table with a caption, which is escaped, in a font of LaTeX's `size` and with `gap` pt between columns."""
+    font = rf"\{size}\setlength{{\tabcolsep}}{{{gap}pt}}"
+    begin = [r"\begin{table}", r"\centering", rf"\caption{{{escape_latex(caption)}}}", font]
+    return "\n".join([*begin, tabular, r"\end{table}", ""])
 
 
 def with_interval(value: float, low: float, high: float, form: str = ".3g") -> str:

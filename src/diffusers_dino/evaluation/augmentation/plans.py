@@ -13,8 +13,8 @@ small regime needs serves larger ones, too:
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
-from itertools import islice, tee
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import chain, islice, tee
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -160,25 +160,20 @@ def plan_regimes(
         rank = {key: place for place, key in enumerate(keys)}
         source = np.array([rank[plan.keys[number]] for number in plan.sources[:, 0].tolist()])
         return RegimePlan(plan, {regime: np.flatnonzero(source < regime) for regime in regimes})
+    if strategy in (PRIOR, BALANCED):
+        wanted = _nested_labels(labels, regimes, ratio, names if strategy == BALANCED else None, seed)
+    elif strategy in (INTERPOLATION, IDENTICAL):
+        paired = [{tuple(sorted(own))} if own else () for own in labels] if strategy == IDENTICAL else labels
+        wanted = _nested_pairs(paired, sorted(regimes), ratio, seed)
+    else:
+        raise ValueError(f"No images are made by the strategy {strategy!r}.")
+    # an image that several regimes want has one number
+    number = {one: place for place, one in enumerate(dict.fromkeys(chain.from_iterable(wanted.values())))}
     options: dict[str, Any] = {"seed": seed, "settings": settings}
     if strategy in (PRIOR, BALANCED):
-        asked = _nested_labels(labels, regimes, ratio, names if strategy == BALANCED else None, seed)
-        number = _number(asked)
-        return _regime_plan(plan_prior((), asked=[own for own, _ in number], **options), number, asked)
-    if strategy not in (INTERPOLATION, IDENTICAL):
-        raise ValueError(f"No images are made by the strategy {strategy!r}.")
-    paired = [{tuple(sorted(own))} if own else () for own in labels] if strategy == IDENTICAL else labels
-    pairs = _nested_pairs(paired, sorted(regimes), ratio, seed)
-    number = _number(pairs)
-    return _regime_plan(plan_interpolation(keys, labels, pairs=list(number), **options), number, pairs)
-
-
-def _number(wanted: Mapping[int, Sequence[Hashable]]) -> dict[Hashable, int]:
-    """A number for each image that a regime wants, the same for all regimes that want it."""
-    return {one: place for place, one in enumerate(dict.fromkeys(one for own in wanted.values() for one in own))}
-
-
-def _regime_plan(plan: Plan, number: Mapping[Hashable, int], wanted: Mapping[int, Sequence[Hashable]]) -> RegimePlan:
+        plan = plan_prior((), asked=[own for own, _ in number], **options)
+    else:
+        plan = plan_interpolation(keys, labels, pairs=list(number), **options)
     return RegimePlan(plan, {regime: np.array([number[one] for one in own]) for regime, own in wanted.items()})
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from ...files import csv_text
-from ..table_text import escape_latex, latex_line, markdown_table, require_table_format
+from ..table_text import escape_latex, latex_float, latex_line, markdown_table, require_table_format
 from .cells import INTERPOLATION, JUDGED, SOFT
 from .result import AugmentationResult, Configuration, Difference, LabelFigures
 
@@ -100,10 +100,6 @@ def _latex(result: AugmentationResult) -> str:
         rules.append(rf"\cmidrule(lr){{{column}-{column + width - 1}}}")
         column += width
     lines = [
-        r"\begin{table}",
-        r"\centering",
-        rf"\caption{{{escape_latex(_note(result))}}}",
-        r"\small\setlength{\tabcolsep}{3pt}",
         rf"\begin{{tabular}}{{rlc{'c' * len(kinds)}}}",
         r"\toprule",
         latex_line(["", "", "", *spans]),
@@ -115,7 +111,7 @@ def _latex(result: AugmentationResult) -> str:
         texts = [("", "") if cell is None else _latex_cell(cell, result.num_folds) for cell in cells]
         lines.append(latex_line([regime, ratio, *(figure for figure, _ in texts)]))
         lines.append(latex_line(["", "", *(difference for _, difference in texts)]))
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
+    return latex_float(_note(result), "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]), "small", 3)
 
 
 def _kinds(result: AugmentationResult) -> list[tuple[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...files import csv_text
-from ..table_text import escape_latex, latex_table, markdown_table, require_table_format
+from ..table_text import latex_float, latex_table, markdown_table, require_table_format
 from .result import Agreement, LabelPreservationResult, Part
 
 __all__ = ["format_preservation_table"]
@@ -27,10 +27,8 @@ def format_preservation_table(result: LabelPreservationResult, style: str = "mar
         return csv_text([*places, *names], body)
     body = [[*_names(part), *_figures(part.macro, part)] for part in result.parts]
     if style == "latex":
-        begin = [r"\begin{table}", r"\centering", rf"\caption{{{escape_latex(' '.join(_note(result)))}}}"]
-        columns = f"lll{'c' * (len(_HEADER) - 3)}"
-        begin.append(r"\footnotesize\setlength{\tabcolsep}{2pt}")
-        return "\n".join([*begin, latex_table(_HEADER, body, columns), r"\end{table}", ""])
+        tabular = latex_table(_HEADER, body, f"lll{'c' * (len(_HEADER) - 3)}")
+        return latex_float(" ".join(_note(result)), tabular, "footnotesize", 2)
     labels = [[part.name, x.label, x.num_positive, *_figures(x, part)] for part in result.wholes for x in part.labels]
     for real in result.real:
         number = "" if real.label == "macro" else real.num_positive
