@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -11,12 +10,12 @@ from diffusers import ModelMixin
 from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
 
-__all__ = ["Config", "Family", "initialise_transformer", "unwrapped_config", "width_of", "with_lora_methods"]
+__all__ = ["Config", "Family", "width_of", "with_lora_methods"]
 
 Config = Mapping[str, Any]
 
 
-class Family(ABC):
+class Family:
     """How tokens, time and latents go into models of one class of diffusers, and which of them fit.
 
     It holds no model and no state. What is said here holds of most transformers.
@@ -31,6 +30,7 @@ class Family(ABC):
         lora_targets: Names of the layers that a LoRA is added to.
         zero_layers: Ends of the names of layers that start at zero in a new transformer.
         small_layers: Parts of the names of those that start small: they embed time and condition.
+        attention_argument: What its models call `attention_kwargs`.
         takes_scale: Whether `attention_kwargs={"scale": s}` weighs a LoRA.
     """
 
@@ -43,9 +43,9 @@ class Family(ABC):
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     zero_layers: ClassVar[tuple[str, ...]] = ()
     small_layers: ClassVar[tuple[str, ...]] = ("embedder",)
+    attention_argument: ClassVar[str] = "cross_attention_kwargs"
     takes_scale: ClassVar[bool] = True
 
-    @abstractmethod
     def predict(
         self,
         model: nn.Module,
@@ -66,8 +66,18 @@ class Family(ABC):
             attention_kwargs: For the attention processors; `{"scale": s}` weighs a LoRA.
 
         Returns:
-            `(B, L, h, w)`.
+            `(B, L, h, w)`; of a model that also predicts a variance, without it.
         """
+        config = getattr(model, "module", model).config  # of a model that is wrapped for several processes
+        inputs = {"timestep": timesteps, self.attention_argument: attention_kwargs}
+        inputs |= self.further_inputs(config, timesteps, tokens, guidance)
+        return model(latents, encoder_hidden_states=tokens, **inputs, return_dict=False)[0][:, : latents.shape[1]]
+
+    def further_inputs(
+        self, config: Config, timesteps: Tensor, tokens: Tensor, guidance: Tensor | None
+    ) -> dict[str, Any]:
+        """What only models of this class take, or take in another form, by the names of their arguments."""
+        return {}
 
     def fit(self, config: Config, channels: int, side: int, token_width: int) -> dict[str, Any]:
         """The config of a new model, with the latents' channels and side, and the width of the tokens."""
@@ -96,32 +106,27 @@ class Family(ABC):
         """Sides of latents in training must be multiples of it."""
         return self.patch_size(config)
 
-    def check_size(self, config: Config, rows: int, columns: int) -> None:  # noqa: B027 - most models place any
+    def check_size(self, config: Config, *sides: int) -> None:
         """Refuse with a ValueError latents that are larger than the model can place."""
 
+    @torch.no_grad()
     def initialise(self, model: nn.Module) -> None:
-        """Draw the weights of a new model as its authors do, where diffusers does not."""
-        initialise_transformer(model, self.zero_layers, self.small_layers)
+        """Draw the weights of a new model as in DiT (Peebles & Xie, arXiv 2212.09748, section 3.2).
 
-
-@torch.no_grad()
-def initialise_transformer(model: nn.Module, zero_layers: tuple[str, ...], small_layers: tuple[str, ...]) -> None:
-    """Initialise as in DiT (Peebles & Xie, arXiv 2212.09748, section 3.2): blocks start as the identity.
-
-    Matrices are uniform after Glorot, biases zero. Layers whose names end with one of `zero_layers` (modulation,
-    output) are zero, those whose names contain one of `small_layers` normal with a deviation of 0.02.
-    """
-    for name, layer in model.named_modules():
-        if not isinstance(layer, nn.Linear | nn.Conv2d):
-            continue
-        if name.endswith(zero_layers):
-            nn.init.zeros_(layer.weight)
-        elif any(part in name for part in small_layers):
-            nn.init.normal_(layer.weight, std=0.02)
-        else:
-            nn.init.xavier_uniform_(layer.weight.view(len(layer.weight), -1))
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
+        Matrices are uniform after Glorot, biases zero. Modulation and output are zero, so that blocks start as the
+        identity, and what embeds time and condition is normal with a deviation of 0.02.
+        """
+        for name, layer in model.named_modules():
+            if not isinstance(layer, nn.Linear | nn.Conv2d):
+                continue
+            if name.endswith(self.zero_layers):
+                nn.init.zeros_(layer.weight)
+            elif any(part in name for part in self.small_layers):
+                nn.init.normal_(layer.weight, std=0.02)
+            else:
+                nn.init.xavier_uniform_(layer.weight.view(len(layer.weight), -1))
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
 
 def with_lora_methods(model: ModelMixin) -> None:
@@ -134,8 +139,3 @@ def with_lora_methods(model: ModelMixin) -> None:
 def width_of(config: Config, num_heads: int, head_width: int) -> int:
     """Width inside a transformer, by its config or, where that says nothing, the heads that diffusers gives it."""
     return config.get("num_attention_heads", num_heads) * config.get("attention_head_dim", head_width)
-
-
-def unwrapped_config(model: nn.Module) -> Config:
-    """The config of a model that may be wrapped for several processes."""
-    return getattr(model, "module", model).config

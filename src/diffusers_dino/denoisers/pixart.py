@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from diffusers import PixArtTransformer2DModel
-from torch import Tensor, nn
 
 from .family import Config, Family, width_of
 
@@ -14,7 +12,7 @@ __all__ = ["PixArt"]
 
 
 class PixArt(Family):
-    """`PixArtTransformer2DModel`; of one that also predicts a variance, the variance is left out."""
+    """`PixArtTransformer2DModel`, also one that predicts a variance."""
 
     kind = PixArtTransformer2DModel
     token_field = "caption_channels"
@@ -23,25 +21,6 @@ class PixArt(Family):
     takes_scale = False
     zero_layers = ("attn2.to_out.0", "proj_out")
     small_layers = ("adaln_single", "caption_projection")
-
-    def predict(
-        self,
-        model: nn.Module,
-        latents: Tensor,
-        timesteps: Tensor,
-        tokens: Tensor,
-        guidance: Tensor | None = None,
-        attention_kwargs: Mapping[str, Any] | None = None,
-    ) -> Tensor:
-        """As in `Family`."""
-        output = model(
-            hidden_states=latents,
-            encoder_hidden_states=tokens,
-            timestep=timesteps,
-            cross_attention_kwargs=attention_kwargs,
-            return_dict=False,
-        )[0]
-        return output[:, : latents.shape[1]]
 
     def fit(self, config: Config, channels: int, side: int, token_width: int) -> dict[str, Any]:
         """As in `Family`; without variances, and without the conditions on resolution and aspect ratio."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from diffusers import SanaTransformer2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
-from .family import Config, Family, unwrapped_config, width_of
+from .family import Config, Family, width_of
 
 __all__ = ["Sana"]
 
@@ -18,26 +17,15 @@ class Sana(Family):
 
     kind = SanaTransformer2DModel
     token_field = "caption_channels"
+    attention_argument = "attention_kwargs"
     zero_layers = ("attn2.to_out.0", "proj_out")
     small_layers = ("time_embed", "caption_projection")
 
-    def predict(
-        self,
-        model: nn.Module,
-        latents: Tensor,
-        timesteps: Tensor,
-        tokens: Tensor,
-        guidance: Tensor | None = None,
-        attention_kwargs: Mapping[str, Any] | None = None,
-    ) -> Tensor:
-        """As in `Family`."""
-        return model(
-            hidden_states=latents,
-            encoder_hidden_states=tokens,
-            timestep=timesteps * unwrapped_config(model)["timestep_scale"],
-            attention_kwargs=attention_kwargs,
-            return_dict=False,
-        )[0]
+    def further_inputs(
+        self, config: Config, timesteps: Tensor, tokens: Tensor, guidance: Tensor | None
+    ) -> dict[str, Any]:
+        """As in `Family`: times in units of its own."""
+        return {"timestep": timesteps * config["timestep_scale"]}
 
     def fit(self, config: Config, channels: int, side: int, token_width: int) -> dict[str, Any]:
         """As in `Family`."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from diffusers import SD3Transformer2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
-from .family import Config, Family, unwrapped_config, width_of
+from .family import Config, Family, width_of
 
 __all__ = ["SD3"]
 
@@ -23,26 +22,14 @@ class SD3(Family):
     kind = SD3Transformer2DModel
     token_field = "joint_attention_dim"
     lora_targets = (*Family.lora_targets, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    attention_argument = "joint_attention_kwargs"
     zero_layers = ("norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out")
 
-    def predict(
-        self,
-        model: nn.Module,
-        latents: Tensor,
-        timesteps: Tensor,
-        tokens: Tensor,
-        guidance: Tensor | None = None,
-        attention_kwargs: Mapping[str, Any] | None = None,
-    ) -> Tensor:
-        """As in `Family`."""
-        return model(
-            hidden_states=latents,
-            timestep=timesteps,
-            encoder_hidden_states=tokens,
-            pooled_projections=tokens[:, 0, : unwrapped_config(model)["pooled_projection_dim"]],
-            joint_attention_kwargs=attention_kwargs,
-            return_dict=False,
-        )[0]
+    def further_inputs(
+        self, config: Config, timesteps: Tensor, tokens: Tensor, guidance: Tensor | None
+    ) -> dict[str, Any]:
+        """As in `Family`: the class token for the modulation."""
+        return {"pooled_projections": tokens[:, 0, : config["pooled_projection_dim"]]}
 
     def fit(self, config: Config, channels: int, side: int, token_width: int) -> dict[str, Any]:
         """As in `Family`; positions reach as far as the latents do."""
@@ -65,9 +52,9 @@ class SD3(Family):
                 + ("." if pooled > width else f", or the conditioner with projection_dim={width}, and train.")
             )
 
-    def check_size(self, config: Config, rows: int, columns: int) -> None:
+    def check_size(self, config: Config, *sides: int) -> None:
         """As in `Family`: its positions end at `pos_embed_max_size` patches."""
-        patches, most = max(rows, columns) // config["patch_size"], config["pos_embed_max_size"]
+        patches, most = max(sides) // config["patch_size"], config["pos_embed_max_size"]
         if patches > most:
             raise ValueError(
                 f"Images of this size have {patches} patches on a side, and the transformer's positions reach "

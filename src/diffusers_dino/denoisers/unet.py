@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from diffusers import UNet2DConditionModel
@@ -24,24 +23,11 @@ class UNet(Family):
     token_field = "cross_attention_dim"
     flow = False
 
-    def predict(
-        self,
-        model: nn.Module,
-        latents: Tensor,
-        timesteps: Tensor,
-        tokens: Tensor,
-        guidance: Tensor | None = None,
-        attention_kwargs: Mapping[str, Any] | None = None,
-    ) -> Tensor:
-        """As in `Family`."""
-        return model(
-            latents,
-            timesteps,
-            encoder_hidden_states=tokens,
-            timestep_cond=guidance,
-            cross_attention_kwargs=attention_kwargs,
-            return_dict=False,
-        )[0]
+    def further_inputs(
+        self, config: Config, timesteps: Tensor, tokens: Tensor, guidance: Tensor | None
+    ) -> dict[str, Any]:
+        """As in `Family`: the guidance scale of a distilled one."""
+        return {"timestep_cond": guidance}
 
     def token_width(self, config: Config) -> int:
         """As in `Family`; a ValueError also if the blocks differ."""

@@ -5,25 +5,26 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from numbers import Integral, Real
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, LCMScheduler, SchedulerMixin
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from ..denoisers import family_of, title_of
 from ..latents import VAE
 from ..schedules import is_flow, require_kind
 
-if TYPE_CHECKING:
-    from ..conditioner import DinoImageConditioner
-    from ..fusion import TokenFusion
-
 __all__ = [
     "Generators",
+    "StepCallback",
+    "check_callback",
     "check_channels",
     "check_choice",
     "check_components",
@@ -35,42 +36,59 @@ __all__ = [
     "check_numbers",
     "check_schedule",
     "check_scheduler",
+    "check_sides",
     "check_steps",
     "default_steps",
     "guidance_width",
     "image_size",
+    "initial_noise",
+    "latent_size",
+    "seen_by",
 ]
 
 Generators = torch.Generator | list[torch.Generator] | None
+StepCallback = Callable[..., dict[str, Any] | None] | PipelineCallback | MultiPipelineCallbacks
+
+
+def latent_size(pipe: DiffusionPipeline, give: str = "`size`") -> tuple[int, int]:
+    """Height and width of the latents that a pipeline was trained on; if it does not know them, what to `give`."""
+    if pipe.denoiser is None:
+        raise ValueError("This pipeline has no unet and no transformer; one of them is needed.")
+    size = pipe.denoiser.config.get("sample_size")
+    if size is None:
+        raise ValueError(f"The config of {type(pipe.denoiser).__name__} has no sample_size: give {give} in pixels.")
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def image_size(pipe: DiffusionPipeline) -> int:
     """The side in pixels of the images that a pipeline was trained on, by its denoiser; the longer one of two."""
-    side = pipe.denoiser.config.get("sample_size")
-    if side is None:
-        raise ValueError(f"The config of {type(pipe.denoiser).__name__} has no sample_size: give `size` in pixels.")
-    return (side if isinstance(side, int) else max(side)) * pipe.vae_scale_factor
+    return max(latent_size(pipe)) * pipe.vae_scale_factor
 
 
-def check_components(
-    vae: VAE | None,
-    conditioner: DinoImageConditioner | None,
-    denoiser: nn.Module | None,
-    fusion: TokenFusion | None = None,
-) -> None:
+def check_components(pipe: DiffusionPipeline) -> None:
     """Refuse a denoiser that takes other tokens than the conditioner makes, or other latents than the VAE makes.
 
-    Likewise a fusion of other encoders than the conditioner's.
+    Likewise a second denoiser, and a fusion of other encoders than the conditioner's.
     """
+    if pipe.unet is not None and pipe.transformer is not None:
+        raise ValueError("A pipeline has one denoiser: give `unet` or `transformer`, and None for the other.")
+    denoiser, conditioner = pipe.denoiser, pipe.conditioner
     if denoiser is None:
         return
     family, config = family_of(denoiser), denoiser.config
     width = family.token_width(config)
     if conditioner is not None:
         family.check_tokens(config, conditioner.token_dim, conditioner.config["projection_dim"] is not None)
-    if fusion is not None:
-        fusion.require_fit(conditioner, width)
-    check_channels(vae, denoiser, *family.latent_sides)
+    if pipe.fusion is not None:
+        pipe.fusion.require_fit(conditioner, width)
+    check_channels(pipe.vae, denoiser, *family.latent_sides)
+
+
+def check_sides(pipe: DiffusionPipeline, **sides: int) -> None:
+    """Refuse sides in pixels, by their names, that do not fill the denoiser's patches, or that it cannot place."""
+    family, config, f = family_of(pipe.denoiser), pipe.denoiser.config, pipe.vae_scale_factor
+    check_numbers(f * family.patch_size(config), **sides)
+    family.check_size(config, *(side // f for side in sides.values()))
 
 
 def guidance_width(denoiser: nn.Module) -> int | None:
@@ -115,9 +133,9 @@ def check_scheduler(scheduler: Any) -> None:
         )
 
 
-def default_steps(scheduler: Any) -> int:
-    """Denoising steps if nobody says how many: 4 with `LCMScheduler`, which samples distilled models, else 50."""
-    return 4 if isinstance(scheduler, LCMScheduler) else 50
+def default_steps(scheduler: Any, given: int | None = None) -> int:
+    """Denoising steps, if none are given: 4 with `LCMScheduler`, which samples distilled models, else 50."""
+    return given if given is not None else 4 if isinstance(scheduler, LCMScheduler) else 50
 
 
 def check_steps(scheduler: Any, timesteps: Any = None, sigmas: Any = None) -> None:
@@ -205,6 +223,33 @@ def check_generator(generator: Any, batch_size: int | None = None) -> None:
             f"A list of generators needs one for each image: {batch_size} are asked for, {len(generator)} generators "
             "were given."
         )
+
+
+def seen_by(callback: StepCallback | None, names: list[str] | None) -> list[str]:
+    """The names of the tensors that a callback gets: what it asks for itself, else those given, else the latents."""
+    if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+        return callback.tensor_inputs
+    return ["latents"] if names is None else names
+
+
+def check_callback(names: Iterable[str], known: Sequence[str]) -> None:
+    """Refuse with a ValueError names of tensors that a pipeline does not give its callbacks."""
+    if unknown := sorted(set(names) - set(known)):
+        raise ValueError(f"`callback_on_step_end_tensor_inputs` must be among {known}, got {unknown}.")
+
+
+def initial_noise(
+    shape: tuple[int, ...], device: torch.device, generator: Generators = None, latents: Tensor | None = None
+) -> Tensor:
+    """Noise of a shape `(B, ...)` and unit variance: `latents`, checked, or drawn by one generator or by B of them."""
+    check_generator(generator, shape[0])
+    if latents is None:  # in float32, so that a seed means the same noise in every precision
+        return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+    if tuple(latents.shape) != shape:
+        raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}.")
+    if not torch.isfinite(latents).all():
+        raise ValueError("`latents` contains NaN or infinity.")
+    return latents.to(device)
 
 
 def check_choice(choices: tuple[str, ...], **values: str) -> None:

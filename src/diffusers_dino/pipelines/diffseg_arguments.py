@@ -8,6 +8,7 @@ from numbers import Integral, Real
 import numpy as np
 from torch import Tensor
 
+from ..diffseg.clusters import FeatureClusters
 from .checks import check_choice, check_number, check_numbers
 
 __all__ = [
@@ -23,7 +24,7 @@ __all__ = [
 FEATURES = ("unet", "encoder")
 
 
-def check_merging(merging: str, cut_threshold: float, walk_steps: int = 1, cut_power: float = 1.0) -> None:
+def check_merging(merging: str, cut_threshold: float = 1.0, walk_steps: int = 1, cut_power: float = 1.0) -> None:
     """Refuse a way of merging that there is not, and numbers that it cannot work with."""
     check_choice(("kl", "ncut"), merging=merging)
     check_numbers(walk_steps=walk_steps)
@@ -32,31 +33,19 @@ def check_merging(merging: str, cut_threshold: float, walk_steps: int = 1, cut_p
         raise ValueError(f"`cut_threshold` must be above 0 and at most 2, got {cut_threshold!r}.")
 
 
-def chosen_merging(
-    features: str | Sequence[str],
-    merging: str | None,
-    cut_threshold: float | None,
-    walk_steps: int,
-    cut_power: float,
-    clustered: bool,
-) -> tuple[str, float]:
-    """The way of merging and the threshold of cuts, those of DiffSeg or DiffCut where a call leaves them open.
+def chosen_merging(features: str | Sequence[str], merging: str | None, clusters: FeatureClusters | None) -> str:
+    """The way of merging: that of a call, else DiffSeg's of attention, and DiffCut's of features.
 
-    A ValueError if they do not go with the features, or with clusters that take the place of merging.
+    A ValueError if it does not go with the features, or with clusters that take its place.
     """
     by_attention = features == "attention"
-    if clustered and (not by_attention or merging is not None):
+    if clusters is not None and (not by_attention or merging is not None):
         raise ValueError("`clusters` know their features and take the place of merging: leave the other two out.")
-    if merging is None:
-        merging = "kl" if by_attention else "ncut"
-    if cut_threshold is None:
-        cut_threshold = 0.5 if by_attention else 0.2
-    check_merging(merging, cut_threshold, walk_steps, cut_power)
     if not by_attention:
         listed_features(features)
-        if merging != "ncut":
+        if merging == "kl":
             raise ValueError(f"merging={merging!r} is of attention maps: merge features={features!r} by 'ncut'.")
-    return merging, cut_threshold
+    return merging if merging is not None else "kl" if by_attention else "ncut"
 
 
 def listed_features(features: str | Sequence[str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from diffusers.guiders import BaseGuidance
 from diffusers.hooks import LayerSkipConfig
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
@@ -12,16 +13,49 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from torch import Tensor, nn
 
 from ..denoisers import family_of
-from ..schedules import is_flow_model
-from .checks import guidance_width
+from ..schedules import embed_guidance, is_flow_model
+from .checks import check_number, guidance_width
 
 if TYPE_CHECKING:
     from ..conditioner import DinoImageConditioner
 
-__all__ = ["check_guide", "check_guider", "guided_prediction", "predict_with_guider", "skipped_layers"]
+__all__ = [
+    "check_guidance",
+    "check_guide",
+    "check_guider",
+    "guidance_input",
+    "guided_prediction",
+    "predict_with_guider",
+    "skipped_layers",
+]
 
 _PREDICTIONS = {"pred_cond", "pred_uncond", "pred_cond_skip"}  # that this pipeline knows how to make
 _BLOCKS = "transformer_blocks"  # what diffusers finds by itself in the transformers that are denoisers here
+
+
+def check_guidance(pipe: Any, scale: float, rescale: float, start: float, end: float, autoguidance: float) -> None:
+    """Refuse with a ValueError a call's numbers of guidance that are out of range, or that the pipeline cannot do."""
+    check_number(0, guidance_scale=scale, autoguidance_scale=autoguidance)
+    check_number(0, 1, guidance_rescale=rescale, guidance_start=start, guidance_end=end)
+    if start > end:
+        raise ValueError(f"`guidance_start` {start} must not be above `guidance_end` {end}.")
+    if pipe.guider is not None and (scale, rescale, start, end, autoguidance) != (2.0, 0.0, 0.0, 1.0, 1.0):
+        raise ValueError(
+            f"The {type(pipe.guider).__name__} of this pipeline has settings of its own: leave those of the call at "
+            "their defaults, or clear the guider by pipe.guider = None."
+        )
+    if autoguidance != 1 and pipe.guide is None:
+        raise ValueError(
+            f"autoguidance_scale={autoguidance} needs a weaker version of the denoiser: give the pipeline an earlier "
+            "checkpoint as `guide`."
+        )
+    check_guider(pipe.guider, pipe.denoiser, pipe.conditioner)
+    check_guide(pipe.guide, pipe.denoiser)
+    if pipe.conditioner is None and scale > 1 and guidance_width(pipe.denoiser) is None:
+        raise ValueError(
+            f"guidance_scale={scale} needs the conditioner's null condition, and this pipeline has no conditioner. "
+            "Give guidance_scale=1, or load the conditioner."
+        )
 
 
 def check_guider(guider: Any, denoiser: nn.Module | None, conditioner: DinoImageConditioner | None) -> None:
@@ -91,6 +125,14 @@ def check_guide(guide: nn.Module | None, denoiser: nn.Module | None) -> None:
     for model in (guide, denoiser):
         if guidance_width(model) is not None:
             raise ValueError("A distilled UNet takes the guidance scale as an input, and no guide: leave it out.")
+
+
+def guidance_input(denoiser: nn.Module, scale: float, inputs: Tensor) -> Tensor | None:
+    """The guidance scale as an input `(B, width)` of a distilled UNet beside its latents `inputs`; None for others."""
+    width = guidance_width(denoiser)
+    if width is None:
+        return None
+    return embed_guidance(torch.full((len(inputs),), float(scale), device=inputs.device), width).to(denoiser.dtype)
 
 
 def guided_prediction(

@@ -40,24 +40,12 @@ class DenoiserLoraMixin(LoraBaseMixin):
     """
 
     _lora_loadable_modules = ["unet", "transformer"]  # noqa: RUF012 - the base class reads a plain class attribute
-    unet: nn.Module | None
-    transformer: nn.Module | None = None
 
     set_adapters = takes_the_denoiser(LoraBaseMixin.set_adapters)
     delete_adapters = takes_the_denoiser(LoraBaseMixin.delete_adapters)
     disable_lora = takes_the_denoiser(LoraBaseMixin.disable_lora)
     enable_lora = takes_the_denoiser(LoraBaseMixin.enable_lora)
     unload_lora_weights = takes_the_denoiser(LoraBaseMixin.unload_lora_weights)
-
-    @property
-    def denoiser(self) -> nn.Module | None:
-        """The model that denoises: the `transformer` where there is one, else the `unet`."""
-        return self.unet if self.transformer is None else self.transformer
-
-    @property
-    def denoiser_name(self) -> str:
-        """What the component is called: `"unet"` or `"transformer"`."""
-        return "unet" if self.transformer is None else "transformer"
 
     @takes_the_denoiser
     def load_lora_weights(

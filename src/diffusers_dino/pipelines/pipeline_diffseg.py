@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,6 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
-from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import schedules
 from ..conditioner import DinoImageConditioner
-from ..denoisers import family_of
+from ..denoisers import family_of, title_of
 from ..diffseg.attention import capture_self_attention
 from ..diffseg.clusters import FeatureClusters
 from ..diffseg.cuts import mean_maps, recursive_cut, walk_affinity
@@ -41,8 +41,10 @@ from .checks import (
     check_finite,
     check_generator,
     check_numbers,
+    check_sides,
     image_size,
 )
+from .denoiser import DenoiserMixin
 from .diffseg_arguments import check_merging, chosen_merging, listed_timesteps, mask_size, merge_thresholds
 from .diffseg_conditions import encode_empty_prompt, for_batch
 from .feature_segments import FeatureSegmentsMixin
@@ -58,7 +60,7 @@ _SQUARE_AT_MOST = 4096  # pixels of the side of an image that is stretched at it
 
 
 class DiffSegPipeline(
-    FeatureSegmentsMixin, ComponentLoadingMixin, DiffusionPipeline, StableDiffusionMixin, DenoiserLoraMixin
+    FeatureSegmentsMixin, ComponentLoadingMixin, DiffusionPipeline, DenoiserMixin, DenoiserLoraMixin
 ):
     """Segment images by DiffSeg (Tian et al., CVPR 2024): merge the self-attention maps of one denoising step.
 
@@ -161,7 +163,10 @@ class DiffSegPipeline(
                 "disable_cache() of the pipeline that it belongs to."
             )
         listed_timesteps(timestep, config["num_train_timesteps"])
-        self._check_size(self._size(size))
+        if self.transformer is None:
+            check_numbers(self.vae_scale_factor, size=self._size(size))
+        else:
+            check_sides(self, size=self._size(size))
         check_generator(generator)
         if image_embeds is not None and not isinstance(image_embeds, Tensor):
             raise TypeError(f"`image_embeds` must be a tensor (B, S, D), got {type(image_embeds).__name__}.")
@@ -172,7 +177,7 @@ class DiffSegPipeline(
         if self._is_conditional and not given and self.conditioner is None and not prompted:
             lacking = "neither a conditioner nor a text encoder with its tokenizer"
             raise ValueError(
-                f"The {self._title} needs a condition, and this pipeline has "
+                f"The {title_of(self.denoiser)} needs a condition, and this pipeline has "
                 f"{lacking if self.transformer is None else 'no conditioner'}. Load them, or give `image_embeds`."
             )
 
@@ -368,14 +373,12 @@ class DiffSegPipeline(
                 a side that was asked for, or images of different sizes come without an `output_size`.
             RuntimeError: If the latents come out with NaN or infinity, or another call uses the pipeline or its UNet.
         """
-        # refused before the model runs
+        # 1. Check, before the model runs
         merge_thresholds(merge_threshold, num_merges, relative_threshold, self.settings.merge_threshold)
-        merging, cut_threshold = chosen_merging(
-            features, merging, cut_threshold, walk_steps, cut_power, clustered=clusters is not None
-        )
+        merging = chosen_merging(features, merging, clusters)
+        cut = {} if cut_threshold is None else {"cut_threshold": cut_threshold}
+        check_merging(merging, walk_steps=walk_steps, cut_power=cut_power, **cut)
         check_choice(("pt", "np"), output_type=output_type)
-        if output_size is not None:
-            mask_size(output_size)
         images = stored_images(image)
         sizes = sorted({each.size for each in images})
         if output_size is None and len(sizes) > 1:
@@ -383,36 +386,37 @@ class DiffSegPipeline(
                 f"The images have different sizes, {sizes}, and masks of one batch have one: give `output_size`, or "
                 "call once for each size."
             )
-        asked = {"image_embeds": image_embeds, "unet_kwargs": unet_kwargs}
-        shown = {"timestep": timestep, "size": size, "layers": layers}
-        written = {"output_size": sizes[0] if output_size is None else output_size, "output_type": output_type}
+        output_size = mask_size(sizes[0] if output_size is None else output_size)
+
+        # 2. Read attention or features
+        given = {"image_embeds": image_embeds, "unet_kwargs": unet_kwargs}
+        shown = {"size": size, "layers": layers} | ({} if timestep is None else {"timestep": timestep})
         if clusters is not None:
-            made = self.patch_features(images, **clusters.settings, **asked)
-            self.maybe_free_model_hooks()
-            output = self.segment_features(made, clusters=clusters, **written)
+            read = self.patch_features(images, **clusters.settings, **given)
+            merge = partial(self.segment_features, clusters=clusters)
         elif features != "attention":
-            shown["timestep"] = 50 if timestep is None else timestep
-            seen = {"encoder_size": encoder_size, "encoder_layer": encoder_layer}
-            made = self.patch_features(images, features, **shown, **seen, **asked)
-            self.maybe_free_model_hooks()
-            output = self.segment_features(made, cut_threshold=cut_threshold, cut_power=cut_power, **written)
+            encoded = {"encoder_size": encoder_size, "encoder_layer": encoder_layer}
+            read = self.patch_features(images, features, **shown, **encoded, **given)
+            merge = partial(self.segment_features, cut_power=cut_power, **cut)
         else:
-            maps = self.attention_maps(
-                images, **shown, sides=sides, weights=weights, add_noise=add_noise, generator=generator, **asked
+            read = self.attention_maps(
+                images, **shown, sides=sides, weights=weights, add_noise=add_noise, generator=generator, **given
             )
-            self.maybe_free_model_hooks()
-            output = self.segment(
-                maps,
-                merge_threshold,
+            merge = partial(
+                self.segment,
+                merge_threshold=merge_threshold,
                 num_merges=num_merges,
                 anchors_per_side=anchors_per_side,
                 relative_threshold=relative_threshold,
                 refine=refine,
                 merging=merging,
-                cut_threshold=cut_threshold,
                 walk_steps=walk_steps,
-                **written,
+                **cut,
             )
+        self.maybe_free_model_hooks()
+
+        # 3. Merge
+        output = merge(read, output_size=output_size, output_type=output_type)
         return output if return_dict else output.to_tuple()
 
     def _run(
@@ -457,27 +461,12 @@ class DiffSegPipeline(
         """Asked of the config, as a compiled UNet has another class."""
         return self.transformer is not None or self.unet.config.get("cross_attention_dim") is not None
 
-    @property
-    def _title(self) -> str:
-        return "UNet" if self.transformer is None else "transformer"
-
     def _check_denoiser(self) -> None:
-        """Refuse two denoisers, a transformer of an unknown class, and other latents than the VAE makes."""
-        if self.transformer is not None:
-            if self.unet is not None:
-                raise ValueError("A pipeline has one denoiser: give `unet` or `transformer`, and None for the other.")
-            check_components(self.vae, self.conditioner, self.transformer, self.fusion)
-        else:
-            check_channels(self.vae, self.unet, "in_channels")
-
-    def _check_size(self, size: int) -> None:
-        f = self.vae_scale_factor
+        """A UNet may be of any kind that takes the VAE's latents, a transformer must be of a family."""
         if self.transformer is None:
-            check_numbers(f, size=size)
+            check_channels(self.vae, self.unet, "in_channels")
         else:
-            family, config = family_of(self.transformer), self.transformer.config
-            check_numbers(f * family.patch_size(config), size=size)
-            family.check_size(config, size // f, size // f)
+            check_components(self)
 
     def _size(self, size: int | None) -> int:
         return image_size(self) if size is None else size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -19,12 +19,9 @@ from diffusers import (
     SchedulerMixin,
     UNet2DConditionModel,
 )
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.guiders import BaseGuidance
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..conditioner import DinoImageConditioner
@@ -33,11 +30,13 @@ from ..denoisers.family import with_lora_methods
 from ..fusion import TokenFusion, fuse
 from ..latents import decode_latents, vae_scale_factor
 from ..pixels import ImageInput
-from ..schedules import embed_guidance, is_flow_model, note_flow
-from .batches import in_batches
+from ..schedules import is_flow_model, note_flow
+from .batches import FixedBatchMixin, in_batches
 from .caching import UNetCacheMixin, cache_context, has_cache, restart_cache
 from .checks import (
     Generators,
+    StepCallback,
+    check_callback,
     check_choice,
     check_components,
     check_descent,
@@ -48,23 +47,39 @@ from .checks import (
     check_numbers,
     check_schedule,
     check_scheduler,
+    check_sides,
     check_steps,
     default_steps,
     guidance_width,
+    initial_noise,
+    latent_size,
+    seen_by,
 )
-from .guidance import check_guide, check_guider, guided_prediction, predict_with_guider
+from .denoiser import DenoiserMixin
+from .guidance import (
+    check_guidance,
+    check_guide,
+    check_guider,
+    guidance_input,
+    guided_prediction,
+    predict_with_guider,
+)
 from .loading import ComponentLoadingMixin
 from .lora import DenoiserLoraMixin
 from .pipeline_output import DinoDiffusionPipelineOutput
-from .turns import in_turn, samples_in_turn
+from .turns import CallStateMixin, in_turn, samples_in_turn
 
-__all__ = ["DinoDiffusionPipeline", "StepCallback"]
-
-StepCallback = Callable[..., dict[str, Any] | None] | PipelineCallback | MultiPipelineCallbacks
+__all__ = ["DinoDiffusionPipeline"]
 
 
 class DinoDiffusionPipeline(
-    ComponentLoadingMixin, DiffusionPipeline, StableDiffusionMixin, DenoiserLoraMixin, UNetCacheMixin
+    ComponentLoadingMixin,
+    DiffusionPipeline,
+    DenoiserMixin,
+    DenoiserLoraMixin,
+    UNetCacheMixin,
+    FixedBatchMixin,
+    CallStateMixin,
 ):
     """Generate semantic variations of images, as in DiNO-Diffusion (arXiv 2407.11594, section 2.3, reconstruction).
 
@@ -103,6 +118,8 @@ class DinoDiffusionPipeline(
     ]
     _unlisted_if_none = ("fusion", "transformer", "guider", "guide")  # a saved None of the others stays None
     _callback_tensor_inputs = ["latents", "image_embeds"]  # noqa: RUF012 - the base class's form
+    _guidance_rescale = 0.0
+    _cross_attention_kwargs: dict[str, Any] | None = None
 
     def __init__(
         self,
@@ -117,8 +134,6 @@ class DinoDiffusionPipeline(
         guide: ModelMixin | None = None,
     ) -> None:
         super().__init__()
-        if unet is not None and transformer is not None:
-            raise ValueError("A pipeline has one denoiser: give `unet` or `transformer`, and None for the other.")
         check_guider(guider, None, None)
         self.register_modules(
             vae=vae,
@@ -130,29 +145,18 @@ class DinoDiffusionPipeline(
             guider=guider,
             guide=guide,
         )
-        check_components(vae, conditioner, self.denoiser, fusion)
+        check_components(self)
         note_flow(self.denoiser, scheduler, flow_matching)
         if transformer is not None:
             with_lora_methods(transformer)
         note_flow(guide, scheduler, flow_matching)
         check_guide(guide, self.denoiser)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        self._guidance_scale = 1.0
-        self._guidance_rescale = 0.0
-        self._cross_attention_kwargs = None
-        self._num_timesteps = 0
-        self._interrupt = False
-        self._fixed_batch: int | None = None
 
     @property
     def vae_scale_factor(self) -> int:
         """Pixels per latent along each side; 8, Stable Diffusion's, without a VAE."""
         return vae_scale_factor(self.vae) if self.vae is not None else 8
-
-    @property
-    def guidance_scale(self) -> float:
-        """The scale of the current call. A callback may set `_guidance_scale` to change it between steps."""
-        return self._guidance_scale
 
     @property
     def guidance_rescale(self) -> float:
@@ -162,47 +166,12 @@ class DinoDiffusionPipeline(
     @property
     def do_classifier_free_guidance(self) -> bool:
         """Whether the null condition is evaluated beside the condition; a distilled UNet takes the scale instead."""
-        return self._guidance_scale > 1 and guidance_width(self.denoiser) is None
+        return super().do_classifier_free_guidance and guidance_width(self.denoiser) is None
 
     @property
     def cross_attention_kwargs(self) -> dict[str, Any] | None:
         """Those of the current call."""
         return self._cross_attention_kwargs
-
-    @property
-    def num_timesteps(self) -> int:
-        """Model calls of the current sampling, for callbacks that work with a share of them."""
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        """A callback may set `_interrupt = True`: the remaining steps are skipped."""
-        return self._interrupt
-
-    def enable_freeu(self, *args: float, **kwargs: float) -> None:
-        """As in diffusers; a ValueError without a UNet, whose skip connections it weighs."""
-        if self.unet is None:
-            raise ValueError("FreeU weighs the skip connections of a UNet, and this pipeline has none.")
-        super().enable_freeu(*args, **kwargs)
-
-    def fuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
-        """As in diffusers; a ValueError for the UNet of a pipeline that has none."""
-        if unet and self.unet is None:
-            raise ValueError("There is no unet to fuse: call it with unet=False, or on the transformer itself.")
-        super().fuse_qkv_projections(unet, vae)
-
-    def enable_fixed_batch(self, batch_size: int) -> None:
-        """Show encoder, denoiser and autoencoder exactly `batch_size` rows at a time, the last batch filled up.
-
-        An image is then the same bits whatever the number of images in its call, if its generator is its own; a
-        compiled model sees one shape; memory is that of one batch. Guidance makes two rows of an image.
-        """
-        check_numbers(batch_size=batch_size)
-        self._fixed_batch = batch_size
-
-    def disable_fixed_batch(self) -> None:
-        """Back to all rows at once, the default."""
-        self._fixed_batch = None
 
     def encode_image(self, image: ImageInput, encoders: Sequence[str] | None = None) -> Tensor:
         """Encode `image`, as in `__call__`, to condition tokens `(B, S, D)`, class token first, for `image_embeds`.
@@ -220,12 +189,8 @@ class DinoDiffusionPipeline(
         with in_turn(self, within=True):
             # an offloaded module does not know where it will run: its hooks act when it is called, not its `encode`
             pixels = send_to_device(self.conditioner.preprocess(image), self._execution_device)
-            several = isinstance(pixels, tuple)
-
-            def encode(*pixels: Tensor) -> Tensor:
-                return self.conditioner(pixels if several else pixels[0], encoders)
-
-            return in_batches(encode, self._fixed_batch, *(pixels if several else (pixels,)))
+            batches = pixels if isinstance(pixels, tuple) else (pixels,)
+            return in_batches(lambda *rows: self.conditioner(rows, encoders), self._fixed_batch, *batches)
 
     def check_inputs(
         self,
@@ -259,64 +224,34 @@ class DinoDiffusionPipeline(
             raise ValueError("This pipeline has no unet or no scheduler; both are needed to generate.")
         if self.vae is None and output_type != "latent":
             raise ValueError(f"output_type={output_type!r} needs a VAE and this pipeline has none: ask for 'latent'.")
-        if self._fixed_batch is not None and has_cache(self.denoiser):
-            raise ValueError("A cache keeps features of a whole batch: disable_cache() or disable_fixed_batch().")
         check_scheduler(self.scheduler)
         check_number(0, 1, eta=eta)
         if "scale" in (cross_attention_kwargs or {}):  # another would stay in the layers after the call
             check_number(-math.inf, scale=cross_attention_kwargs["scale"])
-        self._check_guidance(guidance_scale, guidance_rescale, guidance_start, guidance_end, autoguidance_scale)
-        check_components(self.vae, self.conditioner, self.denoiser, self.fusion)
-        check_schedule(self.scheduler, is_flow_model(self.denoiser))
-        family, config = family_of(self.denoiser), self.denoiser.config
-        if "scale" in (cross_attention_kwargs or {}) and not family.takes_scale:
+            if not family_of(self.denoiser).takes_scale:
+                raise ValueError(
+                    f"{type(self.denoiser).__name__} takes no scale of a LoRA in its call: weigh it by set_adapters."
+                )
+        if has_cache(self.denoiser) and self._fixed_batch is not None:
+            raise ValueError("A cache keeps features of a whole batch: disable_cache() or disable_fixed_batch().")
+        if has_cache(self.denoiser) and self.guider is not None:
             raise ValueError(
-                f"{type(self.denoiser).__name__} takes no scale of a LoRA in its call: weigh it by set_adapters."
+                "A guider asks the denoiser several times a step, which a cache mixes up: disable_cache()."
             )
+        check_guidance(self, guidance_scale, guidance_rescale, guidance_start, guidance_end, autoguidance_scale)
+        check_components(self)
+        check_schedule(self.scheduler, is_flow_model(self.denoiser))
         if (image is None) == (image_embeds is None):
             raise ValueError(f"Give either `{name}` or `{name}_embeds`, and not both.")
         if image_embeds is not None:
             num_tokens = None if self.conditioner is None else self.conditioner.num_tokens
-            check_embeds(image_embeds, num_tokens, family.token_width(config), f"{name}_embeds")
-        f = self.vae_scale_factor
-        check_numbers(f * family.patch_size(config), height=height, width=width)
-        family.check_size(config, height // f, width // f)
+            width = family_of(self.denoiser).token_width(self.denoiser.config)
+            check_embeds(image_embeds, num_tokens, width, f"{name}_embeds")
+        check_sides(self, height=height, width=width)
         check_numbers(num_inference_steps=num_inference_steps, num_images_per_prompt=num_images_per_prompt)
         check_steps(self.scheduler, timesteps, sigmas)
         check_generator(generator)
-        if unknown := set(callback_on_step_end_tensor_inputs or ()) - set(self._callback_tensor_inputs):
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, got "
-                f"{sorted(unknown)}."
-            )
-
-    def _check_guidance(self, scale: float, rescale: float, start: float, end: float, autoguidance: float) -> None:
-        """Refuse guidance that cannot work, for `check_inputs`."""
-        check_number(0, guidance_scale=scale, autoguidance_scale=autoguidance)
-        check_number(0, 1, guidance_rescale=rescale, guidance_start=start, guidance_end=end)
-        if start > end:
-            raise ValueError(f"`guidance_start` {start} must not be above `guidance_end` {end}.")
-        if self.guider is not None and (scale, rescale, start, end, autoguidance) != (2.0, 0.0, 0.0, 1.0, 1.0):
-            raise ValueError(
-                f"The {type(self.guider).__name__} of this pipeline has settings of its own: leave those of the call "
-                "at their defaults, or clear the guider by pipe.guider = None."
-            )
-        if self.guider is not None and has_cache(self.denoiser):
-            raise ValueError(
-                "A guider asks the denoiser several times a step, which a cache mixes up: disable_cache()."
-            )
-        if autoguidance != 1 and self.guide is None:
-            raise ValueError(
-                f"autoguidance_scale={autoguidance} needs a weaker version of the denoiser: give the pipeline an "
-                "earlier checkpoint as `guide`."
-            )
-        check_guider(self.guider, self.denoiser, self.conditioner)
-        check_guide(self.guide, self.denoiser)
-        if self.conditioner is None and scale > 1 and guidance_width(self.denoiser) is None:
-            raise ValueError(
-                f"guidance_scale={scale} needs the conditioner's null condition, and this pipeline has no "
-                "conditioner. Give guidance_scale=1, or load the conditioner."
-            )
+        check_callback(callback_on_step_end_tensor_inputs or (), self._callback_tensor_inputs)
 
     def prepare_latents(
         self,
@@ -336,14 +271,7 @@ class DinoDiffusionPipeline(
         """
         f = self.vae_scale_factor
         shape = (batch_size, num_channels_latents, height // f, width // f)
-        check_generator(generator, batch_size)
-        if latents is None:  # in float32, so that a seed means the same noise in every precision
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        elif tuple(latents.shape) != shape:
-            raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}.")
-        elif not torch.isfinite(latents).all():
-            raise ValueError("`latents` contains NaN or infinity.")
-        latents = latents.to(device=device, dtype=dtype)
+        latents = initial_noise(shape, device, generator, latents).to(dtype)
         return latents * getattr(self.scheduler, "init_noise_sigma", 1.0)  # schedulers of flows have none
 
     def prepare_extra_step_kwargs(self, generator: Generators, eta: float, batch_size: int) -> dict[str, Any]:
@@ -431,12 +359,9 @@ class DinoDiffusionPipeline(
             RuntimeError: If the images come out with NaN or infinity, or another call uses the pipeline meanwhile.
         """
         # 1. Check
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        elif callback_on_step_end_tensor_inputs is None:
-            callback_on_step_end_tensor_inputs = ["latents"]
         height, width = self._default_size(height, width, latents)
-        num_inference_steps = self._default_steps(num_inference_steps)
+        num_inference_steps = default_steps(self.scheduler, num_inference_steps)
+        callback_on_step_end_tensor_inputs = seen_by(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.check_inputs(
             image,
             image_embeds,
@@ -483,6 +408,22 @@ class DinoDiffusionPipeline(
         step_kwargs = self.prepare_extra_step_kwargs(generator, eta, batch_size)
 
         # 4. Denoise
+        def predict(model: ModelMixin, inputs: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
+            """What a denoiser predicts `(B, L, h, w)` from scaled latents of that shape, under tokens `(B, S, D)`."""
+            return in_batches(
+                lambda inputs, tokens: family_of(model).predict(
+                    model,
+                    inputs,
+                    t.expand(len(inputs)),  # one each, as FasterCache splits the batch
+                    fuse(self.fusion, tokens),
+                    guidance=guidance_input(denoiser, self.guidance_scale, inputs),
+                    attention_kwargs=self.cross_attention_kwargs,
+                ),
+                self._fixed_batch,
+                inputs,
+                tokens,
+            )
+
         times, cached = timesteps.tolist(), has_cache(denoiser)
         scale_model_input = getattr(self.scheduler, "scale_model_input", lambda sample, _: sample)  # flows have none
         restart_cache(denoiser)
@@ -492,22 +433,21 @@ class DinoDiffusionPipeline(
                     continue
                 self._current_timestep = times[i]
                 within = guidance_start <= i / len(timesteps) < guidance_end
-                guided, autoguided = self.do_classifier_free_guidance and within, autoguidance_scale != 1 and within
-                inputs = torch.cat([latents] * 2) if guided and self.guider is None else latents
-                inputs = scale_model_input(inputs, t)
+                guided = self.do_classifier_free_guidance and within and self.guider is None
+                inputs = scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
 
                 if self.guider is not None:
-                    predict = partial(self._predict, denoiser, inputs, denoiser_timesteps[i])
+                    ask = partial(predict, denoiser, inputs, denoiser_timesteps[i])
                     step = (i, len(timesteps), t)
-                    prediction = predict_with_guider(self.guider, denoiser, predict, image_embeds, null_embeds, step)
+                    prediction = predict_with_guider(self.guider, denoiser, ask, image_embeds, null_embeds, step)
                 else:
                     tokens = torch.cat([null_embeds, image_embeds]) if guided else image_embeds
                     with cache_context(denoiser, cached, times[i], guided):
-                        prediction = self._predict(denoiser, inputs, denoiser_timesteps[i], tokens)
+                        prediction = predict(denoiser, inputs, denoiser_timesteps[i], tokens)
                     null, conditional = prediction.chunk(2) if guided else (None, prediction)
                     weak = None
-                    if autoguided:
-                        weak = self._predict(self.guide, inputs[-batch_size:], denoiser_timesteps[i], image_embeds)
+                    if autoguidance_scale != 1 and within:
+                        weak = predict(self.guide, inputs[-batch_size:], denoiser_timesteps[i], image_embeds)
                     prediction = guided_prediction(
                         conditional, null, self.guidance_scale, weak, autoguidance_scale, self.guidance_rescale
                     )
@@ -528,21 +468,6 @@ class DinoDiffusionPipeline(
         self.maybe_free_model_hooks()
         return DinoDiffusionPipelineOutput(images=images) if return_dict else (images,)
 
-    def _predict(self, model: ModelMixin, inputs: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
-        """What a denoiser predicts `(B, L, h, w)` from scaled latents of that shape, under tokens `(B, S, D)`."""
-
-        def predict(inputs: Tensor, tokens: Tensor) -> Tensor:
-            return family_of(model).predict(
-                model,
-                inputs,
-                t.expand(len(inputs)),  # one each, as FasterCache splits the batch
-                fuse(self.fusion, tokens),
-                guidance=self._embed_guidance(len(inputs)),
-                attention_kwargs=self.cross_attention_kwargs,
-            )
-
-        return in_batches(predict, self._fixed_batch, inputs, tokens)
-
     def _decode(self, latents: Tensor) -> Tensor:
         """Latents `(B, L, h, w)` to pixels `(B, C, H, W)` float32 of nominal range [-1, 1]."""
         latents = latents.to(self.vae.dtype)
@@ -550,30 +475,15 @@ class DinoDiffusionPipeline(
         check_finite(pixels, "generated images")
         return pixels
 
-    def _default_steps(self, num_inference_steps: int | None) -> int:
-        return default_steps(self.scheduler) if num_inference_steps is None else num_inference_steps
-
-    def _embed_guidance(self, batch_size: int) -> Tensor | None:
-        """The guidance scale as an input `(B, width)` of a distilled UNet, None for others."""
-        width = guidance_width(self.denoiser)
-        if width is None:
-            return None
-        scales = torch.full((batch_size,), float(self.guidance_scale), device=self._execution_device)
-        return embed_guidance(scales, width).to(self.denoiser.dtype)
-
     def _default_size(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int]:
         """Fill in the size that was not given: of `latents`, else of the denoiser's config."""
         if height is not None and width is not None:
             return height, width
-        if self.denoiser is None:
-            raise ValueError("This pipeline has no unet and no transformer; one of them is needed to generate.")
-        size = self.denoiser.config.get("sample_size")
-        if latents is not None:
-            if not isinstance(latents, Tensor):
-                raise TypeError(f"`latents` must be a tensor (B * n, L, h, w), got {type(latents).__name__}.")
-            size = tuple(latents.shape[-2:])
-        if size is None:
-            raise ValueError("The denoiser's config has no sample_size: give `height` and `width` in pixels.")
-        rows, columns = (size, size) if isinstance(size, int) else size
-        default_height, default_width = rows * self.vae_scale_factor, columns * self.vae_scale_factor
-        return default_height if height is None else height, default_width if width is None else width
+        if latents is None:
+            rows, columns = latent_size(self, "`height` and `width`")
+        elif isinstance(latents, Tensor):
+            rows, columns = latents.shape[-2:]
+        else:
+            raise TypeError(f"`latents` must be a tensor (B * n, L, h, w), got {type(latents).__name__}.")
+        f = self.vae_scale_factor
+        return rows * f if height is None else height, columns * f if width is None else width

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..embeddings import lerp, mix, slerp
 from ..pixels import ImageInput
-from .checks import Generators, check_choice
-from .pipeline_dino_diffusion import DinoDiffusionPipeline, StepCallback
+from .checks import Generators, StepCallback, check_choice, default_steps
+from .pipeline_dino_diffusion import DinoDiffusionPipeline
 from .pipeline_output import DinoInterpolationPipelineOutput
 from .turns import samples_in_turn
 
@@ -161,7 +161,7 @@ class DinoInterpolationPipeline(DinoDiffusionPipeline):
         # 1. Check
         check_choice(METHODS, method=method)
         height, width = self._default_size(height, width, latents)
-        num_inference_steps = self._default_steps(num_inference_steps)
+        num_inference_steps = default_steps(self.scheduler, num_inference_steps)
         sampling = {
             "height": height,
             "width": width,

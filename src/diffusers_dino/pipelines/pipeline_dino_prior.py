@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,10 +18,18 @@ from ..prior import Condition, DinoPrior, require_conditioner
 from ..prior.conditions import as_sets
 from ..prior.flow import add_noise
 from .batches import in_batches
-from .checks import Generators, check_choice, check_embeds, check_generator, check_number, check_numbers
+from .checks import (
+    Generators,
+    check_callback,
+    check_choice,
+    check_embeds,
+    check_number,
+    check_numbers,
+    initial_noise,
+)
 from .loading import ComponentLoadingMixin
 from .pipeline_output import DinoPriorPipelineOutput
-from .turns import samples_in_turn
+from .turns import CallStateMixin, samples_in_turn
 
 __all__ = ["DinoPriorPipeline"]
 
@@ -34,7 +41,7 @@ _TOGETHER = 16
 _FAR = 4.0  # root mean square of standardised tokens, which is about 1 for tokens of the prior's own conditioner
 
 
-class DinoPriorPipeline(ComponentLoadingMixin, DiffusionPipeline):
+class DinoPriorPipeline(ComponentLoadingMixin, DiffusionPipeline, CallStateMixin):
     """Draw condition tokens for a `DinoDiffusionPipeline`, so that it needs no input image (RCG, arXiv 2312.03701).
 
     Each draw depends only on its own condition and its own generator, to the bit on a CPU, whatever the batch.
@@ -80,34 +87,11 @@ class DinoPriorPipeline(ComponentLoadingMixin, DiffusionPipeline):
                     f"It was trained with {prior.config['text_encoder']}."
                 )
         self.register_modules(prior=prior, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer)
-        self._guidance_scale = 1.0
-        self._num_timesteps = 0
-        self._interrupt = False
 
     @property
     def labels(self) -> tuple[str, ...]:
         """The labels that may be asked for."""
         return self.prior.conditions.labels
-
-    @property
-    def guidance_scale(self) -> float:
-        """The scale of the current call."""
-        return self._guidance_scale
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        """Whether the negative condition is evaluated beside the condition."""
-        return self._guidance_scale > 1
-
-    @property
-    def num_timesteps(self) -> int:
-        """Steps of the current call."""
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        """A callback may set `_interrupt = True`: the remaining steps are skipped."""
-        return self._interrupt
 
     def check_conditioner(self, conditioner: DinoImageConditioner) -> None:
         """Refuse a `conditioner` other than the one that the prior was trained for, with what differs.
@@ -219,13 +203,8 @@ class DinoPriorPipeline(ComponentLoadingMixin, DiffusionPipeline):
         check_choice(("pt", "np"), output_type=output_type)
         check_numbers(num_inference_steps=num_inference_steps, num_images_per_prompt=num_images_per_prompt)
         check_number(0, guidance_scale=guidance_scale)
-        if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, got "
-                f"{sorted(unknown)}."
-            )
-        if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 1:
-            raise ValueError(f"`strength` must be in [0, 1], from the same tokens to any, got {strength!r}.")
+        check_callback(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        check_number(0, 1, strength=strength)
         if image_embeds is None:
             if strength != 1:
                 raise ValueError("`strength` says how much to vary `image_embeds`: give them, or leave it out.")
@@ -250,12 +229,7 @@ class DinoPriorPipeline(ComponentLoadingMixin, DiffusionPipeline):
 
         `generator` is as in `__call__`.
         """
-        check_generator(generator, shape[0])
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        elif tuple(latents.shape) != shape:
-            raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}.")
-        return latents.to(device, torch.float32)
+        return initial_noise(shape, device, generator, latents).float()
 
     @samples_in_turn
     @torch.no_grad()
@@ -335,6 +309,10 @@ class DinoPriorPipeline(ComponentLoadingMixin, DiffusionPipeline):
         if condition is None:
             condition = self.encode_condition(*description, None if image_embeds is None else len(image_embeds))
         away = self._encode_negative(condition, negative_labels, negative_text, guidance_scale)
+        if image_embeds is not None and len(image_embeds) != len(condition.labels):
+            raise ValueError(
+                f"`condition` is of {len(condition.labels)} images, `image_embeds` of {len(image_embeds)}."
+            )
         repeat = torch.arange(len(condition.labels)).repeat_interleave(num_images_per_prompt)
         condition, away = condition.rows(repeat).to(device), away.rows(repeat).to(device)  # B * n
         batch_size, (S, D) = len(repeat), self.prior.token_shape  # noqa: N806
@@ -345,7 +323,7 @@ class DinoPriorPipeline(ComponentLoadingMixin, DiffusionPipeline):
         latents = self.prepare_latents((batch_size, S, D), device, generator, latents)
         steps, given, level = num_inference_steps, None, 1.0
         if image_embeds is not None:
-            given = self._repeat(image_embeds, batch_size, num_images_per_prompt).to(device)
+            given = image_embeds.repeat_interleave(num_images_per_prompt, dim=0).to(device, torch.float32)
             level = self.prior.noise_level(strength)
             latents = add_noise(self.prior.standardise(given), latents, level)
             steps = math.ceil(num_inference_steps * level)
@@ -388,19 +366,14 @@ class DinoPriorPipeline(ComponentLoadingMixin, DiffusionPipeline):
             raise ValueError(f"{self.labels[clash[0]]!r} is asked for and negative at once.")
         return away
 
-    def _repeat(self, image_embeds: Tensor, batch_size: int, times: int) -> Tensor:
-        """Given tokens for each draw, float32; those of one image together."""
-        if len(image_embeds) * times != batch_size:
-            raise ValueError(f"`condition` is of {batch_size // times} images, `image_embeds` of {len(image_embeds)}.")
-        return image_embeds.repeat_interleave(times, dim=0).float()
-
-    def _predict(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+    def _predict(self, latents: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The prior's velocity `(B * n, S, D)`, of draws that depend on no other."""
-
-        def predict(latents: Tensor, rows: Tensor) -> Tensor:
-            return self.prior(latents, timestep.to(latents.device).expand(len(rows)), condition.rows(rows))
-
-        return in_batches(predict, _TOGETHER, latents, torch.arange(len(latents), device=latents.device))
+        return in_batches(
+            lambda latents, rows: self.prior(latents, t.to(latents.device).expand(len(rows)), condition.rows(rows)),
+            _TOGETHER,
+            latents,
+            torch.arange(len(latents), device=latents.device),
+        )
 
 
 def _says_nothing(condition: Condition) -> bool:

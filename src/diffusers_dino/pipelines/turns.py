@@ -17,10 +17,38 @@ from torch import nn
 
 from .guidance import skipped_layers
 
-__all__ = ["in_turn", "samples_in_turn", "takes_the_denoiser"]
+__all__ = ["CallStateMixin", "in_turn", "samples_in_turn", "takes_the_denoiser"]
 
 _LOCK = threading.Lock()
 _AT_WORK: dict[tuple[int, int], list[tuple[int, bool]]] = {}  # by process and object: thread, and whether alone
+
+
+class CallStateMixin:
+    """What pipelines that sample tell their callbacks of the current call."""
+
+    _guidance_scale = 1.0
+    _num_timesteps = 0
+    _interrupt = False
+
+    @property
+    def guidance_scale(self) -> float:
+        """The scale of the current call. A callback may set `_guidance_scale` to change it between steps."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the null or negative condition is evaluated beside the condition."""
+        return self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """Model calls of the current sampling, for callbacks that work with a share of them."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """A callback may set `_interrupt = True`: the remaining steps are skipped."""
+        return self._interrupt
 
 
 @contextmanager
