@@ -9,6 +9,7 @@ os.environ.setdefault(
     "HF_HUB_OFFLINE", "1"
 )  # read when huggingface_hub is imported; a test must not wait for a network
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")  # bars of pipelines
 
 import pytest
 

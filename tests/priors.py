@@ -49,6 +49,4 @@ def tiny_prior(trained: bool = True, **overrides: Any) -> DinoPrior:
 
 def tiny_prior_pipeline(**overrides: Any) -> DinoPriorPipeline:
     """The whole pipeline of `tiny_prior(**overrides)`."""
-    pipe = DinoPriorPipeline(tiny_prior(**overrides), FlowMatchEulerDiscreteScheduler())
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return DinoPriorPipeline(tiny_prior(**overrides), FlowMatchEulerDiscreteScheduler())

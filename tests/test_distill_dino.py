@@ -51,9 +51,7 @@ def distilled_folder(flags, tmp_path_factory):
 
 @pytest.fixture
 def distilled(distilled_folder) -> DinoDiffusionPipeline:
-    pipe = DinoDiffusionPipeline.from_pretrained(distilled_folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return DinoDiffusionPipeline.from_pretrained(distilled_folder)
 
 
 def generate(pipe, count=2, **options):

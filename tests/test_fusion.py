@@ -68,9 +68,7 @@ def trained(settings, tmp_path_factory):
 
 def test_a_new_fusion_changes_no_bit_and_a_trained_one_does(fused):
     plain = DinoDiffusionPipeline.from_pipe(fused, fusion=None)
-    plain.set_progress_bar_config(disable=True)
     new = DinoDiffusionPipeline.from_pipe(fused, fusion=TokenFusion.of(fused.conditioner))
-    new.set_progress_bar_config(disable=True)
     expected = generate(plain, IMAGES)
     assert (generate(new, IMAGES) == expected).all()
     assert (generate(fused, IMAGES) != expected).any()
@@ -89,14 +87,12 @@ def test_the_embedding_is_added_to_what_the_denoiser_is_given(fused):
 def test_saved_and_loaded_it_generates_the_same_bits(fused, tmp_path):
     fused.save_pretrained(tmp_path)
     loaded = DinoDiffusionPipeline.from_pretrained(tmp_path)
-    loaded.set_progress_bar_config(disable=True)
     assert loaded.fusion.config["encoder_dropout"] == 0.3
     assert (generate(loaded, IMAGES) == generate(fused, IMAGES)).all()
 
 
 def test_other_pipelines_take_it_along(fused):
     path = DinoInterpolationPipeline.from_pipe(fused)
-    path.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 2, "output_type": "pt"}
     ends = path(IMAGES[:1], IMAGES[1:2], [0.0, 1.0], generator=torch.Generator().manual_seed(0), **options).images
     start = fused(IMAGES[:1], generator=torch.Generator().manual_seed(0), **options).images

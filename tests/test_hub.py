@@ -31,7 +31,6 @@ def save(name, result):
     np.save(folder / f"{name}.npy", np.asarray(result))
 
 def generate(name, pipe, *images, **options):
-    pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     images = images or (image,)
     save(name, pipe(*images, generator=generator, num_inference_steps=2, output_type="np", **options).images)

@@ -64,7 +64,6 @@ def layers_of(model, kind):
 @pytest.mark.parametrize(("bits", "tolerance", "cosine", "size"), [("8", 0.003, 0.999, 0.7), ("4", 0.03, 0.98, 0.67)])
 def test_a_trained_pipeline_generates_nearly_the_same(bits, tolerance, cosine, size):
     pipe = DinoDiffusionPipeline.from_pretrained(BUNDLED)
-    pipe.set_progress_bar_config(disable=True)
     images = tiny.random_images(2, size=128)
     plain, tokens = generate(pipe, images), pipe.encode_image(images)
     before = pipe.unet.get_memory_footprint(), pipe.conditioner.get_memory_footprint()
@@ -154,7 +153,6 @@ def test_pipelines_are_quantised_as_they_are_loaded(without_a_gpu, images, tmp_p
         components_to_quantize=["unet", "conditioner"],
     )
     pipe = kind.from_pretrained(tmp_path, quantization_config=config, device_map="cpu", dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
     assert layers_of(pipe.unet, LAYER[bits])
     assert layers_of(pipe.conditioner, LAYER[bits])
     assert not layers_of(pipe.vae, LAYER[bits])
@@ -263,7 +261,6 @@ def test_on_a_gpu(images, tmp_path, bits, offload):
         components_to_quantize=["unet", "conditioner"],
     )
     pipe = DinoDiffusionPipeline.from_pretrained(tmp_path, quantization_config=config, dtype=torch.float16)
-    pipe.set_progress_bar_config(disable=True)
     assert pipe.unet.device.type == "cuda"
     pipe.enable_model_cpu_offload() if offload else pipe.to("cuda")
     for _ in range(2):

@@ -78,7 +78,6 @@ def plain(settings, tmp_path_factory) -> Path:
 
 def test_result_is_a_pipeline_that_generates(plain, parts):
     pipe = DinoDiffusionPipeline.from_pretrained(plain)
-    pipe.set_progress_bar_config(disable=True)
     source = Image.open(parts / "images" / "000.png")
     image = pipe(source, num_inference_steps=2, guidance_scale=2.0).images[0]
     assert image.size == (32, 32)
@@ -221,7 +220,6 @@ def test_lora_of_a_pipeline(train, parts, tmp_path):
     options = {"pretrained_pipeline": parts / "pipeline", "vae": None, "conditioner": None, "unet_config": None}
     folder = train(**options, rank=2, learning_rate=1e-2, checkpointing_steps=2, use_ema=True, ema_decay=0.5)
     pipe = DinoDiffusionPipeline.from_pretrained(parts / "pipeline")
-    pipe.set_progress_bar_config(disable=True)
     tokens = torch.randn(1, 5, tiny.TOKEN_DIM)
 
     def generate() -> torch.Tensor:

@@ -36,7 +36,6 @@ def test_the_result_and_its_checkpoints_sample_the_flow(trained, part):
     pipe = load_trained_pipeline(trained / part)
     assert isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler)
     assert pipe.scheduler.config["shift"] == 2.0
-    pipe.set_progress_bar_config(disable=True)
     images = pipe(tiny.random_images(2), num_inference_steps=2, guidance_scale=2.0, output_type="pt").images
     assert images.shape == (2, 1, 32, 32)
 

@@ -106,7 +106,6 @@ def same(one: Path, other: Path) -> bool:
 
 def test_the_result_is_a_pipeline_that_knows_what_it_was_told(trained):
     pipe = DinoPriorPipeline.from_pretrained(trained)
-    pipe.set_progress_bar_config(disable=True)
     conditions = pipe.prior.conditions
     assert set(conditions.labels) == {"Edema", "Nodule", "No Finding"}
     assert conditions.exclusive == ("No Finding",)

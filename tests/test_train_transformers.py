@@ -57,7 +57,6 @@ def trained(settings, train, family, tmp_path_factory):
 @pytest.mark.parametrize("part", ["", "checkpoint-2"])
 def test_results_and_checkpoints_are_pipelines(trained, family, part):
     pipe = models.load_trained_pipeline(trained / part)
-    pipe.set_progress_bar_config(disable=True)
     expected = DDIMScheduler if family == "pixart" else FlowMatchEulerDiscreteScheduler
     assert type(pipe.scheduler) is expected
     assert pipe.transformer.config["in_channels"] == 16

@@ -199,7 +199,6 @@ def tiny_pipeline(**components: Any) -> diffusers_dino.DinoDiffusionPipeline:
     pipe = diffusers_dino.DinoDiffusionPipeline(**{**components, **built})
     if pipe.denoiser is not None and pipe.vae is not None:  # as training does
         note_preparation(pipe.denoiser, Preprocessing(IMAGE_SIZE), pipe.vae.config["in_channels"])
-    pipe.set_progress_bar_config(disable=True)
     return pipe
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from functools import partial, wraps
-from pathlib import Path
+from functools import wraps
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ from .encoders import (
     name_encoders,
     semi_orthogonal,
 )
-from .familiarity import HUB_OPTIONS, FamiliarityMixin, TokenStatistics, fetch_statistics
+from .familiarity import FamiliarityMixin, TokenStatistics, fetch_statistics
 from .fingerprints import as_json, hash_of
 from .pixels import ImageInput, stored_images
 from .seeds import generator_for
@@ -81,7 +80,13 @@ class DinoImageConditioner(FamiliarityMixin, ExactBuffers, LastingModelMixin, Co
         if tokens not in TOKENS:
             raise ValueError(f"`tokens` must be one of {', '.join(TOKENS)}, got {tokens!r}.")
         self.image_encoders = nn.ModuleList(Encoder(EncoderSpec.from_dict(spec)) for spec in encoders)
-        _check_encoders(self.image_encoders, projection_dim)
+        if not len(encoders):
+            raise ValueError("A conditioner needs at least one encoder.")
+        if projection_dim is not None and projection_dim < 1:
+            raise ValueError(f"`projection_dim` must be positive, got {projection_dim}.")
+        widths = [encoder.width for encoder in self.image_encoders]
+        if projection_dim is None and len(set(widths)) > 1:
+            raise ValueError(f"The encoders' tokens have widths {widths}: give a common `projection_dim`.")
         generator = torch.Generator("cpu").manual_seed(projection_seed)
         self.heads = nn.ModuleList(
             TokenHead(
@@ -215,12 +220,7 @@ class DinoImageConditioner(FamiliarityMixin, ExactBuffers, LastingModelMixin, Co
         """Load what `save_pretrained` wrote, from a folder or the Hub, as in `LastingModelMixin.from_pretrained`."""
         loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         conditioner = loaded[0] if isinstance(loaded, tuple) else loaded
-        subfolder = kwargs.get("subfolder")
-        if os.path.isdir(pretrained_model_name_or_path):
-            folder = Path(pretrained_model_name_or_path, subfolder or "")
-        else:
-            options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-            folder = fetch_statistics(str(pretrained_model_name_or_path), subfolder, **options)
+        folder = fetch_statistics(pretrained_model_name_or_path, kwargs.get("subfolder"), kwargs)
         statistics = folder and TokenStatistics.load(folder)
         if statistics and statistics.layout["settings"] != conditioner.layout["settings"]:
             raise ValueError(f"The statistics in {folder} are of other tokens than the conditioner's: delete them.")
@@ -334,14 +334,10 @@ class DinoImageConditioner(FamiliarityMixin, ExactBuffers, LastingModelMixin, Co
             Tokens `(B, num_tokens, token_dim)` in the encoders' type: of each encoder in turn, its class token, its
             trained pooler, its registers, its patches in raster order, as far as `tokens` asks for them.
         """
-        chosen = choose_encoders(self._sources, encoders)
-        outputs = self._encoder_outputs(pixel_values, chosen)
-        nulls = self.null_condition(len(pixel_values[0]) if len(chosen) > 1 else len(pixel_values))
-        nulls = nulls.split(self.tokens_per_encoder, dim=1)
-        tokens = [
-            null if output is None else head(*output)
-            for head, output, null in zip(self.heads, outputs, nulls, strict=True)
-        ]
+        chosen, batches = choose_encoders(self._sources, encoders), self._batches(pixel_values)
+        nulls = self.null_condition(len(batches[0])).split(self.tokens_per_encoder, dim=1)
+        parts = zip(self.image_encoders, self.heads, batches, nulls, chosen, strict=True)
+        tokens = [head(*encoder(batch)) if wanted else null for encoder, head, batch, null, wanted in parts]
         return torch.cat(tokens, dim=1).to(self.dtype)  # (B, S, D)
 
     def encode(self, images: ImageInput, encoders: Sequence[str] | None = None) -> Tensor:
@@ -349,7 +345,11 @@ class DinoImageConditioner(FamiliarityMixin, ExactBuffers, LastingModelMixin, Co
 
         `encoders` are as in `forward`. Gradients flow if an image requires them; otherwise none are recorded.
         """
-        return self._without_graph(partial(self, encoders=encoders), self.preprocess(images))
+        # Not `self.device`: under sequential offloading that is where the parameters wait, the buffers say more.
+        pixel_values = send_to_device(self.preprocess(images), self.null_tokens.device)
+        wanted = any(batch.requires_grad for batch in self._batches(pixel_values))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):
+            return self(pixel_values, encoders)
 
     @apply_forward_hook  # offloading brings the encoders
     @torch.no_grad()
@@ -380,6 +380,7 @@ class DinoImageConditioner(FamiliarityMixin, ExactBuffers, LastingModelMixin, Co
         """
         return self.null_tokens.to(self.dtype).expand(batch_size, -1, -1)
 
+    @torch.no_grad()
     def fit_normalization(self, batches: Iterable[ImageInput], slot_offset: float = 1.0) -> None:
         """Standardise tokens by the mean and standard deviation of these images' tokens, channel by channel.
 
@@ -397,11 +398,10 @@ class DinoImageConditioner(FamiliarityMixin, ExactBuffers, LastingModelMixin, Co
         moments = [Moments(head) for head in self.heads]
         count = 0
         for batch in batches:
-            pixel_values = self.preprocess(batch)
-            outputs = self._without_graph(self._encoder_outputs, pixel_values)
-            for head, moment, output in zip(self.heads, moments, outputs, strict=True):
-                moment.update(*head.select(*output))
-            count += len(outputs[0][0])
+            pixels = self._batches(send_to_device(self.preprocess(batch), self.null_tokens.device))
+            for encoder, head, moment, own in zip(self.image_encoders, self.heads, moments, pixels, strict=True):
+                moment.update(*head.select(*encoder(own)))
+            count += len(pixels[0])
         if count < _MIN_IMAGES:
             raise ValueError(f"Statistics of tokens need at least {_MIN_IMAGES} images, got {count}.")
         if sum(len(head.mean) for head in self.heads) == 1:
@@ -417,34 +417,12 @@ class DinoImageConditioner(FamiliarityMixin, ExactBuffers, LastingModelMixin, Co
         """Does nothing: a frozen encoder stays in evaluation mode, whatever `mode` says."""
         return super().train(False)
 
-    def _encoder_outputs(
-        self, pixel_values: PixelValues, chosen: Sequence[bool] | None = None
-    ) -> list[tuple[Tensor, Tensor] | None]:
-        """Global and patch tokens of each encoder, None of those that are not chosen; by default all are."""
+    def _batches(self, pixel_values: PixelValues) -> tuple[Tensor, ...]:
+        """The pixel values of each encoder."""
         batches = (pixel_values,) if isinstance(pixel_values, Tensor) else tuple(pixel_values)
         if len(batches) != len(self.image_encoders):
             raise ValueError(f"Expected pixel values for {len(self.image_encoders)} encoders, got {len(batches)}.")
-        runs = [True] * len(batches) if chosen is None else chosen
-        triples = zip(self.image_encoders, batches, runs, strict=True)
-        return [encoder(batch) if run else None for encoder, batch, run in triples]
-
-    def _without_graph(self, function: Callable[[PixelValues], Any], pixel_values: PixelValues) -> Any:
-        """Call with pixel values on this module's device, recording a graph only if they require it."""
-        # Not `self.device`: under sequential offloading that is where the parameters wait, the buffers say more.
-        pixel_values = send_to_device(pixel_values, self.null_tokens.device)
-        batches = (pixel_values,) if isinstance(pixel_values, Tensor) else pixel_values
-        with torch.set_grad_enabled(torch.is_grad_enabled() and any(batch.requires_grad for batch in batches)):
-            return function(pixel_values)
-
-
-def _check_encoders(encoders: nn.ModuleList, projection_dim: int | None) -> None:
-    if not len(encoders):
-        raise ValueError("A conditioner needs at least one encoder.")
-    if projection_dim is not None and projection_dim < 1:
-        raise ValueError(f"`projection_dim` must be positive, got {projection_dim}.")
-    widths = [encoder.width for encoder in encoders]
-    if projection_dim is None and len(set(widths)) > 1:
-        raise ValueError(f"The encoders' tokens have widths {widths}: give a common `projection_dim`.")
+        return batches
 
 
 def _for_each(value: Any, names: list[Any], what: str) -> list[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from .seeds import generator_for
 from .tensor_files import read_tensors, refusing, write_tensors
 
 __all__ = [
-    "HUB_OPTIONS",
     "MIN_IMAGES",
     "STATISTICS",
     "UNLIKE",
@@ -28,11 +27,11 @@ __all__ = [
     "fetch_statistics",
 ]
 
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 STATISTICS = "familiarity.safetensors"  # in the folder of a conditioner
 MIN_IMAGES = 50
 UNLIKE = 0.01  # of images like the training images, a hundredth seem as unfamiliar
 
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 _KIND = "a file of token statistics"
 _FORMAT = 1
 _MOST_DIRECTIONS = 64
@@ -200,13 +199,16 @@ class FamiliarityMixin:
         return torch.cat(parts, dim=1).flatten(1).cpu()
 
 
-def fetch_statistics(repository: str, subfolder: str | None, **options: Any) -> Path | None:
-    """The folder in the Hub's cache with a conditioner's statistics, None if there are none.
+def fetch_statistics(place: str | os.PathLike[str], subfolder: str | None, options: Mapping[str, Any]) -> Path | None:
+    """The folder with a conditioner's statistics, from a repository in the Hub's cache; None if it has none.
 
-    diffusers fetches only configs and weights. The options are `hf_hub_download`'s.
+    diffusers fetches only configs and weights. `options` are those of `from_pretrained`.
     """
+    if os.path.isdir(place):
+        return Path(place, subfolder or "")
+    options = {name: options[name] for name in _HUB_OPTIONS if name in options}
     try:
-        return Path(hf_hub_download(repository, STATISTICS, subfolder=subfolder, **options)).parent
+        return Path(hf_hub_download(str(place), STATISTICS, subfolder=subfolder, **options)).parent
     except EntryNotFoundError:  # or offline and not in the cache
         return None
 

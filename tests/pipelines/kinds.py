@@ -23,9 +23,7 @@ class Kind:
     generates: bool = True
 
     def make(self, **components: Any) -> DiffusionPipeline:
-        pipe = self.pipeline.from_pipe(tiny.tiny_pipeline(**components))
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
+        return self.pipeline.from_pipe(tiny.tiny_pipeline(**components))
 
     def run(self, pipe: DiffusionPipeline, images: torch.Tensor, **options: Any) -> np.ndarray:
         """One result for each image, always from the same noise: an image, or maps of attention."""
@@ -62,11 +60,9 @@ def bare_stable_diffusion(pipe: DiffusionPipeline) -> StableDiffusionPipeline:
     """diffusers' own pipeline on the same UNet, VAE and schedule: an independent implementation of the sampling."""
     empty = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    made = StableDiffusionPipeline(
+    return StableDiffusionPipeline(
         pipe.vae, unet=pipe.unet, scheduler=scheduler, **empty, requires_safety_checker=False
     )
-    made.set_progress_bar_config(disable=True)
-    return made
 
 
 KINDS = {

@@ -143,7 +143,6 @@ def test_a_callback_interrupts(generating, images):
 def test_components_make_the_pipeline_again(kind, images):
     pipe = kind.make()
     again = kind.pipeline(**pipe.components)
-    again.set_progress_bar_config(disable=True)
     assert np.array_equal(kind.run(again, images), kind.run(pipe, images))
 
 
@@ -153,7 +152,6 @@ def test_encoding_works_without_the_other_models(generating, images):
     encoder = generating.pipeline(vae=None, conditioner=whole.conditioner, unet=None, scheduler=None)
     embeds = encoder.encode_image(images)
     rest = generating.pipeline(vae=whole.vae, conditioner=None, unet=whole.unet, scheduler=whole.scheduler)
-    rest.set_progress_bar_config(disable=True)
     options = {"guidance_scale": 1.0, "num_inference_steps": 2, "output_type": "np"}
     seeds = {"generator": generators(*range(len(images)))}
     if generating is KINDS["interpolation"]:

@@ -21,7 +21,6 @@ def test_a_saved_pipeline_gives_the_same(kind, images, tmp_path):
     pipe = kind.make()
     pipe.save_pretrained(tmp_path)
     loaded = kind.pipeline.from_pretrained(tmp_path)
-    loaded.set_progress_bar_config(disable=True)
     assert loaded.components.keys() == pipe.components.keys()
     assert not any(getattr(loaded, name).training for name in MODELS)
     assert np.array_equal(kind.run(loaded, images), kind.run(pipe, images))
@@ -32,7 +31,6 @@ def test_half_precision_is_saved_loaded_and_asked_for(kind, images, tmp_path, dt
     pipe = kind.make().to(dtype)
     pipe.save_pretrained(tmp_path)
     loaded = kind.pipeline.from_pretrained(tmp_path, dtype=dtype)
-    loaded.set_progress_bar_config(disable=True)
     assert set(dtypes(loaded).values()) == {dtype}
     result = kind.run(loaded, images)
     assert np.isfinite(result).all()
@@ -58,7 +56,6 @@ def test_variants_lie_beside_each_other(kind, images, tmp_path):
         }
         assert name in json.loads((tmp_path / "model_index.json").read_text())
     plain = kind.pipeline.from_pretrained(tmp_path)
-    plain.set_progress_bar_config(disable=True)
     assert np.array_equal(kind.run(plain, images), kind.run(pipe, images))
     half = kind.pipeline.from_pretrained(tmp_path, variant="fp16", dtype=torch.float16)
     rounded = {name: weight.half() for name, weight in pipe.unet.state_dict().items()}
@@ -80,7 +77,6 @@ def test_parts_that_are_not_there_stay_away(kind, images, tmp_path):
         pipe.vae = None
     pipe.save_pretrained(tmp_path)
     loaded = kind.pipeline.from_pretrained(tmp_path)
-    loaded.set_progress_bar_config(disable=True)
     assert loaded.conditioner is None
     assert (loaded.vae is None) == kind.generates
     given = {**options, "output_type": "latent", "guidance_scale": 1.0} if kind.generates else options
@@ -104,7 +100,6 @@ def test_loading_to_a_device(kind, images, tmp_path):
     pipe.save_pretrained(tmp_path)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = kind.pipeline.from_pretrained(tmp_path, device_map=device)
-    loaded.set_progress_bar_config(disable=True)
     assert {getattr(loaded, name).device.type for name in MODELS} == {device}
     assert np.abs(kind.run(loaded, images) - kind.run(pipe, images)).max() < 1e-3
 

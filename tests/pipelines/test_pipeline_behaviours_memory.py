@@ -158,7 +158,6 @@ def test_parts_of_another_pipeline_are_used_and_left_as_they_are(kind, images):
     other = bare_stable_diffusion(whole)
     before = sampled(other)
     made = kind.pipeline.from_pipe(other, conditioner=whole.conditioner)
-    made.set_progress_bar_config(disable=True)
     np.testing.assert_allclose(kind.run(made, images), expected, atol=1e-4)
     assert set(map(type, other.unet.attn_processors.values())) == {AttnProcessor}
     assert np.array_equal(sampled(other), before)
@@ -175,7 +174,6 @@ def test_pipelines_share_parts_in_their_own_types(kind, images, origin):
     source = KINDS[origin].make()
     source.unet.to(torch.bfloat16)
     made = kind.pipeline.from_pipe(source)
-    made.set_progress_bar_config(disable=True)
     assert all(getattr(made, name) is getattr(source, name) for name in ("vae", "conditioner", "unet", "scheduler"))
     assert (made.unet.dtype, made.vae.dtype) == (torch.bfloat16, torch.float32)
     assert np.isfinite(kind.run(made, images)).all()

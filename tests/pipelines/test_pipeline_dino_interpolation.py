@@ -30,9 +30,7 @@ SCHEDULERS = [
 
 @pytest.fixture
 def between(pipe):
-    made = DinoInterpolationPipeline.from_pipe(pipe)
-    made.set_progress_bar_config(disable=True)
-    return made
+    return DinoInterpolationPipeline.from_pipe(pipe)
 
 
 def walk(between, *args, **options):
@@ -244,13 +242,11 @@ def test_callbacks_and_the_progress_bar_see_every_point_anew(between, images, ca
 def test_it_loads_from_any_pipeline_of_these_components_and_saves_under_its_name(pipe, between, images, tmp_path):
     pipe.save_pretrained(tmp_path / "diffusion")
     loaded = DinoInterpolationPipeline.from_pretrained(tmp_path / "diffusion")
-    loaded.set_progress_bar_config(disable=True)
     path = walk(between, images[:1], images[1:2])
     np.testing.assert_array_equal(walk(loaded, images[:1], images[1:2]), path)
     loaded.save_pretrained(tmp_path / "interpolation")
     assert '"_class_name": "DinoInterpolationPipeline"' in (tmp_path / "interpolation/model_index.json").read_text()
     back = DinoDiffusionPipeline.from_pretrained(tmp_path / "interpolation")
-    back.set_progress_bar_config(disable=True)
     np.testing.assert_array_equal(generate(back, images[:1])[0], path[0])
     assert DinoDiffusionPipeline.from_pipe(between).unet is pipe.unet
 

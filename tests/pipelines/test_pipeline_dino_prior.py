@@ -25,11 +25,9 @@ def pipe():
 def reading():
     """A prior that also takes texts."""
     prior = priors.tiny_prior(text_dim=tiny.TOKEN_DIM, text_encoder="tiny", text_length=7)
-    made = DinoPriorPipeline(
+    return DinoPriorPipeline(
         prior, priors.tiny_prior_pipeline().scheduler, tiny_text.text_encoder(), tiny_text.tokenizer()
     )
-    made.set_progress_bar_config(disable=True)
-    return made
 
 
 def test_tokens_of_one_condition_are_together_and_generate_images(pipe):
@@ -119,7 +117,6 @@ def test_a_saved_prior_gives_the_same(pipe, reading, tmp_path):
     for made, name in ((pipe, "plain"), (reading, "reading")):
         made.save_pretrained(tmp_path / name)
         loaded = DinoPriorPipeline.from_pretrained(tmp_path / name)
-        loaded.set_progress_bar_config(disable=True)
         asked = {"labels": "Edema", "generator": generators(0), **FEW}
         ours = made(**{**asked, "generator": generators(0)}).image_embeds
         assert torch.equal(loaded(**asked).image_embeds, ours)
@@ -134,7 +131,6 @@ def test_a_saved_prior_gives_the_same(pipe, reading, tmp_path):
 def test_half_precision_stays_near(pipe, tmp_path, dtype):
     pipe.save_pretrained(tmp_path)
     loaded = DinoPriorPipeline.from_pretrained(tmp_path, dtype=dtype)
-    loaded.set_progress_bar_config(disable=True)
     ours, theirs = (each(generator=generators(0), **FEW).image_embeds for each in (pipe, loaded))
     assert (ours - theirs).norm() < 0.05 * ours.norm()
 
@@ -177,7 +173,6 @@ def test_bad_input_is_explained(pipe, asked, error, message):
 
 def test_a_text_needs_its_encoder(reading):
     mute = DinoPriorPipeline(reading.prior, reading.scheduler)
-    mute.set_progress_bar_config(disable=True)
     assert torch.equal(mute(generator=generators(0), **FEW)[0], reading(generator=generators(0), **FEW)[0])
     with pytest.raises(ValueError, match="no text encoder"):
         mute(text="a")

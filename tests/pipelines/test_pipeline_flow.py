@@ -21,9 +21,7 @@ OPTIONS = {"num_inference_steps": 3, "output_type": "pt"}
 
 @pytest.fixture
 def pipe() -> DinoDiffusionPipeline:
-    made = tiny.tiny_pipeline(scheduler=FlowMatchEulerDiscreteScheduler(shift=2.0))
-    made.set_progress_bar_config(disable=True)
-    return made
+    return tiny.tiny_pipeline(scheduler=FlowMatchEulerDiscreteScheduler(shift=2.0))
 
 
 @pytest.fixture
@@ -35,7 +33,6 @@ def test_saved_and_loaded_it_makes_the_same_images(pipe, images, tmp_path):
     made = pipe(images, generator=tiny.generators(0, 1, 2), **OPTIONS).images
     pipe.save_pretrained(tmp_path)
     loaded = DinoDiffusionPipeline.from_pretrained(tmp_path)
-    loaded.set_progress_bar_config(disable=True)
     assert torch.equal(loaded(images, generator=tiny.generators(0, 1, 2), **OPTIONS).images, made)
 
 

@@ -93,7 +93,6 @@ def test_a_guider_and_a_guide_are_saved_loaded_and_cleared(guided, tmp_path):
     expected = generate(guided, IMAGES)
     guided.save_pretrained(tmp_path / "with")
     loaded = DinoDiffusionPipeline.from_pretrained(tmp_path / "with")
-    loaded.set_progress_bar_config(disable=True)
     assert isinstance(loaded.guider, AdaptiveProjectedGuidance)
     assert loaded.guider.eta == 0.5
     assert (generate(loaded, IMAGES) == expected).all()
@@ -102,7 +101,6 @@ def test_a_guider_and_a_guide_are_saved_loaded_and_cleared(guided, tmp_path):
     assert not (tmp_path / "without/guide").exists()
     assert DinoDiffusionPipeline.from_pretrained(tmp_path / "without").guider is None
     other = DinoDiffusionPipeline.from_pretrained(tmp_path / "with", guider=None)
-    other.set_progress_bar_config(disable=True)
     assert (generate(other, IMAGES) == generate(loaded, IMAGES)).all()
 
 
@@ -132,7 +130,6 @@ def test_both_guidances_add_up_within_the_interval(guided):
 
 def test_a_guide_alone_changes_no_bit_and_each_image_is_its_own(guided):
     bare = DinoDiffusionPipeline.from_pipe(guided, guide=None)
-    bare.set_progress_bar_config(disable=True)
     assert (generate(guided, IMAGES) == generate(bare, IMAGES)).all()
     options = {"autoguidance_scale": 2.0, "guidance_scale": 1.0}
     both = generate(guided, IMAGES, generator=tiny.generators(0, 1), **options)
@@ -174,7 +171,6 @@ def test_transformers_are_guided_too(family):
 
 def test_paths_are_guided_too(guided):
     path = DinoInterpolationPipeline.from_pipe(guided)
-    path.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 2, "output_type": "np", "guidance_scale": 1.0, "autoguidance_scale": 2.0}
     start = guided(IMAGES[:1], generator=torch.Generator().manual_seed(0), **options).images
     ends = path(IMAGES[:1], IMAGES[1:], [0.0, 1.0], generator=torch.Generator().manual_seed(0), **options).images
@@ -185,8 +181,6 @@ def test_a_guider_serves_one_call_at_a_time_and_may_be_copied(guided):
     guided.guider = GUIDERS["apg"]()
     shared = DinoDiffusionPipeline.from_pipe(guided, scheduler=copy.deepcopy(guided.scheduler))
     own = DinoDiffusionPipeline.from_pipe(shared, guider=copy.deepcopy(guided.guider))
-    for other in (shared, own):
-        other.set_progress_bar_config(disable=True)
     expected = generate(guided, IMAGES)
     found = []
 

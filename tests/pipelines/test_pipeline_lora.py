@@ -144,7 +144,6 @@ def test_a_fused_combination_is_saved_as_a_pipeline(adapted, images, tmp_path, n
     np.testing.assert_allclose(generate(adapted, images), expected, atol=1e-4)
     adapted.save_pretrained(tmp_path)
     loaded = DinoDiffusionPipeline.from_pretrained(tmp_path)
-    loaded.set_progress_bar_config(disable=True)
     assert loaded.get_list_adapters() == {}
     np.testing.assert_allclose(generate(loaded, images), expected, atol=1e-4)
 

@@ -74,7 +74,6 @@ def test_caches_know_no_other_images(pipe, images, kind):
     """Neither of the call before, nor of the condition before on a path; and another pipeline may share the UNet."""
     pipe.enable_cache(CACHES[kind](pipe))
     path = DinoInterpolationPipeline.from_pipe(pipe)
-    path.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": STEPS, "guidance_scale": 3.0, "output_type": "np"}
     both = path(
         images[:1], images[1:], fractions=[0.0, 1.0], generator=torch.Generator().manual_seed(0), **options

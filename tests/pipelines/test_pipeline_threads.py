@@ -42,9 +42,7 @@ def held(pipe, run):
 
 def own(pipe):
     """A pipeline for another thread, with the same weights."""
-    made = type(pipe).from_pipe(pipe, scheduler=copy.deepcopy(pipe.scheduler))
-    made.set_progress_bar_config(disable=True)
-    return made
+    return type(pipe).from_pipe(pipe, scheduler=copy.deepcopy(pipe.scheduler))
 
 
 def test_a_second_call_is_refused_and_the_first_is_not_changed(kind, images):
@@ -155,7 +153,6 @@ def test_after_an_error_the_pipeline_is_free(kind, images):
 
 def test_a_prior_serves_one_call_at_a_time_and_takes_only_sound_guidance():
     prior = DinoPriorPipeline.from_pretrained(Path(__file__).parents[2] / "examples/data/tiny-prior")
-    prior.set_progress_bar_config(disable=True)
 
     def callback(pipe, step, timestep, tensors):
         with pytest.raises(RuntimeError, match="in use by another call"):

@@ -61,7 +61,6 @@ def test_saved_and_loaded_it_makes_the_same_images(pipe, images, tmp_path):
     assert not (tmp_path / "unet").exists()
     loaded = DinoDiffusionPipeline.from_pretrained(tmp_path)
     assert loaded.denoiser is loaded.transformer
-    loaded.set_progress_bar_config(disable=True)
     assert torch.equal(vary(loaded, images, 0, 1), made)
     facts = part_facts(tmp_path)
     assert facts["width of the condition"] == tiny.TOKEN_DIM

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from inspect import signature
 from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 __all__ = ["capture_features", "capture_self_attention", "self_attention_layers"]
 
@@ -69,17 +70,14 @@ def capture_self_attention(
                 maps[side] = torch.zeros(batch, positions, positions, device=query.device)
             _update_mean(maps[side], query, key, layer.scale, h / heads[side])
 
-    with ExitStack() as stack:
-        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code would not call the hooks
-        hooks = [model.register_forward_pre_hook(_check_square, with_kwargs=True)]
-        for layer in chosen.values():
-            hooks.append(layer.register_forward_pre_hook(lambda layer, inputs: projected.clear()))
-            hooks.append(layer.register_forward_hook(reduce))
-            for name in ("to_q", "to_k", "to_qkv"):
-                if hasattr(layer, name):  # fused layers keep their separate projections and do not call them
-                    hooks.append(getattr(layer, name).register_forward_hook(keep(name)))
-        for hook in hooks:
-            stack.callback(hook.remove)
+    hooks = []
+    for layer in chosen.values():
+        hooks.append(layer.register_forward_pre_hook(lambda layer, inputs: projected.clear()))
+        hooks.append(layer.register_forward_hook(reduce))
+        for name in ("to_q", "to_k", "to_qkv"):
+            if hasattr(layer, name):  # fused layers keep their separate projections and do not call them
+                hooks.append(getattr(layer, name).register_forward_hook(keep(name)))
+    with _hooked(model, hooks):
         yield maps
     if missing := sorted(set(sides or ()) - set(maps)):
         raise ValueError(
@@ -112,13 +110,21 @@ def capture_features(model: nn.Module, layers: Collection[str] | None = None) ->
             output = output.transpose(1, 2).unflatten(2, (math.isqrt(output.shape[1]), -1))
         features.append(output.detach().float())
 
-    with ExitStack() as stack:
-        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code would not call the hooks
-        hooks = [model.register_forward_pre_hook(_check_square, with_kwargs=True)]
-        hooks += [layer.register_forward_hook(keep) for layer in _choose(found, layers, type(model).__name__).values()]
-        for hook in hooks:
-            stack.callback(hook.remove)
+    chosen = _choose(found, layers, type(model).__name__)
+    with _hooked(model, [layer.register_forward_hook(keep) for layer in chosen.values()]):
         yield features
+
+
+@contextmanager
+def _hooked(model: nn.Module, hooks: list[RemovableHandle]) -> Iterator[None]:
+    """Run a model on squares and eagerly, as compiled code would not call its hooks, and remove them afterwards."""
+    hooks = [*hooks, model.register_forward_pre_hook(_check_square, with_kwargs=True)]
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def self_attention_layers(model: nn.Module) -> dict[str, Attention]:

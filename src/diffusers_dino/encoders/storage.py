@@ -16,6 +16,7 @@ from typing import Any
 import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
 
 from ..registration import ModelMixin  # diffusers', which knows this library from then on
 
@@ -73,7 +74,7 @@ class LastingModelMixin(ModelMixin):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """As of any module, but for `save_pretrained`."""
         state = super().state_dict(*args, **kwargs)
-        return self._renamed(state, _to_lasting_names) if self._saving else state
+        return self._renamed(state, revert_weight_conversion) if self._saving else state
 
     def _fix_state_dict_keys_on_load(self, state_dict: dict[str, Tensor]) -> None:
         """diffusers' hook for what it read from a file, to be changed in place."""
@@ -92,14 +93,6 @@ class LastingModelMixin(ModelMixin):
                 renamed |= {prefix + name: tensor for name, tensor in rename(module, own).items()}
                 done += (prefix,)
         return renamed
-
-
-def _to_lasting_names(model: transformers.PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:  # before transformers 5 the two kinds of names are one
-        return state
-    return revert_weight_conversion(model, state)
 
 
 def _to_installed_names(model: transformers.PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..denoisers import title_of
-from ..familiarity import HUB_OPTIONS, fetch_statistics
+from ..familiarity import fetch_statistics
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -53,8 +53,7 @@ class ComponentLoadingMixin:
         """As in diffusers, and the statistics of tokens that lie beside a conditioner's weights."""
         folder = super().download(pretrained_model_name, **kwargs)
         if "conditioner" in cls._get_signature_keys(cls)[0]:
-            options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-            fetch_statistics(pretrained_model_name, "conditioner", **options)
+            fetch_statistics(pretrained_model_name, "conditioner", kwargs)
         return folder
 
     @wraps(DiffusionPipeline.save_pretrained)
