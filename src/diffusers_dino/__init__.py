@@ -9,17 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_ORIGIN = {
-    "DiffSegPipeline": ".pipelines",
-    "DiffSegPipelineOutput": ".pipelines",
-    "DinoDiffusionPipeline": ".pipelines",
-    "DinoDiffusionPipelineOutput": ".pipelines",
+_ELSEWHERE = {  # than in `pipelines`
     "DinoImageConditioner": ".conditioner",
-    "DinoInterpolationPipeline": ".pipelines",
-    "DinoInterpolationPipelineOutput": ".pipelines",
     "DinoPrior": ".prior",
-    "DinoPriorPipeline": ".pipelines",
-    "DinoPriorPipelineOutput": ".pipelines",
     # diffusers' loader looks for the base class of a component in the library that the component is from
     "ModelMixin": ".registration",
     "TokenFusion": ".fusion",
@@ -59,13 +51,13 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ORIGIN:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import_module(".registration", __name__)
-    value = getattr(import_module(_ORIGIN[name], __name__), name)
+    value = getattr(import_module(_ELSEWHERE.get(name, ".pipelines"), __name__), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_ORIGIN})
+    return sorted({*globals(), *__all__})

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from functools import wraps
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from .encoders import (
     name_encoders,
     semi_orthogonal,
 )
-from .familiarity import FamiliarityMixin, TokenStatistics, fetch_statistics
+from .familiarity import FamiliarityMixin
 from .fingerprints import as_json, hash_of
 from .pixels import ImageInput, stored_images
 from .seeds import generator_for
@@ -144,7 +143,9 @@ class DinoImageConditioner(FamiliarityMixin, ExactBuffers, LastingModelMixin, Co
                 names, _for_each(size, names, "size"), _for_each(revision, names, "revision"), strict=True
             )
         ]
-        conditioner = cls._assemble(loaded, tokens, projection_dim, projection_seed)
+        conditioner = cls._assemble(
+            loaded, tokens=tokens, projection_dim=projection_dim, projection_seed=projection_seed
+        )
         conditioner.image_encoders.to(dtype)
         return conditioner
 
@@ -189,24 +190,15 @@ class DinoImageConditioner(FamiliarityMixin, ExactBuffers, LastingModelMixin, Co
         backbone = deepcopy(model)
         if hasattr(backbone, "reset_classifier"):  # timm's models may carry one
             backbone.reset_classifier(0)
-        return cls._assemble([(spec, backbone)], tokens, projection_dim, projection_seed)
+        return cls._assemble(
+            [(spec, backbone)], tokens=tokens, projection_dim=projection_dim, projection_seed=projection_seed
+        )
 
     @classmethod
-    def _assemble(
-        cls,
-        loaded: list[tuple[EncoderSpec, nn.Module]],
-        tokens: str,
-        projection_dim: int | None,
-        projection_seed: int,
-    ) -> DinoImageConditioner:
+    def _assemble(cls, loaded: list[tuple[EncoderSpec, nn.Module]], **config: Any) -> DinoImageConditioner:
         """Build from only the config, as `from_pretrained` will, then take the weights over without a copy."""
         with init_empty_weights():
-            conditioner = cls(
-                encoders=[spec.to_dict() for spec, _ in loaded],
-                tokens=tokens,
-                projection_dim=projection_dim,
-                projection_seed=projection_seed,
-            )
+            conditioner = cls(encoders=[spec.to_dict() for spec, _ in loaded], **config)
         for encoder, (spec, model) in zip(conditioner.image_encoders, loaded, strict=True):
             try:
                 encoder.model.load_state_dict(model.state_dict(), strict=True, assign=True)
@@ -214,24 +206,6 @@ class DinoImageConditioner(FamiliarityMixin, ExactBuffers, LastingModelMixin, Co
                 hint = " Give the arguments of timm.create_model as `model_args`." if spec.backend == "timm" else ""
                 raise ValueError(f"The encoder {spec.source} is not what its config says.{hint} {error}") from error
         return conditioner.requires_grad_(False)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
-        """Load what `save_pretrained` wrote, from a folder or the Hub, as in `LastingModelMixin.from_pretrained`."""
-        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        conditioner = loaded[0] if isinstance(loaded, tuple) else loaded
-        folder = fetch_statistics(pretrained_model_name_or_path, kwargs.get("subfolder"), kwargs)
-        statistics = folder and TokenStatistics.load(folder)
-        if statistics and statistics.layout["settings"] != conditioner.layout["settings"]:
-            raise ValueError(f"The statistics in {folder} are of other tokens than the conditioner's: delete them.")
-        conditioner.token_statistics = statistics
-        return loaded
-
-    @wraps(LastingModelMixin.save_pretrained)
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        if self.token_statistics is not None:  # before what may upload the folder
-            self.token_statistics.save(save_directory)
-        super().save_pretrained(save_directory, **kwargs)
 
     def with_tokens(self, tokens: str | None) -> DinoImageConditioner:
         """The same encoders, weights shared, giving other tokens; the same object if they are the same, or None.
@@ -248,7 +222,8 @@ class DinoImageConditioner(FamiliarityMixin, ExactBuffers, LastingModelMixin, Co
         if tokens in (None, self.config["tokens"]):
             return self
         loaded = [(encoder.spec, encoder.model) for encoder in self.image_encoders]
-        return self._assemble(loaded, tokens, self.config["projection_dim"], self.config["projection_seed"])
+        projection = {name: self.config[name] for name in ("projection_dim", "projection_seed")}
+        return self._assemble(loaded, tokens=tokens, **projection)
 
     @property
     def num_tokens(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor
 
+from .encoders import LastingModelMixin
 from .pixels import ImageInput
 from .seeds import generator_for
 from .tensor_files import read_tensors, refusing, write_tensors
@@ -149,6 +151,24 @@ class FamiliarityMixin:
     """What a conditioner says of images by the statistics of its training images' tokens."""
 
     token_statistics: TokenStatistics | None = None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """Load what `save_pretrained` wrote, from a folder or the Hub, as in `LastingModelMixin.from_pretrained`."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        conditioner = loaded[0] if isinstance(loaded, tuple) else loaded
+        folder = fetch_statistics(pretrained_model_name_or_path, kwargs.get("subfolder"), kwargs)
+        statistics = folder and TokenStatistics.load(folder)
+        if statistics and statistics.layout["settings"] != conditioner.layout["settings"]:
+            raise ValueError(f"The statistics in {folder} are of other tokens than the conditioner's: delete them.")
+        conditioner.token_statistics = statistics
+        return loaded
+
+    @wraps(LastingModelMixin.save_pretrained)
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        if self.token_statistics is not None:  # before what may upload the folder
+            self.token_statistics.save(save_directory)
+        super().save_pretrained(save_directory, **kwargs)
 
     def fit_familiarity(self, tokens: Iterable[Tensor], groups: Sequence[Hashable] | None = None) -> None:
         """Note what the tokens of training images are like, for `familiarity`; saved with the conditioner.

@@ -7,28 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .checks import check_numbers
-
-__all__ = ["FixedBatchMixin", "in_batches"]
-
-
-class FixedBatchMixin:
-    """A pipeline whose images do not depend on how many others come with them."""
-
-    _fixed_batch: int | None = None
-
-    def enable_fixed_batch(self, batch_size: int) -> None:
-        """Show encoder, denoiser and autoencoder exactly `batch_size` rows at a time, the last batch filled up.
-
-        An image is then the same bits whatever the number of images in its call, if its generator is its own; a
-        compiled model sees one shape; memory is that of one batch. Guidance makes two rows of an image.
-        """
-        check_numbers(batch_size=batch_size)
-        self._fixed_batch = batch_size
-
-    def disable_fixed_batch(self) -> None:
-        """Back to all rows at once, the default."""
-        self._fixed_batch = None
+__all__ = ["in_batches"]
 
 
 def in_batches(model: Callable[..., Tensor], batch_size: int | None, *rows: Tensor) -> Tensor:

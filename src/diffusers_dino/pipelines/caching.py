@@ -55,15 +55,12 @@ class UNetCacheMixin:
                 `TaylorSeerCacheConfig`. `current_timestep_callback` may be left out. A transformer takes only
                 `PyramidAttentionBroadcastConfig`.
         """
-        title, usable = type(self.denoiser).__name__, list(_APPLY)
-        if (
-            "up_block_types" not in self.denoiser.config
-        ):  # FasterCache halves no pooled token, TaylorSeer finds no layers
-            usable = [PyramidAttentionBroadcastConfig]
+        usable, also = list(_APPLY), "deep_cache(pipe.unet), or one of "
+        if self.transformer is not None:  # FasterCache halves no pooled token, TaylorSeer finds no layers
+            usable, also = [PyramidAttentionBroadcastConfig], ""
         if type(config) not in usable:
-            also = "deep_cache(pipe.unet), or one of " if len(usable) > 1 else ""
             raise TypeError(
-                f"{type(config).__name__} cannot be used with a {title}. Give {also}"
+                f"{type(config).__name__} cannot be used with a {type(self.denoiser).__name__}. Give {also}"
                 f"{', '.join(kind.__name__ for kind in usable)}."
             )
         if self.is_cache_enabled:

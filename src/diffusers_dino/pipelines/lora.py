@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..denoisers import family_of, title_of
 from ..extras import require
 from .checks import check_number
+from .denoiser import DenoiserMixin
 from .turns import takes_the_denoiser
 
 __all__ = ["DenoiserLoraMixin", "save_adapter"]
@@ -32,7 +33,7 @@ _FORMATS = {"unet": StableDiffusionLoraLoaderMixin, "transformer": SD3LoraLoader
 _MALFORMED = (AttributeError, IndexError, KeyError, TypeError)  # what diffusers and peft raise at odd content
 
 
-class DenoiserLoraMixin(LoraBaseMixin):
+class DenoiserLoraMixin(DenoiserMixin, LoraBaseMixin):
     """Load, save, fuse, weigh and combine LoRA of the denoiser, `unet` or `transformer`.
 
     diffusers' own mixins also expect a text encoder; this one has what remains without it.

@@ -41,13 +41,13 @@ def note_preparation(denoiser: ModelMixin, preprocessing: Preprocessing, channel
     denoiser.register_to_config(**{_NOTE: {**asdict(preprocessing), **_FIXED, "channels": channels}})
 
 
-def stored_preparation(model: TrainedModel, revision: str | None = None) -> Preprocessing | None:
+def stored_preparation(model: TrainedModel | None, revision: str | None = None) -> Preprocessing | None:
     """What `note_preparation` noted, of a pipeline, its folder or its repository; None for models from before that.
 
     None also for pipelines of others, and for those without a denoiser. What was stored elsewhere, such as with a
-    synthetic set, is returned as it is. `revision` is that of a repository.
+    synthetic set, or None, is returned as it is. `revision` is that of a repository.
     """
-    if isinstance(model, Preprocessing):
+    if model is None or isinstance(model, Preprocessing):
         return model
     if isinstance(model, DiffusionPipeline):
         denoiser = getattr(model, "denoiser", None)
@@ -73,17 +73,13 @@ def read_preparation(config: Mapping[str, Any]) -> Preprocessing | None:
         raise ValueError(f"The model's config does not say how to prepare images ({_NOTE}): {error}.") from error
 
 
-def preparation_for(model: TrainedModel, size: int, remove_borders: bool | None = None) -> Preprocessing:
+def preparation_for(model: TrainedModel | None, size: int, remove_borders: bool | None = None) -> Preprocessing:
     """How to prepare images at a side of `size` pixels for a model: as those that it was trained on.
 
     ValueError if `remove_borders` contradicts what the model was trained with: samples and figures of other images
     than it knows would say nothing, without looking wrong. Also if neither says it.
     """
-    return _prepare(stored_preparation(model), size, remove_borders)
-
-
-def _prepare(stored: Preprocessing | None, size: int, remove_borders: bool | None) -> Preprocessing:
-    """`preparation_for` a model that holds what is stored."""
+    stored = stored_preparation(model)
     if stored is None and remove_borders is None:
         raise ValueError(
             "The model does not say whether borders were cut off the images that it was trained on, as it is of an "
@@ -116,7 +112,7 @@ def open_images_for(
             images = open_images(source, Preprocessing(size, removed), **options)
             if images.store.prepared_by == images.preprocessing.fingerprint():
                 return images
-    return open_images(source, _prepare(stored, size, remove_borders), **options)
+    return open_images(source, preparation_for(stored, size, remove_borders), **options)
 
 
 def cut_as_in_training(model: DiffusionPipeline, image: PIL.Image.Image) -> PIL.Image.Image:

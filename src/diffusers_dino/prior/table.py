@@ -7,7 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,9 +134,7 @@ def stored_facts(images: ImageDataset, columns: Columns) -> list[Facts]:
         row = {name: None if value is None else str(value) for name, value in entry.items()}
         row[columns.labels or ""] = columns.separator.join(map(str, labels)) if listed else ""
         own = columns.read(row)
-        facts.append(
-            own if listed or not columns.labels else Facts(None, frozenset(), own.metadata, own.text, own.patient)
-        )
+        facts.append(own if listed or not columns.labels else replace(own, labels=None, uncertain=frozenset()))
     if not known:
         raise ValueError("No facts are stored beside these images (KEY.json in shards): give a table of labels.")
     return facts
