@@ -32,6 +32,14 @@ def run(unet, **given):
         return unet(**(given or inputs())).sample
 
 
+def captured(unet, given=None, **options):
+    """The maps of one pass, or of several."""
+    with capture_self_attention(unet, **options) as maps:
+        for each in [{}] if given is None else given:
+            run(unet, **each)
+    return maps
+
+
 def maps_by_processor(unet, **given):
     """The published way: a processor in each layer's place that keeps all its probabilities."""
     kept = {}
@@ -53,8 +61,7 @@ def maps_by_processor(unet, **given):
 
 
 def test_maps_are_the_mean_over_heads_and_layers():
-    with capture_self_attention(unet := tiny.tiny_unet()) as maps:
-        run(unet)
+    maps = captured(tiny.tiny_unet())
     expected = maps_by_processor(tiny.tiny_unet())
     assert set(maps) == set(expected) == {8, 4}
     for side in maps:
@@ -68,8 +75,7 @@ def test_layers_count_by_their_heads():
     """A layer of 4 heads weighs twice one of 2, as in the mean over heads x layers."""
     unet = {"block_out_channels": (16, 16), "attention_head_dim": (2, 4)}
     blocks = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("UpBlock2D",) * 2}
-    with capture_self_attention(made := tiny.tiny_unet(**unet, **blocks)) as maps:
-        run(made)
+    maps = captured(tiny.tiny_unet(**unet, **blocks))
     expected = maps_by_processor(tiny.tiny_unet(**unet, **blocks))
     assert torch.allclose(maps[4], expected[4].mean(dim=1), atol=1e-6)
 
@@ -85,23 +91,17 @@ def test_an_unconditional_unet():
 
 
 def test_chunks_do_not_matter(monkeypatch):
-    with capture_self_attention(unet := tiny.tiny_unet()) as maps:
-        run(unet)
+    unet = tiny.tiny_unet()
+    maps = captured(unet)
     monkeypatch.setattr(attention, "_CHUNK_NUMEL", 1000)  # 3 of 64 queries at a time
-    with capture_self_attention(unet) as chunked:
-        run(unet)
+    chunked = captured(unet)
     assert all(torch.allclose(maps[side], chunked[side], atol=1e-6) for side in maps)
 
 
 def test_several_passes_are_averaged():
     unet, other = tiny.tiny_unet(), {**inputs(), "timestep": 700}
-    with capture_self_attention(unet) as first:
-        run(unet)
-    with capture_self_attention(unet) as second:
-        run(unet, **other)
-    with capture_self_attention(unet) as both:
-        run(unet)
-        run(unet, **other)
+    first = captured(unet)
+    second, both = captured(unet, [other]), captured(unet, [inputs(), other])
     assert all(torch.allclose(both[side], (first[side] + second[side]) / 2, atol=1e-6) for side in both)
 
 
@@ -119,8 +119,7 @@ PROCESSORS = {
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_the_model_does_not_notice(name):
     unet = tiny.tiny_unet()
-    with capture_self_attention(unet) as expected:
-        run(unet)
+    expected = captured(unet)
     PROCESSORS[name](unet)
     before, alone = dict(unet.attn_processors), run(unet)
     with capture_self_attention(unet) as maps:
@@ -135,8 +134,7 @@ def test_the_model_does_not_notice(name):
 def test_adapters_are_seen():
     peft = pytest.importorskip("peft")
     unet = tiny.tiny_unet()
-    with capture_self_attention(unet) as before:
-        run(unet)
+    before = captured(unet)
     with tiny.seeded(0):
         unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
     alone = run(unet)
@@ -150,8 +148,7 @@ def test_adapters_are_seen():
 def test_half_precision_is_reduced_in_float32():
     unet = tiny.tiny_unet().to(torch.bfloat16)
     given = {name: x.bfloat16() if torch.is_tensor(x) else x for name, x in inputs().items()}
-    with capture_self_attention(unet) as maps:
-        run(unet, **given)
+    maps = captured(unet, [given])
     assert maps[8].dtype == torch.float32
     assert torch.allclose(maps[8].sum(dim=-1), torch.ones(2, 64), atol=1e-5)
 
@@ -159,12 +156,10 @@ def test_half_precision_is_reduced_in_float32():
 @pytest.mark.slow
 def test_a_compiled_model_is_read_eagerly():
     unet = tiny.tiny_unet()
-    with capture_self_attention(unet) as expected:
-        run(unet)
+    expected = captured(unet)
     unet.compile_repeated_blocks(backend="eager")
     run(unet)  # compiled before anything is captured
-    with capture_self_attention(unet) as maps:
-        run(unet)
+    maps = captured(unet)
     assert all(torch.equal(maps[side], expected[side]) for side in expected)
 
 
@@ -194,14 +189,11 @@ def test_everything_is_given_back_after_an_exception():
 
 def test_sides_and_layers_are_chosen():
     unet = tiny.tiny_unet()
-    with capture_self_attention(unet, sides=[4]) as maps:
-        run(unet)
+    maps = captured(unet, sides=[4])
     assert set(maps) == {4}
-    with capture_self_attention(unet, layers=["up_blocks.1"]) as decoder:
-        run(unet)
+    decoder = captured(unet, layers=["up_blocks.1"])
     assert set(decoder) == {8}
-    with capture_self_attention(unet) as every:
-        run(unet)
+    every = captured(unet)
     assert not torch.allclose(decoder[8], every[8], atol=1e-4)
 
 

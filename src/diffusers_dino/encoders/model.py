@@ -153,13 +153,7 @@ class Encoder(ExactBuffers):
         self.model = self._build(spec)
         self.width, self.patch, self.num_prefix, self.has_class_token = _shape(self.model)
         self.num_global = self.num_prefix + int(spec.pooler)
-        check_size(spec.size, self.patch, spec.source)
-        embed = getattr(self.model, "patch_embed", None)
-        if getattr(embed, "strict_img_size", False) and tuple(embed.img_size) != (spec.size, spec.size):
-            raise ValueError(
-                f"{spec.source} was built by timm for images of {tuple(embed.img_size)} pixels and gets "
-                f"size={spec.size}: build it with that `img_size`, or with `dynamic_img_size=True`."
-            )
+        self._check_side(spec.size)
         self.num_patches = (spec.size // self.patch) ** 2
         # Not persistent: the config holds them, and one truth is enough.
         for name, values in (("pixel_mean", spec.mean), ("pixel_std", spec.std)):
@@ -191,10 +185,8 @@ class Encoder(ExactBuffers):
         Raises:
             ValueError: If the layer is not there, s is not a multiple, or the network takes only its own size.
         """
-        side, own = pixel_values.shape[-1], self.spec.size
-        check_size(side, self.patch, self.spec.source)
-        if side != own and getattr(getattr(self.model, "patch_embed", None), "strict_img_size", False):
-            raise ValueError(f"{self.spec.source} was built by timm for images of {own} pixels only: give this size.")
+        side = pixel_values.shape[-1]
+        self._check_side(side)
         layer = max(1, 3 * self.depth // 4) if layer is None else layer
         if isinstance(layer, bool) or not isinstance(layer, int) or not 1 <= layer <= self.depth:
             raise ValueError(f"The layers of {self.spec.source} are 1 to {self.depth}, got {layer!r}.")
@@ -210,6 +202,16 @@ class Encoder(ExactBuffers):
             sequence = kept[0][0] if isinstance(kept[0], tuple) else kept[0]
             patches = self._split(sequence)[1]
         return patches.transpose(1, 2).unflatten(2, (side // self.patch, -1))
+
+    def _check_side(self, side: int) -> None:
+        """Refuse images without a whole number of patches, or of another size than a network of timm takes."""
+        check_size(side, self.patch, self.spec.source)
+        embed = getattr(self.model, "patch_embed", None)
+        if getattr(embed, "strict_img_size", False) and tuple(embed.img_size) != (side, side):
+            raise ValueError(
+                f"{self.spec.source} was built by timm for images of {tuple(embed.img_size)} pixels and gets "
+                f"size={side}: give that size, or build it with `dynamic_img_size=True`."
+            )
 
     @property
     def depth(self) -> int:

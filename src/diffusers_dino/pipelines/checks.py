@@ -6,9 +6,9 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import pairwise
 from numbers import Integral, Real
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -112,16 +112,13 @@ def check_channels(vae: VAE | None, denoiser: nn.Module | None, *sides: str) -> 
 
 def check_scheduler(scheduler: Any) -> None:
     """Refuse with a ValueError what works neither as the schedulers of Stable Diffusion do, nor as those of flows."""
-    needed = ["set_timesteps", "step", "config.num_train_timesteps"]
-    needed += [] if is_flow(scheduler) else ["scale_model_input", "init_noise_sigma"]
-    lacking = []
-    for name in needed:
-        try:
-            attrgetter(name)(scheduler)
-        except AttributeError:
-            lacking.append(name)
-    if "num_train_timesteps" not in inspect.signature(type(scheduler).__init__).parameters:
-        lacking.append("timesteps of its own")  # what it was made from is kept in its config, too
+    needed = ["set_timesteps", "step"] + ([] if is_flow(scheduler) else ["scale_model_input", "init_noise_sigma"])
+    lacking = [name for name in needed if not hasattr(scheduler, name)]
+    made_of = inspect.signature(
+        type(scheduler).__init__
+    ).parameters  # what a scheduler came from is in its config, too
+    if "num_train_timesteps" not in made_of or "num_train_timesteps" not in getattr(scheduler, "config", ()):
+        lacking.append("timesteps of its own")
     if not lacking:  # the first three are the prediction, the timestep and the latents
         step = list(inspect.signature(scheduler.step).parameters.values())[3:]
         named = (each for each in step if each.kind is each.POSITIONAL_OR_KEYWORD)
@@ -167,27 +164,25 @@ def check_descent(timesteps: Tensor, scheduler: Any) -> None:
 def check_schedule(scheduler: SchedulerMixin, flow_matching: bool) -> None:
     """Refuse a scheduler of the wrong kind; warn of settings that are legal, and known to spoil latent diffusion."""
     require_kind(type(scheduler), is_flow(scheduler), flow_matching)
-    config = scheduler.config
+    config, warn = scheduler.config, partial(warnings.warn, stacklevel=3)
     if config.get("clip_sample"):
-        warnings.warn(
+        warn(
             "The scheduler clips its predictions to [-1, 1] (clip_sample=True, the default of some of diffusers' "
-            "schedulers), which distorts latents: they reach further. Build it with clip_sample=False.",
-            stacklevel=3,
+            "schedulers), which distorts latents: they reach further. Build it with clip_sample=False."
         )
-    if config.get("rescale_betas_zero_snr"):
-        if config.get("timestep_spacing") != "trailing":
-            warnings.warn(
-                "The schedule ends at zero SNR (rescale_betas_zero_snr=True), but with "
-                f"timestep_spacing={config.get('timestep_spacing')!r} sampling does not start there. "
-                "Use timestep_spacing='trailing' (Lin et al., arXiv 2305.08891, section 3.3).",
-                stacklevel=3,
-            )
-        if config.get("prediction_type") == "epsilon":
-            warnings.warn(
-                "At zero SNR the noise is all that the model sees, so predicting it (prediction_type='epsilon') says "
-                "nothing about the image. Train with prediction_type='v_prediction' (arXiv 2305.08891, section 3.2).",
-                stacklevel=3,
-            )
+    if not config.get("rescale_betas_zero_snr"):
+        return
+    if config.get("timestep_spacing") != "trailing":
+        warn(
+            "The schedule ends at zero SNR (rescale_betas_zero_snr=True), but with "
+            f"timestep_spacing={config.get('timestep_spacing')!r} sampling does not start there. "
+            "Use timestep_spacing='trailing' (Lin et al., arXiv 2305.08891, section 3.3)."
+        )
+    if config.get("prediction_type") == "epsilon":
+        warn(
+            "At zero SNR the noise is all that the model sees, so predicting it (prediction_type='epsilon') says "
+            "nothing about the image. Train with prediction_type='v_prediction' (arXiv 2305.08891, section 3.2)."
+        )
 
 
 def check_embeds(embeds: Tensor, num_tokens: int | None, width: int, name: str = "image_embeds") -> None:

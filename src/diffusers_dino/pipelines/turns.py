@@ -20,7 +20,7 @@ from .guidance import skipped_layers
 __all__ = ["CallStateMixin", "in_turn", "samples_in_turn", "takes_the_denoiser"]
 
 _LOCK = threading.Lock()
-_AT_WORK: dict[tuple[int, int], list[tuple[int, bool]]] = {}  # by process and object: thread, and whether alone
+_AT_WORK: list[tuple[int, int, int, bool]] = []  # process, thread, and of an object its id and whether it is alone
 
 
 class CallStateMixin:
@@ -63,22 +63,20 @@ def in_turn(pipe: Any, alone: Iterable[Any] = (), beside: Iterable[Any] = (), wi
     wanted = {id(each): (each, False) for each in beside if each is not None}
     wanted |= {id(each): (each, True) for each in (pipe, *alone, *filter(_has_hooks, models)) if each is not None}
     process, thread = os.getpid(), threading.get_ident()
+    claims = [(process, thread, id(each), is_alone) for each, is_alone in wanted.values()]
     with _LOCK:
         for each, is_alone in wanted.values():
-            for other, other_is_alone in _AT_WORK.get((process, id(each)), ()):
-                if (is_alone or other_is_alone) and not (within and other == thread):
+            for its_process, its_thread, busy, busy_alone in _AT_WORK:
+                harmless = its_process != process or (within and its_thread == thread)
+                if busy == id(each) and (is_alone or busy_alone) and not harmless:
                     raise RuntimeError(_refusal(pipe, each))
-        for each, is_alone in wanted.values():
-            _AT_WORK.setdefault((process, id(each)), []).append((thread, is_alone))
+        _AT_WORK.extend(claims)
     try:
         yield
     finally:
         with _LOCK:
-            for each, is_alone in wanted.values():
-                calls = _AT_WORK[process, id(each)]
-                calls.remove((thread, is_alone))
-                if not calls:
-                    del _AT_WORK[process, id(each)]
+            for claim in claims:
+                _AT_WORK.remove(claim)
 
 
 def samples_in_turn(call: Callable) -> Callable:
