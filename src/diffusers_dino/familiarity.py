@@ -20,14 +20,7 @@ from .pixels import ImageInput
 from .seeds import generator_for
 from .tensor_files import read_tensors, refusing, write_tensors
 
-__all__ = [
-    "MIN_IMAGES",
-    "STATISTICS",
-    "UNLIKE",
-    "FamiliarityMixin",
-    "TokenStatistics",
-    "fetch_statistics",
-]
+__all__ = ["MIN_IMAGES", "STATISTICS", "UNLIKE", "FamiliarityMixin", "TokenStatistics", "fetch_statistics"]
 
 STATISTICS = "familiarity.safetensors"  # in the folder of a conditioner
 MIN_IMAGES = 50

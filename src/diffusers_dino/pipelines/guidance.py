@@ -167,13 +167,8 @@ def predict_with_guider(
 ) -> Tensor:
     """What a guider makes of the denoiser's predictions, as diffusers' modular pipelines ask it.
 
-    Args:
-        guider: The guider.
-        denoiser: The model that it may hang hooks on.
-        predict: Gives the model's prediction `(B, L, h, w)` under tokens `(B, S, D)`, at this step.
-        tokens: The condition.
-        null_tokens: The null condition.
-        step: Number of the step, how many there are, and its timestep.
+    `predict` gives a prediction `(B, L, h, w)` under tokens `(B, S, D)` at a `step`: its number, how many there are,
+    and its timestep. On the `denoiser` the guider may hang hooks.
     """
     number, count, timestep = step
     guider.set_state(step=number, num_inference_steps=count, timestep=timestep)

@@ -8,16 +8,8 @@ from typing import Any, Literal
 
 import torch
 from accelerate.utils import send_to_device
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderTiny,
-    DiffusionPipeline,
-    ModelMixin,
-    UNet2DConditionModel,
-    UNet2DModel,
-)
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ModelMixin, UNet2DConditionModel, UNet2DModel
 from diffusers.schedulers import KarrasDiffusionSchedulers
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -40,6 +32,7 @@ from .checks import (
     check_numbers,
     check_sides,
     image_size,
+    initial_noise,
 )
 from .diffseg_arguments import check_merging, chosen_merging, listed_timesteps, mask_size, merge_thresholds
 from .diffseg_conditions import encode_empty_prompt, for_batch
@@ -357,9 +350,8 @@ class DiffSegPipeline(
         condition = given if "encoder_hidden_states" in given else self.encode_condition(images, size) | given
         latents = self.prepare_latents(images, size)
         condition = for_batch(condition, batch_size, latents.dtype, latents.device)
-        if add_noise:  # drawn in float32, so that a seed means the same in every precision
-            noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=torch.float32)
-            noise = noise.to(latents.dtype)
+        if add_noise:
+            noise = initial_noise(tuple(latents.shape), latents.device, generator).to(latents.dtype)
         for t in listed_timesteps(timestep, self.scheduler.config["num_train_timesteps"]):
             steps = torch.full((len(latents),), t, device=latents.device)
             inputs = schedules.add_noise(self.scheduler, latents, noise, steps) if add_noise else latents

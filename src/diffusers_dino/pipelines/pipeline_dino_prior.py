@@ -18,15 +18,7 @@ from ..prior import Condition, DinoPrior, require_conditioner
 from ..prior.conditions import as_sets
 from ..prior.flow import add_noise
 from .batches import in_batches
-from .checks import (
-    Generators,
-    check_callback,
-    check_choice,
-    check_embeds,
-    check_number,
-    check_numbers,
-    initial_noise,
-)
+from .checks import Generators, check_callback, check_choice, check_embeds, check_number, check_numbers, initial_noise
 from .loading import ComponentLoadingMixin
 from .pipeline_output import DinoPriorPipelineOutput
 from .turns import CallStateMixin, samples_in_turn

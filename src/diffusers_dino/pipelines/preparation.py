@@ -96,11 +96,7 @@ def preparation_for(model: TrainedModel | None, size: int, remove_borders: bool 
 
 
 def open_images_for(
-    model: TrainedModel,
-    source: str | os.PathLike[str],
-    size: int,
-    remove_borders: bool | None = None,
-    **options: Any,
+    model: TrainedModel, source: str | os.PathLike[str], size: int, remove_borders: bool | None = None, **options: Any
 ) -> ImageDataset:
     """Open images that are prepared by `preparation_for`; `options` are those of `data.open_images`.
 

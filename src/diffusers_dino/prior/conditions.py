@@ -96,10 +96,7 @@ class PriorConditions:
         )
 
     def encode(
-        self,
-        present: Iterable[str] = (),
-        absent: Iterable[str] = (),
-        metadata: Mapping[str, Any] | None = None,
+        self, present: Iterable[str] = (), absent: Iterable[str] = (), metadata: Mapping[str, Any] | None = None
     ) -> Condition:
         """The condition of one image, `B = 1`, without text. What is not named is unknown.
 

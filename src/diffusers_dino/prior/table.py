@@ -141,10 +141,7 @@ def stored_facts(images: ImageDataset, columns: Columns) -> list[Facts]:
 
 
 def make_conditions(
-    facts: Sequence[Facts],
-    columns: Columns,
-    exclusive: Iterable[str] | None = None,
-    text_dim: int | None = None,
+    facts: Sequence[Facts], columns: Columns, exclusive: Iterable[str] | None = None, text_dim: int | None = None
 ) -> PriorConditions:
     """The vocabulary of a prior for these images: labels by frequency, statistics of numbers, values of categories.
 
