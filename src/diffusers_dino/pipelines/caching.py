@@ -8,7 +8,7 @@ timestep and empties them in between.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import nn
 
 from .turns import takes_the_denoiser
 
-__all__ = ["UNetCacheMixin", "cache_context", "deep_cache", "has_cache", "restart_cache"]
+__all__ = ["UNetCacheMixin", "cache_context", "deep_cache", "emptied_cache", "has_cache"]
 
 CacheConfig = FasterCacheConfig | PyramidAttentionBroadcastConfig | TaylorSeerCacheConfig
 
@@ -130,11 +130,22 @@ def has_cache(unet: nn.Module) -> bool:
     return any(hook._is_stateful for registry in _registries(unet) for hook in registry.hooks.values())
 
 
-def restart_cache(unet: nn.Module) -> None:
-    """Empty a model's cache before and after sampling; nothing happens without one."""
+def _restart(unet: nn.Module) -> None:
+    """Empty a model's cache."""
     unet._cache_guided = None
     for registry in _registries(unet):
         registry.reset_stateful_hooks(recurse=False)
+
+
+@contextmanager
+def emptied_cache(unet: nn.Module) -> Iterator[bool]:
+    """Sample with a cache, if a model has one (which is yielded), that is empty before and keeps nothing in memory."""
+    cached = has_cache(unet)
+    if cached:
+        _restart(unet)
+    yield cached
+    if cached:
+        _restart(unet)
 
 
 def cache_context(unet: nn.Module, cached: bool, timestep: float, guided: bool) -> AbstractContextManager[Any]:
@@ -151,14 +162,14 @@ def cache_context(unet: nn.Module, cached: bool, timestep: float, guided: bool) 
                 "FasterCache saves guidance's unconditional half, and this call has no guidance. Give guidance_scale "
                 "above 1, or use another cache."
             )
-        restart_cache(unet)
+        _restart(unet)
         unet._cache_guided = guided
     unet._cache_timestep = timestep
     return CacheMixin.cache_context(unet, "denoise")
 
 
 def _registries(model: nn.Module) -> Iterator[HookRegistry]:
-    return (module._diffusers_hook for module in model.modules() if hasattr(module, "_diffusers_hook"))
+    return (module._diffusers_hook for module in model.modules() if "_diffusers_hook" in vars(module))
 
 
 def _forget_children(model: nn.Module) -> None:

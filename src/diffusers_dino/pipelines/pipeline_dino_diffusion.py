@@ -30,7 +30,7 @@ from ..latents import decode_latents, vae_scale_factor
 from ..pixels import ImageInput
 from ..schedules import note_flow
 from .batches import in_batches
-from .caching import UNetCacheMixin, cache_context, has_cache, restart_cache
+from .caching import UNetCacheMixin, cache_context, emptied_cache
 from .checks import (
     Generators,
     StepCallback,
@@ -298,10 +298,9 @@ class DinoDiffusionPipeline(
                 tokens,
             )
 
-        times, cached = timesteps.tolist(), has_cache(denoiser)
+        times = timesteps.tolist()
         scale_model_input = getattr(self.scheduler, "scale_model_input", lambda sample, _: sample)  # flows have none
-        restart_cache(denoiser)
-        with self.progress_bar(total=len(timesteps)) as progress_bar:
+        with emptied_cache(denoiser) as cached, self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
@@ -333,7 +332,6 @@ class DinoDiffusionPipeline(
                     tensors.update(callback_on_step_end(self, i, t, given) or {})
                     latents, image_embeds = tensors["latents"], tensors["image_embeds"]
                 progress_bar.update()
-        restart_cache(denoiser)  # and keep nothing in memory
         self._current_timestep = None
 
         # 5. Decode

@@ -92,9 +92,9 @@ class SamplingInputsMixin:
                 raise ValueError(
                     f"{type(self.denoiser).__name__} takes no scale of a LoRA in its call: weigh it by set_adapters."
                 )
-        if has_cache(self.denoiser) and self._fixed_batch is not None:
+        if self._fixed_batch is not None and has_cache(self.denoiser):
             raise ValueError("A cache keeps features of a whole batch: disable_cache() or disable_fixed_batch().")
-        if has_cache(self.denoiser) and self.guider is not None:
+        if self.guider is not None and has_cache(self.denoiser):
             raise ValueError(
                 "A guider asks the denoiser several times a step, which a cache mixes up: disable_cache()."
             )

@@ -59,10 +59,12 @@ def in_turn(pipe: Any, alone: Iterable[Any] = (), beside: Iterable[Any] = (), wi
     caches). Those in `beside` may be used by other calls that do not need them alone. `within` says whether a call of
     this thread may make this one, as its callback does.
     """
-    models = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    process, thread = os.getpid(), threading.get_ident()
+    with _LOCK:
+        is_inner = any(claim[:3] == (process, thread, id(pipe)) for claim in _AT_WORK)
+    models = [] if is_inner else [part for part in pipe.components.values() if isinstance(part, nn.Module)]
     wanted = {id(each): (each, False) for each in beside if each is not None}
     wanted |= {id(each): (each, True) for each in (pipe, *alone, *filter(_has_hooks, models)) if each is not None}
-    process, thread = os.getpid(), threading.get_ident()
     claims = [(process, thread, id(each), is_alone) for each, is_alone in wanted.values()]
     with _LOCK:
         for each, is_alone in wanted.values():
@@ -109,7 +111,7 @@ def takes_the_denoiser(call: Callable) -> Callable:
 def _has_hooks(model: nn.Module) -> bool:
     """Whether accelerate or diffusers change the model when it is called: offloading, caches, layerwise casting."""
     return any(
-        hasattr(module, "_hf_hook") or (hasattr(module, "_diffusers_hook") and module._diffusers_hook.hooks)
+        "_hf_hook" in vars(module) or getattr(vars(module).get("_diffusers_hook"), "hooks", None)
         for module in model.modules()
     )
 
