@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_dino.pixels import (
     resize_unit,
@@ -20,6 +19,7 @@ from diffusers_dino.pixels import (
     vae_to_unit,
 )
 from image_files import peak_of
+from tiny import LargestTensor
 
 RGB = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3) * 2
 EXPECTED = torch.from_numpy(RGB).permute(2, 0, 1) / 255
@@ -202,22 +202,10 @@ def test_eight_bits_survive(value):
     assert unit_to_uint8(to_unit(image)[0]).unique().tolist() == [value]
 
 
-class _LargestTensor(TorchDispatchMode):
-    """The bytes of the largest tensor that is made inside."""
-
-    nbytes = 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        output = function(*arguments, **(options or {}))
-        if isinstance(output, torch.Tensor):
-            self.nbytes = max(self.nbytes, output.untyped_storage().nbytes())
-        return output
-
-
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32, torch.float32, torch.bool])
 def test_large_gray_images_take_four_bytes_a_pixel(dtype):
     image = (torch.arange(4_000_000).reshape(1, 2000, 2000) % 2).to(dtype)
-    with _LargestTensor() as largest:
+    with LargestTensor() as largest:
         (unit,) = to_unit(image)
         (again,) = to_unit(unit)
         small = resize_unit(again[None], 32, "bicubic")
@@ -230,7 +218,7 @@ def test_large_gray_images_take_four_bytes_a_pixel(dtype):
 @pytest.mark.parametrize("resample", ["nearest", "bilinear", "bicubic"])
 def test_narrow_images_are_not_made_wide_at_their_full_height(shape, resample):
     image = torch.linspace(0, 1, shape[0] * shape[1]).reshape(1, 1, *shape)
-    with _LargestTensor() as largest:
+    with LargestTensor() as largest:
         small = resize_unit(image, 512, resample)
     assert largest.nbytes <= 4 * max(image.numel(), 512 * 512 * 2)
     line = small.mean(-1 if shape[0] > shape[1] else -2).flatten()

@@ -14,6 +14,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel, UNet2DModel
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 import diffusers_dino
@@ -221,6 +222,18 @@ def overfitted_pipeline(images: torch.Tensor, updates: int = 100) -> diffusers_d
         optimizer.step()
     pipe.unet.eval().requires_grad_(False)
     return pipe
+
+
+class LargestTensor(TorchDispatchMode):
+    """The bytes of the largest tensor that is made inside."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        output = function(*arguments, **(options or {}))
+        if isinstance(output, torch.Tensor):
+            self.nbytes = max(self.nbytes, output.untyped_storage().nbytes())
+        return output
 
 
 def random_images(count: int, channels: int = 3, size: int = IMAGE_SIZE, seed: int = 0) -> torch.Tensor:
