@@ -112,13 +112,11 @@ def check_channels(vae: VAE | None, denoiser: nn.Module | None, *sides: str) -> 
 
 def check_scheduler(scheduler: Any) -> None:
     """Refuse with a ValueError what works neither as the schedulers of Stable Diffusion do, nor as those of flows."""
-    needed = ["set_timesteps", "step"] + ([] if is_flow(scheduler) else ["scale_model_input", "init_noise_sigma"])
+    needed = ["config", "set_timesteps", "step"]
+    needed += [] if is_flow(scheduler) else ["scale_model_input", "init_noise_sigma"]
     lacking = [name for name in needed if not hasattr(scheduler, name)]
-    made_of = inspect.signature(
-        type(scheduler).__init__
-    ).parameters  # what a scheduler came from is in its config, too
-    if "num_train_timesteps" not in made_of or "num_train_timesteps" not in getattr(scheduler, "config", ()):
-        lacking.append("timesteps of its own")
+    if "num_train_timesteps" not in inspect.signature(type(scheduler).__init__).parameters:
+        lacking.append("timesteps of its own")  # what it was made from is kept in its config, too
     if not lacking:  # the first three are the prediction, the timestep and the latents
         step = list(inspect.signature(scheduler.step).parameters.values())[3:]
         named = (each for each in step if each.kind is each.POSITIONAL_OR_KEYWORD)
