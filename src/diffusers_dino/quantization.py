@@ -47,7 +47,8 @@ def quantize(
     device = model.device if device is None else torch.device(device)
     linear = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     config = deepcopy(quantization_config)  # diffusers' quantizer adds to its list of exceptions
-    unfit = _read_directly(model)
+    # timm's BEiT and EVA-02 hand this weight to `F.linear` themselves, with their own biases
+    unfit = {f"{path}.qkv" for path, part in model.named_modules() if getattr(part, "q_bias", None) is not None}
     if config.load_in_4bit and device.type == "cpu":
         # bitsandbytes 0.49 and 0.50 take the scales of such layers from the wrong blocks there
         unfit |= {path for path, layer in linear.items() if layer.in_features % _BLOCK}
@@ -81,8 +82,3 @@ def _check(model: ModelMixin, config: BitsAndBytesConfig) -> None:
         raise ValueError(f"This {name} is quantised already: load it anew to quantise it in another way.")
     if getattr(model, "peft_config", None):
         raise ValueError(f"This {name} has adapters: unload them, quantise it, and load them again.")
-
-
-def _read_directly(model: nn.Module) -> set[str]:
-    """Paths of the layers whose weight timm's BEiT and EVA-02 hand to `F.linear` themselves, with their own biases."""
-    return {f"{path}.qkv" for path, module in model.named_modules() if getattr(module, "q_bias", None) is not None}

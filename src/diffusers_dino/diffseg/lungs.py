@@ -130,9 +130,7 @@ def most_agreed(masks: Tensor, weights: Tensor | None = None) -> int:
     return int((agreement.double() @ weights.to(flat.device).double()).argmax())
 
 
-def name_lung_clusters(
-    segments: Tensor, images: Tensor, ellipses: tuple[EllipsePrior, ...] = LUNGS
-) -> tuple[int, ...]:
+def name_lung_clusters(segments: Tensor, images: Tensor) -> tuple[int, ...]:
     """Which segments are lungs, where a segment's number means the same in all images: by position and darkness.
 
     They are those that lie mostly inside the ellipses, and are darker than what surrounds them, over all images
@@ -141,7 +139,6 @@ def name_lung_clusters(
     Args:
         segments: `(N, s, s)` integers of 0 or more.
         images: `(N, H, H)` gray, air dark; any range.
-        ellipses: The prior.
     """
     count, size = len(segments), segments.shape[-1]
     if segments.ndim != 3 or segments.shape[-2] != size or images.ndim != 3 or len(images) != count or not count:
@@ -153,7 +150,7 @@ def name_lung_clusters(
     reach = max(1, size // 6)  # a third of the side, as wide as a lung
     around = F.avg_pool2d(small, 2 * reach + 1, stride=1, padding=reach, count_include_pad=False)
     lighter = (small - around) / small.std(dim=(-2, -1), keepdim=True).clamp(min=1e-9)
-    flat, prior = segments.flatten(), lung_prior(size, ellipses).to(segments.device).expand(count, -1, -1).flatten()
+    flat, prior = segments.flatten(), lung_prior(size).to(segments.device).expand(count, -1, -1).flatten()
     area = torch.bincount(flat).double()
     inside = torch.bincount(flat[prior], minlength=len(area)).double() / area.clamp(min=1)
     lightness = torch.bincount(flat, weights=lighter.flatten().double().to(flat.device), minlength=len(area))
