@@ -5,6 +5,8 @@ A new family is a module with such a class, and a place in `FAMILIES`.
 
 from __future__ import annotations
 
+from typing import Any
+
 from diffusers.utils.torch_utils import is_compiled_module
 from torch import nn
 
@@ -22,8 +24,10 @@ FAMILIES: tuple[Family, ...] = (UNet(), SD3(), PixArt(), Sana())
 def family_of(model: nn.Module) -> Family:
     """The family that a model is of; a ValueError names those that there are."""
     model = model._orig_mod if is_compiled_module(model) else model
-    own = (family for family in FAMILIES if isinstance(model, family.kind))
-    return next(own, None) or family_named(type(model).__name__)
+    for family in FAMILIES:
+        if isinstance(model, family.kind):
+            return family
+    raise ValueError(_unknown(type(model).__name__))
 
 
 def family_named(class_name: str) -> Family:
@@ -31,10 +35,14 @@ def family_named(class_name: str) -> Family:
     for family in FAMILIES:
         if family.kind.__name__ == class_name:
             return family
-    *first, last = (family.kind.__name__ for family in FAMILIES)
-    raise ValueError(f"{class_name} cannot be used as a denoiser here: it must be a {', a '.join(first)} or a {last}.")
+    raise ValueError(_unknown(class_name))
 
 
 def title_of(model: nn.Module) -> str:
     """What messages call a model: "UNet", also one of a kind that is not a family, or "transformer"."""
     return "UNet" if "UNet" in type(model).__name__ else "transformer"
+
+
+def _unknown(class_name: Any) -> str:
+    *first, last = (family.kind.__name__ for family in FAMILIES)
+    return f"{class_name} cannot be used as a denoiser here: it must be a {', a '.join(first)} or a {last}."
