@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, LCMScheduler, SchedulerMixin, StableDiffusionPipeline
+from diffusers import DPMSolverMultistepScheduler, SchedulerMixin, StableDiffusionPipeline, TCDScheduler
 from diffusers.utils import numpy_to_pil
 from torch import Tensor
 
@@ -72,7 +72,7 @@ def sampling(bench: Bench, result: dict[str, Any]) -> None:
     embeds = pipe.encode_image(random_images(batch, bench.size.resolutions[0]))
     result |= {"batch_size": batch, "steps": full, "few_steps": few, "guidance_scale": 2.0, "peak_gb": {}}
     fast, consistent = (
-        kind.from_config(pipe.scheduler.config) for kind in (DPMSolverMultistepScheduler, LCMScheduler)
+        kind.from_config(pipe.scheduler.config) for kind in (DPMSolverMultistepScheduler, TCDScheduler)
     )
 
     def with_cache() -> None:
@@ -92,7 +92,7 @@ def sampling(bench: Bench, result: dict[str, Any]) -> None:
     ways = {"pipeline": partial(sample, pipe, embeds, full), "diffusers": text_to_image(pipe, embeds, full)}
     ways |= {
         "few_steps": partial(sample_with, fast, pipe, embeds, few),
-        "lcm_4_steps": partial(sample_with, consistent, pipe, embeds, 4, 1.0),  # a distilled UNet takes the guidance
+        "distilled_4_steps": partial(sample_with, consistent, pipe, embeds, 4, 1.0),  # the guidance is its input
         "deep_cache": with_cache,
         "fused_qkv": with_fused_projections,
         "no_guidance": partial(sample, pipe, embeds, full, 1.0),

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +18,7 @@ from diffusers.training_utils import EMAModel
 from diffusers.utils import is_bitsandbytes_available
 from torch import Tensor, nn
 
-from diffusers_dino.training.features import FeatureEncoder
+from diffusers_dino.training.features import FeatureEncoder, encode_ahead
 from diffusers_dino.training.models import adapt_for_training
 from diffusers_dino.training.optim import make_adamw
 from gpu_bench import Bench, compiled, count_operations, measure_peaks, note_operations
@@ -46,7 +47,7 @@ def training_small(bench: Bench, result: dict[str, Any]) -> None:
 
 
 def training(bench: Bench, result: dict[str, Any], which: int) -> None:
-    """One update with VAE and encoder in the step, one from cached features, and one of diffusers' text-to-image."""
+    """Updates with VAE and encoder in the step or ahead of it, from cached features, and diffusers' text-to-image."""
     bench.allow_tf32(bench.tf32)
     resolution, candidates = bench.size.resolutions[which], bench.size.batches[which]
     bench.pipe.unet.requires_grad_(True)
@@ -183,7 +184,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
     def ways(self, batch_size: int, resolution: int) -> dict[str, Callable[[], None]]:
-        """The three updates, each of a batch that waits in the host's memory."""
+        """The updates, each of a batch that waits in the host's memory; one encodes the next batch ahead."""
         bench, pipe = self.bench, self.bench.pipe
         images = pinned(random_images(batch_size, resolution), bench.device)
         positions = list(range(batch_size))
@@ -195,8 +196,11 @@ class Trainer:
         def ours(batch: dict[str, Any]) -> Tensor:
             return self.script.compute_loss(self.arguments, pipe, self.denoise, self.encode, batch)
 
+        batch = {"image": images, "position": positions, "key": []}
+        ahead = encode_ahead(repeat(batch), self.encode)
         return {
-            "online": lambda: self.update(lambda: ours({"image": images, "position": positions})),
+            "online": lambda: self.update(lambda: ours(batch)),
+            "online, ahead": lambda: self.update(lambda: ours(next(ahead))),
             "cached": lambda: self.update(lambda: ours({"features": cached, "position": positions})),
             "diffusers": lambda: self.update(lambda: self.text_to_image_loss(images, prompts)),
         }

@@ -43,7 +43,6 @@ from diffusers_dino.pipelines.compilation import compile_denoiser
 from diffusers_dino.pipelines.preparation import note_preparation
 from diffusers_dino.schedules import is_flow
 from diffusers_dino.training import models, objective, optim, validation
-from diffusers_dino.training.feature_cache import Recipe, open_feature_cache
 from diffusers_dino.training.features import FeatureEncoder, Views, cache_in_memory, fit_familiarity
 from diffusers_dino.training.run_folder import put_result
 from diffusers_dino.training.state import TrainingState
@@ -138,9 +137,7 @@ def run_training(args: Arguments, run: Run) -> None:
         models.save_frozen(pipe, args.output_dir)
     frozen_dtype = models.frozen_dtype(accelerator.mixed_precision)
     if args.feature_cache:
-        recipe = Recipe.of(pipe.vae, pipe.conditioner, views, args.cache_views)
-        share = (accelerator.process_index, accelerator.num_processes)
-        views = open_feature_cache(args.feature_cache, recipe, views.images, share=share)
+        views = run.open_cache(views, pipe.vae, pipe.conditioner)
     frozen_device = "cpu" if args.feature_cache or args.cache_views else None
     trainable = models.adapt_for_training(pipe, accelerator.device, frozen_dtype, frozen_device)
     if args.channels_last or args.torch_compile:
@@ -187,7 +184,7 @@ def run_training(args: Arguments, run: Run) -> None:
     validator = make_validator(args, pipe, state, unseen)
     step = train(args, run, pipe, views, encode, state, validator, total_steps)
     if step < total_steps:
-        logger.info(f"Stopped after {step} updates. Go on with --resume_from_checkpoint=latest.")
+        run.say_stopped(step)
     elif accelerator.is_main_process:
         save_result(args, run, pipe, state, step, views)
     accelerator.end_training()
@@ -206,7 +203,7 @@ def train(
     """The loop. Returns the number of updates done, less than `total_steps` if a signal asked to stop."""
     accelerator, trainable = state.accelerator, list(state.trainable.values())
     step, position = run.resume(state)  # updates of the weights, and images that they were made from
-    batches = run.load_batches(views, position)
+    batches = run.load_batches(views, position, encode)
     progress = run.open_progress(step, total_steps)
     if run.unseen and validator.is_due(step):  # a kill came between the checkpoint and its validation
         validator.run(step, progress.say)

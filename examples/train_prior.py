@@ -41,11 +41,12 @@ from diffusers_dino.hub import push_folder
 from diffusers_dino.prior import describe_conditioner
 from diffusers_dino.prior.flow import draw_for_prior
 from diffusers_dino.prior.table import Columns, Facts, make_conditions, read_facts, stored_facts
-from diffusers_dino.training import objective, optim, prior
+from diffusers_dino.training import optim, prior
 from diffusers_dino.training.feature_cache import Recipe, open_feature_cache
 from diffusers_dino.training.features import FeatureEncoder, Views, cache_in_memory
 from diffusers_dino.training.run_folder import put_result
 from diffusers_dino.training.state import TrainingState
+from diffusers_dino.training.tally import Tally
 
 logger = logging.getLogger("train_prior")
 
@@ -206,7 +207,7 @@ def run_training(args: Arguments, run: Run) -> None:
     )
     step, finished = train(args, run, pipe, training, encode, known_facts, state, validator, total_steps)
     if not finished:
-        logger.info(f"Stopped after {step} updates. Go on with --resume_from_checkpoint=latest.")
+        run.say_stopped(step)
     elif accelerator.is_main_process:
         save_result(args, run, pipe, state, validator, step, len(training))
     accelerator.end_training()
@@ -226,15 +227,16 @@ def train(
     """The loop. Returns the number of updates done, and whether training is at its end."""
     accelerator, trainable = state.accelerator, list(state.trainable.values())
     step, position = run.resume(state)
-    stop = converged = False
+    converged = False
     if run.found is not None:
         validator.load_state_dict(run.found.info["looks"])
         converged = validator.is_late()
-    batches = run.load_batches(views, position)
+    batches = run.load_batches(views, position, encode)
     progress = run.open_progress(step, total_steps)
     if not validator.looks:
         validator.run(0, progress.say)  # the Gaussian that it begins as
-    while step < total_steps and not stop and not converged:
+    tally = Tally(accelerator, state.optimizer, run.interruption)
+    while step < total_steps and not tally.stop and not converged:
         loss_sum = torch.zeros((), device=accelerator.device)
         for _ in range(args.gradient_accumulation_steps):
             batch = next(batches)
@@ -242,21 +244,21 @@ def train(
                 loss = compute_loss(args, pipe, state.model, encode, facts, batch)
                 accelerator.backward(loss)
                 loss_sum += loss.detach() / args.gradient_accumulation_steps
-        # One exchange tells all processes the loss, and whether one of them wishes to stop or to save.
-        exchanged = torch.stack([loss_sum, *loss_sum.new_tensor(run.interruption.wishes())])
-        mean_loss, stop, due = accelerator.reduce(exchanged, "mean").tolist()
+        step, position = step + 1, position + run.images_per_update
         norm = accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
-        objective.check_finite(step + 1, mean_loss, norm, batch["key"], accelerator.mixed_precision)
         lr = state.lr_scheduler.get_last_lr()[0]
+        is_checkpoint = args.checkpointing_steps > 0 and step % args.checkpointing_steps == 0
+        at_once = is_checkpoint or validator.is_due(step) or step == total_steps
+        known = tally.note(step, loss_sum, norm, lr, batch["key"], at_once)  # refuses what is not finite
         state.optimizer.step()
         state.lr_scheduler.step()
         state.optimizer.zero_grad()
         state.update_average()
-        step, position = step + 1, position + run.images_per_update
-        progress.update(mean_loss, lr)
-        accelerator.log({"loss": mean_loss, "lr": lr}, step=step)
+        for update in known:
+            progress.update(update.loss, update.lr)
+            accelerator.log({"loss": update.loss, "lr": update.lr}, step=update.step)
         converged = validator.run(step, progress.say)
-        if stop or due or (args.checkpointing_steps and step % args.checkpointing_steps == 0):
+        if tally.stop or tally.save or is_checkpoint:
             run.save(state, step, position, looks=validator.state_dict())
     progress.close()
     return step, converged or step >= total_steps

@@ -58,11 +58,11 @@ def test_all_parts_but_compilation(gpu, tmp_path, capsys):
     assert found["check"]["segments"] > 1
     for name, side in (("training_large", 64), ("training_small", 32)):
         assert found[name]["resolution"] == side
-        assert set(found[name]["speed"]["images_per_s"]) == {"online", "cached", "diffusers"}
-        assert set(found[name]["speed"]["speed_over_diffusers"]) == {"online", "cached"}
+        assert set(found[name]["speed"]["images_per_s"]) == {"online", "online, ahead", "cached", "diffusers"}
+        assert set(found[name]["speed"]["speed_over_diffusers"]) == {"online", "online, ahead", "cached"}
         assert found[name]["speed"]["images"] == found[name]["batch_size"] == 4
         assert 0 < found[name]["operations_per_image"]["cached"] < found[name]["operations_per_image"]["online"]
-    ways = {"pipeline", "diffusers", "few_steps", "lcm_4_steps", "deep_cache", "fused_qkv", "no_guidance"}
+    ways = {"pipeline", "diffusers", "few_steps", "distilled_4_steps", "deep_cache", "fused_qkv", "no_guidance"}
     assert ways == set(found["sampling"]["peak_gb"])
     assert found["sampling"]["matrix_product"] > 0
     assert set(found["engine"]["speed"]["speed_over_loop"]) == {"engine"}

@@ -6,6 +6,8 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
+from .devices import send
+
 __all__ = ["VAE", "decode_latents", "encode_to_moments", "standardize", "vae_scale_factor"]
 
 VAE = AutoencoderKL | AutoencoderTiny
@@ -56,5 +58,5 @@ def _shift_and_scale(vae: VAE, like: Tensor) -> tuple[Tensor | float, Tensor | f
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is None or std is None:
         return config.get("shift_factor") or 0.0, scaling_factor
-    shift, spread = (torch.tensor(v, device=like.device, dtype=like.dtype).view(1, -1, 1, 1) for v in (mean, std))
+    shift, spread = (send(torch.tensor(v, dtype=like.dtype), like.device).view(1, -1, 1, 1) for v in (mean, std))
     return shift, scaling_factor / spread

@@ -15,11 +15,14 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
 
 from .. import data
+from ..conditioner import DinoImageConditioner
 from ..files import make_writable_folder
 from ..fingerprints import as_json, hash_of
+from ..latents import VAE
 from ..training import checkpoints
 from ..training.checkpoints import Checkpoint, Resumable
-from ..training.features import Views, evenly_spread
+from ..training.feature_cache import Recipe, open_feature_cache
+from ..training.features import CachedViews, FeatureEncoder, Views, encode_ahead, evenly_spread
 from ..training.interruption import Interruption
 from ..training.progress import Progress, check_tracker
 from ..training.run_folder import RunFolder
@@ -144,10 +147,19 @@ class Run:
         self.interruption.saved()
         return (self.found.step, self.found.info["position"]) if self.found is not None else (0, 0)
 
-    def load_batches(self, views: Views, position: int) -> Iterator[dict[str, Any]]:
+    def open_cache(self, views: data.TrainingViews, vae: VAE, conditioner: DinoImageConditioner) -> CachedViews:
+        """Views whose features are in `--feature_cache`; call it before the models are cast, which are compared."""
+        recipe = Recipe.of(vae, conditioner, views, self.args.cache_views)
+        share = (self.accelerator.process_index, self.accelerator.num_processes)
+        return open_feature_cache(self.args.feature_cache, recipe, views.images, share=share)
+
+    def load_batches(
+        self, views: Views, position: int, encode: FeatureEncoder | None = None
+    ) -> Iterator[dict[str, Any]]:
         """Batches of this process without end, from the place in the global order after `position` images.
 
-        They stay out of `accelerator.prepare`: the order already gives each process its own share.
+        Given what encodes them, a GPU does so ahead of training, by `encode_ahead`. They stay out of
+        `accelerator.prepare`: the order already gives each process its own share.
         """
         args, accelerator = self.args, self.accelerator
         sampler = data.GlobalBatchSampler(
@@ -159,7 +171,8 @@ class Run:
             start=position,
             order=views.images.order(args.shuffle_window_shards),
         )
-        return data.load_batches(views, sampler, args.dataloader_num_workers, accelerator.device)
+        batches = data.load_batches(views, sampler, args.dataloader_num_workers, accelerator.device)
+        return batches if encode is None else encode_ahead(batches, encode)
 
     @property
     def images_per_update(self) -> int:
@@ -193,6 +206,10 @@ class Run:
         )
         self.interruption.saved()
         return written
+
+    def say_stopped(self, step: int) -> None:
+        """Say after how many updates the run was stopped, and how it goes on."""
+        logger.info(f"Stopped after {step} updates. Go on with --resume_from_checkpoint=latest.")
 
     def note_validated(self, step: int) -> None:
         """Note in the checkpoint of this update, if there is one, that its validation need not be done again."""

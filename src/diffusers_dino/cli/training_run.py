@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
-from ..training.features import Views
+from ..training.features import FeatureEncoder, Views
 from ..training.optim import decay_matrices
 from ..training.state import ModelState
 from ..training.tally import Tally
@@ -19,8 +18,6 @@ from .record import write_record_and_card
 from .run import Run
 
 __all__ = ["TrainingRun"]
-
-logger = logging.getLogger("diffusers_dino")
 
 
 class TrainingRun:
@@ -30,6 +27,7 @@ class TrainingRun:
         run: Of `open_run`; its flags are `RunArguments` and `ImageArguments`.
         model: What is trained; may be a tuple of modules in one. Only matrices and kernels decay.
         views: What it is trained on: random views of images, or their features.
+        encode: Frozen models that encode each batch, which a GPU does ahead of training.
         companions: Further parts of the run's state, such as a teacher.
         settings: What else must be the same when the run goes on.
 
@@ -47,6 +45,7 @@ class TrainingRun:
         model: nn.Module,
         views: Views,
         companions: tuple[nn.Module, ...] = (),
+        encode: FeatureEncoder | None = None,
         **settings: Any,
     ) -> None:
         args, accelerator = run.args, run.accelerator
@@ -59,12 +58,13 @@ class TrainingRun:
             )
         run.begin(views.images, **settings)
         self.run, self.args, self.accelerator = run, args, accelerator
-        self.views = views
+        self.views, self._encode = views, encode
         self.total = run.count_updates(len(views))
         optimizer = torch.optim.AdamW(
             decay_matrices(model, args.adam_weight_decay),
             lr=args.learning_rate,
             betas=(args.adam_beta1, args.adam_beta2),
+            fused=accelerator.device.type == "cuda" or None,  # elsewhere the bits stay what they were
         )
         self.lr_scheduler = get_scheduler(
             args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=self.total
@@ -80,7 +80,7 @@ class TrainingRun:
         Yields:
             One batch for each forward pass; of each, `position` says where in the run its samples stand.
         """
-        batches = self.run.load_batches(self.views, self._position)
+        batches = self.run.load_batches(self.views, self._position, self._encode)
         self.progress = self.run.open_progress(self.step, self.total)
         while self.step < self.total and not self._tally.stop:
             yield [next(batches) for _ in range(self.accelerator.gradient_accumulation_steps)]
@@ -88,7 +88,7 @@ class TrainingRun:
                 self.run.save(self._state, self.step, self._position)
         self.progress.close()
         if self.step < self.total:
-            logger.info(f"Stopped after {self.step} updates. Go on with --resume_from_checkpoint=latest.")
+            self.run.say_stopped(self.step)
 
     def update(self, losses: list[Tensor], keys: list[str]) -> None:
         """Take one step of the optimizer with the gradients that are there, after the `losses` of all forward passes.

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..devices import send
+
 __all__ = ["ABSENT", "PRESENT", "UNKNOWN", "Condition", "PriorConditions", "as_sets"]
 
 PRESENT, UNKNOWN, ABSENT = 1.0, 0.0, -1.0
@@ -34,8 +36,8 @@ class Condition(NamedTuple):
     text_mask: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Condition:
-        """The same on a device."""
-        return Condition(*(None if part is None else part.to(device) for part in self))
+        """The same on a device, which the host does not wait for."""
+        return Condition(*(None if part is None else send(part, device) for part in self))
 
     def rows(self, numbers: Tensor | slice) -> Condition:
         """The condition of some of the images."""

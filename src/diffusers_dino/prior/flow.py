@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..devices import send
 from ..seeds import generator_for
 
 __all__ = ["FlowDraws", "Times", "add_noise", "draw_for_prior", "gaussian_velocity", "noise_level", "velocity"]
@@ -37,8 +38,8 @@ class FlowDraws(NamedTuple):
     drop_share: Tensor
 
     def to(self, device: torch.device | str) -> FlowDraws:
-        """The same draws on a device."""
-        return FlowDraws(*(part.to(device, non_blocking=True) for part in self))
+        """The same draws on a device, which the host does not wait for."""
+        return FlowDraws(*(send(part, device) for part in self))
 
 
 def draw_for_prior(

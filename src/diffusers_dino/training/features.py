@@ -23,6 +23,7 @@ __all__ = [
     "Views",
     "cache_in_memory",
     "concatenate",
+    "encode_ahead",
     "encode_views",
     "evenly_spread",
     "fit_familiarity",
@@ -68,6 +69,35 @@ class FeatureEncoder:
             return Features(tokens.new_empty(len(tokens), 0), tokens.new_empty(len(tokens), 0), tokens)
         mean, std = encode_to_moments(self.vae, unit_to_vae(pixels, self.vae.config["in_channels"]).to(self.vae.dtype))
         return Features(mean.float(), std.float(), self.conditioner.encode(images).float())
+
+
+def encode_ahead(batches: Iterator[dict[str, Any]], encoder: FeatureEncoder) -> Iterator[dict[str, Any]]:
+    """Batches of training; on a GPU with their `features`, made while the update of the batch before is running.
+
+    Copies, views and frozen models then have a stream of their own, and are a batch ahead. Features are the same bits
+    as `encoder` gives for a batch, and the order is that of `batches`. Elsewhere the batches come as they are.
+    """
+    device = torch.device(encoder.device)
+    if device.type != "cuda":
+        yield from batches
+        return
+    training, aside = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    aside.wait_stream(training)  # which has moved the frozen models there
+
+    def encode_next() -> tuple[dict[str, Any], torch.cuda.Event] | None:
+        with torch.cuda.stream(aside):
+            if (batch := next(batches, None)) is None:
+                return None
+            features = encoder(batch)
+            return {"key": batch["key"], "position": batch["position"], "features": features}, aside.record_event()
+
+    following = encode_next()
+    while following is not None:
+        (batch, encoded), following = following, encode_next()
+        training.wait_event(encoded)
+        for part in batch["features"]:
+            part.record_stream(training)  # its memory is free for the next when training is done with it
+        yield batch
 
 
 def encode_views(

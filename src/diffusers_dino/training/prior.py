@@ -198,9 +198,13 @@ class PriorValidator:
         """Go on from a checkpoint."""
         self.looks = [Look(**look) for look in looks]
 
+    def is_due(self, step: int) -> bool:
+        """Whether there is something to do after this update."""
+        return bool(self.every) and step % self.every == 0
+
     def run(self, step: int, say: Callable[[str], None] = print) -> bool:
         """Do what is due after this update. Returns whether to stop: the loss has not fallen for `patience` looks."""
-        if not self.every or step % self.every:
+        if not self.is_due(step):
             return False
         accelerator, before = self.state.accelerator, self.best
         found: list[Look | None] = [None]
