@@ -38,6 +38,7 @@ from diffusers_dino.latents import vae_scale_factor
 from diffusers_dino.pixels import unit_to_vae, vae_to_unit
 from diffusers_dino.seeds import generator_for
 from diffusers_dino.sheets import contact_sheet
+from diffusers_dino.training.adversarial import Adversary, PatchDiscriminator
 from diffusers_dino.training.autoencoder import ReconstructionLoss, latent_statistics, psnr
 from diffusers_dino.training.run_folder import put_result
 
@@ -67,6 +68,10 @@ class Arguments(RunArguments, AugmentationArguments, ImageArguments):
     mse_weight: float = flag(2.0, "Weight of the squared error.")
     gradient_weight: float = flag(0.5, "Weight of the absolute error of the image's gradients.")
     kl_weight: float = flag(1e-4, "Weight of the divergence of the latents from the unit Gaussian, per element.")
+    adversarial_weight: float = flag(
+        0.0, "Weight of a patch discriminator, of the gradient of the errors; 0 for none, 0.5 for sharp textures."
+    )
+    adversarial_learning_rate: float = flag(2e-4, "Learning rate of the discriminator.")
     validation_data_dir: str | None = flag(
         None, "Unseen images; else the last of --train_data_dir are held out.", group="Validation"
     )
@@ -94,7 +99,14 @@ def train(args: Arguments, opened: Run) -> None:
         vae.encoder.requires_grad_(False)
         if vae.quant_conv is not None:
             vae.quant_conv.requires_grad_(False)
-    run = TrainingRun(opened, AutoencodingNetwork(vae), views, vae=begun)
+    if args.adversarial_weight < 0:
+        raise ValueError(f"--adversarial_weight must not be negative, got {args.adversarial_weight}.")
+    adversary = None
+    if args.adversarial_weight:
+        discriminator = PatchDiscriminator(args.in_channels)
+        adversary = Adversary(accelerator, discriminator, args.adversarial_learning_rate)
+    companions = () if adversary is None else (adversary,)
+    run = TrainingRun(opened, AutoencodingNetwork(vae), views, companions, vae=begun)
     logger.info(
         f"Training {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M weights on {len(images)} images, "
         f"{len(held_out)} held out: {run.total} updates of {opened.images_per_update} images"
@@ -108,8 +120,14 @@ def train(args: Arguments, opened: Run) -> None:
             pixels = unit_to_vae(shown, args.in_channels)
             noise = posterior_noise(vae, args, batch["position"]).to(accelerator.device)
             with accelerator.accumulate(run.model):
-                loss = loss_function(*run.model(pixels, noise))
+                reconstruction, *rest = run.model(pixels, noise)
+                loss = loss_function(reconstruction, *rest)
+                if adversary is not None:
+                    disliked = adversary.loss(reconstruction, pixels, loss, vae.decoder.conv_out.weight)
+                    loss = loss + args.adversarial_weight * disliked
                 accelerator.backward(loss)
+            if adversary is not None:
+                adversary.learn(pixels, reconstruction)
             losses.append(loss.detach())
         run.update(losses, batches[-1]["key"])
         if args.validation_steps and run.step % args.validation_steps == 0 and accelerator.is_main_process:

@@ -118,6 +118,20 @@ def test_only_the_decoder_is_trained_and_the_latents_stay(trained, flags):
     assert not any(name.startswith(("encoder", "quant_conv")) for name in changed)
 
 
+def test_a_run_with_an_adversary_goes_on_with_the_same_bits(trained, flags):
+    flags |= {"vae": trained, "freeze_encoder": True, "adversarial_weight": 0.5, "checkpointing_steps": 2}
+    whole, stopped = flags | {"output_dir": flags["output_dir"] / "whole"}, flags
+    scripts.call_script("train_vae.py", **whole)
+    shutil.copytree(whole["output_dir"] / "checkpoint-2", stopped["output_dir"] / "checkpoint-2")
+    scripts.call_script("train_vae.py", **stopped, resume_from_checkpoint="latest")
+    ours, theirs, before = (
+        AutoencoderKL.from_pretrained(folder) for folder in (stopped["output_dir"], whole["output_dir"], trained)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert not torch.equal(ours.decoder.conv_out.weight, before.decoder.conv_out.weight)
+    assert torch.equal(ours.encoder.conv_in.weight, before.encoder.conv_in.weight)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -131,6 +145,7 @@ def test_only_the_decoder_is_trained_and_the_latents_stay(trained, flags):
         ({"crop_size": 10}, ValueError, "--crop_size 10 must be a multiple of the VAE's 4"),
         ({"crop_size": 64}, ValueError, "at most --resolution 32"),
         ({"l1_weight": -1.0}, ValueError, "negative"),
+        ({"adversarial_weight": -0.5}, ValueError, "negative"),
         ({"learning_rate": 1e30, "max_train_steps": 4}, FloatingPointError, "No weight was changed"),
     ],
 )
