@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
@@ -95,18 +96,10 @@ def train(args: Arguments, opened: Run) -> None:
     views = TrainingViews(images, make_augmentation(args), args.seed)
     begun = {"config": own_config(vae)}
     begun["weights"] = args.vae and fingerprint_model(vae)
-    if args.freeze_encoder:
-        vae.encoder.requires_grad_(False)
-        if vae.quant_conv is not None:
-            vae.quant_conv.requires_grad_(False)
-    if args.adversarial_weight < 0:
-        raise ValueError(f"--adversarial_weight must not be negative, got {args.adversarial_weight}.")
-    adversary = None
     if args.adversarial_weight:
-        discriminator = PatchDiscriminator(args.in_channels)
-        adversary = Adversary(accelerator, discriminator, args.adversarial_learning_rate)
-    companions = () if adversary is None else (adversary,)
-    run = TrainingRun(opened, AutoencodingNetwork(vae), views, companions, vae=begun)
+        begun["adversary"] = True
+    adversary = make_adversary(args, accelerator)
+    run = TrainingRun(opened, AutoencodingNetwork(vae), views, (adversary,) if adversary else (), vae=begun)
     logger.info(
         f"Training {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M weights on {len(images)} images, "
         f"{len(held_out)} held out: {run.total} updates of {opened.images_per_update} images"
@@ -122,11 +115,11 @@ def train(args: Arguments, opened: Run) -> None:
             with accelerator.accumulate(run.model):
                 reconstruction, *rest = run.model(pixels, noise)
                 loss = loss_function(reconstruction, *rest)
-                if adversary is not None:
+                if adversary:
                     disliked = adversary.loss(reconstruction, pixels, loss, vae.decoder.conv_out.weight)
                     loss = loss + args.adversarial_weight * disliked
                 accelerator.backward(loss)
-            if adversary is not None:
+            if adversary:
                 adversary.learn(pixels, reconstruction)
             losses.append(loss.detach())
         run.update(losses, batches[-1]["key"])
@@ -194,11 +187,23 @@ def make_vae(args: Arguments) -> AutoencoderKL:
             sample_size=args.resolution,
             scaling_factor=1.0,
         )
+    if args.freeze_encoder:
+        vae.encoder.requires_grad_(False)
+        if vae.quant_conv is not None:
+            vae.quant_conv.requires_grad_(False)
     if args.resolution % vae_scale_factor(vae):
         raise ValueError(
             f"--resolution {args.resolution} is not a multiple of the VAE's {vae_scale_factor(vae)} pixels."
         )
     return vae.to(memory_format=torch.channels_last) if args.channels_last else vae
+
+
+def make_adversary(args: Arguments, accelerator: Accelerator) -> Adversary | None:
+    if args.adversarial_weight < 0:
+        raise ValueError(f"--adversarial_weight must not be negative, got {args.adversarial_weight}.")
+    if not args.adversarial_weight:
+        return None
+    return Adversary(accelerator, PatchDiscriminator(args.in_channels), args.adversarial_learning_rate)
 
 
 def check_crops(args: Arguments, vae: AutoencoderKL) -> None:

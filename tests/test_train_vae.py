@@ -123,6 +123,8 @@ def test_a_run_with_an_adversary_goes_on_with_the_same_bits(trained, flags):
     whole, stopped = flags | {"output_dir": flags["output_dir"] / "whole"}, flags
     scripts.call_script("train_vae.py", **whole)
     shutil.copytree(whole["output_dir"] / "checkpoint-2", stopped["output_dir"] / "checkpoint-2")
+    with pytest.raises(ValueError, match="adversary"):
+        scripts.call_script("train_vae.py", **{**stopped, "adversarial_weight": 0}, resume_from_checkpoint="latest")
     scripts.call_script("train_vae.py", **stopped, resume_from_checkpoint="latest")
     ours, theirs, before = (
         AutoencoderKL.from_pretrained(folder) for folder in (stopped["output_dir"], whole["output_dir"], trained)

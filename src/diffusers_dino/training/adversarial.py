@@ -35,7 +35,7 @@ class PatchDiscriminator(nn.Module):
         )
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Images `(B, C, H, W)` in [-1, 1] -> the output of each layer; the last one is positive where they look real."""
+        """Images `(B, C, H, W)` in [-1, 1] -> the output of each layer, of which the last is positive for real."""
         outputs = []
         for layer in self.layers:
             images = layer(images)
