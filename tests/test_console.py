@@ -2,11 +2,14 @@
 
 import errno
 import os
+from functools import partial
 
 import pytest
 
-from diffusers_dino.cli.console import run, run_resumable
+from diffusers_dino.cli.console import run
 from diffusers_dino.files import lock_folder
+
+run_resumable = partial(run, resumable=True)
 
 
 def failing(error: BaseException):

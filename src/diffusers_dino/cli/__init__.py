@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _explain(words)
         return
     from .arguments import parse_arguments
-    from .console import run, run_resumable
+    from .console import run
 
     command = COMMANDS[name]
 
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         module.main(args)
 
-    (run_resumable if command.resumable else run)(start)
+    run(start, command.resumable)
 
 
 def split_command(words: list[str]) -> tuple[str, list[str]]:

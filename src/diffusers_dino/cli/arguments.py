@@ -12,9 +12,10 @@ from typing import Any, NoReturn, TypeVar
 
 from transformers import HfArgumentParser
 
-__all__ = ["flag", "parse_arguments"]
+__all__ = ["flag", "parse_arguments", "settings_of"]
 
 Arguments = TypeVar("Arguments")
+Settings = TypeVar("Settings")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -54,6 +55,12 @@ def flag(default: Any, help: str, group: str | None = None, **metadata: Any) -> 
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def settings_of(kind: type[Settings], args: Any, **others: Any) -> Settings:
+    """A dataclass of the library: `others`, and what the flags say that are called as its other fields."""
+    names = {field.name for field in dataclasses.fields(kind)} - set(others)
+    return kind(**others, **{name: getattr(args, name) for name in names if hasattr(args, name)})
 
 
 def parse_arguments(

@@ -9,7 +9,7 @@ from ..data import ImageDataset
 from ..data.labels import LabelTable
 from ..evaluation.classifier import ClassifierSettings
 from ..pipelines.preparation import TrainedModel
-from .arguments import flag
+from .arguments import flag, settings_of
 from .image_flags import STORED, RealImageArguments, open_real_images
 
 __all__ = ["ClassifierArguments", "LabelledImageArguments", "classifier_settings", "open_labelled_images"]
@@ -46,14 +46,14 @@ def classifier_settings(args: ClassifierArguments) -> ClassifierSettings:
             options[name] = json.loads(value)
         except json.JSONDecodeError as error:
             raise ValueError(f"--classifier_options takes NAME=VALUE with a value in JSON, got {text!r}.") from error
-    same = ("size", "channels", "validation_steps", "learning_rate", "weight_decay")
-    return ClassifierSettings(
-        args.classifier,
-        json.dumps(options, sort_keys=True),
-        args.classifier_weights,
+    return settings_of(
+        ClassifierSettings,
+        args,
+        model=args.classifier,
+        options=json.dumps(options, sort_keys=True),
+        weights=args.classifier_weights,
         batch_size=args.train_batch_size,
         max_steps=args.max_train_steps,
-        **{name: getattr(args, name) for name in same},
     )
 
 

@@ -6,37 +6,32 @@ import errno
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TextIO
 
-from ..files import tolerate_missing_locks
+from ..files import lock_file, lock_folder, make_writable_folder, tolerate_missing_locks
 
-__all__ = ["outlive_reader", "run", "run_resumable", "say_what_failed", "show_messages"]
+__all__ = ["hold_output", "outlive_reader", "run", "say_what_failed", "show_messages"]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a script: end with one line for what a user can mend; what looks like our fault keeps its traceback."""
+def run(main: Callable[[], None], resumable: bool = False) -> None:
+    """Run a script: end with one line for what a user can mend; what looks like our fault keeps its traceback.
+
+    If it is `resumable`, its work stays when it is stopped, and a RuntimeError ends with one line, too.
+    """
+    mendable = (ImportError, OSError, ValueError, *([RuntimeError] if resumable else []))
     try:
         with tolerate_missing_locks():  # of caches
             main()
-    except (ImportError, OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    except mendable as error:
+        sys.exit(f"error: {say_what_failed(error) if resumable else error}")
     except KeyboardInterrupt:
-        sys.exit("Stopped.")
-
-
-def run_resumable(main: Callable[[], None]) -> None:
-    """Like `run`, for a script whose work stays when it is stopped; a RuntimeError ends with one line, too."""
-    try:
-        with tolerate_missing_locks():
-            main()
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"error: {say_what_failed(error)}")
-    except KeyboardInterrupt:
-        sys.exit("Stopped. The same command goes on.")
+        sys.exit("Stopped. The same command goes on." if resumable else "Stopped.")
 
 
 def say_what_failed(error: Exception) -> str:
@@ -52,6 +47,14 @@ def show_messages(name: str) -> None:
     """Print what the loggers below `name` tell of the work, and the warnings of all others."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger(name).setLevel(logging.INFO)
+
+
+@contextmanager
+def hold_output(folder: str | Path, file: str | None = None) -> Iterator[Path]:
+    """Make the folder that a command writes to, and hold it, or only one file in it, against other runs."""
+    output = make_writable_folder(folder)
+    with lock_folder(output, OSError) if file is None else lock_file(output / file, OSError):
+        yield output
 
 
 class _Outliving:

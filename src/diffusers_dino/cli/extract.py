@@ -15,9 +15,9 @@ from pathlib import Path
 from ..data import Preprocessing, open_images
 from ..data.keys import read_keys
 from ..devices import device_of
-from ..files import lock_file, make_writable_folder
 from ..metrics import extract_features, open_extractor
 from .arguments import flag
+from .console import hold_output
 
 
 @dataclass
@@ -42,18 +42,13 @@ class Arguments:
 def main(args: Arguments) -> None:
     if args.data is None:
         raise ValueError("Name the images: --data SOURCE.")
-    make_writable_folder(Path(args.output).parent)
-    with lock_file(args.output, OSError):
-        extract(args)
-
-
-def extract(args: Arguments) -> None:
-    device = device_of(0, args.device)
-    extractor = open_extractor(args.extractor, args.weights, device, sha256=args.sha256)
-    preprocessing = Preprocessing(args.resolution, args.remove_borders)
-    images = open_images(args.data, preprocessing, split=args.split, max_unreadable=args.max_unreadable)
-    if args.keys_file:
-        images = images.select(read_keys(args.keys_file))
-    features = extract_features(extractor, images, args.batch_size, num_workers=args.num_workers)
-    features.save(args.output)
-    print(f"{args.output}: {len(features)} of {len(images)} images, {features.spec.to_json()}")
+    with hold_output(Path(args.output).parent, Path(args.output).name):
+        device = device_of(0, args.device)
+        extractor = open_extractor(args.extractor, args.weights, device, sha256=args.sha256)
+        preprocessing = Preprocessing(args.resolution, args.remove_borders)
+        images = open_images(args.data, preprocessing, split=args.split, max_unreadable=args.max_unreadable)
+        if args.keys_file:
+            images = images.select(read_keys(args.keys_file))
+        features = extract_features(extractor, images, args.batch_size, num_workers=args.num_workers)
+        features.save(args.output)
+        print(f"{args.output}: {len(features)} of {len(images)} images, {features.spec.to_json()}")

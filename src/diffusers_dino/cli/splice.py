@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -27,12 +26,12 @@ from ..evaluation.reconstruction.splicing import (
     splice_images,
     splice_masks,
 )
-from ..files import lock_folder, make_writable_folder
 from ..metrics.dice import dice
 from ..pipelines.checks import image_size
 from ..pipelines.preparation import stored_preparation
 from ..sheets import contact_sheet
 from .arguments import flag
+from .console import hold_output
 
 
 @dataclass
@@ -54,32 +53,28 @@ class Arguments:
 def main(args: Arguments) -> None:
     if args.num_noises < 1 or args.num_reconstructions < 1:
         raise ValueError("--num_noises and --num_reconstructions must be at least 1.")
-    output_dir = make_writable_folder(args.output_dir)
-    with lock_folder(output_dir, OSError):
-        splice(args, output_dir)
-
-
-def splice(args: Arguments, output_dir: Path) -> None:
-    pipe = DinoDiffusionPipeline.from_pretrained(args.model)
-    pipe.set_progress_bar_config(disable=True)
-    side, size = patch_grid(pipe.conditioner), image_size(pipe)
-    preparation = stored_preparation(pipe)  # of older models, borders stay on
-    samples = open_masked_images(args.data_dir, size, mask_size=size, preprocessing=preparation)
-    call = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
-    call |= {"num_noises": args.num_noises, "seed": args.seed}
-    first = torch.stack([samples.image(i) for i in range(min(args.num_reconstructions, len(samples)))])
-    again = generate_from_noises(pipe, pipe.encode_image(first), **call)
-    contact_sheet(first, again.flatten(0, 1)).save(output_dir / "reconstructions.png")
-    named = [key for key in (args.source, args.other) if key]
-    places = dict(zip(named, find_keys(named, samples.keys, f"of the keys are not in {args.data_dir}"), strict=True))
-    source = samples[places[args.source] if args.source else 0]
-    other = samples[places[args.other]] if args.other else most_different(samples, source)
-    splices = splice_images(pipe, source.image, other.image, splice_masks(side, source.mask | other.mask), **call)
-    draw_splices(splices, source.image, other.image).save(output_dir / "splices.png")
-    (output_dir / "splices.json").write_text(json.dumps(splices.shares, indent=2) + "\n")
-    print(f"{'went to the other image':24}{'inside the mask':>16}{'outside':>16}")
-    for name, values in splices.shares.items():
-        print(f"{name:24}" + "".join(f"{value:16.2f}" for value in values.values()))
+    with hold_output(args.output_dir) as output_dir:
+        pipe = DinoDiffusionPipeline.from_pretrained(args.model)
+        pipe.set_progress_bar_config(disable=True)
+        side, size = patch_grid(pipe.conditioner), image_size(pipe)
+        preparation = stored_preparation(pipe)  # of older models, borders stay on
+        samples = open_masked_images(args.data_dir, size, mask_size=size, preprocessing=preparation)
+        call = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+        call |= {"num_noises": args.num_noises, "seed": args.seed}
+        first = torch.stack([samples.image(i) for i in range(min(args.num_reconstructions, len(samples)))])
+        again = generate_from_noises(pipe, pipe.encode_image(first), **call)
+        contact_sheet(first, again.flatten(0, 1)).save(output_dir / "reconstructions.png")
+        named = [key for key in (args.source, args.other) if key]
+        found = find_keys(named, samples.keys, f"of the keys are not in {args.data_dir}")
+        places = dict(zip(named, found, strict=True))
+        source = samples[places[args.source] if args.source else 0]
+        other = samples[places[args.other]] if args.other else most_different(samples, source)
+        splices = splice_images(pipe, source.image, other.image, splice_masks(side, source.mask | other.mask), **call)
+        draw_splices(splices, source.image, other.image).save(output_dir / "splices.png")
+        (output_dir / "splices.json").write_text(json.dumps(splices.shares, indent=2) + "\n")
+        print(f"{'went to the other image':24}{'inside the mask':>16}{'outside':>16}")
+        for name, values in splices.shares.items():
+            print(f"{name:24}" + "".join(f"{value:16.2f}" for value in values.values()))
 
 
 def most_different(samples: MaskedImages, source: MaskedImage) -> MaskedImage:

@@ -11,7 +11,7 @@ docs/synthesis.md describes what is written.
 from __future__ import annotations
 
 import datetime
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,7 +47,7 @@ from ..synthesis import (
     synthesise,
     synthesise_with_ray,
 )
-from .arguments import flag
+from .arguments import flag, settings_of
 from .image_flags import STORED, RealImageArguments, open_real_images
 from .sampling_flags import SamplingArguments
 
@@ -144,11 +144,10 @@ def main(args: Arguments) -> None:
     if args.gate is not None:
         with accelerator.main_process_first():  # one process calibrates
             gate = open_gate(args.gate, images, table and table.patients, args.gate_false_alarms)
-    options = {entry.name: getattr(args, entry.name) for entry in fields(SynthesisSettings)}
-    options["num_inference_steps"] = args.num_inference_steps or default_steps(pipe.scheduler)
-    if args.threads is None:
-        options["threads"] = begun_threads(args.output_dir)
-    plan = make_plan(args, images, table, SynthesisSettings(**options))
+    steps = args.num_inference_steps or default_steps(pipe.scheduler)
+    threads = begun_threads(args.output_dir) if args.threads is None else args.threads
+    settings = settings_of(SynthesisSettings, args, num_inference_steps=steps, threads=threads)
+    plan = make_plan(args, images, table, settings)
     if args.plan_only:
         if accelerator.is_main_process:
             prepare_folder(bind(plan, pipe, images, gate, prior), args.output_dir)

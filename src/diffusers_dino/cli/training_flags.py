@@ -22,7 +22,7 @@ from ..latents import VAE
 from ..pipelines.preparation import preparation_for, stored_preparation
 from ..training.features import evenly_spread
 from ..training.models import load_vae
-from .arguments import flag
+from .arguments import flag, settings_of
 
 __all__ = [
     "AugmentationArguments",
@@ -269,13 +269,8 @@ def patients_of(images: data.ImageDataset) -> list[str]:
 def make_augmentation(args: AugmentationArguments) -> data.Augmentation | None:
     if not args.augment:
         return None
-    return data.Augmentation(
-        sharpness=args.sharpness,
-        shear=args.shear,
-        translation=args.translation,
-        scale=(args.min_scale, args.max_scale),
-        flip=0.5 * args.random_flip,
-    )
+    scale = args.min_scale, args.max_scale
+    return settings_of(data.Augmentation, args, scale=scale, flip=0.5 * args.random_flip)
 
 
 def open_views(args: FeatureArguments, may_differ: bool = True) -> data.TrainingViews:

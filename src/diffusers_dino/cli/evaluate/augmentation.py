@@ -12,7 +12,7 @@ Stopped at any moment, the same command goes on where it was. docs/augmentation.
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from ...data.labels import read_label_table, stored_labels
@@ -24,12 +24,12 @@ from ...evaluation.augmentation.result import AugmentationResult
 from ...evaluation.augmentation.sets import FoldPriors
 from ...evaluation.augmentation.table import format_augmentation_table, format_label_table
 from ...evaluation.table_text import write_tables
-from ...files import lock_file, lock_folder, make_writable_folder
+from ...files import lock_folder
 from ...pipelines.preparation import preparation_for
 from ...synthesis import SynthesisSettings
-from ..arguments import flag
+from ..arguments import flag, settings_of
 from ..classifier_flags import ClassifierArguments, LabelledImageArguments, classifier_settings, open_labelled_images
-from ..console import show_messages
+from ..console import hold_output, show_messages
 from ..image_flags import STORED
 from ..sampling_flags import SamplingArguments
 
@@ -70,8 +70,7 @@ class Arguments(SamplingArguments, ClassifierArguments, LabelledImageArguments):
 
 def main(args: Arguments) -> None:
     show_messages("diffusers_dino.evaluation")
-    output = make_writable_folder(args.output_dir)
-    with lock_file(output / "result.json"):  # the folder's own lock is held while cells are computed
+    with hold_output(args.output_dir, "result.json") as output:  # cells are computed under the folder's own lock
         measure(args, output)
 
 
@@ -92,10 +91,6 @@ def measure(args: Arguments, output: Path) -> None:
         patients = len(set(table.patients))
         print(f"{output}/folds.csv: {len(table)} images of {patients} patients in {args.num_folds} folds")
         return
-    shared = {entry.name for entry in fields(SynthesisSettings)} & {entry.name for entry in fields(args)}
-    synthesis = SynthesisSettings(
-        **{name: getattr(args, name) for name in shared}, batch_size=args.sampling_batch_size
-    )
     priors = args.prior and FoldPriors(args.prior, args.prior_guidance_scale, args.prior_inference_steps)
     try:
         result = evaluate_augmentation(
@@ -114,7 +109,7 @@ def measure(args: Arguments, output: Path) -> None:
             false_alarms=args.false_alarms,
             classifier=classifier_settings(args),
             validation_fraction=args.validation_fraction,
-            synthesis=synthesis,
+            synthesis=settings_of(SynthesisSettings, args, batch_size=args.sampling_batch_size),
             dtype=args.dtype,
             scheduler=args.scheduler,
             bootstrap_repeats=args.bootstrap_repeats,

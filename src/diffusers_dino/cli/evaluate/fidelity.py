@@ -30,13 +30,12 @@ from ...evaluation.fidelity.sets import FidelitySets, choose_sets
 from ...evaluation.fidelity.table import format_fidelity_table
 from ...evaluation.generation import Model, load_models
 from ...evaluation.table_text import write_tables
-from ...files import lock_folder, make_writable_folder
 from ...metrics import open_extractor
 from ...pipelines.checks import image_size
 from ...pipelines.preparation import open_images_for, preparation_for
 from ...training.checkpoints import complete_checkpoints
 from ..arguments import flag
-from ..console import show_messages
+from ..console import hold_output, show_messages
 from ..image_flags import BORDERS
 
 
@@ -79,38 +78,33 @@ def main(args: Arguments) -> None:
     show_messages("diffusers_dino.evaluation")
     check_arguments(args)
     paths, steps = list_models(args)
-    output_dir = make_writable_folder(args.output_dir)
-    with lock_folder(output_dir):
-        measure(args, output_dir, paths, steps)
-
-
-def measure(args: Arguments, output_dir: Path, paths: dict[str, str], steps: dict[str, int]) -> None:
-    device = torch.device(device_of(0, args.device))
-    dtype = None if args.dtype == "float32" else getattr(torch, args.dtype)
-    models = load_models(paths.items(), steps, device, dtype)
-    first = next(models)
-    sets = open_sets(args, first.pipe)
-    result = evaluate_fidelity(
-        chain([first], (checked(model, sets) for model in models)),
-        sets,
-        labels=read_labels(args, [*sets.sources.keys, *sets.reference.keys]) if args.label_column else None,
-        fewest=args.fewest,
-        extractor=open_extractor(args.features, args.weights, device),
-        folder=output_dir / "features",
-        untrained=args.untrained,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-        neighbors=args.neighbors,
-        bootstrap_repeats=args.bootstrap_repeats,
-        batch_size=args.batch_size,
-        seed=args.seed,
-    )
-    result.save(output_dir / "result.json")
-    print(write_tables(output_dir, lambda style: format_fidelity_table(result, style)))
-    if args.run:
-        keep_best(result, paths, output_dir / "best", args.metric)
-    if result.checkpoints:
-        plot_fidelity(result).savefig(output_dir / "fidelity.png", dpi=150, bbox_inches="tight")
+    with hold_output(args.output_dir) as output_dir:
+        device = torch.device(device_of(0, args.device))
+        dtype = None if args.dtype == "float32" else getattr(torch, args.dtype)
+        models = load_models(paths.items(), steps, device, dtype)
+        first = next(models)
+        sets = open_sets(args, first.pipe)
+        result = evaluate_fidelity(
+            chain([first], (checked(model, sets) for model in models)),
+            sets,
+            labels=read_labels(args, [*sets.sources.keys, *sets.reference.keys]) if args.label_column else None,
+            fewest=args.fewest,
+            extractor=open_extractor(args.features, args.weights, device),
+            folder=output_dir / "features",
+            untrained=args.untrained,
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
+            neighbors=args.neighbors,
+            bootstrap_repeats=args.bootstrap_repeats,
+            batch_size=args.batch_size,
+            seed=args.seed,
+        )
+        result.save(output_dir / "result.json")
+        print(write_tables(output_dir, lambda style: format_fidelity_table(result, style)))
+        if args.run:
+            keep_best(result, paths, output_dir / "best", args.metric)
+        if result.checkpoints:
+            plot_fidelity(result).savefig(output_dir / "fidelity.png", dpi=150, bbox_inches="tight")
 
 
 def checked(model: Model, sets: FidelitySets) -> Model:

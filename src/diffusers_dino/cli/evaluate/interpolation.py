@@ -10,7 +10,6 @@ Needs the extra `eval`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -20,10 +19,10 @@ from ...evaluation import evaluate_interpolation
 from ...evaluation.generation import stack_images
 from ...evaluation.interpolation.plot import draw_paths, plot_path
 from ...evaluation.interpolation.table import format_interpolation_table
-from ...files import lock_folder, make_writable_folder
 from ...pipelines.checks import image_size
 from ...pipelines.preparation import open_images_for
 from ..arguments import flag
+from ..console import hold_output
 from ..image_flags import BORDERS
 
 
@@ -50,31 +49,27 @@ def main(args: Arguments) -> None:
         raise ValueError("Give --training_keys: what is not listed there counts as unseen.")
     if args.num_points < 2 or args.num_images < 2 or args.num_drawn < 1:
         raise ValueError("A path needs --num_points 2 or more, --num_images 2 or more, and --num_drawn 1 or more.")
-    output_dir = make_writable_folder(args.output_dir)
-    with lock_folder(output_dir, OSError):
-        measure(args, output_dir)
-
-
-def measure(args: Arguments, output_dir: Path) -> None:
-    pipe = DinoInterpolationPipeline.from_pretrained(args.model).to(args.device)
-    images = open_images_for(pipe, args.data_dir, image_size(pipe), args.remove_borders)
-    training = images.select(read_keys(args.training_keys))
-    others = sorted(set(images.keys) - set(training.keys))
-    held_out_keys = images.select(read_keys(args.held_out_keys)).keys if args.held_out_keys else others
-    if both := sorted(set(held_out_keys) & set(training.keys)):
-        raise ValueError(
-            f"{len(both)} keys of --held_out_keys are also in --training_keys, such as {both[0]}: they are not unseen."
-        )
-    held_out = stack_images(images.select(held_out_keys[: args.num_images]))
-    path = {
-        "fractions": [i / (args.num_points - 1) for i in range(args.num_points)],
-        "method": args.method,
-        "num_inference_steps": args.num_inference_steps,
-        "guidance_scale": args.guidance_scale,
-    }
-    result = evaluate_interpolation(pipe, held_out, training, seeds=args.seeds, **path)
-    result.save(output_dir / "interpolation.json")
-    plot_path(result).savefig(output_dir / "interpolation.png", dpi=150, bbox_inches="tight")
-    generator = torch.Generator().manual_seed(args.seeds[0])
-    draw_paths(pipe, held_out, args.num_drawn, generator=generator, **path).save(output_dir / "paths.png")
-    print(format_interpolation_table(result))
+    with hold_output(args.output_dir) as output_dir:
+        pipe = DinoInterpolationPipeline.from_pretrained(args.model).to(args.device)
+        images = open_images_for(pipe, args.data_dir, image_size(pipe), args.remove_borders)
+        training = images.select(read_keys(args.training_keys))
+        others = sorted(set(images.keys) - set(training.keys))
+        held_out_keys = images.select(read_keys(args.held_out_keys)).keys if args.held_out_keys else others
+        if both := sorted(set(held_out_keys) & set(training.keys)):
+            raise ValueError(
+                f"{len(both)} keys of --held_out_keys are also in --training_keys, such as {both[0]}: they "
+                "are not unseen."
+            )
+        held_out = stack_images(images.select(held_out_keys[: args.num_images]))
+        path = {
+            "fractions": [i / (args.num_points - 1) for i in range(args.num_points)],
+            "method": args.method,
+            "num_inference_steps": args.num_inference_steps,
+            "guidance_scale": args.guidance_scale,
+        }
+        result = evaluate_interpolation(pipe, held_out, training, seeds=args.seeds, **path)
+        result.save(output_dir / "interpolation.json")
+        plot_path(result).savefig(output_dir / "interpolation.png", dpi=150, bbox_inches="tight")
+        generator = torch.Generator().manual_seed(args.seeds[0])
+        draw_paths(pipe, held_out, args.num_drawn, generator=generator, **path).save(output_dir / "paths.png")
+        print(format_interpolation_table(result))

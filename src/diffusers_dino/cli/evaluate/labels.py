@@ -19,9 +19,9 @@ from ...evaluation.labels.plot import plot_label_preservation
 from ...evaluation.labels.protocol import evaluate_labels
 from ...evaluation.labels.table import format_preservation_table
 from ...evaluation.table_text import write_tables
-from ...files import lock_file, make_writable_folder
 from ..arguments import flag
 from ..classifier_flags import ClassifierArguments, LabelledImageArguments, classifier_settings, open_labelled_images
+from ..console import hold_output
 from ..image_flags import prepared_as_sources
 
 
@@ -40,33 +40,28 @@ class Arguments(ClassifierArguments, LabelledImageArguments):
 def main(args: Arguments) -> None:
     if not args.synthetic:
         raise ValueError("Give the sets to judge: --synthetic FOLDER, or NAME=FOLDER.")
-    output = make_writable_folder(args.output_dir)
-    with lock_file(output / "result.json"):
-        measure(args, output)
-
-
-def measure(args: Arguments, output: Path) -> None:
-    sets = named_folders(args.synthetic)
-    images, table, names = open_labelled_images(args, args.size, prepared_as_sources(chain(*sets.values())))
-    result = evaluate_labels(
-        images,
-        table,
-        sets,
-        output,
-        labels=names,
-        ratios=args.ratios,
-        num_folds=args.num_folds,
-        classifier=classifier_settings(args),
-        validation_fraction=args.validation_fraction,
-        seed=args.seed,
-        bootstrap_repeats=args.bootstrap_repeats,
-        num_workers=args.num_workers,
-        device=args.device,
-    )
-    result.save(output / "result.json")
-    text = write_tables(output, lambda style: format_preservation_table(result, style))
-    plot_label_preservation(result).savefig(output / "labels.png", dpi=120, bbox_inches="tight")
-    print(text)
+    with hold_output(args.output_dir, "result.json") as output:
+        sets = named_folders(args.synthetic)
+        images, table, names = open_labelled_images(args, args.size, prepared_as_sources(chain(*sets.values())))
+        result = evaluate_labels(
+            images,
+            table,
+            sets,
+            output,
+            labels=names,
+            ratios=args.ratios,
+            num_folds=args.num_folds,
+            classifier=classifier_settings(args),
+            validation_fraction=args.validation_fraction,
+            seed=args.seed,
+            bootstrap_repeats=args.bootstrap_repeats,
+            num_workers=args.num_workers,
+            device=args.device,
+        )
+        result.save(output / "result.json")
+        text = write_tables(output, lambda style: format_preservation_table(result, style))
+        plot_label_preservation(result).savefig(output / "labels.png", dpi=120, bbox_inches="tight")
+        print(text)
 
 
 def named_folders(texts: list[str]) -> dict[str, list[str]]:

@@ -11,7 +11,6 @@ blind guess that never asks the model: where it tells the sets apart, they diffe
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -21,10 +20,10 @@ from ...devices import device_of
 from ...evaluation import evaluate_membership
 from ...evaluation.membership.table import format_membership_table
 from ...evaluation.table_text import write_tables
-from ...files import lock_folder, make_writable_folder
 from ...pipelines.checks import image_size
 from ...training.models import load_trained_pipeline
 from ..arguments import flag
+from ..console import hold_output
 from ..held_out_flags import HeldOutArguments, check_arguments, open_training_and_held_out, read_patients
 
 
@@ -48,29 +47,24 @@ def main(args: Arguments) -> None:
     if not args.held_out:
         raise ValueError("Give --held_out: images of the same source that the model was not trained on.")
     check_arguments(args)
-    output_dir = make_writable_folder(args.output_dir)
-    with lock_folder(output_dir, OSError):
-        measure(args, output_dir)
-
-
-def measure(args: Arguments, output_dir: Path) -> None:
-    dtype = None if args.dtype == "float32" else getattr(torch, args.dtype)
-    pipe = load_trained_pipeline(args.model, dtype).to(device_of(0, args.device))
-    opened = open_training_and_held_out(args, image_size(pipe), pipe)
-    sets = [evenly_chosen(images, args.num_images) for images in opened]
-    result = evaluate_membership(
-        pipe,
-        *sets,
-        timesteps=args.timesteps,
-        num_noises=args.num_noises,
-        training_groups=read_patients(args, sets[0]),
-        held_out_groups=read_patients(args, sets[1]),
-        bootstrap_repeats=args.bootstrap_repeats,
-        batch_size=args.batch_size,
-        seed=args.seed,
-    )
-    result.save(output_dir / "membership.json")
-    print(write_tables(output_dir, lambda style: format_membership_table(result, style)))
+    with hold_output(args.output_dir) as output_dir:
+        dtype = None if args.dtype == "float32" else getattr(torch, args.dtype)
+        pipe = load_trained_pipeline(args.model, dtype).to(device_of(0, args.device))
+        opened = open_training_and_held_out(args, image_size(pipe), pipe)
+        sets = [evenly_chosen(images, args.num_images) for images in opened]
+        result = evaluate_membership(
+            pipe,
+            *sets,
+            timesteps=args.timesteps,
+            num_noises=args.num_noises,
+            training_groups=read_patients(args, sets[0]),
+            held_out_groups=read_patients(args, sets[1]),
+            bootstrap_repeats=args.bootstrap_repeats,
+            batch_size=args.batch_size,
+            seed=args.seed,
+        )
+        result.save(output_dir / "membership.json")
+        print(write_tables(output_dir, lambda style: format_membership_table(result, style)))
 
 
 def evenly_chosen(images: ImageDataset, count: int | None) -> ImageDataset:

@@ -25,12 +25,12 @@ from ...data import Preprocessing, open_images
 from ...evaluation import evaluate_memorization
 from ...evaluation.memorization.plot import draw_closest_pairs, plot_memorization
 from ...evaluation.memorization.table import make_report, table_of_sets
-from ...files import lock_folder, make_writable_folder
 from ...fingerprints import fingerprint_model
 from ...metrics import open_extractor
 from ...pipelines import DinoPriorPipeline
 from ...synthesis import PriorTokens, load_plan
 from ..arguments import flag
+from ..console import hold_output
 from ..held_out_flags import HeldOutArguments, check_arguments, open_training_and_held_out, read_patients
 
 
@@ -54,46 +54,41 @@ class Arguments(HeldOutArguments):
 
 def main(args: Arguments) -> None:
     check_arguments(args)
-    output_dir = make_writable_folder(args.output_dir)
-    with lock_folder(output_dir, OSError):
-        measure(args, output_dir)
-
-
-def measure(args: Arguments, output_dir: Path) -> None:
-    whole = None if args.model is None or is_only_conditioner(args.model) else args.model
-    training, held_out = open_training_and_held_out(args, args.size, whole)
-    # what was generated has been prepared already
-    synthetic = open_images(args.synthetic, Preprocessing(args.size, remove_borders=False)) if args.synthetic else None
-    conditioner = open_conditioner(args)
-    result, gate = evaluate_memorization(
-        training,
-        synthetic,
-        held_out,
-        extractor=open_extractor(args.extractor, args.weights, args.device),
-        training_groups=read_patients(args, training),
-        held_out_groups=read_patients(args, held_out),
-        false_alarms=args.false_alarms,
-        calibrate_on=args.calibrate_on,
-        num_pairs=args.num_pairs,
-        num_planted=args.num_planted,
-        conditioner=conditioner,
-        drawn=draw_again(args, conditioner) if args.prior else None,
-        batch_size=args.batch_size,
-    )
-    result.save(output_dir / "memorization.json")
-    gate.save(output_dir / "gate.safetensors")
-    figure = plot_memorization(result)
-    figure.savefig(output_dir / "distances.png", dpi=150, bbox_inches="tight")
-    report = make_report(result)
-    report.add_figure(figure, "Relative distance to the nearest training image.")
-    if result.closest and args.draw_pairs:
-        pairs = draw_closest_pairs(result, synthetic, training)
-        pairs.save(output_dir / "pairs.png")
-        report.add_image(pairs, "Closest pairs, nearest first: synthetic | its nearest training image.")
-    report.save(output_dir / "report.html")
-    for row in table_of_sets(result)[1]:
-        print(*row, sep=" | ")
-    print(f"Report: {output_dir / 'report.html'}\nGate:   {output_dir / 'gate.safetensors'}")
+    with hold_output(args.output_dir) as output_dir:
+        whole = None if args.model is None or is_only_conditioner(args.model) else args.model
+        training, held_out = open_training_and_held_out(args, args.size, whole)
+        prepared = Preprocessing(args.size, remove_borders=False)  # as what was generated is already
+        synthetic = open_images(args.synthetic, prepared) if args.synthetic else None
+        conditioner = open_conditioner(args)
+        result, gate = evaluate_memorization(
+            training,
+            synthetic,
+            held_out,
+            extractor=open_extractor(args.extractor, args.weights, args.device),
+            training_groups=read_patients(args, training),
+            held_out_groups=read_patients(args, held_out),
+            false_alarms=args.false_alarms,
+            calibrate_on=args.calibrate_on,
+            num_pairs=args.num_pairs,
+            num_planted=args.num_planted,
+            conditioner=conditioner,
+            drawn=draw_again(args, conditioner) if args.prior else None,
+            batch_size=args.batch_size,
+        )
+        result.save(output_dir / "memorization.json")
+        gate.save(output_dir / "gate.safetensors")
+        figure = plot_memorization(result)
+        figure.savefig(output_dir / "distances.png", dpi=150, bbox_inches="tight")
+        report = make_report(result)
+        report.add_figure(figure, "Relative distance to the nearest training image.")
+        if result.closest and args.draw_pairs:
+            pairs = draw_closest_pairs(result, synthetic, training)
+            pairs.save(output_dir / "pairs.png")
+            report.add_image(pairs, "Closest pairs, nearest first: synthetic | its nearest training image.")
+        report.save(output_dir / "report.html")
+        for row in table_of_sets(result)[1]:
+            print(*row, sep=" | ")
+        print(f"Report: {output_dir / 'report.html'}\nGate:   {output_dir / 'gate.safetensors'}")
 
 
 def open_conditioner(args: Arguments) -> DinoImageConditioner | None:

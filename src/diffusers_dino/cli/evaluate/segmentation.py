@@ -29,11 +29,10 @@ from ...evaluation.segmentation.plot import draw_segmentation
 from ...evaluation.segmentation.protocol import file_name
 from ...evaluation.segmentation.table import format_segmentation_table
 from ...evaluation.table_text import write_tables
-from ...files import lock_folder, make_writable_folder
 from ...pipelines import DiffSegPipeline
 from ...pipelines.preparation import preparation_for, stored_preparation
-from ..arguments import flag
-from ..console import show_messages
+from ..arguments import flag, settings_of
+from ..console import hold_output, show_messages
 from ..image_flags import BORDERS
 
 
@@ -73,51 +72,44 @@ class Arguments:
 
 def main(args: Arguments) -> None:
     show_messages("diffusers_dino.evaluation")
-    output_dir = make_writable_folder(args.output_dir)
     if not args.data or not (args.pipeline or args.stable_diffusion or args.encoder):
         raise ValueError("Give --data, and --pipeline, --encoder or --stable_diffusion.")
     if args.num_examples < 0:
         raise ValueError(f"--num_examples must not be negative, got {args.num_examples}.")
-    with lock_folder(output_dir):
-        measure(args, output_dir)
-
-
-def measure(args: Arguments, output_dir: Path) -> None:
-    preparation = prepare_as_in_training(args)
-    data_sets = {name: open_data(name, path, args, preparation) for name, path in map(name_and_path, args.data)}
-    if len(data_sets) < len(args.data):
-        raise ValueError(f"Two of {args.data} have one name: give them as NAME=PATH.")
-    sweeps = make_sweeps(args)
-    results = []
-    for name, images in data_sets.items():
-        folder = output_dir / file_name(name)
-        study = evaluate_segmentation(
-            (checked(model, images) for model in open_models(args)),
-            images,
-            folder / "segments",
-            sweeps,
-            dataset=name,
-            untrained=args.untrained,
-            batch_size=args.batch_size,
-            seed=args.seed,
-        )
-        study.result.save(folder / "result.json")
-        draw_segmentation(study, images, folder, args.num_examples)
-        results.append(study.result)
-    print(write_tables(output_dir, lambda style: format_segmentation_table(results, style)))
+    with hold_output(args.output_dir) as output_dir:
+        preparation = prepare_as_in_training(args)
+        data_sets = {name: open_data(name, path, args, preparation) for name, path in map(name_and_path, args.data)}
+        if len(data_sets) < len(args.data):
+            raise ValueError(f"Two of {args.data} have one name: give them as NAME=PATH.")
+        sweeps = make_sweeps(args)
+        results = []
+        for name, images in data_sets.items():
+            folder = output_dir / file_name(name)
+            study = evaluate_segmentation(
+                (checked(model, images) for model in open_models(args)),
+                images,
+                folder / "segments",
+                sweeps,
+                dataset=name,
+                untrained=args.untrained,
+                batch_size=args.batch_size,
+                seed=args.seed,
+            )
+            study.result.save(folder / "result.json")
+            draw_segmentation(study, images, folder, args.num_examples)
+            results.append(study.result)
+        print(write_tables(output_dir, lambda style: format_segmentation_table(results, style)))
 
 
 def make_sweeps(args: Arguments) -> list[Sweep]:
     """One for each method, and of cuts and clusters for each kind of features."""
-    same = ("timesteps", "layers", "refine", "num_merges", "add_noise", "size", "mask_size", "seed")
-    same += ("num_clusters", "encoder_size", "encoder_layer")
-    shared = {flag: getattr(args, flag) for flag in same} | {"relative": not args.absolute_thresholds}
-    sweeps = []
+    sweeps, relative = [], not args.absolute_thresholds
     for method in args.methods:
         thresholds = args.cut_thresholds if method in ("walk", "cut") else args.thresholds
         for features in args.features if method in ("cut", "clusters") else args.features[:1]:
             kinds = features.split("+") if method in ("cut", "clusters") else ["encoder"]
-            sweeps.append(Sweep(method=method, features=kinds, thresholds=thresholds, **shared))
+            own = {"method": method, "features": kinds, "thresholds": thresholds}
+            sweeps.append(settings_of(Sweep, args, relative=relative, **own))
     return sweeps
 
 

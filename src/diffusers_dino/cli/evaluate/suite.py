@@ -27,13 +27,12 @@ from ...evaluation.suite.page import make_page
 from ...evaluation.suite.protocol import SuiteProgress, SuiteSettings, evaluate_suite
 from ...evaluation.suite.table import format_suite_table
 from ...evaluation.table_text import write_tables
-from ...files import lock_file, make_writable_folder
 from ...metrics import open_extractor
 from ...pipelines.preparation import preparation_for
 from ...synthesis import SyntheticSet
 from ...training.models import load_trained_pipeline
-from ..arguments import flag
-from ..console import show_messages
+from ..arguments import flag, settings_of
+from ..console import hold_output, show_messages
 from ..image_flags import BORDERS, prepared_as_sources
 
 
@@ -77,54 +76,40 @@ def main(args: Arguments) -> None:
     for name in ("synthetic", "real"):
         if not getattr(args, name):
             raise ValueError(f"Give --{name}: a folder of images, or webdataset tars.")
-    output = make_writable_folder(args.output_dir)
-    with lock_file(output / "suite.json"):
-        ask(args, output)
-
-
-def ask(args: Arguments, output: Path) -> None:
-    device = device_of(0, args.device)
-    columns = (args.key_column, args.label_column, args.patient_column)
-    pipe = load_trained_pipeline(args.model).to(torch.device(device)) if args.model else None
-    known = pipe or (prepared_as_sources([args.synthetic]) if is_made_by_us(args) else None)
-    preprocessing = Preprocessing(args.size, args.remove_borders is not False)
-    if known is not None:
-        preprocessing = preparation_for(known, args.size, args.remove_borders)
-    options = {"max_unreadable": args.max_unreadable}
-    real = open_image_set(args.real, preprocessing, args.table, *columns, **options)
-    training = None
-    if args.training:
-        table = args.training_table or args.table
-        training = open_image_set(args.training, preprocessing, table, *columns, **options)
-    synthetic, sources = open_synthetic(args)
-    default = SuiteSettings()
-    settings = SuiteSettings(
-        fewest=args.fewest,
-        false_alarms=args.false_alarms,
-        network_steps=args.network_steps,
-        classifier=replace(default.classifier, max_steps=args.classifier_steps),
-        bootstrap_repeats=args.bootstrap_repeats,
-        batch_size=args.batch_size,
-        seed=args.seed,
-    )
-    result = evaluate_suite(
-        synthetic,
-        real,
-        output,
-        training=training,
-        pipe=pipe,
-        sources=sources,
-        extractor=open_extractor(args.features, args.weights, device),
-        settings=settings,
-        device=device,
-        progress=tell,
-    )
-    make_page(result, synthetic, real, training, args.draw).save(output / "report.html")
-    texts = write_tables(output, lambda style: format_suite_table(result, style))
-    print(texts if args.style == "markdown" else format_suite_table(result, args.style))
-    for answer in result.answers:
-        print(f"{answer.asks} {answer.verdict}: {answer.line}")
-    print(f"Report: {output / 'report.html'}")
+    with hold_output(args.output_dir, "suite.json") as output:
+        device = device_of(0, args.device)
+        columns = (args.key_column, args.label_column, args.patient_column)
+        pipe = load_trained_pipeline(args.model).to(torch.device(device)) if args.model else None
+        known = pipe or (prepared_as_sources([args.synthetic]) if is_made_by_us(args) else None)
+        preprocessing = Preprocessing(args.size, args.remove_borders is not False)
+        if known is not None:
+            preprocessing = preparation_for(known, args.size, args.remove_borders)
+        options = {"max_unreadable": args.max_unreadable}
+        real = open_image_set(args.real, preprocessing, args.table, *columns, **options)
+        training = None
+        if args.training:
+            table = args.training_table or args.table
+            training = open_image_set(args.training, preprocessing, table, *columns, **options)
+        synthetic, sources = open_synthetic(args)
+        classifier = replace(SuiteSettings().classifier, max_steps=args.classifier_steps)
+        result = evaluate_suite(
+            synthetic,
+            real,
+            output,
+            training=training,
+            pipe=pipe,
+            sources=sources,
+            extractor=open_extractor(args.features, args.weights, device),
+            settings=settings_of(SuiteSettings, args, classifier=classifier),
+            device=device,
+            progress=tell,
+        )
+        make_page(result, synthetic, real, training, args.draw).save(output / "report.html")
+        texts = write_tables(output, lambda style: format_suite_table(result, style))
+        print(texts if args.style == "markdown" else format_suite_table(result, args.style))
+        for answer in result.answers:
+            print(f"{answer.asks} {answer.verdict}: {answer.line}")
+        print(f"Report: {output / 'report.html'}")
 
 
 def tell(state: SuiteProgress) -> None:
