@@ -271,7 +271,7 @@ def test_failures_say_what_is_missing(hub, folder):
     [
         ("README.md", "nothing else", r"model_index\.json.*pytorch_lora_weights"),
         ("config.json", '{"_class_name": "UNet2DModel"}', "found a UNet2DModel"),
-        ("config.json", "{", "not valid JSON"),
+        ("config.json", "{", "config.json is damaged"),
     ],
 )
 def test_a_folder_without_a_model_is_not_pushed(tmp_path, name, content, message):

@@ -6,7 +6,8 @@ import csv
 import difflib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,8 @@ __all__ = [
     "read_label_table",
     "read_soft_labels",
     "stored_labels",
+    "table_header",
+    "table_rows",
 ]
 
 NO_FINDING = "No Finding"
@@ -141,6 +144,40 @@ class SoftLabelTable:
         return np.array(rows, dtype=np.float32).reshape(len(self.keys), len(names))
 
 
+def table_header(path: str | Path) -> list[str]:
+    """The columns of a CSV file."""
+    with _open_table(path) as reader:
+        return list(reader.fieldnames or [])
+
+
+def table_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """The number of the line and the cells of each row of a CSV file, which must have these columns."""
+    with _open_table(path) as reader:
+        header = list(reader.fieldnames or [])
+        if missing := [column for column in columns if column not in header]:
+            raise ValueError(
+                f"{str(path)!r} has no column {', '.join(map(repr, missing))}; "
+                f"its columns are {', '.join(map(repr, header)) or 'none'}."
+            )
+        if twice := [column for column in columns if header.count(column) > 1]:
+            raise csv.Error(f"it has several columns {twice[0]!r}")
+        for row in reader:
+            if any(row[column] is None for column in columns) or any(row.get(None) or ()):
+                raise csv.Error(f"line {reader.line_num} has not as many cells as the header")
+            yield reader.line_num, row
+
+
+@contextmanager
+def _open_table(path: str | Path) -> Iterator[csv.DictReader]:
+    """A CSV file in UTF-8; ValueError, which names it, if it is damaged."""
+    size_of_regular(path)
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            yield csv.DictReader(file)
+    except (UnicodeError, csv.Error) as error:
+        raise unreadable_table(path, error, "Save it as UTF-8.") from error
+
+
 def read_soft_labels(path: str | Path, separator: str = "|") -> SoftLabelTable:
     """Read the `labels.csv` of a synthetic set: `key`, and `probabilities` such as `Edema=1.0|Nodule=0.25`.
 
@@ -150,29 +187,19 @@ def read_soft_labels(path: str | Path, separator: str = "|") -> SoftLabelTable:
         ValueError: If a column is missing, or something is not a probability. The message names the line.
     """
     keys, rows = [], []
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        header = list(reader.fieldnames or [])
-        column = PROBABILITIES if PROBABILITIES in header else "labels"
-        if missing := [name for name in ("key", column) if name not in header]:
-            raise ValueError(
-                f"{str(path)!r} has no column {missing[0]!r}; its columns are {', '.join(map(repr, header))}."
-            )
-        for row in reader:
-            named = {}
-            for text in filter(None, (row[column] or "").split(separator)):
-                name, sign, value = text.rpartition("=") if column == PROBABILITIES else (text, "=", "1")
-                try:
-                    named[name] = float(value)
-                except ValueError:
-                    sign = ""
-                if not sign or not name or not 0 <= named[name] <= 1:
-                    raise ValueError(
-                        f"Line {reader.line_num} of {str(path)!r} has {text!r}, which is not NAME=PROBABILITY, with a "
-                        "number in [0, 1]."
-                    )
-            keys.append(row["key"])
-            rows.append(named)
+    column = PROBABILITIES if PROBABILITIES in table_header(path) else "labels"
+    for line, row in table_rows(path, ["key", column]):
+        named = {}
+        for text in filter(None, row[column].split(separator)):
+            name, sign, value = text.rpartition("=") if column == PROBABILITIES else (text, "=", "1")
+            try:
+                named[name] = float(value)
+            except ValueError:
+                sign = ""
+            if not sign or not name or not 0 <= named[name] <= 1:
+                raise ValueError(f"Line {line} of {str(path)!r} has {text!r}, not NAME=PROBABILITY in [0, 1].")
+        keys.append(row["key"])
+        rows.append(named)
     return SoftLabelTable(tuple(keys), tuple(rows))
 
 
@@ -192,41 +219,18 @@ def read_label_table(
         patient_column: Column of patients. None makes each image a patient of its own.
         separator: Between labels.
     """
-    size_of_regular(path)
-    try:
-        return _read_rows(path, key_column, label_column, patient_column, separator)
-    except (UnicodeError, csv.Error) as error:
-        raise unreadable_table(path, error, "Save it as UTF-8.") from error
-
-
-def _read_rows(
-    path: str | Path, key_column: str, label_column: str | None, patient_column: str | None, separator: str
-) -> LabelTable:
-    columns = [column for column in (key_column, label_column, patient_column) if column]
+    columns = [column for column in (key_column, patient_column, label_column) if column]
+    header = table_header(path)
+    if label_column and label_column not in header and PROBABILITIES in header:
+        raise ValueError(f"{str(path)!r} {_SOFT}")
     keys, labels, patients = [], [], []
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        header = list(reader.fieldnames or [])
-        if twice := [column for column in columns if header.count(column) > 1]:
-            raise csv.Error(f"it has several columns {twice[0]!r}")
-        missing = [column for column in columns if column not in header]
-        if label_column in missing and PROBABILITIES in header:
-            raise ValueError(f"{str(path)!r} {_SOFT}")
-        if missing:
-            raise ValueError(
-                f"{str(path)!r} has no column {', '.join(map(repr, missing))}; "
-                f"its columns are {', '.join(map(repr, header))}."
-            )
-        for row in reader:
-            if any(row[column] is None for column in columns) or any(row.get(None) or ()):
-                raise csv.Error(f"line {reader.line_num} has not as many cells as the header")
-            blank = [column for column in columns if column != label_column and not (row[column] or "").strip()]
-            if blank:
-                raise ValueError(f"Line {reader.line_num} of {str(path)!r} has no {blank[0]!r}.")
-            keys.append(image_key(row[key_column].strip()))
-            names = (name.strip() for name in ((label_column and row[label_column]) or "").split(separator))
-            labels.append(frozenset(name for name in names if name))
-            patients.append(row[patient_column].strip() if patient_column else keys[-1])
+    for line, row in table_rows(path, columns):
+        if blank := [column for column in columns if column != label_column and not row[column].strip()]:
+            raise ValueError(f"Line {line} of {str(path)!r} has no {blank[0]!r}.")
+        keys.append(image_key(row[key_column].strip()))
+        names = (name.strip() for name in (row[label_column] if label_column else "").split(separator))
+        labels.append(frozenset(name for name in names if name))
+        patients.append(row[patient_column].strip() if patient_column else keys[-1])
     return LabelTable(tuple(keys), tuple(labels), tuple(unify(patients)))
 
 

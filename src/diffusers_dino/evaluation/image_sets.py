@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from ..data import ImageDataset, Preprocessing, open_images, read_label_table, stored_labels
+from ..data.labels import table_header
 from ..data.sources import open_source, source_names
 from ..data.stores.folder import image_key
 
@@ -77,8 +77,7 @@ def open_image_set(
         found = stored_labels(images)
         has_patients = any(patient != key for key, patient in zip(found.keys, found.patients, strict=True))
     else:
-        with open(table, newline="", encoding="utf-8-sig") as file:
-            header = next(csv.reader(file), [])
+        header = table_header(table)
         label_column, patient_column = (
             column if column in header else None for column in (label_column, patient_column)
         )

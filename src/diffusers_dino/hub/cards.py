@@ -272,18 +272,9 @@ def _recipe(made: SyntheticSet, model: str | None) -> dict[str, Any]:
 
 
 def _count_labels(made: SyntheticSet) -> list[tuple[str, str]]:
-    plan = made.plan
     counts: Counter[str] = Counter()
-    if plan.exponent is not None:
-        for image in made.planned():
-            counts.update(image.probabilities)  # adds them up
-        return [
-            (label, f"{sum_:,.1f}") for label, sum_ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-        ]
-    sets = Counter(plan.labels.tolist())
-    sets.subtract(plan.labels[list(made.left_out)].tolist())
-    for number, count in sets.items():
-        for label in plan.label_sets[number] or ("(none)",) if number >= 0 else ("(unknown)",):
-            counts[label] += count
-    ordered = sorted(((label, n) for label, n in counts.items() if n), key=lambda item: (-item[1], item[0]))
-    return [(label, f"{n:,}") for label, n in ordered]
+    for image in made.planned():
+        given = image.given
+        counts.update({"(unknown)": 1} if given is None else given or {"(none)": 1})  # adds probabilities up
+    form = ",.0f" if made.plan.exponent is None else ",.1f"
+    return [(label, f"{n:{form}}") for label, n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]

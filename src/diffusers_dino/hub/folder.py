@@ -172,12 +172,7 @@ def _content(path: Path) -> Content:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = read_json(path)
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    content = read_json(path) if path.exists() else {}
     return content if isinstance(content, dict) else {}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections import Counter
@@ -15,7 +14,7 @@ import torch
 
 from ..data import ImageDataset
 from ..data.keys import match_keys
-from ..data.labels import NO_FINDING
+from ..data.labels import NO_FINDING, table_rows
 from .conditions import Condition, PriorConditions
 
 __all__ = ["UNCERTAIN", "Columns", "Facts", "encode_facts", "make_conditions", "read_facts", "stored_facts"]
@@ -89,17 +88,9 @@ def read_facts(path: str | Path, keys: Sequence[str], columns: Columns) -> list[
     Raises:
         ValueError: If a column is missing, an image comes twice, or no row belongs to an image.
     """
-    wanted = [name for name in (columns.key, columns.labels, columns.patient, columns.text) if name]
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        there = reader.fieldnames or []
-        if missing := [name for name in [*wanted, *columns.metadata] if name not in there]:
-            raise ValueError(
-                f"{str(path)!r} has no column {', '.join(map(repr, missing))}; its columns are "
-                f"{', '.join(map(repr, there)) or 'none'}."
-            )
-        rows = list(reader)
-    named = [(row[columns.key] or "").strip() for row in rows]
+    wanted = [columns.key, columns.labels, columns.patient, columns.text, *columns.metadata]
+    rows = [row for _, row in table_rows(path, list(filter(None, wanted)))]
+    named = [row[columns.key].strip() for row in rows]
     if twice := [key for key, count in Counter(named).items() if count > 1]:
         raise ValueError(f"{len(twice)} images have several rows in {str(path)!r}, such as {twice[0]!r}.")
     facts = [Facts() for _ in keys]

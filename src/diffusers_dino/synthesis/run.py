@@ -161,16 +161,13 @@ def open_gate(
         ValueError: If there are too few images for the share of false alarms, there is neither a file nor an image, or
             the file is not that of a gate.
     """
-    if images is None:
-        if not Path(path).exists():
-            raise ValueError(
-                f"There is no gate {path}, and there are no source images to calibrate one on: make it first."
-            )
-        return CopyGate.load(path)
-    if not Path(path).exists():
+    if is_new := not Path(path).exists():
+        if images is None:
+            raise ValueError(f"There is no gate {path}, and no source image to calibrate one on: make it first.")
         CopyGate.calibrate(images, groups=patients, false_alarms=false_alarms).save(path)
-        return CopyGate.load(path)
     gate = CopyGate.load(path)
+    if is_new or images is None:
+        return gate
     probe = [images[index]["image"] for index in range(0, len(images), max(1, len(images) // 8))]
     if all(gate(image[None]) for image in probe):
         logger.warning(

@@ -12,7 +12,6 @@ Needs the extra `eval`.
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -20,6 +19,7 @@ from typing import Literal
 import torch
 
 from ...data import Preprocessing
+from ...data.labels import table_rows
 from ...data.stores.folder import image_key
 from ...devices import device_of
 from ...evaluation.image_sets import ImageSet, open_image_set
@@ -141,11 +141,10 @@ def open_synthetic(args: Arguments) -> tuple[ImageSet, dict[str, str] | None]:
 
 def read_sources(args: Arguments) -> dict[str, str] | None:
     """The sources in the table of the synthetic images; None where there are none."""
-    with open(args.synthetic_table, newline="", encoding="utf-8-sig") as file:
-        rows = [row for row in csv.DictReader(file) if (row.get(args.source_column) or "").strip()]
     found = {}
-    for row in rows:
-        names = row[args.source_column].split("|")
+    for _, row in table_rows(args.synthetic_table, [args.synthetic_key_column]):
+        names = (row.get(args.source_column) or "").split("|")
         nearer = names[-1 if float(row.get("fraction") or 0) > 0.5 else 0].strip()
-        found[image_key(row[args.synthetic_key_column].strip())] = image_key(nearer)
+        if nearer:
+            found[image_key(row[args.synthetic_key_column].strip())] = image_key(nearer)
     return found or None

@@ -112,14 +112,11 @@ def dicom_facts(source: str | PathLike[str] | bytes | Dataset, salt: str | bytes
     if isinstance(source, str | PathLike):
         source = Path(source).read_bytes()
     dataset = parse_dicom(source, [])[1] if isinstance(source, bytes) else source
+    modality, view = text(dataset, _MODALITY), text(dataset, _VIEW)
     laterality = text(dataset, _IMAGE_LATERALITY) or text(dataset, _LATERALITY)
     facts: dict[str, Any] = {
-        "modality": modality if (modality := text(dataset, _MODALITY)) in _MODALITIES else None,
-        "view": "LATERAL"
-        if (view := text(dataset, _VIEW)) in _LATERAL_VIEWS
-        else view
-        if view in _OTHER_VIEWS
-        else None,
+        "modality": modality if modality in _MODALITIES else None,
+        "view": "LATERAL" if view in _LATERAL_VIEWS else view if view in _OTHER_VIEWS else None,
         "laterality": laterality if laterality in _LATERALITIES else None,
         "spacing": next(filter(None, (_spacing(dataset, tag) for tag in _SPACINGS)), None),
     }

@@ -15,7 +15,6 @@ __all__ = ["MAX_DISTANCE", "Duplicates", "find_duplicates", "near_pairs", "perce
 # 256 bits are 16 bands of 16: two hashes that differ in at most 15 bits share a band, by the pigeonhole principle.
 _BANDS = 16
 MAX_DISTANCE = _BANDS - 1
-_ONES = np.array([value.bit_count() for value in range(1 << 16)], np.uint8)
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def _pairs_in_band(words: np.ndarray, band: np.ndarray, max_distance: int) -> tu
     step = 1
     while len(left := left[left + step < len(order)]) and len(left := left[value[left] == value[left + step]]):
         pairs = np.stack([order[left], order[left + step]], axis=1)
-        distance = _ONES[words[pairs[:, 0]] ^ words[pairs[:, 1]]].sum(axis=1, dtype=np.int64)
+        distance = np.bitwise_count(words[pairs[:, 0]] ^ words[pairs[:, 1]]).sum(axis=1, dtype=np.int64)
         near = distance <= max_distance
         found.append(pairs[near])
         distances.append(distance[near])

@@ -12,7 +12,7 @@ import time
 import zlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -213,14 +213,20 @@ class SweptSegments:
         return values
 
     def _arrays(self, view: int, first: int) -> dict[str, np.ndarray]:
-        """All that a file holds, so that damage is found wherever it is."""
         path = self.path(view, first)
-        content = io.BytesIO(path.read_bytes())
-        try:
-            with np.load(content, allow_pickle=False) as file:
-                return dict(file)
-        except (BadZipFile, EOFError, OSError, RuntimeError, ValueError, zlib.error) as error:
-            raise ValueError(f"{path} is damaged ({error}): delete it and run again.") from error
+        status = path.stat()
+        return _read_file(path, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=64)  # images are asked for one by one, of several sweeps in turn
+def _read_file(path: Path, *version: int) -> dict[str, np.ndarray]:
+    """All that a file holds, so that damage is found wherever it is."""
+    content = io.BytesIO(path.read_bytes())
+    try:
+        with np.load(content, allow_pickle=False) as file:
+            return dict(file)
+    except (BadZipFile, EOFError, OSError, RuntimeError, ValueError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it and run again.") from error
 
 
 def segment_images(
