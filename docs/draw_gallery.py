@@ -36,11 +36,16 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     pipe.prior = DinoPriorPipeline.from_pretrained(args.prior)
     pipe.prior.set_progress_bar_config(disable=True)
-    radiographs = open_images(DATA / "kermany", Preprocessing(pipe.vae.config.sample_size, remove_borders=False))
-    images = collate([radiographs[number] for number in range(3)])["image"]  # (3, 1, S, S) in [0, 1]
+    images = open_radiographs(pipe)[:3]
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for name in args.names:
         PICTURES[name](pipe, images).save(args.output_dir / f"{name}.webp", quality=80, method=6)
+
+
+def open_radiographs(pipe: DinoDiffusionPipeline) -> Tensor:
+    """The bundled ones, which no part of the model has seen: `(N, 1, S, S)` in [0, 1]."""
+    images = open_images(DATA / "kermany", Preprocessing(pipe.vae.config.sample_size, remove_borders=False))
+    return collate([images[number] for number in range(len(images))])["image"]
 
 
 def seeded(count: int) -> list[torch.Generator]:
@@ -161,23 +166,22 @@ def draw_masks(pipe: DinoDiffusionPipeline, images: Tensor) -> Image.Image:
     phantoms = open_masked_images(TEST, 128, 128, max_samples=8)
     samples = [phantoms[number] for number in range(8)]
     pictures = torch.stack([sample.image for sample in samples])
-    cells = [*_grays(pictures), *_overlays(pictures, torch.stack([sample.mask for sample in samples]))]
-    return contact_sheet([cells[0], cells[8]], [*cells[1:8], *cells[9:]])
+    cells = painted_rows(pictures, [torch.stack([sample.mask for sample in samples])])
+    return contact_sheet([cells[0], cells[1]], [*cells[2::2], *cells[3::2]])
 
 
-def _grays(images: Tensor) -> list[Image.Image]:
-    return [Image.fromarray(pixels).convert("RGB") for pixels in unit_to_uint8(images)[:, 0].numpy()]
-
-
-def _overlays(images: Tensor, masks: Tensor) -> list[Image.Image]:
-    return [
-        overlay(image, mask.to(torch.uint8).numpy(), 0.4) for image, mask in zip(_grays(images), masks, strict=True)
-    ]
+def painted_rows(images: Tensor, columns: list[Tensor]) -> list[Image.Image]:
+    """Each image, and the image under its masks `(B, H, W)` of each column, row by row."""
+    cells = []
+    for number, pixels in enumerate(unit_to_uint8(images)[:, 0].numpy()):
+        picture = Image.fromarray(pixels).convert("RGB")
+        cells += [picture, *(overlay(picture, masks[number].to(torch.uint8).numpy(), 0.4) for masks in columns)]
+    return cells
 
 
 def _rows(images: Tensor, columns: list[Tensor]) -> Image.Image:
-    cells = [list(row) for row in zip(*(_overlays(images, masks) for masks in columns), strict=True)]
-    return contact_sheet(_grays(images), [cell for row in cells for cell in row])
+    cells, width = painted_rows(images, columns), len(columns) + 1
+    return contact_sheet(cells[::width], [cell for place, cell in enumerate(cells) if place % width])
 
 
 PICTURES = {name.removeprefix("draw_"): draw for name, draw in list(globals().items()) if name.startswith("draw_")}

@@ -9,19 +9,15 @@ import argparse
 from pathlib import Path
 
 import torch
+from draw_gallery import DATA, SAMPLING, open_radiographs, painted_rows
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 from diffusers_dino import DiffSegPipeline, DinoDiffusionPipeline, DinoInterpolationPipeline
-from diffusers_dino.data import Preprocessing, collate, open_images
-from diffusers_dino.demo.segments import overlay
-from diffusers_dino.pixels import unit_to_uint8
 from diffusers_dino.sheets import contact_sheet
 
-DATA = Path(__file__).parents[1] / "examples/data"
 COLUMNS = 8
-SAMPLING = {"num_inference_steps": 20, "guidance_scale": 2.0}
 
 
 def main() -> None:
@@ -31,9 +27,7 @@ def main() -> None:
     args = parser.parse_args()
     pipe = DinoDiffusionPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
-    preprocessing = Preprocessing(pipe.vae.config.sample_size, remove_borders=False)
-    radiographs = open_images(DATA / "kermany", preprocessing)
-    images = collate([radiographs[number] for number in range(len(radiographs))])["image"]  # (N, 1, S, S) in [0, 1]
+    images = open_radiographs(pipe)
     panels = {
         "Variations: an unseen image (left), and what its tokens become": draw_variations(pipe, images),
         "Paths: two unseen images (left and right), and images between them": draw_paths(pipe, images),
@@ -63,11 +57,7 @@ def draw_paths(pipe: DinoDiffusionPipeline, images: Tensor) -> Image.Image:
 
 def draw_segments(pipe: DinoDiffusionPipeline, images: Tensor) -> Image.Image:
     """Each image beside its segments, in one row."""
-    segments = DiffSegPipeline.from_pipe(pipe)(images).masks
-    cells = []
-    for pixels, labels in zip(unit_to_uint8(images)[:, 0].numpy(), segments, strict=True):
-        picture = Image.fromarray(pixels)
-        cells += [picture.convert("RGB"), overlay(picture, labels.to(torch.uint8).numpy(), 0.4)]
+    cells = painted_rows(images, [DiffSegPipeline.from_pipe(pipe)(images).masks])
     return contact_sheet(cells[:1], cells[1:])
 
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL.Image import Image
@@ -202,16 +202,15 @@ def measure_fidelity(sets: dict[str, Tensor], training: Tensor, scheduler: str, 
     return FidelityResult(tuple(rows))
 
 
+def sampling(args: Arguments) -> dict[str, Any]:
+    """How images are drawn that are shown, always from the same noise."""
+    generator = torch.Generator().manual_seed(0)
+    return {"num_inference_steps": args.num_inference_steps, "guidance_scale": GUIDANCE, "generator": generator}
+
+
 def draw_variations(pipe: DinoDiffusionPipeline, sources: Tensor, args: Arguments) -> Image:
     """One row for each source: the source, then its variations."""
-    variations = pipe(
-        sources,
-        num_images_per_prompt=args.num_variations,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=GUIDANCE,
-        generator=torch.Generator().manual_seed(0),
-    ).images
-    return contact_sheet(sources, variations)
+    return contact_sheet(sources, pipe(sources, num_images_per_prompt=args.num_variations, **sampling(args)).images)
 
 
 def draw_paths(pipe: DinoDiffusionPipeline, images: Tensor, args: Arguments) -> Image:
@@ -219,14 +218,7 @@ def draw_paths(pipe: DinoDiffusionPipeline, images: Tensor, args: Arguments) -> 
     between = DinoInterpolationPipeline.from_pipe(pipe)
     between.set_progress_bar_config(disable=True)
     sources, targets = images[0 : 2 * args.num_paths : 2], images[1 : 2 * args.num_paths : 2]
-    paths = between(
-        sources,
-        targets,
-        torch.linspace(0, 1, args.num_points),
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=GUIDANCE,
-        generator=torch.Generator().manual_seed(0),
-    ).images
+    paths = between(sources, targets, torch.linspace(0, 1, args.num_points), **sampling(args)).images
     return contact_sheet(sources, paths, targets)
 
 
@@ -241,12 +233,7 @@ def draw_from_labels(pipe: DinoDiffusionPipeline, args: Arguments) -> tuple[tupl
         guidance_scale=GUIDANCE,
         generator=torch.Generator().manual_seed(0),
     ).image_embeds
-    images = pipe(
-        image_embeds=tokens,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=GUIDANCE,
-        generator=torch.Generator().manual_seed(0),
-    ).images
+    images = pipe(image_embeds=tokens, **sampling(args)).images
     return prior.labels, contact_sheet(*(images[i :: args.num_variations] for i in range(args.num_variations)))
 
 

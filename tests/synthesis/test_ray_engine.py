@@ -62,8 +62,8 @@ def plan(sources):
 def job(plan, pipe, sources, tmp_path):
     bound = bind(plan, pipe, sources)
     job = _Job(bound, sources, None, prepare_folder(bound, tmp_path / "set"), {}, "cpu")
-    job.attempts.mkdir()
-    pipe.save_pretrained(job.model)
+    job.place("attempts").mkdir()
+    pipe.save_pretrained(job.place("model"))
     return job
 
 
@@ -112,7 +112,7 @@ def test_a_worker_answers_with_what_it_made(job):
 
 
 def test_a_shard_that_ends_its_worker_every_time_is_given_up(job):
-    (job.attempts / "shard-000001").write_bytes(b"....")
+    (job.place("attempts") / "shard-000001").write_bytes(b"....")
     with pytest.raises(SynthesisError, match="4 workers died"):
         raise ask(job, "shard", 1).error
     assert not (job.folder / "synthetic-000001.tar").exists()
@@ -121,7 +121,7 @@ def test_a_shard_that_ends_its_worker_every_time_is_given_up(job):
 def test_a_machine_with_another_folder_or_model_is_refused(job, tmp_path):
     with pytest.raises(SynthesisError, match="does not see"):
         raise ask(replace(job, folder=tmp_path / "nowhere"), "part", 0).error
-    tiny.tiny_pipeline(vae=tiny.tiny_vae(scaling_factor=0.25)).save_pretrained(job.model)
+    tiny.tiny_pipeline(vae=tiny.tiny_vae(scaling_factor=0.25)).save_pretrained(job.place("model"))
     with pytest.raises(SynthesisError, match=r"(?s)begun with other settings.*vae"):
         raise ask(job, "part", 0).error
 

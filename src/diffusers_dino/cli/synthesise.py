@@ -137,7 +137,10 @@ def main(args: Arguments) -> None:
         pipe = load_generator(args.model, args.dtype, args.scheduler)
         # Ray's workers take both pipelines from the CPU
         prior = load_prior(args, torch.device("cpu") if args.engine == "ray" else accelerator.device)
-    prepare_model(args, pipe, accelerator.device)
+    if args.engine == "local":
+        pipe.to(accelerator.device)
+    if args.compile:  # also for Ray's workers, which load and compile their own
+        compile_generator(pipe)
     must_calibrate = args.gate is not None and not Path(args.gate).exists()  # only that needs patients
     images, table = open_regime(args, pipe, must_calibrate)
     gate = None
@@ -163,14 +166,6 @@ def main(args: Arguments) -> None:
     if accelerator.is_main_process:
         describe(made, images, args)
     accelerator.end_training()
-
-
-def prepare_model(args: Arguments, pipe: DinoDiffusionPipeline, device: torch.device) -> None:
-    """Move the model to where it samples, and compile it if it is to be; Ray's workers load and compile their own."""
-    if args.engine == "local":
-        pipe.to(device)
-    if args.compile:
-        compile_generator(pipe)
 
 
 def make_plan(

@@ -98,10 +98,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
         Another one stands in for an unreadable one; with `replace=False` its image is None.
         """
-        for index in indices:
-            if not -len(self) <= index < len(self):
-                raise IndexError(f"index {index} is out of range for {len(self)} images")
-        places = [index % len(self) for index in indices]
+        places = [range(len(self))[index] for index in indices]
         keys = [self.store.keys[index] for index in self._indices[places].tolist()]
         for place, key, array in zip(places, keys, self._prepare(places), strict=True):
             if array is None and replace:
@@ -126,11 +123,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
         """
         known = self.keys
         found = {known[place] for place in find_keys(keys, known, "keys are not in the data set")}
-        return self._choose([place for place, key in enumerate(known) if key in found])
-
-    def _choose(self, places: Sequence[int]) -> ImageDataset:
-        indices = self._indices[places]
-        selection = ImageDataset(self.store, self.preprocessing, False, self.max_unreadable, indices)
+        places = [place for place, key in enumerate(known) if key in found]
+        selection = ImageDataset(self.store, self.preprocessing, False, self.max_unreadable, self._indices[places])
         if self._prepared is not None:
             selection._prepared = [self._prepared[place] for place in places]
         selection.unreadable = {new: self.unreadable[old] for new, old in enumerate(places) if old in self.unreadable}

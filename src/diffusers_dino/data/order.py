@@ -6,6 +6,7 @@ Nothing here remembers what was shown: the sample at a position is computed from
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
@@ -73,6 +74,7 @@ class WindowedOrder:
         raise IndexError(f"rank {rank} is out of range for {len(self)} samples")
 
 
+@dataclass(eq=False)
 class GlobalBatchSampler(Sampler[list[Slot]]):
     """An endless batch sampler over shuffled epochs.
 
@@ -91,34 +93,25 @@ class GlobalBatchSampler(Sampler[list[Slot]]):
         order: How to permute it, in place of a full shuffle: see `ImageDataset.order`.
     """
 
-    def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        seed: int = 0,
-        num_processes: int = 1,
-        process_index: int = 0,
-        start: int = 0,
-        shuffle: bool = True,
-        order: WindowedOrder | None = None,
-    ) -> None:
-        if num_samples < 1 or batch_size < 1 or start < 0:
+    num_samples: int
+    batch_size: int
+    seed: int = 0
+    num_processes: int = 1
+    process_index: int = 0
+    start: int = 0
+    shuffle: bool = True
+    order: WindowedOrder | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1 or self.batch_size < 1 or self.start < 0:
             raise ValueError(
-                f"num_samples and batch_size must be positive and start not negative, got {num_samples}, {batch_size} "
-                f"and {start}"
+                f"num_samples and batch_size must be positive and start not negative, got {self.num_samples}, "
+                f"{self.batch_size} and {self.start}"
             )
-        if not 0 <= process_index < num_processes:
-            raise ValueError(f"process_index must be in [0, {num_processes}), got {process_index}")
-        if order is not None and len(order) != num_samples:
-            raise ValueError(f"order is of {len(order)} samples, but num_samples is {num_samples}")
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.seed = seed
-        self.num_processes = num_processes
-        self.process_index = process_index
-        self.start = start
-        self.shuffle = shuffle
-        self.order = order
+        if not 0 <= self.process_index < self.num_processes:
+            raise ValueError(f"process_index must be in [0, {self.num_processes}), got {self.process_index}")
+        if self.order is not None and len(self.order) != self.num_samples:
+            raise ValueError(f"order is of {len(self.order)} samples, but num_samples is {self.num_samples}")
 
     @property
     def global_batch_size(self) -> int:

@@ -153,9 +153,7 @@ class Plan:
         return len(self.sources)
 
     def __getitem__(self, index: int) -> PlannedImage:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"index {index} is out of range for a plan of {len(self)} images")
-        index %= len(self)
+        index = range(len(self))[index]
         fraction = float(self.fractions[index])
         labels = probabilities = None
         if self.exponent is not None:
@@ -179,7 +177,7 @@ class Plan:
         if not 0 <= number < self.num_shards:
             raise IndexError(f"shard {number} is out of range for a plan of {self.num_shards} shards")
         size = self.settings.images_per_shard
-        return range(number * size, min((number + 1) * size, len(self)))
+        return range(len(self))[number * size : (number + 1) * size]
 
     def describe(self) -> dict[str, Any]:
         """Everything but the rows, for JSON."""

@@ -113,23 +113,18 @@ def _check_rows(plan: Plan) -> None:
     """Raise ValueError unless each row is of the types and within the ranges that `Plan` says."""
     count, ends = len(plan.sources), {"reconstruction": 1, "interpolation": 2, "prior": 0}[plan.strategy]
     soft = plan.exponent is not None
-    columns = {"sources": (count, ends), "fractions": (count,), "labels": (count, 2) if soft else (count,)}
-    for (name, shape), dtype in zip(columns.items(), ("<i8", "<f8", "<i4"), strict=True):
+    columns = {
+        "sources": ((count, ends), "<i8", 0, len(plan.keys) - 1),
+        "fractions": ((count,), "<f8", 0, 1),
+        "labels": ((count, 2) if soft else (count,), "<i4", 0 if soft else -1, len(plan.label_sets) - 1),
+    }
+    for name, (shape, dtype, least, most) in columns.items():
         column = getattr(plan, name)
         if column.shape != shape or column.dtype != dtype or not count:
             raise ValueError(f"{name} are {column.shape} of {column.dtype}, not {shape} of {np.dtype(dtype)}")
-    plan.keys.to_bytes().decode()
-    limits = {
-        "sources": (0, len(plan.keys) - 1),
-        "fractions": (0, 1),
-        "labels": (0 if soft else -1, len(plan.label_sets) - 1),
-    }
-    for name, (least, most) in limits.items():
-        column = getattr(plan, name)
-        if not column.size:  # the sources of a prior's images
-            continue
-        if not (least <= column.min() and column.max() <= most):  # not true of NaN either
+        if column.size and not (least <= column.min() and column.max() <= most):  # not true of NaN either
             raise ValueError(f"{name} are not all between {least} and {most}")
+    plan.keys.to_bytes().decode()
     if not all(isinstance(label, str) for labels in plan.label_sets for label in labels):
         raise ValueError("labels are not all text")
     if soft:

@@ -111,12 +111,12 @@ def synthesise_with_ray(
         dtypes, device = _dtypes(pipe), "cuda" if resources.num_gpus else "cpu"
         drawn = None if prior is None else (prior.settings(), _dtypes(prior.pipe))
         job = _Job(plan, images, gate, folder, dtypes, device, drawn)
-        for leftover in (job.attempts, job.model, job.prior):  # of a run that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
-        job.attempts.mkdir()
-        pipe.save_pretrained(job.model)
+        for name in ("attempts", "model", "prior"):  # of a run that was killed
+            shutil.rmtree(job.place(name), ignore_errors=True)
+        job.place("attempts").mkdir()
+        pipe.save_pretrained(job.place("model"))
         if prior is not None:
-            prior.pipe.save_pretrained(job.prior)
+            prior.pipe.save_pretrained(job.place("prior"))
         with _connected(ray, plan, resources) as num_workers:
             tokens, problems = TokenStore(plan, folder), []  # without a part for a prior's images
             found = {number: find_record(plan, number, folder) for number in range(plan.num_shards)}
@@ -151,20 +151,9 @@ class _Job:
     device: str
     drawn: tuple[dict[str, float], dict[str, torch.dtype]] | None = None  # settings and types of the prior, if any
 
-    @property
-    def model(self) -> Path:
-        """Where the pipeline is."""
-        return self.folder / WORK / "model"
-
-    @property
-    def prior(self) -> Path:
-        """Where the prior is, if there is one."""
-        return self.folder / WORK / "prior"
-
-    @property
-    def attempts(self) -> Path:
-        """Where each part and shard has a file with a byte for each time that this run began it."""
-        return self.folder / WORK / "attempts"
+    def place(self, name: Literal["model", "prior", "attempts"]) -> Path:
+        """Where the pipelines are; in `attempts` each part and shard has a byte for each time that it was begun."""
+        return self.folder / WORK / name
 
 
 class _Answer(NamedTuple):
@@ -210,7 +199,7 @@ class _Worker:
         """The pipeline, on its device, after a check that it is the plan's."""
         job = self.job
         disable_progress_bar()  # of loading, which Ray would repeat to the user for each worker
-        pipe = DinoDiffusionPipeline.from_pretrained(job.model, dtype=job.dtypes, local_files_only=True)
+        pipe = DinoDiffusionPipeline.from_pretrained(job.place("model"), dtype=job.dtypes, local_files_only=True)
         pipe = pipe.to(job.device)
         if job.plan.made_with.get("compiled"):
             compile_generator(pipe)
@@ -224,7 +213,7 @@ class _Worker:
         if self.job.drawn is None:
             return None
         settings, dtypes = self.job.drawn
-        pipe = DinoPriorPipeline.from_pretrained(self.job.prior, dtype=dtypes, local_files_only=True)
+        pipe = DinoPriorPipeline.from_pretrained(self.job.place("prior"), dtype=dtypes, local_files_only=True)
         return PriorTokens(pipe.to(self.job.device), **settings)
 
     @cached_property
@@ -243,7 +232,7 @@ class _Worker:
             raise SynthesisError(
                 f"{host} does not see {folder}: all machines must share the output folder under one path."
             )
-        path = self.job.attempts / f"{self.kind}-{number:06d}"
+        path = self.job.place("attempts") / f"{self.kind}-{number:06d}"
         with open(path, "ab") as file:
             file.write(b".")
         attempt = path.stat().st_size

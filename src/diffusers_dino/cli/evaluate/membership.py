@@ -24,7 +24,7 @@ from ...pipelines.checks import image_size
 from ...training.models import load_trained_pipeline
 from ..arguments import flag
 from ..console import hold_output
-from ..held_out_flags import HeldOutArguments, check_arguments, open_training_and_held_out, read_patients
+from ..image_flags import HeldOutArguments, check_arguments, open_training_and_held_out, read_patients
 
 
 @dataclass

@@ -31,7 +31,7 @@ from ...pipelines import DinoPriorPipeline
 from ...synthesis import PriorTokens, load_plan
 from ..arguments import flag
 from ..console import hold_output
-from ..held_out_flags import HeldOutArguments, check_arguments, open_training_and_held_out, read_patients
+from ..image_flags import HeldOutArguments, check_arguments, open_training_and_held_out, read_patients
 
 
 @dataclass

@@ -167,9 +167,7 @@ def _stretched(values: np.ndarray, low: float, high: float) -> np.ndarray:
 def refuse_blank(image: np.ndarray, name: str = "") -> None:
     """Refuse a prepared image that shows nothing, with `UnreadableImageError`: it is damaged as others are."""
     if (image == image[:1, :1]).all():
-        raise UnreadableImageError(
-            f"Cannot read {name}: all its pixels are equal" if name else "all its pixels are equal"
-        )
+        raise UnreadableImageError(f"{f'Cannot read {name}: ' if name else ''}all its pixels are equal")
 
 
 def center_crop(image: np.ndarray) -> np.ndarray:

@@ -124,6 +124,4 @@ def _bright(values: np.ndarray, photometric: int | None) -> np.ndarray:
     """Large values bright, also where the file says that white is 0."""
     if photometric != _WHITE_IS_ZERO:
         return values
-    return (
-        -values if values.dtype.kind == "f" else ~values
-    )  # for all integers the same as largest - value (+ smallest)
+    return -values if values.dtype.kind == "f" else ~values  # of integers the same as largest - value (+ smallest)
