@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ..data.images.encoding import Encoding
-from ..data.sharding.manifest import Shard, write_shard
-from ..data.stores.archives import INDEX_SUFFIX, index_tar
+from ..data.sharding.manifest import Shard, shard_problem, write_shard
+from ..data.stores.archives import INDEX_SUFFIX
 from ..devices import deterministic
-from ..files import read_json, sha256_of, write_json
+from ..files import read_json, write_json
 from ..pipelines import DinoDiffusionPipeline
 from ..pixels import unit_to_uint8, with_channels
 from ..seeds import derive_seed, generator_for
@@ -126,14 +126,10 @@ def read_record(plan: Plan, number: int, folder: Path) -> ShardRecord | None:
 
 def find_record(plan: Plan, number: int, folder: Path) -> ShardRecord | None:
     """The record of a shard that is there with its index and the SHA-256 that was noted; None if it must be made."""
-    record, path = read_record(plan, number, folder), shard_path(folder, number)
-    index = path.with_name(path.name + INDEX_SUFFIX)
-    if record is None or not path.is_file() or not index.is_file():
+    record = read_record(plan, number, folder)
+    if record is None or not Path(f"{shard_path(folder, number)}{INDEX_SUFFIX}").is_file():
         return None
-    if path.stat().st_size != record.shard.bytes or sha256_of(path) != record.shard.sha256:
-        return None
-    with open(path, "rb") as tar:
-        return record if index.read_bytes() == index_tar(tar, path.name, record.shard.bytes).to_bytes() else None
+    return None if shard_problem(folder, asdict(record.shard)) else record
 
 
 def _sample(

@@ -21,6 +21,7 @@ __all__ = [
     "check_shards",
     "few",
     "read_manifest",
+    "shard_problem",
     "verify_shards",
     "write_manifest",
     "write_shard",
@@ -116,7 +117,7 @@ def verify_shards(folder: str | Path, num_workers: int = 4) -> list[str]:
     folder = Path(folder)
     entries = read_manifest(folder)["shards"]
     with ThreadPoolExecutor(max(1, num_workers)) as pool:  # hashing releases the GIL
-        problems = [problem for problem in pool.map(lambda entry: _problem(folder, entry), entries) if problem]
+        problems = [problem for problem in pool.map(lambda entry: shard_problem(folder, entry), entries) if problem]
     known = {entry["name"] for entry in entries}
     strangers = sorted(path.name for path in folder.glob("*.tar") if path.name not in known)
     return problems + [f"{name} is not in the manifest" for name in strangers]
@@ -138,7 +139,8 @@ def few(problems: Sequence[str]) -> str:
     return "; ".join([*problems[:10], *more])
 
 
-def _problem(folder: Path, entry: dict[str, Any]) -> str | None:
+def shard_problem(folder: Path, entry: dict[str, Any]) -> str | None:
+    """What is wrong with a shard that a manifest describes so, or with its index; None if nothing."""
     path = folder / entry["name"]
     if not path.is_file():
         return f"{path.name} is missing"

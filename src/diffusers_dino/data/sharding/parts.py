@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from ...files import atomic_write, read_json, sha256_of, write_json
+from ...files import atomic_write, read_json, write_json
 from ..images.dicom_header import dicom_facts, is_dicom, salted_hash
 from ..images.encoding import Encoding
 from ..images.errors import NoImageError, UnreadableImageError
@@ -28,7 +28,7 @@ from ..keys import unify
 from ..sources import Record
 from ..sources.records import salted_key
 from .duplicates import perceptual_hash, pixel_digest
-from .manifest import Shard, ShardError, write_shard
+from .manifest import Shard, ShardError, shard_problem, write_shard
 
 __all__ = [
     "Item",
@@ -218,12 +218,12 @@ def read_part(folder: Path, number: int) -> tuple[list[Sample], list[Unreadable]
 
 def assemble_shard(name: str, split: str, samples: Sequence[Sample], parts: Path, folder: Path, done: Path) -> Shard:
     """Copy a shard together from parts, unless it is there already and matches its record in the folder `done`."""
-    path, record = folder / name, done / f"{name}.json"
+    record = done / f"{name}.json"
     with suppress(FileNotFoundError, ValueError, TypeError):  # without a sound record it is written anew
         shard = Shard(**read_json(record))
-        if path.is_file() and path.stat().st_size == shard.bytes and sha256_of(path) == shard.sha256:
+        if shard.name == name and shard_problem(folder, asdict(shard)) is None:
             return shard
-    shard = write_shard(path, split, _with_facts(samples, split, parts))
+    shard = write_shard(folder / name, split, _with_facts(samples, split, parts))
     write_json(record, asdict(shard))
     return shard
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import glob
-import itertools
 import os
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -111,18 +109,10 @@ def is_pattern(path: str) -> bool:
 
 def expand_braces(pattern: str) -> Iterator[str]:
     """Expand `{000..012}` and `{a,b}` as a shell does, but not in names that are there; leading zeros are kept."""
+    from braceexpand import braceexpand  # comes with webdataset
+
     if os.path.isfile(pattern):
         return iter([pattern])
     slashes = (place for place, sign in enumerate(pattern) if sign == "/")
     known = max((place for place in slashes if os.path.isdir(pattern[:place])), default=0)
-    parts: list[list[str]] = [[pattern[:known]]]
-    for text in re.split(r"(\{[^{}]*\})", pattern[known:]):
-        numbers = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", text)
-        if numbers:
-            first, last = numbers.groups()
-            parts.append([f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)])
-        elif text.startswith("{") and "," in text:
-            parts.append(text[1:-1].split(","))
-        else:
-            parts.append([text])
-    return ("".join(choice) for choice in itertools.product(*parts))
+    return (pattern[:known] + rest for rest in braceexpand(pattern[known:], escape=False))
