@@ -75,6 +75,8 @@ class Arguments:
     prior: str = flag(str(EXAMPLES / "data/tiny-prior"), "Prior over the tokens of the bundled encoder.")
     num_seeds: int = flag(3, "Noise seeds that the figures are averaged over.")
     num_inference_steps: int = flag(20, "Sampling steps of all images.")
+    num_planted: int = flag(50, "Training images tampered with in each way, to see what the search for copies finds.")
+    num_tuning: int = flag(32, "Training images that the settings of segmentation are chosen on.")
 
 
 def main() -> None:
@@ -105,7 +107,8 @@ def main() -> None:
         fidelity = measure_fidelity(sets, training.images, type(pipe.scheduler).__name__, args.num_inference_steps)
         fidelity.save(output_dir / "fidelity.json")
         synthetic = torch.cat([sets[PLAIN], sets[GUIDED]])
-        memorization = evaluate_memorization(training.images, synthetic, test.images, num_pairs=6).result
+        options = {"num_pairs": 6, "num_planted": args.num_planted}
+        memorization = evaluate_memorization(training.images, synthetic, test.images, **options).result
         memorization.save(output_dir / "memorization.json")
     with stopwatch("draw variations and paths"):
         variations = draw_variations(pipe, test.images[: args.num_sources], args)
@@ -113,7 +116,7 @@ def main() -> None:
     with stopwatch("draw from labels, without an image"):
         asked, drawn = draw_from_labels(pipe, args)
     with stopwatch("segment"):
-        segmentation, strips = segment(pipe, test, training, args.num_paths)
+        segmentation, strips = segment(pipe, test, training, args)
         write_json(output_dir / "segmentation.json", segmentation, indent=2)
         pipe.unet.save_config(model_dir / "unet")  # with the chosen settings, which are now the defaults
 
@@ -131,7 +134,7 @@ def main() -> None:
     report.add_image(paths, caption)
     report.add_heading("From labels, without an image")
     report.add_image(drawn, f"A row each: {', '.join(asked)}. A prior drew the tokens from only these names.")
-    add_segmentation(report, segmentation, strips, len(test.images))
+    add_segmentation(report, segmentation, strips, args.num_tuning, len(test.images))
     add_stages(report, stopwatch)
     report.save(output_dir / "report.html")
     print(f"Report: {output_dir / 'report.html'}\nModel:  {model_dir}")
@@ -238,11 +241,11 @@ def draw_from_labels(pipe: DinoDiffusionPipeline, args: Arguments) -> tuple[tupl
 
 
 def segment(
-    pipe: DinoDiffusionPipeline, test: Phantoms, training: Phantoms, num_drawn: int
+    pipe: DinoDiffusionPipeline, test: Phantoms, training: Phantoms, args: Arguments
 ) -> tuple[dict[str, float], Image]:
     """Mean Dice of the lungs on the test set, with controls; and image | true lungs | named segments | segments."""
     diffseg = DiffSegPipeline.from_pipe(pipe)
-    few = Phantoms(training.images[:32], training.lungs[:32])  # the setting is chosen on these
+    few = Phantoms(*(each[: args.num_tuning] for each in training))  # the setting is chosen on these
     untrained = with_fresh_unet(diffseg)
     for each in (diffseg, untrained):
         note_best_settings(each, few)
@@ -263,7 +266,7 @@ def segment(
     }
     shades = segments / segments.amax((1, 2), keepdim=True).clamp(min=1)
     columns = (test.images, test.lungs[:, None], named[:, None], shades[:, None])
-    return figures, contact_sheet(*(column[:num_drawn] for column in columns))
+    return figures, contact_sheet(*(column[: args.num_paths] for column in columns))
 
 
 def note_best_settings(diffseg: DiffSegPipeline, phantoms: Phantoms) -> None:
@@ -353,12 +356,12 @@ def add_memorization(report: Report, result: MemorizationResult, pairs: Image) -
     report.add_image(pairs, "The closest pairs: generated | its nearest training phantom.")
 
 
-def add_segmentation(report: Report, figures: dict[str, float], strips: Image, n: int) -> None:
+def add_segmentation(report: Report, figures: dict[str, float], strips: Image, num_tuning: int, n: int) -> None:
     report.add_heading("Segments without training or labels")
     report.add_text(
         "The model's self-attention in one denoising step, merged to segments (DiffSeg). Layers, timestep and "
-        f"threshold are chosen on 32 training phantoms, and the figures are means over the {n} unseen ones. Phantoms "
-        "of one person have much the same lungs, so the mean mask is hard to beat."
+        f"threshold are chosen on {num_tuning} training phantoms, and the figures are means over the {n} unseen ones. "
+        "Phantoms of one person have much the same lungs, so the mean mask is hard to beat."
     )
     report.add_table(["Dice of the lungs, against the exact masks", ""], list(figures.items()))
     report.add_image(strips, "The image, its lungs, the segments that were named lungs, and all segments.")
