@@ -5,20 +5,16 @@ The fixtures import `tiny` where they use it, so that tests that need no model s
 
 import os
 
-os.environ.setdefault(
-    "HF_HUB_OFFLINE", "1"
-)  # read when huggingface_hub is imported; a test must not wait for a network
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("TQDM_DISABLE", "1")  # bars of pipelines
-
 import pytest
 
 
 def pytest_configure():
-    """Processes that share the tests share the cores, as do the scripts that they start; torch reads it on import."""
+    """Set what libraries read on import: no network, no bars of pipelines, and a share of the cores."""
     processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    if processes > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))} if processes > 1 else {}
+    quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TQDM_DISABLE": "1"}
+    for name, value in (quiet | threads).items():
+        os.environ.setdefault(name, value)
 
 
 def pytest_collection_modifyitems(items):

@@ -102,7 +102,7 @@ def execute(name: str, folder: Path, **constants: object) -> tuple[str, int]:
 
 @pytest.mark.slow
 def test_the_first_hour(clone):
-    printed, pictures = execute("first_hour", clone / "examples/notebooks", NUM_STEPS=10)
+    printed, pictures = execute("first_hour", clone / "examples/notebooks", NUM_STEPS=5, NUM_UPDATES=25)
     results = clone / "outputs/first_hour"
     assert pictures == 9
     assert (results / "lora/pytorch_lora_weights.safetensors").is_file()
