@@ -65,6 +65,9 @@ class Arguments(RunArguments, AugmentationArguments, ImageArguments):
     norm_num_groups: int = flag(32, "Groups of the normalisation; divides all channels.")
     mid_block_add_attention: bool = flag(False, "Attention at the lowest level.")
     channels_last: bool = flag(True, "Channels-last memory format: faster on most devices.")
+    latent_noise: float = flag(
+        0.0, "Largest standard deviation of noise on the latents, of theirs: for decoders of sampled latents."
+    )
     l1_weight: float = flag(1.0, "Weight of the absolute error.", group="Objective")
     mse_weight: float = flag(2.0, "Weight of the squared error.")
     gradient_weight: float = flag(0.5, "Weight of the absolute error of the image's gradients.")
@@ -111,9 +114,9 @@ def train(args: Arguments, opened: Run) -> None:
             if args.crop_size:
                 shown = random_crops(shown, args.crop_size, args.seed, batch["position"])
             pixels = unit_to_vae(shown, args.in_channels)
-            noise = posterior_noise(vae, args, batch["position"]).to(accelerator.device)
+            noise = [x.to(accelerator.device) for x in posterior_noise(vae, args, batch["position"])]
             with accelerator.accumulate(run.model):
-                reconstruction, *rest = run.model(pixels, noise)
+                reconstruction, *rest = run.model(pixels, *noise)
                 loss = loss_function(reconstruction, *rest)
                 if adversary:
                     disliked = adversary.loss(reconstruction, pixels, loss, vae.decoder.conv_out.weight)
@@ -139,10 +142,13 @@ class AutoencodingNetwork(nn.Module):
         super().__init__()
         self.vae = vae
 
-    def forward(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Pixels `(B, C, H, W)` in [-1, 1], noise `(B, L, h, w)` -> reconstruction, pixels, mean, logvar."""
+    def forward(self, pixels: Tensor, noise: Tensor, more: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Pixels `(B, C, H, W)` in [-1, 1], noise `(B, L, h, w)` -> reconstruction, pixels, mean, logvar.
+
+        `more` `(B, L, 1, 1)` is added to the standard deviation of the latents.
+        """
         posterior = self.vae.encode(pixels).latent_dist
-        latents = posterior.mean + posterior.std * noise
+        latents = posterior.mean + (posterior.std + more) * noise
         return self.vae.decode(latents).sample, pixels, posterior.mean, posterior.logvar
 
 
@@ -163,6 +169,8 @@ def split_images(args: Arguments, images: ImageDataset) -> tuple[ImageDataset, I
 def make_vae(args: Arguments) -> AutoencoderKL:
     if args.freeze_encoder and not args.vae:
         raise ValueError("--freeze_encoder keeps the latents of an autoencoder: name it as --vae.")
+    if args.latent_noise and not args.freeze_encoder:
+        raise ValueError("--latent_noise is for a decoder by itself: give --freeze_encoder, too.")
     if args.vae:
         vae = AutoencoderKL.from_pretrained(args.vae, use_safetensors=True)
         if vae.config["in_channels"] != args.in_channels:
@@ -225,11 +233,18 @@ def random_crops(images: Tensor, size: int, seed: int, positions: list[int]) -> 
     return torch.stack(crops)
 
 
-def posterior_noise(vae: AutoencoderKL, args: Arguments, positions: list[int]) -> Tensor:
-    """Noise `(B, L, h, w)` that depends only on (seed, place in the run), so that a resumed run repeats it."""
+def posterior_noise(vae: AutoencoderKL, args: Arguments, positions: list[int]) -> tuple[Tensor, Tensor]:
+    """Noise `(B, L, h, w)` and what is added to the latents' own deviation `(B, L, 1, 1)`.
+
+    Both depend only on (seed, place in the run), so that a resumed run repeats them.
+    """
     side = (args.crop_size or args.resolution) // vae_scale_factor(vae)
     shape = (vae.config["latent_channels"], side, side)
-    return torch.stack([torch.randn(shape, generator=generator_for(args.seed, "posterior", p)) for p in positions])
+    generators = [generator_for(args.seed, "posterior", position) for position in positions]
+    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+    shares = torch.stack([torch.rand(1, generator=generator) for generator in generators])
+    spread = torch.tensor(vae.config["latents_std"] or [0.0])
+    return noise, (args.latent_noise * shares * spread)[..., None, None]
 
 
 @torch.no_grad()

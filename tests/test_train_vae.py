@@ -119,7 +119,14 @@ def test_only_the_decoder_is_trained_and_the_latents_stay(trained, flags):
 
 
 def test_a_run_with_an_adversary_goes_on_with_the_same_bits(trained, flags):
-    flags |= {"vae": trained, "freeze_encoder": True, "adversarial_weight": 0.5, "checkpointing_steps": 2}
+    flags |= {
+        "vae": trained,
+        "freeze_encoder": True,
+        "adversarial_weight": 0.5,
+        "latent_noise": 0.3,
+        "checkpointing_steps": 2,
+    }
+    flags["checkpointing_steps"] = 2
     whole, stopped = flags | {"output_dir": flags["output_dir"] / "whole"}, flags
     scripts.call_script("train_vae.py", **whole)
     shutil.copytree(whole["output_dir"] / "checkpoint-2", stopped["output_dir"] / "checkpoint-2")
@@ -138,6 +145,7 @@ def test_a_run_with_an_adversary_goes_on_with_the_same_bits(trained, flags):
     ("changes", "error", "message"),
     [
         ({"freeze_encoder": True}, ValueError, "name it as --vae"),
+        ({"latent_noise": 0.2}, ValueError, "give --freeze_encoder"),
         ({"train_data_dir": None}, ValueError, "--train_data_dir"),
         ({"vae": "rgb"}, ValueError, "has 3 channels, --in_channels is 1"),
         ({"train_batch_size": 21}, ValueError, "needs 21 images .* there are 20"),
