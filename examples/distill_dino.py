@@ -1,4 +1,4 @@
-"""Distil a DinoDiffusionPipeline into one that needs 4 steps: latent consistency distillation (arXiv 2310.04378).
+"""Distil a DinoDiffusionPipeline into one that needs 4 steps: phased consistency (arXiv 2405.18407), or LCM.
 
     accelerate launch examples/distill_dino.py --pretrained_pipeline my-model --train_data_dir /data/cxr \
         --output_dir my-fast-model
@@ -14,12 +14,14 @@ if __name__ == "__main__":
 
 import copy
 import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import LCMScheduler, ModelMixin, UNet2DConditionModel
+from diffusers import ModelMixin, SchedulerMixin, UNet2DConditionModel
 from torch import Tensor, nn
 
 from diffusers_dino import DinoDiffusionPipeline, data
@@ -42,8 +44,7 @@ from diffusers_dino.pipelines.preparation import note_preparation
 from diffusers_dino.schedules import embed_guidance, is_flow
 from diffusers_dino.training import models, objective
 from diffusers_dino.training.consistency import ConsistencySchedule, pseudo_huber
-from diffusers_dino.training.feature_cache import Recipe, open_feature_cache
-from diffusers_dino.training.features import FeatureEncoder, Views, cache_in_memory
+from diffusers_dino.training.features import FeatureEncoder, cache_in_memory
 from diffusers_dino.training.run_folder import put_result
 from diffusers_dino.training.self_distillation import update_teacher
 
@@ -61,8 +62,9 @@ class Arguments(RunArguments, AugmentationArguments, ImageArguments):
     revision: str | None = flag(None, "Its revision on the Hub.")
     variant: str | None = flag(None, "Its variant, such as fp16.")
     teacher_steps: int = flag(
-        50, "DDIM steps from noise to image, which the student learns to skip; fewer take less training."
+        40, "DDIM steps from noise to image, which the student learns to skip; fewer take less training."
     )
+    phases: int = flag(4, "Steps that the student takes instead; 1 is LCM, whose function jumps to the image.")
     min_guidance: float | None = flag(None, "Smallest guidance scale to learn; 1, or 2 with --rank.")
     max_guidance: float | None = flag(None, "Largest guidance scale to learn; 4, or 2 with --rank.")
     rank: int | None = flag(None, "Train a LoRA of this rank, at one guidance scale.", group="Student")
@@ -83,76 +85,90 @@ def main() -> None:
 
 
 def train(args: Arguments, opened: Run) -> None:
-    low, high = check_guidance(args)
     accelerator = opened.accelerator
     with accelerator.main_process_first():  # one process downloads
         pipe = load_teacher(args)
-    schedule = ConsistencySchedule(pipe.scheduler, args.teacher_steps).to(accelerator.device)
+    schedule = ConsistencySchedule(pipe.scheduler, args.teacher_steps, args.phases).to(accelerator.device)
     images = open_training_images(args, pipe, may_differ=args.rank is None)
     models.latent_shape(pipe.vae, pipe.denoiser, args.resolution)  # checks the resolution
     teacher = {**fingerprint_pipeline(pipe), "lora_alpha": args.rank and (args.lora_alpha or args.rank)}
     student = make_student(args, pipe.denoiser)
     if not args.rank:
         note_preparation(student, images.preprocessing, pipe.vae.config["in_channels"])
+    views = data.TrainingViews(images, make_augmentation(args), args.seed)
+    if args.feature_cache:
+        views = opened.open_cache(views, pipe.vae, pipe.conditioner)
     frozen_dtype = models.frozen_dtype(accelerator.mixed_precision)
     for model in filter(None, (pipe.vae, pipe.conditioner, pipe.fusion, pipe.denoiser)):
         nn.Module.to(model.requires_grad_(False), accelerator.device, frozen_dtype)
     target = copy.deepcopy(student).requires_grad_(False).eval().to(accelerator.device)
     encode = FeatureEncoder(pipe.vae, pipe.conditioner, accelerator.device)
-    views = open_views(args, pipe, images, encode)
-    run = TrainingRun(opened, student, views, companions=(target,), teacher=teacher)
+    if args.cache_views and not args.feature_cache:
+        views = cache_in_memory(views, encode, args.cache_views, args.cache_batch_size)
+    run = TrainingRun(opened, student, views, companions=(target,), encode=encode, teacher=teacher)
     logger.info(
         f"Distilling {sum(p.numel() for p in student.parameters() if p.requires_grad) / 1e6:.2f} M weights on "
         f"{len(images)} images: {run.total} updates of {opened.images_per_update} images"
     )
 
-    if run.total < 3 * (needed := round(args.teacher_steps / max(1 - args.target_decay, 1e-3))):
+    if run.total < 3 * (needed := round(args.teacher_steps / args.phases / max(1 - args.target_decay, 1e-3))):
         logger.warning(
-            f"What the student learns of the image travels to noise step by step, in about {needed} updates (teacher_"
-            f"steps / (1 - target_decay)): train for some times as many, or lower --teacher_steps."
+            f"What the student learns at the end of a phase travels to its start step by step, in about {needed} "
+            "updates (teacher_steps / phases / (1 - target_decay)): train for some times as many, or lower "
+            "--teacher_steps."
         )
-
-    predict = family_of(pipe.denoiser).predict
-
-    def compute_loss(batch: dict[str, Any]) -> Tensor:
-        mean, std, tokens = encode(batch)
-        total = pipe.scheduler.config["num_train_timesteps"]
-        draws = objective.draw_for_training(batch["position"], mean.shape[1:], total, args.seed).to(mean.device)
-        start, end = schedule.neighbours(draws.timesteps)
-        noisy = schedule.add_noise(mean + std * draws.latent_noise, draws.noise, start)
-        guidance = low + (high - low) * draws.drop  # which is uniform, and drops nothing here
-        condition = fuse(pipe.fusion, tokens)
-        embedded = None if args.rank else embed_guidance(guidance, args.guidance_width)
-        with torch.no_grad(), accelerator.autocast():
-            null = pipe.conditioner.null_condition(len(tokens)).to(tokens)
-            both = predict(
-                pipe.denoiser,
-                torch.cat([noisy, noisy]),
-                torch.cat([start, start]),
-                fuse(pipe.fusion, torch.cat([null, tokens])),
-            )
-            unconditional, conditional = both.float().chunk(2)
-            guided = unconditional + guidance.view(-1, 1, 1, 1) * (conditional - unconditional)
-            before = schedule.add_noise(*schedule.split(guided, noisy, start), end)
-            answer = predict(target, before, end.clamp(min=0), condition, embedded).float()
-        answer = schedule.consistency(answer, before, end)
-        prediction = predict(run.model, noisy, start, condition, embedded).float()
-        return pseudo_huber(schedule.consistency(prediction, noisy, start), answer, args.huber_c)
 
     for batches in run.updates():
         losses = []
         for batch in batches:
             with accelerator.accumulate(run.model):
-                loss = compute_loss(batch)
+                loss = compute_loss(args, pipe, run.model, target, schedule, encode, batch, accelerator.autocast)
                 accelerator.backward(loss)
             losses.append(loss.detach())
         run.update(losses, batches[-1]["key"])
         update_teacher(target, accelerator.unwrap_model(run.model), args.target_decay)
     if run.step == run.total and accelerator.is_main_process:
-        save_result(args, pipe, target)
+        save_result(args, target, schedule.sampler())
         run.write_card(args.pretrained_pipeline)
         logger.info(f"The result is in {args.output_dir}")
     accelerator.end_training()
+
+
+def compute_loss(
+    args: Arguments,
+    pipe: DinoDiffusionPipeline,
+    model: nn.Module,
+    target: nn.Module,
+    schedule: ConsistencySchedule,
+    encode: FeatureEncoder,
+    batch: dict[str, Any],
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Tensor:
+    """How far the student, `model`, is from its average, `target`, one step on along the teacher's path: a scalar."""
+    predict, (low, high) = family_of(pipe.denoiser).predict, check_guidance(args)
+    mean, std, tokens = encode(batch)
+    total = pipe.scheduler.config["num_train_timesteps"]
+    draws = objective.draw_for_training(batch["position"], mean.shape[1:], total, args.seed).to(mean.device)
+    start, end, edge = schedule.neighbours(draws.timesteps)
+    noisy = schedule.add_noise(mean + std * draws.latent_noise, draws.noise, start)
+    guidance = low + (high - low) * draws.drop  # which is uniform, and drops nothing here
+    condition = fuse(pipe.fusion, tokens)
+    embedded = None if args.rank else embed_guidance(guidance, args.guidance_width)
+    with torch.no_grad(), autocast():
+        null = pipe.conditioner.null_condition(len(tokens)).to(tokens)
+        both = predict(
+            pipe.denoiser,
+            torch.cat([noisy, noisy]),
+            torch.cat([start, start]),
+            fuse(pipe.fusion, torch.cat([null, tokens])),
+        )
+        unconditional, conditional = both.float().chunk(2)
+        guided = unconditional + guidance.view(-1, 1, 1, 1) * (conditional - unconditional)
+        before = schedule.jump(guided, noisy, start, end)
+        answer = predict(target, before, end.clamp(min=0), condition, embedded).float()
+    answer = schedule.jump(answer, before, end, edge)
+    prediction = predict(model, noisy, start, condition, embedded).float()
+    return pseudo_huber(schedule.jump(prediction, noisy, start, edge), answer, args.huber_c)
 
 
 def check_guidance(args: Arguments) -> tuple[float, float]:
@@ -198,25 +214,16 @@ def make_student(args: Arguments, teacher: ModelMixin) -> ModelMixin:
         raise ValueError(
             f"A {type(teacher).__name__} has no input for the guidance scale: train a LoRA at one scale, with --rank."
         )
-    student = UNet2DConditionModel.from_config(dict(teacher.config) | {"time_cond_proj_dim": args.guidance_width})
+    config = {**teacher.config, "time_cond_proj_dim": args.guidance_width}
+    config.pop("_use_default_values", None)  # by which diffusers would leave the new input out
+    student = UNet2DConditionModel.from_config(config)
     student.load_state_dict({**student.state_dict(), **teacher.state_dict()})  # which lacks the new input
     nn.init.zeros_(student.time_embedding.cond_proj.weight)  # it starts as the teacher
     return student
 
 
-def open_views(
-    args: Arguments, pipe: DinoDiffusionPipeline, images: data.ImageDataset, encode: FeatureEncoder
-) -> Views:
-    views = data.TrainingViews(images, make_augmentation(args), args.seed)
-    if args.feature_cache:
-        recipe = Recipe.of(pipe.vae, pipe.conditioner, views, args.cache_views)
-        return open_feature_cache(args.feature_cache, recipe, images)
-    return cache_in_memory(views, encode, args.cache_views, args.cache_batch_size) if args.cache_views else views
-
-
-def save_result(args: Arguments, pipe: DinoDiffusionPipeline, target: ModelMixin) -> None:
+def save_result(args: Arguments, target: ModelMixin, scheduler: SchedulerMixin) -> None:
     """Save the averaged student, with the scheduler that samples it."""
-    scheduler = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=args.teacher_steps)
     if args.rank:
 
         def write(folder: Path) -> None:

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler, TCDScheduler
 from safetensors.torch import load_file
 
 import scripts
@@ -61,7 +61,7 @@ def generate(pipe, count=2, **options):
 
 
 def test_four_steps_of_one_pass_are_the_default(distilled):
-    assert isinstance(distilled.scheduler, LCMScheduler)
+    assert isinstance(distilled.scheduler, TCDScheduler)
     batches = []
     hook = distilled.unet.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
     generate(distilled, guidance_scale=3.0)
@@ -71,7 +71,7 @@ def test_four_steps_of_one_pass_are_the_default(distilled):
 
 
 def test_its_card_and_synthesis_know_of_the_four_steps(distilled_folder, tmp_path):
-    assert "4 steps by default, at most 50" in (distilled_folder / "README.md").read_text()
+    assert "4 steps by default, at most 40" in (distilled_folder / "README.md").read_text()
     images = scripts.image_folder(tmp_path / "sources", 3, size=32)
     flags = {"model": distilled_folder, "data_dir": images, "output_dir": tmp_path / "set", "num_images": 3}
     scripts.call_script("synthesise", **flags, num_drawn=0, batch_size=3)
@@ -103,10 +103,18 @@ def test_resumed_it_ends_with_the_same_bits(distil, tmp_path):
     assert all(torch.equal(weights[name], again[name]) for name in weights)
 
 
-def test_a_lora_makes_the_teacher_fast(distil, flags):
-    folder = distil(rank=2)
+def test_in_half_precision_it_takes_cached_features_too(distil, flags, tmp_path):
+    shared = {"pretrained_pipeline", "train_data_dir", "resolution"}
+    made = {name: flags[name] for name in shared} | {"cache_views": 1, "feature_cache": tmp_path / "features"}
+    scripts.call_script("cache", **made)
+    distil(**made, mixed_precision="bf16")
+
+
+@pytest.mark.parametrize(("phases", "kind"), [(4, TCDScheduler), (1, LCMScheduler)])
+def test_a_lora_makes_the_teacher_fast(distil, flags, phases, kind):
+    folder = distil(rank=2, phases=phases)
     pipe = DinoDiffusionPipeline.from_pretrained(
-        flags["pretrained_pipeline"], scheduler=LCMScheduler.from_pretrained(folder, subfolder="scheduler")
+        flags["pretrained_pipeline"], scheduler=kind.from_pretrained(folder, subfolder="scheduler")
     )
     plain = generate(pipe, guidance_scale=1.0)
     pipe.load_lora_weights(folder)
@@ -114,6 +122,9 @@ def test_a_lora_makes_the_teacher_fast(distil, flags):
 
 
 def test_more_steps_than_were_distilled_are_refused(distilled):
+    with pytest.raises(ValueError, match="40"):
+        generate(distilled, num_inference_steps=41)
+    distilled.scheduler = LCMScheduler.from_config(distilled.scheduler.config, original_inference_steps=50)
     with pytest.raises(ValueError, match="50"):
         generate(distilled, num_inference_steps=51)
 
@@ -127,6 +138,7 @@ class TestBadInput:
             ({"min_guidance": 0.5}, "1 <= --min_guidance"),
             ({"rank": 2, "max_guidance": 4.0}, "A LoRA has no input"),
             ({"teacher_steps": 0}, "teacher's steps"),
+            ({"teacher_steps": 50}, "multiple of 4"),
             ({"resolution": 30}, "30"),
         ],
     )

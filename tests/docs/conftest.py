@@ -31,7 +31,7 @@ def phantoms(count: int) -> list[tuple[bytes, dict]]:
 
 
 def save_pipelines(root: Path) -> None:
-    from diffusers import LCMScheduler
+    from diffusers import TCDScheduler
     from diffusers.utils import convert_state_dict_to_diffusers
 
     import checkpoints
@@ -52,7 +52,7 @@ def save_pipelines(root: Path) -> None:
     layers = convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(pipe.unet))
     for name in ("scanner-lora", "ward-lora", "fast-lora"):
         pipe.save_lora_weights(root / "outputs" / name, layers)
-    LCMScheduler.from_config(pipe.scheduler.config).save_pretrained(root / "outputs/fast-lora/scheduler")
+    TCDScheduler.from_config(pipe.scheduler.config).save_pretrained(root / "outputs/fast-lora/scheduler")
     stable_diffusion().save_pretrained(root / "stable-diffusion")
     for name, family in ENCODERS.items():
         checkpoints.save_transformers(checkpoints.build(family), root / name)

@@ -127,8 +127,8 @@ def part_facts(folder: str | Path) -> dict[str, Any]:
         facts["schedule"] = [f"{name} {schedule[name]}" for name in names if schedule.get(name) is not None]
         if str(schedule.get("_class_name")).startswith("FlowMatch"):
             facts["schedule"].insert(0, "flow matching")
-        if schedule.get("_class_name") == "LCMScheduler":
-            few = default_steps(diffusers.LCMScheduler())
+        if schedule.get("_class_name") in ("LCMScheduler", "TCDScheduler"):  # of distilled models
+            few = default_steps(getattr(diffusers, schedule["_class_name"])())
             facts["sampling"] = f"{few} steps by default, at most {schedule['original_inference_steps']}"
     return facts
 

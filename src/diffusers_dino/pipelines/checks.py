@@ -12,7 +12,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, LCMScheduler, SchedulerMixin
+from diffusers import DiffusionPipeline, LCMScheduler, SchedulerMixin, TCDScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
@@ -129,8 +129,8 @@ def check_scheduler(scheduler: Any) -> None:
 
 
 def default_steps(scheduler: Any, given: int | None = None) -> int:
-    """Denoising steps, if none are given: 4 with `LCMScheduler`, which samples distilled models, else 50."""
-    return given if given is not None else 4 if isinstance(scheduler, LCMScheduler) else 50
+    """Denoising steps, if none are given: 4 with what samples distilled models (LCM, TCD), else 50."""
+    return given if given is not None else 4 if isinstance(scheduler, LCMScheduler | TCDScheduler) else 50
 
 
 def check_steps(scheduler: Any, timesteps: Any = None, sigmas: Any = None) -> None:

@@ -198,7 +198,7 @@ class DinoDiffusionPipeline(
             image_embeds: In place of `image`: tokens `(B, S, D)` from `encode_image`.
             height: Of the generated images in pixels; by default what the denoiser's config or `latents` say.
             width: As `height`.
-            num_inference_steps: Denoising steps; by default 50, and 4 with `LCMScheduler`.
+            num_inference_steps: Denoising steps; by default 50, and 4 with `LCMScheduler` and `TCDScheduler`.
             timesteps: Your own timesteps in place of `num_inference_steps`, for schedulers that take them, descending.
             sigmas: Your own noise levels, descending to 0, likewise.
             guidance_scale: Classifier-free guidance away from the null condition, as in Imagen (arXiv 2205.11487,
@@ -212,7 +212,7 @@ class DinoDiffusionPipeline(
             autoguidance_scale: Guidance away from `guide` under the same condition (Karras et al., arXiv 2406.02507,
                 eq. 3): 1 is none. It adds to `guidance_scale`, within the same interval, and costs a pass of `guide`.
             num_images_per_prompt: Variations of each image, n.
-            eta: Stochasticity of DDIM in [0, 1]; other schedulers ignore it.
+            eta: Stochasticity of DDIM and TCD in [0, 1]; other schedulers ignore it.
             generator: One for the call, or a list of B * n: then each image depends only on its own generator and
                 source, not on the batch or its place there. CPU generators give the same noise on every device.
             latents: Initial noise of unit variance, `(B * n, L, h, w)`, in place of drawing it.

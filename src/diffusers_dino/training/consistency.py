@@ -1,14 +1,16 @@
-"""Latent consistency distillation (Luo et al., arXiv 2310.04378): few steps in place of many.
+"""Consistency distillation: few steps in place of many, in phases (arXiv 2405.18407) or in one (arXiv 2310.04378).
 
-A consistency function maps a noisy latent of any timestep to the clean one where the teacher's path ends. The student
-learns it by agreeing with itself at two neighbouring points of a path that the guided teacher takes by one DDIM step
-(algorithm 1 there). What it learns is sampled by diffusers' `LCMScheduler`.
+A consistency function maps a noisy latent of any timestep to the one where the teacher's path leaves the phase that
+the timestep is in; the last phase ends at the data. The student learns it by agreeing with itself at two neighbouring
+points of a path that the guided teacher takes by one DDIM step. With as many phases as steps (Wang et al., phased
+consistency models) sampling is deterministic, by diffusers' `TCDScheduler`. With one phase it is latent consistency
+distillation (Luo et al., algorithm 1): `LCMScheduler` jumps to the data, and adds new noise for each further step.
 """
 
 from __future__ import annotations
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, LCMScheduler, SchedulerMixin, TCDScheduler
 from torch import Tensor
 
 __all__ = ["ConsistencySchedule", "pseudo_huber"]
@@ -19,34 +21,49 @@ class ConsistencySchedule:
 
     Args:
         scheduler: The teacher's noise schedule, with its prediction type.
-        num_steps: DDIM steps of the teacher from noise to image, `original_inference_steps` of `LCMScheduler`.
+        num_steps: DDIM steps of the teacher from noise to image.
+        num_phases: How many of the student's steps lead there.
 
     Attributes:
-        timesteps: `(num_steps,)`, ascending, as `LCMScheduler` spaces them.
+        timesteps: `(num_steps,)`, ascending, as `LCMScheduler` and `TCDScheduler` space them.
+        edges: `(num_phases,)`, ascending: where a phase ends; -1 is the data.
     """
 
-    sigma_data, timestep_scaling = 0.5, 10.0  # of `LCMScheduler`
-
-    def __init__(self, scheduler: DDIMScheduler, num_steps: int = 50) -> None:
+    def __init__(self, scheduler: DDIMScheduler, num_steps: int = 40, num_phases: int = 4) -> None:
         total = scheduler.config["num_train_timesteps"]
         if not 1 <= num_steps <= total:
             raise ValueError(
                 f"The teacher's steps must be between 1 and the {total} of its schedule, got {num_steps}."
             )
-        self.prediction_type = scheduler.config["prediction_type"]
+        if num_phases < 1:
+            raise ValueError(f"There must be 1 or more phases, got {num_phases}.")
+        self.config, self.num_steps, self.num_phases = scheduler.config, num_steps, num_phases
         self.alphas_cumprod = scheduler.alphas_cumprod.clone()
         self.timesteps = torch.arange(1, num_steps + 1) * (total // num_steps) - 1
+        self.edges = torch.arange(num_phases) * (total // num_phases) - 1
+        if not torch.isin(self.edges[1:], self.timesteps).all():
+            raise ValueError(
+                f"The teacher's {num_steps} steps do not fill {num_phases} phases of {total // num_phases} timesteps: "
+                f"give a multiple of {num_phases} that divides {total}."
+            )
 
     def to(self, device: torch.device | str) -> ConsistencySchedule:
         """Move the tensors to a device, in place."""
-        self.alphas_cumprod, self.timesteps = self.alphas_cumprod.to(device), self.timesteps.to(device)
+        for name in ("alphas_cumprod", "timesteps", "edges"):
+            setattr(self, name, getattr(self, name).to(device))
         return self
 
-    def neighbours(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """Timesteps `(B,)`, each moved up to one of `timesteps`, and where a step from there ends; -1 is the data."""
+    def sampler(self) -> SchedulerMixin:
+        """What samples the student."""
+        kind = LCMScheduler if self.num_phases == 1 else TCDScheduler
+        return kind.from_config(self.config, original_inference_steps=self.num_steps)
+
+    def neighbours(self, timesteps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Timesteps `(B,)`, each moved up to one of `timesteps`; where the teacher's step, and the phase, end."""
         index = torch.searchsorted(self.timesteps, timesteps).clamp(max=len(self.timesteps) - 1)
-        before = torch.where(index > 0, self.timesteps[index - 1], -1)
-        return self.timesteps[index], before
+        start = self.timesteps[index]
+        end = torch.where(index > 0, self.timesteps[index - 1], -1)
+        return start, end, self.edges[torch.searchsorted(self.edges, start) - 1]
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Noisy latents `(B, L, h, w)` at timesteps `(B,)`; at -1 the latents themselves."""
@@ -56,19 +73,19 @@ class ConsistencySchedule:
     def split(self, prediction: Tensor, noisy: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """What a model's prediction says of clean latents and of noise, each `(B, L, h, w)`."""
         signal, sigma = self._levels(timesteps)
-        if self.prediction_type == "v_prediction":
+        if self.config["prediction_type"] == "v_prediction":
             return signal * noisy - sigma * prediction, sigma * noisy + signal * prediction
-        if self.prediction_type == "sample":
+        if self.config["prediction_type"] == "sample":
             return prediction, (noisy - signal * prediction) / sigma
         return (noisy - sigma * prediction) / signal, prediction
 
-    def consistency(self, prediction: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
-        """The consistency function `c_skip z + c_out x`, which is the identity at the data (section 4.1)."""
-        t = timesteps.clamp(min=0).view(-1, 1, 1, 1) * self.timestep_scaling
-        spread = t**2 + self.sigma_data**2
-        clean, _ = self.split(prediction, noisy, timesteps)
-        function = self.sigma_data**2 / spread * noisy + t / spread.sqrt() * clean
-        return torch.where((timesteps < 0).view(-1, 1, 1, 1), noisy, function)
+    def jump(self, prediction: Tensor, noisy: Tensor, timesteps: Tensor, ends: Tensor) -> Tensor:
+        """DDIM's step from `timesteps` to `ends`, both `(B,)`: the teacher's, and the consistency function of a phase.
+
+        Where both are the same, it is the identity.
+        """
+        jumped = self.add_noise(*self.split(prediction, noisy, timesteps), ends)
+        return torch.where((timesteps == ends).view(-1, 1, 1, 1), noisy, jumped)
 
     def _levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Factors of signal and noise, each `(B, 1, 1, 1)`; 1 and 0 at the data."""
