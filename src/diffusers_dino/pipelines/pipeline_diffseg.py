@@ -20,7 +20,6 @@ from ..diffseg.clusters import FeatureClusters
 from ..fusion import TokenFusion, fuse
 from ..latents import encode_to_moments, vae_scale_factor
 from ..pixels import ImageInput, StoredImages, stored_images, unit_to_vae
-from .attention_segments import AttentionSegmentsMixin
 from .caching import has_cache
 from .checks import (
     Generators,
@@ -36,10 +35,10 @@ from .checks import (
 )
 from .diffseg_arguments import check_merging, chosen_merging, listed_timesteps, mask_size, merge_thresholds
 from .diffseg_conditions import encode_empty_prompt, for_batch
-from .feature_segments import FeatureSegmentsMixin
 from .loading import ComponentLoadingMixin
 from .lora import DenoiserLoraMixin
 from .pipeline_output import DiffSegPipelineOutput
+from .segments import SegmentsMixin
 from .turns import takes_the_denoiser
 
 __all__ = ["DiffSegPipeline"]
@@ -47,9 +46,7 @@ __all__ = ["DiffSegPipeline"]
 _SQUARE_AT_MOST = 4096  # pixels of the side of an image that is stretched at its own resolution
 
 
-class DiffSegPipeline(
-    AttentionSegmentsMixin, FeatureSegmentsMixin, ComponentLoadingMixin, DiffusionPipeline, DenoiserLoraMixin
-):
+class DiffSegPipeline(SegmentsMixin, ComponentLoadingMixin, DiffusionPipeline, DenoiserLoraMixin):
     """Segment images by DiffSeg (Tian et al., CVPR 2024): merge the self-attention maps of one denoising step.
 
     Made with `from_pipe`: of a `DinoDiffusionPipeline`, the condition is the image's own tokens; of a Stable Diffusion
