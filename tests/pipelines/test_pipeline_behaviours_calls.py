@@ -101,11 +101,7 @@ def test_callbacks_get_what_they_ask_for_and_no_more(generating, images):
 
     for names in (["latents"], pipe._callback_tensor_inputs):
         result = generating.run(
-            pipe,
-            images,
-            output_type="latent",
-            callback_on_step_end=watch,
-            callback_on_step_end_tensor_inputs=names,
+            pipe, images, output_type="latent", callback_on_step_end=watch, callback_on_step_end_tensor_inputs=names
         )
         assert seen[-2:] == [set(names)] * 2
         assert not result.any()

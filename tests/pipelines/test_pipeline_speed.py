@@ -3,12 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    FasterCacheConfig,
-    FirstBlockCacheConfig,
-    PyramidAttentionBroadcastConfig,
-    TaylorSeerCacheConfig,
-)
+from diffusers import FasterCacheConfig, FirstBlockCacheConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
 
 import tiny
 from diffusers_dino import DiffSegPipeline, DinoInterpolationPipeline
