@@ -76,20 +76,6 @@ def test_resumed_it_ends_with_the_same_bits(settings, train, trained, family, tm
     assert same_weights(train(tmp_path, **flags, **SHORT), trained)
 
 
-@pytest.mark.slow
-def test_killed_it_goes_on_to_the_same_bits(settings, train, tmp_path):
-    flags = {"transformer_config": config_of(settings, "sd3"), "max_train_steps": 300, "checkpointing_steps": 5}
-    whole, killed = train(tmp_path / "whole", **{**flags, "max_train_steps": 10}), tmp_path / "killed"
-    run = scripts.start_script("train_dino.py", **{**settings, **flags, "output_dir": killed})
-    scripts.wait_until((killed / "checkpoint-5").is_dir, run)
-    run.kill()
-    run.wait()
-    for later in killed.glob("checkpoint-[1-9]?*"):
-        shutil.rmtree(later)
-    train(killed, **{**flags, "max_train_steps": 10}, resume_from_checkpoint="latest")
-    assert same_weights(whole, killed)
-
-
 def test_a_lora_is_trained_on_it(train, trained, tmp_path):
     flags = {"pretrained_pipeline": trained, "rank": 2, "max_train_steps": 2, "vae": None, "conditioner": None}
     train(tmp_path, **flags)
