@@ -62,7 +62,7 @@ push_folder(folder / "second", "org/replaced")
 FETCH = """
 import huggingface_hub
 
-assert not list(Path(huggingface_hub.constants.HF_HUB_CACHE).glob("models--*")), "nothing is downloaded yet"
+assert not list(Path(huggingface_hub.constants.HF_HUB_CACHE).rglob("*.safetensors")), "nothing is downloaded yet"
 
 def attempt(action):
     try:
