@@ -17,10 +17,6 @@ def picture(seed: int, side: int = 48) -> np.ndarray:
     return np.asarray(Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC))
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def facts(folder: Path) -> dict[str, dict]:
     """The JSON of each sample, by key."""
     found = {}

@@ -1,7 +1,6 @@
 """Settings, a gate and readers that tests of synthetic sets share."""
 
 import json
-from pathlib import Path
 
 from diffusers_dino.synthesis import SynthesisSettings
 
@@ -23,11 +22,6 @@ class BrightnessGate:
 
     def fingerprint(self):
         return f"brightness {self.least}"
-
-
-def files(folder, pattern="*"):
-    found = sorted(path for path in Path(folder).glob(pattern) if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
 
 
 def facts_of(made):

@@ -9,6 +9,7 @@ import yaml
 from safetensors.torch import load_file
 
 import scripts
+from folders import contents
 from scripts import losses
 
 
@@ -31,10 +32,6 @@ def config(flags, tmp_path) -> Path:
     path = tmp_path / "my_training.yaml"
     path.write_text(yaml.safe_dump({name: str(value) for name, value in flags.items()}))
     return path
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def test_training_from_disk_equals_training_from_memory(flags, config, tmp_path):

@@ -14,6 +14,7 @@ import tiny
 from diffusers_dino.data import Preprocessing, open_images, verify_shards
 from diffusers_dino.data.labels import stored_labels
 from diffusers_dino.synthesis import SynthesisError, SyntheticSet, load_plan
+from folders import contents
 from scripts import call_script, command_line, image_folder, run_script, start_script, wait_until
 from shard_files import write_shards
 
@@ -38,19 +39,15 @@ def flags(data, **options):
     return {**given, "batch_size": 4, "shard_size": 8, "threads": 1, **options}
 
 
-def files(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_variations_need_no_labels(data, tmp_path, capsys):
     out = tmp_path / "out"
     call_script(SCRIPT, **flags(data, output_dir=out, num_drawn=3))
     assert f"{COUNT} of {COUNT} images in 3 shards" in capsys.readouterr().out
     assert verify_shards(out) == []
     assert Image.open(out / "examples.png").size == (64, 96)  # three rows of source | synthetic
-    before = files(out)
+    before = contents(out)
     call_script(SCRIPT, **flags(data, output_dir=out, num_drawn=3))
-    assert files(out) == before
+    assert contents(out) == before
     with pytest.raises(SynthesisError, match=r"guidance_scale was 2\.0, is 1\.0"):
         call_script(SCRIPT, **flags(data, output_dir=out, guidance_scale=1.0))
     with pytest.raises(ValueError, match="diffusers has no scheduler 'Euler'"):
@@ -141,5 +138,5 @@ def test_two_processes_and_a_worker_that_dies_change_nothing(data, tmp_path):
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     command = ["-m", "diffusers_dino", SCRIPT, *command_line(None, {**options, "output_dir": tmp_path / "two"})]
     subprocess.run([*launcher, *command], check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert files(tmp_path / "one") == files(tmp_path / "two")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert json.loads((tmp_path / "two" / "manifest.json").read_text())["lineage"]["num_images"] == 2 * COUNT

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -19,6 +18,7 @@ import scripts
 import tiny
 from diffusers_dino import DinoDiffusionPipeline
 from diffusers_dino.training.checkpoints import find_checkpoint
+from folders import full_disk
 from forks import Forks
 from hub_server import HubServer
 from range_server import RangeServer
@@ -430,13 +430,9 @@ def test_full_disk_leaves_the_checkpoint_before(train, tmp_path):
     frozen = max(size for path, size in sizes.items() if path.parent.name in ("vae", "conditioner"))
     optimizer = next(size for path, size in sizes.items() if path.name == "optimizer.safetensors")
     assert frozen + 1024 < optimizer
-    former = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (frozen + 1024, former[1]))
-    try:
-        with pytest.raises(ValueError, match=r"checkpoint-4 could not be written to .* GiB free\).*are untouched"):
-            train(checkpointing_steps=2, max_train_steps=6, resume_from_checkpoint="latest")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+    message = r"checkpoint-4 could not be written to .* GiB free\).*are untouched"
+    with full_disk(frozen + 1024), pytest.raises(ValueError, match=message):
+        train(checkpointing_steps=2, max_train_steps=6, resume_from_checkpoint="latest")
     assert [path.name for path in folder.iterdir() if "checkpoint" in path.name] == ["checkpoint-2"]
     assert_same_run(whole, train(max_train_steps=6, resume_from_checkpoint="latest"))
 

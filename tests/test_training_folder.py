@@ -2,12 +2,12 @@
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,7 @@ from diffusers_dino import DinoDiffusionPipeline
 from diffusers_dino.files import lock_folder, sha256_of
 from diffusers_dino.training.checkpoints import find_checkpoint
 from diffusers_dino.training.run_folder import RunFolder, RunFolderError
+from folders import full_disk
 from kills import Killed, kills
 from scripts import losses
 
@@ -345,20 +346,15 @@ def test_a_full_disk_while_the_best_weights_are_written(train, tmp_path):
     from diffusers_dino.training.state import TrainingState
 
     original = TrainingState.save_for_use
-    former = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def fills_the_disk(self, folder):
-        if ".best" in str(folder):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1024, former[1]))
-        original(self, folder)
+    def on_a_full_disk(self, folder):
+        with full_disk(1024) if ".best" in str(folder) else nullcontext():
+            original(self, folder)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainingState, "save_for_use", fills_the_disk)
-        try:
-            with pytest.raises(ValueError, match=r"best could not be written to .* GiB free\)"):
-                train(**options)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, former)
+        patch.setattr(TrainingState, "save_for_use", on_a_full_disk)
+        with pytest.raises(ValueError, match=r"best could not be written to .* GiB free\)"):
+            train(**options)
     assert contents(train(**options)) == whole
 
 

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from diffusers_dino.data import Preprocessing, open_images
-from shard_runs import content, facts, keys_of, picture, rows_of
+from folders import contents
+from shard_runs import facts, keys_of, picture, rows_of
 
 
 class TestDamage:
@@ -39,7 +40,7 @@ class TestDamage:
         assert rows_of(out / "unreadable.csv") == []
 
     def test_what_was_mended_after_the_plan_gets_a_new_plan(self, make, images, tmp_path, monkeypatch):
-        expected = content(make())
+        expected = contents(make())
         whole = (images / "Doe^02.png").read_bytes()
         (images / "Doe^02.png").write_bytes(b"")
         monkeypatch.setattr("diffusers_dino.data.sharding.make.write_manifest", Mock(side_effect=KeyboardInterrupt))
@@ -47,7 +48,7 @@ class TestDamage:
             make(output_dir=tmp_path / "cut", max_unreadable=0.1)
         monkeypatch.undo()
         (images / "Doe^02.png").write_bytes(whole)
-        assert content(make(output_dir=tmp_path / "cut", retry_unreadable=True)) == expected
+        assert contents(make(output_dir=tmp_path / "cut", retry_unreadable=True)) == expected
 
     def test_work_ends_when_too_much_is_unreadable(self, make, images):
         for path in images.glob("Doe*.png"):

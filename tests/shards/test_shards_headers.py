@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from shard_runs import content, facts, picture, rows_of
+from folders import contents
+from shard_runs import facts, picture, rows_of
 
 PLANTED = "Zebulon"
 
@@ -67,7 +68,7 @@ def test_headers_go_nowhere(make, tmp_path, capfd, caplog):
     assert len(rows_of(out / "unreadable.csv")) == 109 - len(entries)
     assert {entry["modality"] for entry in entries.values()} == {None, "DX"}
     assert {entry["view"] for entry in entries.values()} == {None, "PA"}
-    written = content(out)
+    written = contents(out)
     written["log"] = "".join([*capfd.readouterr(), caplog.text]).encode()
     for name, data in written.items():
         for spelled in (PLANTED.encode(), PLANTED.encode("utf-16-le"), PLANTED.upper().encode()):

@@ -1,7 +1,6 @@
 """Runs that are killed and started again, and runs as processes of their own."""
 
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -19,9 +18,10 @@ from diffusers_dino.data import Preprocessing
 from diffusers_dino.data.images.encoding import Encoding
 from diffusers_dino.data.sharding import PlanRule, make_shards
 from diffusers_dino.data.splits import SplitRule
+from folders import contents, full_disk
 from kills import Killed, killed_before, kills
 from scripts import EXAMPLES, call_script, losses, run_script
-from shard_runs import SALT, content, keys_of, picture
+from shard_runs import SALT, keys_of, picture
 
 ROOT = EXAMPLES.parent
 
@@ -64,7 +64,7 @@ class TestRestart:
         options = {"encoding": Encoding(Preprocessing(16)), "rule": PlanRule(SplitRule(test=0.4))}
         make = partial(make_shards, [folder], salt=SALT, part_size=5, max_unreadable=0.4, **options)
         make(output_dir=tmp_path / "whole", key_map=keys)
-        expected, named = content(tmp_path / "whole"), keys.read_bytes()
+        expected, named = contents(tmp_path / "whole"), keys.read_bytes()
         mended = (folder / "2.png").read_bytes()
 
         def start() -> None:
@@ -89,7 +89,7 @@ class TestRestart:
                 with killed_before(count // 2):  # once more, on the way back
                     run()
             run()
-            assert content(cut) == expected
+            assert contents(cut) == expected
             assert keys.read_bytes() == named
             assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
             start()
@@ -122,18 +122,18 @@ class TestRestart:
         assert not (out / ".work").exists()
 
     def test_a_finished_shard_that_changed_is_written_anew(self, make, stopped, tmp_path):
-        expected = content(make())
+        expected = contents(make())
         cut = tmp_path / "cut"
         stopped("make.write_manifest", output_dir=cut)
         shard = cut / "train-000000.tar"
         shard.write_bytes(shard.read_bytes()[:-700])
         (cut / "train-000001.tar").unlink()
         make(output_dir=cut)
-        assert content(cut) == expected
+        assert contents(cut) == expected
 
     @pytest.mark.parametrize("damage", ["", "{", "[]", "null", '{"bytes": 3}', "[" * 100_000, '{"shards": [3]}'])
     def test_damaged_files_of_the_work_are_named_or_made_anew(self, make, stopped, tmp_path, damage):
-        expected = content(make())
+        expected = contents(make())
         cut = tmp_path / "cut"
         stopped("make.write_manifest", output_dir=cut)
         for record in (cut / ".work" / "shards").glob("*.json"):
@@ -144,14 +144,14 @@ class TestRestart:
         with pytest.raises(ValueError, match=r"plan\.json is damaged.*retry_unreadable"):
             make(output_dir=cut)
         make(output_dir=cut, retry_unreadable=True)
-        assert content(cut) == expected
+        assert contents(cut) == expected
 
     def test_a_complete_folder_is_verified(self, make, flags, capsys):
         out = make()
-        before = content(out)
+        before = contents(out)
         make()
         assert "all 14 samples" in capsys.readouterr().out
-        assert content(out) == before
+        assert contents(out) == before
         call_script("shards", output_dir=out, verify=True)
         (out / "train-000000.tar").write_bytes(b"")
         for changed in ({}, {"verify": True}):
@@ -159,7 +159,7 @@ class TestRestart:
                 make(**changed)
         (out / "manifest.json").unlink()
         make()
-        assert content(out) == before
+        assert contents(out) == before
 
     @pytest.mark.parametrize(
         ("changed", "message"),
@@ -174,10 +174,10 @@ class TestRestart:
         stopped("parts.prepare")
         with pytest.raises(ValueError, match=message):
             make(**changed)
-        before = content(make())
+        before = contents(make())
         with pytest.raises(ValueError, match=message):
             make(**changed)
-        assert content(tmp_path / "out") == before
+        assert contents(tmp_path / "out") == before
 
     def test_other_images_or_another_salt_are_refused(self, make, stopped, images, tmp_path):
         stopped("parts.prepare")
@@ -216,12 +216,12 @@ class TestRestart:
             "labels: {column: '{what}'}\nview: '{view}'\nmasks: 'i/{stem}.mask.png'\n"
         )
         make = partial(make, source=f"{tmp_path}/mine.yaml={tmp_path}")
-        before = content(make())
+        before = contents(make())
         make()
         change(tmp_path)
         with pytest.raises(ValueError, match=r"(?s)was begun with other settings:.*fingerprint of (mine|other)'s"):
             make()
-        assert content(tmp_path / "out") == before
+        assert contents(tmp_path / "out") == before
         manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
         del manifest["lineage"]["images"]  # as older versions wrote it
         (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
@@ -231,7 +231,7 @@ class TestRestart:
 
     def test_a_second_source_and_a_mended_image_are_refused_too(self, make, images, tmp_path):
         (images / "broken.png").write_bytes(b"")
-        before = content(make(max_unreadable=0.1))
+        before = contents(make(max_unreadable=0.1))
         make(max_unreadable=0.1, write_key_map=tmp_path / "keys.csv")
         assert len(keys_of(tmp_path / "keys.csv")) == 15
         (tmp_path / "more").mkdir()
@@ -241,7 +241,7 @@ class TestRestart:
         Image.fromarray(picture(78)).save(images / "broken.png")
         with pytest.raises(ValueError, match="fingerprint of images's files was"):
             make(max_unreadable=0.1)
-        assert content(tmp_path / "out") == before
+        assert contents(tmp_path / "out") == before
 
     def test_images_that_change_on_the_way_are_refused(self, make, stopped, images, tmp_path):
         stopped("make.write_manifest")
@@ -281,21 +281,16 @@ class TestRestart:
         assert len(list(make(shard_size=20).glob("*.tar"))) == 2
 
     def test_a_full_disk_is_said_and_can_be_mended(self, make, flags, monkeypatch, tmp_path):
-        expected = content(make(size=96))
+        expected = contents(make(size=96))
         cut = tmp_path / "cut"
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # parts fit, shards do not
-        try:
-            with pytest.raises(OSError) as caught:
-                make(size=96, output_dir=cut, part_size=2)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        with full_disk(20_000), pytest.raises(OSError) as caught:  # parts fit, shards do not
+            make(size=96, output_dir=cut, part_size=2)
 
         assert "there is no room" in console.say_what_failed(caught.value)
         assert not list(cut.glob(".*partial"))
         assert len(list((cut / ".work" / "parts").glob("*.json"))) == 7
         make(size=96, output_dir=cut, part_size=2)
-        assert content(cut) == expected
+        assert contents(cut) == expected
 
 
 @pytest.mark.slow
@@ -306,7 +301,7 @@ class TestProcesses:
             out = tmp_path / f"{workers}"
             printed = run_script("shards", **{**flags, "num_workers": workers, "output_dir": out})
             assert "image/s" in printed
-            outputs.append(content(out))
+            outputs.append(contents(out))
         assert outputs[0] == outputs[1]
 
     def test_killed_at_random_moments(self):

@@ -9,7 +9,8 @@ import webdataset
 from PIL import Image
 
 from diffusers_dino.data import Preprocessing, open_images, verify_shards
-from shard_runs import SALT, content, facts, keys_of, picture, rows_of
+from folders import contents
+from shard_runs import SALT, facts, keys_of, picture, rows_of
 
 
 class TestWhatIsWritten:
@@ -53,14 +54,14 @@ class TestWhatIsWritten:
             data.companion(data.keys.index(keys["Doe^02.png"]), "mask.png")
 
     def test_runs_on_the_same_images_are_equal(self, make, tmp_path):
-        one = content(make())
-        assert content(make(output_dir=tmp_path / "again", part_size=3)) == one
-        other = content(make(output_dir=tmp_path / "other", seed=1))
+        one = contents(make())
+        assert contents(make(output_dir=tmp_path / "again", part_size=3)) == one
+        other = contents(make(output_dir=tmp_path / "other", seed=1))
         assert {name for name in one if one[name] != other.get(name)} >= {"manifest.json", "train-000000.tar"}
 
     def test_nothing_tells_salt_or_file_names(self, make, flags, capfd, caplog):
         out = make()
-        written = b"".join(content(out).values()) + "".join([*capfd.readouterr(), caplog.text]).encode()
+        written = b"".join(contents(out).values()) + "".join([*capfd.readouterr(), caplog.text]).encode()
         for secret in (SALT, "Doe^", "images/more"):
             assert secret.encode() not in written
 
@@ -69,16 +70,16 @@ class TestSalt:
     def test_a_new_salt_is_made_and_kept(self, make, tmp_path, capsys):
         path = tmp_path / "new" / ".." / "fresh"
         (tmp_path / "new").mkdir()
-        one = content(make(salt_file=path))
+        one = contents(make(salt_file=path))
         assert "Keep it, and keep it secret" in capsys.readouterr().out
         assert path.stat().st_mode & 0o777 == 0o600
         assert len(path.read_text().strip()) == 32
-        assert content(make(salt_file=path, output_dir=tmp_path / "again")) == one
+        assert contents(make(salt_file=path, output_dir=tmp_path / "again")) == one
 
     def test_the_environment_may_hold_it(self, make, tmp_path, monkeypatch):
-        expected = content(make())
+        expected = contents(make())
         monkeypatch.setenv("DIFFUSERS_DINO_SALT", SALT)
-        assert content(make(salt_file=None, output_dir=tmp_path / "again")) == expected
+        assert contents(make(salt_file=None, output_dir=tmp_path / "again")) == expected
         monkeypatch.setenv("DIFFUSERS_DINO_SALT", "short")
         with pytest.raises(ValueError, match="at least 16 bytes"):
             make(salt_file=None, output_dir=tmp_path / "short")

@@ -12,7 +12,8 @@ from diffusers_dino.synthesis import SynthesisError, SyntheticSet, bind, prepare
 from diffusers_dino.synthesis.run import only_run
 from diffusers_dino.synthesis.shards import find_record, make_shard
 from diffusers_dino.synthesis.tokens import TOKENS, PlannedSources, TokenStore
-from synthetic_sets import BrightnessGate, files
+from folders import contents
+from synthetic_sets import BrightnessGate
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,7 @@ def test_a_finished_set_with_damage_is_not_opened_and_made_whole_again(
     with pytest.raises((SynthesisError, ShardError, FileNotFoundError), match=name):
         SyntheticSet.open(finished)
     synthesise(plan, pipe, sources, finished, progress=False)
-    assert files(finished, "**/*") == files(whole.folder, "**/*")
+    assert contents(finished) == contents(whole.folder)
     assert len(SyntheticSet.open(finished, verify=True)) == 21
 
 
@@ -135,12 +136,12 @@ def test_a_finished_set_with_damage_is_not_opened_and_made_whole_again(
 )
 def test_what_somebody_changed_in_a_finished_set_is_named_and_kept(name, change, finished, pipe, sources, plan):
     change(finished / name)
-    changed = files(finished, "**/*")
+    changed = contents(finished)
     with pytest.raises(SynthesisError, match=name):
         SyntheticSet.open(finished)
     with pytest.raises(SynthesisError, match=f"{name}.*Move it away"):
         synthesise(plan, pipe, sources, finished, progress=False)
-    assert files(finished, "**/*") == changed
+    assert contents(finished) == changed
 
 
 def test_other_line_ends_do_not_change_a_table_of_labels(finished):
@@ -192,7 +193,7 @@ def test_a_damaged_shard_is_made_again(damage, name, unfinished, whole, pipe, so
     found = [find_record(bound, number, folder) is not None for number in range(3)]
     assert found == [True, False, True]
     synthesise(plan, pipe, sources, folder, progress=False)
-    assert files(folder, "*.tar*") == files(whole.folder, "*.tar*")
+    assert contents(folder, "*.tar*") == contents(whole.folder, "*.tar*")
 
 
 def test_damaged_tokens_are_encoded_again(unfinished, whole, pipe, sources, plan):
@@ -200,15 +201,15 @@ def test_damaged_tokens_are_encoded_again(unfinished, whole, pipe, sources, plan
     (folder / "synthetic-000000.tar").unlink()
     cut(folder / TOKENS / "tokens-000000.safetensors")
     synthesise(plan, pipe, sources, folder, progress=False)
-    assert files(folder, "*.tar*") == files(whole.folder, "*.tar*")
+    assert contents(folder, "*.tar*") == contents(whole.folder, "*.tar*")
 
 
 @pytest.mark.parametrize("damage", [cut, Path.unlink])
 def test_a_shard_that_a_finished_set_has_lost_is_made_again_alone(damage, pipe, sources, plan, tmp_path):
     made = synthesise(plan, pipe, sources, tmp_path, gate=BrightnessGate(), progress=False)
-    before = files(made.folder)
+    before = contents(made.folder, "*")
     damage(tmp_path / "synthetic-000002.tar")
     gate = BrightnessGate()
     synthesise(plan, pipe, sources, tmp_path, gate=gate, progress=False)
     assert sum(map(len, gate.seen)) == 5
-    assert files(tmp_path) == before
+    assert contents(tmp_path, "*") == before

@@ -1,7 +1,6 @@
 """From a plan to shards: the same bytes whoever makes them and however often they are stopped; nothing is lost."""
 
 import csv
-import resource
 import shutil
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
@@ -32,9 +31,10 @@ from diffusers_dino.synthesis import (
 from diffusers_dino.synthesis.dataset import complete_set
 from diffusers_dino.synthesis.shards import find_record, make_shard
 from diffusers_dino.synthesis.tokens import PlannedSources, TokenStore
+from folders import contents, full_disk
 from kills import killed_before, kills
 from scripts import image_folder
-from synthetic_sets import LABELS, SETTINGS, BrightnessGate, facts_of, files
+from synthetic_sets import LABELS, SETTINGS, BrightnessGate, facts_of
 
 
 def test_the_set_is_complete_labelled_and_readable(whole, plan):
@@ -82,7 +82,7 @@ def test_shards_are_the_same_in_any_order_and_on_any_number_of_threads(whole, pi
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
-    assert files(tmp_path / "set", "*.tar*") == files(whole.folder, "*.tar*")
+    assert contents(tmp_path / "set", "*.tar*") == contents(whole.folder, "*.tar*")
 
 
 def test_a_compiled_model_makes_a_set_of_its_own(small, sources, tmp_path):
@@ -107,12 +107,12 @@ def test_compiled_processes_make_the_same_bytes(plan, sources, tmp_path):
         tokens.encode_part(0, pipe, PlannedSources(bound, sources))
         for number in order:
             make_shard(bound, number, pipe, tokens, folder)
-    assert files(tmp_path / "0 first", "*.tar*") == files(tmp_path / "2 first", "*.tar*")
+    assert contents(tmp_path / "0 first", "*.tar*") == contents(tmp_path / "2 first", "*.tar*")
 
 
 def test_a_folder_that_an_earlier_version_began_is_gone_on_with(pipe, sources, tmp_path):
     shutil.unpack_archive(Path(__file__).with_name("half_made.zip"), tmp_path)  # plan, tokens and one of three shards
-    begun = files(tmp_path)
+    begun = contents(tmp_path, "*")
     settings = SynthesisSettings(num_inference_steps=1, batch_size=2, shard_size=2, threads=1)
     plan = plan_interpolation(sources.keys[:3], LABELS[:3], num_images=5, seed=3, settings=settings)
     plan = plan.bound_to(**load_plan(tmp_path).made_with)  # other versions of torch may make other weights
@@ -125,7 +125,7 @@ def test_a_folder_that_an_earlier_version_began_is_gone_on_with(pipe, sources, t
     made = complete_set(plan, folder)
     assert verify_shards(folder) == []
     assert [image.key for image in made.planned()] == made.images().keys
-    assert begun.items() <= files(folder).items()
+    assert begun.items() <= contents(folder, "*").items()
 
 
 def test_a_run_that_is_stopped_goes_on_and_ends_the_same(pipe, sources, plan, tmp_path):
@@ -137,18 +137,18 @@ def test_a_run_that_is_stopped_goes_on_and_ends_the_same(pipe, sources, plan, tm
     gate = BrightnessGate()
     synthesise(plan, pipe, sources, tmp_path / "set", gate=gate, progress=False)
     assert len(gate.seen) == 2  # of six batches: two shards of two batches were finished
-    assert files(tmp_path / "set") == files(left_alone.folder)
+    assert contents(tmp_path / "set", "*") == contents(left_alone.folder, "*")
 
 
 def test_a_kill_before_any_rename_or_unlink_changes_nothing(small, pipe, sources, tmp_path):
     def make(name):
         return synthesise(small, pipe, sources, tmp_path / name, progress=False)
 
-    expected = files(make("whole").folder, "**/*")
+    expected = contents(make("whole").folder)
     count = 0
     for count in kills(lambda: make("set")):
         make("set")
-        assert files(tmp_path / "set", "**/*") == expected, f"kill {count}"
+        assert contents(tmp_path / "set") == expected, f"kill {count}"
         shutil.rmtree(tmp_path / "set")
     assert count > 10
 
@@ -162,7 +162,7 @@ def test_a_kill_before_any_rename_or_unlink_changes_nothing(small, pipe, sources
         with killed_before(number) as death:
             make("set")
         assert len(make("set")) == 3
-        assert files(tmp_path / "set", "**/*") == expected, f"kill {number}"
+        assert contents(tmp_path / "set") == expected, f"kill {number}"
         if not death.happened:
             break
 
@@ -222,18 +222,13 @@ def test_unreadable_sources_are_named_and_no_other_image_takes_their_place(pipe,
 
 
 def test_a_full_disk_leaves_nothing_that_counts(whole, pipe, sources, plan, tmp_path):
-    limit = min(len(content) for name, content in files(whole.folder, "*.tar").items()) - 1
-    former = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, former[1]))  # plan and tokens fit, no shard does
-    try:
-        with pytest.raises(OSError, match="too large"):
-            synthesise(plan, pipe, sources, tmp_path / "set", progress=False)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+    limit = min(len(content) for name, content in contents(whole.folder, "*.tar").items()) - 1
+    with full_disk(limit), pytest.raises(OSError, match="too large"):  # plan and tokens fit, no shard does
+        synthesise(plan, pipe, sources, tmp_path / "set", progress=False)
     left = [path.name for path in (tmp_path / "set").rglob("*") if path.is_file()]
     assert sorted(left) == ["lock", "plan.json", "plan.safetensors", "tokens-000000.safetensors"]
     synthesise(plan, pipe, sources, tmp_path / "set", progress=False)
-    assert files(tmp_path / "set") == files(whole.folder)
+    assert contents(tmp_path / "set", "*") == contents(whole.folder, "*")
 
 
 def test_colour_can_be_stored_as_jpeg_or_grey(sources, tmp_path):
