@@ -83,8 +83,8 @@ def start_script(
 ) -> Forks | subprocess.Popen[str]:
     """Start a script, by its path or its name in `examples/`, or a command, as one or several processes.
 
-    They are forks of one that has imported what they need. `fresh` is for what a test says of the start itself, of a
-    launcher, or of an environment that is read on import.
+    They are forks of one that has imported what they need. A `fresh` one is for what a test says of the start itself,
+    or of an environment that is read on import.
 
     Sums depend on how many threads share them: one process has as many as this one, several have one each. Give
     `threads` where a run is compared with one of another number of processes.
@@ -94,9 +94,8 @@ def start_script(
     environment, arguments = {**os.environ, **own}, command_line(config, flags)
     if not fresh:
         return Forks(script, arguments, environment, processes)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     program = [str(EXAMPLES / script)] if script.endswith(".py") else ["-m", "diffusers_dino", *script.split()]
-    command = [sys.executable, *(launcher if processes > 1 else []), *program, *arguments]
+    command = [sys.executable, *program, *arguments]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
