@@ -24,6 +24,7 @@ __all__ = [
     "authenticity",
     "calibrate_threshold",
     "encode_groups",
+    "evenly_spread",
     "nearest_by_cosine",
     "nearest_training",
     "relative_distances",
@@ -108,7 +109,7 @@ def typical_distances(
     """
     views = _views_of(features, training)
     codes, training_codes = encode_groups(groups, training_groups, views.shape[1], len(training))
-    chosen = torch.linspace(0, len(training) - 1, min(len(training), _SAMPLE)).round().long()
+    chosen = evenly_spread(len(training), _SAMPLE)
     sample = training[chosen].double()
     distances = []
     for rows in _slices(views.shape[1], chunk):
@@ -124,6 +125,11 @@ def typical_distances(
         ranks = (available * _NEAREST_SHARE).ceil().long() - 1
         distances.append(squared.sort(dim=1).values.gather(1, ranks[:, None])[:, 0].sqrt())
     return torch.cat(distances)
+
+
+def evenly_spread(n: int, count: int) -> Tensor:
+    """Numbers `(count,)` int64 of some of n items, evenly spread over their order; of all if there are no more."""
+    return torch.linspace(0, n - 1, min(n, count)).round().long()
 
 
 def relative_distances(neighbors: Neighbors, typical: Tensor) -> Tensor:

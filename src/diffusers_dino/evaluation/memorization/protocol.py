@@ -11,7 +11,6 @@ import logging
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ...conditioner import DinoImageConditioner
@@ -26,12 +25,12 @@ from ...metrics.copy_gate import (
     search_copies,
     search_training,
 )
-from ...metrics.neighbours import Groups
+from ...metrics.neighbours import Groups, evenly_spread
 from ..controls import rows_in
 from ..generation import embed_images, stack_images
 from ..results import JsonResult
 from .planted import PLANTED
-from .sets import PlantedFigures, SetFigures, summarize
+from .sets import PlantedFigures, SetFigures, find_planted, summarize
 from .tokens import TokenCopies, compare_tokens
 
 __all__ = ["ClosePair", "MemorizationResult", "MemorizationStudy", "evaluate_memorization"]
@@ -226,13 +225,13 @@ def _plant(
 ) -> tuple[PlantedFigures, ...]:
     """Tamper with training images, evenly spread over their order, and search for them."""
     keys = views.upright.keys  # of those that can be read
-    rows = torch.linspace(0, len(keys) - 1, min(len(keys), count)).round().long().tolist()
+    rows = evenly_spread(len(keys), count).tolist()
     images = training[rows] if isinstance(training, Tensor) else stack_images(training.select([keys[i] for i in rows]))
-    figures = []
-    for change, tamper in PLANTED.items():
-        found = search_copies(extract_views(gate.extractor, tamper(images).clamp(0, 1)), views).balanced(real)
-        figures.append(PlantedFigures(change, len(rows), (found.smallest < gate.threshold).double().mean().item()))
-    return tuple(figures)
+
+    def distances(copies: Tensor) -> Tensor:
+        return search_copies(extract_views(gate.extractor, copies.clamp(0, 1)), views).balanced(real).smallest
+
+    return find_planted(PLANTED, images, distances, gate.threshold)
 
 
 def _closest(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from ...metrics.bootstrap import share_interval
 from ...metrics.copy_gate import Distances
 from ...metrics.neighbours import authenticity
 
-__all__ = ["NUM_BINS", "PlantedFigures", "SetFigures", "summarize"]
+__all__ = ["NUM_BINS", "PlantedFigures", "SetFigures", "find_planted", "summarize"]
 
 NUM_BINS = 50
 
@@ -67,3 +68,14 @@ def summarize(found: Distances, threshold: float, spacing: Tensor) -> SetFigures
         nearest.median().item(),
         tuple(torch.histc(nearest, NUM_BINS, 0, 1).long().tolist()),
     )
+
+
+def find_planted(
+    changes: Mapping[str, Callable[[Tensor], Tensor]],
+    originals: Tensor,
+    distances_of: Callable[[Tensor], Tensor],
+    threshold: float,
+) -> tuple[PlantedFigures, ...]:
+    """Change images or tokens in each way, and find those whose distances `(N,)` are below the threshold."""
+    found = {change: distances_of(make(originals)) < threshold for change, make in changes.items()}
+    return tuple(PlantedFigures(name, len(originals), hits.double().mean().item()) for name, hits in found.items())

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ...embeddings import token_statistics
 from ...metrics.copy_gate import search_features
-from ...metrics.neighbours import Groups, calibrate_threshold
+from ...metrics.neighbours import Groups, calibrate_threshold, evenly_spread
 from ...seeds import generator_for
-from .sets import PlantedFigures, SetFigures, summarize
+from .sets import PlantedFigures, SetFigures, find_planted, summarize
 
 __all__ = ["PLANTED_TOKENS", "TokenCopies", "compare_tokens"]
 
@@ -111,10 +111,5 @@ PLANTED_TOKENS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
 
 def _plant(known: Tensor, threshold: float, count: int = 200) -> tuple[PlantedFigures, ...]:
     """Change training tokens, evenly spread over their order, and search for them."""
-    chosen = known[torch.linspace(0, len(known) - 1, min(len(known), count)).round().long()]
-    return tuple(
-        PlantedFigures(
-            change, len(chosen), (search_features(copy(chosen), known).relative < threshold).double().mean().item()
-        )
-        for change, copy in PLANTED_TOKENS.items()
-    )
+    chosen = known[evenly_spread(len(known), count)]
+    return find_planted(PLANTED_TOKENS, chosen, lambda copies: search_features(copies, known).relative, threshold)

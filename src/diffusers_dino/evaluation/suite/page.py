@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ...data import ImageDataset
+from ...metrics.neighbours import evenly_spread
 from ...report import Report
 from ...sheets import contact_sheet
 from ..fidelity.result import FidelityScores
@@ -133,8 +133,7 @@ def _add_transfer(page: Report, result: SuiteResult) -> None:
 
 
 def _first(images: ImageDataset, count: int) -> list[Tensor]:
-    places = torch.linspace(0, len(images) - 1, min(count, len(images))).round().long().tolist()
-    return [images[place]["image"] for place in places]
+    return [images[place]["image"] for place in evenly_spread(len(images), count).tolist()]
 
 
 def _known(number: int | None) -> object:
