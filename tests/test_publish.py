@@ -150,7 +150,7 @@ def test_samples_of_what_may_be_patients_are_refused(flags, tmp_path):
 
 
 def test_samples_that_are_near_copies_are_refused(flags, trained, tmp_path):
-    gate = CopyGate.calibrate(tiny.random_images(320, channels=1, size=32))
+    gate = CopyGate.calibrate(tiny.random_images(60, channels=1, size=32), false_alarms=0.05)
     gate.threshold = 1.0  # every image is a copy
     gate.save(tmp_path / "strict.safetensors")
     with pytest.raises(ValueError, match="4 of 4 samples are near-copies"):

@@ -127,7 +127,7 @@ def test_an_image_that_cannot_be_read_is_left_out_and_never_doubled(folder, pipe
 def test_planted_copies_are_of_images_that_can_be_read(tmp_path):
     folder = scripts.image_folder(tmp_path / "images", 14, size=32)
     (folder / "005.png").write_bytes(b"no image")
-    images = open_images(folder, PREPROCESSING)
+    images = open_images(folder, PREPROCESSING, max_unreadable=0.5)
     result = evaluate_memorization(images, false_alarms=0.5, progress=False).result
     assert {planted.num_images for planted in result.planted} == {13}
     assert result.training.num_images == 13
