@@ -1,4 +1,4 @@
-"""From unlabelled radiographs to a model worth showing: autoencoder, encoder and UNet, one command.
+"""From unlabelled radiographs to a model worth showing: autoencoder, its decoder, encoder and UNet, one command.
 
     python examples/showcase.py --train_data_dir shards --teacher facebook/dinov2-small --setting cpu
 
@@ -22,12 +22,13 @@ from diffusers_dino.cli.launch import launch_training
 from diffusers_dino.files import save_atomically
 
 EXAMPLES = Path(__file__).resolve().parent
-SCRIPTS = {"vae": "train_vae.py", "encoder": "distill_encoder.py", "unet": "train_dino.py"}
-FINISHED = {"vae": "config.json", "encoder": "config.json", "unet": "model_index.json"}  # written last
+SCRIPTS = {"vae": "train_vae.py", "decoder": "train_vae.py", "encoder": "distill_encoder.py", "unet": "train_dino.py"}
+FINISHED = dict.fromkeys(SCRIPTS, "config.json") | {"unet": "model_index.json"}  # written last
 
 # What a card does otherwise than the configs, which are for two cores.
 ON_A_GPU = {
     "vae": ["--mixed_precision=bf16", "--train_batch_size=64", "--max_train_steps=6000", "--crop_size=128"],
+    "decoder": ["--mixed_precision=bf16", "--train_batch_size=64", "--max_train_steps=6000"],
     "encoder": ["--mixed_precision=bf16", "--teacher_size=224", "--cache_views=4", "--max_train_steps=6000"],
     "unet": [
         *("--mixed_precision=bf16", "--torch_compile", "--channels_last", "--cache_views=8"),
@@ -63,10 +64,12 @@ def train(args: Arguments, stage: str, output_dir: Path) -> None:
     flags = [f"examples/configs/showcase_{stage}.yaml"]
     flags += [f"--train_data_dir={Path(args.train_data_dir).resolve()}", f"--output_dir={output_dir / stage}"]
     flags += [f"--seed={args.seed}", "--resume_from_checkpoint=latest"]
+    if stage == "decoder":
+        flags += [f"--vae={output_dir / 'vae'}"]
     if stage == "encoder":
         flags += [f"--teacher={Path(args.teacher).resolve() if Path(args.teacher).exists() else args.teacher}"]
     if stage == "unet":
-        flags += [f"--vae={output_dir / 'vae'}", f"--conditioner={output_dir / 'encoder'}"]
+        flags += [f"--vae={output_dir / 'decoder'}", f"--conditioner={output_dir / 'encoder'}"]
     if args.setting == "gpu":
         flags += ON_A_GPU[stage]
     for name in ("max_train_steps", "max_train_samples"):
