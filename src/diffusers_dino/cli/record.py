@@ -24,7 +24,8 @@ _PRIOR = ("width", "num_layers", "num_heads", "num_components", "text_length", "
 _CHOICE = ("validation_share", "validation_steps", "patience")
 _UNET = ("qk_init_scale", "rank", "lora_alpha", "use_ema", "ema_decay")
 _NOISE = ("prediction_type", "flow_times", "flow_shift", "rescale_betas_zero_snr", "snr_gamma", "noise_offset")
-_DISTILLATION = ("teacher_steps", "min_guidance", "max_guidance", "guidance_width", "target_decay", "huber_c")
+_DISTILLATION = ("teacher_steps", "phases", "min_guidance", "max_guidance", "guidance_width")
+_STUDENT = ("target_decay", "huber_c")
 _UPDATES = ("seed", "train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "mixed_precision")
 _RATE = ("learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps")
 _ADAM = ("use_8bit_adam", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon")
@@ -33,7 +34,7 @@ _HEAD_OF_DINO = ("max_local_crop", "exposure", "num_prototypes", "head_hidden_si
 _DINO = ("teacher_temperature", "student_temperature", "teacher_momentum", "koleo_weight")
 _METRIC = ("metric", "metric_features", "metric_steps", "metric_num_images")
 _RECIPE = _VIEWS + _SCALE + _VIEWS_OF_DINO + _HEAD_OF_DINO + _VAE + _VAE_LOSS + _ENCODER + _TOKENS + _CONDITION
-_RECIPE += _PRIOR + _CHOICE + _UNET + _NOISE + _DINO + _DISTILLATION + _UPDATES + _RATE + _ADAM + _METRIC
+_RECIPE += _PRIOR + _CHOICE + _UNET + _NOISE + _DINO + _DISTILLATION + _STUDENT + _UPDATES + _RATE + _ADAM + _METRIC
 
 
 def told_settings(args: Any) -> dict[str, Any]:
