@@ -156,6 +156,18 @@ def load_training_script() -> ModuleType:
     return module
 
 
+class MixedPrecision(nn.Module):
+    """The UNet as accelerate prepares it: in mixed precision, and only it."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.module, self.dtype = module, dtype
+
+    def forward(self, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(sample.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.module(sample, *args, **kwargs)
+
+
 @dataclass
 class Trainer:
     """Updates of one UNet by one optimizer, from different losses.
@@ -178,6 +190,7 @@ class Trainer:
         self.schedule = DDPMScheduler.from_config(self.bench.pipe.scheduler.config)
         self.script = load_training_script()
         self.arguments = self.script.Arguments()
+        self.denoise = MixedPrecision(self.bench.pipe.unet, self.bench.dtype)
 
     def forget(self) -> None:
         """Free the gradients."""
@@ -204,11 +217,6 @@ class Trainer:
             "cached": lambda: self.update(lambda: ours({"features": cached, "position": positions})),
             "diffusers": lambda: self.update(lambda: self.text_to_image_loss(images, prompts)),
         }
-
-    def denoise(self, *args: Any, **kwargs: Any) -> Any:
-        """The UNet as accelerate prepares it: in mixed precision, and only it."""
-        with torch.autocast(self.bench.device.type, self.bench.dtype, enabled=self.bench.dtype != torch.float32):
-            return self.bench.pipe.unet(*args, **kwargs)
 
     def text_to_image_loss(self, images: Tensor, prompts: Tensor) -> Tensor:
         """The loss of diffusers' `train_text_to_image.py`, whose frozen models are in lower precision, too."""
