@@ -91,8 +91,10 @@ class Adversary:
         self._optimizer.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
+        """Weights and the state of their optimizer, for a checkpoint."""
         return {"discriminator": self.discriminator.state_dict(), "optimizer": self._optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave."""
         self.discriminator.load_state_dict(state["discriminator"])
         self._optimizer.load_state_dict(state["optimizer"])
