@@ -100,9 +100,14 @@ def draw(pipe: DinoDiffusionPipeline, sources: Tensor, args: Arguments, folder: 
         generator=torch.Generator().manual_seed(0),
     ).images
     print(f"{(time.perf_counter() - start) / len(variations):.2f} s an image")
-    with torch.no_grad():
-        kept = vae_to_unit(pipe.vae(unit_to_vae(chosen, pipe.vae.config["in_channels"])).sample)
-    contact_sheet(chosen, kept, variations).save(folder / "variations.png")
+    contact_sheet(chosen, reconstruct(pipe, chosen), variations).save(folder / "variations.png")
+
+
+@torch.no_grad()
+def reconstruct(pipe: DinoDiffusionPipeline, images: Tensor) -> Tensor:
+    """What the autoencoder keeps of images, `(N, C, H, W)` in [0, 1]."""
+    channels = pipe.vae.config["in_channels"]
+    return torch.cat([vae_to_unit(pipe.vae(unit_to_vae(batch, channels)).sample) for batch in images.split(16)])
 
 
 def halves_of(images: ImageDataset) -> tuple[ImageDataset, ImageDataset]:
@@ -119,10 +124,11 @@ def halves_of(images: ImageDataset) -> tuple[ImageDataset, ImageDataset]:
 def measure_distances(
     args: Arguments, pipe: DinoDiffusionPipeline, unseen: ImageDataset
 ) -> dict[str, dict[str, float]]:
-    """By feature space: the distance of real halves, and of variations of one half from the other."""
+    """By feature space: the distance of real halves, and of what is made of one half from the other."""
     sources, reference = halves_of(unseen)
     tokens = embed_images(pipe, sources)
     sets = {"real": stack_images(sources)}
+    sets["autoencoder"] = reconstruct(pipe, sets["real"])
     for scale in (1.0, args.guidance_scale):
         sets[f"guidance {scale:g}"] = generate_variations(
             pipe, tokens, seed=0, num_inference_steps=args.num_inference_steps, guidance_scale=scale
@@ -140,7 +146,7 @@ def measure_distances(
 
 def distance_rows(figures: dict[str, dict[str, dict[str, float]]]) -> list[list[str]]:
     spaces = figures["frechet"].values()
-    kinds = [name for name in next(iter(spaces)) if name.startswith("guidance")]
+    kinds = [name for name in next(iter(spaces)) if name == "autoencoder" or name.startswith("guidance")]
     return [[kind, *(f"{space[kind] / space['real']:.2f}" for space in spaces)] for kind in kinds]
 
 
