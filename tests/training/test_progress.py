@@ -1,9 +1,11 @@
 import io
 import json
+from functools import partial
 
 import pytest
 import torch
 from accelerate import Accelerator
+from tqdm.auto import tqdm
 
 from diffusers_dino.training.progress import Progress, peak_memory
 
@@ -31,7 +33,8 @@ def test_plain_lines_now_and_then(accelerator, tmp_path):
     assert "GiB" in lines[1]
 
 
-def test_bar_on_a_terminal(accelerator, tmp_path):
+def test_bar_on_a_terminal(accelerator, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusers_dino.training.progress.tqdm", partial(tqdm, disable=False))  # tests have no bars
     stream = Terminal()
     progress = Progress(accelerator, tmp_path / "log.jsonl", total=2, stream=stream)
     progress.update(0.5, 1e-4)
