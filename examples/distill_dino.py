@@ -62,7 +62,7 @@ class Arguments(RunArguments, AugmentationArguments, ImageArguments):
     revision: str | None = flag(None, "Its revision on the Hub.")
     variant: str | None = flag(None, "Its variant, such as fp16.")
     teacher_steps: int = flag(
-        40, "DDIM steps from noise to image, which the student learns to skip; fewer take less training."
+        8, "Guided DDIM steps of the teacher's path; fewer take less training. A multiple of --phases."
     )
     phases: int = flag(4, "Steps that the student takes instead; 1 is LCM, whose function jumps to the image.")
     min_guidance: float | None = flag(None, "Smallest guidance scale to learn; 1, or 2 with --rank.")

@@ -29,7 +29,7 @@ class ConsistencySchedule:
         edges: `(num_phases,)`, ascending: where a phase ends; -1 is the data.
     """
 
-    def __init__(self, scheduler: DDIMScheduler, num_steps: int = 40, num_phases: int = 4) -> None:
+    def __init__(self, scheduler: DDIMScheduler, num_steps: int = 8, num_phases: int = 4) -> None:
         total = scheduler.config["num_train_timesteps"]
         if not 1 <= num_steps <= total:
             raise ValueError(
