@@ -35,7 +35,7 @@ from diffusers_dino.cli.training_flags import (
 from diffusers_dino.cli.training_run import TrainingRun
 from diffusers_dino.data import ImageDataset, TrainingViews, collate, open_images
 from diffusers_dino.fingerprints import fingerprint_model, own_config
-from diffusers_dino.latents import vae_scale_factor
+from diffusers_dino.latents import shift_and_scale, vae_scale_factor
 from diffusers_dino.pixels import unit_to_vae, vae_to_unit
 from diffusers_dino.seeds import generator_for
 from diffusers_dino.sheets import contact_sheet
@@ -97,12 +97,11 @@ def train(args: Arguments, opened: Run) -> None:
     check_crops(args, vae)
     loss_function = ReconstructionLoss(args.l1_weight, args.mse_weight, args.gradient_weight, args.kl_weight)
     views = TrainingViews(images, make_augmentation(args), args.seed)
-    begun = {"config": own_config(vae)}
+    begun, companions = {"config": own_config(vae)}, ()
     begun["weights"] = args.vae and fingerprint_model(vae)
-    if args.adversarial_weight:
-        begun["adversary"] = True
-    adversary = make_adversary(args, accelerator)
-    run = TrainingRun(opened, AutoencodingNetwork(vae), views, (adversary,) if adversary else (), vae=begun)
+    if adversary := make_adversary(args, accelerator):
+        begun["adversary"], companions = True, (adversary,)
+    run = TrainingRun(opened, AutoencodingNetwork(vae), views, companions=companions, vae=begun)
     logger.info(
         f"Training {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M weights on {len(images)} images, "
         f"{len(held_out)} held out: {run.total} updates of {opened.images_per_update} images"
@@ -145,7 +144,7 @@ class AutoencodingNetwork(nn.Module):
     def forward(self, pixels: Tensor, noise: Tensor, more: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Pixels `(B, C, H, W)` in [-1, 1], noise `(B, L, h, w)` -> reconstruction, pixels, mean, logvar.
 
-        `more` `(B, L, 1, 1)` is added to the standard deviation of the latents.
+        `more` `(B, L or 1, 1, 1)` is added to the standard deviation of the latents.
         """
         posterior = self.vae.encode(pixels).latent_dist
         latents = posterior.mean + (posterior.std + more) * noise
@@ -169,6 +168,8 @@ def split_images(args: Arguments, images: ImageDataset) -> tuple[ImageDataset, I
 def make_vae(args: Arguments) -> AutoencoderKL:
     if args.freeze_encoder and not args.vae:
         raise ValueError("--freeze_encoder keeps the latents of an autoencoder: name it as --vae.")
+    if args.latent_noise < 0:
+        raise ValueError(f"--latent_noise must not be negative, got {args.latent_noise}.")
     if args.latent_noise and not args.freeze_encoder:
         raise ValueError("--latent_noise is for a decoder by itself: give --freeze_encoder, too.")
     if args.vae:
@@ -234,7 +235,7 @@ def random_crops(images: Tensor, size: int, seed: int, positions: list[int]) -> 
 
 
 def posterior_noise(vae: AutoencoderKL, args: Arguments, positions: list[int]) -> tuple[Tensor, Tensor]:
-    """Noise `(B, L, h, w)` and what is added to the latents' own deviation `(B, L, 1, 1)`.
+    """Noise `(B, L, h, w)` and what is added to the latents' own deviation `(B, L or 1, 1, 1)`.
 
     Both depend only on (seed, place in the run), so that a resumed run repeats them.
     """
@@ -243,8 +244,8 @@ def posterior_noise(vae: AutoencoderKL, args: Arguments, positions: list[int]) -
     generators = [generator_for(args.seed, "posterior", position) for position in positions]
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
     shares = torch.stack([torch.rand(1, generator=generator) for generator in generators])
-    spread = torch.tensor(vae.config["latents_std"] or [0.0])
-    return noise, (args.latent_noise * shares * spread)[..., None, None]
+    _, scale = shift_and_scale(vae, noise)
+    return noise, args.latent_noise * shares[..., None, None] / scale
 
 
 @torch.no_grad()

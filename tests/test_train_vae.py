@@ -1,5 +1,6 @@
 """`examples/train_vae.py` as a user runs it: as a process where that matters, else in this one, which is faster."""
 
+import importlib
 import json
 import os
 import shutil
@@ -141,11 +142,22 @@ def test_a_run_with_an_adversary_goes_on_with_the_same_bits(trained, flags):
     assert torch.equal(ours.encoder.conv_in.weight, before.encoder.conv_in.weight)
 
 
+@pytest.mark.parametrize("own", [{"latents_mean": [0.0] * 4, "latents_std": [0.5] * 4}, {"scaling_factor": 2.0}])
+def test_noise_is_in_units_of_the_latents_deviation(own):
+    script, vae = importlib.import_module("train_vae"), tiny.tiny_vae()
+    vae.register_to_config(**{"latents_mean": None, "latents_std": None, "scaling_factor": 1.0, **own})
+    args = script.Arguments(latent_noise=0.3, resolution=32)
+    _, more = script.posterior_noise(vae, args, list(range(64)))
+    assert 0 <= more.min() < 0.05
+    assert 0.1 < more.max() <= 0.15
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
         ({"freeze_encoder": True}, ValueError, "name it as --vae"),
         ({"latent_noise": 0.2}, ValueError, "give --freeze_encoder"),
+        ({"latent_noise": -0.2}, ValueError, "must not be negative"),
         ({"train_data_dir": None}, ValueError, "--train_data_dir"),
         ({"vae": "rgb"}, ValueError, "has 3 channels, --in_channels is 1"),
         ({"train_batch_size": 21}, ValueError, "needs 21 images .* there are 20"),

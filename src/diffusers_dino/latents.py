@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .devices import send
 
-__all__ = ["VAE", "decode_latents", "encode_to_moments", "standardize", "vae_scale_factor"]
+__all__ = ["VAE", "decode_latents", "encode_to_moments", "shift_and_scale", "standardize", "vae_scale_factor"]
 
 VAE = AutoencoderKL | AutoencoderTiny
 
@@ -31,24 +31,24 @@ def encode_to_moments(vae: VAE, pixels: Tensor) -> tuple[Tensor, Tensor]:
     encoded = vae.encode(pixels)
     if hasattr(encoded, "latents"):
         return standardize(vae, encoded.latents), torch.zeros_like(encoded.latents)
-    _, scale = _shift_and_scale(vae, encoded.latent_dist.mean)
+    _, scale = shift_and_scale(vae, encoded.latent_dist.mean)
     return standardize(vae, encoded.latent_dist.mean), encoded.latent_dist.std * scale
 
 
 def standardize(vae: VAE, latents: Tensor) -> Tensor:
     """Bring an autoencoder's raw latents `(B, L, h, w)` to the denoiser's units: `(latents - shift) * scale`."""
-    shift, scale = _shift_and_scale(vae, latents)
+    shift, scale = shift_and_scale(vae, latents)
     return (latents - shift) * scale
 
 
 def decode_latents(vae: VAE, latents: Tensor) -> Tensor:
     """Decode standardised latents `(B, L, h, w)` to pixels `(B, C, H, W)` of nominal range [-1, 1] (not clipped)."""
-    shift, scale = _shift_and_scale(vae, latents)
+    shift, scale = shift_and_scale(vae, latents)
     return vae.decode(latents / scale + shift, return_dict=False)[0]
 
 
-def _shift_and_scale(vae: VAE, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
-    """The affine map to unit variance, under diffusers' two conventions.
+def shift_and_scale(vae: VAE, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    """The affine map of raw latents to unit variance, under diffusers' two conventions; `like` has type and device.
 
     Per channel (`latents_mean`, `latents_std`, as Stable Diffusion XL's pipeline reads them):
     `(z - mean) * scaling_factor / std`. Otherwise `(z - shift_factor) * scaling_factor`.
