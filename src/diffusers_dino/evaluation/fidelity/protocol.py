@@ -148,9 +148,8 @@ def evaluate_fidelity(
             scores = score_fidelity(name, features, reference.features, **options, **facts)
             frechet, kernel = scores.frechet.value, scores.kernel.value
             logger.info("%s: Fréchet distance %.4g, kernel distance %.4g", name, frechet, kernel)
-            for label in shares:
-                pair = made.having(label), reference.having(label)
-                by_label.append(_score_quietly(name, *pair, label=label, **options, **facts))
+            for label, theirs in shares.items():
+                by_label.append(_score_quietly(name, made.having(label), theirs, label=label, **options, **facts))
             return scores
 
         rows, model = [], None
@@ -161,22 +160,27 @@ def evaluate_fidelity(
         if untrained:
             rows.append(row(UNTRAINED, with_fresh_unet(model.pipe)))
         rows.append(scored(REAL, sources.features))
-        by_label.sort(key=lambda row: shares.index(row.label))  # stable: of a label the rows are in their order
+        order = list(shares)
+        by_label.sort(key=lambda row: order.index(row.label))  # stable: of a label the rows are in their order
         return FidelityResult(tuple(rows), tuple(by_label), too_few)
 
 
 def _share_out(
     sources: LabelledFeatures, reference: LabelledFeatures, fewest: int
-) -> tuple[list[str], tuple[str, ...]]:
-    """The labels that enough images of both sets have, the most frequent first, and those that too few have."""
+) -> tuple[dict[str, LabelledFeatures], tuple[str, ...]]:
+    """By label that enough images of both sets have, the most frequent first, those of the reference that have it.
+
+    Then the labels that too few have.
+    """
     if (labels := sources.labels) is None:
-        return [], ()
+        return {}, ()
     keys = (*sources.features.keys, *reference.features.keys)
     if missing := [key for key in keys if key not in labels]:
         raise KeyError(f"{len(missing)} images have no labels, such as {', '.join(missing[:3])}")
     counts = Counter(label for key in keys for label in labels[key])
     names = sorted(counts, key=lambda name: (-counts[name], name))
-    shares = [n for n in names if min(len(one.having(n).features) for one in (sources, reference)) >= fewest]
+    found = {name: reference.having(name) for name in names}
+    shares = {n: one for n, one in found.items() if min(len(sources.having(n).features), len(one.features)) >= fewest}
     if not shares:
         raise ValueError(f"No label has {fewest} sources and as many reference images: take a smaller `fewest`.")
     too_few = tuple(name for name in names if name not in shares)
