@@ -109,7 +109,7 @@ def is_pattern(path: str) -> bool:
 
 def expand_braces(pattern: str) -> Iterator[str]:
     """Expand `{000..012}` and `{a,b}` as a shell does, but not in names that are there; leading zeros are kept."""
-    from braceexpand import braceexpand  # comes with webdataset
+    from braceexpand import braceexpand
 
     if os.path.isfile(pattern):
         return iter([pattern])
