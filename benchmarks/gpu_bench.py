@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_dino import DinoDiffusionPipeline
-from diffusers_dino.pipelines.compilation import compile_denoiser
+from diffusers_dino.pipelines.compilation import compile_models
 from gpu_models import Size, make_pipeline
 from gpu_timing import SideBySide, free_memory, peak_gb, synchronize
 
@@ -68,14 +68,14 @@ class Bench:
 
 
 @contextmanager
-def compiled(model: nn.Module, whole: bool | None, **options: Any) -> Iterator[None]:
-    """Inside, a model is compiled, whole or its repeated blocks; RuntimeError if there is no compiler."""
-    if not compile_denoiser(model, whole, **options):
+def compiled(*models: nn.Module, whole: bool, **options: Any) -> Iterator[None]:
+    """Inside, models are compiled, whole or their repeated blocks; RuntimeError if there is no compiler."""
+    if not compile_models(*models, whole=whole, **options):
         raise RuntimeError("There is no compiler for this device.")
     try:
         yield
     finally:
-        for module in model.modules():
+        for module in nn.ModuleList(models).modules():
             module._compiled_call_impl = None
         torch.compiler.reset()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
@@ -18,6 +18,7 @@ from diffusers.training_utils import EMAModel
 from diffusers.utils import is_bitsandbytes_available
 from torch import Tensor, nn
 
+from diffusers_dino import DinoDiffusionPipeline
 from diffusers_dino.training.features import FeatureEncoder, encode_ahead
 from diffusers_dino.training.models import adapt_for_training
 from diffusers_dino.training.optim import make_adamw
@@ -73,12 +74,12 @@ def training(bench: Bench, result: dict[str, Any], which: int) -> None:
 
 
 def training_ways(bench: Bench, result: dict[str, Any]) -> None:
-    """The update from cached features, and diffusers', in each form; one after the other, as each has its own moments.
+    """Our updates, and diffusers', in each form; one after the other, as each has its own moments.
 
-    The last compile the whole UNet, which takes longest.
+    The last compile the whole models, which takes longest.
     """
     bench.allow_tf32(bench.tf32)
-    unet = bench.pipe.unet.requires_grad_(True)
+    bench.pipe.unet.requires_grad_(True)
     trainable = adapt_for_training(bench.pipe, bench.device, bench.dtype)
     batch = bench.batches.get(0, bench.size.sampling_batch)  # without `training_large`, one that fits
     result |= {"resolution": bench.size.resolutions[0], "batch_size": batch}
@@ -88,15 +89,17 @@ def training_ways(bench: Bench, result: dict[str, Any]) -> None:
     if is_bitsandbytes_available() and bench.device.type == "cuda":
         forms += [("cached, 8-bit Adam", "cached", False, None, "8bit")]
     forms += [("cached, channels-last", "cached", True, None, "fused")]
+    forms += [("online, ahead", "online, ahead", False, None, "fused")]
     for extent, whole in (("blocks", False), ("whole", True)):
         forms += [
             (f"diffusers, compiled {extent}", "diffusers", False, whole, "fused"),
             (f"cached, compiled {extent}", "cached", False, whole, "fused"),
             (f"cached, channels-last, compiled {extent}", "cached", True, whole, "fused"),
+            (f"online, ahead, channels-last, compiled {extent}", "online, ahead", True, whole, "fused"),
         ]
     operations = {}
     for name, kind, channels_last, whole, adam in forms:
-        with in_form(unet, channels_last, whole):
+        with in_form(bench.pipe, kind, channels_last, whole):
             trainer = Trainer(bench, trainable, adam)
             way = trainer.ways(batch, bench.size.resolutions[0])[kind]
             timings.run({name: way}, bench.repeats, warmup=2)
@@ -110,14 +113,21 @@ def training_ways(bench: Bench, result: dict[str, Any]) -> None:
 
 
 @contextmanager
-def in_form(unet: nn.Module, channels_last: bool, whole: bool | None) -> Iterator[None]:
-    """Inside, the UNet has a memory format and is compiled by blocks or whole, or not (None)."""
-    unet.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    try:
-        with nullcontext() if whole is None else compiled(unet, whole):
-            yield
-    finally:
-        unet.to(memory_format=torch.contiguous_format)
+def in_form(pipe: DinoDiffusionPipeline, kind: str, channels_last: bool, whole: bool | None) -> Iterator[None]:
+    """Inside, UNet and VAE have a memory format; models are compiled by blocks or whole, or not (None).
+
+    They are those that `train_dino.py --torch_compile` compiles: the frozen ones only where they are in the update.
+    """
+    with ExitStack() as stack:
+        if channels_last:
+            for model in (pipe.unet, pipe.vae):
+                model.to(memory_format=torch.channels_last)
+                stack.callback(model.to, memory_format=torch.contiguous_format)
+        if whole is not None:
+            stack.enter_context(compiled(pipe.unet, whole=whole))
+            if kind.startswith("online"):
+                stack.enter_context(compiled(pipe.vae.encoder, pipe.conditioner, whole=whole, dynamic=False))
+        yield
 
 
 def small_model(bench: Bench, result: dict[str, Any]) -> None:
@@ -143,7 +153,7 @@ def small_model(bench: Bench, result: dict[str, Any]) -> None:
             for _ in range(10):
                 update()
 
-        with nullcontext() if options is None else compiled(small.pipe.unet, True, **options):
+        with nullcontext() if options is None else compiled(small.pipe.unet, whole=True, **options):
             timings.run({name: ten}, 3 * bench.repeats, warmup=2)
 
 

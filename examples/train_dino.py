@@ -39,7 +39,7 @@ from diffusers_dino.denoisers import family_of
 from diffusers_dino.fingerprints import fingerprint_model, hash_of, own_config
 from diffusers_dino.fusion import fuse
 from diffusers_dino.hub import push_folder
-from diffusers_dino.pipelines.compilation import compile_denoiser
+from diffusers_dino.pipelines.compilation import compile_models
 from diffusers_dino.pipelines.preparation import note_preparation
 from diffusers_dino.schedules import is_flow
 from diffusers_dino.training import models, objective, optim, validation
@@ -90,9 +90,11 @@ class Arguments(SharingArguments, RunArguments, FeatureArguments):
     allow_tf32: bool = flag(False, "TF32 matrix products on Ampere and later.", group="Speed and memory")
     gradient_checkpointing: bool = flag(False, "Save memory, compute activations twice.")
     enable_xformers_memory_efficient_attention: bool = flag(False, "xformers in place of PyTorch's attention.")
-    torch_compile: bool = flag(False, "Compile the denoiser, and keep it and the VAE channels-last.")
+    torch_compile: bool = flag(
+        False, "Compile the denoiser, and VAE and encoder unless features are cached; keep VAE and UNet channels-last."
+    )
     compile_regions: Literal["auto", "blocks", "whole"] = flag(
-        "auto", "What to compile: the repeated blocks of large denoisers, and small ones whole; or as you say."
+        "auto", "What to compile: the repeated blocks of large models, and small ones whole; or as you say."
     )
     compile_mode: str | None = flag(None, "torch.compile's, such as reduce-overhead for a small model on a GPU.")
     channels_last: bool = flag(False, "Channels-last memory format of denoiser and VAE, also uncompiled.")
@@ -138,8 +140,8 @@ def run_training(args: Arguments, run: Run) -> None:
     frozen_dtype = models.frozen_dtype(accelerator.mixed_precision)
     if args.feature_cache:
         views = run.open_cache(views, pipe.vae, pipe.conditioner)
-    frozen_device = "cpu" if args.feature_cache or args.cache_views else None
-    trainable = models.adapt_for_training(pipe, accelerator.device, frozen_dtype, frozen_device)
+    cached = bool(args.feature_cache or args.cache_views)
+    trainable = models.adapt_for_training(pipe, accelerator.device, frozen_dtype, "cpu" if cached else None)
     if args.channels_last or args.torch_compile:
         pipe.denoiser.to(memory_format=torch.channels_last)
         pipe.vae.to(memory_format=torch.channels_last)
@@ -174,8 +176,7 @@ def run_training(args: Arguments, run: Run) -> None:
         fusion=pipe.fusion,
     )
     if args.torch_compile:
-        whole = {"auto": None, "blocks": False, "whole": True}[args.compile_regions]
-        compile_denoiser(pipe.denoiser, whole, mode=args.compile_mode)
+        compile_for_training(args, pipe, cached)
     accelerator.init_trackers(args.tracker_project_name, {name: str(value) for name, value in asdict(args).items()})
     logger.info(
         f"Training {sum(p.numel() for p in trainable) / 1e6:.2f} M weights on {len(views)} images: {total_steps} "
@@ -328,6 +329,13 @@ def build_pipeline(args: Arguments, images: data.ImageDataset, device: torch.dev
     else:
         note_preparation(pipe.denoiser, images.preprocessing, pipe.vae.config["in_channels"])
     return pipe
+
+
+def compile_for_training(args: Arguments, pipe: DinoDiffusionPipeline, cached: bool) -> None:
+    """Compile the denoiser, and what encodes images unless their features are cached."""
+    whole = {"auto": None, "blocks": False, "whole": True}[args.compile_regions]
+    if compile_models(pipe.denoiser, whole=whole, mode=args.compile_mode) and not cached:
+        compile_models(pipe.vae.encoder, pipe.conditioner, whole=whole, dynamic=False)
 
 
 def make_validator(

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints import FAMILIES, TIMM, TINY, TRANSFORMERS, build, checkpoint, own_forward, pixels_for, wrap
 from diffusers_dino.conditioner import DinoImageConditioner
+from diffusers_dino.pipelines.compilation import compile_models
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -116,14 +117,19 @@ def test_incomplete_conditioner_is_refused(lost, tmp_path):
         DinoImageConditioner.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_compiles_to_one_graph(family):
+def test_compiles_to_one_graph(family, whole):
+    """Also the layers do, which are all that is compiled of large encoders."""
     conditioner = wrap(build(family))
     pixels = pixels_for(conditioner)
+    expected = conditioner(pixels)
     torch._dynamo.reset()
-    compiled = torch.compile(conditioner, fullgraph=True, backend="eager")
+    torch._dynamo.utils.counters.clear()
+    assert compile_models(conditioner, whole=whole, fullgraph=True, backend="eager")
     with torch.no_grad():
-        assert (compiled(pixels) - conditioner(pixels)).abs().max() <= 1e-5
+        assert (conditioner(pixels) - expected).abs().max() <= 1e-5
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # one of them the trial's
 
 
 @pytest.mark.slow

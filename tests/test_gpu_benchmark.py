@@ -83,6 +83,7 @@ def test_compilation(gpu, tmp_path):
         results["parts"]["compiled"]["speed"]["images_per_s"]
     )
     ways = {"diffusers", "cached, foreach Adam", "cached, channels-last, compiled blocks", "cached, compiled whole"}
+    ways |= {"online, ahead", "online, ahead, channels-last, compiled blocks"}
     assert ways <= set(results["parts"]["training_ways"]["speed"]["images_per_s"])
     assert "read every 10, compiled" in results["parts"]["small_model"]["updates"]["images_per_s"]
 

@@ -146,6 +146,25 @@ def test_resumed_run_equals_an_uninterrupted_one(train, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
+def test_a_compiled_run_is_the_eager_one_to_rounding_and_resumes_to_the_bit(train, parts, tmp_path):
+    tiny.tiny_unet(**tiny.ONE_LEVEL).save_config(parts / "one_level")
+    options = {"unet_config": parts / "one_level", "max_train_steps": 3, "learning_rate": 1e-4}
+    eager = losses(train(**options))
+    options |= {"torch_compile": True, "checkpointing_steps": 2, "output_dir": tmp_path / "compiled"}
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    folder = train(**options)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    whole, compiled = weights(folder), losses(folder)
+    assert max(abs(a - b) for a, b in zip(eager, compiled, strict=True)) < 1e-5
+    torch.compiler.reset()
+    shutil.rmtree(folder / "unet")
+    train(**options, resume_from_checkpoint="checkpoint-2")
+    assert losses(folder) == compiled
+    assert all(torch.equal(value, whole[name]) for name, value in weights(folder).items())
+
+
 def test_resume_of_nothing_starts_anew_and_of_another_run_is_refused(train):
     folder = train(resume_from_checkpoint="latest", checkpointing_steps=2)
     assert len(losses(folder)) == 4

@@ -256,6 +256,11 @@ class DinoImageConditioner(FamiliarityMixin, ExactBuffers, LastingModelMixin, Co
         return sizes[0] if len(sizes) == 1 else sizes
 
     @property
+    def _repeated_blocks(self) -> list[str]:
+        """What diffusers' `compile_repeated_blocks` compiles: the classes of the encoders' layers."""
+        return sorted({type(layer).__name__ for encoder in self.image_encoders for layer in encoder.layers})
+
+    @property
     def layout(self) -> dict[str, Any]:
         """What tells these tokens from others of the same width, to be noted with the model that is trained on them.
 

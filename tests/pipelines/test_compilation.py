@@ -1,5 +1,6 @@
-"""Compiled denoisers: whole graphs, the same results, and what happens where they cannot be compiled."""
+"""Compiled models: whole graphs, the same results, and what happens where they cannot be compiled."""
 
+import importlib
 import logging
 
 import pytest
@@ -10,7 +11,8 @@ from accelerate.state import AcceleratorState
 import tiny
 from diffusers_dino.denoisers import family_of
 from diffusers_dino.pipelines import compilation, deep_cache
-from diffusers_dino.pipelines.compilation import compile_denoiser, compile_pipeline, compiler_problem
+from diffusers_dino.pipelines.compilation import compile_models, compile_pipeline, compiler_problem, is_compiled
+from diffusers_dino.training.features import FeatureEncoder
 
 
 def gradients(model, denoiser, batch_size=2):
@@ -41,7 +43,7 @@ def test_a_training_step_is_one_graph_for_batches_of_any_size(accelerator):
     denoiser = tiny.tiny_unet(**tiny.ONE_LEVEL).train()
     model = accelerator.prepare(denoiser)
     expected = [gradients(model, denoiser, batch_size) for batch_size in (2, 3, 4)]
-    assert compile_denoiser(denoiser, fullgraph=True, backend="eager")
+    assert compile_models(denoiser, fullgraph=True, backend="eager")
     for batch_size, values in zip((2, 3, 4), expected, strict=True):
         torch.testing.assert_close(gradients(model, denoiser, batch_size), values, atol=1e-6, rtol=1e-6)
     assert not torch._dynamo.utils.counters["graph_break"]
@@ -55,7 +57,7 @@ def test_compiled_gradients_are_the_eager_ones(whole):
     denoiser = tiny.tiny_unet(**tiny.ONE_LEVEL).train()
     expected = gradients(denoiser, denoiser)
     denoiser.to(memory_format=torch.channels_last)
-    assert compile_denoiser(denoiser, whole, fullgraph=True)
+    assert compile_models(denoiser, whole=whole, fullgraph=True)
     torch.testing.assert_close(gradients(denoiser, denoiser), expected, atol=1e-5, rtol=1e-4)
 
 
@@ -64,9 +66,45 @@ def test_large_denoisers_are_compiled_by_blocks(monkeypatch):
     for large in (False, True):
         monkeypatch.setattr(compilation, "_LARGE", 0 if large else 10**9)
         denoiser = tiny.tiny_unet()
-        compile_denoiser(denoiser, backend="eager")
+        compile_models(denoiser, backend="eager")
         compiled = {type(part).__name__ for part in denoiser.modules() if part._compiled_call_impl is not None}
         assert compiled == ({blocks} if large else {"UNet2DConditionModel"})
+
+
+def frozen_models(vae):
+    """An autoencoder, a conditioner, and what makes features of the batch of a loader with them."""
+    conditioner = tiny.tiny_conditioner()
+    encode = FeatureEncoder(vae, conditioner, "cpu")
+    return vae.requires_grad_(False), conditioner, lambda images: encode({"image": images})
+
+
+@pytest.mark.parametrize("vae", [tiny.tiny_vae, tiny.tiny_taesd])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_features_are_the_eager_ones_from_one_graph_of_each_model(vae, backend):
+    """Batches of another size change nothing for the first."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    vae, conditioner, encode = frozen_models(vae())
+    batches = [tiny.random_images(count, vae.config["in_channels"], size=40) for count in (3, 2)]
+    expected = list(map(encode, batches))
+    vae.to(memory_format=torch.channels_last)
+    assert compile_models(vae.encoder, conditioner, fullgraph=True, backend=backend, dynamic=False)
+    features = list(map(encode, batches))
+    torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-4)
+    assert all(map(torch.equal, encode(batches[0]), features[0]))
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 5  # one of them the trial's
+    torch.compiler.reset()  # as in a run that goes on, whose first batch is another one
+    assert all(map(torch.equal, encode(batches[1]), features[1]))
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_training_compiles_frozen_models_unless_features_are_cached(pipe, cached):
+    script = importlib.import_module("train_dino")
+    script.compile_for_training(script.Arguments(), pipe, cached)
+    assert is_compiled(pipe.unet)
+    assert is_compiled(pipe.vae.encoder) == is_compiled(pipe.conditioner) == (not cached)
+    assert not is_compiled(pipe.vae.decoder)
 
 
 @pytest.mark.slow

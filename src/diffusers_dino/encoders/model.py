@@ -194,7 +194,7 @@ class Encoder(ExactBuffers):
             patches = self._run(pixel_values)[1]
         else:
             kept: list[Any] = []
-            hook = self._layers[layer - 1].register_forward_hook(lambda module, inputs, output: kept.append(output))
+            hook = self.layers[layer - 1].register_forward_hook(lambda module, inputs, output: kept.append(output))
             try:
                 self._run(pixel_values)
             finally:
@@ -216,10 +216,11 @@ class Encoder(ExactBuffers):
     @property
     def depth(self) -> int:
         """Number of its layers."""
-        return len(self._layers)
+        return len(self.layers)
 
     @property
-    def _layers(self) -> nn.ModuleList | nn.Sequential:
+    def layers(self) -> nn.ModuleList | nn.Sequential:
+        """Its layers, in the order in which they run."""
         if self.spec.backend == "timm":
             return self.model.blocks
         return max((part for part in self.model.modules() if isinstance(part, nn.ModuleList)), key=len)

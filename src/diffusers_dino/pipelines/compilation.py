@@ -1,4 +1,4 @@
-"""`torch.compile` on a denoiser and an autoencoder's decoder: which parts of them, and what without a compiler.
+"""`torch.compile` on denoisers and on what encodes and decodes: which parts of them, and what without a compiler.
 
 Modules are compiled in place, so that their class and the names of their weights stay.
 """
@@ -9,12 +9,12 @@ import logging
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from .caching import has_cache
 
-__all__ = ["compile_denoiser", "compile_pipeline", "compiler_problem", "is_compiled"]
+__all__ = ["compile_models", "compile_pipeline", "compiler_problem", "is_compiled"]
 
 logger = logging.getLogger(__name__)
 
@@ -22,37 +22,37 @@ _LARGE = 200_000_000  # weights: from here on, compiling a whole model takes man
 _MOST_SHAPES = 64  # that one block is compiled for: a UNet's have several widths and sides, with gradients and without
 
 
-def compile_denoiser(denoiser: ModelMixin, whole: bool | None = None, **options: Any) -> bool:
-    """Compile a denoiser in place, when it is where it will run.
+def compile_models(*models: nn.Module, whole: bool | None = None, **options: Any) -> bool:
+    """Compile models in place, when they are where they will run.
 
     Args:
-        denoiser: The UNet or transformer.
-        whole: Whether to compile all of it, rather than only its repeated blocks (diffusers'
+        models: A denoiser, a conditioner, or a half of an autoencoder (`vae.encoder`).
+        whole: Whether to compile all of each, rather than only its repeated blocks (diffusers'
             `compile_repeated_blocks`), which takes a fraction of the time. By default models of under 200 M weights
             are compiled whole, and those of a class that names no repeated blocks.
-        options: For `torch.compile`, such as `mode` or `fullgraph`.
+        options: For `torch.compile`, such as `mode`, `fullgraph` or `dynamic`.
 
     Returns:
-        Whether it is compiled. Without a working compiler a warning says why, and the model stays as it is.
+        Whether they are compiled. Without a working compiler a warning says why, and the models stay as they are.
 
     Raises:
-        ValueError: If one of diffusers' caches is on the model.
+        ValueError: If one of diffusers' caches is on a model.
     """
-    if has_cache(denoiser):
+    if any(map(has_cache, models)):
         raise ValueError(
             "A cache is on the denoiser (enable_cache), and its hooks cannot be compiled: call disable_cache() first."
         )
-    parameters = list(denoiser.parameters())
-    if problem := compiler_problem(parameters[0].device, options.get("backend", "inductor")):
-        logger.warning("The denoiser is not compiled, and runs as without: %s", problem)
+    device = next(models[0].parameters()).device
+    if problem := compiler_problem(device, options.get("backend", "inductor")):
+        logger.warning("The models are not compiled, and run as without: %s", problem)
         return False
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_SHAPES)
-    if whole is None:
-        whole = sum(parameter.numel() for parameter in parameters) < _LARGE
-    if whole or not getattr(denoiser, "_repeated_blocks", None):
-        denoiser.compile(**options)
-    else:
-        denoiser.compile_repeated_blocks(**options)
+    for model in models:
+        small = sum(parameter.numel() for parameter in model.parameters()) < _LARGE
+        if (small if whole is None else whole) or not getattr(model, "_repeated_blocks", None):
+            model.compile(**options)
+        else:
+            model.compile_repeated_blocks(**options)
     return True
 
 
@@ -62,11 +62,8 @@ def compile_pipeline(pipe: DiffusionPipeline, whole: bool | None = None, **optio
     Each shape of a batch is compiled by itself, at its first call: an image then depends on the shape of its batch,
     and not on which shapes came before.
     """
-    options = {"dynamic": False, **options}
-    compiled = compile_denoiser(pipe.denoiser, whole, **options)
-    if compiled and pipe.vae is not None:
-        pipe.vae.decoder.compile(**options)
-    return compiled
+    models = [pipe.denoiser] if pipe.vae is None else [pipe.denoiser, pipe.vae.decoder]
+    return compile_models(*models, whole=whole, **{"dynamic": False, **options})
 
 
 def is_compiled(model: nn.Module) -> bool:

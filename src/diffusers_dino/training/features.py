@@ -229,7 +229,8 @@ def fit_familiarity(
     patients = patients_of(views.images.select([keys[place] for place in places]))
     try:
         tokens = (encode(batch).tokens for batch in load_batches(views, blocks, device=device))
-        conditioner.fit_familiarity(tokens, patients)
+        with torch.compiler.set_stance("force_eager"):  # the batches are not those of training
+            conditioner.fit_familiarity(tokens, patients)
     except ValueError as error:
         logger.warning("The model will not tell which images are like its training images. %s", error)
         return False
