@@ -1,4 +1,8 @@
-"""Kills of a run in this process, before a chosen rename or unlink or before each of them in turn."""
+"""Kills of a run in this process, before a chosen rename or unlink or before each of them in turn.
+
+To unlink what is not there changes nothing: a kill before it leaves the files that a kill before the next change does,
+so it does not count.
+"""
 
 import builtins
 import itertools
@@ -30,11 +34,12 @@ def killed_before(number: int) -> Iterator[Death]:
     left, death = iter(range(number, -1, -1)), Death()
 
     def dies(function: Callable, counts: bool = True) -> Callable:
-        def call(*args, **options):
-            death.happened = death.happened or (counts and next(left) == 0)
+        def call(path, *args, **options):
+            if counts and not death.happened and _exists(path, options.get("dir_fd")):
+                death.happened = next(left) == 0
             if death.happened:
                 raise Killed
-            return function(*args, **options)
+            return function(path, *args, **options)
 
         return call
 
@@ -50,6 +55,14 @@ def killed_before(number: int) -> Iterator[Death]:
         suppress(Killed),
     ):
         yield death
+
+
+def _exists(path: str | os.PathLike[str], folder: int | None) -> bool:
+    try:
+        os.stat(path, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def kills(run: Callable[[], object], at_most: int = 1000) -> Iterator[int]:
