@@ -74,15 +74,15 @@ $(BIN)/python:
 		|| { echo "diffusers-dino needs Python >= 3.10; name one with 'make PYTHON=python3.11 $(MAKECMDGOALS)'."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# A stamp is written only after its installation went through, so a broken one is done again.
+# A stamp is written only after its installation went through, so a broken one is done again. Not to compile saves more
+# than a minute: Python compiles what it imports, which is little of it.
 $(VENV)/.installed-train: EXTRAS = train
 $(VENV)/.installed-demo: EXTRAS = demo,dicom
-$(VENV)/.installed-demo: PIP_FLAGS = --no-compile # saves a minute: Python compiles what it imports, which is little of it
 $(VENV)/.installed-dev: EXTRAS = $(DEV_EXTRAS)
 $(VENV)/.installed-docs: EXTRAS = docs
 $(VENV)/.installed-%: $(BIN)/python pyproject.toml
 	@echo "== Installing diffusers-dino[$(EXTRAS)] into $(VENV); PyTorch is large, this takes minutes the first time =="
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --editable '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[$(EXTRAS)]'
 	@touch $@
 
 $(VENV)-floors/.installed: pyproject.toml
