@@ -74,8 +74,8 @@ $(BIN)/python:
 		|| { echo "diffusers-dino needs Python >= 3.10; name one with 'make PYTHON=python3.11 $(MAKECMDGOALS)'."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# A stamp is written only after its installation went through, so a broken one is done again. Not to compile saves more
-# than a minute: Python compiles what it imports, which is little of it.
+# A stamp is written only after its installation went through, so a broken one is done again. Not to compile saves a
+# minute: Python compiles what it imports, which is little of it.
 $(VENV)/.installed-train: EXTRAS = train
 $(VENV)/.installed-demo: EXTRAS = demo,dicom
 $(VENV)/.installed-dev: EXTRAS = $(DEV_EXTRAS)

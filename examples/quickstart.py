@@ -2,7 +2,7 @@
 
     python examples/quickstart.py --output_dir outputs/quickstart
 
-What runs is what a user runs: `accelerate launch examples/train_dino.py` with `examples/configs/quickstart.yaml`, then
+What runs is what a user runs: `python examples/train_dino.py` with `examples/configs/quickstart.yaml`, then
 `DinoDiffusionPipeline.from_pretrained`. The autoencoder and the encoder in `examples/data` are frozen; `train_vae.py`
 and `pretrain_dino.py` trained them on the same phantoms, without labels.
 """
