@@ -78,8 +78,14 @@ def frozen_models(vae):
     return vae.requires_grad_(False), conditioner, lambda images: encode({"image": images})
 
 
-@pytest.mark.parametrize("vae", [tiny.tiny_vae, tiny.tiny_taesd])
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("vae", "backend"),
+    [
+        (tiny.tiny_vae, "eager"),
+        (tiny.tiny_taesd, "eager"),
+        pytest.param(tiny.tiny_vae, "inductor", marks=pytest.mark.slow),
+    ],
+)
 def test_features_are_the_eager_ones_from_one_graph_of_each_model(vae, backend):
     """Batches of another size change nothing for the first."""
     torch.compiler.reset()
