@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from safetensors.torch import save_file
 
+from diffusers_dino.training import plain_state
 from diffusers_dino.training.checkpoints import (
     MANIFEST,
     CheckpointError,
@@ -298,3 +299,27 @@ def test_a_damaged_manifest_is_refused_by_name_and_latest_takes_the_one_before(t
         read_checkpoint(tmp_path / "checkpoint-2")
     assert find_checkpoint(tmp_path).step == 1
     assert "checkpoint-2" in caplog.text
+
+
+def test_moments_follow_the_memory_format_of_their_weights(tmp_path):
+    """Fused AdamW goes through memory: contiguous moments of channels-last weights would be others' moments."""
+
+    def make():
+        weight = torch.arange(24.0).view(2, 3, 2, 2).contiguous(memory_format=torch.channels_last)
+        optimizer = torch.optim.AdamW([torch.nn.Parameter(weight)], lr=0.1, fused=True)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+
+    def step(optimizer):
+        (weight,) = optimizer.param_groups[0]["params"]
+        weight.grad = torch.linspace(-1, 1, 24).view(2, 3, 2, 2).contiguous(memory_format=torch.channels_last)
+        optimizer.step()
+        return weight.detach().clone()
+
+    one, schedule = make()
+    kept = step(one)
+    plain_state.save_optimizer(tmp_path, one, schedule)
+    expected = step(one)
+    other, schedule = make()
+    other.param_groups[0]["params"][0].data.copy_(kept)
+    plain_state.load_optimizer(other, schedule, plain_state.read_state(tmp_path / plain_state.OPTIMIZER))
+    assert torch.equal(step(other), expected)
