@@ -2,9 +2,10 @@
 
     python benchmarks/from_scratch.py --data_dir /data/nih --table /data/nih.csv --output_dir outputs/from_scratch
 
-Autoencoder, encoder and UNet start from random weights. Patients are held out of all three trainings; one image of
-each is what the figures are measured on. The table is a CSV file with the columns `file` and, where it is known,
-`patient`; `variations.png` shows a few unseen images with variations of them.
+Autoencoder, encoder and UNet start from random weights; with `--encoder` a pretrained encoder takes the place of the
+second. Patients are held out of all trainings; one image of each is what the figures are measured on. The table is a
+CSV file with the columns `file` and, where it is known, `patient`; `variations.png` shows a few unseen images with
+variations of them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import HfArgumentParser
 
-from diffusers_dino import DinoDiffusionPipeline
+from diffusers_dino import DinoDiffusionPipeline, DinoImageConditioner
 from diffusers_dino.data import ImageDataset, Preprocessing, open_images
 from diffusers_dino.evaluation import ReconstructionResult, evaluate_reconstruction
 from diffusers_dino.latents import decode_latents, encode_to_moments
@@ -45,6 +46,8 @@ class Arguments:
     configs: str = field(
         default=str(EXAMPLES / "configs" / "from_scratch"), metadata={"help": "Configs, before `_vae.yaml` and so on."}
     )
+    encoder: str | None = field(default=None, metadata={"help": "Pretrained encoder, in place of training one."})
+    encoder_size: int = field(default=98, metadata={"help": "Side in pixels of the images that --encoder sees."})
     resolution: int = field(default=64, metadata={"help": "Side of the images in pixels."})
     held_out_patients: int = field(default=64, metadata={"help": "Patients that no stage sees."})
     training_seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "The chain runs once for each."})
@@ -93,19 +96,23 @@ def split_by_patient(table: Path, held_out: int) -> tuple[list[str], list[str]]:
 
 
 def train(args: Arguments, folder: Path, keys_file: Path, seed: int) -> dict[str, float]:
-    """Run the three scripts as a user does. Returns the wall time of each, start-up and saving included."""
+    """Run the scripts as a user does. Returns the wall time of each, start-up and saving included."""
     seconds = {}
+    if args.encoder:
+        DinoImageConditioner.from_encoder(args.encoder, size=args.encoder_size).save_pretrained(folder / "dino")
     for stage, script in STAGES.items():
+        if stage == "dino" and args.encoder:
+            continue
         config = f"{args.configs}_{stage}.yaml"
-        planned = yaml.safe_load(Path(config).read_text())["max_train_steps"]
-        steps = args.max_train_steps or round(args.longer * planned)
+        planned = yaml.safe_load(Path(config).read_text())
+        steps = args.max_train_steps or round(args.longer * planned["max_train_steps"])
         command = [sys.executable, str(EXAMPLES / script), config, "--seed", str(seed)]
         command += ["--train_data_dir", str(args.data_dir), "--keys_file", str(keys_file)]
         command += ["--resolution", str(args.resolution), "--max_train_steps", str(steps)]
         command += ["--output_dir", str(folder / stage), "--overwrite_output_dir"]
         if stage == "unet":
             command += ["--vae", str(folder / "vae"), "--conditioner", str(folder / "dino")]
-            command += ["--unet_config", str(EXAMPLES / "configs" / "tiny_unet.json")]
+            command += ["--unet_config", str(EXAMPLES.parent / planned["unet_config"])]
         if stage == "vae":
             command += ["--in_channels", str(args.in_channels)]
         start = time.perf_counter()
