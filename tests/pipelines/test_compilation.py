@@ -78,23 +78,16 @@ def frozen_models(vae):
     return vae.requires_grad_(False), conditioner, lambda images: encode({"image": images})
 
 
-@pytest.mark.parametrize(
-    ("vae", "backend"),
-    [
-        (tiny.tiny_vae, "eager"),
-        (tiny.tiny_taesd, "eager"),
-        pytest.param(tiny.tiny_vae, "inductor", marks=pytest.mark.slow),
-    ],
-)
-def test_features_are_the_eager_ones_from_one_graph_of_each_model(vae, backend):
-    """Batches of another size change nothing for the first."""
+@pytest.mark.parametrize("vae", [tiny.tiny_vae, tiny.tiny_taesd])
+def test_features_are_the_eager_ones_from_one_graph_of_each_model(vae):
+    """Batches of another size change nothing for the first; test_train_dino trains with inductor's."""
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     vae, conditioner, encode = frozen_models(vae())
     batches = [tiny.random_images(count, vae.config["in_channels"], size=40) for count in (3, 2)]
     expected = list(map(encode, batches))
     vae.to(memory_format=torch.channels_last)
-    assert compile_models(vae.encoder, conditioner, fullgraph=True, backend=backend, dynamic=False)
+    assert compile_models(vae.encoder, conditioner, fullgraph=True, backend="eager", dynamic=False)
     features = list(map(encode, batches))
     torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-4)
     assert all(map(torch.equal, encode(batches[0]), features[0]))
