@@ -9,8 +9,11 @@ corrected over all experiments together (Holm).
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+
+from matplotlib.figure import Figure
 
 from diffusers_dino.cli.arguments import flag, parse_arguments
 from diffusers_dino.evaluation.augmentation.cells import load_cells
@@ -46,7 +49,7 @@ def main() -> None:
     print(markdown_table(header, rows))
     folder = make_writable_folder(args.output_dir)
     write_json(folder / "generator_size.json", {"header": header, "rows": rows, "tests": len(rows)})
-    draw(results).savefig(folder / "generator_size.png", dpi=100)
+    draw(results).savefig(folder / "generator_size.png", dpi=100, bbox_inches="tight")
 
 
 def check_comparable(results: dict[str, AugmentationResult]) -> None:
@@ -66,15 +69,18 @@ def tell(one: Configuration) -> str:
     return with_interval(one.difference.mean, one.difference.low, one.difference.high, "+.3f")
 
 
-def draw(results: dict[str, AugmentationResult]):
-    """A panel for each regime and mode: the gain of each strategy and ratio over the generators, with intervals."""
+def draw(results: dict[str, AugmentationResult]) -> Figure:
+    """A panel for each regime and mode of several generators: gains of each strategy and ratio, with intervals."""
     found = [
         (place, one)
         for place, result in enumerate(results.values())
         for one in result.configurations
         if one.difference is not None
     ]
-    panels = sorted({(one.mode, -one.regime) for _, one in found})
+    generators = defaultdict(set)
+    for place, one in found:
+        generators[one.mode, -one.regime].add(place)
+    panels = sorted(panel for panel, places in generators.items() if len(places) > 1)
     lines = sorted({(one.strategy, one.ratio) for _, one in found})
     figure = new_figure(1.5 + 3.2 * len(panels), 3.6)
     for axes, (mode, regime) in zip(
@@ -95,6 +101,7 @@ def draw(results: dict[str, AugmentationResult]):
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set_title(f"{-regime} real images\n{mode}", fontsize="medium")
         axes.set_xticks(range(len(results)), list(results), fontsize="small")
+        axes.set_xlim(-0.5, len(results) - 0.5)
         axes.set_xlabel("generator")
         axes.grid(alpha=0.3, axis="y")
     figure.axes[0].set_ylabel("gain in macro AUROC, 95 % over folds")
