@@ -49,7 +49,7 @@ def main() -> None:
     print(markdown_table(header, rows))
     folder = make_writable_folder(args.output_dir)
     write_json(folder / "generator_size.json", {"header": header, "rows": rows, "tests": len(rows)})
-    draw(results).savefig(folder / "generator_size.png", dpi=100, bbox_inches="tight")
+    draw(list(results), compared).savefig(folder / "generator_size.png", dpi=100, bbox_inches="tight")
 
 
 def check_comparable(results: dict[str, AugmentationResult]) -> None:
@@ -69,39 +69,30 @@ def tell(one: Configuration) -> str:
     return with_interval(one.difference.mean, one.difference.low, one.difference.high, "+.3f")
 
 
-def draw(results: dict[str, AugmentationResult]) -> Figure:
+def draw(generators: list[str], compared: list[tuple[str, Configuration]]) -> Figure:
     """A panel for each regime and mode of several generators: gains of each strategy and ratio, with intervals."""
-    found = [
-        (place, one)
-        for place, result in enumerate(results.values())
-        for one in result.configurations
-        if one.difference is not None
-    ]
-    generators = defaultdict(set)
-    for place, one in found:
-        generators[one.mode, -one.regime].add(place)
-    panels = sorted(panel for panel, places in generators.items() if len(places) > 1)
-    lines = sorted({(one.strategy, one.ratio) for _, one in found})
+    panels = defaultdict(list)
+    for name, one in compared:
+        panels[one.mode, one.regime].append((generators.index(name), one))
+    panels = {panel: own for panel, own in sorted(panels.items()) if len({place for place, _ in own}) > 1}
+    lines = sorted({(one.strategy, one.ratio) for _, one in compared})
     figure = new_figure(1.5 + 3.2 * len(panels), 3.6)
-    for axes, (mode, regime) in zip(
-        figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True
-    ):
+    columns = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, ((mode, regime), own) in zip(columns, panels.items(), strict=True):
         for number, (strategy, ratio) in enumerate(lines):
-            own = [pair for pair in found if (pair[1].mode, -pair[1].regime) == (mode, regime)]
-            own = [pair for pair in own if (pair[1].strategy, pair[1].ratio) == (strategy, ratio)]
-            gains = [one.difference for _, one in own]
+            points = [(place, one.difference) for place, one in own if (one.strategy, one.ratio) == (strategy, ratio)]
             axes.errorbar(
-                [place + 0.08 * (number - (len(lines) - 1) / 2) for place, _ in own],
-                [gain.mean for gain in gains],
-                yerr=[[gain.mean - gain.low for gain in gains], [gain.high - gain.mean for gain in gains]],
+                [place + 0.08 * (number - (len(lines) - 1) / 2) for place, _ in points],
+                [gain.mean for _, gain in points],
+                yerr=[[gain.mean - gain.low for _, gain in points], [gain.high - gain.mean for _, gain in points]],
                 marker="o",
                 capsize=3,
                 label=f"{strategy}, 1:{ratio}",
             )
         axes.axhline(0, color="black", linewidth=0.8)
-        axes.set_title(f"{-regime} real images\n{mode}", fontsize="medium")
-        axes.set_xticks(range(len(results)), list(results), fontsize="small")
-        axes.set_xlim(-0.5, len(results) - 0.5)
+        axes.set_title(f"{regime} real images\n{mode}", fontsize="medium")
+        axes.set_xticks(range(len(generators)), generators, fontsize="small")
+        axes.set_xlim(-0.5, len(generators) - 0.5)
         axes.set_xlabel("generator")
         axes.grid(alpha=0.3, axis="y")
     figure.axes[0].set_ylabel("gain in macro AUROC, 95 % over folds")
