@@ -15,7 +15,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from diffusers_dino.cli.arguments import flag, parse_arguments
+from diffusers_dino.cli.arguments import flag, name_and_path, parse_arguments
 from diffusers_dino.evaluation.augmentation.cells import load_cells
 from diffusers_dino.evaluation.augmentation.result import AugmentationResult, Configuration, summarise
 from diffusers_dino.evaluation.figures import add_legend, new_figure
@@ -26,14 +26,14 @@ from diffusers_dino.metrics.auroc import holm
 
 @dataclass
 class Arguments:
-    experiments: list[str] = flag([], "NAME=FOLDER of each generator, in the order of the figure.")
+    experiments: list[str] = flag([], "FOLDER or NAME=FOLDER of each generator, in the order of the figure.")
     output_dir: str = flag("outputs/generator_size", "Where the figure and its numbers go.")
 
 
 def main() -> None:
     args = parse_arguments(Arguments, description=__doc__)
-    folders = dict(one.rpartition("=")[::2] for one in args.experiments)
-    if len(folders) < 2 or "" in folders:
+    folders = dict(map(name_and_path, args.experiments))
+    if len(folders) < 2:
         raise ValueError("Give at least two generators as --experiments NAME=FOLDER.")
     results = {name: summarise(load_cells(Path(folder) / "cells")) for name, folder in folders.items()}
     check_comparable(results)

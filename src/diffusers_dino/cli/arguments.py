@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeVar
 
 from transformers import HfArgumentParser
 
-__all__ = ["flag", "parse_arguments", "settings_of"]
+__all__ = ["flag", "name_and_path", "parse_arguments", "settings_of"]
 
 Arguments = TypeVar("Arguments")
 Settings = TypeVar("Settings")
@@ -141,3 +141,9 @@ def _closest(name: str, known: list[str], cutoff: float) -> str | None:
     """The known name that begins with this one, or that is most like it; None if none is."""
     beginning = [word for word in known if name and word.startswith(name)]
     return next(iter(beginning or difflib.get_close_matches(name, known, n=1, cutoff=cutoff)), None)
+
+
+def name_and_path(text: str) -> tuple[str, str]:
+    """`NAME=PATH`, or `PATH`, which is called as its last part."""
+    name, sign, path = text.partition("=")
+    return (name, path) if sign else (Path(text).resolve().name or text, text)

@@ -92,7 +92,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, lr_scheduler: LRScheduler, 
     optimizer.load_state_dict(state["optimizer"])
     for parameter, moments in optimizer.state.items():  # fused kernels go through memory, where both must be in order
         for name, value in moments.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
+            out_of_order = isinstance(value, Tensor) and value.stride() != parameter.stride()
+            if out_of_order and value.shape == parameter.shape:
                 moments[name] = torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
     lr_scheduler.load_state_dict(state["lr_scheduler"])
     closed = isinstance(lr_scheduler, LambdaLR)  # as all of diffusers': the rate follows from the number of updates

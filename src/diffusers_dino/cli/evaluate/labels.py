@@ -11,15 +11,15 @@ the same classifiers. docs/labels.md says what is measured.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 
 from ...evaluation.labels.plot import plot_label_preservation
 from ...evaluation.labels.protocol import evaluate_labels
 from ...evaluation.labels.table import format_preservation_table
 from ...evaluation.table_text import write_tables
-from ..arguments import flag
+from ..arguments import flag, name_and_path
 from ..classifier_flags import ClassifierArguments, LabelledImageArguments, classifier_settings, open_labelled_images
 from ..console import hold_output
 from ..image_flags import prepared_as_sources
@@ -41,7 +41,9 @@ def main(args: Arguments) -> None:
     if not args.synthetic:
         raise ValueError("Give the sets to judge: --synthetic FOLDER, or NAME=FOLDER.")
     with hold_output(args.output_dir, "result.json") as output:
-        sets = named_folders(args.synthetic)
+        sets: defaultdict[str, list[str]] = defaultdict(list)
+        for name, folder in map(name_and_path, args.synthetic):
+            sets[name].append(folder)
         images, table, names = open_labelled_images(args, args.size, prepared_as_sources(chain(*sets.values())))
         result = evaluate_labels(
             images,
@@ -62,13 +64,3 @@ def main(args: Arguments) -> None:
         text = write_tables(output, lambda style: format_preservation_table(result, style))
         plot_label_preservation(result).savefig(output / "labels.png", dpi=120, bbox_inches="tight")
         print(text)
-
-
-def named_folders(texts: list[str]) -> dict[str, list[str]]:
-    """`NAME=FOLDER`, or `FOLDER`, which is called as its last part."""
-    named: dict[str, list[str]] = {}
-    for text in texts:
-        name, sign, folder = text.partition("=")
-        name, folder = (name, folder) if sign else (Path(text).resolve().name, text)
-        named.setdefault(name, []).append(folder)
-    return named

@@ -31,7 +31,7 @@ from ...evaluation.segmentation.table import format_segmentation_table
 from ...evaluation.table_text import write_tables
 from ...pipelines import DiffSegPipeline
 from ...pipelines.preparation import preparation_for, stored_preparation
-from ..arguments import flag, settings_of
+from ..arguments import flag, name_and_path, settings_of
 from ..console import hold_output, show_messages
 from ..image_flags import BORDERS
 
@@ -111,12 +111,6 @@ def make_sweeps(args: Arguments) -> list[Sweep]:
             own = {"method": method, "features": kinds, "thresholds": thresholds}
             sweeps.append(settings_of(Sweep, args, relative=relative, **own))
     return sweeps
-
-
-def name_and_path(text: str) -> tuple[str, str]:
-    """`NAME=PATH` or `PATH`, which is called as its last part."""
-    name, sign, path = text.partition("=")
-    return (name, path) if sign else (Path(text).name or text, text)
 
 
 def prepare_as_in_training(args: Arguments) -> Preprocessing:
