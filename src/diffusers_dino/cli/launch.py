@@ -20,7 +20,6 @@ def launch_training(script: Path, arguments: Sequence[str], folder: Path) -> Non
     The paths of its config start in `folder`. A CalledProcessError if it fails.
     """
     environment = {
-        "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin stand still on busy cores
         **os.environ,
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
         "ACCELERATE_MIXED_PRECISION": "no",
