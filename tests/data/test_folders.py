@@ -11,7 +11,7 @@ from dicom_files import dicom_bytes
 from diffusers_dino.data import Preprocessing, open_images
 from diffusers_dino.data.images.reading import is_image_file
 from diffusers_dino.data.stores.folder import FolderStore
-from diffusers_dino.data.stores.walk import list_files
+from diffusers_dino.data.stores.walk import RECORDS, WORK, list_files
 from shard_files import encode
 
 DICOM = dicom_bytes(np.arange(64, dtype=np.uint16).reshape(8, 8), 12)
@@ -38,6 +38,13 @@ def test_what_systems_leave_behind_is_skipped_and_counted(tmp_path, caplog, junk
     assert store.keys == ["a", "b/a"]
     assert sum(map(len, store.left_out.values())) == 1
     assert "left out" in caplog.text
+
+
+@pytest.mark.parametrize("own", [RECORDS, WORK])
+def test_what_a_synthetic_set_keeps_beside_its_tars_is_not_told_of(tmp_path, own):
+    (tmp_path / own).mkdir()
+    (tmp_path / own / "a.png").touch()
+    assert (list_files(tmp_path).files, list_files(tmp_path).left_out) == ([], {})
 
 
 def test_a_folder_below_a_hidden_one_is_read(tmp_path):

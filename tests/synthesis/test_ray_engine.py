@@ -13,6 +13,7 @@ import torch
 
 import priors
 import tiny
+from diffusers_dino.data.stores.walk import RECORDS
 from diffusers_dino.prior import describe_conditioner
 from diffusers_dino.synthesis import (
     PriorTokens,
@@ -27,7 +28,6 @@ from diffusers_dino.synthesis import (
     synthesise_with_ray,
 )
 from diffusers_dino.synthesis.ray_engine import _count_fitting, _Job, _portable, _Worker
-from diffusers_dino.synthesis.shards import RECORDS
 from diffusers_dino.synthesis.tokens import TOKENS
 
 LABELS = [{"mass"}, {"mass", "nodule"}, {"nodule"}, {"mass"}, {"nodule"}]

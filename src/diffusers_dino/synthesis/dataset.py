@@ -18,13 +18,14 @@ from ..conditioner import DinoImageConditioner
 from ..data import ImageDataset, Preprocessing, open_images
 from ..data.labels import PROBABILITIES
 from ..data.sharding.manifest import MANIFEST, ShardError, read_manifest, verify_shards, write_manifest
+from ..data.stores.walk import WORK
 from ..familiarity import UNLIKE
 from ..files import write_csv
 from ..sheets import contact_sheet
 from .plan import LABEL_SEPARATOR, Plan, PlannedImage, SynthesisError
 from .plan_file import load_plan
 from .shards import SPLIT, ShardRecord, read_record, shard_path
-from .tokens import WORK, TokenStore
+from .tokens import TokenStore
 
 __all__ = [
     "LABELS",

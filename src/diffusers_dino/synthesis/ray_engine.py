@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from ..data import ImageDataset
 from ..data.sharding.manifest import MANIFEST
+from ..data.stores.walk import WORK
 from ..extras import require
 from ..pipelines import DinoDiffusionPipeline, DinoPriorPipeline
 from ..workers import progress_bar
@@ -30,7 +31,7 @@ from .plan import Plan, SynthesisError
 from .plan_file import PLAN, freeze_plan
 from .run import begun, bind, check_readable, compile_generator
 from .shards import Gate, find_record, make_shard
-from .tokens import WORK, PlannedSources, PriorTokens, TokenStore
+from .tokens import PlannedSources, PriorTokens, TokenStore
 
 __all__ = ["RayResources", "synthesise_with_ray"]
 

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from ..data import ImageDataset, Preprocessing
 from ..data.sharding.manifest import MANIFEST
+from ..data.stores.walk import RECORDS, WORK
 from ..files import lock_folder, make_writable_folder, remove_partials
 from ..fingerprints import as_json, fingerprint_model, fingerprint_pipeline, hash_of, own_config
 from ..metrics.copy_gate import CopyGate
@@ -30,8 +31,8 @@ from ..workers import progress_bar
 from .dataset import SyntheticSet, check_left_out, complete_set, finished_set
 from .plan import Plan, SynthesisError
 from .plan_file import check_free, freeze_plan
-from .shards import RECORDS, Gate, find_record, make_shard
-from .tokens import TOKENS, WORK, PlannedSources, PriorTokens, TokenStore
+from .shards import Gate, find_record, make_shard
+from .tokens import TOKENS, PlannedSources, PriorTokens, TokenStore
 
 __all__ = [
     "begun",

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..data.images.encoding import Encoding
 from ..data.sharding.manifest import Shard, shard_problem, write_shard
 from ..data.stores.archives import INDEX_SUFFIX
+from ..data.stores.walk import RECORDS
 from ..devices import deterministic
 from ..files import read_json, write_json
 from ..pipelines import DinoDiffusionPipeline
@@ -24,9 +25,8 @@ from ..seeds import derive_seed, generator_for
 from .plan import Plan, SynthesisError
 from .tokens import PriorTokens, TokenStore
 
-__all__ = ["RECORDS", "SPLIT", "Gate", "ShardRecord", "find_record", "make_shard", "read_record", "shard_path"]
+__all__ = ["SPLIT", "Gate", "ShardRecord", "find_record", "make_shard", "read_record", "shard_path"]
 
-RECORDS = ".records"  # within the output folder; they stay, so that a shard that is lost later can be made again
 SPLIT = "train"
 
 

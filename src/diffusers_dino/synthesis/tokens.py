@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..data import ImageDataset
 from ..data.datasets import to_float
+from ..data.stores.walk import WORK
 from ..devices import deterministic
 from ..embeddings import lerp
 from ..files import atomic_write
@@ -22,10 +23,9 @@ from ..prior import Condition
 from ..seeds import generator_for
 from .plan import Plan, SynthesisError
 
-__all__ = ["TOKENS", "WORK", "PlannedSources", "PriorTokens", "TokenStore"]
+__all__ = ["TOKENS", "PlannedSources", "PriorTokens", "TokenStore"]
 
-WORK = ".work"  # within the output folder: what is needed until the set is complete
-TOKENS = f"{WORK}/tokens"
+TOKENS = f"{WORK}/tokens"  # needed until the set is complete
 
 _SOURCES_PER_PART = 256
 _MAX_PARTS = 512  # each process has all of them open at once

@@ -25,7 +25,7 @@ from ...workers import progress_bar, run_parallel
 from ..images.encoding import Encoding
 from ..sources import OpenSource, Record, Source
 from ..stores.folder import FolderStore
-from ..stores.walk import list_files
+from ..stores.walk import WORK, list_files
 from .manifest import MANIFEST, Shard, ShardError, check_shards, read_manifest, write_manifest
 from .parts import (
     Item,
@@ -109,7 +109,7 @@ def make_shards(
         check_outside(key_map, output_dir)
     output = make_writable_folder(output_dir)
     refuse_other_folder(output, ShardError)
-    inside = make_writable_folder(output / ".work")
+    inside = make_writable_folder(output / WORK)
     work = inside if work_dir is None else make_writable_folder(Path(work_dir) / f"{output.resolve().name}.work")
     configuration = configuration_of(encoding, rule)
     with lock_folder(inside), nullcontext() if work == inside else lock_folder(work):

@@ -7,7 +7,11 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["FolderFiles", "is_junk", "list_files", "printable"]
+__all__ = ["RECORDS", "WORK", "FolderFiles", "is_junk", "list_files", "printable"]
+
+# What a folder of shards or synthetic images keeps beside its tars; nobody misses them in it.
+RECORDS, WORK = ".records", ".work"
+_OWN = (RECORDS, WORK)
 
 # What storage servers and operating systems put into folders, and everything that is hidden.
 _SYSTEM = (
@@ -56,7 +60,8 @@ def list_files(root: str | Path) -> FolderFiles:
     """List a folder and the folders below it; raises `OSError` if it cannot be opened.
 
     Links to folders are followed, but each folder is listed once, and none above `root`. Hidden files and folders,
-    those of operating systems and storage servers, folders that may not be opened and dead links are noted.
+    those of operating systems and storage servers, folders that may not be opened and dead links are noted. `RECORDS`
+    and `WORK` are passed over.
     """
     found = FolderFiles()
     seen = {_identity(parent) for parent in Path(root).resolve().parents}
@@ -71,7 +76,7 @@ def list_files(root: str | Path) -> FolderFiles:
                 continue
             seen.add(identity)
             with os.scandir(f"{root}/{path}") as entries:
-                below = sorted(entries, key=lambda entry: entry.name)
+                below = sorted((entry for entry in entries if entry.name not in _OWN), key=lambda entry: entry.name)
         except OSError as error:
             if not path:
                 raise
