@@ -33,7 +33,7 @@ class Arguments:
 def main() -> None:
     args = parse_arguments(Arguments, description=__doc__)
     folders = dict(map(name_and_path, args.experiments))
-    if len(folders) < 2:
+    if len(folders) < 2 or "" in folders:
         raise ValueError("Give at least two generators as --experiments NAME=FOLDER.")
     results = {name: summarise(load_cells(Path(folder) / "cells")) for name, folder in folders.items()}
     check_comparable(results)

@@ -1,5 +1,6 @@
 """The command line: what it says of itself, and of what it does not understand."""
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -52,6 +53,14 @@ def test_all_commands_and_those_of_a_group_are_listed_without_importing_torch():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("0 False\n")
     assert all(f"  {name} " in done.stdout for name in COMMANDS)
+
+
+def test_programs_set_how_threads_wait_and_imports_do_not():
+    script = "import os\nimport diffusers_dino.cli.arguments\nprint(os.environ.get('OMP_WAIT_POLICY'))\n"
+    script += "import diffusers_dino.cli.early\nprint(os.environ['OMP_WAIT_POLICY'])"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.split() == ["None", "PASSIVE"]
 
 
 def test_module_and_group_help():

@@ -7,8 +7,6 @@ what `--help` shows, with one example. It is imported when it is asked for: `--h
 from __future__ import annotations
 
 import difflib
-import logging
-import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -16,11 +14,6 @@ from types import ModuleType
 from typing import NamedTuple
 
 __all__ = ["COMMANDS", "Command", "main", "split_command"]
-
-# PyTorch reads it when it is loaded: threads that wait sleep, as those that spin stand still on busy cores.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# On some processors it warns at each start that a kernel for 4 bits is missing, which works without it.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 class Command(NamedTuple):
@@ -67,6 +60,8 @@ _HELP = {"-h", "--help"}
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command. Ends the process with 2 for a wrong command line, with 1 and one line for what can be mended."""
+    from . import libraries  # noqa: F401  (not for those that import this package)
+
     words = list(sys.argv[1:] if argv is None else argv)
     name, rest = split_command(words)
     if name not in COMMANDS:

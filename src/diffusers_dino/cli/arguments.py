@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -146,4 +147,4 @@ def _closest(name: str, known: list[str], cutoff: float) -> str | None:
 def name_and_path(text: str) -> tuple[str, str]:
     """`NAME=PATH`, or `PATH`, which is called as its last part."""
     name, sign, path = text.partition("=")
-    return (name, path) if sign else (Path(text).resolve().name or text, text)
+    return (name, path) if sign else (os.path.basename(os.path.abspath(text)) or text, text)

@@ -4,6 +4,7 @@ A signal of a batch system leaves with a word, and a reader that goes away (`...
 """
 
 from ..training.interruption import Interruption
+from . import libraries  # noqa: F401
 from .console import outlive_reader
 
 outlive_reader()

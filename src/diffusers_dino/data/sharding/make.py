@@ -110,7 +110,7 @@ def make_shards(
     output = make_writable_folder(output_dir)
     refuse_other_folder(output, ShardError)
     inside = make_writable_folder(output / WORK)
-    work = inside if work_dir is None else make_writable_folder(Path(work_dir) / f"{output.resolve().name}.work")
+    work = inside if work_dir is None else make_writable_folder(Path(work_dir) / f"{output.resolve().name}{WORK}")
     configuration = configuration_of(encoding, rule)
     with lock_folder(inside), nullcontext() if work == inside else lock_folder(work):
         try:

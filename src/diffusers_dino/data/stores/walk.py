@@ -9,8 +9,9 @@ from pathlib import Path
 
 __all__ = ["RECORDS", "WORK", "FolderFiles", "is_junk", "list_files", "printable"]
 
-# What a folder of shards or synthetic images keeps beside its tars; nobody misses them in it.
-RECORDS, WORK = ".records", ".work"
+# What a folder of shards or synthetic images keeps beside its tars; nobody looks for images there.
+RECORDS = ".records"  # stays, so that a shard that is lost later can be made again
+WORK = ".work"  # until all is complete
 _OWN = (RECORDS, WORK)
 
 # What storage servers and operating systems put into folders, and everything that is hidden.
