@@ -56,7 +56,7 @@ class Way:
     prepare: Callable[[Pipe], Any] = lambda pipe: None
     steps: int | None = None
     guidance_scale: float | None = None
-    callback: Callable[..., dict[str, Any]] | None = None
+    guided: tuple[float, float] = (0.0, 1.0)  # shares of the steps (Kynkäänniemi et al., NeurIPS 2024)
     dtype: torch.dtype = torch.float32
 
 
@@ -67,12 +67,6 @@ def scheduler(name: str, steps: int, **options: Any) -> Way:
         pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **options)
 
     return Way(prepare, steps)
-
-
-def guide_in_the_middle(pipe: Pipe, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-    """Guidance only on an interval of noise levels (Kynkäänniemi et al., NeurIPS 2024)."""
-    pipe._guidance_scale = 2.0 if 200 < timestep < 800 else 1.0
-    return {}
 
 
 PYRAMID = diffusers.PyramidAttentionBroadcastConfig(
@@ -88,7 +82,7 @@ WAYS = {
     "DEIS, 10 steps": scheduler("DEISMultistepScheduler", 10),
     "Euler, 10 steps": scheduler("EulerDiscreteScheduler", 10, timestep_spacing="trailing"),
     "no guidance": Way(guidance_scale=1.0),
-    "guidance from 800 to 200": Way(callback=guide_in_the_middle),
+    "guidance on the middle steps": Way(guided=(0.2, 0.8)),
     "deep_cache, every 2": Way(lambda pipe: pipe.enable_cache(deep_cache(pipe.unet, every=2))),
     "deep_cache, every 3": Way(lambda pipe: pipe.enable_cache(deep_cache(pipe.unet, every=3))),
     "deep_cache, every 3, order 1": Way(lambda pipe: pipe.enable_cache(deep_cache(pipe.unet, every=3, order=1))),
@@ -190,7 +184,8 @@ def generate(pipe: Pipe, way: Way, embeds: torch.Tensor, args: Arguments) -> tor
                 num_inference_steps=way.steps or args.num_inference_steps,
                 guidance_scale=way.guidance_scale or args.guidance_scale,
                 generator=[torch.Generator().manual_seed(start + i) for i in range(len(chunk))],
-                callback_on_step_end=way.callback,
+                guidance_start=way.guided[0],
+                guidance_end=way.guided[1],
                 output_type="pt",
             ).images
         )

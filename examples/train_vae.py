@@ -125,7 +125,8 @@ def train(args: Arguments, opened: Run) -> None:
                 adversary.learn(pixels, reconstruction)
             losses.append(loss.detach())
         run.update(losses, batches[-1]["key"])
-        if args.validation_steps and run.step % args.validation_steps == 0 and accelerator.is_main_process:
+        due = args.validation_steps and run.step % args.validation_steps == 0 and run.step < run.total
+        if due and accelerator.is_main_process:
             validate(args, vae, held_out, run.step)
     if run.step == run.total and accelerator.is_main_process:
         save_result(args, vae, images)

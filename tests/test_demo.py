@@ -23,6 +23,7 @@ from PIL import Image
 import scripts
 import tiny
 from diffusers_dino.report import Report
+from image_files import encoded
 
 INSTALL = "pip install diffusers-dino[demo,dev]"
 pytest.importorskip("gradio", reason=f"The demo needs Gradio: {INSTALL}")
@@ -129,10 +130,12 @@ def take_picture(page, name):
 
 
 def png_of(seed: int) -> bytes:
-    buffer = io.BytesIO()
-    array = (tiny.random_images(1, channels=1, size=60, seed=seed)[0, 0] * 255).byte().numpy()
-    Image.fromarray(array).save(buffer, "PNG")
-    return buffer.getvalue()
+    return encoded((tiny.random_images(1, channels=1, size=60, seed=seed)[0, 0] * 255).byte().numpy())
+
+
+def drop(page, name, content):
+    """Drop a file on the place for images."""
+    page.locator("#source input[type=file]").set_input_files({"name": name, "mimeType": "", "buffer": content})
 
 
 def test_variations_of_an_example_are_made_and_downloaded(page):
@@ -195,8 +198,7 @@ def test_a_dropped_file_is_shown_used_and_not_kept(page, demo):
 
 def test_a_broken_file_is_refused_in_words(page):
     panel, source = open_tab(page, "Variations"), page.locator("#source")
-    cut = {"name": "cut.png", "mimeType": "", "buffer": png_of(0)[:200]}
-    source.locator("input[type=file]").set_input_files(cut)
+    drop(page, "cut.png", png_of(0)[:200])
     expect_and_close(page, "Cannot read cut.png")
     assert "Traceback" not in page.content()
     playwright.expect(source.locator(".windowed img")).to_have_count(0)  # nor is the image before it used
@@ -266,9 +268,7 @@ def test_a_warning_about_a_file_is_shown(page):
 
     y, x = np.mgrid[-1:1:64j, -1:1:64j]
     film = np.round(200 + 3500 * np.exp(-2 * (x**2 + y**2))).astype(np.uint16)  # a bright body on dark air
-    content = dicom_bytes(film, 12, PhotometricInterpretation="MONOCHROME1", Modality="DX")
-    file = {"name": "film.dcm", "mimeType": "", "buffer": content}
-    page.locator("#source input[type=file]").set_input_files(file)
+    drop(page, "film.dcm", dicom_bytes(film, 12, PhotometricInterpretation="MONOCHROME1", Modality="DX"))
     expect_and_close(page, "film.dcm says MONOCHROME1")
     playwright.expect(source_of(page)).to_be_visible()
 
@@ -287,17 +287,6 @@ def test_window_and_level_change_what_is_shown_without_the_server(page, requests
         source.get_by_test_id("reset-button").nth(number).click()
     playwright.expect(parts.first).to_have_attribute("slope", "1")
     assert not [request for request in requests[sent:] if request.method == "POST"]
-
-
-def drop(page, name, content):
-    """Drop a file on the place for images, and wait until the page has taken it or said why not."""
-    page.locator("#source input[type=file]").set_input_files({"name": name, "mimeType": "", "buffer": content})
-
-
-def encoded(picture, kind="PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 @pytest.mark.parametrize(

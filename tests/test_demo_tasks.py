@@ -21,6 +21,7 @@ from diffusers_dino.data import Preprocessing, open_images
 from diffusers_dino.demo import launch, nearest, read_logins, reading, segments, tasks
 from diffusers_dino.diffseg.settings import ALL_LAYERS
 from diffusers_dino.metrics.copy_gate import CopyGate
+from diffusers_dino.pipelines.checks import image_size
 from diffusers_dino.pixels import to_unit, unit_to_uint8
 from image_files import deep_png
 
@@ -151,7 +152,7 @@ class TestSampling:
         done = []
         made = tasks.vary(pipe, picture(), 6, sampling, done.append)
         assert len(made) == 6
-        assert made[0].size == (tasks.model_size(pipe),) * 2 == (tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
+        assert made[0].size == (image_size(pipe),) * 2 == (tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
         assert done == pytest.approx([0.25, 0.5, 0.75, 1])  # two batches of two steps
         alone = tasks.vary(pipe, picture(), 1, tasks.SamplerSettings(steps=2, seed=12))
         assert np.abs(arrays(made[5:]).astype(int) - arrays(alone)).max() <= 1

@@ -38,7 +38,7 @@ def test_what_was_noted_is_the_default_of_every_pipeline(folder, images):
         assert noted.settings == CHOSEN
         assert torch.equal(noted(images).masks, expected)
         assert not torch.equal(noted(images, layers="all").masks, expected)
-    assert noted_settings(plain.unet) is None
+    assert noted_settings(plain.unet.config) is None
 
 
 @pytest.mark.parametrize("own", [{"layers": "all"}, {"layers": ["up_blocks.0"]}, {"sides": [8]}])

@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import shutil
-import subprocess
 from functools import partial
 
 import pytest
@@ -116,12 +115,6 @@ def test_a_folder_to_carry_is_whole_and_says_so(flags, tmp_path):
     assert {name for _, name in lines} == written
     assert all(hashlib.sha256((tmp_path / "carried" / name).read_bytes()).hexdigest() == sha for sha, name in lines)
     DinoDiffusionPipeline.from_pretrained(tmp_path / "carried")
-    command = ["sha256sum", "--check", "--quiet", "SHA256SUMS"]
-    assert subprocess.run(command, cwd=tmp_path / "carried").returncode == 0
-    (tmp_path / "carried" / "README.md").write_text("another")
-    assert subprocess.run(command, cwd=tmp_path / "carried", capture_output=True).returncode == 1
-    with pytest.raises(FileExistsError, match="not empty"):
-        publish(**{**flags, "samples": None}, output_dir=tmp_path / "carried")
 
 
 @pytest.mark.parametrize("kind", ["vae", "conditioner"])

@@ -66,4 +66,4 @@ def test_quickstart_writes_a_report_and_a_pipeline_that_loads(tmp_path, monkeypa
     pipe = DinoDiffusionPipeline.from_pretrained(tmp_path / "out" / "model")
     images = pipe(Image.new("L", (128, 128), 90), num_inference_steps=2).images
     assert images[0].size == (128, 128)
-    assert noted_settings(pipe.unet).timestep in (100, 300, 500)  # chosen on training phantoms, and saved
+    assert noted_settings(pipe.unet.config).timestep in (100, 300, 500)  # chosen on training phantoms, and saved

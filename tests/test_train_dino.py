@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import scripts
 import tiny
 from diffusers_dino import DinoDiffusionPipeline
-from diffusers_dino.training.checkpoints import find_checkpoint
+from diffusers_dino.training.checkpoints import newest_checkpoint
 from folders import full_disk
 from forks import Forks
 from hub_server import HubServer
@@ -415,7 +415,7 @@ def test_one_signal_to_one_process_makes_all_save_and_stop(flags, tmp_path):
     output, _ = run.communicate(timeout=60)
     assert run.returncode == 0, output
     assert "--resume_from_checkpoint=latest" in output
-    checkpoint = find_checkpoint(tmp_path / "out")
+    checkpoint = newest_checkpoint(tmp_path / "out")
     assert checkpoint.step == len(losses(tmp_path / "out"))
     assert checkpoint.info["position"] == 4 * checkpoint.step
 

@@ -13,7 +13,7 @@ import scripts
 import tiny
 import tiny_text
 from diffusers_dino import DinoPriorPipeline
-from diffusers_dino.training.checkpoints import find_checkpoint
+from diffusers_dino.training.checkpoints import newest_checkpoint
 from scripts import losses
 from tiny import generators
 
@@ -154,7 +154,7 @@ def test_a_killed_run_of_two_processes_ends_with_the_same_bits(flags, tmp_path):
     scripts.run_script("train_prior.py", **flags)
     again = tmp_path / "again"
     killed = scripts.start_script("train_prior.py", **{**flags, "output_dir": again})
-    scripts.wait_until(lambda: find_checkpoint(again), killed)
+    scripts.wait_until(lambda: newest_checkpoint(again), killed)
     killed.kill()
     killed.wait()
     scripts.run_script("train_prior.py", **{**flags, "output_dir": again, "resume_from_checkpoint": "latest"})

@@ -20,7 +20,7 @@ import tiny
 from diffusers_dino.data import Preprocessing, open_images
 from diffusers_dino.latents import encode_to_moments
 from diffusers_dino.pixels import unit_to_vae
-from diffusers_dino.training.checkpoints import find_checkpoint
+from diffusers_dino.training.checkpoints import newest_checkpoint
 from scripts import losses
 
 NUM_IMAGES, STEPS = 24, 6
@@ -193,7 +193,7 @@ def test_sigterm_leaves_a_checkpoint_to_go_on_from(flags):
     scripts.call_script("train_vae.py", **flags)
     watcher.join()
     assert not (folder / "config.json").exists()
-    checkpoint = find_checkpoint(folder)
+    checkpoint = newest_checkpoint(folder)
     assert checkpoint.step == len(losses(folder)) >= 2
     flags |= {"max_train_steps": checkpoint.step + 1, "resume_from_checkpoint": "latest"}
     scripts.call_script("train_vae.py", **flags)

@@ -20,7 +20,7 @@ import scripts
 import tiny
 from diffusers_dino import DinoDiffusionPipeline
 from diffusers_dino.files import lock_folder, sha256_of
-from diffusers_dino.training.checkpoints import find_checkpoint
+from diffusers_dino.training.checkpoints import newest_checkpoint
 from diffusers_dino.training.run_folder import RunFolder, RunFolderError
 from folders import full_disk
 from kills import Killed, kills
@@ -162,7 +162,7 @@ def test_checkpoints_of_another_run_are_never_taken(train, tmp_path, caplog):
         train(resume_from_checkpoint="checkpoint-6")
     train(resume_from_checkpoint="latest", max_train_steps=4, checkpoints_total_limit=2)
     assert "checkpoint-6 is of another run" in caplog.text
-    assert find_checkpoint(folder).step == 4
+    assert newest_checkpoint(folder).step == 4
     assert contents(folder / "unet") == contents(train(max_train_steps=4, output_dir=tmp_path / "whole") / "unet")
 
 

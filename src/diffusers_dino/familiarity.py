@@ -161,6 +161,8 @@ class FamiliarityMixin:
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         if self.token_statistics is not None:  # before what may upload the folder
             self.token_statistics.save(save_directory)
+        else:
+            Path(save_directory, STATISTICS).unlink(missing_ok=True)  # of what this folder held
         super().save_pretrained(save_directory, **kwargs)
 
     def fit_familiarity(self, tokens: Iterable[Tensor], groups: Sequence[Hashable] | None = None) -> None:

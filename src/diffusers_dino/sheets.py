@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import PIL.Image
+from diffusers.utils import make_image_grid
 from PIL import ImageOps
 
 from .pixels import ImageInput, to_unit, unit_to_uint8
@@ -41,8 +42,4 @@ def contact_sheet(*groups: ImageInput, size: tuple[int, int] | None = None) -> P
             for unit in group[row * columns : (row + 1) * columns]:
                 picture = PIL.Image.fromarray(unit_to_uint8(unit.detach()).movedim(0, -1).cpu().numpy())
                 cells.append(ImageOps.fit(picture, size))
-    columns, (width, height) = len(cells) // rows, size
-    sheet = PIL.Image.new("RGB", (columns * width, rows * height))
-    for place, cell in enumerate(cells):
-        sheet.paste(cell, (place % columns * width, place // columns * height))
-    return sheet
+    return make_image_grid(cells, rows, len(cells) // rows)

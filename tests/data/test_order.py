@@ -2,7 +2,6 @@ import time
 from collections import Counter
 from itertools import islice
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,7 +14,6 @@ from diffusers_dino.data import (
     Preprocessing,
     Slot,
     TrainingViews,
-    collate,
     load_batches,
 )
 from diffusers_dino.data.order import WindowedOrder
@@ -166,23 +164,6 @@ def test_memory_of_a_batch_is_used_again_only_when_nothing_shows_it():
     assert views.finish(other)["image"].data_ptr() == place
     assert views.finish(views.load([Slot(0, 0, 0)]))["image"].shape == (1, 1, 8, 8)
     assert torch.equal(kept, views.finish(other)["image"])
-
-
-class Mixed(Memory):
-    """Grayscale, and colour from the third image on."""
-
-    def read(self, index: int):
-        gray = super().read(index)
-        return gray if index < 2 else np.stack([gray, 255 - gray, gray], axis=2)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_batch_of_grayscale_and_colour(workers):
-    images = ImageDataset(Mixed(4), Preprocessing(8))
-    (batch,) = load_batches(TrainingViews(images, None), [[Slot(i, 0, i) for i in range(4)]], workers)
-    expected = collate([images[i] for i in range(4)])
-    assert torch.equal(batch["image"], expected["image"])
-    assert batch["key"] == expected["key"]
 
 
 def test_seeds_are_stable_and_tell_their_parts_apart():

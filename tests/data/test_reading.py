@@ -31,16 +31,6 @@ def test_jpeg_and_webp():
         assert np.abs(array.astype(int) - smooth).mean() < 3
 
 
-def test_16_bit_keeps_its_precision(tmp_path):
-    deep = GRAY.astype(np.uint16) * 17
-    for kind in ("png", "tiff"):
-        array = read_image(encoded(deep, kind))
-        assert array.dtype == np.uint16
-        assert np.array_equal(array, deep)
-    Image.fromarray(deep).save(tmp_path / "deep.png")
-    assert np.array_equal(read_image(tmp_path / "deep.png"), deep)
-
-
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 def test_wider_values_are_mapped_linearly(dtype):
     values = (GRAY.astype(np.float64) * 1000 - 3e4).astype(dtype)
@@ -129,6 +119,9 @@ def test_missing_file(tmp_path):
         read_image(tmp_path / "missing.png")
     with pytest.raises(UnreadableImageError, match="is a folder, where a file is needed"):
         read_image(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UnreadableImageError):
+        read_image(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "tiff", "bmp", "webp"])
@@ -136,13 +129,6 @@ def test_a_bomb_is_refused_before_it_is_decoded(kind):
     with pytest.raises(UnreadableImageError, match=r"says 20 x 12 pixels, more than 239: .* Raise max_pixels"):
         read_image(encoded(GRAY, kind), max_pixels=239)
     assert read_image(encoded(GRAY, kind), max_pixels=240).shape[:2] == GRAY.shape
-
-
-def test_nan_in_a_float_tiff():
-    values = GRAY.astype(np.float32)
-    values[0, 0] = np.nan
-    with pytest.raises(UnreadableImageError, match="not finite"):
-        read_image(encoded(values, "tiff"))
 
 
 def npy(array: np.ndarray, **more: np.ndarray) -> bytes:
@@ -414,14 +400,3 @@ def test_bytes_are_bounded_as_well_as_pixels(kind, millions):
         np.lib.format.write_array_header_1_0(buffer, header)
         with pytest.raises(UnreadableImageError, match=message):
             read_image(buffer.getvalue())
-
-
-@pytest.mark.parametrize("place", ["pipe", "/dev/zero", "folder"])
-def test_only_regular_files_are_read(tmp_path, place):
-    path = Path(place) if place.startswith("/") else tmp_path / place
-    if place == "pipe":
-        os.mkfifo(path)
-    elif place == "folder":
-        path.mkdir()
-    with pytest.raises(UnreadableImageError):
-        read_image(path)

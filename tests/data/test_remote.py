@@ -188,12 +188,6 @@ def test_urls_of_companions_keep_their_signature():
     assert redact("https://a:b@host:80/x.tar?c=d#e") == "https://host:80/x.tar"
 
 
-def test_a_server_without_ranges_is_refused_before_whole_shards_travel(server):
-    server.ranges = False
-    with pytest.raises(ValueError, match="whole files only"):
-        open_images(server.url + "/x-*.tar", PREPARE)
-
-
 def test_a_shard_that_vanishes_is_replaced_and_counted(server, shards):
     dataset = open_images(server.url, PREPARE, max_unreadable=0.2)
     (shards / "x-000001.tar").unlink()

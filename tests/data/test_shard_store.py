@@ -45,15 +45,6 @@ def test_stored_indexes_give_what_headers_give(tmp_path):
     assert all(torch.equal(one["image"], other["image"]) for one, other in zip(by_headers, by_indexes, strict=True))
 
 
-def test_an_index_that_does_not_fit_is_named_and_not_used(tmp_path, caplog):
-    path = write_shards(tmp_path, shards=1)[0]
-    index = write_index(path)
-    index.write_bytes(index.read_bytes()[:-100])
-    assert len(open_images(path, PREPARE)) == 8
-    assert "index beside" in caplog.text
-    assert "is not used: it is damaged" in caplog.text
-
-
 @pytest.mark.parametrize("damage", ["missing", "short", "no tar", "one header"])
 def test_with_a_manifest_damage_changes_neither_length_nor_order(tmp_path, caplog, damage):
     paths = write_shards(tmp_path)

@@ -154,28 +154,28 @@ class TestVerification:
         assert len(str(caught.value)) < 2000
 
     @pytest.mark.parametrize(
-        "content", ["[" * 100_000, '{"format":1,"shards":[' + "9" * 5000, "\0" * 50, "[]", "3", '"a"']
+        "content",
+        [
+            "[" * 100_000,
+            '{"format":1,"shards":[' + "9" * 5000,
+            '{"format": 1, "sha',
+            '{"format": 2, "shards": []}',
+            "\0" * 50,
+            "[]",
+            "3",
+            '"a"',
+        ],
     )
     def test_other_json_is_no_manifest(self, tmp_path, content):
         (tmp_path / "manifest.json").write_text(content)
         with pytest.raises(ShardError, match=r"manifest\.json'? is (damaged|not a manifest)"):
             verify_shards(tmp_path)
 
-    def test_pipes_and_devices_are_no_manifests(self, tmp_path):
+    def test_a_pipe_is_no_manifest(self, tmp_path):
         os.mkfifo(tmp_path / "manifest.json")
-        with pytest.raises(ShardError, match="is a pipe or a device"):
-            verify_shards(tmp_path)
-        (tmp_path / "manifest.json").unlink()
-        (tmp_path / "manifest.json").symlink_to("/dev/zero")
         with pytest.raises(ShardError, match="is a pipe or a device"):
             verify_shards(tmp_path)
 
     def test_without_manifest_nothing_can_be_said(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"no manifest\.json"):
-            verify_shards(tmp_path)
-        (tmp_path / "manifest.json").write_text('{"format": 1, "sha')
-        with pytest.raises(ShardError, match="is damaged"):
-            verify_shards(tmp_path)
-        (tmp_path / "manifest.json").write_text(json.dumps({"format": 2, "shards": []}))
-        with pytest.raises(ShardError, match="not a manifest of format 1"):
             verify_shards(tmp_path)

@@ -56,13 +56,6 @@ def test_controls_are_what_they_must_be(result, tmp_path):
     assert isinstance(loaded.by_pixels.generated, PathFigures)
 
 
-def test_batches_do_not_matter(pipe):
-    images = random_images(5, channels=1)
-    options = {"fractions": (0.0, 1.0), "num_inference_steps": 1}
-    whole, parts = (evaluate_interpolation(pipe, images, images, batch_size=size, **options) for size in (8, 2))
-    assert parts.by_encoder.generated.to_source == pytest.approx(whole.by_encoder.generated.to_source, abs=1e-3)
-
-
 def test_too_few_images_and_fractions_in_disorder(pipe):
     images = random_images(2)
     with pytest.raises(ValueError, match="two images or more"):

@@ -286,5 +286,3 @@ def test_images_of_no_source_are_judged_by_the_labels_that_were_asked_for(judges
         assert "no source" in format_preservation_table(mixed, style)
     assert "no source" not in format_preservation_table(result)
     assert len(plot_label_preservation(mixed).axes) == 6
-    mixed.save(tmp_path / "result.json")
-    assert LabelPreservationResult.load(tmp_path / "result.json") == mixed

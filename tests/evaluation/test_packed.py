@@ -8,7 +8,7 @@ from PIL import Image
 
 import scripts
 from diffusers_dino.data import Preprocessing, open_images
-from diffusers_dino.evaluation.packed import PackedImages, pack_images
+from diffusers_dino.evaluation.packed import pack_images
 from diffusers_dino.pixels import unit_to_uint8, with_channels
 
 PREPROCESSING = Preprocessing(16, remove_borders=False)
@@ -122,10 +122,3 @@ def test_what_older_versions_packed_is_packed_anew_and_keeps_its_recipe_unless_i
     colour = pack_images(images, tmp_path / "colour.npy")
     assert colour.num_averaged == 1
     assert colour.recipe != recipe
-
-
-def test_an_array_that_does_not_fit_its_keys_is_refused(folder, tmp_path):
-    packed = pack_images(open_images(folder, PREPROCESSING), tmp_path / "pack.npy")
-    np.save(packed.path, packed.array[:3])
-    with pytest.raises(ValueError, match="3 images for 5 keys"):
-        PackedImages(packed.path)

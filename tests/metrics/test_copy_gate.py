@@ -117,11 +117,6 @@ def test_edited_and_damaged_files_are_refused(gate, tmp_path):
     fails("is damaged", spec={})
     fails("relative distance in", threshold=1.5)
     fails("gate needs the extractor nobody", spec={**description["spec"], "extractor": "nobody"})
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match="is damaged"):
-        CopyGate.load(path)
-    with pytest.raises(FileNotFoundError):
-        CopyGate.load(tmp_path / "missing.safetensors")
 
 
 def test_gates_from_before_there_were_pictures_are_read(phantoms, gate, tmp_path):

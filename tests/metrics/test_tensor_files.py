@@ -89,6 +89,8 @@ def test_files_that_say_they_hold_more_than_they_do_are_refused(kind, written, r
     refused(written[kind] + b"\0")
     refused(struct.pack("<Q", 1 << 60) + written[kind][8:])
     refused(b"")
+    refused(b"no tensors")
+    refused(next(content for other, content in written.items() if other != kind))
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "[]", "7", "null", '"text"', "{}", "{", "\\", "1e999"])

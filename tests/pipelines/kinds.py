@@ -16,18 +16,17 @@ from diffusers_dino import DiffSegPipeline, DinoDiffusionPipeline, DinoInterpola
 
 @dataclass(frozen=True)
 class Kind:
-    """One pipeline: how it is called with a batch of images, and which outputs it has."""
+    """One pipeline, and what runs it: `run(pipe, images, **options)`.
+
+    That gives one result for each image, always from the same noise: an image, or maps of attention.
+    """
 
     pipeline: type[DiffusionPipeline]
-    call: Callable[..., Any]
+    run: Callable[..., np.ndarray]
     generates: bool = True
 
     def make(self, **components: Any) -> DiffusionPipeline:
         return self.pipeline.from_pipe(tiny.tiny_pipeline(**components))
-
-    def run(self, pipe: DiffusionPipeline, images: torch.Tensor, **options: Any) -> np.ndarray:
-        """One result for each image, always from the same noise: an image, or maps of attention."""
-        return self.call(pipe, images, **options)
 
 
 def _seeds(count: int) -> list[torch.Generator]:

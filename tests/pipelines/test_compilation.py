@@ -51,13 +51,13 @@ def test_a_training_step_is_one_graph_for_batches_of_any_size(accelerator):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("whole", [True, False])
-def test_compiled_gradients_are_the_eager_ones(whole):
+def test_gradients_of_compiled_blocks_are_the_eager_ones():
+    """A whole model trains in test_train_dino, whose losses are compared."""
     torch.compiler.reset()
     denoiser = tiny.tiny_unet(**tiny.ONE_LEVEL).train()
     expected = gradients(denoiser, denoiser)
     denoiser.to(memory_format=torch.channels_last)
-    assert compile_models(denoiser, whole=whole, fullgraph=True)
+    assert compile_models(denoiser, whole=False, fullgraph=True)
     torch.testing.assert_close(gradients(denoiser, denoiser), expected, atol=1e-5, rtol=1e-4)
 
 
@@ -100,13 +100,13 @@ def test_training_compiles_frozen_models_unless_features_are_cached(pipe, cached
     assert not is_compiled(pipe.vae.decoder)
 
 
-@pytest.mark.slow
 def test_pipelines_sample_the_same_images_in_one_graph(images):
+    """Of each shape; tests/synthesis samples with inductor's."""
     pipe = tiny.tiny_pipeline(unet=tiny.tiny_unet(**tiny.ONE_LEVEL))
     expected = tiny.generate(pipe, images[:2])
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
-    assert compile_pipeline(pipe, fullgraph=True)
+    assert compile_pipeline(pipe, fullgraph=True, backend="eager")
     together = tiny.generate(pipe, images[:2])
     assert abs(together - expected).max() < 1e-4
     tiny.generate(pipe, images[:1])  # another shape, compiled by itself

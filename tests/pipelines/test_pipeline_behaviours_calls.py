@@ -71,14 +71,6 @@ def test_a_fixed_batch_has_rows(size):
         tiny.tiny_pipeline().enable_fixed_batch(size)
 
 
-@pytest.mark.parametrize("num", [1, 2])
-@pytest.mark.parametrize("batch", [1, 2])
-def test_several_images_of_each(generating, images, batch, num):
-    seeds = generators(*range(batch * num))
-    result = generating.run(generating.make(), images[:batch], num_images_per_prompt=num, generator=seeds)
-    assert result.shape == (batch * num, 32, 32, 1)
-
-
 def test_guidance_changes_the_images_and_without_it_there_is_none(generating, images):
     pipe = generating.make()
     none, less, more = (generating.run(pipe, images, guidance_scale=scale) for scale in (1.0, 0.0, 5.0))

@@ -67,7 +67,7 @@ def test_clusters_bring_their_features_along(diffseg, images, tmp_path):
     made = diffseg.patch_features(images, ["unet", "encoder"], timestep=9, encoder_size=40)
     for i in range(4):
         assert torch.allclose(output.maps[i], clusters.assign(made)[i], atol=1e-5)
-    for other in ({"features": "unet"}, {"merging": "ncut"}):
+    for other in ({"features": "unet"}, {"merging": "ncut"}, {"timestep": 9}, {"encoder_size": 40}):
         with pytest.raises(ValueError, match="take the place of merging"):
             diffseg(images, clusters=loaded, **other)
     single = diffseg(images[2], clusters=loaded, output_size=(20, 30))

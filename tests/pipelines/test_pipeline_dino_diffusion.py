@@ -29,10 +29,10 @@ def test_sampling_equals_stable_diffusions_under_the_same_embeddings(pipe, image
 
 
 def test_guidance_starts_from_the_saved_null_condition(pipe, images):
-    before = generate(pipe, images, guidance_scale=3.0)
+    before, unguided = (generate(pipe, images, guidance_scale=scale) for scale in (3.0, 1.0))
     pipe.conditioner.null_tokens.fill_(1.0)
     assert np.abs(generate(pipe, images, guidance_scale=3.0) - before).max() > 1e-4
-    assert np.array_equal(generate(pipe, images, guidance_scale=1.0), generate(pipe, images, guidance_scale=1.0))
+    assert np.array_equal(generate(pipe, images, guidance_scale=1.0), unguided)
 
 
 def test_image_and_its_embeddings_give_the_same_image(pipe, images):
@@ -169,13 +169,6 @@ def test_callback_objects_of_diffusers(pipe, images):
             return {"latents": callback_kwargs["latents"] * 0.5}
 
     assert not np.array_equal(generate(pipe, images, callback_on_step_end=Darken()), generate(pipe, images))
-
-
-def test_components_may_differ_in_precision(pipe, images):
-    full = generate(pipe, images)
-    pipe.unet.to(torch.bfloat16)
-    assert np.abs(generate(pipe, images) - full).mean() < 0.02
-    assert generate(pipe, images, output_type="latent").dtype == torch.bfloat16
 
 
 def test_no_step_records_a_graph(pipe, images):

@@ -164,14 +164,6 @@ def test_mixtures_of_several_images(pipe, between, images):
     np.testing.assert_allclose(mixtures[1:2], generate(pipe, images[2:3], generator=generators(0)), atol=1e-5)
 
 
-def test_a_mixture_of_two_is_a_point_of_their_path(between, images):
-    a, b = embeds = between.encode_image(images[:2])
-    for restore_norm in (False, True):
-        mixture = between.mix(embeds, [0.3, 0.7], restore_norm)
-        point = between.interpolate(a[None], b[None], 0.7, restore_norm=restore_norm)
-        torch.testing.assert_close(mixture, point[:, 0])
-
-
 @pytest.mark.parametrize("fractions", [[0, 1.2], -0.1, [float("nan")], [[0.5, 2.0]]])
 def test_fractions_outside_the_unit_interval(between, images, fractions):
     with pytest.raises(ValueError, match=r"Fractions must be in \[0, 1\]"):

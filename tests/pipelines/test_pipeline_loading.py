@@ -28,15 +28,10 @@ def test_the_index_names_the_components_by_library_and_class(pipe, tmp_path):
     assert not [path for path in saved if not path.endswith((".json", ".safetensors"))]
 
 
-def test_the_conditioner_loads_alone(pipe, images, tmp_path):
+@pytest.mark.parametrize("kind", [DinoImageConditioner, AutoModel])
+def test_the_conditioner_loads_by_itself(pipe, images, tmp_path, kind):
     pipe.save_pretrained(tmp_path)
-    alone = DinoImageConditioner.from_pretrained(tmp_path, subfolder="conditioner")
-    assert torch.equal(alone.encode(images), pipe.encode_image(images))
-
-
-def test_diffusers_finds_the_conditioner_by_the_index(pipe, images, tmp_path):
-    pipe.save_pretrained(tmp_path)
-    loaded = AutoModel.from_pretrained(str(tmp_path), subfolder="conditioner")
+    loaded = kind.from_pretrained(str(tmp_path), subfolder="conditioner")
     assert isinstance(loaded, DinoImageConditioner)
     assert torch.equal(loaded.encode(images), pipe.encode_image(images))
 

@@ -18,6 +18,7 @@ from diffusers_dino.synthesis import (
     plan_reconstruction,
     synthesise,
 )
+from synthetic_sets import BrightnessGate
 
 LABELS = [{"Mass"}, {"Mass", "pleural effusion"}, {"No Finding"}, {"Device"}, {"Lung_Opacity"}]
 SETTINGS = SynthesisSettings(num_inference_steps=1, batch_size=4, shard_size=4, threads=1)
@@ -133,18 +134,9 @@ def test_other_folders_and_kinds_are_refused(made, tmp_path):
 
 
 def test_images_that_are_left_out_are_in_no_export(pipe, sources, tmp_path):
-    class Bright:
-        least = 0.0
-
-        def __call__(self, images):
-            return images.mean((1, 2, 3)) >= self.least
-
-        def fingerprint(self):
-            return f"bright {self.least}"
-
     settings = SynthesisSettings(1, batch_size=12, threads=1, max_attempts=1)
     plan = plan_interpolation(sources.keys[:2], [{"Mass"}, {"Mass"}], num_images=12, settings=settings)
-    options, gate = {"max_left_out": 1.0, "progress": False}, Bright()
+    options, gate = {"max_left_out": 1.0, "progress": False}, BrightnessGate()
     free = synthesise(plan, pipe, sources, tmp_path / "free", gate=gate, **options)
     gate.least = np.median([array.mean() for array in pixels_of(free)]) / 255
     made = synthesise(plan, pipe, sources, tmp_path / "set", gate=gate, **options)

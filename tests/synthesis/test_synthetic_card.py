@@ -166,9 +166,3 @@ def test_labels_and_titles_are_text(pipe, sources, tmp_path):
     assert "# Chests &lt;img src=x onerror=alert(1)> # not a title\n" in text
     assert "| &lt;img src=x onerror=alert(1)> | 1 |" in text
     assert not re.search(r"<[a-z]|\]\(javascript|\]\(https://example", text)
-
-
-def test_settings_that_are_off_or_zero_are_told(made):
-    recipe = sections(dataset_card(made))["How it was made"]
-    for row in ("| eta | 0.0 |", "| rescaled guidance | 0.0 |", "| restored norm of tokens | False |"):
-        assert row in recipe

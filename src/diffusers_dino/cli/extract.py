@@ -9,6 +9,7 @@ another extractor. docs/metrics.md lists the extractors.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,4 +52,4 @@ def main(args: Arguments) -> None:
             images = images.select(read_keys(args.keys_file))
         features = extract_features(extractor, images, args.batch_size, num_workers=args.num_workers)
         features.save(args.output)
-        print(f"{args.output}: {len(features)} of {len(images)} images, {features.spec.to_json()}")
+        print(f"{args.output}: {len(features)} of {len(images)} images, {json.dumps(features.spec.to_dict())}")

@@ -77,6 +77,11 @@ class Run:
     """
 
     def __init__(self, args: Any, accelerator: Accelerator) -> None:
+        if args.checkpoints_total_limit is not None and args.checkpoints_total_limit < 1:
+            raise ValueError(
+                f"--checkpoints_total_limit must be at least 1, got {args.checkpoints_total_limit}: leave it out "
+                "to keep all checkpoints."
+            )
         self.args, self.accelerator = args, accelerator
         self.interruption = Interruption(
             args.checkpointing_minutes if accelerator.is_main_process else 0, starting=True
@@ -109,7 +114,9 @@ class Run:
         args = self.args
         self._notes |= as_json(
             {
-                **checkpoints.describe_run(args.seed, images.preprocessing, args.shuffle_window_shards),
+                "seed": args.seed,
+                "preprocessing": images.preprocessing.fingerprint(),
+                "shuffle_window_shards": args.shuffle_window_shards or None,
                 "images": {
                     "number": len(images),
                     "hash of the keys": hash_of("\n".join(images.keys))[:16],
@@ -122,7 +129,9 @@ class Run:
         self._find()
         if self.found is not None:
             info = self.found.info
-            checkpoints.require_same_run(self.found, self._expected())
+            told = ("run", "flags", "history")
+            fixed = {name: value for name, value in self._notes.items() if name not in told}
+            checkpoints.require_same_run(self.found, fixed)
             self.history = list(info.get("history", ()))
             before, now = dict(info.get("flags", ())), self._notes["flags"]
             changes = {name: [before[name], now[name]] for name in now if name in before and before[name] != now[name]}
@@ -139,12 +148,11 @@ class Run:
         if self.found is not None and "position" not in self.found.info:
             raise checkpoints.CheckpointError(f"{self.found.path} does not say where in the run it is.")
         if self.found is not None:
-            checkpoints.load_run(self.accelerator, self.found, self._expected(), state)
+            checkpoints.load_run(self.accelerator, self.found, state)
         if self._folder is not None:
             self._folder.note(asdict(self.args))
             if self.found is not None and (keep := self.args.checkpoints_total_limit):
                 checkpoints.delete_old_checkpoints(self.args.output_dir, keep, self.found.path)  # or a kill left one
-        self.interruption.saved()
         return (self.found.step, self.found.info["position"]) if self.found is not None else (0, 0)
 
     def open_cache(self, views: data.TrainingViews, vae: VAE, conditioner: DinoImageConditioner) -> CachedViews:
@@ -184,7 +192,8 @@ class Run:
         return self.args.max_train_steps or math.ceil(self.args.num_train_epochs * num_images / self.images_per_update)
 
     def open_progress(self, step: int, total: int) -> Progress:
-        """What shows and logs the updates after `step`."""
+        """What shows and logs the updates after `step`, which begin now."""
+        self.interruption.saved()
         return Progress(
             self.accelerator,
             Path(self.args.output_dir, "train_log.jsonl"),
@@ -230,6 +239,3 @@ class Run:
             logger.info(
                 f"Continuing from {self.found.path}" if self.found else "There is no checkpoint: starting anew"
             )
-
-    def _expected(self) -> dict[str, Any]:
-        return {name: value for name, value in self._notes.items() if name not in ("run", "flags", "history")}

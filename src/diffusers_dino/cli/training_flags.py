@@ -5,7 +5,6 @@ The dataclass of a program inherits them. A field that it declares again keeps i
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from diffusers import DiffusionPipeline
 
 from .. import data
 from ..conditioner import DinoImageConditioner
+from ..data.facts import facts_beside, patient_in
 from ..data.keys import read_keys
 from ..data.sharding.manifest import read_manifest
 from ..latents import VAE
@@ -258,8 +258,8 @@ def patients_of(images: data.ImageDataset) -> list[str]:
     """Whose each image is: as the shards say, else the beginning of its name that is common to several."""
     keys = images.keys
     try:
-        return [str(json.loads(images.companion(place, "json"))["patient"]) for place in range(len(keys))]
-    except (KeyError, TypeError, ValueError):
+        return [patient_in(facts_beside(images, place)) or key for place, key in enumerate(keys)]
+    except (KeyError, ValueError):
         depth = max(key.count("/") for key in keys)
         prefixes = [["/".join(key.split("/")[: n + 1]) for key in keys] for n in range(depth)]
         prefixes.append([re.sub(r"[/_-][^/_-]*$", "", key) for key in keys])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import difflib
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import numpy as np
 
 from ..files import size_of_regular
 from .datasets import ImageDataset
+from .facts import facts_beside, patient_in
 from .keys import find_keys, unify
 from .sources.tables import unreadable_table
 from .stores.folder import image_key
@@ -239,18 +239,16 @@ def stored_labels(images: ImageDataset) -> LabelTable:
     labels, patients, keys = [], [], images.keys
     for place, key in enumerate(keys):
         try:
-            facts = json.loads(images.companion(place, "json"))
+            facts = facts_beside(images, place)
         except KeyError as error:
             raise ValueError(f"No labels are stored beside image {key!r}: give a table of labels.") from error
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"The facts of image {key!r} are damaged: {error}.") from error
-        names = facts.get("labels") if isinstance(facts, dict) else None
-        if names is None and isinstance(facts, dict) and PROBABILITIES in facts:
+        names = facts.get("labels")
+        if names is None and PROBABILITIES in facts:
             raise ValueError(f"The set of image {key!r} {_SOFT}")
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"The facts of image {key!r} have no list of labels: give a table of labels.")
         labels.append(frozenset(names))
-        patients.append(str(facts.get("patient") or key))
+        patients.append(patient_in(facts) or key)
     return LabelTable(tuple(keys), tuple(labels), tuple(patients))
 
 

@@ -41,7 +41,7 @@ class Segmenter:
         self.layers = [ALL_LAYERS, *blocks]
         self.finest_layer = ([name for name in blocks if name.startswith("up_blocks")] or blocks)[-1]
         self.last_timestep = pipe.scheduler.config["num_train_timesteps"] - 1
-        self.settings = noted_settings(pipe.denoiser) or DiffSegSettings(1, 0.2, (self.finest_layer,))
+        self.settings = noted_settings(pipe.denoiser.config) or DiffSegSettings(1, 0.2, (self.finest_layer,))
         self.layer = self.settings.joined_layers
         self.layers += [] if self.layer in self.layers else [self.layer]
         self._pipe = DiffSegPipeline.from_pipe(pipe)

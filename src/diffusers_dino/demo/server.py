@@ -15,11 +15,11 @@ from ..devices import device_of
 from ..extras import require
 from ..metrics.copy_gate import CopyGate
 from ..pipelines import DinoPriorPipeline
+from ..pipelines.checks import image_size
 from ..pipelines.preparation import stored_preparation
 from ..training.models import load_trained_pipeline
 from .nearest import TrainingImages
 from .reading import example_images
-from .tasks import model_size
 
 __all__ = ["launch", "read_logins"]
 
@@ -79,9 +79,9 @@ def launch(
         drawer = None if prior is None else DinoPriorPipeline.from_pretrained(prior).to(device_of(0, device))
         if drawer is not None:
             drawer.check_conditioner(pipe.conditioner)
-        shown = example_images(examples, model_size(pipe), count=6) if examples else []
+        shown = example_images(examples, image_size(pipe), count=6) if examples else []
         preparation = stored_preparation(pipe) or Preprocessing(remove_borders=False)
-        known = known_images(model, gate, training_images, replace(preparation, size=model_size(pipe)))
+        known = known_images(model, gate, training_images, replace(preparation, size=image_size(pipe)))
         page, visitors = build_page(pipe, Path(model).name, shown, known, drawer)
         _, address, public = page.launch(
             server_name=server_name,

@@ -32,7 +32,6 @@ __all__ = [
     "archive",
     "blend",
     "draw",
-    "model_size",
     "png",
     "release_memory",
     "unlike",
@@ -77,12 +76,6 @@ class SamplerSettings:
 def _seen(pipe: DinoDiffusionPipeline, image: Image.Image) -> Image.Image:
     """What the model is given of an image: without its borders, if it was trained so."""
     return fitted(cut_as_in_training(pipe, image), SEEN)
-
-
-def model_size(pipe: DinoDiffusionPipeline) -> int:
-    """Side in pixels of the images that the model makes."""
-    size = pipe.denoiser.config["sample_size"]
-    return (size if isinstance(size, int) else min(size)) * pipe.vae_scale_factor
 
 
 def vary(
@@ -170,7 +163,7 @@ def unlike(pipe: DinoDiffusionPipeline, image: Image.Image) -> float | None:
     """How familiar an image is if it is unlike the training images; None if it is like them, or nobody can tell."""
     if pipe.conditioner.token_statistics is None:
         return None
-    found = pipe.conditioner.familiarity(fitted(image, SEEN)).item()
+    found = pipe.conditioner.familiarity(_seen(pipe, image)).item()
     return found if found < UNLIKE else None
 
 

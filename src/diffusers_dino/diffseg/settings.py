@@ -8,7 +8,7 @@ from typing import Any
 
 from diffusers import ModelMixin
 
-__all__ = ["ALL_LAYERS", "DiffSegSettings", "note_settings", "noted_settings", "read_settings"]
+__all__ = ["ALL_LAYERS", "DiffSegSettings", "note_settings", "noted_settings"]
 
 ALL_LAYERS = "all"
 _NOTE = "_diffseg"  # in the denoiser's config, which diffusers keeps, saves and passes on without reading it
@@ -53,13 +53,11 @@ def note_settings(denoiser: ModelMixin, settings: DiffSegSettings) -> None:
     denoiser.register_to_config(**{_NOTE: asdict(settings)})
 
 
-def noted_settings(denoiser: ModelMixin) -> DiffSegSettings | None:
-    """What `note_settings` noted; None for models without a note, ValueError if it is not one of this version."""
-    return read_settings(denoiser.config)
+def noted_settings(config: Mapping[str, Any]) -> DiffSegSettings | None:
+    """What `note_settings` noted in a denoiser's config; None without a note.
 
-
-def read_settings(config: Mapping[str, Any]) -> DiffSegSettings | None:
-    """As `noted_settings`, from the denoiser's config."""
+    ValueError if it is not one of this version.
+    """
     noted = config.get(_NOTE)
     if noted is None:
         return None

@@ -131,6 +131,7 @@ def make_classifier(settings: ClassifierSettings, num_labels: int, seed: int = 0
     ValueError if timm does not make the architecture with these options and weights.
     """
     import timm
+    from torchvision.transforms import Normalize
 
     options = {"num_classes": num_labels, "in_chans": settings.channels, **json.loads(settings.options)}
     if settings.weights is not None:
@@ -140,7 +141,7 @@ def make_classifier(settings: ClassifierSettings, num_labels: int, seed: int = 0
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return nn.Sequential(_Centred(), timm.create_model(settings.model, **options))
+            return nn.Sequential(Normalize([0.5], [0.25]), timm.create_model(settings.model, **options))
     except (AssertionError, KeyError, RuntimeError, SafetensorError, TypeError, UnpicklingError) as error:
         close = timm.list_models(f"*{settings.model.rstrip('0123456789')}*")[:5]
         raise ValueError(
@@ -212,13 +213,6 @@ def predict(model: nn.Module, images: LabelledImages, device: torch.device | str
             found.append(model(batch).sigmoid().float().cpu())
         model.train(was_training)
     return torch.cat(found).numpy()
-
-
-class _Centred(nn.Module):
-    """Bring [0, 1] to about zero mean and unit variance."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return (images - 0.5) / 0.25
 
 
 class _Joined:

@@ -42,7 +42,7 @@ class ImageSet(NamedTuple):
     @property
     def label_names(self) -> set[str]:
         """All labels that an image has."""
-        return set().union(*(self.labels or {}).values())
+        return set().union(*(self.labels.get(key, ()) for key in self.images.keys)) if self.labels else set()
 
 
 def open_image_set(

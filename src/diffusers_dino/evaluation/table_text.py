@@ -73,5 +73,5 @@ def write_tables(folder: str | Path, text_of: Callable[[str], str]) -> str:
     """Write `table.md`, `table.tex` and `table.csv`, and return the first. `text_of` makes the text of a format."""
     texts = {style: text_of(style) for style in TABLE_FORMATS}
     for style, text in texts.items():
-        (Path(folder) / f"table.{TABLE_FORMATS[style]}").write_text(text)
+        (Path(folder) / f"table.{TABLE_FORMATS[style]}").write_text(text, encoding="utf-8")
     return texts["markdown"]

@@ -12,7 +12,7 @@ import torch
 import diffusers_dino
 
 from ..denoisers import family_named
-from ..diffseg.settings import read_settings
+from ..diffseg.settings import noted_settings
 from ..familiarity import STATISTICS, TokenStatistics
 from ..files import read_json
 from ..pipelines.checks import default_steps
@@ -116,7 +116,7 @@ def part_facts(folder: str | Path) -> dict[str, Any]:
         facts |= _transformer_facts(transformer)
     denoiser = configs.get("unet") or configs.get("transformer") or {}
     facts |= _preparation_facts(denoiser)
-    if (noted := read_settings(denoiser)) is not None:
+    if (noted := noted_settings(denoiser)) is not None:
         facts["segments by default"] = (
             f"timestep {noted.timestep}, relative merge threshold {noted.merge_threshold:g}, self-attention of "
             f"{noted.joined_layers}"

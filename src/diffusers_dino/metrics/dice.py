@@ -37,29 +37,26 @@ def iou(prediction: Tensor, target: Tensor) -> Tensor:
     return torch.where(either > 0, both / either.clamp(min=1), 1.0)
 
 
-def best_union(segments: Tensor, target: Tensor, max_segments: int = 2) -> SegmentUnion:
+def best_union(segments: Tensor, target: Tensor) -> SegmentUnion:
     """The union of one or two segments that agrees best with a reference: an oracle, as it looks at the answer.
 
     Of equal ones it is the one with fewer segments, then with the smaller numbers. `segments` `(H, W)` are integers of
-    0 or more, `target` is `(H, W)` bool; `max_segments` is 1 or 2, as a left and a right lung may be two segments.
+    0 or more, `target` is `(H, W)` bool; a left and a right lung may be two segments.
     """
     if segments.shape != target.shape or segments.ndim != 2 or target.dtype != torch.bool:
         raise ValueError(
             f"Expected segments (H, W) and a boolean mask of that size, got {tuple(segments.shape)} and "
             f"{tuple(target.shape)} {target.dtype}."
         )
-    if max_segments not in (1, 2):
-        raise ValueError(f"A union is of at most 1 or 2 segments, got {max_segments}.")
     area = torch.bincount(segments.flatten()).double()  # (K,)
     hits = torch.bincount(segments[target], minlength=len(area)).double()
     size = target.sum().double()
     union_hits, union_area = union_table(hits), union_table(area)
     scores = 2 * union_hits / (union_area + size).clamp(min=1)
     best_one = int(scores.diagonal().argmax())
-    if max_segments == 2:
-        first, second = divmod(int(scores.argmax()), len(area))
-        if scores[first, second] > scores[best_one, best_one]:
-            return SegmentUnion(scores[first, second].item(), (first, second))
+    first, second = divmod(int(scores.argmax()), len(area))
+    if scores[first, second] > scores[best_one, best_one]:
+        return SegmentUnion(scores[first, second].item(), (first, second))
     return SegmentUnion(scores[best_one, best_one].item(), (best_one,))
 
 

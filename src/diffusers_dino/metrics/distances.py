@@ -77,12 +77,6 @@ class GaussianStatistics:
                 self._add(len(rows), mean, centred.T @ centred)
         return self
 
-    def merge(self, other: GaussianStatistics) -> GaussianStatistics:
-        """Count in what another one has seen, such as that of another process. Returns itself; errors as `update`."""
-        self.require_same(other.dim, other.spec)
-        self._add(other.count, other.mean, other.scatter)
-        return self
-
     def require_same(self, dim: int, spec: FeatureSpec | None) -> None:
         """Refuse features of another extractor or width; raises `ValueError` that names what differs."""
         if self.spec is not None and spec is not None:

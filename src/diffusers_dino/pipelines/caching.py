@@ -143,9 +143,11 @@ def emptied_cache(unet: nn.Module) -> Iterator[bool]:
     cached = has_cache(unet)
     if cached:
         _restart(unet)
-    yield cached
-    if cached:
-        _restart(unet)
+    try:
+        yield cached
+    finally:
+        if cached:
+            _restart(unet)
 
 
 def cache_context(unet: nn.Module, cached: bool, timestep: float, guided: bool) -> AbstractContextManager[Any]:

@@ -238,6 +238,8 @@ def initial_noise(
     check_generator(generator, shape[0])
     if latents is None:  # in float32, so that a seed means the same noise in every precision
         return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+    if not isinstance(latents, Tensor):
+        raise TypeError(f"`latents` must be a tensor of shape {shape}, got {type(latents).__name__}.")
     if tuple(latents.shape) != shape:
         raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}.")
     if not torch.isfinite(latents).all():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -33,14 +34,21 @@ def check_merging(merging: str, cut_threshold: float = 1.0, walk_steps: int = 1,
         raise ValueError(f"`cut_threshold` must be above 0 and at most 2, got {cut_threshold!r}.")
 
 
-def chosen_merging(features: str | Sequence[str], merging: str | None, clusters: FeatureClusters | None) -> str:
+def chosen_merging(
+    features: str | Sequence[str], merging: str | None, clusters: FeatureClusters | None, **settings: Any
+) -> str:
     """The way of merging: that of a call, else DiffSeg's of attention, and DiffCut's of features.
 
-    A ValueError if it does not go with the features, or with clusters that take its place.
+    A ValueError if it does not go with the features, or with clusters, which take its place and have `settings` of
+    their own.
     """
     by_attention = features == "attention"
-    if clusters is not None and (not by_attention or merging is not None):
-        raise ValueError("`clusters` know their features and take the place of merging: leave the other two out.")
+    given = {"features": None if by_attention else features, "merging": merging, **settings}
+    if clusters is not None and (named := [name for name, value in given.items() if value is not None]):
+        raise ValueError(
+            "`clusters` know their features and how they are read, and take the place of merging: leave out "
+            f"{' and '.join(f'`{name}`' for name in named)}."
+        )
     if not by_attention:
         listed_features(features)
         if merging == "kl":

@@ -279,7 +279,8 @@ class DiffSegPipeline(SegmentsMixin, ComponentLoadingMixin, DiffusionPipeline, D
         """
         # 1. Check, before the model runs
         merge_thresholds(merge_threshold, num_merges, relative_threshold, self.settings.merge_threshold)
-        merging = chosen_merging(features, merging, clusters)
+        encoded = {"encoder_size": encoder_size, "encoder_layer": encoder_layer}
+        merging = chosen_merging(features, merging, clusters, timestep=timestep, size=size, layers=layers, **encoded)
         cut = {} if cut_threshold is None else {"cut_threshold": cut_threshold}
         check_merging(merging, walk_steps=walk_steps, cut_power=cut_power, **cut)
         check_choice(("pt", "np"), output_type=output_type)
@@ -299,7 +300,6 @@ class DiffSegPipeline(SegmentsMixin, ComponentLoadingMixin, DiffusionPipeline, D
             read = self.patch_features(images, **clusters.settings, **given)
             merge = partial(self.segment_features, clusters=clusters)
         elif features != "attention":
-            encoded = {"encoder_size": encoder_size, "encoder_layer": encoder_layer}
             read = self.patch_features(images, features, **shown, **encoded, **given)
             merge = partial(self.segment_features, cut_power=cut_power, **cut)
         else:

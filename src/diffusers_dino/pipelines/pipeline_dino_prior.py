@@ -107,14 +107,14 @@ class DinoPriorPipeline(ComponentLoadingMixin, DiffusionPipeline, CallStateMixin
 
         `batch_size` is how many images there must be; one description then serves for all of them.
         """
-        rows: dict[str, list[Any] | None] = {
+        rows: dict[str, Sequence[Any] | None] = {
             "labels": as_sets(labels),
             "absent_labels": as_sets(absent_labels, "absent_labels"),
-            "metadata": [metadata] if isinstance(metadata, Mapping) else metadata and list(metadata),
-            "text": [text] if isinstance(text, str) else text and list(text),
+            "metadata": [metadata] if isinstance(metadata, Mapping) else metadata,
+            "text": [text] if isinstance(text, str) else text,
         }
         counts = {name: len(value) for name, value in rows.items() if value is not None}
-        count = batch_size or max(counts.values(), default=1)
+        count = batch_size or max([1, *counts.values()])
         for name, number in counts.items():
             if number not in (1, count):
                 raise ValueError(f"`{name}` describes {number} images, but {count} are asked for.")
@@ -124,8 +124,9 @@ class DinoPriorPipeline(ComponentLoadingMixin, DiffusionPipeline, CallStateMixin
             for each in own
         ]
         condition = Condition(*(torch.cat([part[i] for part in conditions]) for i in range(3)))
-        if rows["text"] is not None or self.prior.config["text_dim"] is not None:
-            tokens, mask = self.encode_text([each["text"] for each in own])
+        texts = [each["text"] for each in own]
+        if any(text is not None for text in texts) or self.prior.config["text_dim"] is not None:
+            tokens, mask = self.encode_text(texts)
             condition = condition._replace(text=tokens, text_mask=mask)
         return condition
 

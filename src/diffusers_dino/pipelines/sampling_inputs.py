@@ -155,11 +155,9 @@ class SamplingInputsMixin:
         """Fill in the size that was not given: of `latents`, else of the denoiser's config."""
         if height is not None and width is not None:
             return height, width
-        if latents is None:
-            rows, columns = latent_size(self, "`height` and `width`")
-        elif isinstance(latents, Tensor):
+        if isinstance(latents, Tensor):
             rows, columns = latents.shape[-2:]
         else:
-            raise TypeError(f"`latents` must be a tensor (B * n, L, h, w), got {type(latents).__name__}.")
+            rows, columns = latent_size(self, "`height` and `width`")
         f = self.vae_scale_factor
         return rows * f if height is None else height, columns * f if width is None else width

@@ -31,7 +31,7 @@ class SegmentsMixin:
     @property
     def settings(self) -> DiffSegSettings:
         """The defaults: those that were noted with the model by `diffseg.settings.note_settings`, or general ones."""
-        return (self.denoiser is not None and noted_settings(self.denoiser)) or DiffSegSettings()
+        return (self.denoiser is not None and noted_settings(self.denoiser.config)) or DiffSegSettings()
 
     @takes_the_denoiser
     @torch.no_grad()

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..devices import send
 from ..seeds import generator_for
 
-__all__ = ["FlowDraws", "Times", "add_noise", "draw_for_prior", "gaussian_velocity", "noise_level", "velocity"]
+__all__ = ["FlowDraws", "Times", "add_noise", "draw_for_prior", "gaussian_velocity", "noise_level"]
 
 Times = Literal["logit-normal", "uniform"]
 
@@ -77,11 +77,6 @@ def add_noise(tokens: Tensor, noise: Tensor, times: Tensor | float) -> Tensor:
     """`(1 - t) x + t e` of tokens `(B, S, D)` and times `(B,)`, or one time for all."""
     times = torch.as_tensor(times, dtype=tokens.dtype, device=tokens.device).reshape(-1, 1, 1)
     return (1 - times) * tokens + times * noise
-
-
-def velocity(tokens: Tensor, noise: Tensor) -> Tensor:
-    """What a model is to predict: `e - x`."""
-    return noise - tokens
 
 
 def gaussian_velocity(noisy: Tensor, times: Tensor, components: Tensor, variances: Tensor, rest: Tensor) -> Tensor:

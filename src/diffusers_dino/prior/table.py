@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from ..data import ImageDataset
+from ..data.facts import facts_beside
 from ..data.keys import match_keys
 from ..data.labels import NO_FINDING, table_rows
 from .conditions import Condition, PriorConditions
@@ -115,7 +115,7 @@ def stored_facts(images: ImageDataset, columns: Columns) -> list[Facts]:
     facts, known = [], 0
     for place in range(len(images)):
         try:
-            entry = json.loads(images.companion(place, "json"))
+            entry = facts_beside(images, place)
         except KeyError:
             facts.append(Facts())
             continue

@@ -12,7 +12,7 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -21,10 +21,8 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
-from ..data import Preprocessing
 from ..files import beside, read_json, save_atomically, sha256_of
 from ..frozen import require_same
 from .plain_state import random_states, read_state, set_random_states, write_state
@@ -37,16 +35,13 @@ __all__ = [
     "complete_checkpoints",
     "delete_old_checkpoints",
     "describe_file",
-    "describe_run",
     "find_checkpoint",
     "load_run",
     "newest_checkpoint",
     "read_checkpoint",
     "read_pickle",
     "require_same_run",
-    "resume_run",
     "save_run",
-    "saving_checkpoint",
     "saying_what_is_full",
     "set_aside_later",
 ]
@@ -100,7 +95,7 @@ def save_run(
         output_dir: Folder of the run.
         step: Number of updates so far.
         state: What writes models, optimizer and schedule.
-        info: What to note in the manifest: `position`, and what `describe_run` says.
+        info: What to note in the manifest, such as `position`; JSON can hold it.
         keep: How many checkpoints to keep; None keeps all.
 
     Returns:
@@ -109,19 +104,29 @@ def save_run(
     Raises:
         CheckpointError: If it cannot be written, for example because the disk is full. Older ones are untouched.
     """
-    is_main = accelerator.is_main_process
+    is_main, wait = accelerator.is_main_process, accelerator.wait_for_everyone
     written = Path(output_dir) / f"checkpoint-{step}"
-    with (
-        saying_what_is_full(written),
-        saving_checkpoint(output_dir, step, info, is_main, accelerator.wait_for_everyone) as folder,
-    ):
+    atomic = save_atomically(written) if is_main else nullcontext(beside(written, "partial"))
+    with saying_what_is_full(written), atomic as folder:
+        wait()
         if is_main:
             state.save(folder)
         scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
         write_state(_process_file(folder, accelerator.process_index), {"random": random_states(), "scaler": scaler})
+        wait()
+        if is_main:
+            _write_manifest(folder, step, info)
+    wait()
     if is_main:
         delete_old_checkpoints(output_dir, math.inf if keep is None else keep, written)
     return written
+
+
+def _write_manifest(folder: Path, step: int, info: dict[str, Any]) -> None:
+    written = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {path.relative_to(folder).as_posix(): describe_file(path) for path in written}
+    manifest = {"format": _FORMAT, "step": step, "info": info, "files": files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 
 @contextmanager
@@ -137,39 +142,12 @@ def saying_what_is_full(written: Path) -> Iterator[None]:
         ) from error
 
 
-def describe_run(seed: int, preprocessing: Preprocessing, shuffle_window_shards: int) -> dict[str, Any]:
-    """What decides which pixels are shown when: a run goes on only from a checkpoint that noted the same."""
-    window = shuffle_window_shards or None
-    return {"seed": seed, "preprocessing": preprocessing.fingerprint(), "shuffle_window_shards": window}
-
-
-def resume_run(
-    accelerator: Accelerator, output_dir: str | Path, name: str, expected: dict[str, Any], state: Resumable
-) -> Checkpoint | None:
-    """Find a checkpoint, named as in `find_checkpoint`, and load it by `load_run`; every process must call this.
-
-    Returns:
-        The checkpoint that was loaded; None if there is none.
-
-    Raises:
-        CheckpointError: If the one asked for is incomplete, belongs to another kind of run, or holds objects.
-    """
-    found: list[Checkpoint | None] = [None]
-    if accelerator.is_main_process:  # the hashes need not be checked by every process
-        found = [find_checkpoint(output_dir, name)]
-    checkpoint = broadcast_object_list(found)[0]
-    if checkpoint is not None:
-        load_run(accelerator, checkpoint, expected, state)
-    return checkpoint
-
-
-def load_run(accelerator: Accelerator, checkpoint: Checkpoint, expected: dict[str, Any], state: Resumable) -> None:
-    """Load a checkpoint into `state`. It must have noted what is `expected`, or not have noted it at all.
+def load_run(accelerator: Accelerator, checkpoint: Checkpoint, state: Resumable) -> None:
+    """Load a checkpoint into `state`; every process must call this.
 
     No code of a checkpoint is run: it is read as safetensors, and older pickles only as far as they are tensors,
     numbers and texts.
     """
-    require_same_run(checkpoint, expected)
     _refuse_objects(checkpoint.path)
     try:
         state.load(checkpoint.path)
@@ -228,35 +206,6 @@ def _process_file(folder: Path, process: int) -> Path:
     return folder / f"random_states_{process}.safetensors"
 
 
-@contextmanager
-def saving_checkpoint(
-    output_dir: str | Path,
-    step: int,
-    info: dict[str, Any] | None = None,
-    is_main_process: bool = True,
-    wait_for_everyone: Callable[[], None] = lambda: None,
-) -> Iterator[Path]:
-    """Save a checkpoint: `with saving_checkpoint(out, 500) as folder: accelerator.save_state(folder)`.
-
-    Every process must enter, and all must see the same folder. The main process writes the manifest, with `info`,
-    which JSON can hold. `wait_for_everyone` is a barrier between the processes.
-
-    Yields:
-        The folder to write into. If the body raises, no checkpoint appears.
-    """
-    final = Path(output_dir) / f"checkpoint-{step}"
-    with save_atomically(final) if is_main_process else nullcontext(beside(final, "partial")) as partial:
-        wait_for_everyone()
-        yield partial
-        wait_for_everyone()
-        if is_main_process:
-            written = sorted(path for path in partial.rglob("*") if path.is_file())
-            files = {path.relative_to(partial).as_posix(): describe_file(path) for path in written}
-            manifest = {"format": _FORMAT, "step": step, "info": info or {}, "files": files}
-            (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    wait_for_everyone()
-
-
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Check a checkpoint against its manifest.
 
@@ -310,28 +259,24 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**53
 
 
-def find_checkpoint(output_dir: str | Path, name: str = "latest") -> Checkpoint | None:
-    """The checkpoint to resume from: `"latest"`, the name of a checkpoint in `output_dir`, or a path to one.
-
-    Returns:
-        The newest complete checkpoint for `"latest"` (incomplete ones are named in a warning), None if there is none.
+def find_checkpoint(output_dir: str | Path, name: str) -> Checkpoint:
+    """The checkpoint of this name in `output_dir`, or at this path.
 
     Raises:
-        CheckpointError: If a checkpoint asked for by name is not there, or not complete.
+        CheckpointError: If it is not there, or not complete.
     """
-    if name != "latest":
-        inside = Path(output_dir) / name
-        if not inside.is_dir() and not Path(name).is_dir():
-            there = ", ".join(path.name for path in _checkpoint_folders(output_dir)) or "none"
-            raise CheckpointError(f"There is no checkpoint {name}, neither in {output_dir} nor here. There: {there}.")
-        return read_checkpoint(inside if inside.is_dir() else name)
-    return newest_checkpoint(output_dir)
+    inside = Path(output_dir) / name
+    if not inside.is_dir() and not Path(name).is_dir():
+        there = ", ".join(path.name for path in _checkpoint_folders(output_dir)) or "none"
+        raise CheckpointError(f"There is no checkpoint {name}, neither in {output_dir} nor here. There: {there}.")
+    return read_checkpoint(inside if inside.is_dir() else name)
 
 
 def newest_checkpoint(output_dir: str | Path, run: str | None = None) -> Checkpoint | None:
-    """The newest complete checkpoint of a run, or of any; incomplete ones and those of others are named in a warning.
+    """The newest complete checkpoint of a run, or of any; None if there is none.
 
-    Checkpoints that note no run, as older ones, belong to each.
+    Incomplete ones and those of other runs are named in a warning. Those that note no run, as older ones, belong to
+    each.
     """
     for checkpoint in _readable(reversed(_checkpoint_folders(output_dir))):
         if run is None or checkpoint.info.get("run") in (None, run):

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from ..data import Slot, load_batches
 from ..files import save_atomically, write_json
 from ..metrics.distances import frechet_of_samples
+from ..metrics.neighbours import evenly_spread
 from ..pipelines import DinoPriorPipeline
 from ..prior import Condition, DinoPrior, PriorConditions
-from ..prior.flow import FlowDraws, add_noise, draw_for_prior, velocity
+from ..prior.flow import FlowDraws, add_noise, draw_for_prior
 from ..prior.table import Facts, encode_facts
 from ..seeds import derive_seed, generator_for
 from .features import FeatureEncoder, Views
@@ -114,7 +115,7 @@ def prior_losses(model: nn.Module, tokens: Tensor, condition: Condition, draws: 
     """Squared error of the predicted velocity for standardised tokens `(B, S, D)`: `(B,)` float32."""
     noisy = add_noise(tokens, draws.noise, draws.times)
     prediction = model(noisy, 1000 * draws.times, condition)
-    return (prediction.float() - velocity(tokens, draws.noise)).square().mean(dim=(1, 2))
+    return (prediction.float() - (draws.noise - tokens)).square().mean(dim=(1, 2))
 
 
 def drop_facts(condition: Condition, draws: FlowDraws, dropout: float, label_dropout: float) -> Condition:
@@ -171,7 +172,7 @@ class PriorValidator:
         seed: int = 0,
     ) -> None:
         if held_out is not None:
-            rows = _spread(len(held_out.tokens), num_images)
+            rows = evenly_spread(len(held_out.tokens), num_images)
             held_out = HeldOut(held_out.tokens[rows], held_out.condition.rows(rows))
         self.pipe, self.state, self.held_out, self.seed = pipe, state, held_out, seed
         self.output_dir = Path(output_dir)
@@ -181,7 +182,7 @@ class PriorValidator:
         if self.every:
             prior: DinoPrior = pipe.prior
             real = prior.standardise(held_out.tokens).flatten(1)
-            known = prior.standardise(reference[_spread(len(reference), len(real))]).flatten(1)
+            known = prior.standardise(reference[evenly_spread(len(reference), len(real))]).flatten(1)
             self._real = real
             self._controls = {"training to held-out tokens": frechet_of_samples(known, real)}
 
@@ -274,8 +275,3 @@ class PriorValidator:
             with save_atomically(self.output_dir / "best") as folder:
                 self.state.save_for_use(folder)
                 write_json(folder / "metric.json", asdict(look))
-
-
-def _spread(count: int, chosen: int) -> Tensor:
-    """Numbers of at most `chosen` of `count` things, spread evenly over them."""
-    return torch.linspace(0, count - 1, min(chosen, count)).round().long()

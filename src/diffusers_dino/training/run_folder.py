@@ -50,7 +50,7 @@ class RunFolder:
 
     Args:
         path: The folder.
-        resume: A checkpoint as in `checkpoints.find_checkpoint`, or None for a new run.
+        resume: `"latest"`, a checkpoint as in `checkpoints.find_checkpoint`, or None for a new run.
         overwrite: Whether a new run may replace what another one left.
         inputs: Files and folders that the run reads, and that must not be replaced.
 

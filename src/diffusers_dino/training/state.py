@@ -26,7 +26,7 @@ _FUSION = "fusion."  # begins the names of a fusion's weights among the trained 
 
 
 class TrainingState:
-    """What is trained, and how `checkpoints.save_run` and `checkpoints.resume_run` write and read it.
+    """What is trained, and how `checkpoints.save_run` and `checkpoints.load_run` write and read it.
 
     A checkpoint holds `unet/` or `transformer/` (or `pytorch_lora_weights.safetensors`), and `fusion/` if one is
     trained, which is what a user samples from: the averaged weights where there is an average. What only resuming

@@ -126,7 +126,7 @@ def measure(args: Arguments, output: Path) -> None:
 def report(result: AugmentationResult, output: Path) -> None:
     """Write tables and figures, and print the table."""
     result.save(output / "result.json")
-    (output / "labels.md").write_text(format_label_table(result))
+    (output / "labels.md").write_text(format_label_table(result), encoding="utf-8")
     text = write_tables(output, lambda style: format_augmentation_table(result, style))
     drawn = {"augmentation": (plot_augmentation, "mean"), "differences": (plot_differences, "difference")}
     for name, (plot, figure) in drawn.items():

@@ -20,6 +20,7 @@ from ...devices import device_of
 from ...evaluation import evaluate_membership
 from ...evaluation.membership.table import format_membership_table
 from ...evaluation.table_text import write_tables
+from ...metrics.neighbours import evenly_spread
 from ...pipelines.checks import image_size
 from ...training.models import load_trained_pipeline
 from ..arguments import flag
@@ -69,7 +70,4 @@ def main(args: Arguments) -> None:
 
 def evenly_chosen(images: ImageDataset, count: int | None) -> ImageDataset:
     """So many images, evenly spread over their order; all of them for None."""
-    if count is None or count >= len(images):
-        return images
-    places = torch.linspace(0, len(images) - 1, count).round().long().tolist()
-    return images.select([images.keys[place] for place in places])
+    return images.select([images.keys[place] for place in evenly_spread(len(images), count or len(images)).tolist()])

@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-__all__ = ["FrameHeader", "frame_header"]
+__all__ = ["frame_header"]
 
 
-class FrameHeader(NamedTuple):
-    """Rows, columns, components and bits of a component of a compressed frame."""
-
-    rows: int
-    columns: int
-    components: int
-    bits: int
-
-
-def frame_header(frame: bytes) -> FrameHeader | None:
-    """Read the header of a JPEG, JPEG-LS or JPEG 2000 codestream; None if it lacks one.
+def frame_header(frame: bytes) -> tuple[int, int, int] | None:
+    """Rows, columns and components that a JPEG, JPEG-LS or JPEG 2000 codestream says it has; None if it says nothing.
 
     Sources: ITU-T T.81 B.2.2, T.87 C.2.2 (JPEG-LS has the same frame header), T.800 A.5.1.
     """
@@ -27,14 +16,14 @@ def frame_header(frame: bytes) -> FrameHeader | None:
     return _jpeg_header(frame) if frame.startswith(b"\xff\xd8") else None
 
 
-def _jpeg_2000_header(size: bytes) -> FrameHeader | None:
+def _jpeg_2000_header(size: bytes) -> tuple[int, int, int] | None:
     if len(size) < 39:
         return None
     columns, rows, left, top = (int.from_bytes(size[i : i + 4], "big") for i in (4, 8, 12, 16))
-    return FrameHeader(rows - top, columns - left, int.from_bytes(size[36:38], "big"), (size[38] & 0x7F) + 1)
+    return rows - top, columns - left, int.from_bytes(size[36:38], "big")
 
 
-def _jpeg_header(frame: bytes) -> FrameHeader | None:
+def _jpeg_header(frame: bytes) -> tuple[int, int, int] | None:
     place = 2
     while place + 10 <= len(frame) and frame[place] == 0xFF:
         marker = frame[place + 1]
@@ -43,6 +32,6 @@ def _jpeg_header(frame: bytes) -> FrameHeader | None:
             continue
         if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
             rows, columns = (int.from_bytes(frame[place + i : place + i + 2], "big") for i in (5, 7))
-            return FrameHeader(rows, columns, frame[place + 9], frame[place + 4])
+            return rows, columns, frame[place + 9]
         place += 2 + int.from_bytes(frame[place + 2 : place + 4], "big")
     return None

@@ -110,7 +110,8 @@ def read_dicom(
         counts += np.bincount(cells[rows].ravel(), minlength=len(counts))
     gray = _grayscale(dataset, layout, view, inverted)
     image = _look_up(brightness_table(gray, counts), cells)
-    if gray.inverted and inverted is None and _is_radiograph(dataset) and _surrounds_dark_with_white(image):
+    radiograph = dicom_facts(dataset).get("modality") in _RADIOGRAPHS
+    if gray.inverted and inverted is None and radiograph and _surrounds_dark_with_white(image):
         logger.warning("%s says MONOCHROME1, but its air is dark as it is stored: it is not inverted", name)
         image = _look_up(brightness_table(replace(gray, inverted=False), counts), cells)
     return image
@@ -249,8 +250,7 @@ def _frame_agrees(frame: bytes, layout: _Layout) -> bool:
     """Whether a compressed frame is as large as the header says, so that decoding it takes what was checked."""
     if layout.syntax == _RLE:  # says no size, but never grows by more than a byte in 128
         return len(frame) <= 2 * layout.rows * layout.columns * layout.samples * layout.bits.allocated // 8 + 2**16
-    header = frame_header(frame)
-    return header is not None and header[:3] == (layout.rows, layout.columns, layout.samples)
+    return frame_header(frame) == (layout.rows, layout.columns, layout.samples)
 
 
 def _grayscale(dataset: Dataset, layout: _Layout, view: bool, inverted: bool | None) -> Grayscale:
@@ -318,10 +318,6 @@ def _palette_color(dataset: Dataset, layout: _Layout, cells: np.ndarray) -> np.n
         channels.append(table(layout.bits._replace(signed=False).values())[cells])
     deep = max(channel.max() for channel in channels) > 255
     return (np.stack(channels, axis=2) / (257 if deep else 1)).round().astype(np.uint8)
-
-
-def _is_radiograph(dataset: Dataset) -> bool:
-    return dicom_facts(dataset).get("modality") in _RADIOGRAPHS
 
 
 def _surrounds_dark_with_white(image: np.ndarray) -> bool:

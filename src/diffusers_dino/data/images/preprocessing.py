@@ -64,7 +64,7 @@ class Preprocessing:
         if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3) or 0 in image.shape:
             raise ValueError(f"Expected an image of shape (H, W) or (H, W, 3), got {image.shape}")
         if self.remove_borders:
-            image = remove_borders(image, self.border_tolerance)
+            image = image[border_window(image, self.border_tolerance)]
         square = center_crop(stretch_to_uint8(image, self.clip_percent))
         if square.shape[0] == self.size:
             return np.ascontiguousarray(square)
@@ -88,11 +88,6 @@ class Preprocessing:
         """A short hash that is equal for equal configurations only."""
         text = json.dumps({"version": _VERSION, **asdict(self)}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def remove_borders(image: np.ndarray, tolerance: float) -> np.ndarray:
-    """Cut uniform bands off the four sides of an image `(H, W)` or `(H, W, 3)`: see `border_window`."""
-    return image[border_window(image, tolerance)]
 
 
 def border_window(image: np.ndarray, tolerance: float) -> tuple[slice, slice]:

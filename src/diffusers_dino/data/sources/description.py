@@ -70,7 +70,7 @@ class Source:
         table: File(s) with the rows, one after the other.
         join: Further files, whose columns are added.
         derive: Column -> regular expression(s); the named groups of the first that matches become columns.
-        where: Column -> value(s): other rows are left out, and counted.
+        where: Column -> value(s): other rows are left out.
         id: Template of the provider's name of the image; by default its path without the extension.
         patient: Patient id (see `fields.Value`). Without it, each image is its own patient.
         labels: One `fields.LabelRule`, or several whose findings are joined. Without it: unlabelled.

@@ -6,7 +6,6 @@ removed, they are found in the image, and cut off both.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..datasets import to_float
+from ..facts import facts_beside, patient_in
 from ..images.preprocessing import Preprocessing, border_window, center_crop
 from ..images.reading import read_image
 from ..stores import ImageStore
@@ -193,8 +193,8 @@ def _from_records(records: Iterable[Record]) -> list[_Entry]:
     return [
         _Entry(
             record.image_id,
-            record.patient,
-            partial(read_image, record.image, raw=record.raw),
+            None if record.patient == record.image_id else record.patient,  # the provider names none
+            partial(read_image, record.image, raw=record.raw, inverted=record.invert),
             partial(_read_all, record.masks),
         )
         for record in records
@@ -243,11 +243,9 @@ def _from_companions(source: str | Path) -> list[_Entry]:
 def _stored_patient(store: ImageStore, index: int) -> str | None:
     """The patient in `KEY.json` beside an image, as shards have it."""
     try:
-        facts = json.loads(store.companion(index, "json"))
-    except (KeyError, ValueError, RecursionError):
+        return patient_in(facts_beside(store, index))
+    except (KeyError, ValueError):
         return None
-    patient = facts.get("patient") if isinstance(facts, dict) else None
-    return None if patient in (None, "") else str(patient)
 
 
 def _read_all(paths: Sequence[Path]) -> list[tuple[str, np.ndarray]]:

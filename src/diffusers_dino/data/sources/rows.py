@@ -18,7 +18,7 @@ from ..keys import respell
 from ..stores.archives import parent_of, split_name
 from ..stores.walk import is_junk
 from .description import Source, Table
-from .fields import Template, is_one_of
+from .fields import Template, as_list, is_one_of
 from .finder import FileFinder, is_image
 from .records import Record
 from .tables import OpenTable, open_table
@@ -51,7 +51,7 @@ class Named:
 class SourceReport:
     """What was read of a source, and what did not fit (see `lines`). Complete once its records were iterated over.
 
-    `left_out` are rows that the description's `where` leaves out, `absent` optional files that were not there.
+    `absent` are optional files that were not there.
     `expects_labels`: the description says which column holds labels.
     """
 
@@ -66,7 +66,6 @@ class SourceReport:
     unjoined: Named = field(default_factory=Named)
     companions: Named = field(default_factory=Named)
     hidden: Named = field(default_factory=Named)
-    left_out: int = 0
     in_lists: int = 0  # images that the lists of splits name
     lost_lists: int = 0  # names in those lists, if none of them is an image's
     absent: list[str] = field(default_factory=list)
@@ -109,7 +108,9 @@ class RowReader:
     def __init__(self, source: Source, root: Path, show: Callable[[str], str]) -> None:
         self.source, self.root, self._show = source, root, show
         self._images = FileFinder(root, source.patterns, show) if source.table else None
-        self._expressions = {column: _compile(several) for column, several in source.derive.items()}
+        self._expressions = {
+            column: [re.compile(one) for one in as_list(several)] for column, several in source.derive.items()
+        }
         self._tables = [opened for table in source.table if (opened := open_table(table, root, source)) is not None]
         self._joins = [(table, open_table(table, root, source)) for table in source.join]
         header = [column for table in self._tables for column in table.header if column not in table.table.columns]
@@ -126,7 +127,7 @@ class RowReader:
         empty = True
         for row in rows:
             _join(row, joined, report)
-            if self._is_wanted(row, report) and self._locate(row, report):
+            if self._is_wanted(row) and self._locate(row, report):
                 empty = False
                 yield row
         if empty:
@@ -224,12 +225,8 @@ class RowReader:
             match = next(filter(None, matches), None)
             row.update(match.groupdict("") if match else {})
 
-    def _is_wanted(self, row: Row, report: SourceReport) -> bool:
-        for column, values in self.source.where.items():
-            if not is_one_of(row[column].strip(), values):
-                report.left_out += 1
-                return False
-        return True
+    def _is_wanted(self, row: Row) -> bool:
+        return all(is_one_of(row[column].strip(), values) for column, values in self.source.where.items())
 
     def _locate(self, row: Row, report: SourceReport) -> bool:
         """Find the image of a row and complete its columns; False, and counted, if it is not there."""
@@ -281,10 +278,6 @@ def _join(row: Row, joined: Iterable[Joined], report: SourceReport) -> None:
 def _path_columns(path: str) -> Row:
     folder, _, name = path.rpartition("/")
     return {"path": path, "folder": folder or ".", "stem": name.rpartition(".")[0] or name}
-
-
-def _compile(several: str | Iterable[str]) -> list[re.Pattern[str]]:
-    return [re.compile(one) for one in ([several] if isinstance(several, str) else several)]
 
 
 def _dig(content: object, path: str) -> str:

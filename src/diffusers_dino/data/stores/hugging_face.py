@@ -60,7 +60,7 @@ class HuggingFaceStore(ImageStore):
             if not isinstance(value, str | bytes):
                 return as_image(np.asarray(value))
             value = value if isinstance(value, bytes) else self._find(value)
-        except UnreadableImageError as error:
+        except ValueError as error:  # NumPy's and the system's are among them
             raise UnreadableImageError(f"Cannot read {self.describe(index)}: {error}") from error
         return read_image(value, self.describe(index))
 

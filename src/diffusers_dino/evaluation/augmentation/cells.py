@@ -196,14 +196,10 @@ class CellResult:
 
 
 def load_cells(folder: str | Path) -> list[CellResult]:
-    """All cells of a folder, at least one and of one experiment, in the order of the grid."""
+    """All cells of a folder, at least one, in the order of the grid."""
     cells = [CellResult.load(path) for path in sorted(Path(folder).glob(f"*{_SUFFIX}"))]
     if not cells:
         raise FileNotFoundError(f"There is no cell of a grid in {str(folder)!r}.")
-    first = cells[0]
-    for cell in cells:
-        if (cell.facts.settings, cell.labels) != (first.facts.settings, first.labels):
-            raise ValueError(f"{cell.spec.name} and {first.spec.name} in {str(folder)!r} are of different settings.")
     return sorted(cells, key=lambda cell: cell.spec)
 
 

@@ -10,7 +10,6 @@ one number of images:
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from collections import Counter
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ...files import lock_folder, make_writable_folder, remove_partials, save_atomically
+from ...files import lock_folder, make_writable_folder, remove_partials, save_atomically, write_json
 from ...fingerprints import fingerprint_pipeline, hash_of
 from ...metrics import FeatureExtractor, FeatureSet, FeatureSpec, extract_features, open_extractor
 from ...metrics.bootstrap import Bootstrap, estimate_frechet, estimate_kernel, estimate_manifolds, estimate_vendi
@@ -253,7 +252,7 @@ def keep_best(
     }
     with save_atomically(folder) as partial:
         load_trained_pipeline(paths[best.images]).save_pretrained(partial)
-        (partial / "metric.json").write_text(json.dumps(facts, indent=1))
+        write_json(partial / "metric.json", facts)
     logger.info("%s has the lowest %s distance; it is kept in %s", best.images, metric, folder)
 
 

@@ -30,12 +30,15 @@ def format_preservation_table(result: LabelPreservationResult, style: str = "mar
         tabular = latex_table(_HEADER, body, f"lll{'c' * (len(_HEADER) - 3)}")
         return latex_float(" ".join(_note(result)), tabular, "footnotesize", 2)
     labels = [[part.name, x.label, x.num_positive, *_figures(x, part)] for part in result.wholes for x in part.labels]
-    for real in result.real:
-        number = "" if real.label == "macro" else real.num_positive
-        figure = _bounded(real.auroc, real.low, real.high)
-        labels.append(["held-out real images", real.label, number, figure, "", "", ""])
-    below = markdown_table(["set", "label", "images with it", *_FIGURES], labels)
-    return "\n".join([markdown_table(_HEADER, body), "", *_note(result), "", below, ""])
+    parts = [markdown_table(_HEADER, body), "", *_note(result), ""]
+    parts.append(markdown_table(["set", "label", "images with it", *_FIGURES], labels))
+    if result.real:
+        real = [
+            [x.label, "" if x.label == "macro" else x.num_positive, _bounded(x.auroc, x.low, x.high)]
+            for x in result.real
+        ]
+        parts += ["", markdown_table(["held-out real images", "images with it", "AUROC"], real)]
+    return "\n".join([*parts, ""])
 
 
 def _names(part: Part) -> list[str]:

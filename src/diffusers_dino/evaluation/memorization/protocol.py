@@ -26,6 +26,7 @@ from ...metrics.copy_gate import (
     search_training,
 )
 from ...metrics.neighbours import Groups, evenly_spread
+from ...pipelines.checks import check_choice
 from ..controls import rows_in
 from ..generation import embed_images, stack_images
 from ..results import JsonResult
@@ -208,6 +209,7 @@ def _check(
     num_pairs: int,
     num_planted: int,
 ) -> None:
+    check_choice(("training", "held out"), calibrate_on=calibrate_on)
     if num_pairs < 0:
         raise ValueError(f"num_pairs must not be negative, got {num_pairs}.")
     if num_planted < 1:

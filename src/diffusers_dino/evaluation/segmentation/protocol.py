@@ -183,7 +183,7 @@ def evaluate_segmentation(
                 add(model.name, pipe, [each for each in sweeps if not each.reads_denoiser])
                 continue
             add(model.name, pipe, sweeps, model.checkpoint)
-            if (noted := noted_settings(pipe.denoiser)) is not None:
+            if (noted := noted_settings(pipe.denoiser.config)) is not None:
                 at_noted = [each.at(noted) for each in sweeps if each.method == "diffseg"]
                 add(f"{model.name}, settings noted with it", pipe, at_noted, model.checkpoint)
             if untrained and model.name not in met and pipe.conditioner is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -53,15 +52,6 @@ class FeatureSpec:
             if type(value) is not kind and not (name == "weights_sha256" and value is None):
                 raise ValueError(f"A description of features has {name} = {value!r}, which is not {kind.__name__}.")
         return cls(**values)
-
-    def to_json(self) -> str:
-        """One line of JSON."""
-        return json.dumps(self.to_dict())
-
-    @classmethod
-    def from_json(cls, text: str) -> FeatureSpec:
-        """Read what `to_json` wrote; raises `ValueError` if it is something else."""
-        return cls.from_dict(json.loads(text))
 
     def require_same(self, other: FeatureSpec) -> None:
         """ValueError that names each field that differs."""
