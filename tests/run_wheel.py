@@ -47,7 +47,8 @@ def main() -> None:
             try:
                 call_command(command.split())
             except SystemExit as ended:  # as --help does
-                assert not ended.code
+                if ended.code:
+                    raise
         os.chdir(REPOSITORY)
     print(Path(diffusers_dino.__file__).parent)
 
