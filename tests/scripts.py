@@ -15,6 +15,7 @@ from unittest.mock import patch
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
+from safetensors.torch import load_file
 
 import tiny
 from diffusers_dino.cli import COMMANDS
@@ -133,6 +134,12 @@ def address_of(process: subprocess.Popen[str]) -> str:
 def losses(folder: Path) -> list[float]:
     """The loss of each update that the log of a run tells of."""
     return [json.loads(line)["loss"] for line in (folder / "train_log.jsonl").read_text().splitlines()]
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether two folders hold a model of the same weights, to the bit."""
+    ours, theirs = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (one, other))
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def call_script(script: str, config: Path | None = None, **flags: Any) -> None:

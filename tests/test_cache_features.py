@@ -4,9 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from safetensors.torch import load_file
 
 import scripts
 from folders import contents
@@ -45,11 +43,9 @@ def test_training_from_disk_equals_training_from_memory(flags, config, tmp_path)
     }
     for name, changes in runs.items():
         scripts.call_script("train_dino.py", **{**flags, **changes, "output_dir": tmp_path / name})
-    whole = load_file(tmp_path / "memory" / "unet" / "diffusion_pytorch_model.safetensors")
     for name in ("disk", "workers", "made"):
         assert losses(tmp_path / name) == losses(tmp_path / "memory")
-        theirs = load_file(tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors")
-        assert all(torch.equal(whole[key], theirs[key]) for key in whole)
+        assert scripts.same_weights(tmp_path / name / "unet", tmp_path / "memory" / "unet")
         assert (tmp_path / name / "validation" / "0000008.png").is_file()
     with pytest.raises(ValueError, match=r"shear was 0\.05, is 0\.2"):
         scripts.call_script("train_dino.py", **{**flags, "feature_cache": cache, "shear": 0.2})
@@ -58,7 +54,7 @@ def test_training_from_disk_equals_training_from_memory(flags, config, tmp_path)
 
 
 @pytest.mark.slow
-def test_two_processes_or_a_kill_change_no_byte(config, tmp_path):
+def test_two_processes_change_no_byte(config, tmp_path):
     flags = {"samples_per_shard": 4}
     folders = {processes: tmp_path / f"{processes}" for processes in (1, 2)}
     for processes, folder in folders.items():
@@ -67,11 +63,3 @@ def test_two_processes_or_a_kill_change_no_byte(config, tmp_path):
     whole = contents(folders[1])
     assert contents(folders[2]) == whole
     assert [shard["samples"] for shard in json.loads(whole["manifest.json"])["shards"]] == [4, 4, 4]
-
-    cut = tmp_path / "cut"
-    process = scripts.start_script("cache", config, threads=1, **flags, feature_cache=cut)
-    scripts.wait_until(lambda: any(cut.glob("features-*")), process)
-    process.kill()
-    process.wait()
-    scripts.run_script("cache", config, threads=1, **flags, feature_cache=cut)
-    assert contents(cut) == whole
