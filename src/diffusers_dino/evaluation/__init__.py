@@ -17,80 +17,85 @@
 | all of these that a folder of images allows, in one report | `evaluate_suite` | `SuiteResult` |
 
 Each question is a folder: `protocol` measures, `table` and `plot` show a result. Results go to JSON and back
-(`result.save(path)`, `type(result).load(path)`). Names are imported when they are first used.
+(`result.save(path)`, `type(result).load(path)`).
 
 Arguments of one name are one thing everywhere: `batch_size` images are computed at once, intervals are of
 `bootstrap_repeats` draws, networks compute on `device`, and `progress` shows bars.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from .augmentation.protocol import evaluate_augmentation
+from .augmentation.result import AugmentationResult
+from .augmentation.sets import FoldPriors
+from .fidelity.protocol import evaluate_fidelity
+from .fidelity.result import FidelityResult, FidelityScores, Sampling
+from .fidelity.sets import FidelitySets, choose_sets
+from .generation import Model, load_models
+from .image_sets import ImageSet, open_image_set
+from .interpolation.protocol import InterpolationResult, PathFigures, PathSpace, evaluate_interpolation
+from .labels.contradictions import FilterResult, filter_by_judge
+from .labels.protocol import evaluate_labels
+from .labels.result import LabelPreservationResult
+from .membership.protocol import MembershipResult, evaluate_membership
+from .memorization.protocol import MemorizationResult, evaluate_memorization
+from .prior.protocol import PriorResult, TokenFigures, evaluate_prior
+from .reconstruction.protocol import ReconstructionResult, RetrievalFigures, evaluate_reconstruction
+from .reidentification.protocol import ReidentificationResult, evaluate_reidentification
+from .segmentation.protocol import (
+    MethodScores,
+    SegmentationResult,
+    SegmentationStudy,
+    SweepScores,
+    evaluate_segmentation,
+)
+from .segmentation.sweep import Setting, Sweep
+from .suite.protocol import Answer, SuiteResult, SuiteSettings, evaluate_suite
+from .transfer.protocol import TransferResult, evaluate_transfer
 
-_NAMES = {
-    "augmentation.protocol": "evaluate_augmentation",
-    "augmentation.result": "AugmentationResult",
-    "augmentation.sets": "FoldPriors",
-    "fidelity.protocol": "evaluate_fidelity",
-    "fidelity.result": "FidelityResult FidelityScores Sampling",
-    "fidelity.sets": "FidelitySets choose_sets",
-    "generation": "Model load_models",
-    "image_sets": "ImageSet open_image_set",
-    "interpolation.protocol": "InterpolationResult PathFigures PathSpace evaluate_interpolation",
-    "labels.contradictions": "FilterResult filter_by_judge",
-    "labels.protocol": "evaluate_labels",
-    "labels.result": "LabelPreservationResult",
-    "membership.protocol": "MembershipResult evaluate_membership",
-    "memorization.protocol": "MemorizationResult evaluate_memorization",
-    "prior.protocol": "PriorResult TokenFigures evaluate_prior",
-    "reidentification.protocol": "ReidentificationResult evaluate_reidentification",
-    "reconstruction.protocol": "ReconstructionResult RetrievalFigures evaluate_reconstruction",
-    "segmentation.protocol": "MethodScores SegmentationResult SegmentationStudy SweepScores evaluate_segmentation",
-    "segmentation.sweep": "Setting Sweep",
-    "suite.protocol": "Answer SuiteResult SuiteSettings evaluate_suite",
-    "transfer.protocol": "TransferResult evaluate_transfer",
-}
-_ORIGIN = {name: module for module, names in _NAMES.items() for name in names.split()}
-
-__all__ = sorted(_ORIGIN)
-
-# ruff: noqa: F401
-if TYPE_CHECKING:
-    from .augmentation.protocol import evaluate_augmentation
-    from .augmentation.result import AugmentationResult
-    from .augmentation.sets import FoldPriors
-    from .fidelity.protocol import evaluate_fidelity
-    from .fidelity.result import FidelityResult, FidelityScores, Sampling
-    from .fidelity.sets import FidelitySets, choose_sets
-    from .generation import Model, load_models
-    from .image_sets import ImageSet, open_image_set
-    from .interpolation.protocol import InterpolationResult, PathFigures, PathSpace, evaluate_interpolation
-    from .labels.contradictions import FilterResult, filter_by_judge
-    from .labels.protocol import evaluate_labels
-    from .labels.result import LabelPreservationResult
-    from .membership.protocol import MembershipResult, evaluate_membership
-    from .memorization.protocol import MemorizationResult, evaluate_memorization
-    from .prior.protocol import PriorResult, TokenFigures, evaluate_prior
-    from .reconstruction.protocol import ReconstructionResult, RetrievalFigures, evaluate_reconstruction
-    from .reidentification.protocol import ReidentificationResult, evaluate_reidentification
-    from .segmentation.protocol import (
-        MethodScores,
-        SegmentationResult,
-        SegmentationStudy,
-        SweepScores,
-        evaluate_segmentation,
-    )
-    from .segmentation.sweep import Setting, Sweep
-    from .suite.protocol import Answer, SuiteResult, SuiteSettings, evaluate_suite
-    from .transfer.protocol import TransferResult, evaluate_transfer
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _ORIGIN:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_ORIGIN[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_ORIGIN})
+__all__ = [
+    "Answer",
+    "AugmentationResult",
+    "FidelityResult",
+    "FidelityScores",
+    "FidelitySets",
+    "FilterResult",
+    "FoldPriors",
+    "ImageSet",
+    "InterpolationResult",
+    "LabelPreservationResult",
+    "MembershipResult",
+    "MemorizationResult",
+    "MethodScores",
+    "Model",
+    "PathFigures",
+    "PathSpace",
+    "PriorResult",
+    "ReconstructionResult",
+    "ReidentificationResult",
+    "RetrievalFigures",
+    "Sampling",
+    "SegmentationResult",
+    "SegmentationStudy",
+    "Setting",
+    "SuiteResult",
+    "SuiteSettings",
+    "Sweep",
+    "SweepScores",
+    "TokenFigures",
+    "TransferResult",
+    "choose_sets",
+    "evaluate_augmentation",
+    "evaluate_fidelity",
+    "evaluate_interpolation",
+    "evaluate_labels",
+    "evaluate_membership",
+    "evaluate_memorization",
+    "evaluate_prior",
+    "evaluate_reconstruction",
+    "evaluate_reidentification",
+    "evaluate_segmentation",
+    "evaluate_suite",
+    "evaluate_transfer",
+    "filter_by_judge",
+    "load_models",
+    "open_image_set",
+]
