@@ -40,15 +40,9 @@ def test_nan_in_pixels_and_embeddings(pipe, embeds, value):
         generate(pipe, image_embeds=broken)
 
 
-def test_images_of_the_wrong_type_or_layout(pipe):
+def test_images_of_the_wrong_type(pipe):
     with pytest.raises(TypeError, match="PIL image"):
         generate(pipe, "radiograph.png")
-    with pytest.raises(ValueError, match="must be in \\[0, 1\\]"):
-        generate(pipe, tiny.random_images(1) * 255)
-    with pytest.raises(ValueError, match="layout"):
-        generate(pipe, np.zeros((2, 2, 2, 2, 2), np.uint8))
-    with pytest.raises(ValueError, match="no image"):
-        generate(pipe, [])
 
 
 @pytest.mark.parametrize("shape", [(5, 32), (2, 4, 32), (2, 5, 16), (0, 5, 32), (2, 1, 5, 32)])

@@ -112,18 +112,6 @@ def test_the_defaults_find_segments_with_the_bundled_model(diffseg):
     assert torch.equal(absolute[0].masks, absolute[1].masks)
 
 
-def test_refinement(diffseg, images):
-    maps = diffseg.attention_maps(images[:1])
-    merged = diffseg.segment(maps, 0.2, relative_threshold=True)
-    refined = diffseg.segment(maps, 0.2, relative_threshold=True, refine=True)
-    assert 1 < len(refined.maps[0]) <= len(merged.maps[0])
-    assert torch.allclose(refined.maps[0].sum(dim=(1, 2)), torch.ones(len(refined.maps[0])), atol=1e-5)
-
-
-def test_an_infinite_threshold_gives_one_segment(diffseg, images):
-    assert diffseg(images, merge_threshold=float("inf")).num_segments == [1] * 4
-
-
 def test_one_threshold_a_pass(diffseg, images):
     maps = diffseg.attention_maps(images[:1])
     fractions = [0.1, 0.5]
@@ -193,9 +181,3 @@ def test_a_saved_pipeline_segments_the_same(tmp_path, images, make):
         name: type(part) for name, part in diffseg.components.items()
     }
     assert torch.equal(aligned(loaded).attention_maps(images[:1]), expected)
-
-
-def test_a_saved_model_of_ours_is_loaded_directly(pipe, diffseg, tmp_path, images):
-    pipe.save_pretrained(tmp_path)
-    loaded = DiffSegPipeline.from_pretrained(tmp_path)
-    assert torch.equal(aligned(loaded).attention_maps(images[:1]), diffseg.attention_maps(images[:1]))
