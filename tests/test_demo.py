@@ -4,6 +4,7 @@
 """
 
 import base64
+import importlib.util
 import io
 import json
 import os
@@ -26,7 +27,8 @@ from diffusers_dino.report import Report
 from image_files import encoded
 
 INSTALL = "pip install diffusers-dino[demo,dev]"
-pytest.importorskip("gradio", reason=f"The demo needs Gradio: {INSTALL}")
+if importlib.util.find_spec("gradio") is None:  # found, not imported, which takes seconds in each process
+    pytest.skip(f"The demo needs Gradio: {INSTALL}", allow_module_level=True)
 playwright = pytest.importorskip("playwright.sync_api", reason=f"The browser is driven by playwright: {INSTALL}")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [

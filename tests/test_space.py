@@ -1,5 +1,6 @@
 """The Space as the Hub runs it: its program in a process of its own, and one request."""
 
+import importlib.util
 import os
 import socket
 import subprocess
@@ -11,7 +12,8 @@ from packaging.requirements import Requirement
 
 import scripts
 
-pytest.importorskip("gradio", reason="The demo needs Gradio: pip install diffusers-dino[demo]")
+if importlib.util.find_spec("gradio") is None:  # found, not imported, which takes seconds in each process
+    pytest.skip("The demo needs Gradio: pip install diffusers-dino[demo]", allow_module_level=True)
 from demo_page import Page
 
 SPACE = scripts.EXAMPLES / "space"
