@@ -39,6 +39,7 @@ __all__ = [
     "size_of_regular",
     "sync",
     "tolerate_missing_locks",
+    "work_folder",
     "write_csv",
     "write_json",
 ]
@@ -251,6 +252,15 @@ def lock_folder(folder: Path, error: type[Exception] = RuntimeError) -> Iterator
     with open(folder / "lock", "w") as file:
         _hold(file, f"in {folder}", error)
         yield
+
+
+@contextmanager
+def work_folder(path: str | Path) -> Iterator[Path]:
+    """Make a folder, hold it as `lock_folder` does, and clear what killed runs left."""
+    folder = make_writable_folder(path)
+    with lock_folder(folder):
+        remove_partials(folder)
+        yield folder
 
 
 @contextmanager

@@ -20,11 +20,10 @@ import numpy as np
 
 from ..extras import require
 from ..seeds import derive_seed
-from .bootstrap import resamples
+from .bootstrap import LEVEL, resamples
 
 __all__ = [
     "FoldTest",
-    "SingleClassError",
     "auroc_draws",
     "check_classes",
     "corrected_t_test",
@@ -39,10 +38,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 _CHUNK = 1 << 21  # weights at once
-
-
-class SingleClassError(ValueError):
-    """No label has images of both classes. The message names what there is."""
 
 
 def label_auroc(probabilities: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -70,7 +65,7 @@ def with_mean(values: np.ndarray) -> np.ndarray:
 def check_classes(targets: np.ndarray, labels: Sequence[str], where: str) -> tuple[str, ...]:
     """Warn of labels that all of the images have, or none, and return them: macro AUROC leaves them out.
 
-    `targets` are `(N, L)` bool; `where` names the images in messages, such as `"fold 3"`. SingleClassError if no label
+    `targets` are `(N, L)` bool; `where` names the images in messages, such as `"fold 3"`. ValueError if no label
     has both classes, ValueError if shapes do not fit.
     """
     if targets.ndim != 2 or targets.shape[1] != len(labels):
@@ -78,7 +73,7 @@ def check_classes(targets: np.ndarray, labels: Sequence[str], where: str) -> tup
     mixed = targets.any(axis=0) & ~targets.all(axis=0)
     left_out = tuple(name for name, both in zip(labels, mixed, strict=True) if not both)
     if len(left_out) == len(labels):
-        raise SingleClassError(
+        raise ValueError(
             f"No label of {', '.join(labels)} has both positive and negative images among the {len(targets)} of "
             f"{where}: use fewer folds or more frequent labels."
         )
@@ -175,7 +170,7 @@ def draw_weights(
     return weights
 
 
-def corrected_t_test(differences: Sequence[float], num_folds: int, level: float = 0.95) -> FoldTest:
+def corrected_t_test(differences: Sequence[float], num_folds: int) -> FoldTest:
     r"""Whether a difference over the runs of a (repeated) cross-validation is zero (Nadeau & Bengio 2003).
 
     Runs share training images, so their differences are correlated and a plain paired t test finds too much. The
@@ -189,7 +184,6 @@ def corrected_t_test(differences: Sequence[float], num_folds: int, level: float 
     Args:
         differences: J of them, one for each run.
         num_folds: K, how many folds the data was cut into, which is more than J where runs are missing.
-        level: Probability mass of the interval.
 
     ImportError without scipy; ValueError with fewer than two differences or folds, or one that is not finite.
     """
@@ -203,7 +197,7 @@ def corrected_t_test(differences: Sequence[float], num_folds: int, level: float 
     error = float(np.sqrt((1 / len(values) + 1 / (num_folds - 1)) * values.var(ddof=1)))
     if error == 0:  # all differences are one number
         return FoldTest(mean, mean, mean, 1.0 if mean == 0 else 0.0)
-    reach = float(t.ppf((1 + level) / 2, len(values) - 1)) * error
+    reach = float(t.ppf((1 + LEVEL) / 2, len(values) - 1)) * error
     p = 2 * float(t.sf(abs(mean) / error, len(values) - 1))
     return FoldTest(mean, mean - reach, mean + reach, p)
 

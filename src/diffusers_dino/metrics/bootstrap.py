@@ -24,6 +24,7 @@ from .features import Features, comparable, feature_matrix
 from .manifolds import manifold_hits, vendi_score
 
 __all__ = [
+    "LEVEL",
     "Bootstrap",
     "Estimate",
     "Interval",
@@ -37,6 +38,8 @@ __all__ = [
     "resamples",
     "share_interval",
 ]
+
+LEVEL = 0.95  # probability mass of every interval
 
 
 class Interval(NamedTuple):
@@ -52,9 +55,8 @@ def bootstrap_interval(
     groups: Sequence[Any] | None = None,
     repeats: int = 1000,
     seed: int = 0,
-    level: float = 0.95,
 ) -> Interval:
-    """Percentile interval of a figure of n items, drawn with replacement.
+    """95 % percentile interval of a figure of n items, drawn with replacement.
 
     Args:
         statistic: Row numbers `(m,)` int64, with repetitions -> the figure of these rows. NaN where it is not defined,
@@ -63,11 +65,10 @@ def bootstrap_interval(
         groups: The group of each item, such as its patient: groups are drawn whole, so m varies. None draws items.
         repeats: Number of draws.
         seed: Two figures of the same seed, n and groups see the same draws.
-        level: Probability mass between the ends.
 
     ValueError if there are fewer than two groups, or the figure is not defined on half of the draws.
     """
-    return percentile_interval(bootstrap_samples(statistic, n, groups, repeats, seed), level)
+    return percentile_interval(bootstrap_samples(statistic, n, groups, repeats, seed))
 
 
 def bootstrap_samples(
@@ -84,17 +85,15 @@ def bootstrap_samples(
     return np.stack([np.asarray(statistic(rows), float) for rows in resamples(n, groups, repeats, seed)])
 
 
-def percentile_interval(samples: np.ndarray, level: float = 0.95) -> Interval:
-    """The interval that holds `level` of `(repeats,)` draws; ValueError if fewer than half of them are finite."""
-    if not 0 < level < 1:
-        raise ValueError(f"The level of an interval is in (0, 1), got {level}.")
+def percentile_interval(samples: np.ndarray) -> Interval:
+    """The interval that holds 95 % of `(repeats,)` draws; ValueError if fewer than half of them are finite."""
     finite = samples[np.isfinite(samples)]
     if len(finite) == 0 or 2 * len(finite) < len(samples):
         raise ValueError(
             f"The figure is defined on {len(finite)} of {len(samples)} draws only: there is too little data for an "
             "interval."
         )
-    low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2]).tolist()
+    low, high = np.quantile(finite, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
     return Interval(low, high)
 
 
@@ -150,7 +149,6 @@ class Bootstrap:
 
     repeats: int = 200
     seed: int = 0
-    level: float = 0.95
     groups: Sequence[Any] | None = None
     reference_groups: Sequence[Any] | None = None
 
@@ -164,7 +162,7 @@ def estimate_frechet(features: Features, reference: Features, bootstrap: Bootstr
     """`frechet_distance`, both sets drawn; it does not warn of few samples. Errors are the same."""
     first, second = comparable(features, reference)
     draws = [frechet_of_samples(first[rows], second[columns]) for rows, columns in _pairs(first, second, bootstrap)]
-    return _recentred(frechet_of_samples(first, second), np.array(draws), bootstrap.level)
+    return _recentred(frechet_of_samples(first, second), np.array(draws))
 
 
 def estimate_kernel(features: Features, reference: Features, bootstrap: Bootstrap) -> Estimate:
@@ -182,7 +180,7 @@ def estimate_kernel(features: Features, reference: Features, bootstrap: Bootstra
     for part, block in kernel_blocks(first, second):
         across += (ours[:, part] * (theirs @ block.T)).sum(dim=1)
     values = (within - 2 * across / (ours.sum(dim=1) * theirs.sum(dim=1))).numpy()
-    return _recentred(float(values[0]), values[1:], bootstrap.level)
+    return _recentred(float(values[0]), values[1:])
 
 
 def estimate_manifolds(
@@ -200,7 +198,7 @@ def estimate_manifolds(
         values = terms.numpy()
         draws = bootstrap_samples(lambda rows: values[rows].mean(), len(values), groups, bootstrap.repeats, seed)
         value = float(values.mean())
-        return Estimate(value, *percentile_interval(draws, bootstrap.level), float(draws.mean()) - value)
+        return Estimate(value, *percentile_interval(draws), float(draws.mean()) - value)
 
     return tuple(
         estimate(terms, *(ours if name in ("precision", "density") else theirs)) for name, terms in hits.items()
@@ -212,7 +210,7 @@ def estimate_vendi(features: Features, bootstrap: Bootstrap) -> Estimate:
     matrix = feature_matrix(features)
     options = (len(matrix), bootstrap.groups, bootstrap.repeats, bootstrap.seed)
     draws = bootstrap_samples(lambda rows: vendi_score(matrix[rows]), *options)
-    return _recentred(vendi_score(matrix), draws, bootstrap.level)
+    return _recentred(vendi_score(matrix), draws)
 
 
 def _pairs(first: Tensor, second: Tensor, bootstrap: Bootstrap) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -222,9 +220,9 @@ def _pairs(first: Tensor, second: Tensor, bootstrap: Bootstrap) -> Iterator[tupl
     return zip(ours, theirs, strict=True)
 
 
-def _recentred(value: float, draws: np.ndarray, level: float) -> Estimate:
+def _recentred(value: float, draws: np.ndarray) -> Estimate:
     excess = float(np.nanmean(draws)) - value
-    return Estimate(value, *percentile_interval(draws - excess, level), excess)
+    return Estimate(value, *percentile_interval(draws - excess), excess)
 
 
 def _weights(draws: list[np.ndarray], n: int) -> Tensor:

@@ -13,8 +13,8 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from os import PathLike
@@ -24,10 +24,17 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ...files import lock_folder, make_writable_folder, remove_partials, save_atomically, write_json
+from ...files import save_atomically, work_folder, write_json
 from ...fingerprints import fingerprint_pipeline, hash_of
 from ...metrics import FeatureExtractor, FeatureSet, FeatureSpec, extract_features, open_extractor
-from ...metrics.bootstrap import Bootstrap, estimate_frechet, estimate_kernel, estimate_manifolds, estimate_vendi
+from ...metrics.bootstrap import (
+    LEVEL,
+    Bootstrap,
+    estimate_frechet,
+    estimate_kernel,
+    estimate_manifolds,
+    estimate_vendi,
+)
 from ..controls import with_fresh_unet
 from ..generation import Model, embed_images, generate_batches, models_of
 from .result import REAL, UNTRAINED, FidelityResult, FidelityScores, Sampling
@@ -106,7 +113,7 @@ def evaluate_fidelity(
         RuntimeError: If a model generates NaN, or another process is at work in the folder.
     """
     extractor = extractor or open_extractor("pixels")
-    with _held(folder) as place_of_features:
+    with nullcontext() if folder is None else work_folder(folder) as place_of_features:
         kept = partial(_kept, place_of_features, extractor.spec)
 
         def of_images(name: str, images: ImageDataset, place: str) -> LabelledFeatures:
@@ -256,18 +263,6 @@ def keep_best(
     logger.info("%s has the lowest %s distance; it is kept in %s", best.images, metric, folder)
 
 
-@contextmanager
-def _held(folder: str | Path | None) -> Iterator[Path | None]:
-    """Make a folder, lock it, and clear what killed runs left; nothing of that for None."""
-    if folder is None:
-        yield None
-        return
-    folder = make_writable_folder(folder)
-    with lock_folder(folder):
-        remove_partials(folder)
-        yield folder
-
-
 def _kept(
     folder: Path | None, spec: FeatureSpec, name: str, facts: tuple[object, ...], compute: Callable[[], FeatureSet]
 ) -> FeatureSet:
@@ -333,7 +328,7 @@ def score_fidelity(
         neighbors,
         bootstrap.repeats,
         bootstrap.seed,
-        bootstrap.level,
+        LEVEL,
         bootstrap.groups is not None,
         estimate_frechet(features, reference, bootstrap),
         estimate_kernel(features, reference, bootstrap),

@@ -14,7 +14,7 @@ import numpy as np
 from ...data import ImageDataset
 from ...data.labels import LabelTable
 from ...devices import count_workers, device_of
-from ...files import lock_folder, make_writable_folder, remove_partials
+from ...files import make_writable_folder, remove_partials, work_folder
 from ...metrics.auroc import check_classes
 from ...workers import progress_bar, run_apart
 from ..classifier import ClassifierSettings, make_classifier
@@ -120,11 +120,9 @@ def open_judges(
     labels = tuple(labels or table.most_frequent(4))
     table = table.select(images.keys).restrict(labels)
     make_classifier(classifier, len(labels))  # refuses what timm does not make before images are read
-    output = make_writable_folder(output_dir)
-    with lock_folder(output):
+    with work_folder(output_dir) as output:
         folder = make_writable_folder(output / "judges")
-        for place in (output, folder):
-            remove_partials(place)
+        remove_partials(folder)
         real = pack_images(at_size(images, classifier.size), output / "real.npy", channels=classifier.channels)
         table = table.select(real.keys)
         targets = table.targets(labels)

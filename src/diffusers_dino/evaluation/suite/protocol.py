@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from ...files import lock_folder, make_writable_folder, remove_partials
+from ...files import work_folder
 from ...fingerprints import as_json, fingerprint_pipeline, hash_of
 from ...frozen import freeze
 from ...metrics import FeatureExtractor, FeatureSet, FeatureSpec, extract_features, open_extractor
@@ -129,10 +129,6 @@ class SuiteProgress(NamedTuple):
     total: int
 
 
-class NotAskedError(ValueError):
-    """A question cannot be asked of these sets. The message says what to give."""
-
-
 def evaluate_suite(
     synthetic: ImageSet,
     real: ImageSet,
@@ -166,10 +162,8 @@ def evaluate_suite(
         RuntimeError: If another process is at work in the folder.
     """
     settings, extractor = settings or SuiteSettings(), extractor or open_extractor("tiny")
-    folder = make_writable_folder(folder)
     report = progress or (lambda state: None)
-    with lock_folder(folder):
-        remove_partials(folder)
+    with work_folder(folder) as folder:
         given = {"synthetic": synthetic, "real": real, **({} if training is None else {"training": training})}
         freeze(folder / "settings.json", _describe(given, pipe, sources, extractor, settings))
         case = _Case(given, folder, pipe, sources, extractor, settings, device)
@@ -234,9 +228,9 @@ class _Case:
 
     @cached_property
     def training(self) -> ImageSet:
-        """The training images; NotAskedError without them."""
+        """The training images; ValueError without them."""
         if "training" not in self.sets:
-            raise NotAskedError("The training images are not given: it compares synthetic images with them.")
+            raise ValueError("The training images are not given: it compares synthetic images with them.")
         return self.sets["training"]
 
     def _extract(self, name: str, one: ImageSet) -> FeatureSet:
@@ -334,7 +328,7 @@ def _ask_copies(case: _Case) -> MemorizationResult:
 def _ask_reidentification(case: _Case) -> ReidentificationResult:
     training, real = case.training, case.sets["real"]
     if missing := [name for name, one in (("training", training), ("real", real)) if one.patients is None]:
-        raise NotAskedError(
+        raise ValueError(
             f"The patients of the {' and '.join(missing)} images are not known: give a table with the patient of each."
         )
     return evaluate_reidentification(
@@ -354,7 +348,7 @@ def _ask_reidentification(case: _Case) -> ReidentificationResult:
 
 def _ask_membership(case: _Case) -> MembershipResult:
     if case.pipe is None:
-        raise NotAskedError("The model is not given: the attack is on its weights.")
+        raise ValueError("The model is not given: the attack is on its weights.")
     training, real = case.training, case.sets["real"]
     both = training.patients is not None and real.patients is not None
     size = image_size(case.pipe)
