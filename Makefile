@@ -15,7 +15,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 DEV_EXTRAS := train,eval,dicom,shards,remote,ray,demo,notebooks,docs,dev
 
-.PHONY: help install quickstart demo test floors wheel lint format docs clean
+.PHONY: help install dev quickstart demo test floors wheel lint format docs clean
 
 help:
 	@echo "make install      install all that training, demo and tests need; the others do their part of it by themselves"
@@ -27,7 +27,9 @@ help:
 	@echo "make lint         check style; make format mends what can be mended"
 	@echo "make docs         build the documentation into site/"
 
-install: $(VENV)/.installed-dev $(VENV)/.installed-train $(VENV)/.installed-demo
+install: dev $(VENV)/.installed-train $(VENV)/.installed-demo
+
+dev: $(VENV)/.installed-dev
 
 quickstart: $(VENV)/.installed-train
 	@echo "== Training on the bundled phantoms; about five minutes on two cores =="
