@@ -42,7 +42,7 @@ from diffusers_dino.diffseg.merging import (
 )
 from resident import peak, start_peak
 
-WORKER = Path(__file__).with_name("diffseg_published.py")
+WORKER = Path(__file__).with_name("run_published_diffseg.py")
 STRUCTURED = {"flat": {"contrast": 2.0}, "medium": {"contrast": 5.0}, "peaked": {"contrast": 10.0, "locality": 4.0}}
 
 

@@ -1,6 +1,6 @@
 """Run the published DiffSeg on saved maps: what `benchmarks/segmentation.py` calls, in the Python that has TensorFlow.
 
-PYTHONPATH=CHECKOUT python benchmarks/diffseg_published.py MAPS.npy OUT.npz --thresholds 0.5 --dtype float16
+PYTHONPATH=CHECKOUT python benchmarks/run_published_diffseg.py MAPS.npy OUT.npz --thresholds 0.5 --dtype float16
 """
 
 import argparse
