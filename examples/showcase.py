@@ -27,11 +27,11 @@ FINISHED = dict.fromkeys(SCRIPTS, "config.json") | {"unet": "model_index.json"} 
 
 # What a card does otherwise than the configs, which are for two cores.
 ON_A_GPU = {
-    "vae": ["--mixed_precision=bf16", "--train_batch_size=64", "--max_train_steps=6000", "--crop_size=128"],
-    "decoder": ["--mixed_precision=bf16", "--train_batch_size=64", "--max_train_steps=6000"],
-    "encoder": ["--mixed_precision=bf16", "--teacher_size=224", "--cache_views=4", "--max_train_steps=6000"],
+    "vae": ["--train_batch_size=64", "--max_train_steps=6000", "--crop_size=128"],
+    "decoder": ["--train_batch_size=64", "--max_train_steps=6000"],
+    "encoder": ["--teacher_size=224", "--cache_views=4", "--max_train_steps=6000"],
     "unet": [
-        *("--mixed_precision=bf16", "--torch_compile", "--channels_last", "--cache_views=8"),
+        *("--torch_compile", "--channels_last", "--cache_views=8"),
         *("--train_batch_size=64", "--max_train_steps=12000"),
     ],
 }
@@ -42,6 +42,9 @@ class Arguments:
     train_data_dir: str | None = flag(None, "Folder of shards of radiographs.")
     teacher: str = flag("facebook/dinov2-small", "Encoder to distil: Hub id or folder.")
     setting: Literal["cpu", "gpu"] = flag("cpu", "Two cores and hours, or one large card and minutes.")
+    mixed_precision: Literal["no", "bf16"] | None = flag(
+        None, "bf16 on a GPU; on a CPU it is faster where there are bfloat16 units, and much slower elsewhere."
+    )
     output_dir: str = flag("outputs/showcase", "Where a folder for each stage goes, and the model.")
     seed: int = flag(0, "Seed of everything random.")
     max_train_steps: int | None = flag(None, "Updates of each stage, in place of the configs', for a trial.")
@@ -70,6 +73,7 @@ def train(args: Arguments, stage: str, output_dir: Path) -> None:
         flags += [f"--teacher={Path(args.teacher).resolve() if Path(args.teacher).exists() else args.teacher}"]
     if stage == "unet":
         flags += [f"--vae={output_dir / 'decoder'}", f"--conditioner={output_dir / 'encoder'}"]
+    flags += [f"--mixed_precision={args.mixed_precision or ('bf16' if args.setting == 'gpu' else 'no')}"]
     if args.setting == "gpu":
         flags += ON_A_GPU[stage]
     for name in ("max_train_steps", "max_train_samples"):
