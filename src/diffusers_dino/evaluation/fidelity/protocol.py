@@ -126,7 +126,7 @@ def evaluate_fidelity(
         keys = sources.features.keys
         require_disjoint(sources.features, reference.features)
         images = sets.sources.select(keys)  # without what cannot be read
-        bootstrap = Bootstrap(bootstrap_repeats, seed, 0.95, sources.groups, reference.groups)
+        bootstrap = Bootstrap(bootstrap_repeats, seed, sources.groups, reference.groups)
         options = {"neighbors": neighbors, "bootstrap": bootstrap}
         tokens: dict[str, Tensor] = {}  # by the fingerprint of the conditioner, which checkpoints share
         logger.info("%d sources, %d real images of others as the reference", len(keys), len(reference.features))
