@@ -146,7 +146,7 @@ def prepare(item: Item, encoding: Encoding, salt: str) -> tuple[dict[str, Any], 
         "size": original.shape[:2],
         "digest": pixel_digest(image),
         "hash": perceptual_hash(image).hex(),
-        "nameless": header is not None and record.patient == record.image_id and "patient" not in header,
+        "nameless": header is not None and not record.names_patient and "patient" not in header,
     }
     return known, files
 
@@ -260,7 +260,7 @@ def _header_facts(record: Record, salt: str) -> dict[str, Any] | None:
         if record.raw is not None or not is_dicom(file.read(132)):
             return None
     facts = dicom_facts(record.image, salt)
-    if record.patient == record.image_id and "patient" in facts:
+    if not record.names_patient and "patient" in facts:
         return facts | {"patient": salted_hash(f"{record.source}/{facts['patient']}", salt)}
     return {name: value for name, value in facts.items() if name != "patient"}
 

@@ -193,7 +193,7 @@ def _from_records(records: Iterable[Record]) -> list[_Entry]:
     return [
         _Entry(
             record.image_id,
-            None if record.patient == record.image_id else record.patient,  # the provider names none
+            record.patient if record.names_patient else None,
             partial(read_image, record.image, raw=record.raw, inverted=record.invert),
             partial(_read_all, record.masks),
         )

@@ -48,6 +48,11 @@ class Record:
     raw: RawLayout | None = None
     invert: bool | None = None
 
+    @property
+    def names_patient(self) -> bool:
+        """Whether the provider says whose the image is."""
+        return self.patient != self.image_id
+
 
 def salted_key(source: str, image_id: str, salt: str) -> str:
     """The name of an image that does not tell its id: that of its source, and a salted hash."""
