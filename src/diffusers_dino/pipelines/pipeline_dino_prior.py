@@ -107,11 +107,11 @@ class DinoPriorPipeline(ComponentLoadingMixin, DiffusionPipeline, CallStateMixin
 
         `batch_size` is how many images there must be; one description then serves for all of them.
         """
-        rows: dict[str, Sequence[Any] | None] = {
+        rows: dict[str, list[Any] | None] = {
             "labels": as_sets(labels),
             "absent_labels": as_sets(absent_labels, "absent_labels"),
-            "metadata": [metadata] if isinstance(metadata, Mapping) else metadata,
-            "text": [text] if isinstance(text, str) else text,
+            "metadata": [metadata] if isinstance(metadata, Mapping) else metadata and list(metadata),
+            "text": [text] if isinstance(text, str) else text and list(text),
         }
         counts = {name: len(value) for name, value in rows.items() if value is not None}
         count = batch_size or max([1, *counts.values()])

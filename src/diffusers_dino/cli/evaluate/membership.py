@@ -70,4 +70,5 @@ def main(args: Arguments) -> None:
 
 def evenly_chosen(images: ImageDataset, count: int | None) -> ImageDataset:
     """So many images, evenly spread over their order; all of them for None."""
-    return images.select([images.keys[place] for place in evenly_spread(len(images), count or len(images)).tolist()])
+    places = evenly_spread(len(images), len(images) if count is None else count)
+    return images.select([images.keys[place] for place in places.tolist()])
