@@ -18,10 +18,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -77,10 +76,13 @@ def make_images(folder: Path, args: Arguments) -> None:
 
 
 def start(root: Path, name: str, args: Arguments) -> subprocess.Popen:
-    """Start the command, and wait until it has listed the images."""
+    """Start the command, whose output goes to the file `log`, and wait until it has listed the images."""
     options = {"output_dir": root / name, "source": root / "images", "salt_file": root / "salt", "size": 128}
     options |= {"shard_size": 10, "part_size": 8, "num_workers": args.num_workers, "test_fraction": 0.2}
-    process = start_command(root, ["-m", "diffusers_dino", "shards"], options)
+    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    log = open(root / "log", "w")  # noqa: SIM115
+    command = [sys.executable, "-m", "diffusers_dino", "shards", *flags]
+    process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
     while process.poll() is None and "Preparing" not in (root / "log").read_text():
         time.sleep(0.02)
     return process
@@ -127,16 +129,6 @@ def stage_of(output: Path) -> str:
     if (work / "plan.json").exists():
         return "writing shards"
     return "preparing" if any((work / "parts").glob("*")) else "starting"
-
-
-def start_command(
-    root: Path, command: Sequence[str], options: Mapping[str, Any], **environment: str
-) -> subprocess.Popen:
-    """Start `python COMMAND --option value ...`, whose output goes to the file `log`."""
-    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    log = open(root / "log", "w")  # noqa: SIM115
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.Popen([sys.executable, *command, *flags], stdout=log, stderr=log, env=environ)
 
 
 def check(process: subprocess.Popen, root: Path) -> None:

@@ -19,7 +19,7 @@ from diffusers_dino.hub.record import RECORD_FILE
 from results import RECONSTRUCTION, RETRIEVAL
 
 FACTS = {"updates": 1240, "learning rate": 1e-4, "resolution": "64 px", "note": "two\nlines | a bar", "unused": None}
-FACTS |= {"random flip": False, "noise offset": 0.0, "empty": ""}
+FACTS |= {"random flip": False, "noise offset": 0.0}
 
 
 def code_blocks(text, language):

@@ -129,8 +129,7 @@ class Run:
         self._find()
         if self.found is not None:
             info = self.found.info
-            told = ("run", "flags", "history")
-            fixed = {name: value for name, value in self._notes.items() if name not in told}
+            fixed = {name: value for name, value in self._notes.items() if name not in ("run", "flags")}
             checkpoints.require_same_run(self.found, fixed)
             self.history = list(info.get("history", ()))
             before, now = dict(info.get("flags", ())), self._notes["flags"]
