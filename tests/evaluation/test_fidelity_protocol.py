@@ -10,7 +10,12 @@ import torch
 
 import tiny
 from diffusers_dino.evaluation.fidelity.plot import plot_fidelity
-from diffusers_dino.evaluation.fidelity.protocol import generate_features, score_fidelity
+from diffusers_dino.evaluation.fidelity.protocol import (
+    LabelledFeatures,
+    compare_features,
+    generate_features,
+    score_fidelity,
+)
 from diffusers_dino.evaluation.fidelity.result import REAL, FidelityResult, Sampling
 from diffusers_dino.evaluation.fidelity.sets import require_disjoint
 from diffusers_dino.evaluation.fidelity.table import format_fidelity_table
@@ -39,6 +44,15 @@ def result() -> FidelityResult:
             rows.append(score_fidelity(f"checkpoint-{step}", feature_set(16, step, 1 / step), reference, **options))
         rows.append(score_fidelity(REAL, feature_set(16, 9), reference, bootstrap=bootstrap))
     return FidelityResult(tuple(rows))
+
+
+def test_labels_of_images_that_were_left_out_are_not_counted():
+    features = feature_set(8, 0)
+    labels = dict.fromkeys(features.keys, frozenset({"A"})) | {"unreadable": frozenset({"B"})}
+    images = LabelledFeatures(features, labels)
+    found = compare_features({"ours": images}, images, neighbors=2, bootstrap_repeats=2, fewest=4)
+    assert [row.label for row in found.by_label] == ["A"]
+    assert found.too_few == ()
 
 
 def test_figures_go_to_json_and_back(result, tmp_path):

@@ -154,3 +154,7 @@ def test_tokens_stand_beside_the_images(phantoms, tmp_path):
         evaluate_memorization(training, drawn=copied)
     with pytest.raises(ValueError, match=r"synthetic tokens \(N, 5, 32\)"):
         compare_tokens(copied, copied[:, :1])
+    with pytest.raises(ValueError, match="no held-out images"):
+        compare_tokens(copied, calibrate_on="held out")
+    with pytest.raises(ValueError, match="calibrate_on"):
+        compare_tokens(copied, calibrate_on="synthetic")

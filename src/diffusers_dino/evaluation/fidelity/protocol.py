@@ -225,7 +225,8 @@ def compare_features(
     options = {"neighbors": neighbors, "bootstrap": Bootstrap(bootstrap_repeats, seed)}
     by_label: list[FidelityScores] = []
     too_few: list[str] = []
-    counts = Counter(label for labels in (reference.labels or {}).values() for label in labels)
+    known = reference.labels or {}
+    counts = Counter(label for key in reference.features.keys for label in known.get(key, ()))
     for label in sorted(counts, key=lambda name: (-counts[name], name)):
         theirs, shares = reference.having(label), {name: one.having(label) for name, one in sets.items() if one.labels}
         enough = [name for name, one in shares.items() if min(len(one.features), len(theirs.features)) >= fewest]

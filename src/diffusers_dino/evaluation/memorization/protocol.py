@@ -26,12 +26,12 @@ from ...metrics.copy_gate import (
     search_training,
 )
 from ...metrics.neighbours import Groups, evenly_spread
-from ...pipelines.checks import check_choice
+from ...pipelines.checks import check_number, check_numbers
 from ..controls import rows_in
 from ..generation import embed_images, stack_images
 from ..results import JsonResult
 from .planted import PLANTED
-from .sets import PlantedFigures, SetFigures, find_planted, summarize
+from .sets import PlantedFigures, SetFigures, check_calibration, find_planted, summarize
 from .tokens import TokenCopies, compare_tokens
 
 __all__ = ["ClosePair", "MemorizationResult", "MemorizationStudy", "evaluate_memorization"]
@@ -133,7 +133,9 @@ def evaluate_memorization(
 
     ValueError if there are too few images to calibrate on, or groups do not fit.
     """
-    _check(held_out, calibrate_on, training_groups, held_out_groups, num_pairs, num_planted)
+    check_calibration(held_out, calibrate_on, training_groups, held_out_groups)
+    check_number(0, num_pairs=num_pairs)
+    check_numbers(num_planted=num_planted)
     if drawn is not None and conditioner is None:
         raise ValueError("Drawn tokens are compared with those of training images: give their `conditioner`.")
     extractor = extractor or open_extractor("local-contrast")
@@ -201,25 +203,6 @@ def evaluate_memorization(
     return MemorizationStudy(result, gate)
 
 
-def _check(
-    held_out: Images | None,
-    calibrate_on: str,
-    training_groups: Groups | None,
-    held_out_groups: Groups | None,
-    num_pairs: int,
-    num_planted: int,
-) -> None:
-    check_choice(("training", "held out"), calibrate_on=calibrate_on)
-    if num_pairs < 0:
-        raise ValueError(f"num_pairs must not be negative, got {num_pairs}.")
-    if num_planted < 1:
-        raise ValueError(f"num_planted must be at least 1, got {num_planted}.")
-    if held_out is None and (calibrate_on == "held out" or held_out_groups is not None):
-        raise ValueError("There are no held-out images to calibrate on, or to have groups: give them as `held_out`.")
-    if held_out_groups is not None and training_groups is None:
-        raise ValueError(
-            "Groups of held-out images are compared with those of training images: give `training_groups`."
-        )
 
 
 def _plant(

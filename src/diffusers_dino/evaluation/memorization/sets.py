@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ...metrics.bootstrap import share_interval
 from ...metrics.copy_gate import Distances
-from ...metrics.neighbours import authenticity
+from ...metrics.neighbours import Groups, authenticity
+from ...pipelines.checks import check_choice
 
-__all__ = ["NUM_BINS", "PlantedFigures", "SetFigures", "find_planted", "summarize"]
+__all__ = ["NUM_BINS", "PlantedFigures", "SetFigures", "check_calibration", "find_planted", "summarize"]
 
 NUM_BINS = 50
 
@@ -50,6 +51,19 @@ class PlantedFigures:
     change: str
     num_images: int
     found: float
+
+
+def check_calibration(
+    held_out: object | None, calibrate_on: str, training_groups: Groups | None, held_out_groups: Groups | None
+) -> None:
+    """ValueError unless what the threshold is learned from, and what groups belong to, is there."""
+    check_choice(("training", "held out"), calibrate_on=calibrate_on)
+    if held_out is None and (calibrate_on == "held out" or held_out_groups is not None):
+        raise ValueError("There are no held-out images to calibrate on, or to have groups: give them as `held_out`.")
+    if held_out_groups is not None and training_groups is None:
+        raise ValueError(
+            "Groups of held-out images are compared with those of training images: give `training_groups`."
+        )
 
 
 def summarize(found: Distances, threshold: float, spacing: Tensor) -> SetFigures:

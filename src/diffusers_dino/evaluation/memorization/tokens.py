@@ -14,7 +14,7 @@ from ...embeddings import token_statistics
 from ...metrics.copy_gate import search_features
 from ...metrics.neighbours import Groups, calibrate_threshold, evenly_spread
 from ...seeds import generator_for
-from .sets import PlantedFigures, SetFigures, find_planted, summarize
+from .sets import PlantedFigures, SetFigures, check_calibration, find_planted, summarize
 
 __all__ = ["PLANTED_TOKENS", "TokenCopies", "compare_tokens"]
 
@@ -62,8 +62,9 @@ def compare_tokens(
         drawn: Whether a prior drew the synthetic ones, for the record.
         training_groups, held_out_groups, false_alarms, calibrate_on: As in `evaluate_memorization`.
 
-    ValueError if shapes do not fit, a token is not finite, or there are too few to calibrate on.
+    ValueError if shapes or groups do not fit, a token is not finite, or there are too few to calibrate on.
     """
+    check_calibration(held_out, calibrate_on, training_groups, held_out_groups)
     sets = {"training": training, "synthetic": synthetic, "held_out": held_out}
     for name, tokens in sets.items():
         if tokens is not None and (tokens.ndim != 3 or tokens.shape[1:] != training.shape[1:]):
