@@ -104,7 +104,7 @@ def train(args: Arguments, opened: Run) -> None:
     target = copy.deepcopy(student).requires_grad_(False).eval().to(accelerator.device)
     encode = FeatureEncoder(pipe.vae, pipe.conditioner, accelerator.device)
     if args.cache_views and not args.feature_cache:
-        views = cache_in_memory(views, encode, args.cache_views, args.cache_batch_size)
+        views = cache_in_memory(views, encode, args.cache_views, args.cache_batch_size, accelerator)
     run = TrainingRun(opened, student, views, companions=(target,), encode=encode, teacher=teacher)
     logger.info(
         f"Distilling {sum(p.numel() for p in student.parameters() if p.requires_grad) / 1e6:.2f} M weights on "

@@ -148,7 +148,7 @@ def run_training(args: Arguments, run: Run) -> None:
     encode = FeatureEncoder(pipe.vae, pipe.conditioner, accelerator.device)
     if args.cache_views and not args.feature_cache:
         with models.on_device((pipe.vae, pipe.conditioner), accelerator.device):
-            views = cache_in_memory(views, encode, args.cache_views, args.cache_batch_size)
+            views = cache_in_memory(views, encode, args.cache_views, args.cache_batch_size, accelerator)
     if args.gradient_checkpointing:
         pipe.denoiser.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import Accelerator
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
@@ -138,7 +139,7 @@ def run_training(args: Arguments, run: Run) -> None:
     known = describe_conditioner(conditioner)
     conditioner.to(accelerator.device)
     encode = FeatureEncoder(None, conditioner, accelerator.device)
-    training = open_tokens(args, views, kept, encode)
+    training = open_tokens(args, views, kept, encode, accelerator)
     tokens, _ = prior.encode_tokens(training, encode, range(0, len(training), -(-len(training) // MAX_STATISTICS)))
 
     # 2. The prior
@@ -171,7 +172,7 @@ def run_training(args: Arguments, run: Run) -> None:
     pipe = DinoPriorPipeline(model, FlowMatchEulerDiscreteScheduler(), text_encoder, tokenizer)
     pipe.set_progress_bar_config(disable=True)
     known_facts = prior.KnownFacts(views.images.keys, facts, conditions, pipe.encode_text)
-    held_out = open_held_out(args, views, left, columns, encode, known_facts, pipe)
+    held_out = open_held_out(args, views, left, columns, encode, known_facts, pipe, accelerator)
 
     # 3. Train
     run.begin(training.images, prior=own_config(model))
@@ -324,7 +325,9 @@ def load_text_encoder(args: Arguments) -> tuple[Any, Any]:
     return encoder.eval().requires_grad_(False), tokenizer
 
 
-def open_tokens(args: Arguments, views: data.TrainingViews, keys: list[str], encode: FeatureEncoder) -> Views:
+def open_tokens(
+    args: Arguments, views: data.TrainingViews, keys: list[str], encode: FeatureEncoder, accelerator: Accelerator
+) -> Views:
     """Views of some images: with their tokens, unless they are encoded anew in each epoch."""
     images = views.images if len(keys) == len(views) else views.images.select(keys)
     chosen = data.TrainingViews(images, views.augmentation, args.seed)
@@ -332,7 +335,7 @@ def open_tokens(args: Arguments, views: data.TrainingViews, keys: list[str], enc
         recipe = Recipe.of(None, encode.conditioner, chosen, 0)  # as many views as there are
         return open_feature_cache(args.feature_cache, recipe, images, only_tokens=True)
     if args.cache_views:
-        return cache_in_memory(chosen, encode, args.cache_views, args.cache_batch_size)
+        return cache_in_memory(chosen, encode, args.cache_views, args.cache_batch_size, accelerator)
     return chosen
 
 
@@ -344,6 +347,7 @@ def open_held_out(
     encode: FeatureEncoder,
     facts: prior.KnownFacts,
     pipe: DinoPriorPipeline,
+    accelerator: Accelerator,
 ) -> prior.HeldOut | None:
     """Tokens and conditions of images that are not trained on."""
     if args.validation_data_dir and args.validation_steps:
@@ -354,7 +358,7 @@ def open_held_out(
         facts = prior.KnownFacts(images.keys, known, pipe.prior.conditions, pipe.encode_text)
         held: Views = data.TrainingViews(images, None, args.seed)
     elif keys:
-        held = open_tokens(args, views, keys, encode)
+        held = open_tokens(args, views, keys, encode, accelerator)
     else:
         return None
     tokens, shown = prior.encode_tokens(held, encode, range(len(held)))

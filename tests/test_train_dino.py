@@ -362,7 +362,7 @@ def test_a_copy_of_the_script_alone_trains(flags, tmp_path):
 @pytest.mark.slow
 def test_two_processes_equal_one_with_the_same_global_batch(flags, parts, tmp_path):
     flags |= {"max_train_steps": 20, "metric_steps": 10, "validation_data_dir": parts / "images"}
-    flags |= {"validation_inference_steps": 2, "checkpointing_steps": 10, "use_ema": True}
+    flags |= {"validation_inference_steps": 2, "checkpointing_steps": 10, "use_ema": True, "cache_views": 2}
     for processes in (1, 2):
         changes = {"train_batch_size": 8 // processes, "output_dir": tmp_path / f"{processes}"}
         scripts.run_script("train_dino.py", processes=processes, threads=1, **{**flags, **changes})

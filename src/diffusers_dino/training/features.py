@@ -7,6 +7,8 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -196,10 +198,26 @@ Views = TrainingViews | CachedViews
 
 
 def cache_in_memory(
-    views: TrainingViews, encoder: FeatureEncoder, num_views: int, batch_size: int = 32
+    views: TrainingViews,
+    encoder: FeatureEncoder,
+    num_views: int,
+    batch_size: int = 32,
+    accelerator: Accelerator | None = None,
 ) -> CachedViews:
-    """Encode a few views of every image now, for arguments as in `encode_views`."""
-    parts, keys = zip(*encode_views(views, encoder, range(len(views)), num_views, batch_size), strict=True)
+    """Encode a few views of every image now, for arguments as in `encode_views`.
+
+    The processes of an `accelerator` share the work, and each keeps the whole: the same bits for any number of them.
+    """
+    rank, count = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    together = samples_per_batch(num_views, batch_size)
+    starts = range(0, len(views), together)
+    own = [index for start in starts[rank::count] for index in range(len(views))[start : start + together]]
+    encoded = encode_views(views, encoder, own, num_views, batch_size)
+    blocks: list[tuple[Features, list[str]] | None] = []
+    for _ in range(0, len(starts), count):  # a block of each process in turn
+        block = [next(encoded, None)]
+        blocks += block if count == 1 else gather_object(block)
+    parts, keys = zip(*filter(None, blocks), strict=True)
     return CachedViews(views.images, [concatenate(parts)], shown=[key for block in keys for key in block])
 
 

@@ -203,8 +203,6 @@ def evaluate_memorization(
     return MemorizationStudy(result, gate)
 
 
-
-
 def _plant(
     training: Images, views: ImageViews, real: Distances, gate: CopyGate, count: int
 ) -> tuple[PlantedFigures, ...]:
