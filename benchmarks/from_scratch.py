@@ -18,6 +18,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 import yaml
@@ -48,6 +49,9 @@ class Arguments:
     )
     encoder: str | None = field(default=None, metadata={"help": "Pretrained encoder, in place of training one."})
     encoder_size: int = field(default=98, metadata={"help": "Side in pixels of the images that --encoder sees."})
+    encoder_tokens: Literal["global", "all"] = field(
+        default="global", metadata={"help": "Which of its tokens: all, at a small side, where layout counts."}
+    )
     resolution: int = field(default=64, metadata={"help": "Side of the images in pixels."})
     held_out_patients: int = field(default=64, metadata={"help": "Patients that no stage sees."})
     training_seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "The chain runs once for each."})
@@ -99,7 +103,10 @@ def train(args: Arguments, folder: Path, keys_file: Path, seed: int) -> dict[str
     """Run the scripts as a user does. Returns the wall time of each, start-up and saving included."""
     seconds = {}
     if args.encoder:
-        DinoImageConditioner.from_encoder(args.encoder, size=args.encoder_size).save_pretrained(folder / "dino")
+        conditioner = DinoImageConditioner.from_encoder(
+            args.encoder, size=args.encoder_size, tokens=args.encoder_tokens
+        )
+        conditioner.save_pretrained(folder / "dino")
     for stage, script in STAGES.items():
         if stage == "dino" and args.encoder:
             continue
