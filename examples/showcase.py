@@ -4,7 +4,7 @@
 
 `shards` is what `diffusers-dino shards --size 128 --no_remove_borders ...` made; only its training patients are used.
 The teacher, a DINO encoder, is distilled into a small one. With `--setting cpu` it takes a few hours on two cores,
-with `gpu` some minutes on a large card. Stopped at any moment, the same command goes on where it was. The pipeline in
+with `gpu` some minutes on a large GPU. Stopped at any moment, the same command goes on where it was. The pipeline in
 half precision is `--output_dir`/model.
 """
 
@@ -41,7 +41,7 @@ ON_A_GPU = {
 class Arguments:
     train_data_dir: str | None = flag(None, "Folder of shards of radiographs.")
     teacher: str = flag("facebook/dinov2-small", "Encoder to distil: Hub id or folder.")
-    setting: Literal["cpu", "gpu"] = flag("cpu", "Two cores and hours, or one large card and minutes.")
+    setting: Literal["cpu", "gpu"] = flag("cpu", "Two cores and hours, or one large GPU and minutes.")
     mixed_precision: Literal["no", "bf16"] | None = flag(
         None, "bf16 on a GPU; on a CPU it is faster where there are bfloat16 units, and much slower elsewhere."
     )

@@ -66,14 +66,14 @@ class Arguments(RunArguments, AugmentationArguments, ImageArguments):
     mid_block_add_attention: bool = flag(False, "Attention at the lowest level.")
     channels_last: bool = flag(True, "Channels-last memory format: faster on most devices.")
     latent_noise: float = flag(
-        0.0, "Largest standard deviation of noise on the latents, of theirs: for decoders of sampled latents."
+        0.0, "Largest standard deviation of noise on the latents, in units of their own: for decoders of sampled latents."
     )
     l1_weight: float = flag(1.0, "Weight of the absolute error.", group="Objective")
     mse_weight: float = flag(2.0, "Weight of the squared error.")
     gradient_weight: float = flag(0.5, "Weight of the absolute error of the image's gradients.")
     kl_weight: float = flag(1e-4, "Weight of the divergence of the latents from the unit Gaussian, per element.")
     adversarial_weight: float = flag(
-        0.0, "Weight of a patch discriminator, of the gradient of the errors; 0 for none, 0.5 for sharp textures."
+        0.0, "Weight of a patch discriminator, relative to the errors' gradient; 0 for none, 1 for sharp textures."
     )
     adversarial_learning_rate: float = flag(2e-4, "Learning rate of the discriminator.")
     validation_data_dir: str | None = flag(

@@ -103,6 +103,7 @@ messages = {
     "token": attempt(lambda: conditioner("org/private", token="hf_wrong", cache_dir=folder / "empty")),
     "push": attempt(lambda: conditioner(folder / "dino").push_to_hub("org/x", token="hf_no")),
     "push_folder": attempt(lambda: push_folder(folder / "dino", "org/x", token="hf_no")),
+    "public": attempt(lambda: push_folder(folder / "cls", "org/vae", private=True)),
 }
 huggingface_hub.constants.ENDPOINT = "http://127.0.0.1:9"  # where nothing listens
 messages["unreachable"] = attempt(lambda: push_folder(folder / "dino", "org/x"))
@@ -261,6 +262,7 @@ def test_failures_say_what_is_missing(hub, folder):
     assert "hf auth login" in messages["token"] or "`token`" in messages["token"]
     assert "401" in messages["push"]
     assert "PermissionError: The Hub does not let you write to org/x: log in" in messages["push_folder"]
+    assert "PermissionError: org/vae is there already and is public" in messages["public"]
     assert "cannot be reached" in messages["unreachable"]
     assert not [name for name, message in messages.items() if not message or TOKEN in message]
     assert "org/x" not in hub.repositories

@@ -110,7 +110,7 @@ def _explain(words: list[str]) -> None:
     for each in group:
         print(f"  {each:{width}}{COMMANDS[each].summary}")
     print("\n`diffusers-dino COMMAND --help` shows the flags of a command, and an example.")
-    print("For several processes or GPUs: accelerate launch -m diffusers_dino COMMAND ...")
+    print("`cache` and `synthesise` on several GPUs: accelerate launch -m diffusers_dino COMMAND ...")
     sys.exit(0 if words else 2)
 
 

@@ -3,7 +3,7 @@
     diffusers-dino demo
     diffusers-dino demo --model org/name-or-path --device cuda --dtype bfloat16
 
-In a clone of the repository it starts on the bundled tiny model of phantom radiographs; elsewhere give --model.
+In a clone of the repository it starts on the bundled model of real radiographs; elsewhere give --model.
 docs/demo.md says how to serve it to others.
 """
 
@@ -31,7 +31,7 @@ class Arguments:
     gate: str | None = flag(
         None,
         "gate.safetensors of `evaluate memorization`, by default the one in the model's folder: the nearest training "
-        "image is shown beside each variation, and near-copies are called so.",
+        "image is shown beside each variation, and near-copies are labelled as such.",
     )
     training_images: str | None = flag(
         None,

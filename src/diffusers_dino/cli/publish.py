@@ -59,7 +59,7 @@ class Arguments:
     lora_base: str | None = flag(None, "Pipeline to draw a LoRA's samples with: a folder or a repository of the Hub.")
     device: str = flag("cpu", "Where to draw them, such as cuda.")
     repo_id: str | None = flag(None, "Repository, org/name; made if it does not exist.", group="Where")
-    private: bool = flag(False, "A repository that is made here is private.")
+    private: bool = flag(False, "A repository that is made here is private; a public one is refused.")
     revision: str | None = flag(None, "Branch to commit to; made if it does not exist.")
     create_pr: bool = flag(False, "Open a pull request.")
     commit_message: str = flag("Upload model", "Message of the commit.")

@@ -87,18 +87,20 @@ def push_files(
         files: As `files_to_push` lists them.
         repo_id: `"org/name"`, or `"name"` in the token owner's own space; made if it does not exist.
         token: By default the one that `hf auth login` stored.
-        private: Whether a repository that is made here is private.
+        private: Whether a repository that is made here is private; True refuses one that is there and public.
         revision: Branch to commit to, made if it does not exist; by default `main`.
         create_pr: Open a pull request with the commit, which takes no right to write; the result has its `pr_url`.
         commit_message: Of the commit.
 
     Raises:
-        PermissionError: If the token is missing, wrong, or may not write there.
+        PermissionError: If the token is missing, wrong, or may not write there; see also `private`.
         ConnectionError: If the Hub cannot be reached, or offline mode is on.
     """
     api = HfApi(token=token)
     try:
         full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if private and not api.model_info(full_id).private:
+            raise PermissionError(f"{full_id} is there already and is public: make it private, or choose another name.")
         if revision is not None and not create_pr:
             api.create_branch(full_id, branch=revision, exist_ok=True)
         stale = replaced_weights(api.list_repo_files(full_id, revision=revision), files)
