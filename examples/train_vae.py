@@ -66,7 +66,7 @@ class Arguments(RunArguments, AugmentationArguments, ImageArguments):
     mid_block_add_attention: bool = flag(False, "Attention at the lowest level.")
     channels_last: bool = flag(True, "Channels-last memory format: faster on most devices.")
     latent_noise: float = flag(
-        0.0, "Largest standard deviation of noise on the latents, in units of their own: for decoders of sampled latents."
+        0.0, "Largest standard deviation of noise on latents, in units of theirs: for decoders of sampled latents."
     )
     l1_weight: float = flag(1.0, "Weight of the absolute error.", group="Objective")
     mse_weight: float = flag(2.0, "Weight of the squared error.")

@@ -104,7 +104,7 @@ def test_downsampling_is_antialiased():
 
 def test_fingerprint_tells_configurations_apart():
     base = Preprocessing()
-    assert base.fingerprint() == Preprocessing(512).fingerprint()
+    assert base.fingerprint() == Preprocessing(512).fingerprint() == Preprocessing(clip_percent=0).fingerprint()
     others = {"size": 256, "remove_borders": False, "border_tolerance": 0.02, "clip_percent": 1.0, "resampling": "box"}
     assert others.keys() == asdict(base).keys()
     changed = {replace(base, **{name: value}).fingerprint() for name, value in others.items()}

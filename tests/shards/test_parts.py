@@ -113,6 +113,13 @@ def test_a_mask_of_another_shape_is_named(tmp_path):
         prepare(item, PNG, SALT)
 
 
+def test_a_mask_of_several_structures_is_refused(tmp_path):
+    Image.fromarray(np.tile(np.arange(3, dtype=np.uint8), (40, 16))).save(tmp_path / "mask.png")
+    (item,) = items(record(tmp_path, "a", scan(), masks=(tmp_path / "mask.png",)))
+    with pytest.raises(UnreadableImageError, match="its mask has 3 values: save one structure in each file"):
+        prepare(item, PNG, SALT)
+
+
 def test_dicom_tells_patient_view_and_spacing_and_nothing_else(tmp_path):
     dicom_files = pytest.importorskip("dicom_files")
     fields = {"PatientID": "Doe^1", "ViewPosition": "AP", "Modality": "DX", "PixelSpacing": [0.2, 0.3]}

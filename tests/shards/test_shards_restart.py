@@ -223,10 +223,12 @@ class TestRestart:
         before = contents(make(max_unreadable=0.1))
         make(max_unreadable=0.1, write_key_map=tmp_path / "keys.csv")
         assert len(keys_of(tmp_path / "keys.csv")) == 15
+        keys = (tmp_path / "keys.csv").read_bytes()
         (tmp_path / "more").mkdir()
         Image.fromarray(picture(77)).save(tmp_path / "more" / "a.png")
         with pytest.raises(ValueError, match="fingerprint of images2's files was None"):
-            make(max_unreadable=0.1, source=[images, tmp_path / "more"])
+            make(max_unreadable=0.1, source=[images, tmp_path / "more"], write_key_map=tmp_path / "keys.csv")
+        assert (tmp_path / "keys.csv").read_bytes() == keys
         Image.fromarray(picture(78)).save(images / "broken.png")
         with pytest.raises(ValueError, match="fingerprint of images's files was"):
             make(max_unreadable=0.1)
@@ -248,6 +250,11 @@ class TestRestart:
                     make(work_dir=tmp_path / "w", **changed)
         make(work_dir=tmp_path / "w")
         assert list((tmp_path / "w").iterdir()) == []
+        begun = tmp_path / "w/out.work/configuration.json"  # of another folder of this name
+        begun.parent.mkdir()
+        begun.write_text("{}")
+        make(work_dir=tmp_path / "w")
+        assert begun.exists()
         assert not (tmp_path / "out" / ".work").exists()
 
     def test_shards_of_another_run_are_not_left_beside_new_ones(self, make):

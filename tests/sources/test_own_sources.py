@@ -297,12 +297,55 @@ def test_with_a_salt_messages_name_no_file_and_no_id(tmp_path, caplog):
     assert "Jane" not in str(caught.value) + caplog.text
 
 
+def test_columns_of_joined_tables_and_of_sidecars_are_taken_apart(tmp_path):
+    write(tmp_path / "j.csv", "file,dicom_path\na.png,p07/s1\nb.png,p07/s2\n,p99/s3\n")
+    derive = {"dicom_path": r"(?P<person>p\d+)"}
+    join = {"file": "j.csv", "match": "{file}"}
+    joined = own(tmp_path, "a.png,,\nb.png,,\n", join=join, derive=derive, patient="{person}")
+    assert [record.patient for record in joined] == ["p07", "p07"]
+    for name in "ab":
+        write(tmp_path / f"images/{name}.json", {"dicom_path": "p08/s1"})
+    for sidecar in (".json", "json"):
+        beside = own(tmp_path, "a.png,,\nb.png,,\n", sidecar=sidecar, derive=derive, patient="{person}")
+        assert [record.patient for record in beside] == ["p08", "p08"]
+
+
+def test_a_blank_key_joins_no_blank(tmp_path):
+    write(tmp_path / "j.csv", "study,view\n,PA\n7,AP\n")
+    join = {"file": "j.csv", "match": "{patient}", "key": "{study}"}
+    source = own(tmp_path, "a.png,,\nb.png,7,\n", join=join, view="{view}", patient="{file}")
+    assert [record.view for record in source] == [None, "AP"]
+    assert source.report.unjoined.examples == ["a blank"]
+
+
+def test_rows_are_chosen_by_what_comes_with_the_image(tmp_path):
+    images = ("p1/a.png", "p2/b.png")
+    for name, kind in zip(images, ("DX", "CT"), strict=True):
+        write((tmp_path / "images" / name).with_suffix(".json"), {"kind": kind})
+    rows = "p1/a.png,,\np2/b.png,,\nlost.png,,\n"
+    for where, more in (
+        ({"folder": "images/p1"}, {}),
+        ({"person": "p1"}, {"derive": {"path": r"(?P<person>p\d)"}}),
+        ({"kind": ["DX", "CR"]}, {"sidecar": ".json"}),
+    ):
+        source = own(tmp_path, rows, images, where=where, **more)
+        assert [record.image_id for record in source] == ["p1/a.png"]
+        assert source.report.missing.examples == ["images/lost.png"]
+
+
+def test_keys_that_are_left_blank_are_as_left_out(tmp_path):
+    source = own(tmp_path, "a.png,,\nb.png,,\n", where=None, derive=None, sidecar=None, image="./images/{file}")
+    assert len(list(source)) == 2
+
+
 def test_files_without_a_table_are_taken_by_the_rule_of_folders(tmp_path):
     dicom = dicom_bytes(np.arange(120, dtype=np.uint8).reshape(12, 10))
     for name in ("a.png", "a.seg.png", "a.mask.png", "@eaDir/a.png", "__MACOSX/b.png", "1.2.840.7.png", "1.2.840.png"):
         picture(tmp_path / name)
     for name, content in {
         "IM0001": dicom,
+        "CR.1.2.840.7": dicom,
+        "CR.1.2.840.8": dicom,
         "b.IMA": dicom[132:],
         "notes": b"x",
         "c.txt": b"x",
@@ -311,9 +354,10 @@ def test_files_without_a_table_are_taken_by_the_rule_of_folders(tmp_path):
         (tmp_path / name).write_bytes(content)
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "e.png").mkdir()
-    source = OpenSource(describe({"name": "own", "image": "**/*"}), tmp_path)
-    taken = {record.image_id + record.image.suffix for record in source}
-    assert taken == {"a.png", "1.2.840.7.png", "1.2.840.png", "IM0001", "b.IMA"}
+    source = OpenSource(describe({"name": "own", "image": "./**/*"}), tmp_path)
+    series = {"CR.1.2.840.7", "CR.1.2.840.8"}  # the last number is no extension
+    taken = {i if (i := record.image_id) in series else i + record.image.suffix for record in source}
+    assert taken == {"a.png", "1.2.840.7.png", "1.2.840.png", "IM0001", "b.IMA", *series}
     report = source.report
     assert (report.companions.examples, report.hidden.count) == (["a.seg.png"], 4)  # two folders of systems, too
 

@@ -100,7 +100,7 @@ def push_files(
     try:
         full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if private and not api.model_info(full_id).private:
-            raise PermissionError(f"{full_id} is there already and is public: make it private, or choose another name.")
+            raise PermissionError(f"{full_id} is there already and is public: make it private, or name another.")
         if revision is not None and not create_pr:
             api.create_branch(full_id, branch=revision, exist_ok=True)
         stale = replaced_weights(api.list_repo_files(full_id, revision=revision), files)

@@ -58,7 +58,7 @@ class Arguments:
     cut_thresholds: list[float] = flag([0.1, 0.2, 0.3, 0.5, 0.7], "Largest costs of a cut, for walk and cut.")
     num_clusters: list[int] = flag([*range(4, 13)], "Numbers of clusters, of which the most stable one is taken.")
     encoder_size: int | None = flag(None, "Side in pixels that encoders see for features; by default their own.")
-    encoder_layer: int | None = flag(None, "Layer of encoders that gives the features; by default at 3/4 of the depth.")
+    encoder_layer: int | None = flag(None, "Layer of encoders that gives features; by default at 3/4 of the depth.")
     absolute_thresholds: bool = flag(False, "Thresholds in nats, not in units of the mean divergence of an image.")
     layers: list[str] = flag(["all"], "Attention layers: `all`, or names of layers or blocks joined by +.")
     num_merges: int = flag(3, "Passes of merging.")

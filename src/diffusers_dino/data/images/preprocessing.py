@@ -56,6 +56,8 @@ class Preprocessing:
             raise ValueError(f"border_tolerance must be in [0, 1), got {self.border_tolerance}")
         if not 0 <= self.clip_percent < 50:
             raise ValueError(f"clip_percent must be in [0, 50), got {self.clip_percent}")
+        for name in ("border_tolerance", "clip_percent"):  # 0 and 0.0 are one configuration, of one fingerprint
+            object.__setattr__(self, name, float(getattr(self, name)))
         if self.resampling not in _RESAMPLING:
             raise ValueError(f"resampling must be one of {', '.join(_RESAMPLING)}, got {self.resampling!r}")
 

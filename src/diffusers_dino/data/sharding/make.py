@@ -113,13 +113,13 @@ def make_shards(
     work = inside if work_dir is None else make_writable_folder(Path(work_dir) / f"{output.resolve().name}{WORK}")
     configuration = configuration_of(encoding, rule)
     with lock_folder(inside), nullcontext() if work == inside else lock_folder(work):
+        finished = (output / MANIFEST).is_file()
         try:
             opened = _open(sources, salt)
             items = [item for _, records in opened for item in list_items(records, salt)]
-            if key_map is not None:
-                _write_key_map(Path(key_map), items)
-            if (output / MANIFEST).is_file():
+            if finished:
                 _require_same_as_finished(output, configuration, items)
+                _write_key_map(key_map, items)
                 return check_shards(output, num_workers)
             parts, done = work / "parts", work / "shards"
             for folder in (output, work, parts, done):
@@ -127,6 +127,7 @@ def make_shards(
                 remove_partials(folder)
             begun = configuration | {"part_size": part_size} | images_of(items)
             freeze(work / "configuration.json", begun, ShardError, output)
+            _write_key_map(key_map, items)
             if retry_unreadable:
                 _forget_plan(output, work, done)
             groups = [items[start : start + part_size] for start in range(0, len(items), part_size)]
@@ -149,8 +150,9 @@ def make_shards(
             return read_manifest(output)
         finally:
             if (output / MANIFEST).is_file():  # complete: nothing is left to go on with
-                shutil.rmtree(work)
-                shutil.rmtree(inside, ignore_errors=True)  # it may be the same
+                begun_by_another = finished and work != inside and (work / "configuration.json").is_file()
+                for folder in {inside} if begun_by_another else {inside, work}:
+                    shutil.rmtree(folder)
 
 
 def _require_same_as_finished(output: Path, configuration: dict[str, Any], items: Sequence[Item]) -> None:
@@ -214,10 +216,12 @@ def _folder_records(name: str, root: Path) -> Iterator[Record]:
         yield Record(name, root / path, path, path, masks=(mask,) if mask else ())
 
 
-def _write_key_map(path: Path, items: Iterable[Item]) -> None:
+def _write_key_map(path: str | Path | None, items: Iterable[Item]) -> None:
+    if path is None:
+        return
     of_items = ((item.key, item.record) for item in items)
     rows = [[key, r.source, r.image_id, r.patient, str(r.image)] for key, r in of_items]
-    with open_private(path) as file:
+    with open_private(Path(path)) as file:
         file.write(csv_text(["key", "source", "image_id", "patient", "file"], rows))
 
 

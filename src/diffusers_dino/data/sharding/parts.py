@@ -274,6 +274,8 @@ def _read_mask(paths: Sequence[Path], shape: tuple[int, ...]) -> np.ndarray:
         height, width = values.shape
         if height * shape[1] != width * shape[0]:  # JSRT's are half as large as its images, but of the same shape
             raise UnreadableImageError(f"its mask is {width} x {height}, the image {shape[1]} x {shape[0]}")
+        if 2 < len(found := np.unique(values)) <= 16:  # more are edges that were smoothed, or the noise of a JPEG
+            raise UnreadableImageError(f"its mask has {len(found)} values: save one structure in each file")
         foreground = Image.fromarray((values > values.max() // 2).astype(np.uint8))
         union |= np.asarray(foreground.resize(shape[::-1], Image.Resampling.NEAREST)).astype(bool)
     return union

@@ -137,6 +137,8 @@ class Source:
             object.__setattr__(self, "invert", {**self.invert, "values": tuple(as_words(self.invert["values"]))})
         if self.id is not None:
             require_column("id", self.id)
+        if self.sidecar is not None:
+            object.__setattr__(self, "sidecar", f".{self.sidecar.lstrip('.')}")
         for pattern in self.patterns if self.table else ():
             require_column("image", pattern)
 
@@ -153,7 +155,7 @@ class Source:
     @property
     def patterns(self) -> tuple[str, ...]:
         """Where an image may be; the first path that exists is taken."""
-        return (self.image,) if isinstance(self.image, str) else tuple(self.image)
+        return tuple(pattern.removeprefix("./") for pattern in as_list(self.image))
 
     def value(self, name: str) -> Value | None:
         """`patient`, `view` or `split` as a `Value`; None where the source has none, or has it in lists."""
@@ -205,6 +207,6 @@ def _build(kind: type[T], mapping: Any, where: str) -> T:
             hint = f"Did you mean {close[0]!r}?" if close else f"Known are {', '.join(known)}."
             raise ValueError(f"{where} has the unknown key {key!r}. {hint}")
     try:
-        return kind(**mapping)
+        return kind(**{key: value for key, value in mapping.items() if value is not None})  # blank: as left out
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {str(error).replace(f'{kind.__name__}.__init__() ', '')}") from error

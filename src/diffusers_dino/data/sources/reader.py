@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from array import array
 from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from ..keys import read_keys, respell
 from .description import Source
 from .fields import Finding, Template, combine, is_one_of, normalize_split, normalize_view
 from .finder import FileFinder
 from .records import Record, salted_key
-from .rows import Row, RowReader, SourceReport
+from .rows import Row, RowReader, SourceReport, without_extension
 
 __all__ = ["OpenSource"]
 
@@ -99,7 +99,7 @@ class OpenSource:
 
     def _record(self, row: Row, finding: Finding) -> Record:
         path = row["path"]
-        image_id = (self._id.fill(row) if self._id else "") or str(PurePosixPath(path).with_suffix(""))
+        image_id = (self._id.fill(row) if self._id else "") or without_extension(path)
         patient = self._patient.read(row) if self._patient else ""
         if self._patient and not patient:
             self.report.no_patient.add(image_id)

@@ -23,7 +23,7 @@ from .finder import FileFinder, is_image
 from .records import Record
 from .tables import OpenTable, open_table
 
-__all__ = ["Row", "RowReader", "SourceReport"]
+__all__ = ["Row", "RowReader", "SourceReport", "without_extension"]
 
 Row = dict[str, str]
 
@@ -80,7 +80,7 @@ class SourceReport:
         """What did not fit, one sentence each, with a few names as `show` gives them; empty if all did."""
         sentences = {
             "rows have no image": self.missing,
-            "images have no row, and were left out": self.unlisted,
+            "images have no row that is used, and were left out": self.unlisted,
             "rows repeat an image, and only its first was kept": self.repeated,
             "images have no patient id, and count as a patient each": self.no_patient,
             "images have no JSON file beside them": self.no_sidecar,
@@ -117,17 +117,20 @@ class RowReader:
         self.label_columns = [rule.findings_columns(dict.fromkeys(header)) for rule in source.labels]
         self._needed = self._named_columns()
         self._sidecar_columns = self._check_columns()
+        self._early, self._late = self._split_conditions()
         self._blank = dict.fromkeys(self._needed, "")
 
     def read(self, report: SourceReport) -> Iterator[Row]:
         """Each row whose image is there, with its `path`; what does not fit goes to the report."""
         report.absent += [table.files[0] for table, opened in self._joins if opened is None]
         joined = self._load_joins()
+        added = [name for _, columns, _ in joined for name in columns if name in self._expressions]
         rows = self._table_rows() if self._tables else self._file_rows(report)
         empty = True
         for row in rows:
             _join(row, joined, report)
-            if self._is_wanted(row) and self._locate(row, report):
+            self._derive(row, added)
+            if self._is_wanted(row, self._early) and self._locate(row, report) and self._is_wanted(row, self._late):
                 empty = False
                 yield row
         if empty:
@@ -181,6 +184,14 @@ class RowReader:
             raise ValueError(f"{self.source.name} needs the column {unknown[0]!r}. From {files} there are {columns}.")
         return []
 
+    def _split_conditions(self) -> tuple[list[str], list[str]]:
+        """The columns of `where` that are known before an image is looked for, and those that come with it."""
+        late = {*self._sidecar_columns, *(PATH_COLUMNS if self._images is not None else ())}
+        for column in late & {*self._expressions}:
+            late |= {name for expression in self._expressions[column] for name in expression.groupindex}
+        names = list(self.source.where)
+        return [name for name in names if name not in late], [name for name in names if name in late]
+
     def _load_joins(self) -> list[Joined]:
         """What each joined table adds: the columns that are needed and that no table before it has."""
         left = [name for name in self._needed if not any(name in table.header for table in self._tables)]
@@ -225,8 +236,8 @@ class RowReader:
             match = next(filter(None, matches), None)
             row.update(match.groupdict("") if match else {})
 
-    def _is_wanted(self, row: Row) -> bool:
-        return all(is_one_of(row[column].strip(), values) for column, values in self.source.where.items())
+    def _is_wanted(self, row: Row, columns: Iterable[str]) -> bool:
+        return all(is_one_of(row[column].strip(), self.source.where[column]) for column in columns)
 
     def _locate(self, row: Row, report: SourceReport) -> bool:
         """Find the image of a row and complete its columns; False, and counted, if it is not there."""
@@ -239,11 +250,12 @@ class RowReader:
             self._derive(row, [column for column in self._expressions if column in PATH_COLUMNS])
         if self._sidecar_columns:
             row.update(self._read_sidecar(row["path"], report))
+            self._derive(row, [column for column in self._sidecar_columns if column in self._expressions])
         return True
 
     def _read_sidecar(self, image: str, report: SourceReport) -> Row:
         try:
-            content = read_json(self.root / PurePosixPath(image).with_suffix(str(self.source.sidecar)))
+            content = read_json(self.root / f"{without_extension(image)}{self.source.sidecar}")
         except FileNotFoundError:
             report.no_sidecar.add(image)
             content = {}
@@ -260,7 +272,8 @@ def _load_join(table: Table, opened: OpenTable, columns: list[str]) -> Joined:
     rows: dict[str, tuple[str, ...]] = {}
     for row in opened.rows(list(dict.fromkeys([*columns, *key.columns]))):
         cells = tuple(row[column] for column in columns)
-        rows.setdefault(key.fill(row), same.setdefault(cells, cells))
+        if name := key.fill(row):  # a blank is no counterpart of another blank
+            rows.setdefault(name, same.setdefault(cells, cells))
     for name in [name for name in rows if respell(name) != name]:
         rows.setdefault(respell(name), rows[name])
     return match, columns, rows
@@ -277,7 +290,13 @@ def _join(row: Row, joined: Iterable[Joined], report: SourceReport) -> None:
 
 def _path_columns(path: str) -> Row:
     folder, _, name = path.rpartition("/")
-    return {"path": path, "folder": folder or ".", "stem": name.rpartition(".")[0] or name}
+    return {"path": path, "folder": folder or ".", "stem": without_extension(name)}
+
+
+def without_extension(path: str) -> str:
+    """A path without its extension; the last number of a DICOM UID is none."""
+    suffix = PurePosixPath(path).suffix
+    return path if suffix[1:].isdigit() else path.removesuffix(suffix)
 
 
 def _dig(content: object, path: str) -> str:

@@ -115,9 +115,9 @@ def find_images(root: str | Path, listing: FolderFiles, pattern: str | None = No
 
 
 def _to_expression(pattern: str) -> re.Pattern[str]:
-    """A pattern of a shell, in which `**/` stands for any folders."""
-    signs = {"**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]"}
-    parts = re.split(r"(\*\*/|\*|\?|\[[^]]+\])", pattern)
+    """A pattern of a shell, in which `**/` stands for any folders, and `**` for all that is in them."""
+    signs = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    parts = re.split(r"(\*\*/?|\*|\?|\[[^]]+\])", pattern)
     return re.compile(
         "".join(signs.get(p) or (p.replace("[!", "[^") if p[:1] == "[" else re.escape(p)) for p in parts)
     )
