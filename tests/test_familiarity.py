@@ -13,6 +13,7 @@ from diffusers_dino.hub import TrainingRecord
 from diffusers_dino.hub.cards import dataset_card, folder_card
 from diffusers_dino.hub.folder import model_files
 from diffusers_dino.metrics.auroc import label_auroc
+from diffusers_dino.seeds import generator_for
 from diffusers_dino.synthesis import SynthesisSettings, plan_reconstruction, synthesise
 
 MODEL = scripts.EXAMPLES / "data/tiny-diffusion"
@@ -72,6 +73,10 @@ def test_bad_tokens_and_groups_are_refused():
         TokenStatistics.of(torch.full((100, 3), torch.nan), LAYOUT)
     with pytest.raises(ValueError, match="one group an image"):
         fitted(groups=[0, 1])
+    held_out = torch.randperm(5, generator=generator_for("familiarity"))[0]  # one of five patients
+    groups = [patient for patient in range(5) for _ in range(1 if patient == held_out else 20)]
+    with pytest.raises(ValueError, match="calibrated by one image"):
+        TokenStatistics.of(tiny.gaussian(81, 3), LAYOUT, groups)
 
 
 @pytest.mark.parametrize("tokens", ["global", "cls", "patch", "all"])

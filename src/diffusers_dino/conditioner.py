@@ -205,7 +205,8 @@ class DinoImageConditioner(FamiliarityMixin, ExactBuffers, LastingModelMixin, Co
             except RuntimeError as error:
                 hint = " Give the arguments of timm.create_model as `model_args`." if spec.backend == "timm" else ""
                 raise ValueError(f"The encoder {spec.source} is not what its config says.{hint} {error}") from error
-        return conditioner.requires_grad_(False)
+        device = next(loaded[0][1].parameters()).device  # the encoder's; the buffers were made on the CPU
+        return conditioner.requires_grad_(False).to(device)
 
     def with_tokens(self, tokens: str | None) -> DinoImageConditioner:
         """The same encoders, weights shared, giving other tokens; the same object if they are the same, or None.

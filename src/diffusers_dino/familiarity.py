@@ -87,6 +87,8 @@ class TokenStatistics:
         shuffled = torch.randperm(len(names), generator=generator_for("familiarity")).tolist()
         unseen = {names[place] for place in shuffled[::_HELD_OUT]}
         held = torch.tensor([owner in unseen for owner in owners])
+        if held.sum() < 2:
+            raise ValueError("Statistics of tokens would be calibrated by one image: give images of more patients.")
         features = features.double().cpu()
         fitted = _fit(features[~held])
         distances = cls(*fitted, torch.empty(0), int((~held).sum()), layout).distance(features[held])

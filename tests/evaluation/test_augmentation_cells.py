@@ -139,6 +139,7 @@ def test_a_classifier_learns_and_is_a_function_of_its_seed(labelled):
 
 def test_without_validation_images_the_last_weights_are_taken(labelled):
     train = labelled(np.arange(20))
+    train_classifier([train], None, replace(SETTINGS, max_steps=10))  # whose warm-up is one update
     trained = train_classifier([train], None, replace(SETTINGS, max_steps=2))
     assert (trained.best_step, np.isnan(trained.validation_auroc)) == (2, True)
     one_class = LabelledImages(train.images, train.rows, np.ones_like(train.targets))

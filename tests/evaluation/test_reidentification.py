@@ -75,6 +75,9 @@ def test_what_it_lacks_is_said(sets, people):
     few = {**sets, "training_patients": [f"p{i}" for i in range(2 * PEOPLE)]}
     with pytest.raises(ValueError, match=r"two images or more: there are 0, and it takes 30\. Give more images"):
         evaluate_reidentification(synthetic=made, **few, **OPTIONS)
+    twice = {**sets, "training": sets["training"][:PEOPLE].repeat(2, 1, 1, 1)}  # each film is stored twice
+    with pytest.raises(ValueError, match="two images or more: there are 0"):
+        evaluate_reidentification(synthetic=made, **twice, **OPTIONS)
     with pytest.raises(ValueError, match="one patient an image"):
         evaluate_reidentification(synthetic=made, **{**sets, "held_out_patients": ["q"]}, **OPTIONS)
     with pytest.raises(ValueError, match="None of 4 generated images has its source"):

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 import priors
 import tiny
@@ -100,13 +101,15 @@ def test_strength_goes_from_the_same_tokens_to_any(pipe):
     assert len(pipe.renoise(tokens, 0.0, num_images_per_prompt=2)) == 8
 
 
-def test_strength_is_the_share_of_the_way_to_another_image():
+@pytest.mark.parametrize(("shift", "strengths"), [(1.0, (0.05, 0.3, 0.5, 0.7, 0.95)), (3.0, (0.3,))])
+def test_strength_is_the_share_of_the_way_to_another_image(shift, strengths):
     pipe = priors.tiny_prior_pipeline(trained=False, num_components=100)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     pipe.prior.fit_tokens(priors.tiny_tokens(256))
     tokens = priors.tiny_tokens(256)[:64]
     known = pipe.prior.standardise(tokens).flatten(1)
     unrelated = (known - known.roll(1, 0)).square().sum(1).mean().sqrt()
-    for strength in (0.05, 0.3, 0.5, 0.7, 0.95):
+    for strength in strengths:
         moved = pipe.renoise(tokens, strength, generator=torch.Generator().manual_seed(0), num_inference_steps=100)
         distance = (pipe.prior.standardise(moved).flatten(1) - known).square().sum(1).mean().sqrt()
         assert abs(distance / unrelated - strength) < 0.03

@@ -7,6 +7,7 @@ from diffusers import FasterCacheConfig, FirstBlockCacheConfig, PyramidAttention
 
 import tiny
 from diffusers_dino import DiffSegPipeline, DinoInterpolationPipeline
+from diffusers_dino.diffseg.attention import self_attention_layers
 from diffusers_dino.pipelines import deep_cache
 from tiny import generate
 
@@ -178,6 +179,7 @@ def test_compiled_unets_give_the_same_images(images, compile_unet):
         pipe.unet = torch.compile(pipe.unet, fullgraph=True, backend="eager")
     np.testing.assert_allclose(sample(pipe, images), expected, atol=1e-4)
     np.testing.assert_allclose(sample(pipe, images, guidance_scale=1.0).shape, expected.shape)
+    assert self_attention_layers(pipe.unet).keys() == self_attention_layers(tiny.tiny_unet(**tiny.ONE_LEVEL)).keys()
     assert DiffSegPipeline.from_pipe(pipe)(images, merge_threshold=0.5).masks.shape == (2, 32, 32)
 
 

@@ -7,23 +7,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers.utils.torch_utils import is_compiled_module
 from torch import nn
 
-from .family import Family
+from .family import Family, unwrapped
 from .pixart import PixArt
 from .sana import Sana
 from .sd3 import SD3
 from .unet import UNet
 
-__all__ = ["FAMILIES", "Family", "family_named", "family_of", "title_of"]
+__all__ = ["FAMILIES", "Family", "family_named", "family_of", "title_of", "unwrapped"]
 
 FAMILIES: tuple[Family, ...] = (UNet(), SD3(), PixArt(), Sana())
 
 
 def family_of(model: nn.Module) -> Family:
     """The family that a model is of; a ValueError names those that there are."""
-    model = model._orig_mod if is_compiled_module(model) else model
+    model = unwrapped(model)
     for family in FAMILIES:
         if isinstance(model, family.kind):
             return family
@@ -40,7 +39,7 @@ def family_named(class_name: str) -> Family:
 
 def title_of(model: nn.Module) -> str:
     """What messages call a model: "UNet", also one of a kind that is not a family, or "transformer"."""
-    return "UNet" if "UNet" in type(model).__name__ else "transformer"
+    return "UNet" if "UNet" in type(unwrapped(model)).__name__ else "transformer"
 
 
 def _unknown(class_name: Any) -> str:

@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 import torch
 from diffusers import ModelMixin
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.utils.torch_utils import is_compiled_module
 from torch import Tensor, nn
 
-__all__ = ["Config", "Family", "width_of", "with_lora_methods"]
+__all__ = ["Config", "Family", "unwrapped", "width_of", "with_lora_methods"]
 
 Config = Mapping[str, Any]
 
@@ -129,8 +130,14 @@ class Family:
                 nn.init.zeros_(layer.bias)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """A model without what `torch.compile` has put around it, which changes its class and the names of its layers."""
+    return model._orig_mod if is_compiled_module(model) else model
+
+
 def with_lora_methods(model: ModelMixin) -> None:
     """Give a model of a class that lacks them, such as PixArt's, diffusers' methods for LoRA."""
+    model = unwrapped(model)
     if not isinstance(model, PeftAdapterMixin):
         own = type(model)
         model.__class__ = type(own.__name__, (own, PeftAdapterMixin), {"__module__": own.__module__})

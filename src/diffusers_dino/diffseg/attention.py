@@ -22,6 +22,8 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..denoisers import unwrapped
+
 __all__ = ["capture_features", "capture_self_attention", "self_attention_layers"]
 
 # Scores of queries x keys x heads of one layer at a time, never all of them: 4 MiB, or on a GPU, where launching many
@@ -134,7 +136,7 @@ def self_attention_layers(model: nn.Module) -> dict[str, Attention]:
     """
     return {
         name: module
-        for name, module in model.named_modules()
+        for name, module in unwrapped(model).named_modules()
         if isinstance(module, Attention) and not module.is_cross_attention and module.to_k is not None
     }
 

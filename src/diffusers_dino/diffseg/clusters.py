@@ -117,7 +117,7 @@ def fit_clusters(
         seed: Of positions, halves and starts.
 
     Raises:
-        ValueError: If there are fewer than two images, or fewer features than clusters, or one is not finite.
+        ValueError: If there are fewer than two images, or fewer than four features a cluster, or one is not finite.
     """
     numbers = [num_clusters] if isinstance(num_clusters, int) else list(num_clusters)
     if not numbers or min(numbers) < 2:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .features import centered
+from .merging import average
 
 __all__ = ["cut_features", "feature_affinity", "mean_maps", "recursive_cut", "walk_affinity"]
 
@@ -51,6 +52,8 @@ def recursive_cut(affinity: Tensor, threshold: float) -> Tensor:
         raise ValueError(f"Expected affinities (N, N) of 1 to {_AT_MOST} patches, got {tuple(affinity.shape)}.")
     if not 0 < threshold <= 2:
         raise ValueError(f"The threshold of a cut is above 0 and at most 2, got {threshold}.")
+    device = affinity.device
+    affinity = affinity.cpu() if device.type == "mps" else affinity  # which lacks the precision that sums need
     least = max(1, round(_SMALLEST * count))
     segments = torch.zeros(count, dtype=torch.int64, device=affinity.device)
     waiting, found = [torch.arange(count, device=affinity.device)], 0
@@ -62,7 +65,7 @@ def recursive_cut(affinity: Tensor, threshold: float) -> Tensor:
         else:
             segments[part] = found
             found += 1
-    return segments
+    return segments.to(device)
 
 
 def cut_features(features: Tensor, threshold: float, power: float = 4.0) -> Tensor:
@@ -72,15 +75,13 @@ def cut_features(features: Tensor, threshold: float, power: float = 4.0) -> Tens
     """
     segments = recursive_cut(feature_affinity(features, power), threshold)
     flat = centered(features[None])[0].flatten(1).float()  # (D, N)
-    members = F.one_hot(segments).T.float()  # (K, N)
-    means = members @ flat.T / members.sum(dim=1, keepdim=True)
+    means = average(flat.T, F.one_hot(segments).T)  # (K, D)
     return (F.normalize(means, dim=1) @ F.normalize(flat, dim=0)).unflatten(1, features.shape[1:])
 
 
 def mean_maps(maps: Tensor, segments: Tensor) -> Tensor:
     """The mean `(K, s, s)` of attention maps `(s * s, s, s)` over each of K segments `(s * s,)`."""
-    members = F.one_hot(segments).T.float()
-    return (members @ maps.flatten(1).float() / members.sum(dim=1, keepdim=True)).unflatten(1, maps.shape[1:])
+    return average(maps.flatten(1).float(), F.one_hot(segments).T).unflatten(1, maps.shape[1:])
 
 
 def _best_cut(affinity: Tensor, least: int) -> tuple[float, Tensor]:

@@ -102,11 +102,11 @@ def merge_attention(
     within = divergence < thresholds[0]  # (A, N)
     within[torch.arange(len(anchors)), anchors] = True  # a map is like itself, whatever rounding says
     precise = torch.float32 if flat.device.type == "mps" else torch.float64  # which MPS lacks
-    merged = _average(flat, within).to(precise)  # few from here on: precision costs nothing
+    merged = average(flat, within).to(precise)  # few from here on: precision costs nothing
     for threshold in thresholds[1:]:
         within = pairwise_kl(merged, merged) < threshold
         within.fill_diagonal_(True)
-        merged = _average(merged, within[_greedy_order(within)])
+        merged = average(merged, within[_greedy_order(within)])
     return merged.float().view(-1, *maps.shape[1:])
 
 
@@ -147,7 +147,7 @@ def refine_segments(maps: Tensor, merged: Tensor) -> Tensor:
     clusters = cluster.KMeans(len(start), init=start.numpy(), n_init=1).fit(flat.numpy())
     labels = torch.from_numpy(clusters.labels_).long()
     members = F.one_hot(labels, len(start)).T.bool()  # (K, N)
-    return _average(flat, members[members.any(dim=1)]).view(-1, *maps.shape[1:]).to(maps.device)
+    return average(flat, members[members.any(dim=1)]).view(-1, *maps.shape[1:]).to(maps.device)
 
 
 def suppress(merged: Tensor, size: int | tuple[int, int]) -> Tensor:
@@ -209,8 +209,8 @@ def _flat(maps: Tensor) -> Tensor:
     return flat
 
 
-def _average(maps: Tensor, members: Tensor) -> Tensor:
-    """Mean of the maps `(N, D)` in each group `(G, N)` bool: `(G, D)`."""
+def average(maps: Tensor, members: Tensor) -> Tensor:
+    """Mean of the maps `(N, D)` in each group `(G, N)`, of 0 and 1: `(G, D)`."""
     members = members.to(maps.dtype)
     return members @ maps / members.sum(dim=1, keepdim=True)
 

@@ -152,7 +152,7 @@ def _load_timm(
 
     pretrained_cfg = config.get("pretrained_cfg", config)
     data = timm.data.resolve_data_config(pretrained_cfg=pretrained_cfg)
-    size = size or _square_side(data["input_size"][1:])
+    size = _square_side(data["input_size"][1:]) if size is None else size
     weights = _timm_weights(folder, pretrained_cfg)
     try:
         model = timm.create_model(
@@ -201,7 +201,7 @@ def _processor_preprocessing(folder: Path, size: int | None) -> dict[str, Any]:
     scale = 255 * (processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1)
     normalize = processor.get("do_normalize", True)
     return {
-        "size": size or _processor_size(processor),
+        "size": _processor_size(processor) if size is None else size,
         "resample": _resampling(_PIL_RESAMPLINGS.get(int(processor.get("resample", 2)))),
         "mean": [v / scale for v in _three(processor["image_mean"] if normalize else 0.0)],
         "std": [v / scale for v in _three(processor["image_std"] if normalize else 1.0)],

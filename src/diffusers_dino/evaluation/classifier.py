@@ -50,7 +50,7 @@ class ClassifierSettings:
         batch_size: Images of an update.
         max_steps: Updates, the same whatever the number of images.
         validation_steps: Updates after which the weights are compared with the best so far.
-        learning_rate: Peak of AdamW's, after a linear warm-up (a tenth of the updates) and before a cosine to zero.
+        learning_rate: Peak of AdamW's, which a cosine rises to in a tenth of the updates and another leaves for zero.
         weight_decay: Of AdamW.
         shear, translation: Largest shear and shift of the augmentation, as fractions of the side.
         min_scale, max_scale: Range of its magnification.
@@ -174,8 +174,9 @@ def train_classifier(
         raise ValueError("Validation images have hard labels (bool): there is no AUROC of soft ones.")
     model = make_classifier(settings, targets.shape[1], derive_seed(seed, "weights")).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    warmup = 0.2 if settings.max_steps == 10 else 0.1  # torch divides by zero where the warm-up is one update
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.learning_rate, total_steps=settings.max_steps, pct_start=0.1, cycle_momentum=False
+        optimizer, settings.learning_rate, total_steps=settings.max_steps, pct_start=warmup, cycle_momentum=False
     )
     images, augmentation = _Joined(train), settings.augmentation()
     batches = iter(GlobalBatchSampler(len(targets), settings.batch_size, derive_seed(seed, "order")))

@@ -53,9 +53,9 @@ def assign_folds(targets: np.ndarray, groups: Sequence[Hashable], num_folds: int
 
 
 def hold_out(targets: np.ndarray, groups: Sequence[Hashable], fraction: float, seed: int = 0) -> np.ndarray:
-    """`(N,)` bool: about a fraction of the groups, in [0, 0.5], stratified as by `assign_folds`.
+    """`(N,)` bool: one of `round(1 / fraction)` parts of the groups (a half for 0.4), stratified as by `assign_folds`.
 
-    The patients whose images choose a classifier's weights, for example.
+    `fraction` is in [0, 0.5]; 0 holds none out. The patients whose images choose a classifier's weights, for example.
     """
     check_fraction(fraction)
     if not fraction:

@@ -109,8 +109,6 @@ class GaussianStatistics:
 
     def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
         total = self.count + count
-        if not count:
-            return
         shift = mean - self.mean
         # (n1 n2 / n) d d^T is the scatter of the two means around the common one
         self.scatter.add_(scatter).addr_(shift, shift, alpha=self.count * count / total)

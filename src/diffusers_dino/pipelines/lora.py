@@ -21,7 +21,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..denoisers import family_of, title_of
+from ..denoisers import family_of, title_of, unwrapped
 from ..extras import require
 from .checks import check_number
 from .denoiser import DenoiserMixin
@@ -246,7 +246,7 @@ def _check_numbers(
 
 def _check_fit(denoiser: nn.Module, weights: Mapping[str, Tensor], prefix: str) -> None:
     """Refuse adapters of another model in one sentence, where peft would take a part of them or fill a page."""
-    layers = dict(denoiser.named_modules())
+    layers = dict(unwrapped(denoiser).named_modules())
     own = {name.removeprefix(prefix): weight for name, weight in weights.items()}
     matrices: dict[str, dict[str, Tensor]] = {}
     for name, weight in convert_unet_state_dict_to_peft(own).items():

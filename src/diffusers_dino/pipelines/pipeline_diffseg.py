@@ -232,7 +232,7 @@ class DiffSegPipeline(SegmentsMixin, ComponentLoadingMixin, DiffusionPipeline, D
             image: B images of any type that `diffusers_dino.pixels.to_unit` reads.
             timestep: Of the denoising step whose attention is read, or several, over which maps are averaged: from 0,
                 an image, to the scheduler's `num_train_timesteps` - 1, noise. Of a flow it is that share of its time.
-                By default that of `settings`.
+                By default that of `settings`; of features 50.
             merge_threshold: Maps less than this apart, in nats of symmetric Kullback-Leibler divergence, are one
                 segment; one for all passes, or a sequence with one for each. Infinity gives one segment. By default
                 that of `settings` with `relative_threshold`, and 0.5 without.

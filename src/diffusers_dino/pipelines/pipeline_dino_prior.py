@@ -18,7 +18,16 @@ from ..prior import Condition, DinoPrior, require_conditioner
 from ..prior.conditions import as_sets
 from ..prior.flow import add_noise
 from .batches import in_batches
-from .checks import Generators, check_callback, check_choice, check_embeds, check_number, check_numbers, initial_noise
+from .checks import (
+    Generators,
+    check_callback,
+    check_choice,
+    check_embeds,
+    check_number,
+    check_numbers,
+    initial_noise,
+    seen_by,
+)
 from .loading import ComponentLoadingMixin
 from .pipeline_output import DinoPriorPipelineOutput
 from .turns import CallStateMixin, samples_in_turn
@@ -203,7 +212,7 @@ class DinoPriorPipeline(ComponentLoadingMixin, DiffusionPipeline, CallStateMixin
                 raise ValueError("`strength` says how much to vary `image_embeds`: give them, or leave it out.")
             return
         check_embeds(image_embeds, *self.prior.token_shape)
-        spread = self.prior.standardise(image_embeds.to(self.prior.device)).square().mean().sqrt().item()
+        spread = self.prior.standardise(image_embeds.to(self._execution_device)).square().mean().sqrt().item()
         if spread > _FAR:
             raise ValueError(
                 f"These are not tokens of the prior's conditioner: standardised, their root mean square is "
@@ -245,7 +254,7 @@ class DinoPriorPipeline(ComponentLoadingMixin, DiffusionPipeline, CallStateMixin
         output_type: str = "pt",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
     ) -> DinoPriorPipelineOutput | tuple:
         """Draw the condition tokens of images that do not exist.
 
@@ -271,7 +280,7 @@ class DinoPriorPipeline(ComponentLoadingMixin, DiffusionPipeline, CallStateMixin
             return_dict: False returns a tuple.
             callback_on_step_end: Called as `f(pipe, step, timestep, tensors)` after each step; the `"latents"` of the
                 dictionary that it returns replace those of the loop.
-            callback_on_step_end_tensor_inputs: `"latents"`, or none.
+            callback_on_step_end_tensor_inputs: `"latents"`, as by default, or none.
 
         Returns:
             Tokens `(B * n, S, D)` float32 for the `image_embeds` of a `DinoDiffusionPipeline`, those of one condition
@@ -284,6 +293,7 @@ class DinoPriorPipeline(ComponentLoadingMixin, DiffusionPipeline, CallStateMixin
             RuntimeError: If the tokens come out with NaN or infinity, or another call uses the pipeline meanwhile.
         """
         # 1. Check
+        callback_on_step_end_tensor_inputs = seen_by(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.check_inputs(
             image_embeds,
             strength,
@@ -320,7 +330,8 @@ class DinoPriorPipeline(ComponentLoadingMixin, DiffusionPipeline, CallStateMixin
             level = self.prior.noise_level(strength)
             latents = add_noise(self.prior.standardise(given), latents, level)
             steps = math.ceil(num_inference_steps * level)
-        sigmas = np.linspace(level, level / max(steps, 1), steps).tolist()
+        start = level / (self.scheduler.shift - (self.scheduler.shift - 1) * level)  # which the scheduler shifts
+        sigmas = np.linspace(start, start / max(steps, 1), steps).tolist()
         timesteps = retrieve_timesteps(self.scheduler, device=device, sigmas=sigmas)[0] if steps else []
         self._num_timesteps = steps
 

@@ -40,7 +40,8 @@ class DiffSegPipelineOutput(BaseOutput):
     Attributes:
         masks: `(B, H, W)` int64, by `output_type` a tensor or an array: the segment that each pixel belongs to, an
             index into the image's `maps`.
-        maps: One tensor an image, `(K, s, s)` float32: the merged attention maps, each of sum 1.
+        maps: One tensor an image, `(K, s, s)` float32: merged attention maps, each of sum 1; of features,
+            cosines with each segment's mean; of clusters, their probabilities.
         num_segments: Of each image, how many segments have a pixel: K at most, as a map that is largest nowhere has
             none.
     """

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from ..embeddings import token_statistics
@@ -154,14 +155,17 @@ class DinoPrior(ExactBuffers, ModelMixin, ConfigMixin):
             known = gaussian_velocity(noisy.flatten(1), times, self.components, self.variances, self.rest)
         return known.view_as(noisy) + correction / spread
 
+    @apply_forward_hook  # brings the statistics to the device where they are offloaded
     def standardise(self, tokens: Tensor) -> Tensor:
         """The `tokens` `(B, S, D)` of a conditioner as the prior sees them, float32."""
-        return (tokens.float() - self.token_mean) / self.token_std
+        return (tokens.float() - self.token_mean.to(tokens.device)) / self.token_std.to(tokens.device)
 
+    @apply_forward_hook
     def restore(self, tokens: Tensor) -> Tensor:
         """The inverse of `standardise`, for `tokens` `(B, S, D)`."""
-        return tokens * self.token_std + self.token_mean
+        return tokens * self.token_std.to(tokens.device) + self.token_mean.to(tokens.device)
 
+    @apply_forward_hook
     def noise_level(self, strength: float) -> float:
         """The time in [0, 1] to noise tokens to, for a `strength` in [0, 1] of `DinoPriorPipeline.renoise`."""
         others = self.config["num_tokens"] * self.config["token_dim"] - len(self.variances)
@@ -212,7 +216,8 @@ class _ConditionEmbedding(nn.Module):
 
     def forward(self, condition: Condition, dtype: torch.dtype) -> Tensor:
         """`(B, W)` in `dtype`."""
-        embedded = self.mix[0].weight.new_zeros(len(condition.labels), self.mix[0].in_features)
+        size = len(condition.labels), self.mix[0].in_features
+        embedded = torch.zeros(size, dtype=dtype, device=condition.labels.device)
         if self.labels is not None:
             labels = condition.labels.to(dtype)
             embedded = embedded + torch.cat([labels.clamp(min=0), (-labels).clamp(min=0)], dim=1) @ self.labels

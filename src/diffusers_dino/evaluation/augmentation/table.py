@@ -34,7 +34,9 @@ def format_label_table(result: AugmentationResult) -> str:
         cells = [labels.get(name, _unfinished(row, result.num_folds)) for name in result.labels]
         kind = ("", "real only", "") if row.is_baseline else (f"1:{row.ratio}", row.mode, row.strategy)
         body.append([row.regime, *kind, _cell(row, row, result.num_folds), *cells])
-    positive = {label.label: label.num_positive for row in result.configurations for label in row.labels}
+    positive: dict[str, int] = {}  # a configuration that is not finished has fewer
+    for label in (label for row in result.configurations for label in row.labels):
+        positive[label.label] = max(positive.get(label.label, 0), label.num_positive)
     counts = ", ".join(f"{name} {number}" for name, number in positive.items())
     tests = result.num_tests * len(result.labels)
     return "\n".join(

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ...files import save_atomically, work_folder, write_json
-from ...fingerprints import fingerprint_pipeline, hash_of
+from ...fingerprints import fingerprint_pipeline, hash_of, own_config
 from ...metrics import FeatureExtractor, FeatureSet, FeatureSpec, extract_features, open_extractor
 from ...metrics.bootstrap import (
     LEVEL,
@@ -143,7 +143,7 @@ def evaluate_fidelity(
                 return generate_features(pipe, tokens[parts["conditioner"]], keys, extractor, sampling, progress)
 
             shown = sets.places[0], images.preprocessing.fingerprint(), keys
-            features = kept(name, (parts, dict(pipe.scheduler.config), sampling, *shown), generate)
+            features = kept(name, (parts, own_config(pipe.scheduler), sampling, *shown), generate)
             return scored(name, features, step=step, sampling=sampling)
 
         shares, too_few = _share_out(sources, reference, max(fewest, neighbors + 1))

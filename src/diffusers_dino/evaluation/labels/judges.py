@@ -14,6 +14,7 @@ import torch
 
 from ...data import Preprocessing, open_images
 from ...data.labels import LabelTable
+from ...files import sha256_of
 from ...fingerprints import hash_of
 from ...seeds import derive_seed
 from ...synthesis import PlannedImage, SyntheticSet
@@ -190,7 +191,8 @@ class Judges:
     def _judge(self, pair: tuple[int, int]) -> Judge:
         rows = zip(self.table.keys, self.table.patients, self.folds.tolist(), strict=True)
         targets = self.table.targets(self.labels).tobytes().hex()
-        options = (self.labels, self.validation_fraction, self.seed, tuple(sorted(asdict(self.settings).items())))
+        settings = asdict(self.settings) | {"weights": self.settings.weights and sha256_of(self.settings.weights)}
+        options = (self.labels, self.validation_fraction, self.seed, tuple(sorted(settings.items())))
         digest = hash_of(pair, tuple(rows), targets, options, self.real.recipe)
         return Judge(self.folder / f"judge-{pair[0]}-{pair[1]}.safetensors", self.settings, digest)
 

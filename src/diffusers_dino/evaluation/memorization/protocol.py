@@ -194,7 +194,7 @@ def evaluate_memorization(
         threshold=gate.threshold,
         calibrated_on=calibrate_on,
         gate=gate.fingerprint(),
-        planted=_plant(training, known, real, gate, num_planted),
+        planted=_plant(training, known, real, gate, num_planted, batch_size),
         closest=closest,
         held_out_in_training=num_seen,
         tokens=tokens,
@@ -204,7 +204,7 @@ def evaluate_memorization(
 
 
 def _plant(
-    training: Images, views: ImageViews, real: Distances, gate: CopyGate, count: int
+    training: Images, views: ImageViews, real: Distances, gate: CopyGate, count: int, batch_size: int
 ) -> tuple[PlantedFigures, ...]:
     """Tamper with training images, evenly spread over their order, and search for them."""
     keys = views.upright.keys  # of those that can be read
@@ -212,7 +212,8 @@ def _plant(
     images = training[rows] if isinstance(training, Tensor) else stack_images(training.select([keys[i] for i in rows]))
 
     def distances(copies: Tensor) -> Tensor:
-        return search_copies(extract_views(gate.extractor, copies.clamp(0, 1)), views).balanced(real).smallest
+        copied = extract_views(gate.extractor, copies.clamp(0, 1), batch_size)
+        return search_copies(copied, views).balanced(real).smallest
 
     return find_planted(PLANTED, images, distances, gate.threshold)
 

@@ -111,7 +111,7 @@ def evaluate_prior(
             f"Give at least two held-out images and twice as many of training, got {count} and {len(training)}."
         )
     known, real = (prior.prior.standardise(tokens).flatten(1).cpu() for tokens in (training, held_out))
-    own = [str(row) for row in range(len(known))]
+    own = range(len(known))
     threshold = calibrate_threshold(search_features(known, known, own, own).relative, false_alarms)
 
     def figures(name: str, sets: list[Tensor], compared: bool = True) -> TokenFigures:

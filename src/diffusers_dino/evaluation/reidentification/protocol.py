@@ -166,7 +166,9 @@ def evaluate_reidentification(
     people = np.array(owners)
     is_training = np.arange(len(real)) < len(known.rows)
     learnt_from = is_training if sources is None else np.ones(len(real), dtype=bool)
-    several = {patient for patient, count in Counter(people[learnt_from].tolist()).items() if count > 1}
+    images = zip(people[learnt_from].tolist(), real[learnt_from].numpy(), strict=True)
+    distinct = {(patient, hash(image.tobytes())) for patient, image in images}
+    several = {patient for patient, count in Counter(patient for patient, _ in distinct).items() if count > 1}
     if len(several) < FEWEST_PATIENTS:
         raise ValueError(
             f"Re-identification is learned from patients with two images or more: there are {len(several)}, and it "

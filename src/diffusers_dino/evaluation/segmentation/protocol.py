@@ -203,7 +203,7 @@ def _listed(sweep: Sweep | Sequence[Sweep] | None) -> list[Sweep]:
     return sweeps
 
 
-def _readable(images: MaskedImages, tolerated: float = 0.05) -> MaskedImages:
+def _readable(images: MaskedImages) -> MaskedImages:
     """Those of the images that can be read."""
     lost = []
     for index, key in enumerate(images.keys):
@@ -214,7 +214,7 @@ def _readable(images: MaskedImages, tolerated: float = 0.05) -> MaskedImages:
             lost.append(key)
     if not lost:
         return images
-    if len(lost) > tolerated * len(images):
+    if len(lost) > 0.05 * len(images):
         raise ValueError(
             f"{len(lost)} of {len(images)} images cannot be read, such as {lost[0]}: mend or remove them."
         )
@@ -269,8 +269,8 @@ def score_segments(
         seconds = None if None in times else sum(times) / len(times)
         scored = torch.tensor(sweep.dice, dtype=torch.float64)
         indices = add(method, BEST_PAIR, scored, sweep.settings, seconds)
-        tried = 1 if swept[0].sweep.method == "clusters" else len(sweep.settings)  # which agree on the lungs
-        add(method, NO_GROUND_TRUTH, unsupervised[None], seconds=seconds and seconds * tried)
+        # all settings are made: they agree on the lungs
+        add(method, NO_GROUND_TRUTH, unsupervised[None], seconds=seconds and seconds * len(sweep.settings))
         counts = torch.tensor(sweep.num_segments)[indices, torch.arange(len(images))]
         clusters = _score_kmeans(gray, masks, counts.tolist(), seed, progress)
         names = [f"position weight {weight:g}" for weight in _POSITION_WEIGHTS]
@@ -299,7 +299,9 @@ def chosen_masks(
         gray = _gray_images(images, indices)
         return [_choose_unsupervised(swept, i, image) for i, image in zip(indices, gray, strict=True)]
     sweep = next(sweep for sweep in study.result.sweeps if sweep.method == scores.method)
-    fitted = cross_fit(torch.tensor(sweep.dice), split_in_halves(images.patients, study.result.seed))
+    fitted = cross_fit(
+        torch.tensor(sweep.dice, dtype=torch.float64), split_in_halves(images.patients, study.result.seed)
+    )
     masks = []
     for index in indices:
         segments = _read_all(swept, index)[fitted.indices[index]]

@@ -101,7 +101,7 @@ def _add_reidentification(page: Report, result: SuiteResult, synthetic: ImageSet
     page.add_heading("Re-identification")
     rows = [row for row in (found.real, found.synthetic, found.others) if row is not None]
     table = [[x.pairs, x.num_pairs, x.num_patients, x.auroc, x.low, x.high, x.found] for x in rows]
-    page.add_table(["pairs", "pairs", "patients", "AUROC", "low", "high", "found at 1 % false alarms"], table)
+    page.add_table(["what", "pairs", "patients or images", "AUROC", "low", "high", "found at 1 % false alarms"], table)
     page.add_text(
         f"{found.num_folds} Siamese networks of {found.max_steps} updates, each trained without the patients that it "
         f"compares; {found.num_known} patients have two images or more."
