@@ -17,6 +17,7 @@ if __name__ == "__main__":
 import json
 import logging
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,8 @@ def train(args: Arguments, opened: Run) -> None:
     accelerator = opened.accelerator
     side = regions_of(args)
     images, unseen = split_off_unseen(args, open_training_images(args), args.num_validation_images)
+    if args.num_validation_images:
+        unseen = unseen.select(unseen.keys[: args.num_validation_images])
     teacher = open_teacher(args, images, accelerator.device)
     network = StudentNetwork(make_student(args), teacher.token_dim, args.pixel_mean, args.pixel_std)
     views = TrainingViews(images, make_augmentation(args), args.seed)
@@ -180,6 +183,10 @@ def open_teacher(args: Arguments, images: ImageDataset, device: torch.device) ->
 def teach(args: Arguments, views: TrainingViews, teacher: DinoImageConditioner, opened: Run) -> CachedViews:
     """What the teacher says of all views, from `--output_dir`/teacher, where it is written if it is not there."""
     accelerator, folder = opened.accelerator, make_writable_folder(Path(args.output_dir, "teacher"))
+    if args.overwrite_output_dir and not args.resume_from_checkpoint and accelerator.is_main_process:
+        shutil.rmtree(folder)  # of the run that is replaced
+        folder.mkdir()
+    accelerator.wait_for_everyone()
     recipe = Recipe.of(None, teacher, views, args.cache_views)
     write_feature_cache(
         folder,

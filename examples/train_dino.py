@@ -134,12 +134,12 @@ def run_training(args: Arguments, run: Run) -> None:
         pipe = build_pipeline(args, views.images, accelerator.device)
     models.latent_shape(pipe.vae, pipe.denoiser, args.resolution)  # checks the resolution
     check_objective(args, pipe)
+    if args.feature_cache:
+        views = run.open_cache(views, pipe.vae, pipe.conditioner)
     run.begin(images, use_8bit_adam=args.use_8bit_adam, models=describe_models(args, pipe))
     if accelerator.is_main_process and not args.rank:
         models.save_frozen(pipe, args.output_dir)
     frozen_dtype = models.frozen_dtype(accelerator.mixed_precision)
-    if args.feature_cache:
-        views = run.open_cache(views, pipe.vae, pipe.conditioner)
     cached = bool(args.feature_cache or args.cache_views)
     trainable = models.adapt_for_training(pipe, accelerator.device, frozen_dtype, "cpu" if cached else None)
     if args.channels_last or args.torch_compile:
@@ -279,6 +279,8 @@ def compute_loss(
 
 def check_arguments(args: Arguments) -> None:
     check_frozen_models(args)
+    if args.rank is not None and args.rank < 1:
+        raise ValueError(f"--rank must be at least 1, got {args.rank}: leave it out to train all weights.")
     if args.rank and not args.pretrained_pipeline:
         raise ValueError("A LoRA (--rank) is trained on a whole pipeline: give --pretrained_pipeline.")
     if args.rank and args.fuse_encoders:

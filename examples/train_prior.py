@@ -35,6 +35,7 @@ from diffusers_dino.cli.training_flags import (
     TokenArguments,
     check_conditioner,
     load_conditioner,
+    open_unseen,
     open_views,
 )
 from diffusers_dino.fingerprints import own_config
@@ -351,9 +352,7 @@ def open_held_out(
 ) -> prior.HeldOut | None:
     """Tokens and conditions of images that are not trained on."""
     if args.validation_data_dir and args.validation_steps:
-        images = data.open_images(
-            args.validation_data_dir, views.images.preprocessing, max_unreadable=args.max_unreadable
-        )
+        images = open_unseen(args, args.validation_data_dir, views.images)
         known = read_known(args, images, columns)
         facts = prior.KnownFacts(images.keys, known, pipe.prior.conditions, pipe.encode_text)
         held: Views = data.TrainingViews(images, None, args.seed)
@@ -376,9 +375,9 @@ def save_result(
 ) -> None:
     """Write the pipeline, with the weights of the lowest validation loss if there is one."""
     with state.averaged_weights():
-        if validator.best is not None:
+        best = Path(args.output_dir, "best", "prior", SAFETENSORS_WEIGHTS_NAME)
+        if validator.best is not None and best.is_file():  # set aside where a run went back
             num_updates = validator.best.step
-            best = Path(args.output_dir, "best", "prior", SAFETENSORS_WEIGHTS_NAME)
             pipe.prior.load_state_dict(load_file(best))
         torch.nn.Module.to(pipe.prior, getattr(torch, args.weights_dtype))  # statistics stay float32
         put_result(Path(args.output_dir), pipe.save_pretrained)

@@ -31,9 +31,10 @@ from diffusers_dino.cli.training_flags import (
     RunArguments,
     make_augmentation,
     open_training_images,
+    open_unseen,
 )
 from diffusers_dino.cli.training_run import TrainingRun
-from diffusers_dino.data import ImageDataset, TrainingViews, collate, open_images
+from diffusers_dino.data import ImageDataset, TrainingViews, collate
 from diffusers_dino.fingerprints import fingerprint_model, own_config
 from diffusers_dino.latents import shift_and_scale, vae_scale_factor
 from diffusers_dino.pixels import unit_to_vae, vae_to_unit
@@ -155,7 +156,7 @@ class AutoencodingNetwork(nn.Module):
 def split_images(args: Arguments, images: ImageDataset) -> tuple[ImageDataset, ImageDataset]:
     """Images to train on, and images to look at."""
     if args.validation_data_dir:
-        unseen = open_images(args.validation_data_dir, images.preprocessing, max_unreadable=args.max_unreadable)
+        unseen = open_unseen(args, args.validation_data_dir, images)
         return images, unseen.select(unseen.keys[: args.num_validation_images])
     if not 0 < args.num_validation_images < len(images):
         raise ValueError(

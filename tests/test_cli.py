@@ -10,7 +10,7 @@ import yaml
 
 import diffusers_dino.cli
 from diffusers_dino.cli import COMMANDS
-from diffusers_dino.cli.arguments import flag, parse_arguments
+from diffusers_dino.cli.arguments import flag, name_and_path, parse_arguments
 from scripts import EXAMPLES
 
 TRAINING_CONFIGS = [*EXAMPLES.glob("configs/paper_*.yaml"), EXAMPLES / "configs/quickstart.yaml"]
@@ -114,12 +114,17 @@ class Arguments:
     steps: int = flag(0, "Steps.")
 
 
-@pytest.mark.parametrize("place", [[], ["--config"]])
+@pytest.mark.parametrize("place", ["{}", "--config {}", "--config={}"])
 def test_values_of_a_config_get_the_types_of_the_flags_and_the_command_line_wins(tmp_path, place):
     path = tmp_path / "config.yaml"
     path.write_text("rate: -1e-3\nname: null\naugment: true\nwidths: [8, 16]\nsteps: 3\n")
-    args = parse_arguments(Arguments, [*place, str(path), "--steps", "2"])
+    args = parse_arguments(Arguments, [*place.format(path).split(), "--steps", "2"])
     assert args == Arguments(rate=-1e-3, name="x", augment=True, widths=[8, 16], steps=2)
+
+
+def test_a_path_with_a_sign_in_it_is_not_a_name():
+    assert name_and_path("mine=runs/lr=1e-4") == ("mine", "runs/lr=1e-4")
+    assert name_and_path("runs/lr=1e-4/model") == ("model", "runs/lr=1e-4/model")
 
 
 @pytest.mark.parametrize("config", TRAINING_CONFIGS, ids=lambda path: path.stem)

@@ -135,9 +135,10 @@ def test_other_files_and_a_start_that_failed_do_not_stand_in_the_way(train, tmp_
     (tmp_path / "out" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="must be a multiple"):
         train(resolution=34)
-    with pytest.raises(ValueError, match="not a valid SchedulerType"):
-        train(lr_scheduler="straight")
     assert (train(max_train_steps=1) / "notes.txt").read_text() == "mine"
+    with pytest.raises(ValueError, match="not a valid SchedulerType"):
+        train(lr_scheduler="straight", overwrite_output_dir=True)
+    assert (tmp_path / "out" / "model_index.json").exists()
 
 
 def test_what_a_run_reads_is_not_overwritten_by_it(train):

@@ -75,6 +75,8 @@ def test_wishes_are_heard_at_an_exchange():
         update(weight, *rest, step)
     assert rest[1].stop
     assert rest[1].save
+    update(weight, *rest, 6)  # one wish, one checkpoint
+    assert not rest[1].save
 
 
 def test_slow_updates_are_exchanged_more_often(monkeypatch):

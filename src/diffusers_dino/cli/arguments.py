@@ -79,6 +79,7 @@ def parse_arguments(
     keys of the file that are not nearly a flag are left out, as they may be another program's.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     usage = "%(prog)s [CONFIG.yaml] [--FLAG VALUE ...]"
     parser = _Parser(kind, prog=prog, usage=usage, allow_abbrev=False, description=description, formatter_class=_Help)
     known = [option.lstrip("-") for option in parser._option_string_actions]
@@ -147,4 +148,4 @@ def _closest(name: str, known: list[str], cutoff: float) -> str | None:
 def name_and_path(text: str) -> tuple[str, str]:
     """`NAME=PATH`, or `PATH`, which is called as its last part."""
     name, sign, path = text.partition("=")
-    return (name, path) if sign else (os.path.basename(os.path.abspath(text)) or text, text)
+    return (name, path) if sign and "/" not in name else (os.path.basename(os.path.abspath(text)) or text, text)

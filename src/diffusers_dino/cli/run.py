@@ -13,6 +13,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from diffusers.optimization import SchedulerType
 
 from .. import data
 from ..conditioner import DinoImageConditioner
@@ -82,6 +83,9 @@ class Run:
                 f"--checkpoints_total_limit must be at least 1, got {args.checkpoints_total_limit}: leave it out "
                 "to keep all checkpoints."
             )
+        if args.max_train_steps is not None and args.max_train_steps < 1:
+            raise ValueError(f"--max_train_steps must be at least 1, got {args.max_train_steps}.")
+        SchedulerType(args.lr_scheduler)  # refuses a wrong name before the folder is touched
         self.args, self.accelerator = args, accelerator
         self.interruption = Interruption(
             args.checkpointing_minutes if accelerator.is_main_process else 0, starting=True

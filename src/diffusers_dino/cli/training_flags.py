@@ -215,13 +215,12 @@ def split_off_unseen(args: Any, images: data.ImageDataset, count: int) -> tuple[
     (a twentieth, at most `count`) is held out, patient by patient where shards say whose an image is, else from the
     end of the names, in whose order a patient's images are together. With a `count` of 0 they are the training images.
     """
-    options = {"max_unreadable": args.max_unreadable}
     if args.validation_data_dir:
-        return images, data.open_images(args.validation_data_dir, images.preprocessing, **options)
+        return images, open_unseen(args, args.validation_data_dir, images)
     if not count:
         return images, images
     if "validation" in _splits_of(args.train_data_dir) and args.dataset_split == "train":
-        unseen = data.open_images(args.train_data_dir, images.preprocessing, split="validation", **options)
+        unseen = open_unseen(args, args.train_data_dir, images, "validation")
         logger.info(f"Measuring on the {len(unseen)} images of the shards' own split, validation.")
         return images, unseen
     groups: dict[str, list[str]] = {}
@@ -235,7 +234,7 @@ def split_off_unseen(args: Any, images: data.ImageDataset, count: int) -> tuple[
             held, patients = held + groups[patient], patients + 1
     if len(held) < 2:
         raise ValueError(
-            f"{len(images)} images of {len(groups)} patients are too few to hold some out for --metric_steps: give "
+            f"{len(images)} images of {len(groups)} patients are too few to hold some out to measure on: give "
             "unseen images as --validation_data_dir."
         )
     logger.info(
@@ -244,6 +243,18 @@ def split_off_unseen(args: Any, images: data.ImageDataset, count: int) -> tuple[
     )
     unseen = set(held)
     return images.select([key for key in images.keys if key not in unseen]), images.select(held)
+
+
+def open_unseen(args: Any, source: str, images: data.ImageDataset, split: str = "train") -> data.ImageDataset:
+    """Other images than those of training, opened as they are."""
+    return data.open_images(
+        source,
+        images.preprocessing,
+        split=split,
+        image_column=args.image_column,
+        max_unreadable=args.max_unreadable,
+        local_files_only=args.dataset_name is None,
+    )
 
 
 def _splits_of(source: str | None) -> set[str]:

@@ -59,7 +59,10 @@ def model_files(folder: str | Path) -> dict[str, Content]:
     folder = Path(folder)
     kind = folder_kind(folder)
     if kind == "lora":
-        return {_LORA: folder / _LORA}
+        scheduler = "scheduler/scheduler_config.json"  # of a distilled one
+        return {_LORA: folder / _LORA} | (
+            {scheduler: _content(folder / scheduler)} if (folder / scheduler).is_file() else {}
+        )
     if kind != "pipeline":
         paths = [
             folder / "config.json",

@@ -128,8 +128,9 @@ def load_trained_pipeline(name_or_path: str | Path, dtype: torch.dtype | None = 
     if not folder.is_dir() or (folder / "model_index.json").is_file():
         return DinoDiffusionPipeline.from_pretrained(str(name_or_path), **options)
     if (folder / LORA_WEIGHT_NAME_SAFE).is_file():
-        base = json.loads((run / "training_arguments.json").read_text())["pretrained_pipeline"]
-        pipe = DinoDiffusionPipeline.from_pretrained(base, **options)
+        told = json.loads((run / "training_arguments.json").read_text())
+        options |= {name: told.get(name) for name in ("revision", "variant")}
+        pipe = DinoDiffusionPipeline.from_pretrained(told["pretrained_pipeline"], **options)
         pipe.load_lora_weights(folder)
         pipe.fuse_lora()
         pipe.unload_lora_weights()

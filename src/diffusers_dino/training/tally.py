@@ -89,6 +89,7 @@ class Tally:
         Raises:
             FloatingPointError: At an exchange, if the loss or the gradient of one of them was not finite.
         """
+        self.save = False  # a wish is of one exchange
         self._noted.append((step, loss.detach(), torch.as_tensor(norm, device=loss.device), lr, keys))
         if not at_once and len(self._noted) < self._until_exchange:
             before = self._optimizer.found_inf if len(self._noted) > 1 else None
