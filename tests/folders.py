@@ -11,6 +11,16 @@ def contents(folder: Path, pattern: str = "**/*") -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.glob(pattern) if path.is_file()}
 
 
+class Planted:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
 @contextmanager
 def full_disk(size: int) -> Iterator[None]:
     """Inside, no file can be written beyond so many bytes."""

@@ -36,10 +36,10 @@ TOY_CLASSIFIER = {
 }
 
 
-def image_folder(folder: Path, count: int, size: int) -> Path:
+def image_folder(folder: Path, count: int, size: int, seed: int = 0) -> Path:
     """Fill a folder with smooth gray images `000.png`, `001.png`, ..."""
     folder.mkdir(exist_ok=True)
-    pixels = (tiny.random_images(count, channels=1, size=size)[:, 0] * 255).byte().numpy()
+    pixels = (tiny.random_images(count, channels=1, size=size, seed=seed)[:, 0] * 255).byte().numpy()
     for number, image in enumerate(pixels):
         Image.fromarray(image).save(folder / f"{number:03d}.png")
     return folder

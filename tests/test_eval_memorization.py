@@ -50,7 +50,7 @@ def flags(folder, tmp_path) -> dict:
         "size": 32,
         "false_alarms": 0.05,
         "num_pairs": 4,
-        "num_planted": 8,
+        "num_planted": 1,
         "output_dir": tmp_path / "out",
     }
 

@@ -1,5 +1,6 @@
 """`benchmarks/gpu.py` on a CPU with tiny models: nothing in it may be run for the first time on somebody's GPU."""
 
+import gc
 import importlib
 import json
 import re
@@ -13,6 +14,14 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections():
+    """`free_memory` collects after each way: among all that the tests have imported, most of a second each time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

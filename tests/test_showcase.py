@@ -1,7 +1,6 @@
 """`examples/showcase.py`: three scripts, one model; stopped, it goes on where it was."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,18 +14,20 @@ from tiny import tiny_encoder
 PHANTOMS = scripts.EXAMPLES / "data/phantom-cxr"
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "diffusion_pytorch_model.safetensors")
-
-
 @pytest.mark.slow
-def test_one_command_makes_the_model_and_goes_on_where_it_was(tmp_path):
+def test_one_command_makes_the_model_and_goes_on_where_it_was(tmp_path, monkeypatch):
+    def launch(script, flags, folder):  # as `launch_training`, in this process
+        monkeypatch.chdir(folder)
+        scripts.call_argv(script.name, flags)
+
+    monkeypatch.setattr("showcase.launch_training", launch)
     teacher = save_transformers(tiny_encoder(patch_size=14, image_size=56), tmp_path / "teacher")
     flags = {"train_data_dir": PHANTOMS / "phantom-cxr-train-*.tar", "teacher": teacher, "max_train_samples": 100}
     flags |= {"output_dir": tmp_path / "run", "max_train_steps": 1}
     scripts.call_script("showcase.py", **flags)
     model = tmp_path / "run/model"
-    assert weights(model / "unet")["conv_in.weight"].dtype == torch.float16
+    weights = load_file(model / "unet/diffusion_pytorch_model.safetensors")
+    assert weights["conv_in.weight"].dtype == torch.float16
     pipe = DinoDiffusionPipeline.from_pretrained(model)
     assert (pipe.conditioner.num_tokens, pipe.conditioner.token_dim) == (5, 128)
     assert len(pipe(torch.rand(1, 1, 128, 128), num_inference_steps=1).images) == 1

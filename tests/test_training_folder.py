@@ -22,6 +22,7 @@ from diffusers_dino import DinoDiffusionPipeline
 from diffusers_dino.files import lock_folder, sha256_of
 from diffusers_dino.training.checkpoints import newest_checkpoint
 from diffusers_dino.training.run_folder import RunFolder, RunFolderError
+from folders import contents as everything
 from folders import full_disk
 from kills import Killed, kills
 from scripts import losses
@@ -75,10 +76,6 @@ def contents(folder: Path) -> dict[str, str]:
     own = ("run.json", "manifest.json", "lock", "training_arguments.json", "README.md", "validated")
     files = (path for path in folder.rglob("*") if path.is_file() and path.name not in own)
     return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
-
-
-def everything(folder: Path) -> dict[str, str]:
-    return {str(path): sha256_of(path) for path in folder.rglob("*") if path.is_file()}
 
 
 SCRIPTS = {

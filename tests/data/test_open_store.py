@@ -276,8 +276,8 @@ def claim(folder: Path, shards: list[dict]) -> None:
         [{"name": "x-000000.tar", "samples": 10_000_000}],
         [{"name": "x-000000.tar", "samples": 2**31 - 1}],
         [{"name": "x-000000.tar", "samples": 8}, {"name": "y.tar", "samples": 10**9}],
-        [{"name": f"y-{number:06d}.tar", "samples": 0} for number in range(100_000)],
-        [{"name": f"y-{number:06d}.tar", "samples": 1000} for number in range(100_000)],
+        [{"name": f"y-{number:06d}.tar", "samples": 0} for number in range(12_000)],
+        [{"name": f"y-{number:06d}.tar", "samples": 1000} for number in range(12_000)],
     ],
 )
 def test_a_manifest_that_promises_far_more_than_there_is_is_refused(tmp_path, caplog, shards):

@@ -147,9 +147,9 @@ class TestVerification:
     def test_many_missing_shards_are_counted_at_once(self, shards):
         manifest = json.loads((shards / "manifest.json").read_text())
         entry = manifest["shards"][0]
-        manifest["shards"] = [entry | {"name": f"train-{number:06d}.tar"} for number in range(100_000)]
+        manifest["shards"] = [entry | {"name": f"train-{number:06d}.tar"} for number in range(2_000)]
         (shards / "manifest.json").write_text(json.dumps(manifest))
-        with pytest.raises(ShardError, match="and 99989 more") as caught:
+        with pytest.raises(ShardError, match="and 1989 more") as caught:
             check_shards(shards)
         assert len(str(caught.value)) < 2000
 

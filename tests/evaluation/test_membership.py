@@ -3,8 +3,8 @@
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from PIL import Image
 
+import scripts
 import tiny
 from diffusers_dino.data import Preprocessing, open_images
 from diffusers_dino.evaluation import evaluate_membership
@@ -93,13 +93,8 @@ def test_every_kind_of_prediction_has_its_error(kind, members):
 
 
 def test_patients_are_drawn_whole_and_lost_images_left_out(overfitted, tmp_path, caplog):
-    folders = {}
-    for name, seed in (("a", 6), ("b", 7)):
-        folders[name] = tmp_path / name
-        folders[name].mkdir()
-        for number, image in enumerate(tiny.random_images(8, channels=1, seed=seed)):
-            Image.fromarray((image[0] * 255).byte().numpy()).save(folders[name] / f"{number}.png")
-    (folders["a"] / "3.png").write_bytes(b"no image")
+    folders = {name: scripts.image_folder(tmp_path / name, 8, 32, seed) for name, seed in (("a", 6), ("b", 7))}
+    (folders["a"] / "003.png").write_bytes(b"no image")
     images = [open_images(folder, Preprocessing(32), max_unreadable=0.5) for folder in folders.values()]
     patients = {
         "training_groups": [f"p{i // 2}" for i in range(8)],

@@ -67,21 +67,21 @@ def test_figures_name_their_sets_and_agree_with_each_other(study, phantoms):
 
 
 def test_the_threshold_may_come_from_held_out_images(phantoms):
-    training, others = phantoms[::2], phantoms[1::2]
-    options = {"calibrate_on": "held out", "false_alarms": 0.05, "num_planted": 1}
+    training, others = phantoms[:120:2], phantoms[1:120:2]
+    options = {"calibrate_on": "held out", "false_alarms": 0.1, "num_planted": 1}
     result, _ = evaluate_memorization(training, held_out=others, **options)
     assert (result.calibrated_on, result.synthetic, result.closest) == ("held out", None, ())
-    assert 0 < result.held_out.share < 0.05
+    assert 0 < result.held_out.share < 0.1
 
 
 def test_images_of_the_same_patient_are_not_compared(phantoms):
-    training = phantoms[::2]
+    training = phantoms[:120:2]
     patients = list(range(len(training)))
-    options = {"held_out": training[:40], "false_alarms": FALSE_ALARMS, "num_planted": 1}
+    options = {"held_out": training[:20], "false_alarms": 0.05, "num_planted": 1}
     blind = evaluate_memorization(training, **options).result
-    groups = {"training_groups": patients, "held_out_groups": patients[:40]}
+    groups = {"training_groups": patients, "held_out_groups": patients[:20]}
     known = evaluate_memorization(training, **options, **groups).result
-    assert blind.held_out.copies == 40  # they are the training images themselves
+    assert blind.held_out.copies == 20  # they are the training images themselves
     assert known.held_out.copies <= 2
     assert known.training == blind.training
 

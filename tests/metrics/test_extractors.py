@@ -16,6 +16,7 @@ from diffusers_dino.metrics import FeatureExtractor, FeatureSpec, open_extractor
 from diffusers_dino.metrics.extractors import inception, xrv
 from diffusers_dino.metrics.extractors.files import checked_sha256
 from diffusers_dino.metrics.extractors.xrv import convert_xrv_weights
+from folders import Planted
 from tiny import random_images, seeded, tiny_encoder
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
@@ -84,17 +85,9 @@ def test_xrv_is_converted_from_a_state_dict_too(xrv_model, xrv_weights, tmp_path
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-class Exploit:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
 def test_xrv_runs_no_code_of_a_pickle(tmp_path):
     pytest.importorskip("torchxrayvision")
-    torch.save({"features.conv0.weight": Exploit(tmp_path / "ran")}, tmp_path / "evil.pt")
+    torch.save({"features.conv0.weight": Planted(tmp_path / "ran")}, tmp_path / "evil.pt")
     with pytest.raises(ValueError, match="not a model of torchxrayvision, or more than one"):
         convert_xrv_weights(tmp_path / "evil.pt", tmp_path / "xrv.safetensors", sha256(tmp_path / "evil.pt"))
     assert not (tmp_path / "ran").exists()
@@ -288,7 +281,7 @@ def test_inception_is_torch_fidelitys(inception_weights, monkeypatch):
 def test_inception_refuses_other_weights(inception_weights, tmp_path):
     with pytest.raises(ValueError, match="SHA-256"):
         open_extractor("inception", inception_weights)
-    torch.save({"fc.weight": Exploit(tmp_path / "ran")}, tmp_path / "evil.pth")
+    torch.save({"fc.weight": Planted(tmp_path / "ran")}, tmp_path / "evil.pth")
     with pytest.raises(ValueError, match="does not hold the weights"):
         open_extractor("inception", tmp_path / "evil.pth", sha256=sha256(tmp_path / "evil.pth"))
     assert not (tmp_path / "ran").exists()

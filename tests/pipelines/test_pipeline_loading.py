@@ -80,16 +80,16 @@ def _fitted(**options):
         _fitted,
     ],
 )
-@pytest.mark.parametrize("kind", [DinoDiffusionPipeline, DiffSegPipeline])
-def test_a_conditioner_of_another_training_is_refused(saved, images, kind, change):
+def test_a_conditioner_of_another_training_is_refused(saved, change):
     """What a new training in the folder of a finished model leaves where it is killed."""
     other = change()
     other.save_pretrained(saved / "conditioner")
-    with pytest.raises(ValueError, match="do not belong together"):
-        kind.from_pretrained(saved)
-    pipe = kind.from_pretrained(saved, conditioner=other)  # on purpose
+    for kind in (DinoDiffusionPipeline, DiffSegPipeline):
+        with pytest.raises(ValueError, match="do not belong together"):
+            kind.from_pretrained(saved)
+    pipe = DiffSegPipeline.from_pretrained(saved, conditioner=other)  # on purpose
     pipe.save_pretrained(saved)
-    kind.from_pretrained(saved)
+    DinoDiffusionPipeline.from_pretrained(saved)
 
 
 @pytest.mark.parametrize("note", [None, "text", 1, {}, {"settings": None, "statistics": None}, {"statistics": "ab"}])

@@ -23,6 +23,7 @@ from diffusers_dino.training.checkpoints import (
 )
 from diffusers_dino.training.plain_state import read_state, write_state
 from diffusers_dino.training.state import ModelState
+from folders import Planted
 
 
 class Written:
@@ -98,16 +99,6 @@ def test_a_step_can_be_saved_again_and_after_a_killed_save(tmp_path):
     save(tmp_path, 1, Written("second"))
     assert (read_checkpoint(tmp_path / "checkpoint-1").path / "unet" / "model.bin").read_text() == "second"
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
-
-
-class Planted:
-    """Touches a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 def train_a_little(kind=torch.optim.AdamW, steps: int = 3, **options):
