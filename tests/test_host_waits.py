@@ -100,7 +100,9 @@ def test_an_update(settings, cached):
     flow = settings.pop("flow", False)
     scheduler = FlowMatchEulerDiscreteScheduler() if flow else tiny.tiny_scheduler()
     vae = tiny.tiny_vae(latents_mean=[0.1] * tiny.LATENT_CHANNELS, latents_std=[2.0] * tiny.LATENT_CHANNELS)
-    pipe = moved(tiny.tiny_pipeline(scheduler=scheduler, vae=vae.requires_grad_(False)))
+    pipe = moved(
+        tiny.tiny_pipeline(unet=tiny.tiny_unet(**tiny.ONE_LEVEL), scheduler=scheduler, vae=vae.requires_grad_(False))
+    )
     encode = FeatureEncoder(pipe.vae, pipe.conditioner, META)
     update(
         lambda batch: script.compute_loss(script.Arguments(**settings), pipe, pipe.unet, encode, batch),
@@ -161,7 +163,7 @@ def test_random_views(tmp_path):
 def test_sampling(kind):
     flow = kind is FlowMatchEulerDiscreteScheduler
     scheduler = kind() if flow else kind.from_config(tiny.tiny_scheduler().config)
-    pipe = moved(tiny.tiny_pipeline(scheduler=scheduler))
+    pipe = moved(tiny.tiny_pipeline(unet=tiny.tiny_unet(**tiny.ONE_LEVEL), scheduler=scheduler))
     embeds = torch.ones(2, 5, tiny.TOKEN_DIM)
     options = {"num_inference_steps": 4, "guidance_scale": 3.0, "guidance_rescale": 0.5}
     latents = pipe(image_embeds=embeds, generator=tiny.generators(0, 1), output_type="latent", **options).images
