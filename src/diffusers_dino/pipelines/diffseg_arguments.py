@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -20,9 +20,12 @@ __all__ = [
     "listed_timesteps",
     "mask_size",
     "merge_thresholds",
+    "refuse_idle",
 ]
 
 FEATURES = ("unet", "encoder")
+
+Settings = Mapping[str, Any]
 
 
 def check_merging(merging: str, cut_threshold: float = 1.0, walk_steps: int = 1, cut_power: float = 1.0) -> None:
@@ -54,6 +57,20 @@ def chosen_merging(
         if merging == "kl":
             raise ValueError(f"merging={merging!r} is of attention maps: merge features={features!r} by 'ncut'.")
     return merging if merging is not None else "kl" if by_attention else "ncut"
+
+
+def refuse_idle(
+    by_attention: bool, merging: str, of_attention: Settings, of_merging: Settings, of_features: Settings
+) -> None:
+    """Refuse what was given and nothing reads: arguments of attention, of DiffSeg's merging, or of features."""
+    idle = {**(of_features if by_attention else of_attention)}
+    if not by_attention or merging == "ncut":
+        idle |= of_merging
+    if named := [name for name, value in idle.items() if value is not None and value is not False]:
+        raise ValueError(
+            f"{' and '.join(f'`{name}`' for name in named)} would change nothing with these `features`, `merging` or "
+            "`clusters`: leave it out."
+        )
 
 
 def listed_features(features: str | Sequence[str]) -> list[str]:

@@ -33,7 +33,14 @@ from .checks import (
     image_size,
     initial_noise,
 )
-from .diffseg_arguments import check_merging, chosen_merging, listed_timesteps, mask_size, merge_thresholds
+from .diffseg_arguments import (
+    check_merging,
+    chosen_merging,
+    listed_timesteps,
+    mask_size,
+    merge_thresholds,
+    refuse_idle,
+)
 from .diffseg_conditions import encode_empty_prompt, for_batch
 from .loading import ComponentLoadingMixin
 from .lora import DenoiserLoraMixin
@@ -281,6 +288,18 @@ class DiffSegPipeline(SegmentsMixin, ComponentLoadingMixin, DiffusionPipeline, D
         merge_thresholds(merge_threshold, num_merges, relative_threshold, self.settings.merge_threshold)
         encoded = {"encoder_size": encoder_size, "encoder_layer": encoder_layer}
         merging = chosen_merging(features, merging, clusters, timestep=timestep, size=size, layers=layers, **encoded)
+        refuse_idle(
+            features == "attention" and clusters is None,
+            merging,
+            {"sides": sides, "weights": weights, "add_noise": add_noise},
+            {
+                "merge_threshold": merge_threshold,
+                "relative_threshold": relative_threshold,
+                "anchors_per_side": anchors_per_side,
+                "refine": refine,
+            },
+            encoded,
+        )
         cut = {} if cut_threshold is None else {"cut_threshold": cut_threshold}
         check_merging(merging, walk_steps=walk_steps, cut_power=cut_power, **cut)
         check_choice(("pt", "np"), output_type=output_type)
