@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := src tests examples benchmarks
-# Processes that share the tests, a file to one of them; one more than two cores have, as tests of killed commands wait.
+# Processes that share the tests, a file to one of them; two more than two cores have, as tests of killed commands wait.
 # 0 runs them in one, with its output as it comes.
-TEST_WORKERS ?= 3
+TEST_WORKERS ?= 4
 
 # Commands that are started many times keep what Python has compiled of them.
 export PYTHONDONTWRITEBYTECODE :=
