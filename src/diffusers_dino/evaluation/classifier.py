@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from ..data.images.augmentation import Augmentation
 from ..data.order import GlobalBatchSampler
+from ..files import sha256_of
 from ..metrics.auroc import macro_auroc
 from ..seeds import derive_seed
 from .packed import PackedImages
@@ -93,6 +94,10 @@ class ClassifierSettings:
         """The architecture and its options, for tables."""
         options = ", ".join(f"{name}={value}" for name, value in json.loads(self.options).items())
         return f"{self.model} ({options})" if options else self.model
+
+    def facts(self) -> dict[str, Any]:
+        """All that results follow from, by name: the weights to start from by their SHA-256, not by their path."""
+        return asdict(self) | {"weights": self.weights and sha256_of(self.weights)}
 
     def augmentation(self) -> Augmentation:
         """Random views of training images: a light affine map, without a flip, which would move the heart."""

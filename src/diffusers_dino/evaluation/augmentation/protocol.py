@@ -17,7 +17,7 @@ import numpy as np
 from ...data import ImageDataset
 from ...data.labels import LabelTable
 from ...devices import count_workers
-from ...files import lock_folder, make_writable_folder, read_json, sha256_of, write_json
+from ...files import lock_folder, make_writable_folder, read_json, write_json
 from ...fingerprints import as_json, hash_of
 from ...frozen import require_same
 from ...metrics.auroc import check_classes
@@ -170,7 +170,7 @@ def evaluate_augmentation(
             **options,
             "synthesis": asdict(synthesis) | {"dtype": dtype, "scheduler": scheduler},
             "gate": gates,
-            "classifier": asdict(classifier) | {"weights": classifier.weights and sha256_of(classifier.weights)},
+            "classifier": classifier.facts(),
             **own,
         }
         begun, path = as_json(begun), output / "experiment.json"

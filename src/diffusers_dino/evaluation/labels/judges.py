@@ -6,15 +6,16 @@ With K folds there are K (K - 1) / 2 judges; reconstructions, whose sources are 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from ...data import Preprocessing, open_images
 from ...data.labels import LabelTable
-from ...files import sha256_of
 from ...fingerprints import hash_of
 from ...seeds import derive_seed
 from ...synthesis import PlannedImage, SyntheticSet
@@ -188,11 +189,14 @@ class Judges:
     def _labelled(self, rows: np.ndarray) -> LabelledImages:
         return LabelledImages(self.real, rows, self.table.targets(self.labels)[rows])
 
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        return self.settings.facts()  # which reads a file of weights: once for all judges
+
     def _judge(self, pair: tuple[int, int]) -> Judge:
         rows = zip(self.table.keys, self.table.patients, self.folds.tolist(), strict=True)
         targets = self.table.targets(self.labels).tobytes().hex()
-        settings = asdict(self.settings) | {"weights": self.settings.weights and sha256_of(self.settings.weights)}
-        options = (self.labels, self.validation_fraction, self.seed, tuple(sorted(settings.items())))
+        options = (self.labels, self.validation_fraction, self.seed, tuple(sorted(self._settings.items())))
         digest = hash_of(pair, tuple(rows), targets, options, self.real.recipe)
         return Judge(self.folder / f"judge-{pair[0]}-{pair[1]}.safetensors", self.settings, digest)
 
