@@ -1,5 +1,6 @@
 """Image files in memory: by Pillow, and with 16 bits in each of several channels, which Pillow does not write."""
 
+import ctypes
 import io
 import re
 import struct
@@ -12,6 +13,9 @@ import pytest
 from PIL import Image
 
 _COLOR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}
+_M_MMAP_THRESHOLD = -3  # of malloc.h
+if hasattr(ctypes.CDLL(None), "mallopt"):  # glibc would keep blocks of up to 32 MB that were freed: see `peak_of`
+    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**22)
 
 
 def encoded(image: Image.Image | np.ndarray, kind: str = "png", **options) -> bytes:

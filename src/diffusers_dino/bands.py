@@ -9,11 +9,11 @@ import PIL.Image
 
 __all__ = ["bands", "map_bands", "pixels_of"]
 
-_VALUES = 2**20
+_VALUES = 2**18
 
 
 def bands(height: int, row: int) -> Iterator[slice]:
-    """Rows of an image, about a million values at a time; `row` is how many a row has."""
+    """Rows of an image, about a quarter of a million values at a time; `row` is how many a row has."""
     step = max(1, _VALUES // max(row, 1))
     return (slice(top, min(top + step, height)) for top in range(0, height, step))
 
