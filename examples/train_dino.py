@@ -44,6 +44,7 @@ from diffusers_dino.pipelines.preparation import note_preparation
 from diffusers_dino.schedules import is_flow
 from diffusers_dino.training import models, objective, optim, validation
 from diffusers_dino.training.features import FeatureEncoder, Views, cache_in_memory, fit_familiarity
+from diffusers_dino.training.perceptual import token_loss
 from diffusers_dino.training.run_folder import put_result
 from diffusers_dino.training.state import TrainingState
 from diffusers_dino.training.tally import Tally
@@ -81,6 +82,10 @@ class Arguments(SharingArguments, RunArguments, FeatureArguments):
         None, "Leave whole encoders out at random, so that any of them will do at sampling; with --fuse_encoders."
     )
     snr_gamma: float | None = flag(None, "Min-SNR weighting of the loss; 5.0 is its authors' choice.")
+    token_weight: float = flag(
+        0.0,
+        "Weight of the error of tokens of the predicted images, for images that are faithful to the condition.",
+    )
     noise_offset: float = flag(0.0, "Strength of noise that is constant over a channel.")
     scale_lr: bool = flag(False, "Scale the learning rate by the images per update.", group="More of the optimisation")
     use_8bit_adam: bool = flag(False, "bitsandbytes' AdamW.")
@@ -141,7 +146,8 @@ def run_training(args: Arguments, run: Run) -> None:
         models.save_frozen(pipe, args.output_dir)
     frozen_dtype = models.frozen_dtype(accelerator.mixed_precision)
     cached = bool(args.feature_cache or args.cache_views)
-    trainable = models.adapt_for_training(pipe, accelerator.device, frozen_dtype, "cpu" if cached else None)
+    at_rest = "cpu" if cached and not args.token_weight else None
+    trainable = models.adapt_for_training(pipe, accelerator.device, frozen_dtype, at_rest)
     if args.channels_last or args.torch_compile:
         pipe.denoiser.to(memory_format=torch.channels_last)
         pipe.vae.to(memory_format=torch.channels_last)
@@ -249,7 +255,7 @@ def compute_loss(
 ) -> Tensor:
     """The weighted squared error of what `model`, the denoiser, predicts for a batch: a scalar."""
     scheduler = pipe.scheduler
-    mean, std, tokens = encode(batch)
+    mean, std, wanted = encode(batch)
     draws = objective.draw_for_training(
         batch["position"],
         latent_shape=mean.shape[1:],
@@ -258,7 +264,7 @@ def compute_loss(
         noise_offset=args.noise_offset,
     ).to(mean.device)
     latents = mean + std * draws.latent_noise
-    null_tokens = pipe.conditioner.null_condition(1)
+    tokens, null_tokens = wanted, pipe.conditioner.null_condition(1)
     if pipe.fusion is not None:
         counts = pipe.fusion.config["tokens_per_encoder"]
         kept = objective.draw_encoders(
@@ -270,11 +276,15 @@ def compute_loss(
     tokens = fuse(fusion, tokens)
     prediction = family_of(pipe.denoiser).predict(model, noisy, timesteps, tokens)
     target = objective.prediction_target(scheduler, latents, draws.noise, timesteps)
-    if args.snr_gamma is None:
-        return objective.weighted_mse(prediction, target)
-    alphas_cumprod = scheduler.alphas_cumprod[draws.timesteps]
-    weights = objective.min_snr_weights(alphas_cumprod, args.snr_gamma, scheduler.config["prediction_type"])
-    return objective.weighted_mse(prediction, target, weights)
+    weights = None
+    if args.snr_gamma is not None:
+        alphas_cumprod = scheduler.alphas_cumprod[draws.timesteps]
+        weights = objective.min_snr_weights(alphas_cumprod, args.snr_gamma, scheduler.config["prediction_type"])
+    loss = objective.weighted_mse(prediction, target, weights)
+    if args.token_weight:
+        told = draws.drop >= args.condition_dropout
+        loss = loss + args.token_weight * token_loss(pipe, prediction, noisy, timesteps, wanted, told)
+    return loss
 
 
 def check_arguments(args: Arguments) -> None:
@@ -285,6 +295,8 @@ def check_arguments(args: Arguments) -> None:
         raise ValueError("A LoRA (--rank) is trained on a whole pipeline: give --pretrained_pipeline.")
     if args.rank and args.fuse_encoders:
         raise ValueError("A LoRA (--rank) keeps its pipeline's fusion as it is: leave --fuse_encoders out.")
+    if args.token_weight < 0:
+        raise ValueError(f"--token_weight must not be negative, got {args.token_weight}.")
     if args.encoder_dropout is not None and not args.fuse_encoders:
         raise ValueError("--encoder_dropout needs what tells the encoders apart: give it with --fuse_encoders.")
     named = [name for name in ("unet", "unet_config", "transformer", "transformer_config") if getattr(args, name)]

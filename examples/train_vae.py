@@ -16,13 +16,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from diffusers_dino import DinoImageConditioner
 from diffusers_dino.cli.arguments import flag, parse_arguments
 from diffusers_dino.cli.run import Run, open_run
 from diffusers_dino.cli.training_flags import (
@@ -42,6 +43,7 @@ from diffusers_dino.seeds import generator_for
 from diffusers_dino.sheets import contact_sheet
 from diffusers_dino.training.adversarial import Adversary, PatchDiscriminator
 from diffusers_dino.training.autoencoder import ReconstructionLoss, latent_statistics, psnr
+from diffusers_dino.training.perceptual import PerceptualDistance
 from diffusers_dino.training.run_folder import put_result
 
 logger = logging.getLogger("train_vae")
@@ -77,6 +79,11 @@ class Arguments(RunArguments, AugmentationArguments, ImageArguments):
         0.0, "Weight of a patch discriminator, relative to the errors' gradient; 0 for none, 1 for sharp textures."
     )
     adversarial_learning_rate: float = flag(2e-4, "Learning rate of the discriminator.")
+    perceptual_encoder: str | None = flag(
+        None, "DINO encoder whose tokens are to be alike, too: Hub id or folder in transformers' or timm's format."
+    )
+    perceptual_size: int | None = flag(None, "Side in pixels that it sees crops at; its own by default.")
+    perceptual_weight: float = flag(1.0, "Weight of one minus the cosine of its tokens.")
     validation_data_dir: str | None = flag(
         None, "Unseen images; else the last of --train_data_dir are held out.", group="Validation"
     )
@@ -100,6 +107,9 @@ def train(args: Arguments, opened: Run) -> None:
     views = TrainingViews(images, make_augmentation(args), args.seed)
     begun, companions = {"config": own_config(vae)}, ()
     begun["weights"] = args.vae and fingerprint_model(vae)
+    perceptual = make_perceptual(args, accelerator)
+    if perceptual:
+        begun["perceptual encoder"] = fingerprint_model(perceptual.conditioner)
     if adversary := make_adversary(args, accelerator):
         begun["adversary"], companions = True, (adversary,)
     run = TrainingRun(opened, AutoencodingNetwork(vae), views, companions=companions, vae=begun)
@@ -110,14 +120,14 @@ def train(args: Arguments, opened: Run) -> None:
     for batches in run.updates():
         losses = []
         for batch in batches:
-            shown = batch["image"].to(accelerator.device, non_blocking=True)
-            if args.crop_size:
-                shown = random_crops(shown, args.crop_size, args.seed, batch["position"])
-            pixels = unit_to_vae(shown, args.in_channels)
+            pixels = pixels_of(args, batch, accelerator.device)
             noise = [x.to(accelerator.device) for x in posterior_noise(vae, args, batch["position"])]
             with accelerator.accumulate(run.model):
                 reconstruction, *rest = run.model(pixels, *noise)
                 loss = loss_function(reconstruction, *rest)
+                if perceptual:
+                    with accelerator.autocast():
+                        loss = loss + args.perceptual_weight * perceptual(reconstruction, pixels)
                 if adversary:
                     disliked = adversary.loss(reconstruction, pixels, loss, vae.decoder.conv_out.weight)
                     loss = loss + args.adversarial_weight * disliked
@@ -131,7 +141,7 @@ def train(args: Arguments, opened: Run) -> None:
             validate(args, vae, held_out, run.step)
     if run.step == run.total and accelerator.is_main_process:
         save_result(args, vae, images)
-        run.write_card(args.vae)
+        run.write_card(args.vae, args.perceptual_encoder)
         validate(args, vae, held_out, run.step)
     accelerator.end_training()
 
@@ -209,6 +219,15 @@ def make_vae(args: Arguments) -> AutoencoderKL:
     return vae.to(memory_format=torch.channels_last) if args.channels_last else vae
 
 
+def make_perceptual(args: Arguments, accelerator: Accelerator) -> PerceptualDistance | None:
+    if args.perceptual_encoder is None:
+        return None
+    if args.perceptual_weight <= 0:
+        raise ValueError(f"--perceptual_weight must be positive, got {args.perceptual_weight}.")
+    encoder = DinoImageConditioner.from_encoder(args.perceptual_encoder, tokens="all", size=args.perceptual_size)
+    return PerceptualDistance(encoder.to(accelerator.device))
+
+
 def make_adversary(args: Arguments, accelerator: Accelerator) -> Adversary | None:
     if args.adversarial_weight < 0:
         raise ValueError(f"--adversarial_weight must not be negative, got {args.adversarial_weight}.")
@@ -224,6 +243,14 @@ def check_crops(args: Arguments, vae: AutoencoderKL) -> None:
             f"--crop_size {args.crop_size} must be a multiple of the VAE's {factor} pixels, and at most --resolution "
             f"{args.resolution}."
         )
+
+
+def pixels_of(args: Arguments, batch: dict[str, Any], device: torch.device) -> Tensor:
+    """A batch `(B, C, H, W)` in [-1, 1] on the device, cropped where `--crop_size` says so."""
+    images = batch["image"].to(device, non_blocking=True)
+    if args.crop_size:
+        images = random_crops(images, args.crop_size, args.seed, batch["position"])
+    return unit_to_vae(images, args.in_channels)
 
 
 def random_crops(images: Tensor, size: int, seed: int, positions: list[int]) -> Tensor:

@@ -93,7 +93,9 @@ def cached_features():
 
 
 @pytest.mark.parametrize("cached", [True, False])
-@pytest.mark.parametrize("settings", [{}, {"snr_gamma": 5.0, "noise_offset": 0.1}, {"flow": True}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"snr_gamma": 5.0, "noise_offset": 0.1}, {"flow": True}, {"token_weight": 1.0}]
+)
 def test_an_update(settings, cached):
     script = importlib.import_module("train_dino")
     settings = dict(settings)

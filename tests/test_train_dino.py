@@ -206,13 +206,14 @@ def test_pictures_and_the_best_weights(train, parts, tmp_path):
         {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "snr_gamma": 5},
         {"prediction_type": "sample", "snr_gamma": 5, "noise_offset": 0.1},
         {"snr_gamma": 5, "condition_dropout": 1.0, "random_flip": True},
+        {"token_weight": 1.0, "cache_views": 1, "mixed_precision": "bf16"},
         {"mixed_precision": "bf16", "gradient_checkpointing": True, "channels_last": True, "use_ema": True},
         {"unet_config": None, "unet": "unet", "lr_scheduler": "linear", "scale_lr": True, "augment": False},
         {"unet_config": None, "unet": "pipeline", "vae": "pipeline", "scheduler": "pipeline", "max_train_samples": 5},
         {"unet_config": None, "pretrained_pipeline": "pipeline", "vae": None, "conditioner": None},
         {"qk_init_scale": 2, "normalize_tokens": 16, "num_train_epochs": 0.5, "max_train_steps": None},
     ],
-    ids=["v zero-SNR", "sample", "dropped", "bf16", "unet", "subfolders", "continued", "normalised"],
+    ids=["v zero-SNR", "sample", "dropped", "tokens", "bf16", "unet", "subfolders", "continued", "normalised"],
 )
 def test_options_train(train, parts, changes):
     in_parts = {name: parts / value for name, value in changes.items() if value in ("unet", "pipeline")}
@@ -281,6 +282,7 @@ def test_the_papers_recipe_is_in_its_configs(name):
         ({"unet_config": None}, ValueError, "no UNet"),
         ({"rank": 4}, ValueError, "--pretrained_pipeline"),
         ({"rank": 0}, ValueError, "--rank must be at least 1, got 0"),
+        ({"token_weight": -1.0}, ValueError, "--token_weight must not be negative"),
         ({"max_train_steps": 0}, ValueError, "--max_train_steps must be at least 1"),
         ({"validation_data_dir": "cxr-unsen"}, FileNotFoundError, "no folder"),
         ({"metric_steps": 5, "max_train_samples": 1}, ValueError, "--validation_data_dir"),

@@ -17,6 +17,7 @@ from PIL import Image
 
 import scripts
 import tiny
+from checkpoints import save_transformers
 from diffusers_dino.data import Preprocessing, open_images
 from diffusers_dino.latents import encode_to_moments
 from diffusers_dino.pixels import unit_to_vae
@@ -119,8 +120,10 @@ def test_only_the_decoder_is_trained_and_the_latents_stay(trained, flags):
     assert not any(name.startswith(("encoder", "quant_conv")) for name in changed)
 
 
-def test_a_run_with_an_adversary_goes_on_with_the_same_bits(trained, flags):
+def test_a_run_with_an_adversary_and_a_perceptual_loss_goes_on_with_the_same_bits(trained, flags, tmp_path):
     flags |= {
+        "perceptual_encoder": save_transformers(tiny.tiny_encoder(), tmp_path / "encoder"),
+        "perceptual_size": 16,
         "vae": trained,
         "freeze_encoder": True,
         "adversarial_weight": 0.5,
@@ -133,6 +136,8 @@ def test_a_run_with_an_adversary_goes_on_with_the_same_bits(trained, flags):
     shutil.copytree(whole["output_dir"] / "checkpoint-2", stopped["output_dir"] / "checkpoint-2")
     with pytest.raises(ValueError, match="adversary"):
         scripts.call_script("train_vae.py", **{**stopped, "adversarial_weight": 0}, resume_from_checkpoint="latest")
+    with pytest.raises(ValueError, match="perceptual encoder"):
+        scripts.call_script("train_vae.py", **stopped | {"perceptual_encoder": None}, resume_from_checkpoint="latest")
     scripts.call_script("train_vae.py", **stopped, resume_from_checkpoint="latest")
     ours, theirs, before = (
         AutoencoderKL.from_pretrained(folder) for folder in (stopped["output_dir"], whole["output_dir"], trained)
@@ -168,6 +173,7 @@ def test_noise_is_in_units_of_the_latents_deviation(own):
         ({"crop_size": 64}, ValueError, "at most --resolution 32"),
         ({"l1_weight": -1.0}, ValueError, "negative"),
         ({"adversarial_weight": -0.5}, ValueError, "negative"),
+        ({"perceptual_encoder": "here", "perceptual_weight": 0.0}, ValueError, "--perceptual_weight must be positive"),
         ({"learning_rate": 1e30, "max_train_steps": 4}, FloatingPointError, "No weight was changed"),
     ],
 )

@@ -284,7 +284,6 @@ def _extent(image: Tensor) -> tuple[int, int]:
     if len(image) == 4:
         raise TypeError(f"Alpha has no documented range in {image.dtype}: give RGBA as uint8 or as floats in [0, 1].")
     limits = [  # numbers: small tensors that stay would keep the heap from using a band's memory again
-        tuple(map(int, torch.aminmax(image[:, rows].long())))
-        for rows in bands(image.shape[1], image[:, 0].numel())
+        tuple(map(int, torch.aminmax(image[:, rows].long()))) for rows in bands(image.shape[1], image[:, 0].numel())
     ]
     return min(low for low, _ in limits), max(high for _, high in limits)

@@ -5,6 +5,7 @@ from diffusers.training_utils import compute_snr
 
 from diffusers_dino.training.objective import (
     PREDICTION_TYPES,
+    clean_latents,
     draw_for_training,
     drop_condition,
     flow_timesteps,
@@ -52,6 +53,21 @@ def test_a_flow_is_a_straight_line_and_its_velocity(latents):
     s = (timesteps / 1000).view(-1, 1, 1, 1)
     torch.testing.assert_close(noisy - s * velocity, latents, atol=1e-5, rtol=0)
     torch.testing.assert_close(noisy + (1 - s) * velocity, draws.noise, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["flow", *PREDICTION_TYPES])
+def test_a_right_prediction_gives_the_clean_latents_and_their_share(latents, kind):
+    scheduler = FlowMatchEulerDiscreteScheduler() if kind == "flow" else DDIMScheduler(prediction_type=kind)
+    draws = draw_for_training(range(5), SHAPE, 1000)
+    noisy, timesteps = noisy_latents(scheduler, latents, draws)
+    clean, share = clean_latents(
+        scheduler, prediction_target(scheduler, latents, draws.noise, timesteps), noisy, timesteps
+    )
+    torch.testing.assert_close(clean, latents, atol=1e-3, rtol=0)
+    signal, sigma = (noisy_latents(scheduler, one, draws)[0] for one in (latents, 0 * latents))
+    signal = (signal - sigma) / latents
+    sigma = sigma / draws.noise
+    torch.testing.assert_close(share, (signal**2 / (signal**2 + sigma**2)).mean((1, 2, 3)), atol=1e-4, rtol=0)
 
 
 def test_times_of_a_flow_have_their_distributions():

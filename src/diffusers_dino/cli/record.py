@@ -18,6 +18,7 @@ _SCALE = ("min_scale", "max_scale", "shuffle_window_shards")
 _VAE = ("in_channels", "block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups", "crop_size")
 _VAE_LOSS = ("freeze_encoder", "mid_block_add_attention", "l1_weight", "mse_weight", "gradient_weight", "kl_weight")
 _ADVERSARY = ("adversarial_weight", "adversarial_learning_rate", "latent_noise")
+_PERCEPTION = ("perceptual_size", "perceptual_weight", "token_weight")
 _ENCODER = ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "teacher_size")
 _TOKENS = ("num_register_tokens", "pixel_mean", "pixel_std", "image_size", "num_statistics_images", "slot_offset")
 _CONDITION = ("tokens", "projection_dim", "normalize_tokens", "condition_dropout", "fuse_encoders", "encoder_dropout")
@@ -34,7 +35,8 @@ _VIEWS_OF_DINO = ("min_global_crop", "max_global_crop", "local_crops", "local_cr
 _HEAD_OF_DINO = ("max_local_crop", "exposure", "num_prototypes", "head_hidden_size", "head_bottleneck_size")
 _DINO = ("teacher_temperature", "student_temperature", "teacher_momentum", "koleo_weight")
 _METRIC = ("metric", "metric_features", "metric_steps", "metric_num_images")
-_RECIPE = _VIEWS + _SCALE + _VIEWS_OF_DINO + _HEAD_OF_DINO + _VAE + _VAE_LOSS + _ADVERSARY + _ENCODER
+_RECIPE = _VIEWS + _SCALE + _VIEWS_OF_DINO + _HEAD_OF_DINO + _VAE + _VAE_LOSS + _ADVERSARY
+_RECIPE += _PERCEPTION + _ENCODER
 _RECIPE += _TOKENS + _CONDITION + _PRIOR + _CHOICE + _UNET + _NOISE + _DINO + _DISTILLATION + _STUDENT
 _RECIPE += _UPDATES + _RATE + _ADAM + _METRIC
 

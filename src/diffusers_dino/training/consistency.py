@@ -13,6 +13,8 @@ import torch
 from diffusers import DDIMScheduler, LCMScheduler, SchedulerMixin, TCDScheduler
 from torch import Tensor
 
+from .objective import split_prediction
+
 __all__ = ["ConsistencySchedule", "pseudo_huber"]
 
 
@@ -67,17 +69,12 @@ class ConsistencySchedule:
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Noisy latents `(B, L, h, w)` at timesteps `(B,)`; at -1 the latents themselves."""
-        signal, sigma = self._levels(timesteps)
-        return signal * latents + sigma * noise
+        a = self._share_of_signal(timesteps)
+        return a.sqrt() * latents + (1 - a).sqrt() * noise
 
     def split(self, prediction: Tensor, noisy: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """What a model's prediction says of clean latents and of noise, each `(B, L, h, w)`."""
-        signal, sigma = self._levels(timesteps)
-        if self.config["prediction_type"] == "v_prediction":
-            return signal * noisy - sigma * prediction, sigma * noisy + signal * prediction
-        if self.config["prediction_type"] == "sample":
-            return prediction, (noisy - signal * prediction) / sigma
-        return (noisy - sigma * prediction) / signal, prediction
+        return split_prediction(prediction, noisy, self._share_of_signal(timesteps), self.config["prediction_type"])
 
     def jump(self, prediction: Tensor, noisy: Tensor, timesteps: Tensor, ends: Tensor) -> Tensor:
         """DDIM's step from `timesteps` to `ends`, both `(B,)`: the teacher's, and the consistency function of a phase.
@@ -87,10 +84,9 @@ class ConsistencySchedule:
         jumped = self.add_noise(*self.split(prediction, noisy, timesteps), ends)
         return torch.where((timesteps == ends).view(-1, 1, 1, 1), noisy, jumped)
 
-    def _levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """Factors of signal and noise, each `(B, 1, 1, 1)`; 1 and 0 at the data."""
-        a = torch.where(timesteps < 0, 1.0, self.alphas_cumprod[timesteps.clamp(min=0)]).view(-1, 1, 1, 1)
-        return a.sqrt(), (1 - a).sqrt()
+    def _share_of_signal(self, timesteps: Tensor) -> Tensor:
+        """`(B, 1, 1, 1)`; 1 at the data."""
+        return torch.where(timesteps < 0, 1.0, self.alphas_cumprod[timesteps.clamp(min=0)]).view(-1, 1, 1, 1)
 
 
 def pseudo_huber(prediction: Tensor, target: Tensor, c: float = 1e-3) -> Tensor:

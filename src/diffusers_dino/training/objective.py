@@ -23,6 +23,7 @@ __all__ = [
     "PREDICTION_TYPES",
     "TrainingDraws",
     "check_finite",
+    "clean_latents",
     "draw_encoders",
     "draw_for_training",
     "drop_condition",
@@ -31,6 +32,7 @@ __all__ = [
     "min_snr_weights",
     "noisy_latents",
     "prediction_target",
+    "split_prediction",
     "weighted_mse",
 ]
 
@@ -143,6 +145,30 @@ def prediction_target(
     if prediction_type == "v_prediction":
         return scheduler.get_velocity(latents, noise, timesteps)
     return noise if prediction_type == "epsilon" else latents
+
+
+def split_prediction(prediction: Tensor, noisy: Tensor, a: Tensor, prediction_type: str) -> tuple[Tensor, Tensor]:
+    """What a prediction of diffusion, says of clean latents and noise, all `(B, L, h, w)`; `a` is `(B, 1, 1, 1)`."""
+    signal, sigma = a.sqrt(), (1 - a).sqrt()
+    if prediction_type == "v_prediction":
+        return signal * noisy - sigma * prediction, sigma * noisy + signal * prediction
+    if prediction_type == "sample":
+        return prediction, (noisy - signal * prediction) / sigma
+    return (noisy - sigma * prediction) / signal, prediction
+
+
+def clean_latents(
+    scheduler: DDIMScheduler | FlowMatchEulerDiscreteScheduler, prediction: Tensor, noisy: Tensor, timesteps: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What a prediction says of the clean latents, `(B, L, h, w)`, and how much of the noisy ones' variance is signal.
+
+    The second is `(B,)` in [0, 1]: `a` of diffusion, `(1 - s)^2 / ((1 - s)^2 + s^2)` of a flow.
+    """
+    if is_flow(scheduler):
+        s = timesteps / scheduler.config["num_train_timesteps"]
+        return noisy - s.view(-1, 1, 1, 1) * prediction, (1 - s) ** 2 / ((1 - s) ** 2 + s**2)
+    a = scheduler.alphas_cumprod.to(noisy)[timesteps]
+    return split_prediction(prediction, noisy, a.view(-1, 1, 1, 1), scheduler.config["prediction_type"])[0], a
 
 
 def min_snr_weights(alphas_cumprod: Tensor, gamma: float, prediction_type: str) -> Tensor:

@@ -1,0 +1,67 @@
+"""How images differ to a DINO encoder, which no pixelwise error says: losses through frozen models."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..conditioner import DinoImageConditioner
+from ..latents import decode_latents
+from ..pixels import StoredImages, vae_to_unit
+from .objective import clean_latents
+
+if TYPE_CHECKING:
+    from ..pipelines import DinoDiffusionPipeline
+
+__all__ = ["PerceptualDistance", "token_loss"]
+
+
+class PerceptualDistance(nn.Module):
+    """One minus the cosine of a frozen encoder's tokens: the mean of its global ones, plus that of its patches.
+
+    A perceptual loss (Johnson et al. 2016, section 3.2) whose network has seen no label, in place of a VGG.
+
+    Args:
+        conditioner: The encoder, giving `"all"` tokens.
+    """
+
+    def __init__(self, conditioner: DinoImageConditioner) -> None:
+        super().__init__()
+        self.conditioner = conditioner
+
+    def forward(self, reconstruction: Tensor, pixels: Tensor) -> Tensor:
+        """Images `(B, C, H, W)` in [-1, 1] -> a scalar in [0, 4], to be differentiated by `reconstruction`."""
+        made, real = (_tokens_of(self.conditioner, images) for images in (reconstruction, pixels))
+        distance = 1 - F.cosine_similarity(made, real, dim=-1)  # (B, S)
+        num_global = self.conditioner.heads[0].num_global
+        return distance[:, :num_global].mean() + distance[:, num_global:].mean()
+
+
+def token_loss(
+    pipe: DinoDiffusionPipeline, prediction: Tensor, noisy: Tensor, timesteps: Tensor, tokens: Tensor, told: Tensor
+) -> Tensor:
+    """Mean squared error of the tokens of the images that a denoiser predicts: a scalar.
+
+    Diffusion's own loss asks for faithful latents, this one for images that the encoder takes for their source (Li et
+    al., arXiv 2404.07987, section 3.2, of other conditions). It counts the half of a batch that has the least noise,
+    by its share of signal, as what is predicted from noise is blurred. Gradients pass through autoencoder and encoder.
+
+    Args:
+        pipe: The frozen autoencoder and encoder, and the noise schedule.
+        prediction: `(B, L, h, w)`, the denoiser's, of `noisy` `(B, L, h, w)` at `timesteps` `(B,)`.
+        tokens: `(B, S, D)`, those of the images.
+        told: `(B,)` bool, False where the denoiser saw the null condition: that does not count.
+    """
+    half = timesteps.topk(math.ceil(len(timesteps) / 2), largest=False).indices
+    clean, signal = clean_latents(pipe.scheduler, prediction[half].float(), noisy[half], timesteps[half])
+    made = _tokens_of(pipe.conditioner, decode_latents(pipe.vae, clean.to(pipe.vae.dtype)))
+    errors = (made - tokens[half].float()).square().mean(dim=(1, 2))
+    return (errors * signal * told[half]).mean()
+
+
+def _tokens_of(conditioner: DinoImageConditioner, images: Tensor) -> Tensor:
+    """Tokens `(B, S, D)` in float32 of images `(B, C, H, W)` in [-1, 1]."""
+    return conditioner.encode(StoredImages(vae_to_unit(images.float()))).float()

@@ -1,0 +1,60 @@
+"""Losses that see images as a DINO encoder does."""
+
+import pytest
+import torch
+from torch.nn.functional import avg_pool2d
+
+import tiny
+from diffusers_dino.latents import encode_to_moments
+from diffusers_dino.pixels import unit_to_vae
+from diffusers_dino.training.perceptual import PerceptualDistance, token_loss
+
+
+def test_distance_grows_with_the_change_and_asks_only_the_reconstruction():
+    images = unit_to_vae(tiny.random_images(2, channels=1), 1)
+    distance = PerceptualDistance(tiny.tiny_conditioner(tokens="all"))
+    slight, strong = (images + (avg_pool2d(images, 3, stride=1, padding=1) - images) * share for share in (0.2, 0.9))
+    assert distance(images, images).abs() < 1e-5
+    assert 1e-4 < distance(slight, images) < distance(strong, images) < 4
+    reconstruction, pixels = strong.requires_grad_(), images.requires_grad_()
+    distance(reconstruction, pixels.detach()).backward()
+    assert reconstruction.grad.abs().sum() > 0
+    assert all(p.grad is None for p in distance.parameters())
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = tiny.tiny_pipeline()
+    pipe.vae.requires_grad_(False)
+    return pipe
+
+
+@torch.no_grad()
+def encoded(pipe, images):
+    """Latents of images, and the tokens of what the autoencoder keeps of them."""
+    latents = encode_to_moments(pipe.vae, unit_to_vae(images, 1))[0]
+    decoded = pipe.vae(unit_to_vae(images, 1)).sample
+    return latents, pipe.conditioner.encode((decoded / 2 + 0.5).clamp(0, 1))
+
+
+def test_right_predictions_have_no_token_loss_and_the_tokens_of_others_have(pipe):
+    images = tiny.random_images(4, channels=1)
+    latents, tokens = encoded(pipe, images)
+    timesteps, noise = torch.tensor([900, 100, 300, 600]), torch.randn_like(latents)
+    noisy = pipe.scheduler.add_noise(latents, noise, timesteps)
+    told = torch.ones(4, dtype=torch.bool)
+    right = token_loss(pipe, noise, noisy, timesteps, tokens, told)
+    others = token_loss(pipe, noise, noisy, timesteps, tokens.roll(1, 0), told)
+    assert right < 1e-6 < others / 100
+    a = pipe.scheduler.alphas_cumprod[[100, 300]]
+    errors = (tokens - tokens.roll(1, 0)).square().mean((1, 2))[[1, 2]]
+    torch.testing.assert_close(others, (a * errors).mean(), rtol=1e-3, atol=0)
+
+
+def test_half_the_batch_with_the_least_noise_is_asked_if_it_was_told(pipe):
+    latents, tokens = encoded(pipe, tiny.random_images(4, channels=1))
+    timesteps = torch.tensor([900, 100, 300, 600])
+    prediction = torch.randn_like(latents).requires_grad_()
+    noisy = pipe.scheduler.add_noise(latents, torch.randn_like(latents), timesteps)
+    token_loss(pipe, prediction, noisy, timesteps, tokens, torch.tensor([True, True, False, True])).backward()
+    assert prediction.grad.abs().sum((1, 2, 3)).gt(0).tolist() == [False, True, False, False]
