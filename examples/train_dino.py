@@ -86,6 +86,7 @@ class Arguments(SharingArguments, RunArguments, FeatureArguments):
         0.0,
         "Weight of the error of tokens of the predicted images, for images that are faithful to the condition.",
     )
+    token_guidance: float = flag(2.0, "Guidance under which the images of --token_weight are predicted; 1 for none.")
     noise_offset: float = flag(0.0, "Strength of noise that is constant over a channel.")
     scale_lr: bool = flag(False, "Scale the learning rate by the images per update.", group="More of the optimisation")
     use_8bit_adam: bool = flag(False, "bitsandbytes' AdamW.")
@@ -254,6 +255,10 @@ def compute_loss(
     fusion: torch.nn.Module | None = None,
 ) -> Tensor:
     """The weighted squared error of what `model`, the denoiser, predicts for a batch: a scalar."""
+
+    def predict(noisy: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
+        return family_of(pipe.denoiser).predict(model, noisy, timesteps, fuse(fusion, tokens))
+
     scheduler = pipe.scheduler
     mean, std, wanted = encode(batch)
     draws = objective.draw_for_training(
@@ -273,8 +278,7 @@ def compute_loss(
         tokens = objective.drop_encoders(tokens, null_tokens, kept, counts)
     tokens = objective.drop_condition(tokens, null_tokens, draws.drop, args.condition_dropout)
     noisy, timesteps = objective.noisy_latents(scheduler, latents, draws, args.flow_times or "logit_normal")
-    tokens = fuse(fusion, tokens)
-    prediction = family_of(pipe.denoiser).predict(model, noisy, timesteps, tokens)
+    prediction = predict(noisy, timesteps, tokens)
     target = objective.prediction_target(scheduler, latents, draws.noise, timesteps)
     weights = None
     if args.snr_gamma is not None:
@@ -282,8 +286,16 @@ def compute_loss(
         weights = objective.min_snr_weights(alphas_cumprod, args.snr_gamma, scheduler.config["prediction_type"])
     loss = objective.weighted_mse(prediction, target, weights)
     if args.token_weight:
-        told = draws.drop >= args.condition_dropout
-        loss = loss + args.token_weight * token_loss(pipe, prediction, noisy, timesteps, wanted, told)
+        loss = loss + args.token_weight * token_loss(
+            pipe,
+            prediction,
+            noisy,
+            timesteps,
+            wanted,
+            told=draws.drop >= args.condition_dropout,
+            predict_null=lambda noisy, timesteps: predict(noisy, timesteps, null_tokens.expand(len(noisy), -1, -1)),
+            guidance_scale=args.token_guidance,
+        )
     return loss
 
 
@@ -295,8 +307,10 @@ def check_arguments(args: Arguments) -> None:
         raise ValueError("A LoRA (--rank) is trained on a whole pipeline: give --pretrained_pipeline.")
     if args.rank and args.fuse_encoders:
         raise ValueError("A LoRA (--rank) keeps its pipeline's fusion as it is: leave --fuse_encoders out.")
-    if args.token_weight < 0:
-        raise ValueError(f"--token_weight must not be negative, got {args.token_weight}.")
+    if min(args.token_weight, args.token_guidance) < 0:
+        raise ValueError("--token_weight and --token_guidance must not be negative.")
+    if args.token_weight and args.token_guidance != 1 and not args.condition_dropout:
+        raise ValueError("Without --condition_dropout there is no guidance: give --token_guidance 1.")
     if args.encoder_dropout is not None and not args.fuse_encoders:
         raise ValueError("--encoder_dropout needs what tells the encoders apart: give it with --fuse_encoders.")
     named = [name for name in ("unet", "unet_config", "transformer", "transformer_config") if getattr(args, name)]

@@ -37,24 +37,43 @@ def encoded(pipe, images):
     return latents, pipe.conditioner.encode((decoded / 2 + 0.5).clamp(0, 1))
 
 
+class Case:
+    """Four images, noised; what the denoiser says with the null condition is that there is no noise."""
+
+    def __init__(self, pipe):
+        self.pipe = pipe
+        self.latents, self.tokens = encoded(pipe, tiny.random_images(4, channels=1))
+        self.noise, self.timesteps = torch.randn_like(self.latents), torch.tensor([900, 100, 300, 600])
+        self.noisy = pipe.scheduler.add_noise(self.latents, self.noise, self.timesteps)
+
+    def loss(self, prediction, tokens=None, told=(True,) * 4, guidance_scale=1.0):
+        tokens = self.tokens if tokens is None else tokens
+        told = torch.tensor(told)
+        return token_loss(
+            self.pipe, prediction, self.noisy, self.timesteps, tokens, told, self.predict_null, guidance_scale
+        )
+
+    def predict_null(self, noisy, timesteps):
+        assert timesteps.tolist() == [100, 300]
+        return torch.zeros_like(noisy)
+
+
 def test_right_predictions_have_no_token_loss_and_the_tokens_of_others_have(pipe):
-    images = tiny.random_images(4, channels=1)
-    latents, tokens = encoded(pipe, images)
-    timesteps, noise = torch.tensor([900, 100, 300, 600]), torch.randn_like(latents)
-    noisy = pipe.scheduler.add_noise(latents, noise, timesteps)
-    told = torch.ones(4, dtype=torch.bool)
-    right = token_loss(pipe, noise, noisy, timesteps, tokens, told)
-    others = token_loss(pipe, noise, noisy, timesteps, tokens.roll(1, 0), told)
-    assert right < 1e-6 < others / 100
+    case = Case(pipe)
+    others = case.tokens.roll(1, 0)
+    assert case.loss(case.noise) < 1e-6 < case.loss(case.noise, others) / 100
     a = pipe.scheduler.alphas_cumprod[[100, 300]]
-    errors = (tokens - tokens.roll(1, 0)).square().mean((1, 2))[[1, 2]]
-    torch.testing.assert_close(others, (a * errors).mean(), rtol=1e-3, atol=0)
+    errors = (case.tokens - others).square().mean((1, 2))[[1, 2]]
+    torch.testing.assert_close(case.loss(case.noise, others), (a * errors).mean(), rtol=1e-3, atol=0)
+
+
+def test_it_is_of_the_guided_prediction(pipe):
+    case = Case(pipe)
+    assert case.loss(case.noise / 2, guidance_scale=2.0) < 1e-6 < case.loss(case.noise / 2) / 100
 
 
 def test_half_the_batch_with_the_least_noise_is_asked_if_it_was_told(pipe):
-    latents, tokens = encoded(pipe, tiny.random_images(4, channels=1))
-    timesteps = torch.tensor([900, 100, 300, 600])
-    prediction = torch.randn_like(latents).requires_grad_()
-    noisy = pipe.scheduler.add_noise(latents, torch.randn_like(latents), timesteps)
-    token_loss(pipe, prediction, noisy, timesteps, tokens, torch.tensor([True, True, False, True])).backward()
+    case = Case(pipe)
+    prediction = torch.randn_like(case.latents).requires_grad_()
+    case.loss(prediction, told=(True, True, False, True)).backward()
     assert prediction.grad.abs().sum((1, 2, 3)).gt(0).tolist() == [False, True, False, False]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -41,22 +43,37 @@ class PerceptualDistance(nn.Module):
 
 
 def token_loss(
-    pipe: DinoDiffusionPipeline, prediction: Tensor, noisy: Tensor, timesteps: Tensor, tokens: Tensor, told: Tensor
+    pipe: DinoDiffusionPipeline,
+    prediction: Tensor,
+    noisy: Tensor,
+    timesteps: Tensor,
+    tokens: Tensor,
+    told: Tensor,
+    predict_null: Callable[[Tensor, Tensor], Tensor],
+    guidance_scale: float = 2.0,
 ) -> Tensor:
     """Mean squared error of the tokens of the images that a denoiser predicts: a scalar.
 
     Diffusion's own loss asks for faithful latents, this one for images that the encoder takes for their source (Li et
-    al., arXiv 2404.07987, section 3.2, of other conditions). It counts the half of a batch that has the least noise,
-    by its share of signal, as what is predicted from noise is blurred. Gradients pass through autoencoder and encoder.
+    al., arXiv 2404.07987, section 3.2, of other conditions), under the guidance that they are to be made with. It
+    counts the half of a batch that has the least noise, by its share of signal, as what is predicted from noise is
+    blurred. Gradients pass through the encoder, the autoencoder and `prediction`.
 
     Args:
         pipe: The frozen autoencoder and encoder, and the noise schedule.
         prediction: `(B, L, h, w)`, the denoiser's, of `noisy` `(B, L, h, w)` at `timesteps` `(B,)`.
         tokens: `(B, S, D)`, those of the images.
         told: `(B,)` bool, False where the denoiser saw the null condition: that does not count.
+        predict_null: Gives the denoiser's prediction of noisy latents at timesteps with the null condition.
+        guidance_scale: 1 for no guidance.
     """
     half = timesteps.topk(math.ceil(len(timesteps) / 2), largest=False).indices
-    clean, signal = clean_latents(pipe.scheduler, prediction[half].float(), noisy[half], timesteps[half])
+    noisy, timesteps, prediction = noisy[half], timesteps[half], prediction[half].float()
+    if guidance_scale != 1:
+        with torch.no_grad():
+            null = predict_null(noisy, timesteps).float()
+        prediction = null + guidance_scale * (prediction - null)
+    clean, signal = clean_latents(pipe.scheduler, prediction, noisy, timesteps)
     made = _tokens_of(pipe.conditioner, decode_latents(pipe.vae, clean.to(pipe.vae.dtype)))
     errors = (made - tokens[half].float()).square().mean(dim=(1, 2))
     return (errors * signal * told[half]).mean()
