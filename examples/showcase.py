@@ -1,4 +1,4 @@
-"""From unlabelled radiographs to a model worth showing: autoencoder, its decoder, encoder and UNet, one command.
+"""From unlabelled radiographs to a model worth showing: autoencoder, encoder and UNet in six stages, one command.
 
     python examples/showcase.py --train_data_dir shards --teacher facebook/dinov2-small --setting cpu
 
@@ -22,18 +22,28 @@ from diffusers_dino.cli.launch import launch_training
 from diffusers_dino.files import save_atomically
 
 EXAMPLES = Path(__file__).resolve().parent
-SCRIPTS = {"vae": "train_vae.py", "decoder": "train_vae.py", "encoder": "distill_encoder.py", "unet": "train_dino.py"}
-FINISHED = dict.fromkeys(SCRIPTS, "config.json") | {"unet": "model_index.json"}  # written last
+SCRIPTS = {
+    "vae": "train_vae.py",
+    "decoder": "train_vae.py",  # sharp, against a discriminator
+    "detail": "train_vae.py",  # the decoder, true to what the teacher sees
+    "encoder": "distill_encoder.py",
+    "unet": "train_dino.py",
+    "tokens": "train_dino.py",  # the UNet, true to its condition
+}
+# Written last.
+FINISHED = dict.fromkeys(SCRIPTS, "config.json") | dict.fromkeys(("unet", "tokens"), "model_index.json")
 
 # What a card does otherwise than the configs, which are for two cores.
 ON_A_GPU = {
     "vae": ["--train_batch_size=64", "--max_train_steps=6000", "--crop_size=128"],
     "decoder": ["--train_batch_size=64", "--max_train_steps=6000"],
+    "detail": ["--train_batch_size=32", "--max_train_steps=600"],
     "encoder": ["--teacher_size=224", "--cache_views=4", "--max_train_steps=6000"],
     "unet": [
         *("--torch_compile", "--channels_last", "--cache_views=8"),
         *("--train_batch_size=64", "--max_train_steps=12000"),
     ],
+    "tokens": ["--channels_last", "--cache_views=8", "--train_batch_size=64", "--max_train_steps=2000"],
 }
 
 
@@ -67,12 +77,15 @@ def train(args: Arguments, stage: str, output_dir: Path) -> None:
     flags = [f"examples/configs/showcase_{stage}.yaml"]
     flags += [f"--train_data_dir={Path(args.train_data_dir).resolve()}", f"--output_dir={output_dir / stage}"]
     flags += [f"--seed={args.seed}", "--resume_from_checkpoint=latest"]
-    if stage == "decoder":
-        flags += [f"--vae={output_dir / 'vae'}"]
-    if stage == "encoder":
-        flags += [f"--teacher={Path(args.teacher).resolve() if Path(args.teacher).exists() else args.teacher}"]
-    if stage == "unet":
-        flags += [f"--vae={output_dir / 'decoder'}", f"--conditioner={output_dir / 'encoder'}"]
+    teacher = Path(args.teacher).resolve() if Path(args.teacher).exists() else args.teacher
+    flags += {
+        "vae": [],
+        "decoder": [f"--vae={output_dir / 'vae'}"],
+        "detail": [f"--vae={output_dir / 'decoder'}", f"--perceptual_encoder={teacher}"],
+        "encoder": [f"--teacher={teacher}"],
+        "unet": [f"--vae={output_dir / 'detail'}", f"--conditioner={output_dir / 'encoder'}"],
+        "tokens": [f"--pretrained_pipeline={output_dir / 'unet'}"],
+    }[stage]
     flags += [f"--mixed_precision={args.mixed_precision or ('bf16' if args.setting == 'gpu' else 'no')}"]
     if args.setting == "gpu":
         flags += ON_A_GPU[stage]
@@ -84,7 +97,7 @@ def train(args: Arguments, stage: str, output_dir: Path) -> None:
 
 def pack(output_dir: Path) -> None:
     """Save the pipeline in half precision; statistics of the tokens stay in single precision."""
-    pipe = DinoDiffusionPipeline.from_pretrained(output_dir / "unet", dtype=torch.float16)
+    pipe = DinoDiffusionPipeline.from_pretrained(output_dir / "tokens", dtype=torch.float16)
     with save_atomically(output_dir / "model") as folder:
         pipe.save_pretrained(folder)
     size = sum(path.stat().st_size for path in (output_dir / "model").rglob("*") if path.is_file())

@@ -1,4 +1,4 @@
-"""`examples/showcase.py`: three scripts, one model; stopped, it goes on where it was."""
+"""`examples/showcase.py`: six stages, one model; stopped, it goes on where it was."""
 
 import shutil
 
