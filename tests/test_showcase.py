@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import scripts
-from checkpoints import save_transformers
+from checkpoints import CROPPING, save_transformers
 from diffusers_dino import DinoDiffusionPipeline
 from tiny import tiny_encoder
 
@@ -21,7 +21,8 @@ def test_one_command_makes_the_model_and_goes_on_where_it_was(tmp_path, monkeypa
         scripts.call_argv(script.name, flags)
 
     monkeypatch.setattr("showcase.launch_training", launch)
-    teacher = save_transformers(tiny_encoder(patch_size=14, image_size=56), tmp_path / "teacher")
+    processor = CROPPING | {"crop_size": {"height": 56, "width": 56}}
+    teacher = save_transformers(tiny_encoder(patch_size=14, image_size=56), tmp_path / "teacher", processor)
     flags = {"train_data_dir": PHANTOMS / "phantom-cxr-train-*.tar", "teacher": teacher, "max_train_samples": 100}
     flags |= {"output_dir": tmp_path / "run", "max_train_steps": 1}
     scripts.call_script("showcase.py", **flags)
