@@ -254,7 +254,7 @@ def compute_loss(
     batch: dict[str, Any],
     fusion: torch.nn.Module | None = None,
 ) -> Tensor:
-    """The weighted squared error of what `model`, the denoiser, predicts for a batch: a scalar."""
+    """The weighted squared error of what `model`, the denoiser, predicts for a batch, and of its tokens: a scalar."""
 
     def predict(noisy: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
         return family_of(pipe.denoiser).predict(model, noisy, timesteps, fuse(fusion, tokens))
@@ -293,7 +293,9 @@ def compute_loss(
             timesteps,
             wanted,
             told=draws.drop >= args.condition_dropout,
-            predict_null=lambda noisy, timesteps: predict(noisy, timesteps, null_tokens.expand(len(noisy), -1, -1)),
+            predict_null=lambda noisy, timesteps: predict(
+                noisy, timesteps, pipe.conditioner.null_condition(len(noisy))
+            ),
             guidance_scale=args.token_guidance,
         )
     return loss

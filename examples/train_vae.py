@@ -43,7 +43,7 @@ from diffusers_dino.seeds import generator_for
 from diffusers_dino.sheets import contact_sheet
 from diffusers_dino.training.adversarial import Adversary, PatchDiscriminator
 from diffusers_dino.training.autoencoder import ReconstructionLoss, latent_statistics, psnr
-from diffusers_dino.training.perceptual import PerceptualDistance
+from diffusers_dino.training.perceptual import perceptual_distance
 from diffusers_dino.training.run_folder import put_result
 
 logger = logging.getLogger("train_vae")
@@ -107,9 +107,8 @@ def train(args: Arguments, opened: Run) -> None:
     views = TrainingViews(images, make_augmentation(args), args.seed)
     begun, companions = {"config": own_config(vae)}, ()
     begun["weights"] = args.vae and fingerprint_model(vae)
-    perceptual = make_perceptual(args, accelerator)
-    if perceptual:
-        begun["perceptual encoder"] = fingerprint_model(perceptual.conditioner)
+    if encoder := load_perceptual_encoder(args, accelerator):
+        begun["perceptual encoder"] = fingerprint_model(encoder)
     if adversary := make_adversary(args, accelerator):
         begun["adversary"], companions = True, (adversary,)
     run = TrainingRun(opened, AutoencodingNetwork(vae), views, companions=companions, vae=begun)
@@ -125,9 +124,9 @@ def train(args: Arguments, opened: Run) -> None:
             with accelerator.accumulate(run.model):
                 reconstruction, *rest = run.model(pixels, *noise)
                 loss = loss_function(reconstruction, *rest)
-                if perceptual:
+                if encoder:
                     with accelerator.autocast():
-                        loss = loss + args.perceptual_weight * perceptual(reconstruction, pixels)
+                        loss = loss + args.perceptual_weight * perceptual_distance(encoder, reconstruction, pixels)
                 if adversary:
                     disliked = adversary.loss(reconstruction, pixels, loss, vae.decoder.conv_out.weight)
                     loss = loss + args.adversarial_weight * disliked
@@ -219,13 +218,13 @@ def make_vae(args: Arguments) -> AutoencoderKL:
     return vae.to(memory_format=torch.channels_last) if args.channels_last else vae
 
 
-def make_perceptual(args: Arguments, accelerator: Accelerator) -> PerceptualDistance | None:
+def load_perceptual_encoder(args: Arguments, accelerator: Accelerator) -> DinoImageConditioner | None:
     if args.perceptual_encoder is None:
         return None
     if args.perceptual_weight <= 0:
         raise ValueError(f"--perceptual_weight must be positive, got {args.perceptual_weight}.")
     encoder = DinoImageConditioner.from_encoder(args.perceptual_encoder, tokens="all", size=args.perceptual_size)
-    return PerceptualDistance(encoder.to(accelerator.device))
+    return encoder.to(accelerator.device)
 
 
 def make_adversary(args: Arguments, accelerator: Accelerator) -> Adversary | None:

@@ -148,7 +148,7 @@ def prediction_target(
 
 
 def split_prediction(prediction: Tensor, noisy: Tensor, a: Tensor, prediction_type: str) -> tuple[Tensor, Tensor]:
-    """What a prediction of diffusion, says of clean latents and noise, all `(B, L, h, w)`; `a` is `(B, 1, 1, 1)`."""
+    """What a prediction of diffusion says of clean latents and noise, all `(B, L, h, w)`; `a` is `(B, 1, 1, 1)`."""
     signal, sigma = a.sqrt(), (1 - a).sqrt()
     if prediction_type == "v_prediction":
         return signal * noisy - sigma * prediction, sigma * noisy + signal * prediction

@@ -7,39 +7,37 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from ..conditioner import DinoImageConditioner
 from ..latents import decode_latents
 from ..pixels import StoredImages, vae_to_unit
 from .objective import clean_latents
 
 if TYPE_CHECKING:
+    from ..conditioner import DinoImageConditioner
     from ..pipelines import DinoDiffusionPipeline
 
-__all__ = ["PerceptualDistance", "token_loss"]
+__all__ = ["perceptual_distance", "token_loss"]
 
 
-class PerceptualDistance(nn.Module):
-    """One minus the cosine of a frozen encoder's tokens: the mean of its global ones, plus that of its patches.
+def perceptual_distance(conditioner: DinoImageConditioner, reconstruction: Tensor, pixels: Tensor) -> Tensor:
+    """One minus the cosine of a frozen encoder's tokens, the mean of its global ones plus that of its patches.
 
     A perceptual loss (Johnson et al. 2016, section 3.2) whose network has seen no label, in place of a VGG.
 
     Args:
-        conditioner: The encoder, giving `"all"` tokens.
+        conditioner: One encoder, giving `"all"` tokens.
+        reconstruction: `(B, C, H, W)` in [-1, 1], to be differentiated by.
+        pixels: `(B, C, H, W)` in [-1, 1].
+
+    Returns:
+        A scalar in [0, 4].
     """
-
-    def __init__(self, conditioner: DinoImageConditioner) -> None:
-        super().__init__()
-        self.conditioner = conditioner
-
-    def forward(self, reconstruction: Tensor, pixels: Tensor) -> Tensor:
-        """Images `(B, C, H, W)` in [-1, 1] -> a scalar in [0, 4], to be differentiated by `reconstruction`."""
-        made, real = (_tokens_of(self.conditioner, images) for images in (reconstruction, pixels))
-        distance = 1 - F.cosine_similarity(made, real, dim=-1)  # (B, S)
-        num_global = self.conditioner.heads[0].num_global
-        return distance[:, :num_global].mean() + distance[:, num_global:].mean()
+    made, real = (_tokens_of(conditioner, images) for images in (reconstruction, pixels))
+    distance = 1 - F.cosine_similarity(made, real, dim=-1)  # (B, S)
+    num_global = conditioner.heads[0].num_global
+    return distance[:, :num_global].mean() + distance[:, num_global:].mean()
 
 
 def token_loss(
