@@ -21,20 +21,10 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor
 
 from diffusers_dino import DinoDiffusionPipeline, data
+from diffusers_dino.cli import training_flags
 from diffusers_dino.cli.arguments import flag, parse_arguments
 from diffusers_dino.cli.record import write_record_and_card
 from diffusers_dino.cli.run import Run, open_run
-from diffusers_dino.cli.training_flags import (
-    FeatureArguments,
-    RunArguments,
-    SharingArguments,
-    check_frozen_models,
-    load_frozen,
-    make_augmentation,
-    open_training_images,
-    patients_of,
-    split_off_unseen,
-)
 from diffusers_dino.denoisers import family_of
 from diffusers_dino.fingerprints import fingerprint_model, hash_of, own_config
 from diffusers_dino.fusion import fuse
@@ -53,7 +43,7 @@ logger = logging.getLogger("train_dino")
 
 
 @dataclass
-class Arguments(SharingArguments, RunArguments, FeatureArguments):
+class Arguments(training_flags.SharingArguments, training_flags.RunArguments, training_flags.FeatureArguments):
     """Flags of images, views and frozen models, then those of the run, then these; a repeated one sets its default."""
 
     learning_rate: float = flag(1e-4, "After warm-up.")
@@ -78,14 +68,9 @@ class Arguments(SharingArguments, RunArguments, FeatureArguments):
     lora_alpha: float | None = flag(None, "Scale of the LoRA; the rank by default.")
     condition_dropout: float = flag(0.1, "Share of samples with the null condition, for guidance.", group="Objective")
     fuse_encoders: bool = flag(False, "Learn an embedding for each of several encoders, added to its tokens.")
-    encoder_dropout: float | None = flag(
-        None, "Leave whole encoders out at random, so that any of them will do at sampling; with --fuse_encoders."
-    )
+    encoder_dropout: float | None = flag(None, "Leave encoders out at random, so that any of them will do later.")
     snr_gamma: float | None = flag(None, "Min-SNR weighting of the loss; 5.0 is its authors' choice.")
-    token_weight: float = flag(
-        0.0,
-        "Weight of the error of tokens of the predicted images, for images that are faithful to the condition.",
-    )
+    token_weight: float = flag(0.0, "Weight of the error of the predicted images' tokens: for images true to theirs.")
     token_guidance: float = flag(2.0, "Guidance under which the images of --token_weight are predicted; 1 for none.")
     noise_offset: float = flag(0.0, "Strength of noise that is constant over a channel.")
     scale_lr: bool = flag(False, "Scale the learning rate by the images per update.", group="More of the optimisation")
@@ -96,12 +81,8 @@ class Arguments(SharingArguments, RunArguments, FeatureArguments):
     allow_tf32: bool = flag(False, "TF32 matrix products on Ampere and later.", group="Speed and memory")
     gradient_checkpointing: bool = flag(False, "Save memory, compute activations twice.")
     enable_xformers_memory_efficient_attention: bool = flag(False, "xformers in place of PyTorch's attention.")
-    torch_compile: bool = flag(
-        False, "Compile the denoiser, and VAE and encoder unless features are cached; keep VAE and UNet channels-last."
-    )
-    compile_regions: Literal["auto", "blocks", "whole"] = flag(
-        "auto", "What to compile: the repeated blocks of large models, and small ones whole; or as you say."
-    )
+    torch_compile: bool = flag(False, "Compile the denoiser, and what encodes uncached images; channels-last, too.")
+    compile_regions: Literal["auto", "blocks", "whole"] = flag("auto", "What to compile; auto goes by the size.")
     compile_mode: str | None = flag(None, "torch.compile's, such as reduce-overhead for a small model on a GPU.")
     channels_last: bool = flag(False, "Channels-last memory format of denoiser and VAE, also uncompiled.")
     exchange_steps: int | None = flag(None, "Most updates between looks at losses and signals; 10 on a GPU, else 1.")
@@ -133,9 +114,9 @@ def run_training(args: Arguments, run: Run) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
 
     to_measure_on = args.metric_num_images if args.metric_steps else 0
-    images = open_training_images(args, args.pretrained_pipeline, may_differ=args.rank is None)
-    images, unseen = split_off_unseen(args, images, to_measure_on)
-    views = data.TrainingViews(images, make_augmentation(args), args.seed)
+    images = training_flags.open_training_images(args, args.pretrained_pipeline, may_differ=args.rank is None)
+    images, unseen = training_flags.split_off_unseen(args, images, to_measure_on)
+    views = data.TrainingViews(images, training_flags.make_augmentation(args), args.seed)
     with accelerator.main_process_first():  # one process downloads
         pipe = build_pipeline(args, views.images, accelerator.device)
     models.latent_shape(pipe.vae, pipe.denoiser, args.resolution)  # checks the resolution
@@ -145,10 +126,10 @@ def run_training(args: Arguments, run: Run) -> None:
     run.begin(images, use_8bit_adam=args.use_8bit_adam, models=describe_models(args, pipe))
     if accelerator.is_main_process and not args.rank:
         models.save_frozen(pipe, args.output_dir)
-    frozen_dtype = models.frozen_dtype(accelerator.mixed_precision)
     cached = bool(args.feature_cache or args.cache_views)
     at_rest = "cpu" if cached and not args.token_weight else None
-    trainable = models.adapt_for_training(pipe, accelerator.device, frozen_dtype, at_rest)
+    dtype = models.frozen_dtype(accelerator.mixed_precision)
+    trainable = models.adapt_for_training(pipe, accelerator.device, dtype, at_rest)
     if args.channels_last or args.torch_compile:
         pipe.denoiser.to(memory_format=torch.channels_last)
         pipe.vae.to(memory_format=torch.channels_last)
@@ -271,11 +252,7 @@ def compute_loss(
     latents = mean + std * draws.latent_noise
     tokens, null_tokens = wanted, pipe.conditioner.null_condition(1)
     if pipe.fusion is not None:
-        counts = pipe.fusion.config["tokens_per_encoder"]
-        kept = objective.draw_encoders(
-            batch["position"], len(counts), pipe.fusion.config["encoder_dropout"], args.seed
-        )
-        tokens = objective.drop_encoders(tokens, null_tokens, kept, counts)
+        tokens = objective.drop_encoders(tokens, null_tokens, batch["position"], pipe.fusion, args.seed)
     tokens = objective.drop_condition(tokens, null_tokens, draws.drop, args.condition_dropout)
     noisy, timesteps = objective.noisy_latents(scheduler, latents, draws, args.flow_times or "logit_normal")
     prediction = predict(noisy, timesteps, tokens)
@@ -286,23 +263,14 @@ def compute_loss(
         weights = objective.min_snr_weights(alphas_cumprod, args.snr_gamma, scheduler.config["prediction_type"])
     loss = objective.weighted_mse(prediction, target, weights)
     if args.token_weight:
-        loss = loss + args.token_weight * token_loss(
-            pipe,
-            prediction,
-            noisy,
-            timesteps,
-            wanted,
-            told=draws.drop >= args.condition_dropout,
-            predict_null=lambda noisy, timesteps: predict(
-                noisy, timesteps, pipe.conditioner.null_condition(len(noisy))
-            ),
-            guidance_scale=args.token_guidance,
-        )
+        told = draws.drop >= args.condition_dropout
+        unfaithful = token_loss(pipe, predict, prediction, noisy, timesteps, wanted, told, args.token_guidance)
+        loss = loss + args.token_weight * unfaithful
     return loss
 
 
 def check_arguments(args: Arguments) -> None:
-    check_frozen_models(args)
+    training_flags.check_frozen_models(args)
     if args.rank is not None and args.rank < 1:
         raise ValueError(f"--rank must be at least 1, got {args.rank}: leave it out to train all weights.")
     if args.rank and not args.pretrained_pipeline:
@@ -334,7 +302,7 @@ def build_pipeline(args: Arguments, images: data.ImageDataset, device: torch.dev
             args.pretrained_pipeline, guider=None, guide=None, revision=args.revision, variant=args.variant
         )
     else:
-        vae, conditioner = load_frozen(args, images, device)
+        vae, conditioner = training_flags.load_frozen(args, images, device)
         pipe = models.build_pipeline(
             vae,
             conditioner,
@@ -413,7 +381,7 @@ def save_result(
         state.save_for_use(folder)
         if args.rank:
             return
-        if fit_familiarity(pipe.conditioner, views, state.accelerator.device, patients_of):
+        if fit_familiarity(pipe.conditioner, views, state.accelerator.device, training_flags.patients_of):
             pipe.conditioner.token_statistics.save(folder / "conditioner")
         pipe.save_config(folder)  # model_index.json makes the folder a pipeline
 

@@ -163,9 +163,17 @@ def test_draws_depend_on_seed_and_place_and_keep_one_encoder():
     share = (1 - 0.5) + 0.5**3 / 3  # kept by itself, or as the last of all
     torch.testing.assert_close(kept.double().mean(0), torch.full((3,), share, dtype=torch.float64), atol=0.03, rtol=0)
     assert draw_encoders(range(10), 3, 0.0).all()
-    tokens, null = tiny.gaussian(2, 5, 3), torch.zeros(1, 5, 3, dtype=torch.float64)
-    dropped = drop_encoders(tokens, null, torch.tensor([[True, False], [True, True]]), [2, 3])
-    assert torch.equal(dropped, torch.cat([torch.cat([tokens[:1, :2], null[:, 2:]], 1), tokens[1:]]))
+
+
+def test_tokens_of_encoders_that_are_left_out_are_null(fused):
+    fusion = TokenFusion.of(fused.conditioner, encoder_dropout=0.5)
+    counts = fusion.config["tokens_per_encoder"]
+    tokens = tiny.gaussian(20, sum(counts), 3)
+    dropped = drop_encoders(tokens, torch.zeros(1, 1, 3), range(5, 25), fusion, seed=2)
+    kept = draw_encoders(range(5, 25), len(counts), 0.5, seed=2)
+    assert 20 < kept.sum() < 20 * len(counts)
+    for sample, changed, flags in zip(tokens.split(counts, 1), dropped.split(counts, 1), kept.T, strict=True):
+        assert torch.equal(changed, sample * flags[:, None, None])
 
 
 def test_it_is_trained_averaged_and_saved_with_the_unet(trained):

@@ -53,11 +53,12 @@ class Case:
         tokens = self.tokens if tokens is None else tokens
         told = torch.tensor(told)
         return token_loss(
-            self.pipe, prediction, self.noisy, self.timesteps, tokens, told, self.predict_null, guidance_scale
+            self.pipe, self.predict, prediction, self.noisy, self.timesteps, tokens, told, guidance_scale
         )
 
-    def predict_null(self, noisy, timesteps):
+    def predict(self, noisy, timesteps, tokens):
         assert timesteps.tolist() == [100, 300]
+        assert torch.equal(tokens, self.pipe.conditioner.null_condition(2))
         return torch.zeros_like(noisy)
 
 

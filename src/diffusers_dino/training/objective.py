@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
@@ -17,6 +18,9 @@ from torch import Tensor
 from ..devices import send
 from ..schedules import add_noise, is_flow
 from ..seeds import generator_for
+
+if TYPE_CHECKING:
+    from ..fusion import TokenFusion
 
 __all__ = [
     "FLOW_TIMES",
@@ -219,12 +223,16 @@ def draw_encoders(positions: Sequence[int], num_encoders: int, probability: floa
     return (table >= probability) | (table == table.amax(dim=1, keepdim=True))
 
 
-def drop_encoders(tokens: Tensor, null_tokens: Tensor, kept: Tensor, tokens_per_encoder: Sequence[int]) -> Tensor:
-    """Put the null condition in the place of the tokens of encoders that a sample does not keep.
+def drop_encoders(
+    tokens: Tensor, null_tokens: Tensor, positions: Sequence[int], fusion: TokenFusion, seed: int = 0
+) -> Tensor:
+    """Put the null condition in the place of the tokens of encoders that a sample does not keep, as `draw_encoders`.
 
-    The tokens are `(B, S, D)`, the null tokens too or `(1, S, D)`, and `kept` `(B, E)` is of `draw_encoders`.
+    The tokens are `(B, S, D)`, the null tokens too or `(1, S, D)`.
     """
-    kept = kept.repeat_interleave(torch.tensor(tokens_per_encoder), dim=1)  # (B, S), before it goes to a GPU
+    counts = fusion.config["tokens_per_encoder"]
+    kept = draw_encoders(positions, len(counts), fusion.config["encoder_dropout"], seed)
+    kept = kept.repeat_interleave(torch.tensor(counts), dim=1)  # (B, S), before it goes to a GPU
     return torch.where(send(kept, tokens.device)[..., None], tokens, null_tokens.to(tokens))
 
 

@@ -42,12 +42,12 @@ def perceptual_distance(conditioner: DinoImageConditioner, reconstruction: Tenso
 
 def token_loss(
     pipe: DinoDiffusionPipeline,
+    predict: Callable[[Tensor, Tensor, Tensor], Tensor],
     prediction: Tensor,
     noisy: Tensor,
     timesteps: Tensor,
     tokens: Tensor,
     told: Tensor,
-    predict_null: Callable[[Tensor, Tensor], Tensor],
     guidance_scale: float = 2.0,
 ) -> Tensor:
     """Mean squared error of the tokens of the images that a denoiser predicts: a scalar.
@@ -59,17 +59,17 @@ def token_loss(
 
     Args:
         pipe: The frozen autoencoder and encoder, and the noise schedule.
-        prediction: `(B, L, h, w)`, the denoiser's, of `noisy` `(B, L, h, w)` at `timesteps` `(B,)`.
+        predict: The denoiser, of noisy latents, timesteps and tokens.
+        prediction: `(B, L, h, w)`, what it gave for `noisy` `(B, L, h, w)` at `timesteps` `(B,)`.
         tokens: `(B, S, D)`, those of the images.
         told: `(B,)` bool, False where the denoiser saw the null condition: that does not count.
-        predict_null: Gives the denoiser's prediction of noisy latents at timesteps with the null condition.
         guidance_scale: 1 for no guidance.
     """
     half = timesteps.topk(math.ceil(len(timesteps) / 2), largest=False).indices
     noisy, timesteps, prediction = noisy[half], timesteps[half], prediction[half].float()
     if guidance_scale != 1:
         with torch.no_grad():
-            null = predict_null(noisy, timesteps).float()
+            null = predict(noisy, timesteps, pipe.conditioner.null_condition(len(noisy))).float()
         prediction = null + guidance_scale * (prediction - null)
     clean, signal = clean_latents(pipe.scheduler, prediction, noisy, timesteps)
     made = _tokens_of(pipe.conditioner, decode_latents(pipe.vae, clean.to(pipe.vae.dtype)))
