@@ -48,6 +48,9 @@ from diffusers_dino.training.run_folder import put_result
 
 logger = logging.getLogger("train_vae")
 
+ARCHITECTURE = ("in_channels", "block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups")
+ARCHITECTURE += ("mid_block_add_attention",)
+
 
 @dataclass
 class Arguments(RunArguments, AugmentationArguments, ImageArguments):
@@ -185,10 +188,7 @@ def make_vae(args: Arguments) -> AutoencoderKL:
         raise ValueError("--latent_noise is for a decoder by itself: give --freeze_encoder, too.")
     if args.vae:
         vae = AutoencoderKL.from_pretrained(args.vae, use_safetensors=True)
-        if vae.config["in_channels"] != args.in_channels:
-            raise ValueError(
-                f"{args.vae} has {vae.config['in_channels']} channels, --in_channels is {args.in_channels}."
-            )
+        take_architecture(args, vae)
     else:
         unfit = [channels for channels in args.block_out_channels if channels % args.norm_num_groups]
         if unfit:
@@ -216,6 +216,16 @@ def make_vae(args: Arguments) -> AutoencoderKL:
             f"--resolution {args.resolution} is not a multiple of the VAE's {vae_scale_factor(vae)} pixels."
         )
     return vae.to(memory_format=torch.channels_last) if args.channels_last else vae
+
+
+def take_architecture(args: Arguments, vae: AutoencoderKL) -> None:
+    """Set the flags to what `--vae` has, for the card; refuse those that say otherwise."""
+    for name in ARCHITECTURE:
+        theirs, ours = vae.config[name], getattr(args, name)
+        theirs = list(theirs) if isinstance(theirs, tuple) else theirs
+        if ours != theirs and (name == "in_channels" or ours != getattr(Arguments(), name)):
+            raise ValueError(f"{args.vae} has {name} {theirs}, and --{name} is {ours}.")
+        setattr(args, name, theirs)
 
 
 def load_perceptual_encoder(args: Arguments, accelerator: Accelerator) -> DinoImageConditioner | None:

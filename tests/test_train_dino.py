@@ -256,6 +256,16 @@ def test_lora_of_a_pipeline(train, parts, tmp_path):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_flags_of_other_models_are_taken_back_beside_a_pipeline(caplog):
+    from train_dino import Arguments, check_arguments
+
+    others = {"vae": "another", "tokens": "cls", "normalize_tokens": 8, "prediction_type": "sample"}
+    args = Arguments(pretrained_pipeline="model", learning_rate=1e-3, **others)
+    check_arguments(args)
+    assert args == Arguments(pretrained_pipeline="model", learning_rate=1e-3)
+    assert [record.getMessage().split()[0] for record in caplog.records] == [f"--{name}" for name in others]
+
+
 @pytest.mark.parametrize("name", ["paper_dinov1", "paper_dinov2"])
 def test_the_papers_recipe_is_in_its_configs(name):
     from diffusers_dino.cli.arguments import parse_arguments

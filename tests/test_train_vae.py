@@ -19,6 +19,7 @@ import scripts
 import tiny
 from checkpoints import save_transformers
 from diffusers_dino.data import Preprocessing, open_images
+from diffusers_dino.hub.record import TrainingRecord
 from diffusers_dino.latents import encode_to_moments
 from diffusers_dino.pixels import unit_to_vae
 from diffusers_dino.training.checkpoints import newest_checkpoint
@@ -104,8 +105,11 @@ def test_processes_and_accumulated_passes_follow_the_curve_of_one_batch(trained,
 
 def test_goes_on_from_an_autoencoder_in_bf16(trained, flags):
     flags |= {"vae": trained, "mixed_precision": "bf16", "max_train_steps": 2, "validation_steps": 1}
+    del flags["block_out_channels"], flags["norm_num_groups"]
     scripts.call_script("train_vae.py", **flags)
     assert losses(flags["output_dir"])[0] < losses(trained)[0]
+    facts = TrainingRecord.load(flags["output_dir"]).facts
+    assert (facts["block out channels"], facts["norm num groups"]) == ([8, 8, 16], 4)
     vae = AutoencoderKL.from_pretrained(flags["output_dir"])
     assert next(vae.parameters()).dtype == torch.float32
 
@@ -164,7 +168,8 @@ def test_noise_is_in_units_of_the_latents_deviation(own):
         ({"latent_noise": 0.2}, ValueError, "give --freeze_encoder"),
         ({"latent_noise": -0.2}, ValueError, "must not be negative"),
         ({"train_data_dir": None}, ValueError, "--train_data_dir"),
-        ({"vae": "rgb"}, ValueError, "has 3 channels, --in_channels is 1"),
+        ({"vae": "rgb"}, ValueError, "has in_channels 3, and --in_channels is 1"),
+        ({"vae": "rgb", "in_channels": 3, "norm_num_groups": 2}, ValueError, "and --norm_num_groups is 2"),
         ({"train_batch_size": 21}, ValueError, "needs 21 images .* there are 20"),
         ({"num_validation_images": 24}, ValueError, "cannot be held out"),
         ({"resolution": 30}, ValueError, "not a multiple of the VAE's 4"),

@@ -44,6 +44,11 @@ __all__ = [
 
 logger = logging.getLogger("diffusers_dino")
 
+# What a whole pipeline decides.
+_OF_OTHER_MODELS = ("vae", "pretrained_model_name_or_path", "tokens", "projection_dim", "normalize_tokens")
+_OF_OTHER_MODELS += ("unet", "unet_config", "transformer", "transformer_config", "qk_init_scale")
+_OF_OTHER_MODELS += ("scheduler", "prediction_type", "flow_shift", "rescale_betas_zero_snr")
+
 
 @dataclass
 class ImageArguments:
@@ -291,13 +296,24 @@ def open_views(args: FeatureArguments, may_differ: bool = True) -> data.Training
 
 
 def check_conditioner(args: TokenArguments) -> None:
-    """Raise ValueError unless the flags name one source of the condition."""
+    """Raise ValueError unless the flags name one source of the condition; forget what a pipeline decides."""
     if [args.pretrained_pipeline, args.conditioner, args.encoder].count(None) != 2:
         raise ValueError("Give one of --conditioner (a saved one), --encoder (to make one) and --pretrained_pipeline.")
+    if args.pretrained_pipeline:
+        _forget_other_models(args)
+
+
+def _forget_other_models(args: TokenArguments) -> None:
+    """Warn of flags that change nothing beside a whole pipeline, and take them back, so that no card tells them."""
+    defaults = type(args)()
+    for name in _OF_OTHER_MODELS:
+        if (default := getattr(defaults, name, None)) != getattr(args, name, None):
+            logger.warning(f"--{name} changes nothing: --pretrained_pipeline has its own.")
+            setattr(args, name, default)
 
 
 def check_frozen_models(args: FeatureArguments) -> None:
-    """Raise ValueError unless the flags name one VAE and one source of the condition."""
+    """Raise ValueError unless the flags name one VAE and one source of the condition; see `check_conditioner`."""
     check_conditioner(args)
     if not (args.vae or args.pretrained_model_name_or_path or args.pretrained_pipeline):
         raise ValueError("There is no VAE: give --vae, --pretrained_model_name_or_path or --pretrained_pipeline.")
@@ -325,7 +341,7 @@ def load_frozen(
 ) -> tuple[VAE, DinoImageConditioner]:
     """The autoencoder and the conditioner that the flags name, on the CPU; see `load_conditioner`."""
     conditioner = load_conditioner(args, images, device)
-    if args.vae and not args.pretrained_pipeline:
+    if args.vae:
         return load_vae(args.vae), conditioner
     whole = args.pretrained_pipeline or args.pretrained_model_name_or_path
     return load_vae(whole, revision=args.revision, variant=args.variant), conditioner
