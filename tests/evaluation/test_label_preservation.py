@@ -132,6 +132,13 @@ def test_ratios_and_fractions_are_shown_apart(result, sets):
     assert all(part.near is None for part in faithful)
 
 
+def test_a_ratio_need_not_be_whole(judged):
+    faithful = judged["faithful"]
+    some = faithful.select(np.flatnonzero(faithful.rounds <= 1.5))
+    parts = score_sets({"some": [some]}, LABELS, ratios=[1, 2], repeats=2)
+    assert [(part.ratio, part.num_images) for part in parts] == [(1.5, 90), (1, 60)]
+
+
 def test_no_judge_has_seen_a_source_of_what_it_judges(judges, sets, judged):
     for name, images in sets.items():
         pairs = judges.pairs_of(images)

@@ -159,7 +159,7 @@ class Judges:
             for pair, rows in _groups(pairs):
                 used, place = np.unique(nearer[rows], return_inverse=True)
                 sources[rows] = self._judge(pair).predict(self._labelled(used), device)[place]
-            rounds = np.array([image.index for image in images.planned]) / images.num_sources
+            rounds = np.array([image.index + 1 for image in images.planned]) / images.num_sources
             patients = tuple(self.table.patients[row] for row in nearer.tolist())
         numbers = pairs @ np.array([self.num_folds, 1])
         return JudgedSet(images.strategy, numbers, patients, fractions, rounds, targets, synthetic, sources)

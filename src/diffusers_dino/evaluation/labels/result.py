@@ -32,8 +32,8 @@ class JudgedSet:
         judges: `(N,)` int64, the number of the classifier that judged each.
         patients: Of the source whose label each has; without sources, each image is one of its own.
         fractions: `(N,)` float64, as in the plan.
-        rounds: `(N,)` float64, number of the image in its plan over the number of the plan's sources: the images of
-            ratio 1:r are those below r.
+        rounds: `(N,)` float64, number of the image in its plan, from 1, over the number of the plan's sources: the
+            images of ratio 1:r are those of at most r.
         targets: `(N, L)` bool, labels that they were given.
         synthetic, sources: `(N, L)` float32 probabilities of the images, and of the sources whose labels they have,
             if there are any.
@@ -187,9 +187,9 @@ def score_sets(
     parts = []
     for name, members in sets.items():
         whole = _join(name, members, labels)
-        size = 0 if whole.sources is None else max(1, round(whole.rounds.max()))
+        size = 0 if whole.sources is None else max(0.1, round(whole.rounds.max(), 1))
         smaller = [ratio for ratio in sorted(set(ratios)) if ratio < size]
-        chosen = [(size, None, whole.rounds >= 0), *((ratio, None, whole.rounds < ratio) for ratio in smaller)]
+        chosen = [(size, None, whole.rounds >= 0), *((ratio, None, whole.rounds <= ratio) for ratio in smaller)]
         if whole.strategy == "interpolation":
             distance = np.abs(whole.fractions - 0.5)
             for near, far in itertools.pairwise(NEARNESS):
