@@ -80,6 +80,8 @@ def test_what_was_noted_comes_back(folder):
     assert stored_preparation(folder / "older") is None
     assert stored_preparation(DiffSegPipeline(conditioner=tiny.tiny_conditioner())) is None
     assert stored_preparation(tiny_text.stable_diffusion()) is None
+    DiffSegPipeline(conditioner=tiny.tiny_conditioner()).save_pretrained(folder / "no denoiser")
+    assert stored_preparation(folder / "no denoiser") is None
     uploaded = json.loads(Path(model_files(folder / "model")["unet/config.json"]).read_text())
     assert uploaded["_images"]["remove_borders"] is False
     assert {"crop", "polarity", "channels"} < set(uploaded["_images"])

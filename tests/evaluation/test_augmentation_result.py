@@ -198,14 +198,6 @@ def test_what_is_unfinished_has_no_mean(partial, result):
     assert known.corrected_p >= whole.corrected_p  # what is significant now stays so
 
 
-def test_an_unplanned_grid_is_what_its_cells_span():
-    some = [spec for spec in GRID if spec.regime == 40 or (spec.is_baseline and spec.fold == 0)]
-    spanned = summarise([CELLS[spec] for spec in some], repeats=20)
-    assert {row.regime for row in spanned.configurations} == {40, 200}
-    assert find(spanned, "interpolation", "augmentation", 5, 200).folds == ()
-    assert find(spanned, "real", "real", 0, 200).folds == (0,)
-
-
 def test_markdown_shows_figures_differences_and_gaps(result, partial):
     text = format_augmentation_table(result, "markdown")
     row = find(result, "interpolation", "augmentation", 5, 200)

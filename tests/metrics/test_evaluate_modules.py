@@ -72,6 +72,12 @@ def test_a_reference_may_come_from_a_file(load, tmp_path):
         assert figures["num_references"] == 30
 
 
+def test_a_damaged_file_is_told_as_either_kind(load, tmp_path):
+    (tmp_path / "damaged").write_bytes(b"1234")
+    with pytest.raises(ValueError, match=r"(?s)As statistics: .*As features: "):
+        load("frechet_distance", "from_file").compute(predictions=features(5, 0), reference_file=tmp_path / "damaged")
+
+
 def test_what_cannot_be_measured_is_said(load):
     with pytest.warns(UserWarning, match="singular"):
         load("frechet_distance").compute(predictions=features(5, 0), references=features(5, 1))

@@ -6,6 +6,7 @@ import torch
 import tiny
 from diffusers_dino import DiffSegPipeline
 from diffusers_dino.diffseg import FeatureClusters, capture_features, cut_features, stack_features, suppress
+from diffusers_dino.diffseg.attention import self_attention_layers
 
 
 @pytest.fixture(scope="module")
@@ -18,11 +19,18 @@ def images():
     return tiny.random_images(4)
 
 
-@pytest.mark.parametrize("features", ["unet", "encoder", ["unet", "encoder"]], ids=str)
-def test_cuts_of_features_by_hand(diffseg, images, features):
-    output = diffseg(images[:2], 50, features=features, cut_threshold=0.9, encoder_size=40)
+OF_UNET, OF_ENCODER = {"timestep": 50}, {"encoder_size": 40}
+
+
+@pytest.mark.parametrize(
+    ("features", "options"),
+    [("unet", OF_UNET), ("encoder", OF_ENCODER), (["unet", "encoder"], OF_UNET | OF_ENCODER)],
+    ids=["unet", "encoder", "both"],
+)
+def test_cuts_of_features_by_hand(diffseg, images, features, options):
+    output = diffseg(images[:2], features=features, cut_threshold=0.9, **options)
     assert output.masks.shape == (2, 32, 32)
-    made = diffseg.patch_features(images[:2], features, timestep=50, encoder_size=40)
+    made = diffseg.patch_features(images[:2], features, **options)
     for i in range(2):
         expected = cut_features(made[i], 0.9)
         assert torch.allclose(output.maps[i], expected, atol=1e-5)
@@ -37,6 +45,10 @@ def test_features_of_the_unet_are_what_its_layers_give(diffseg, images):
     with capture_features(diffseg.unet, ["up_blocks"]) as captured:
         diffseg.attention_maps(images, 50)
     assert torch.allclose(several, stack_features(captured), atol=1e-6)
+    with capture_features(diffseg.unet, self_attention_layers(diffseg.unet)) as captured:
+        diffseg.attention_maps(images, 50)
+    every = diffseg.patch_features(images, "unet", timestep=50, layers="all")
+    assert torch.allclose(every, stack_features(captured), atol=1e-6)
 
 
 def test_features_of_the_encoder_need_no_unet(diffseg, images):
@@ -70,6 +82,10 @@ def test_clusters_bring_their_features_along(diffseg, images, tmp_path):
     for other in ({"features": "unet"}, {"merging": "ncut"}, {"timestep": 9}, {"encoder_size": 40}):
         with pytest.raises(ValueError, match="take the place of merging"):
             diffseg(images, clusters=loaded, **other)
+    fitted_with = diffseg.fit_clusters([images], 3, features="unet", unet_kwargs={})
+    assert torch.equal(
+        diffseg(images, clusters=fitted_with, unet_kwargs={}).masks, diffseg(images, clusters=fitted_with).masks
+    )
     single = diffseg(images[2], clusters=loaded, output_size=(20, 30))
     assert (single.masks[0] == output.masks[2]).float().mean() > 0.98  # a segment's number is the same in any batch
 
@@ -86,6 +102,9 @@ def test_clusters_bring_their_features_along(diffseg, images, tmp_path):
         ({"merging": "ncut", "walk_steps": 0}, "`walk_steps` must be a positive integer"),
         ({"features": "unet", "layers": ["nowhere"]}, "no self-attention in"),
         ({"encoder_size": 40}, "`encoder_size` would change nothing"),
+        ({"features": "unet", "encoder_size": 40}, "`encoder_size` would change nothing"),
+        ({"features": "encoder", "size": 64, "timestep": 9}, "`timestep` and `size` would change nothing"),
+        ({"cut_threshold": 0.3}, "`cut_threshold` would change nothing"),
         ({"merging": "ncut", "refine": True}, "`refine` would change nothing"),
         ({"features": "encoder", "merge_threshold": 0.2, "sides": [4]}, "`sides` and `merge_threshold` would change"),
         ({"features": "encoder", "encoder_size": 41}, "not a multiple of the patch"),

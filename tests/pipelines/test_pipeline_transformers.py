@@ -102,7 +102,7 @@ def test_latents_of_16_channels_with_a_shift(family, images):
 
 def test_a_lora_is_trained_saved_weighed_and_fused(pipe, family, images, tmp_path):
     plain = vary(pipe, images, 0, 1)
-    add_lora(pipe.denoiser, rank=2)
+    add_lora(pipe.denoiser, rank=2, alpha=6)
     for name, weight in pipe.denoiser.named_parameters():
         assert weight.requires_grad == ("lora" in name)
         if "lora_B" in name:

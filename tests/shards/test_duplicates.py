@@ -89,6 +89,12 @@ def test_copies_are_left_out_and_the_first_stays():
     assert found.copies(near=True) == {1, 2, 5}
 
 
+def test_of_two_with_one_hash_both_are_copies_of_a_third():
+    hashes = random_hashes(3)
+    hashes[1] = hashes[2] = flip(hashes[0], np.arange(3))
+    assert find_duplicates(["a", "b", "c"], hashes).copies(near=True) == {1, 2}
+
+
 def test_digest_sees_shape_type_and_pixels():
     image = np.arange(12, dtype=np.uint8).reshape(3, 4)
     others = [image.reshape(4, 3), image.astype(np.uint16), image + 1]

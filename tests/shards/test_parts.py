@@ -113,6 +113,13 @@ def test_a_mask_of_another_shape_is_named(tmp_path):
         prepare(item, PNG, SALT)
 
 
+def test_a_mask_that_cannot_be_read_is_named_as_one(tmp_path):
+    (tmp_path / "mask.png").touch()
+    named = items(record(tmp_path, "a", scan(), masks=(tmp_path / "mask.png",)))
+    write_part(tmp_path, 0, named, PNG, SALT)
+    assert [one.reason for one in read_part(tmp_path, 0)[1]] == ["its mask: the file is empty"]
+
+
 def test_a_mask_of_several_structures_is_refused(tmp_path):
     Image.fromarray(np.tile(np.arange(3, dtype=np.uint8), (40, 16))).save(tmp_path / "mask.png")
     (item,) = items(record(tmp_path, "a", scan(), masks=(tmp_path / "mask.png",)))
@@ -131,6 +138,14 @@ def test_dicom_tells_patient_view_and_spacing_and_nothing_else(tmp_path):
     (of_source,) = items(record(tmp_path, "a", image=tmp_path / "a.dcm", patient="7", view="PA"))
     known, _ = prepare(of_source, PNG, SALT)
     assert (known["patient"], known["view"]) == (of_source.patient, "PA")  # the source's word goes first
+
+
+def test_a_patient_in_the_headers_of_several_plain_folders_is_one(tmp_path):
+    dicom_files = pytest.importorskip("dicom_files")
+    (tmp_path / "a.dcm").write_bytes(dicom_files.dicom_bytes(scan(), PatientID="7"))
+    named = [items(record(tmp_path, "a", image=tmp_path / "a.dcm", source=s)) for s in ("images", "images2", "other")]
+    one, same, other = (prepare(item, PNG, SALT)[0]["patient"] for (item,) in named)
+    assert one == same != other
 
 
 def test_unreadable_images_are_named_without_a_word_of_theirs(tmp_path):

@@ -106,6 +106,11 @@ def test_heads_and_new_names():
     assert rule.read({"x": "normal"}) == Finding((), (), True)
 
 
+def test_a_finding_that_two_columns_name_is_not_both_present_and_uncertain():
+    rule = LabelRule(columns=["Lung Lesion", "Mass"], rename={"Lung Lesion": "Mass"})
+    assert rule.read({"Lung Lesion": "1", "Mass": "-1"}) == Finding(("Mass",), (), True)
+
+
 def test_more_than_half_of_those_who_say_something_decide():
     one, two, nothing = Finding(("a",), (), True), Finding(("a", "b"), ("c",), True), Finding()
     assert combine([one, two]) == Finding(("a", "b"), ("c",), True)

@@ -60,7 +60,7 @@ class Arguments:
     )
     duplicate_distance: int = flag(MAX_DISTANCE, "Differing bits, of 256, up to which images are near duplicates.")
     max_unreadable: float = flag(0.05, "Largest tolerated fraction of images that cannot be read.")
-    retry_unreadable: bool = flag(False, "On a restart, try again what could not be read.")
+    retry_unreadable: bool = flag(False, "On a restart of an unfinished run, try again what could not be read.")
     shard_size: int = flag(1000, "Largest number of samples in a shard.", group="Work")
     num_workers: int = flag(os.cpu_count() or 1, "Processes that read, prepare and write; 0 works in this one.")
     part_size: int = flag(64, "Images that a worker prepares at a time: what a kill loses, for each worker.")

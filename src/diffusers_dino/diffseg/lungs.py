@@ -87,7 +87,7 @@ def name_lungs(
     prior = lung_prior(size, ellipses).flatten().to(segments.device)
     area = torch.bincount(flat).double()  # (K,)
     overlap = torch.bincount(flat[prior], minlength=len(area)).double()
-    brightness = image.flatten().double()
+    brightness = image.flatten().double().to(flat.device)
     brightness = (brightness - brightness.mean()) / brightness.std().clamp(min=1e-9)
     sums = torch.bincount(flat, weights=brightness, minlength=len(area))  # they sum to 0 over all segments
 

@@ -7,7 +7,8 @@ updates, whatever the number of their images, so that more data is not more trai
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -192,7 +193,9 @@ def train_classifier(
         slots = next(batches)
         keys, batch = images.load([slot.index for slot in slots], device)
         batch = augmentation(batch, keys, derive_seed(seed, "views"), [slot.epoch for slot in slots])
-        loss = F.binary_cross_entropy_with_logits(model(batch), targets[[slot.index for slot in slots]].to(device))
+        with _seeded(derive_seed(seed, "dropout", step), batch.device):
+            logits = model(batch)
+        loss = F.binary_cross_entropy_with_logits(logits, targets[[slot.index for slot in slots]].to(device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -206,6 +209,14 @@ def train_classifier(
         model.load_state_dict(best_weights)
     model.eval()
     return best
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """For what draws from the global generators, such as dropout and stochastic depth; they are left as they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def predict(model: nn.Module, images: LabelledImages, device: torch.device | str = "cpu") -> np.ndarray:

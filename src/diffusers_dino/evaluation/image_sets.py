@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,8 @@ from ..data.stores.folder import image_key
 __all__ = ["STORED", "ImageSet", "open_image_set"]
 
 STORED = "stored"
+
+logger = logging.getLogger(__name__)
 
 
 class ImageSet(NamedTuple):
@@ -78,6 +81,9 @@ def open_image_set(
         has_patients = any(patient != key for key, patient in zip(found.keys, found.patients, strict=True))
     else:
         header = table_header(table)
+        for column in filter(None, (label_column, patient_column)):
+            if column not in header:
+                logger.warning("%s has no column %r; its columns are %s.", table, column, ", ".join(header))
         label_column, patient_column = (
             column if column in header else None for column in (label_column, patient_column)
         )

@@ -195,7 +195,7 @@ def kernel_distance_of_subsets(
             f"subset has 2 to {smallest} features here."
         )
     generator = torch.Generator().manual_seed(seed)
-    draws = [[x[torch.randperm(len(x), generator=generator)[:subset_size]] for x in pair] for _ in range(num_subsets)]
+    draws = ([x[torch.randperm(len(x), generator=generator)[:subset_size]] for x in pair] for _ in range(num_subsets))
     values = torch.tensor([kernel_distance(*draw) for draw in draws], dtype=torch.float64)
     return values.mean().item(), values.std(correction=0).item()
 

@@ -60,12 +60,29 @@ def chosen_merging(
 
 
 def refuse_idle(
-    by_attention: bool, merging: str, of_attention: Settings, of_merging: Settings, of_features: Settings
+    features: str | Sequence[str],
+    merging: str,
+    clusters: FeatureClusters | None,
+    *,
+    of_attention: Settings,
+    of_denoiser: Settings,
+    of_encoder: Settings,
+    of_merging: Settings,
+    of_cutting: Settings,
 ) -> None:
-    """Refuse what was given and nothing reads: arguments of attention, of DiffSeg's merging, or of features."""
-    idle = {**(of_features if by_attention else of_attention)}
+    """Refuse what was given and nothing reads, such as arguments of the denoiser where only encoders are read."""
+    by_attention, idle = features == "attention" and clusters is None, {}
+    kinds = [] if by_attention or clusters is not None else listed_features(features)
+    if not by_attention:
+        idle |= of_attention
+    if kinds == ["encoder"]:
+        idle |= of_denoiser
+    if clusters is None and "encoder" not in kinds:
+        idle |= of_encoder
     if not by_attention or merging == "ncut":
         idle |= of_merging
+    if clusters is not None or merging == "kl":
+        idle |= of_cutting
     if named := [name for name, value in idle.items() if value is not None and value is not False]:
         raise ValueError(
             f"{' and '.join(f'`{name}`' for name in named)} would change nothing with these `features`, `merging` or "

@@ -212,7 +212,11 @@ def save_adapter(denoiser: ModelMixin, folder: str | os.PathLike) -> None:
 
     layers, component = get_peft_model_state_dict(denoiser), family_of(denoiser).component
     layers = convert_state_dict_to_diffusers(layers) if component == "unet" else layers
-    DenoiserLoraMixin.save_lora_weights(folder, **{f"{component}_lora_layers": layers})
+    config = denoiser.peft_config["default"].to_dict()  # without it, loading takes the rank for alpha
+    config["target_modules"] = sorted(config["target_modules"])  # a set is written in any order
+    DenoiserLoraMixin.save_lora_weights(
+        folder, **{f"{component}_lora_layers": layers, f"{component}_lora_adapter_metadata": config}
+    )
 
 
 def _check_numbers(

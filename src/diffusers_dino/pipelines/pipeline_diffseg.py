@@ -288,17 +288,21 @@ class DiffSegPipeline(SegmentsMixin, ComponentLoadingMixin, DiffusionPipeline, D
         merge_thresholds(merge_threshold, num_merges, relative_threshold, self.settings.merge_threshold)
         encoded = {"encoder_size": encoder_size, "encoder_layer": encoder_layer}
         merging = chosen_merging(features, merging, clusters, timestep=timestep, size=size, layers=layers, **encoded)
+        given = {"image_embeds": image_embeds, "unet_kwargs": unet_kwargs}
         refuse_idle(
-            features == "attention" and clusters is None,
+            features,
             merging,
-            {"sides": sides, "weights": weights, "add_noise": add_noise},
-            {
+            clusters,
+            of_attention={"sides": sides, "weights": weights, "add_noise": add_noise},
+            of_denoiser={"timestep": timestep, "size": size, "layers": layers, **given},
+            of_encoder=encoded,
+            of_merging={
                 "merge_threshold": merge_threshold,
                 "relative_threshold": relative_threshold,
                 "anchors_per_side": anchors_per_side,
                 "refine": refine,
             },
-            encoded,
+            of_cutting={"cut_threshold": cut_threshold},
         )
         cut = {} if cut_threshold is None else {"cut_threshold": cut_threshold}
         check_merging(merging, walk_steps=walk_steps, cut_power=cut_power, **cut)
@@ -313,7 +317,6 @@ class DiffSegPipeline(SegmentsMixin, ComponentLoadingMixin, DiffusionPipeline, D
         output_size = mask_size(sizes[0] if output_size is None else output_size)
 
         # 2. Read attention or features
-        given = {"image_embeds": image_embeds, "unet_kwargs": unet_kwargs}
         shown = {"size": size, "layers": layers} | ({} if timestep is None else {"timestep": timestep})
         if clusters is not None:
             read = self.patch_features(images, **clusters.settings, **given)

@@ -76,6 +76,7 @@ class DinoInterpolationPipeline(DinoDiffusionPipeline):
             raise ValueError(
                 f"`fractions` must be F numbers, or (P, F) with P = {pairs} pairs, got {tuple(table.shape)}."
             )
+        target_embeds = target_embeds.to(source_embeds.device)
         source, target = (
             # (P, F, S, D); float32 holds half precision exactly, and mixes it without further rounding
             embeds.float()[:, None].expand(-1, table.shape[1], -1, -1)

@@ -54,8 +54,10 @@ def stored_preparation(model: TrainedModel | None, revision: str | None = None) 
         config = {} if denoiser is None else denoiser.config
     else:
         parts = DiffusionPipeline.load_config(str(model), revision=revision)
-        name = "transformer" if (parts.get("transformer") or [None])[0] else "unet"
-        config = UNet2DConditionModel.load_config(str(model), subfolder=name, revision=revision)  # of any model
+        names = [name for name in ("unet", "transformer") if (parts.get(name) or [None])[0]]
+        if not names:
+            return None
+        config = UNet2DConditionModel.load_config(str(model), subfolder=names[0], revision=revision)  # of any model
     return read_preparation(config)
 
 

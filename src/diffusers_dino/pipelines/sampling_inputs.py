@@ -62,7 +62,7 @@ class SamplingInputsMixin:
         num_inference_steps: int = 50,
         timesteps: list[int] | None = None,
         sigmas: list[float] | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float = 2.0,
         guidance_rescale: float = 0.0,
         guidance_start: float = 0.0,
         guidance_end: float = 1.0,

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..diffseg.attention import capture_features, capture_self_attention
+from ..diffseg.attention import capture_features, capture_self_attention, self_attention_layers
 from ..diffseg.clusters import FeatureClusters, fit_clusters
 from ..diffseg.cuts import cut_features, mean_maps, recursive_cut, walk_affinity
 from ..diffseg.features import stack_features
@@ -143,6 +143,7 @@ class SegmentsMixin:
             raise ValueError("This pipeline has no conditioner, whose encoder makes features: use features='unet'.")
         if "unet" in kinds:
             self.check_inputs(timestep, size, None, image_embeds, unet_kwargs)
+            layers = self_attention_layers(self.denoiser) if layers == ALL_LAYERS else layers
             with capture_features(self.denoiser, layers) as captured:
                 self._run(image, timestep, size, False, None, image_embeds, unet_kwargs)
             parts += captured
@@ -165,12 +166,14 @@ class SegmentsMixin:
             images: One after the other, or in batches; no mask is needed.
             num_clusters: How many, or several numbers of which the most stable is taken: see
                 `diffusers_dino.diffseg.clusters.fit_clusters`, which has the errors, too. Needs scikit-learn.
-            features: As in `patch_features`, whose other arguments are `options`.
+            features: As in `patch_features`, whose other arguments are `options`. The clusters keep these, without
+                `image_embeds` and `unet_kwargs`, which are of these images.
             seed: Of the clustering.
         """
         settings = {"features": listed_features(features), **options}
         made = (self.patch_features(batch, **settings) for batch in images)
-        return fit_clusters(made, num_clusters, settings=settings, seed=seed)
+        kept = {name: value for name, value in settings.items() if name not in ("image_embeds", "unet_kwargs")}
+        return fit_clusters(made, num_clusters, settings=kept, seed=seed)
 
     def segment_features(
         self,

@@ -37,8 +37,8 @@ class Duplicates:
         """The images to leave out so that only the first of equal ones, or with `near` of nearly equal ones, stays."""
         left_out = set(self.pairs[self.exact, 1].tolist())
         if near:  # pairs are sorted: whether `first` stays is known by then
-            for first, second in self.pairs[~self.exact].tolist():
-                if first not in left_out:
+            for (first, second), distance in zip(self.pairs.tolist(), self.distance.tolist(), strict=True):
+                if distance == 0 or (distance > 0 and first not in left_out):  # one of equal hash has the same others
                     left_out.add(second)
         return left_out
 

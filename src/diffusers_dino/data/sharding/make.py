@@ -87,7 +87,7 @@ def make_shards(
         rule: How they are assigned to splits and shards; by default `PlanRule()`.
         key_map: CSV to write, outside of `output_dir`: which file each key stands for.
         max_unreadable: Largest tolerated fraction of images that cannot be read, in [0, 1].
-        retry_unreadable: Whether a restart tries again what could not be read.
+        retry_unreadable: Whether a restart of an unfinished run tries again what could not be read.
         num_workers: Processes that read, prepare and write; 0 works in this one.
         part_size: Images that a worker prepares at a time: what a kill loses, for each worker.
         work_dir: Where prepared images wait for the plan; by default in `output_dir`.

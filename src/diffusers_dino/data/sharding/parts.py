@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -261,7 +262,8 @@ def _header_facts(record: Record, salt: str) -> dict[str, Any] | None:
             return None
     facts = dicom_facts(record.image, salt)
     if not record.names_patient and "patient" in facts:
-        return facts | {"patient": salted_hash(f"{record.source}/{facts['patient']}", salt)}
+        scope = re.sub(r"^images\d+$", "images", record.source)  # a patient may be in several of the plain folders
+        return facts | {"patient": salted_hash(f"{scope}/{facts['patient']}", salt)}
     return {name: value for name, value in facts.items() if name != "patient"}
 
 
@@ -269,7 +271,7 @@ def _read_mask(paths: Sequence[Path], shape: tuple[int, ...]) -> np.ndarray:
     """The union of masks, of the image's shape: `(H, W)` bool."""
     union = np.zeros(shape, bool)
     for path in paths:
-        values = read_image(path, "its mask")
+        values = _read_mask_file(path)
         values = values.max(axis=2) if values.ndim == 3 else values
         height, width = values.shape
         if height * shape[1] != width * shape[0]:  # JSRT's are half as large as its images, but of the same shape
@@ -279,6 +281,14 @@ def _read_mask(paths: Sequence[Path], shape: tuple[int, ...]) -> np.ndarray:
         foreground = Image.fromarray((values > values.max() // 2).astype(np.uint8))
         union |= np.asarray(foreground.resize(shape[::-1], Image.Resampling.NEAREST)).astype(bool)
     return union
+
+
+def _read_mask_file(path: Path) -> np.ndarray:
+    try:
+        return read_image(path, "its mask")
+    except UnreadableImageError as error:
+        reason = f"its mask: {_reason(error)}"
+    raise UnreadableImageError(reason)  # out here it has no context, which would hide whose fault it is
 
 
 def _reason(error: Exception) -> str:

@@ -138,9 +138,10 @@ def evaluate_augmentation(
     grid = grid_of(regimes, ratios, num_folds, strategies, modes)
     classifier = classifier or ClassifierSettings()
     synthesis = replace(synthesis or SynthesisSettings(), threads=1, grayscale=classifier.channels == 1)
+    known, table = table, table.select(images.keys)
     labels = tuple(labels or table.most_frequent(4))
+    table = table.restrict(labels)
     own = _own_options(strategies, priors, exponent, false_alarms)
-    known, table = table, table.select(images.keys).restrict(labels)
     make_classifier(classifier, len(labels))  # refuses what timm does not make before hours of work
     real_images = at_size(images, classifier.size)
     output = make_writable_folder(output_dir)

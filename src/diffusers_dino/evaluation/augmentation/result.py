@@ -132,17 +132,10 @@ class AugmentationResult(JsonResult):
 
 
 def summarise(
-    cells: Sequence[CellResult], planned: Sequence[CellSpec] | None = None, *, repeats: int = 1000, seed: int = 0
+    cells: Sequence[CellResult], planned: Sequence[CellSpec], *, repeats: int = 1000, seed: int = 0
 ) -> AugmentationResult:
-    """Compare all configurations of a grid with the real-only baselines.
-
-    The planned cells are by default those of every configuration, in every regime and fold, that any cell has.
-    """
+    """Compare all configurations of a planned grid with the real-only baselines."""
     finished = _check(cells)
-    if planned is None:
-        kinds, regimes = {_kind(spec) for spec in finished}, {spec.regime for spec in finished}
-        folds = range(1 + max(spec.fold for spec in finished))
-        planned = [CellSpec(*kind, regime, fold) for kind in kinds for regime in regimes for fold in folds]
     strays = set(finished) - set(planned)
     if strays:
         raise ValueError(f"{len(strays)} cells are not in the grid that was planned, such as {min(strays).name}.")

@@ -117,8 +117,9 @@ def open_judges(
     check_fraction(validation_fraction)
     held_out_pairs(np.zeros((0, 2), np.int64), num_folds)  # refuses too few folds before images are read
     classifier = classifier or ClassifierSettings()
+    table = table.select(images.keys)
     labels = tuple(labels or table.most_frequent(4))
-    table = table.select(images.keys).restrict(labels)
+    table = table.restrict(labels)
     make_classifier(classifier, len(labels))  # refuses what timm does not make before images are read
     with work_folder(output_dir) as output:
         folder = make_writable_folder(output / "judges")

@@ -54,12 +54,11 @@ def draw_closest_pairs(
     synthetic: ImageDataset | Tensor,
     training: ImageDataset | Tensor,
     columns: int = 3,
-    size: tuple[int, int] | None = None,
 ) -> PIL.Image.Image:
     """The closest pairs, nearest first: a synthetic image, and its nearest training image as it was compared.
 
     A training image is mirrored if the mirror image is what the synthetic one is near to. Images are those that
-    `evaluate_memorization` was given, `columns` the pairs in a row, and `size` is that of `contact_sheet`.
+    `evaluate_memorization` was given, and `columns` the pairs in a row.
     """
     if not result.closest:
         raise ValueError("The result holds no pair to draw: it is of no synthetic images, or num_pairs is 0.")
@@ -70,7 +69,7 @@ def draw_closest_pairs(
         own = pairs[column::columns]
         groups.append([_image(synthetic, pair.key) for pair in own])
         groups.append([_image(training, pair.training_key, pair.mirrored) for pair in own])
-    return contact_sheet(*groups, size=size)
+    return contact_sheet(*groups)
 
 
 def _image(images: ImageDataset | Tensor, key: str, mirrored: bool = False) -> Tensor:

@@ -47,7 +47,7 @@ def mean_mask_of_others(masks: Tensor, patients: Sequence[str]) -> Tensor:
 
     It has seen reference masks, but nothing of the image. ValueError if all masks are of one patient.
     """
-    codes = torch.tensor([sorted(set(patients)).index(patient) for patient in patients])
+    codes = torch.from_numpy(np.unique(patients, return_inverse=True)[1])
     if len(codes.unique()) < 2:
         raise ValueError("The mean mask of other patients needs at least two patients.")
     total, result = masks.sum(dim=0), []

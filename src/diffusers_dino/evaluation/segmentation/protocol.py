@@ -265,12 +265,12 @@ def score_segments(
     for method, swept in models.items():
         sweep, unsupervised = _score_model(method, swept, masks, gray, progress)
         sweeps.append(sweep)
-        times = [one.seconds for one in swept]
-        seconds = None if None in times else sum(times) / len(times)
+        seconds, of_all = ([getattr(one, name) for one in swept] for name in ("seconds", "seconds_of_all"))
         scored = torch.tensor(sweep.dice, dtype=torch.float64)
-        indices = add(method, BEST_PAIR, scored, sweep.settings, seconds)
+        mean = None if None in seconds else sum(seconds) / len(seconds)
+        indices = add(method, BEST_PAIR, scored, sweep.settings, mean)
         # all settings are made: they agree on the lungs
-        add(method, NO_GROUND_TRUTH, unsupervised[None], seconds=seconds and seconds * len(sweep.settings))
+        add(method, NO_GROUND_TRUTH, unsupervised[None], seconds=None if None in of_all else sum(of_all))
         counts = torch.tensor(sweep.num_segments)[indices, torch.arange(len(images))]
         clusters = _score_kmeans(gray, masks, counts.tolist(), seed, progress)
         names = [f"position weight {weight:g}" for weight in _POSITION_WEIGHTS]

@@ -55,7 +55,7 @@ class Sweep:
         refine: Whether to refine segments by k-means.
         num_merges: Passes of merging.
         anchors_per_side: Of the grid of maps that merging starts from; None: 16, or as many as there are.
-        add_noise: Whether the model sees noised latents in place of clean ones.
+        add_noise: Whether the model sees noised latents in place of clean ones, where attention is read.
         size: Side in pixels that the model sees images at; None: the UNet's own.
         mask_size: Side of the segments in pixels.
         seed: Of the noise, and of clusters.
@@ -91,6 +91,8 @@ class Sweep:
         check_choice(METHODS, method=self.method)
         object.__setattr__(self, "features", tuple(listed_features(self.features)))
         object.__setattr__(self, "num_clusters", tuple(self.num_clusters))
+        if self.method in ("cut", "clusters"):
+            object.__setattr__(self, "add_noise", False)
         if self.method == "clusters":
             object.__setattr__(self, "thresholds", (0.0,))
         if not self.reads_denoiser:
@@ -195,10 +197,19 @@ class SweptSegments:
     @property
     def seconds(self) -> float | None:
         """Mean seconds that an image took at one setting; None if they are from before these were noted."""
+        return self._mean("seconds")
+
+    @property
+    def seconds_of_all(self) -> float | None:
+        """Mean seconds that an image took at all settings, whose thresholds share a pass of the model; or None."""
+        seconds = self._mean("seconds_of_all")
+        return None if seconds is None else seconds * len(self.sweep.views)
+
+    def _mean(self, name: str) -> float | None:
         found = []
         for view, members in self.units():
             arrays = self._arrays(view, members.start)
-            found += [arrays["seconds"].item()] * len(members) if "seconds" in arrays else []
+            found += [arrays[name].item()] * len(members) if name in arrays else []
         return float(np.mean(found)) if found else None
 
     def _load(self, view: int, first: int, name: str) -> np.ndarray:
@@ -265,7 +276,8 @@ def segment_images(
         clock = _Clock(len(members))
         segments = _segment_unit(pipe, shown, sweep, view, members, clock)
         with atomic_write(swept.path(view, members.start)) as file:
-            np.savez_compressed(file, segments=segments, seconds=clock.seconds(len(sweep.thresholds)))
+            seconds = {"seconds": clock.seconds(len(sweep.thresholds)), "seconds_of_all": clock.seconds(1)}
+            np.savez_compressed(file, segments=segments, **seconds)
     return swept
 
 
@@ -378,7 +390,9 @@ def _segment_by_clusters(
         arrays = {"segments": torch.stack(segments)[None], "lungs": torch.stack(lungs)[None]}
         arrays = {name: values.numpy().astype(np.uint16) for name, values in arrays.items()}
         with atomic_write(swept.path(view, members.start)) as file:
-            np.savez_compressed(file, **arrays, seconds=seconds + clock.seconds(1))
+            np.savez_compressed(
+                file, **arrays, **dict.fromkeys(("seconds", "seconds_of_all"), seconds + clock.seconds(1))
+            )
 
 
 def _fit_halves(

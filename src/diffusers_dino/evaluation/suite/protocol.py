@@ -289,7 +289,7 @@ def _describe(
         "sources": _hash_of_all(sources),
         "model": None if pipe is None else fingerprint_pipeline(pipe),
         "features": extractor.spec.to_dict(),
-        "settings": as_json(asdict(settings)),
+        "settings": as_json(asdict(settings) | {"classifier": settings.classifier.facts()}),
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +75,12 @@ def _reference(references: Any, file: str | Path | None, takes_statistics: bool)
         raise ValueError(f'For a reference from a file, load the module with evaluate.load(path, "{_FROM_FILE}").')
     if references is not None:
         return to_tensor(references)
-    if takes_statistics:
-        with suppress(ValueError):  # it is another kind of file
-            return GaussianStatistics.load(file)
-    return FeatureSet.load(file).features
+    if not takes_statistics:
+        return FeatureSet.load(file).features
+    try:
+        return GaussianStatistics.load(file)
+    except ValueError as not_statistics:  # it is another kind of file, or damaged
+        try:
+            return FeatureSet.load(file).features
+        except ValueError as not_features:
+            raise ValueError(f"As statistics: {not_statistics} As features: {not_features}") from None
