@@ -79,8 +79,7 @@ def train(args: Arguments, opened: Run) -> None:
     accelerator = opened.accelerator
     side = regions_of(args)
     images, unseen = split_off_unseen(args, open_training_images(args), args.num_validation_images)
-    if args.num_validation_images:
-        unseen = unseen.select(unseen.keys[: args.num_validation_images])
+    unseen = unseen.select(unseen.keys[: args.num_validation_images])
     teacher = open_teacher(args, images, accelerator.device)
     network = StudentNetwork(make_student(args), teacher.token_dim, args.pixel_mean, args.pixel_std)
     views = TrainingViews(images, make_augmentation(args), args.seed)
@@ -99,7 +98,8 @@ def train(args: Arguments, opened: Run) -> None:
             pixels = batch["image"].to(accelerator.device, non_blocking=True)
             targets = arrange(batch["tokens"].to(accelerator.device).float(), side, region_scale, network.grid(pixels))
             with accelerator.accumulate(run.model):
-                loss = sum(F.mse_loss(*pair) for pair in zip(run.model(pixels), targets, strict=True))
+                pairs = zip(run.model(pixels), targets, strict=True)  # without registers, there are no regions
+                loss = sum(F.mse_loss(made, wanted) for made, wanted in pairs if wanted.numel())
                 accelerator.backward(loss)
             losses.append(loss.detach())
         run.update(losses, batches[-1]["key"])
@@ -160,8 +160,9 @@ def regions_of(args: Arguments) -> int:
         raise ValueError(f"--resolution {args.resolution} is not a multiple of --patch_size {args.patch_size}.")
     if not args.teacher:
         raise ValueError("Name the encoder to distil as --teacher.")
-    if args.cache_views < 1:
-        raise ValueError(f"--cache_views must be at least 1, got {args.cache_views}.")
+    for name in ("cache_views", "num_validation_images"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
     return side
 
 

@@ -69,6 +69,8 @@ def main() -> None:
     for stage in SCRIPTS:
         if not (output_dir / stage / FINISHED[stage]).exists():
             train(args, stage, output_dir)
+        if not (output_dir / stage / FINISHED[stage]).exists():
+            raise SystemExit("Stopped. The same command goes on.")
     pack(output_dir)
 
 

@@ -12,7 +12,7 @@ if __name__ == "__main__":
     import diffusers_dino.cli.early  # noqa: F401  (first: signals and readers that leave are minded from here on)
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from diffusers_dino import DinoDiffusionPipeline, data
 from diffusers_dino.cli import training_flags
 from diffusers_dino.cli.arguments import flag, parse_arguments
-from diffusers_dino.cli.record import write_record_and_card
+from diffusers_dino.cli.record import told_settings, write_record_and_card
 from diffusers_dino.cli.run import Run, open_run
 from diffusers_dino.denoisers import family_of
 from diffusers_dino.fingerprints import fingerprint_model, hash_of, own_config
@@ -112,10 +112,8 @@ def run_training(args: Arguments, run: Run) -> None:
     """From the images and models that the flags name to a pipeline in `--output_dir`."""
     accelerator = run.accelerator
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
-
-    to_measure_on = args.metric_num_images if args.metric_steps else 0
     images = training_flags.open_training_images(args, args.pretrained_pipeline, may_differ=args.rank is None)
-    images, unseen = training_flags.split_off_unseen(args, images, to_measure_on)
+    images, unseen = training_flags.split_off_unseen(args, images, args.metric_num_images if args.metric_steps else 0)
     views = data.TrainingViews(images, training_flags.make_augmentation(args), args.seed)
     with accelerator.main_process_first():  # one process downloads
         pipe = build_pipeline(args, views.images, accelerator.device)
@@ -123,7 +121,8 @@ def run_training(args: Arguments, run: Run) -> None:
     check_objective(args, pipe)
     if args.feature_cache:
         views = run.open_cache(views, pipe.vae, pipe.conditioner)
-    run.begin(images, use_8bit_adam=args.use_8bit_adam, models=describe_models(args, pipe))
+    encoders = models.describe_encoders(pipe.conditioner)
+    run.begin(images, use_8bit_adam=args.use_8bit_adam, models=describe_models(args, pipe), encoders=encoders)
     if accelerator.is_main_process and not args.rank:
         models.save_frozen(pipe, args.output_dir)
     cached = bool(args.feature_cache or args.cache_views)
@@ -165,7 +164,8 @@ def run_training(args: Arguments, run: Run) -> None:
     )
     if args.torch_compile:
         compile_for_training(args, pipe, cached)
-    accelerator.init_trackers(args.tracker_project_name, {name: str(value) for name, value in asdict(args).items()})
+    told = {name: str(value) for name, value in told_settings(args).items()}
+    accelerator.init_trackers(args.tracker_project_name, told)
     logger.info(
         f"Training {sum(p.numel() for p in trainable) / 1e6:.2f} M weights on {len(views)} images: {total_steps} "
         f"steps of {accelerator.num_processes} x {args.train_batch_size} x {args.gradient_accumulation_steps}"
@@ -273,6 +273,8 @@ def check_arguments(args: Arguments) -> None:
     training_flags.check_frozen_models(args)
     if args.rank is not None and args.rank < 1:
         raise ValueError(f"--rank must be at least 1, got {args.rank}: leave it out to train all weights.")
+    if args.lora_alpha and not args.rank:
+        raise ValueError("--lora_alpha is the scale of a LoRA: give --rank, too.")
     if args.rank and not args.pretrained_pipeline:
         raise ValueError("A LoRA (--rank) is trained on a whole pipeline: give --pretrained_pipeline.")
     if args.rank and args.fuse_encoders:
@@ -286,7 +288,6 @@ def check_arguments(args: Arguments) -> None:
     named = [name for name in ("unet", "unet_config", "transformer", "transformer_config") if getattr(args, name)]
     if len(named) > 1:
         raise ValueError(f"There is one denoiser to train: give --{named[0]} or --{named[1]}.")
-    args.in_memory &= args.feature_cache is None  # with a cache, hardly an image is read
 
 
 def check_objective(args: Arguments, pipe: DinoDiffusionPipeline) -> None:
@@ -363,10 +364,10 @@ def describe_models(args: Arguments, pipe: DinoDiffusionPipeline) -> dict[str, A
     begun = [p for p in pipe.denoiser.parameters() if not (args.rank and p.requires_grad)]
     new = {"config": own_config(pipe.denoiser), "qk_init_scale": args.qk_init_scale}
     component = family_of(pipe.denoiser).component
-    statistics = f"standardised by {args.normalize_tokens} images"  # whose last bits another device may change
+    same = f"standardised by {args.normalize_tokens} images"  # the last bits depend on the device: see `encoders`
     return {
         "vae": fingerprint_model(pipe.vae),
-        "conditioner": statistics if args.normalize_tokens else fingerprint_model(pipe.conditioner),
+        "conditioner": same if args.normalize_tokens else fingerprint_model(pipe.conditioner),
         f"{component} at the start": new if args.transformer_config or args.unet_config else hash_of(*begun)[:16],
         "fusion at the start": None if pipe.fusion is None else fingerprint_model(pipe.fusion),
         "noise schedule": own_config(pipe.scheduler),

@@ -12,7 +12,7 @@ if __name__ == "__main__":
     import diffusers_dino.cli.early  # noqa: F401  (first: signals and readers that leave are minded from here on)
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer, CL
 from diffusers_dino import DinoPrior, DinoPriorPipeline, data
 from diffusers_dino.cli.arguments import flag, parse_arguments
 from diffusers_dino.cli.image_flags import STORED
-from diffusers_dino.cli.record import write_record_and_card
+from diffusers_dino.cli.record import told_settings, write_record_and_card
 from diffusers_dino.cli.run import Run, open_run
 from diffusers_dino.cli.training_flags import (
     RunArguments,
@@ -40,6 +40,7 @@ from diffusers_dino.cli.training_flags import (
 )
 from diffusers_dino.fingerprints import own_config
 from diffusers_dino.hub import push_folder
+from diffusers_dino.hub.privacy import without_folders
 from diffusers_dino.prior import describe_conditioner
 from diffusers_dino.prior.flow import draw_for_prior
 from diffusers_dino.prior.table import Columns, Facts, make_conditions, read_facts, stored_facts
@@ -163,7 +164,7 @@ def run_training(args: Arguments, run: Run) -> None:
         numbers=dict(conditions.numbers),
         categories=dict(conditions.categories),
         text_dim=conditions.text_dim,
-        text_encoder=args.text_encoder,
+        text_encoder=without_folders(args.text_encoder),
         text_revision=args.text_revision,
         text_length=args.text_length,
         conditioner=known,
@@ -189,7 +190,9 @@ def run_training(args: Arguments, run: Run) -> None:
     )
     decay = args.ema_decay if args.use_ema else None
     state = TrainingState(accelerator, model, optimizer, lr_scheduler, ema_decay=decay, folder="prior")
-    accelerator.init_trackers(args.tracker_project_name, {name: str(value) for name, value in asdict(args).items()})
+    accelerator.init_trackers(
+        args.tracker_project_name, {name: str(value) for name, value in told_settings(args).items()}
+    )
     validator = prior.PriorValidator(
         pipe,
         state,
@@ -295,7 +298,6 @@ def check_arguments(args: Arguments) -> None:
         limit = 0.5 if name == "label_dropout" else 1
         if not 0 <= getattr(args, name) <= limit:
             raise ValueError(f"--{name} must be in [0, {limit}], got {getattr(args, name)}.")
-    args.in_memory &= args.feature_cache is None  # with a cache, hardly an image is read
 
 
 def name_columns(args: Arguments) -> Columns:

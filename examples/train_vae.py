@@ -86,7 +86,7 @@ class Arguments(RunArguments, AugmentationArguments, ImageArguments):
         None, "DINO encoder whose tokens are to be alike, too: Hub id or folder in transformers' or timm's format."
     )
     perceptual_size: int | None = flag(None, "Side in pixels that it sees crops at; its own by default.")
-    perceptual_weight: float = flag(1.0, "Weight of one minus the cosine of its tokens.")
+    perceptual_weight: float | None = flag(1.0, "Weight of one minus the cosine of its tokens.")
     validation_data_dir: str | None = flag(
         None, "Unseen images; else the last of --train_data_dir are held out.", group="Validation"
     )
@@ -230,6 +230,7 @@ def take_architecture(args: Arguments, vae: AutoencoderKL) -> None:
 
 def load_perceptual_encoder(args: Arguments, accelerator: Accelerator) -> DinoImageConditioner | None:
     if args.perceptual_encoder is None:
+        args.perceptual_weight = None  # is not told
         return None
     if args.perceptual_weight <= 0:
         raise ValueError(f"--perceptual_weight must be positive, got {args.perceptual_weight}.")

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import scripts
 import tiny
+from checkpoints import save_transformers
 from diffusers_dino import DinoDiffusionPipeline
 from diffusers_dino.files import lock_folder, sha256_of
 from diffusers_dino.training.checkpoints import newest_checkpoint
@@ -172,6 +173,28 @@ def test_going_on_from_an_older_checkpoint_sets_later_ones_aside(train, caplog):
     assert {"checkpoint-2", "checkpoint-3", "checkpoint-4"} <= {path.name for path in (folder / "set-aside").iterdir()}
     assert "moved to set-aside" in caplog.text
     assert len(losses(folder)) == 3
+
+
+def test_the_best_weights_of_a_path_that_was_left_are_set_aside_also_without_a_later_checkpoint(train):
+    folder = train(max_train_steps=4, checkpointing_steps=2, metric_steps=3, validation_inference_steps=1)
+    shutil.rmtree(folder / "checkpoint-4")
+    options = {"checkpointing_steps": 2, "metric_steps": 9, "validation_inference_steps": 1}
+    train(**options, resume_from_checkpoint="checkpoint-2", max_train_steps=3)
+    assert json.loads((folder / "set-aside" / "best" / "metric.json").read_text())["step"] == 3
+    assert not (folder / "best").exists()
+
+
+def test_other_encoders_are_refused_where_only_statistics_stand_for_a_conditioner(train, tmp_path):
+    encoder, options = tiny.tiny_encoder(), {"conditioner": None, "normalize_tokens": 16}
+    one = save_transformers(encoder, tmp_path / "one")
+    encoder.layernorm.weight.data *= 2
+    other = save_transformers(encoder, tmp_path / "other")
+    train(**options, encoder=[one])
+    options |= {"resume_from_checkpoint": "latest", "max_train_steps": 3}
+    with pytest.raises(ValueError, match="encoders: weights was"):
+        train(**options, encoder=[other])
+    with pytest.raises(ValueError, match="encoders: tokens was global, is cls"):
+        train(**options, encoder=[one], tokens="cls")
 
 
 def test_a_checkpoint_of_elsewhere_begins_a_run_of_its_own(train, tmp_path):

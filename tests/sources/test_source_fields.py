@@ -108,7 +108,8 @@ def test_heads_and_new_names():
 
 def test_a_finding_that_two_columns_name_is_not_both_present_and_uncertain():
     rule = LabelRule(columns=["Lung Lesion", "Mass"], rename={"Lung Lesion": "Mass"})
-    assert rule.read({"Lung Lesion": "1", "Mass": "-1"}) == Finding(("Mass",), (), True)
+    row = {"Lung Lesion": "1", "Mass": "-1"}
+    assert rule.read(row, rule.findings_columns(row)) == Finding(("Mass",), (), True)
 
 
 def test_more_than_half_of_those_who_say_something_decide():

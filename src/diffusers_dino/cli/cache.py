@@ -63,7 +63,8 @@ def make(args: Arguments, folder: Path, accelerator: Accelerator) -> None:
     recipe = Recipe.of(vae, conditioner, views, args.cache_views or 1)
     if accelerator.is_main_process:
         recover_folder(folder / "conditioner")
-    if accelerator.is_main_process and not (folder / "conditioner").exists():
+    begun = any(folder.glob("features-*.safetensors"))
+    if accelerator.is_main_process and not (begun and (folder / "conditioner").exists()):
         with save_atomically(folder / "conditioner") as place:
             conditioner.save_pretrained(place)
     precision = frozen_dtype(accelerator.mixed_precision)

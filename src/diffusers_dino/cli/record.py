@@ -7,7 +7,7 @@ from typing import Any
 
 from ..data.sharding import recorded_sources
 from ..hub.cards import write_model_card
-from ..hub.privacy import listed_names
+from ..hub.privacy import listed_names, without_folders
 from ..hub.record import TrainingRecord
 
 __all__ = ["describe_history", "told_settings", "write_record_and_card"]
@@ -50,7 +50,10 @@ def describe_history(history: Iterable[dict[str, Any]]) -> str:
     """In words, which settings were changed after how many updates."""
     return "; ".join(
         f"after {entry['updates']} updates: "
-        + ", ".join(f"{name.replace('_', ' ')} {old} to {new}" for name, (old, new) in entry["changes"].items())
+        + ", ".join(
+            f"{name.replace('_', ' ')} {without_folders(old)} to {without_folders(new)}"
+            for name, (old, new) in entry["changes"].items()
+        )
         for entry in history
     )
 

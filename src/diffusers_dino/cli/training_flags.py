@@ -187,7 +187,7 @@ def open_training_images(
         image_column=args.image_column,
         config_name=args.dataset_config_name,
         local_files_only=args.dataset_name is None,
-        in_memory=args.in_memory,
+        in_memory=args.in_memory and not getattr(args, "feature_cache", None),  # which hardly reads an image
         max_unreadable=args.max_unreadable,
     )
     if args.keys_file:
@@ -299,6 +299,8 @@ def check_conditioner(args: TokenArguments) -> None:
     """Raise ValueError unless the flags name one source of the condition; forget what a pipeline decides."""
     if [args.pretrained_pipeline, args.conditioner, args.encoder].count(None) != 2:
         raise ValueError("Give one of --conditioner (a saved one), --encoder (to make one) and --pretrained_pipeline.")
+    if args.conditioner and args.projection_dim:
+        raise ValueError("--projection_dim is for a new conditioner: a saved --conditioner has its own.")
     if args.pretrained_pipeline:
         _forget_other_models(args)
 

@@ -180,7 +180,7 @@ def _write_xrv(made: SyntheticSet, folder: Path) -> None:
 
 
 def _write_datasets(made: SyntheticSet, folder: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as cache:
+    with tempfile.TemporaryDirectory(dir=folder) as cache:  # which a kill leaves where the next call clears up
         as_datasets(made, cache).save_to_disk(folder)
 
 

@@ -27,6 +27,7 @@ from ..denoisers import FAMILIES, family_named, family_of
 from ..denoisers.family import with_lora_methods
 from ..extras import require
 from ..files import save_atomically
+from ..fingerprints import hash_of
 from ..fusion import TokenFusion, check_dropout
 from ..latents import VAE, vae_scale_factor
 from ..pipelines import DinoDiffusionPipeline
@@ -39,6 +40,7 @@ __all__ = [
     "add_fusion",
     "add_lora",
     "build_pipeline",
+    "describe_encoders",
     "enable_xformers",
     "frozen_dtype",
     "latent_shape",
@@ -289,6 +291,12 @@ def latent_shape(vae: VAE, denoiser: ModelMixin, resolution: int) -> tuple[int, 
     side = resolution // factor
     family.check_size(denoiser.config, side, side)
     return vae.config["latent_channels"], side, side
+
+
+def describe_encoders(conditioner: DinoImageConditioner) -> dict[str, Any]:
+    """What condition tokens are made by, apart from statistics that standardise them."""
+    chosen = {name: conditioner.config[name] for name in ("tokens", "projection_dim")}
+    return {"weights": [hash_of(*encoder.parameters())[:16] for encoder in conditioner.image_encoders], **chosen}
 
 
 def add_lora(denoiser: ModelMixin, rank: int, alpha: float | None = None) -> None:

@@ -79,11 +79,9 @@ class HeldOut(NamedTuple):
 
 
 @torch.no_grad()
-def encode_tokens(
-    views: Views, encode: FeatureEncoder, indices: Sequence[int], epoch: int = 0
-) -> tuple[Tensor, list[str]]:
-    """Tokens `(N, S, D)` float32 on the CPU of some images in the view of an epoch, and keys of what was shown."""
-    slots = [Slot(0, epoch, index) for index in indices]
+def encode_tokens(views: Views, encode: FeatureEncoder, indices: Sequence[int]) -> tuple[Tensor, list[str]]:
+    """Tokens `(N, S, D)` float32 on the CPU of some images in their first view, and keys of what was shown."""
+    slots = [Slot(0, 0, index) for index in indices]
     blocks = [slots[first : first + _TOGETHER] for first in range(0, len(slots), _TOGETHER)]
     tokens, keys = [], []
     for batch in load_batches(views, blocks, 0, encode.device):

@@ -35,7 +35,8 @@ _WEIGHTS = (
     "best",
 )
 _FROZEN = ("vae", "conditioner", "scheduler", "text_encoder", "tokenizer")
-_FURTHER = ("validation", "logs", "set-aside", "reconstructions.png", "diagnosis.json", LOG, ARGUMENTS)
+_FURTHER = ("validation", "logs", "set-aside", "reconstructions.png", LOG, ARGUMENTS)
+_FURTHER += ("diagnosis.json", "explained_variance.json", "validation.json")
 
 
 class RunFolderError(ValueError):
@@ -173,7 +174,7 @@ class RunFolder:
 
     def _set_aside(self, step: int) -> None:
         moved = set_aside_later(self.path, step)
-        if moved and self.resume != "latest":
+        if self.resume != "latest":
             best = self.path / "best"
             try:
                 later = read_json(best / "metric.json")["step"] > step
@@ -182,6 +183,7 @@ class RunFolder:
             if later:
                 place = self.path / "set-aside" / "best"
                 shutil.rmtree(place, ignore_errors=True)
+                place.parent.mkdir(exist_ok=True)
                 best.rename(place)
                 moved.append(best)
         if moved:

@@ -200,9 +200,9 @@ class Validator:
         folder.mkdir(exist_ok=True)
         picture.save(folder / f"{step:07d}.png")
         for tracker in self.accelerator.trackers:
-            if tracker.name in ("tensorboard", "wandb"):
-                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({"source | variations": np.asarray(picture)[None]}, step, **options)
+            if tracker.name == "tensorboard":  # others may store pictures of patients elsewhere
+                shown = {"source | variations": np.asarray(picture)[None]}
+                tracker.log_images(shown, step, dataformats="NHWC")
 
     def _judge(self, step: int, say: Callable[[str], None]) -> None:
         metric = self.metric
