@@ -277,7 +277,7 @@ def test_a_label_with_one_class_in_a_fold_is_left_out_there_and_said():
 def test_cells_that_do_not_belong_together_are_refused():
     cells = list(CELLS.values())
 
-    def fails(message: str, *changed: CellResult, planned=None) -> None:
+    def fails(message: str, *changed: CellResult, planned: list[CellSpec] = GRID) -> None:
         with pytest.raises(ValueError, match=message):
             summarise([*cells[len(changed) :], *changed], planned, repeats=20)
 
