@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 import scripts
+from diffusers_dino import DinoImageConditioner
 from folders import contents
 from scripts import losses
 
@@ -51,6 +52,14 @@ def test_training_from_disk_equals_training_from_memory(flags, config, tmp_path)
         scripts.call_script("train_dino.py", **{**flags, "feature_cache": cache, "shear": 0.2})
     with pytest.raises(ValueError, match="--feature_cache"):
         scripts.call_script("cache", config)
+
+
+def test_the_conditioner_of_a_start_that_was_given_up_is_replaced(flags, config, tmp_path):
+    kept = tmp_path / "features" / "conditioner"
+    wanted = DinoImageConditioner.from_pretrained(flags["conditioner"])
+    wanted.with_tokens("cls").save_pretrained(kept)
+    scripts.call_script("cache", config, feature_cache=kept.parent)
+    assert DinoImageConditioner.from_pretrained(kept).config["tokens"] == wanted.config["tokens"] != "cls"
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """`examples/distill_encoder.py`: a small encoder that learns what a large one says of images."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -68,6 +69,12 @@ def test_resumed_run_ends_with_the_same_weights_and_does_not_ask_the_teacher_aga
     scripts.call_script("distill_encoder.py", **flags | {"cache_views": 1}, overwrite_output_dir=True)
 
 
+def test_a_student_without_registers_learns_class_token_and_patches(flags):
+    scripts.call_script("distill_encoder.py", **flags | {"num_register_tokens": 0, "max_train_steps": 2})
+    assert all(map(math.isfinite, losses(flags["output_dir"])))
+    assert DinoImageConditioner.from_pretrained(flags["output_dir"]).num_tokens == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -75,6 +82,7 @@ def test_resumed_run_ends_with_the_same_weights_and_does_not_ask_the_teacher_aga
         ({"num_register_tokens": 3}, "--num_register_tokens 3 is not a square number"),
         ({"patch_size": 7}, "--resolution 32 is not a multiple of --patch_size 7"),
         ({"cache_views": 0}, "--cache_views must be at least 1"),
+        ({"num_validation_images": 0}, "--num_validation_images must be at least 1"),
     ],
 )
 def test_bad_input_is_explained(flags, changes, message):

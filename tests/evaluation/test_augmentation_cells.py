@@ -137,6 +137,15 @@ def test_a_classifier_learns_and_is_a_function_of_its_seed(labelled):
     assert np.array_equal(found, predict(train_classifier(halves, validation, SETTINGS).model, test))
 
 
+def test_dropout_follows_the_seed_and_leaves_the_global_generator(labelled):
+    train, settings = labelled(np.arange(20)), replace(SETTINGS, options='{"drop_rate": 0.5}', max_steps=3)
+    state = torch.get_rng_state()
+    one = predict(train_classifier([train], None, settings).model, train)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(1)
+    assert np.array_equal(one, predict(train_classifier([train], None, settings).model, train))
+
+
 def test_without_validation_images_the_last_weights_are_taken(labelled):
     train = labelled(np.arange(20))
     train_classifier([train], None, replace(SETTINGS, max_steps=10))  # whose warm-up is one update

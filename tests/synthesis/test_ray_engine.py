@@ -68,7 +68,7 @@ def job(plan, pipe, sources, tmp_path):
 
 
 def ask(job, kind, number):
-    return pickle.loads(_Worker(job, kind)({"number": number})["answer"])
+    return pickle.loads(_Worker(job, kind).answer(number))
 
 
 @pytest.mark.slow

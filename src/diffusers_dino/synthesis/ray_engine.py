@@ -7,6 +7,7 @@ import os
 import pickle
 import platform
 import shutil
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -179,14 +180,15 @@ class _Worker:
     def __init__(self, job: _Job, kind: Literal["part", "shard"]) -> None:
         self.job, self.kind = job, kind
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, bytes]:
-        number, host, attempt = int(row["number"]), platform.node(), 1
+    def answer(self, number: int) -> bytes:
+        """A pickled `_Answer`."""
+        host, attempt = platform.node(), 1
         try:
             attempt = self._begin(number, host)
             answer = _Answer(number, attempt, host, self.work(number), None)
         except Exception as error:
             answer = _Answer(number, attempt, host, None, _portable(error))
-        return {"answer": pickle.dumps(answer)}
+        return pickle.dumps(answer)
 
     def work(self, number: int) -> list[str] | int:
         """Encode a part, and say which sources cannot be read; or make a shard, and count the images left out."""
@@ -249,28 +251,35 @@ def _work(
     job: _Job, kind: Literal["part", "shard"], numbers: Sequence[int], num_workers: int, num_gpus: float, bar: tqdm
 ) -> Iterator[_Answer]:
     """Have parts encoded or shards made, yield the answers as they come, and raise the first error of a worker."""
-    if not numbers:
-        return
-    data = require("ray.data", "ray", "Generating on a Ray cluster needs Ray Data")
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    rows = data.from_items([{"number": number} for number in numbers], override_num_blocks=len(numbers))
-    answers = rows.map(
-        _Worker,
-        fn_constructor_args=(job, kind),
-        compute=data.ActorPoolStrategy(size=min(num_workers, len(numbers)), max_tasks_in_flight_per_actor=1),
-        num_cpus=job.plan.settings.threads,
-        num_gpus=num_gpus or None,
-    )
-    answers.context.enable_progress_bars = False
-    answers.context.execution_no_progress_timeout_s = -1  # none, as nobody knows how long a shard will take
-    for row in answers.iter_rows():
-        answer = pickle.loads(row["answer"])
-        if answer.error is not None:
-            raise answer.error
-        if answer.attempt > 1:
-            made = f"{kind} {answer.number}; {answer.host} made it in attempt {answer.attempt}."
-            bar.write(f"A worker died while it made {made}")
-        yield answer
+    ray = require("ray", "ray", "Generating on a Ray cluster needs Ray")
+    worker = ray.remote(num_cpus=job.plan.settings.threads, num_gpus=num_gpus)(_Worker)
+    waiting, idle, busy, deaths = deque(numbers), [], {}, Counter()
+    try:
+        while waiting or busy:
+            while waiting and len(busy) < num_workers:
+                actor, number = idle.pop() if idle else worker.remote(job, kind), waiting.popleft()
+                busy[actor.answer.remote(number)] = actor, number
+            (done, *_), _ = ray.wait(list(busy))
+            actor, number = busy.pop(done)
+            try:
+                answer = pickle.loads(ray.get(done))
+            except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError):  # it died: another one begins anew
+                ray.kill(actor)
+                deaths[number] += 1
+                if deaths[number] > _MAX_ATTEMPTS:  # workers count, too, but these did not come that far
+                    raise
+                waiting.appendleft(number)
+                continue
+            if answer.error is not None:
+                raise answer.error
+            if answer.attempt > 1:
+                made = f"{kind} {answer.number}; {answer.host} made it in attempt {answer.attempt}."
+                bar.write(f"A worker died while it made {made}")
+            idle.append(actor)
+            yield answer
+    finally:  # what is under way has nobody left to take it
+        for actor, _ in busy.values():
+            ray.kill(actor)
 
 
 @contextmanager
