@@ -294,6 +294,6 @@ def test_cells_that_do_not_belong_together_are_refused():
     with pytest.raises(ValueError, match="30 patients are tested in two folds"):
         summarise(twice, [cell.spec for cell in twice])
     with pytest.raises(ValueError, match="no finished cell"):
-        summarise([])
+        summarise([], GRID)
     with pytest.raises(ValueError, match="A table is one of"):
         format_augmentation_table(summarise(cells, GRID, repeats=20), "html")
