@@ -67,9 +67,10 @@ def main() -> None:
         raise ValueError("Give the shards of radiographs as --train_data_dir.")
     output_dir = Path(args.output_dir).resolve()
     for stage in SCRIPTS:
-        if not (output_dir / stage / FINISHED[stage]).exists():
+        finished = output_dir / stage / FINISHED[stage]
+        if not finished.exists():
             train(args, stage, output_dir)
-        if not (output_dir / stage / FINISHED[stage]).exists():
+        if not finished.exists():
             raise SystemExit("Stopped. The same command goes on.")
     pack(output_dir)
 

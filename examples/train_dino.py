@@ -23,7 +23,7 @@ from torch import Tensor
 from diffusers_dino import DinoDiffusionPipeline, data
 from diffusers_dino.cli import training_flags
 from diffusers_dino.cli.arguments import flag, parse_arguments
-from diffusers_dino.cli.record import told_settings, write_record_and_card
+from diffusers_dino.cli.record import write_record_and_card
 from diffusers_dino.cli.run import Run, open_run
 from diffusers_dino.denoisers import family_of
 from diffusers_dino.fingerprints import fingerprint_model, hash_of, own_config
@@ -164,8 +164,7 @@ def run_training(args: Arguments, run: Run) -> None:
     )
     if args.torch_compile:
         compile_for_training(args, pipe, cached)
-    told = {name: str(value) for name, value in told_settings(args).items()}
-    accelerator.init_trackers(args.tracker_project_name, told)
+    run.open_trackers()
     logger.info(
         f"Training {sum(p.numel() for p in trainable) / 1e6:.2f} M weights on {len(views)} images: {total_steps} "
         f"steps of {accelerator.num_processes} x {args.train_batch_size} x {args.gradient_accumulation_steps}"

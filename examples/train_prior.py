@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer, CL
 from diffusers_dino import DinoPrior, DinoPriorPipeline, data
 from diffusers_dino.cli.arguments import flag, parse_arguments
 from diffusers_dino.cli.image_flags import STORED
-from diffusers_dino.cli.record import told_settings, write_record_and_card
+from diffusers_dino.cli.record import write_record_and_card
 from diffusers_dino.cli.run import Run, open_run
 from diffusers_dino.cli.training_flags import (
     RunArguments,
@@ -190,9 +190,7 @@ def run_training(args: Arguments, run: Run) -> None:
     )
     decay = args.ema_decay if args.use_ema else None
     state = TrainingState(accelerator, model, optimizer, lr_scheduler, ema_decay=decay, folder="prior")
-    accelerator.init_trackers(
-        args.tracker_project_name, {name: str(value) for name, value in told_settings(args).items()}
-    )
+    run.open_trackers()
     validator = prior.PriorValidator(
         pipe,
         state,

@@ -220,10 +220,11 @@ def make_vae(args: Arguments) -> AutoencoderKL:
 
 def take_architecture(args: Arguments, vae: AutoencoderKL) -> None:
     """Set the flags to what `--vae` has, for the card; refuse those that say otherwise."""
+    defaults = Arguments()
     for name in ARCHITECTURE:
         theirs, ours = vae.config[name], getattr(args, name)
         theirs = list(theirs) if isinstance(theirs, tuple) else theirs
-        if ours != theirs and (name == "in_channels" or ours != getattr(Arguments(), name)):
+        if ours != theirs and (name == "in_channels" or ours != getattr(defaults, name)):
             raise ValueError(f"{args.vae} has {name} {theirs}, and --{name} is {ours}.")
         setattr(args, name, theirs)
 

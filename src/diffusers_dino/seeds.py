@@ -6,10 +6,12 @@ A draw keyed by (seed, purpose, sample) is the same on one process and on eight,
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
-__all__ = ["derive_seed", "generator_for"]
+__all__ = ["derive_seed", "generator_for", "seeded"]
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -24,3 +26,11 @@ def derive_seed(*parts: int | str) -> int:
 def generator_for(*parts: int | str) -> torch.Generator:
     """A CPU generator that starts at `derive_seed(*parts)`."""
     return torch.Generator().manual_seed(derive_seed(*parts))
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
+    """For what draws from the global generators, such as new weights or dropout; they are left as they were."""
+    with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

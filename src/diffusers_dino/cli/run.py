@@ -194,6 +194,11 @@ class Run:
         """Of the whole run, on this many images: as many as `--max_train_steps`, or those of the epochs."""
         return self.args.max_train_steps or math.ceil(self.args.num_train_epochs * num_images / self.images_per_update)
 
+    def open_trackers(self) -> None:
+        """Those of `--report_to`, which get to know what a card may tell."""
+        told = {name: str(value) for name, value in told_settings(self.args).items()}
+        self.accelerator.init_trackers(self.args.tracker_project_name, told)
+
     def open_progress(self, step: int, total: int) -> Progress:
         """What shows and logs the updates after `step`, which begin now."""
         self.interruption.saved()

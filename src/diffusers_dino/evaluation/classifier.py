@@ -7,8 +7,7 @@ updates, whatever the number of their images, so that more data is not more trai
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -24,7 +23,7 @@ from ..data.images.augmentation import Augmentation
 from ..data.order import GlobalBatchSampler
 from ..files import sha256_of
 from ..metrics.auroc import macro_auroc
-from ..seeds import derive_seed
+from ..seeds import derive_seed, seeded
 from .packed import PackedImages
 
 __all__ = [
@@ -145,8 +144,7 @@ def make_classifier(settings: ClassifierSettings, num_labels: int, seed: int = 0
             raise FileNotFoundError(f"There is no file of weights {settings.weights!r}.")
         options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": settings.weights}}
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             return nn.Sequential(Normalize([0.5], [0.25]), timm.create_model(settings.model, **options))
     except (AssertionError, KeyError, RuntimeError, SafetensorError, TypeError, UnpicklingError) as error:
         close = timm.list_models(f"*{settings.model.rstrip('0123456789')}*")[:5]
@@ -193,7 +191,7 @@ def train_classifier(
         slots = next(batches)
         keys, batch = images.load([slot.index for slot in slots], device)
         batch = augmentation(batch, keys, derive_seed(seed, "views"), [slot.epoch for slot in slots])
-        with _seeded(derive_seed(seed, "dropout", step), batch.device):
+        with seeded(derive_seed(seed, "dropout", step), batch.device):
             logits = model(batch)
         loss = F.binary_cross_entropy_with_logits(logits, targets[[slot.index for slot in slots]].to(device))
         optimizer.zero_grad(set_to_none=True)
@@ -209,14 +207,6 @@ def train_classifier(
         model.load_state_dict(best_weights)
     model.eval()
     return best
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """For what draws from the global generators, such as dropout and stochastic depth; they are left as they were."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 def predict(model: nn.Module, images: LabelledImages, device: torch.device | str = "cpu") -> np.ndarray:

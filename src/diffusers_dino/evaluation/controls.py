@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ..pixels import unit_to_uint8, with_channels
-from ..seeds import generator_for
+from ..seeds import generator_for, seeded
 
 __all__ = ["derangement", "rows_in", "split_in_halves", "warn_of_training_images", "with_fresh_unet"]
 
@@ -22,8 +22,7 @@ Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 def with_fresh_unet(pipe: Pipeline, seed: int = 0) -> Pipeline:
     """The same pipeline with an untrained denoiser of the same config; the pipeline that is given stays as it is."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         fresh = type(pipe.denoiser).from_config(pipe.denoiser.config)
     fresh.requires_grad_(False).eval().to(pipe.denoiser.device)
     if fresh.dtype != pipe.denoiser.dtype:

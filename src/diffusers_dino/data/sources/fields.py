@@ -255,9 +255,9 @@ class LabelRule:
     def _finish(self, present: Sequence[str], uncertain: Sequence[str], labelled: bool) -> Finding:
         said = [label for label in present if not is_blank(label) and label not in self.unlabelled]
         findings = [self.rename.get(label, label) for label in said if label not in self.none]
-        doubted = dict.fromkeys(self.rename.get(label, label) for label in uncertain if label not in self.none)
-        doubted = (label for label in doubted if label not in findings)
-        return Finding(tuple(dict.fromkeys(findings)), tuple(doubted), labelled or bool(said))
+        doubted = [self.rename.get(label, label) for label in uncertain if label not in self.none]
+        doubted = [label for label in doubted if label not in findings]
+        return Finding(tuple(dict.fromkeys(findings)), tuple(dict.fromkeys(doubted)), labelled or bool(said))
 
 
 def combine(findings: Sequence[Finding], majority: bool = False) -> Finding:

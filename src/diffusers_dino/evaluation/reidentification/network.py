@@ -19,7 +19,7 @@ from ...data.images.augmentation import Augmentation
 from ...devices import deterministic
 from ...metrics.extractors.thumbnails import local_contrast
 from ...pixels import resize_unit, with_channels
-from ...seeds import derive_seed, generator_for
+from ...seeds import derive_seed, generator_for, seeded
 
 __all__ = ["SIDE", "SiameseNetwork", "prepare", "train_siamese"]
 
@@ -78,8 +78,7 @@ def train_siamese(
         picked = [[own[i] for i in torch.randperm(len(own), generator=random)[:of_each].tolist()] for own in chosen]
         return torch.tensor(picked, dtype=torch.long).reshape(len(chosen), of_each)
 
-    with deterministic(threads=1), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "weights"))
+    with deterministic(threads=1), seeded(derive_seed(seed, "weights")):
         network, augmentation = SiameseNetwork().to(device), Augmentation(0.0, 0.03, 0.05, (0.9, 1.1))
         optimizer = torch.optim.AdamW(network.parameters(), lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=steps)

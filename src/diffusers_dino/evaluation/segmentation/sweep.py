@@ -276,8 +276,8 @@ def segment_images(
         clock = _Clock(len(members))
         segments = _segment_unit(pipe, shown, sweep, view, members, clock)
         with atomic_write(swept.path(view, members.start)) as file:
-            seconds = {"seconds": clock.seconds(len(sweep.thresholds)), "seconds_of_all": clock.seconds(1)}
-            np.savez_compressed(file, segments=segments, **seconds)
+            seconds, of_all = clock.seconds(len(sweep.thresholds)), clock.seconds(1)
+            np.savez_compressed(file, segments=segments, seconds=seconds, seconds_of_all=of_all)
     return swept
 
 
@@ -390,9 +390,8 @@ def _segment_by_clusters(
         arrays = {"segments": torch.stack(segments)[None], "lungs": torch.stack(lungs)[None]}
         arrays = {name: values.numpy().astype(np.uint16) for name, values in arrays.items()}
         with atomic_write(swept.path(view, members.start)) as file:
-            np.savez_compressed(
-                file, **arrays, **dict.fromkeys(("seconds", "seconds_of_all"), seconds + clock.seconds(1))
-            )
+            seconds += clock.seconds(1)
+            np.savez_compressed(file, **arrays, seconds=seconds, seconds_of_all=seconds)
 
 
 def _fit_halves(
