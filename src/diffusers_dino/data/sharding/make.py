@@ -28,6 +28,7 @@ from ..stores.folder import FolderStore
 from ..stores.walk import WORK, list_files
 from .manifest import MANIFEST, Shard, ShardError, check_shards, read_manifest, write_manifest
 from .parts import (
+    FOLDER,
     Item,
     Sample,
     Unreadable,
@@ -189,7 +190,7 @@ def _open(sources: Sequence[OpenSource | str | Path], salt: str) -> list[tuple[S
             opened.append((source.source, source.records(salt)))
         else:
             folders += 1
-            described = Source(f"images{folders if folders > 1 else ''}", image="**/*", title="A folder of images")
+            described = Source(f"{FOLDER}{folders if folders > 1 else ''}", image="**/*", title="A folder of images")
             opened.append((described, _folder_records(described.name, Path(source))))
     names = Counter(source.name for source, _ in opened)
     if repeated := [name for name, count in names.items() if count > 1]:

@@ -100,6 +100,7 @@ class Unreadable:
     no_image: bool = False
 
 
+FOLDER = "images"  # name of a plain folder as a source; further ones have a number after it
 _PIECE = 4096
 _COLUMNS = [entry.name for entry in fields(Sample) if entry.name != "part"]  # the last two may be missing
 
@@ -262,7 +263,7 @@ def _header_facts(record: Record, salt: str) -> dict[str, Any] | None:
             return None
     facts = dicom_facts(record.image, salt)
     if not record.names_patient and "patient" in facts:
-        scope = re.sub(r"^images\d+$", "images", record.source)  # a patient may be in several of the plain folders
+        scope = re.sub(rf"^{FOLDER}\d+$", FOLDER, record.source)  # a patient may be in several of the plain folders
         return facts | {"patient": salted_hash(f"{scope}/{facts['patient']}", salt)}
     return {name: value for name, value in facts.items() if name != "patient"}
 
