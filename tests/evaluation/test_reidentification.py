@@ -5,6 +5,7 @@ import torch
 
 import tiny
 from diffusers_dino.evaluation import ReidentificationResult, evaluate_reidentification
+from diffusers_dino.evaluation.reidentification.protocol import _figures, _Pairs
 
 OPTIONS = {"num_folds": 2, "max_steps": 40, "bootstrap_repeats": 50, "progress": False}
 PEOPLE = 36
@@ -51,6 +52,22 @@ def test_variations_that_show_their_patients_are_found(found, tmp_path):
 def test_it_depends_on_its_arguments_only(found, sets, people):
     sources = {str(i): str(i) for i in range(PEOPLE)}
     assert found == evaluate_reidentification(synthetic=films(people[:PEOPLE], 4), sources=sources, **sets, **OPTIONS)
+
+
+def test_networks_of_different_seeds_and_folds_have_nothing_in_common(sets, people):
+    """After one update the weights are nearly those at the start, and so are the scores of equal starts."""
+    options = {**OPTIONS, "sources": {str(i): str(i) for i in range(PEOPLE)}, "max_steps": 1, "num_pairs": PEOPLE}
+    made = films(people[:PEOPLE], 4)
+    results = [evaluate_reidentification(synthetic=made, seed=seed, **sets, **options) for seed in (0, 1)]
+    first, second = ({pair.key: pair.score for pair in result.closest} for result in results)
+    assert min(abs(first[key] - second[key]) for key in first) > 1e-3
+
+
+def test_what_is_found_has_a_higher_score_than_99_percent_of_the_strangers():
+    pairs = _Pairs()
+    pairs.near = [(147.6, "a"), (148.5, "b")]  # above 148 and above 149 of 150
+    pairs.strangers = [(float(score), f"p{score}") for score in range(150)]
+    assert _figures("pairs", [pairs], repeats=10, seed=0).found == 0.5
 
 
 def test_other_people_are_not_taken_for_their_sources(sets, people):

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from ...data import ImageDataset
 from ...metrics.auroc import draw_weights, stratified_auroc
 from ...metrics.bootstrap import percentile_interval
-from ...seeds import generator_for
+from ...seeds import derive_seed, generator_for
 from ..controls import rows_in
 from ..folds import assign_folds
 from ..generation import stack_readable
@@ -189,7 +189,8 @@ def evaluate_reidentification(
     stand_ins = _StandIns(made.keys, known.keys, people, is_training)
     for fold in tqdm(range(num_folds), desc="networks", leave=False, disable=not progress):
         others, rows = np.flatnonzero((folds != fold) & learnt_from), np.flatnonzero(folds == fold)
-        network = train_siamese(real[others], people[others].tolist(), max_steps, seed + fold, device)
+        own_seed = derive_seed(seed, "network", fold)
+        network = train_siamese(real[others], people[others].tolist(), max_steps, own_seed, device)
         own, generated = (_embed(network, images, device) for images in (real[rows], pixels[2]))
         draw = partial(_draw_strangers, people[rows], num_strangers, generator_for(seed, "strangers", fold))
         scores = _scores(network, own, own)
@@ -349,7 +350,7 @@ def _figures(name: str, tables: Sequence[_Pairs], repeats: int, seed: int) -> Pa
     columns = scores[:, None], positive[:, None], folds
     auroc = stratified_auroc(*columns)[0, 0]
     strangers = [[score for score, _ in one.strangers] for one in tables]
-    bounds = [np.quantile(own, 1 - _FALSE_ALARMS) if own else np.inf for own in strangers]
+    bounds = [np.quantile(own, 1 - _FALSE_ALARMS, method="higher") if own else np.inf for own in strangers]
     return PairFigures(
         name,
         int(positive.sum()),
