@@ -27,7 +27,6 @@ from diffusers_dino.data import (
     dicom_facts,
     read_image,
 )
-from diffusers_dino.data.images.codestreams import frame_header
 from diffusers_dino.data.images.dicom import read_dicom
 from diffusers_dino.data.images.dicom_header import parse_dicom
 
@@ -247,17 +246,6 @@ def test_what_is_not_read_is_said(fields, message):
 def test_a_frame_of_another_size_than_the_header_says_is_not_decoded(syntax):
     with pytest.raises(UnreadableImageError, match="not of the size in its header, 57 x 40"):
         read_image(dicom_bytes(FILM_8, 8, syntax, Columns=57))
-
-
-def test_frame_headers():
-    for kind in ("JPEG lossless", "JPEG-LS", "JPEG 2000"):
-        frame = get_frame(dicom_dataset(FILM, 12, LOSSLESS[kind]).PixelData, 0, number_of_frames=1)
-        assert frame_header(frame) == (40, 56, 1)
-        assert frame_header(b"\xff\xd8\xff\xe0\x00\x04ab" + frame[2:]) == (
-            None if kind == "JPEG 2000" else frame_header(frame)
-        )
-        assert all(frame_header(frame[:cut]) in (None, frame_header(frame)) for cut in range(60))
-    assert frame_header(b"") is frame_header(b"nothing") is None
 
 
 def test_unread_encodings_are_named_if_they_are_known():

@@ -197,13 +197,6 @@ def test_of_several_pictures_in_a_sample_the_one_called_image_is_it(tmp_path, im
     assert images.companion(0, "json") == b"{}"
 
 
-@pytest.mark.parametrize("pattern", ["nowhere/*.png", "no/where/*.png", "*.gif", "*.jpg"])
-def test_a_pattern_of_nothing(tmp_path, pattern):
-    fill(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"no folder|No image"):
-        open_images(tmp_path / pattern, PREPARE)
-
-
 @pytest.mark.parametrize("junk", ["._a.png", "__MACOSX/._a.png", "@eaDir/a.png", "d/.hidden/a.png", ".a.png"])
 def test_what_systems_put_into_tars_is_skipped_and_counted(tmp_path, caplog, junk):
     path = write_tar(tmp_path / "x.tar", {"./a.png": encode(0), junk: encode(1), "d/b.png": encode(2)})
@@ -277,7 +270,6 @@ def claim(folder: Path, shards: list[dict]) -> None:
         [{"name": "x-000000.tar", "samples": 2**31 - 1}],
         [{"name": "x-000000.tar", "samples": 8}, {"name": "y.tar", "samples": 10**9}],
         [{"name": f"y-{number:06d}.tar", "samples": 0} for number in range(12_000)],
-        [{"name": f"y-{number:06d}.tar", "samples": 1000} for number in range(12_000)],
     ],
 )
 def test_a_manifest_that_promises_far_more_than_there_is_is_refused(tmp_path, caplog, shards):
@@ -288,9 +280,7 @@ def test_a_manifest_that_promises_far_more_than_there_is_is_refused(tmp_path, ca
     assert len(caplog.records) < 10
 
 
-@pytest.mark.parametrize(
-    "samples", [True, 1.5, "8", None, -1, 2**31, 2**70], ids=["bool", "float", "text", "none", "negative", "31", "70"]
-)
+@pytest.mark.parametrize("samples", [True, 1.5, "8", None, -1, 2**31, 2**70])
 def test_counts_in_a_manifest_are_checked(tmp_path, samples):
     write_shards(tmp_path, 1)
     claim(tmp_path, [{"name": "x-000000.tar", "samples": samples}])
@@ -298,19 +288,28 @@ def test_counts_in_a_manifest_are_checked(tmp_path, samples):
         open_images(tmp_path, PREPARE)
 
 
-@pytest.mark.parametrize("place", ["pipe", "/dev/zero", "deep", "folder", "list of lists"])
-def test_a_manifest_is_a_sound_regular_file(tmp_path, place):
+@pytest.mark.parametrize("place", ["pipe", "/dev/zero", "folder"])
+def test_a_manifest_is_a_regular_file(tmp_path, place):
     write_shards(tmp_path, 1)
     path = tmp_path / "manifest.json"
     if place == "pipe":
         os.mkfifo(path)
     elif place == "folder":
         path.mkdir()
-    elif place.startswith("/"):
-        path.symlink_to(place)
     else:
-        path.write_text("[" * 100_000 if place == "deep" else '{"shards": [[1]]}')
+        path.symlink_to(place)
     with pytest.raises((ValueError, IsADirectoryError), match="manifest"):
+        open_images(tmp_path, PREPARE)
+
+
+UNSOUND = ["{", "[]", "[" * 100_000, '{"shards": [[1]]}', '{"shards": [{"name": "../x.tar", "samples": 1}]}']
+
+
+@pytest.mark.parametrize("content", UNSOUND, ids=["cut", "list", "deep", "rows", "elsewhere"])
+def test_a_damaged_manifest_is_an_error(tmp_path, content):
+    write_shards(tmp_path, 1)
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(ValueError, match="is not a manifest"):
         open_images(tmp_path, PREPARE)
 
 
@@ -325,8 +324,8 @@ def inflate(index: Path) -> None:
     with zipfile.ZipFile(index, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in ("header", "keys", "extensions", "first_member", "kinds", "offsets", "sizes"):
             with archive.open(f"{name}.npy", "w") as file:
-                np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": (2**24,)})
-                file.write(bytes(2**27))
+                np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": (2**17,)})
+                file.write(bytes(2**20))
 
 
 def overstate(index: Path) -> None:

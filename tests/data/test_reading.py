@@ -276,8 +276,6 @@ def test_other_formats_of_pillow_are_not_tried():
 def test_real_radiographs_are_read_at_their_depth():
     deep = read_image(CXR / "raw" / "nih_00001280_004_16bit_bordered.png")
     assert (deep.dtype, deep.shape, deep.max()) == (np.uint16, (1024, 1344), 4095)
-    for path in [*(CXR / "raw").glob("*.png"), *(CXR / "raw").glob("*.jpg")]:
-        assert read_image(path).shape[0] >= 512
 
 
 @pytest.mark.cxr

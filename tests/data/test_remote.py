@@ -254,11 +254,3 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(ImportError, match=r"gs://bucket/x\.tar.*diffusers-dino\[remote\]"):
         RemoteFileSystem("gs://bucket/x.tar")
-
-
-@pytest.mark.parametrize(
-    "url", ["file:///etc/x.tar", "ssh://host/x.tar", "simplecache::http://host/x.tar", "reference://x.tar"]
-)
-def test_other_schemes_are_refused(url):
-    with pytest.raises(ValueError, match="cannot be read"):
-        open_images(url, PREPARE)

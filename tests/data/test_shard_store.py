@@ -6,7 +6,6 @@ import logging
 import pickle
 import time
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +14,6 @@ from PIL import Image
 
 from diffusers_dino.data import (
     GlobalBatchSampler,
-    ImageDataset,
     Preprocessing,
     Slot,
     TrainingViews,
@@ -83,17 +81,6 @@ def test_a_folder_gives_the_shards_of_a_split_and_a_glob_all_of_them(tmp_path):
     assert len(open_images(tmp_path / "*.tar", PREPARE)) == 24
     with pytest.raises(ValueError, match="no split 'val', but test, train"):
         open_images(tmp_path, PREPARE, split="val")
-
-
-@pytest.mark.parametrize(
-    "manifest",
-    ["{", "[]", '{"shards": [{"name": "../x.tar", "samples": 1}]}', '{"shards": [{"name": "x.tar", "samples": -1}]}'],
-)
-def test_a_damaged_manifest_is_an_error(tmp_path, manifest):
-    write_shards(tmp_path)
-    (tmp_path / "manifest.json").write_text(manifest)
-    with pytest.raises(ValueError, match="is not a manifest"):
-        open_images(tmp_path, PREPARE)
 
 
 class Bomb:
@@ -190,17 +177,6 @@ def corrupt(content: bytes, generator: np.random.Generator) -> bytes:
     return bytes(data)
 
 
-def read_all(path: Path) -> tuple[ImageDataset | None, str]:
-    """A data set all of whose places were read, or the message why it cannot be used."""
-    try:
-        dataset = open_images(path, PREPARE, max_unreadable=1)
-        for place in range(len(dataset)):
-            dataset[place]
-    except (ValueError, FileNotFoundError) as error:
-        return None, str(error)
-    return dataset, ""
-
-
 def test_corrupted_shards_are_read_or_named(tmp_path, caplog):
     whole = write_shards(tmp_path, shards=1)[0]
     content = whole.read_bytes()
@@ -208,16 +184,17 @@ def test_corrupted_shards_are_read_or_named(tmp_path, caplog):
     generator = np.random.default_rng(0)
     outcomes = {"opened": 0, "refused": 0, "samples": 0, "unreadable": 0}
     start = time.monotonic()
-    for number in range(300):
+    for number in range(120):
         path = tmp_path / f"damaged-{number:03d}.tar"
         path.write_bytes(corrupt(content, generator))
         caplog.clear()
-        dataset, message = read_all(path)
-        if dataset is None:
-            assert path.name in message
+        try:
+            dataset = open_images(path, PREPARE, max_unreadable=1)
+            samples = list(dataset)
+        except (ValueError, FileNotFoundError) as error:
+            assert path.name in str(error)  # noqa: PT017
             outcomes["refused"] += 1
             continue
-        samples = list(dataset)
         outcomes["opened"] += 1
         outcomes["samples"] += len(samples)
         outcomes["unreadable"] += len(dataset.unreadable)
@@ -226,6 +203,6 @@ def test_corrupted_shards_are_read_or_named(tmp_path, caplog):
         assert not gone or path.name in caplog.text  # what is lost with its header is named with its shard
         assert all(sample["image"].shape == (1, 16, 16) for sample in samples)
     assert time.monotonic() - start < 120
-    assert outcomes["opened"] > 200
-    assert outcomes["refused"] > 5
-    assert outcomes["unreadable"] > 20
+    assert outcomes["opened"] > 80
+    assert outcomes["refused"] > 2
+    assert outcomes["unreadable"] > 8
