@@ -31,6 +31,7 @@ from diffusers_dino.cli.training_flags import (
     AugmentationArguments,
     ImageArguments,
     RunArguments,
+    check_lora,
     make_augmentation,
     open_training_images,
 )
@@ -79,7 +80,8 @@ class Arguments(RunArguments, AugmentationArguments, ImageArguments):
 
 def main() -> None:
     args = parse_arguments(Arguments, description=__doc__)
-    check_guidance(args)
+    check_lora(args)
+    args.min_guidance, args.max_guidance = check_guidance(args)  # which cards tell
     with open_run(args, logger) as run:
         train(args, run)
 

@@ -270,10 +270,7 @@ def compute_loss(
 
 def check_arguments(args: Arguments) -> None:
     training_flags.check_frozen_models(args)
-    if args.rank is not None and args.rank < 1:
-        raise ValueError(f"--rank must be at least 1, got {args.rank}: leave it out to train all weights.")
-    if args.lora_alpha and not args.rank:
-        raise ValueError("--lora_alpha is the scale of a LoRA: give --rank, too.")
+    training_flags.check_lora(args)
     if args.rank and not args.pretrained_pipeline:
         raise ValueError("A LoRA (--rank) is trained on a whole pipeline: give --pretrained_pipeline.")
     if args.rank and args.fuse_encoders:

@@ -71,7 +71,9 @@ def test_four_steps_of_one_pass_are_the_default(distilled):
 
 
 def test_its_card_and_synthesis_know_of_the_four_steps(distilled_folder, tmp_path):
-    assert "4 steps by default, at most 8" in (distilled_folder / "README.md").read_text()
+    card = (distilled_folder / "README.md").read_text()
+    assert "4 steps by default, at most 8" in card
+    assert "| max guidance | 4.0 |" in card
     images = scripts.image_folder(tmp_path / "sources", 3, size=32)
     flags = {"model": distilled_folder, "data_dir": images, "output_dir": tmp_path / "set", "num_images": 3}
     scripts.call_script("synthesise", **flags, num_drawn=0, batch_size=3)
@@ -137,6 +139,9 @@ class TestBadInput:
             ({"min_guidance": 3.0, "max_guidance": 2.0}, "--min_guidance <= --max_guidance"),
             ({"min_guidance": 0.5}, "1 <= --min_guidance"),
             ({"rank": 2, "max_guidance": 4.0}, "A LoRA has no input"),
+            ({"lora_alpha": 4.0}, "give --rank, too"),
+            ({"rank": 0}, "--rank must be at least 1"),
+            ({"rank": 2, "lora_alpha": 0.0}, "--lora_alpha must be positive"),
             ({"teacher_steps": 0}, "teacher's steps"),
             ({"teacher_steps": 50}, "multiple of 4"),
             ({"resolution": 30}, "30"),

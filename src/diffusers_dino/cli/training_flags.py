@@ -33,6 +33,7 @@ __all__ = [
     "TokenArguments",
     "check_conditioner",
     "check_frozen_models",
+    "check_lora",
     "load_conditioner",
     "load_frozen",
     "make_augmentation",
@@ -319,6 +320,16 @@ def check_frozen_models(args: FeatureArguments) -> None:
     check_conditioner(args)
     if not (args.vae or args.pretrained_model_name_or_path or args.pretrained_pipeline):
         raise ValueError("There is no VAE: give --vae, --pretrained_model_name_or_path or --pretrained_pipeline.")
+
+
+def check_lora(args: Any) -> None:
+    """Raise ValueError unless `--rank` and `--lora_alpha` describe a LoRA, or neither is given."""
+    if args.rank is not None and args.rank < 1:
+        raise ValueError(f"--rank must be at least 1, got {args.rank}: leave it out to train all weights.")
+    if args.lora_alpha is not None and args.rank is None:
+        raise ValueError("--lora_alpha is the scale of a LoRA: give --rank, too.")
+    if args.lora_alpha is not None and args.lora_alpha <= 0:
+        raise ValueError(f"--lora_alpha must be positive, got {args.lora_alpha}: leave it out to take the rank.")
 
 
 def load_conditioner(args: TokenArguments, images: data.ImageDataset, device: torch.device) -> DinoImageConditioner:
