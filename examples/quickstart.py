@@ -160,7 +160,7 @@ def train(args: Arguments, model_dir: Path) -> None:
     ]
     if args.max_train_steps is not None:
         flags += [f"--max_train_steps={args.max_train_steps}"]
-    launch_training(EXAMPLES / "train_dino.py", flags, folder=EXAMPLES.parent)
+    launch_training(EXAMPLES / "train_dino.py", flags, EXAMPLES.parent, finished=model_dir / "model_index.json")
 
 
 class Phantoms(NamedTuple):

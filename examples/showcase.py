@@ -18,6 +18,7 @@ import torch
 
 from diffusers_dino import DinoDiffusionPipeline
 from diffusers_dino.cli.arguments import flag, parse_arguments
+from diffusers_dino.cli.console import run
 from diffusers_dino.cli.launch import launch_training
 from diffusers_dino.files import save_atomically
 
@@ -30,8 +31,6 @@ SCRIPTS = {
     "unet": "train_dino.py",
     "tokens": "train_dino.py",  # the UNet, true to its condition
 }
-# Written last.
-FINISHED = dict.fromkeys(SCRIPTS, "config.json") | dict.fromkeys(("unet", "tokens"), "model_index.json")
 
 # What a card does otherwise than the configs, which are for two cores.
 ON_A_GPU = {
@@ -67,11 +66,8 @@ def main() -> None:
         raise ValueError("Give the shards of radiographs as --train_data_dir.")
     output_dir = Path(args.output_dir).resolve()
     for stage in SCRIPTS:
-        finished = output_dir / stage / FINISHED[stage]
-        if not finished.exists():
+        if not finished_file(output_dir, stage).exists():
             train(args, stage, output_dir)
-        if not finished.exists():
-            raise SystemExit("Stopped. The same command goes on.")
     pack(output_dir)
 
 
@@ -95,7 +91,12 @@ def train(args: Arguments, stage: str, output_dir: Path) -> None:
     for name in ("max_train_steps", "max_train_samples"):
         if getattr(args, name) is not None:
             flags += [f"--{name}={getattr(args, name)}"]
-    launch_training(EXAMPLES / SCRIPTS[stage], flags, folder=EXAMPLES.parent)
+    launch_training(EXAMPLES / SCRIPTS[stage], flags, EXAMPLES.parent, finished_file(output_dir, stage))
+
+
+def finished_file(output_dir: Path, stage: str) -> Path:
+    """What a stage writes last."""
+    return output_dir / stage / ("model_index.json" if SCRIPTS[stage] == "train_dino.py" else "config.json")
 
 
 def pack(output_dir: Path) -> None:
@@ -108,4 +109,4 @@ def pack(output_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, resumable=True)

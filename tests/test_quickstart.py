@@ -29,6 +29,31 @@ def test_a_copy_alone_says_what_is_missing(tmp_path):
     assert started.returncode == 1
 
 
+STOPPED = "train_dino.py was stopped before its end"
+
+
+@pytest.mark.parametrize(
+    ("training", "code", "said"),
+    [
+        ("", 1, STOPPED),
+        ("raise SystemExit(3)", 3, "train_dino.py failed: exit code 3"),
+        ("import os; os.kill(os.getpid(), 9)", 137, "train_dino.py failed: signal 9"),
+    ],
+)
+def test_it_goes_no_further_where_training_failed_or_was_stopped(tmp_path, training, code, said):
+    """Also where an earlier model is in the folder."""
+    for name in ("configs", "data"):
+        (tmp_path / name).symlink_to(ROOT / "examples" / name)
+    (tmp_path / "train_dino.py").write_text(training)
+    shutil.copytree(ROOT / "examples/data/tiny-diffusion", tmp_path / "out/model")
+    script = shutil.copy(ROOT / "examples" / "quickstart.py", tmp_path)
+    started = scripts.start_script(script, output_dir=tmp_path / "out")
+    printed, _ = started.communicate()
+    assert started.returncode == code, printed
+    assert said in printed
+    assert "load the pipeline" not in printed
+
+
 @pytest.mark.slow
 def test_quickstart_writes_a_report_and_a_pipeline_that_loads(tmp_path, monkeypatch):
     config = yaml.safe_load((ROOT / "examples" / "configs" / "quickstart.yaml").read_text())

@@ -16,7 +16,7 @@ PHANTOMS = scripts.EXAMPLES / "data/phantom-cxr"
 
 @pytest.mark.slow
 def test_one_command_makes_the_model_and_goes_on_where_it_was(tmp_path, monkeypatch):
-    def launch(script, flags, folder):  # as `launch_training`, in this process
+    def launch(script, flags, folder, finished):  # as `launch_training`, in this process
         monkeypatch.chdir(folder)
         scripts.call_argv(script.name, flags)
 

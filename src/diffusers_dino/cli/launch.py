@@ -13,11 +13,15 @@ import torch
 __all__ = ["launch_training"]
 
 
-def launch_training(script: Path, arguments: Sequence[str], folder: Path) -> None:
+def launch_training(script: Path, arguments: Sequence[str], folder: Path, finished: Path) -> None:
     """Run a script in one process, with all threads and in float32 unless its flags say otherwise.
 
     It is what `accelerate launch` starts for one process, without the seconds in which that imports PyTorch itself.
-    The paths of its config start in `folder`. A CalledProcessError if it fails.
+    The paths of its config start in `folder`. `finished` is the file that it writes last.
+
+    Raises:
+        SystemExit: With its exit code if it fails, and with 1 if it was stopped, so that `finished` is not there or
+            is an earlier run's.
     """
     environment = {
         **os.environ,
@@ -25,4 +29,15 @@ def launch_training(script: Path, arguments: Sequence[str], folder: Path) -> Non
         "ACCELERATE_MIXED_PRECISION": "no",
         "ACCELERATE_DYNAMO_BACKEND": "no",
     }
-    subprocess.run([sys.executable, str(script), *arguments], check=True, cwd=folder, env=environment)
+    before = _written(finished)
+    code = subprocess.run([sys.executable, str(script), *arguments], cwd=folder, env=environment).returncode
+    if code:
+        print(f"{script.name} failed: {f'exit code {code}' if code > 0 else f'signal {-code}'}.", file=sys.stderr)
+        sys.exit(code if code > 0 else 128 - code)  # as a shell has it
+    if _written(finished) in (None, before):
+        sys.exit(f"{script.name} was stopped before its end. Start the same command again.")
+
+
+def _written(file: Path) -> int | None:
+    """When a file was written, or None if it is not there."""
+    return file.stat().st_mtime_ns if file.exists() else None
