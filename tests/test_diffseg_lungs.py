@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusers_dino.diffseg.lungs import EllipsePrior, lung_prior, most_agreed, name_lungs, union_table
+from diffusers_dino.diffseg.lungs import lung_prior, most_agreed, name_lungs, union_table
 
 SIZE = 64
 
@@ -48,15 +48,9 @@ def test_darkness_decides_between_equal_shapes():
     segments = torch.zeros(SIZE, SIZE, dtype=torch.long)
     segments[:, SIZE // 2 :] = 1
     image = torch.tensor([0.2, 0.8])[segments]
-    assert name_lungs(segments, image, 1.0).segments == (0,)
-    assert name_lungs(segments, 1 - image, 1.0).segments == (1,)
+    assert name_lungs(segments, image).segments == (0,)
+    assert name_lungs(segments, 1 - image).segments == (1,)
     assert name_lungs(segments, image * 0 + 0.5).mask.any()  # a constant image has nothing dark
-
-
-def test_other_structures_are_named_by_other_priors():
-    segments, image = chest()
-    whole = (EllipsePrior(0.5, 0.5, 0.7, 0.7),)
-    assert 0 in name_lungs(segments, image, 0.0, whole).segments
 
 
 def test_images_of_another_size_are_refused():
@@ -71,19 +65,15 @@ def test_the_mask_that_others_agree_with_is_chosen():
     masks[1:4, 2:6, 2:6] = True
     masks[1, 2, 2], masks[3, 5, 5] = False, False
     assert most_agreed(masks) == 2  # between the two that each lack a pixel; masks 0 and 4 are outliers
-    assert most_agreed(masks, torch.tensor([0.0, 0.0, 0.0, 1.0, 0.0])) != 3  # nobody votes for itself
     assert most_agreed(masks[:1]) == 0
 
 
-def test_agreement_needs_masks_and_weights_that_fit():
+def test_agreement_needs_masks():
     masks = torch.zeros(2, 4, 4, dtype=torch.bool)
     with pytest.raises(ValueError, match="at least one"):
         most_agreed(masks[:0])
     with pytest.raises(ValueError, match="at least one"):
         most_agreed(masks.float())
-    for weights in (torch.ones(3), torch.tensor([1.0, -1.0]), torch.tensor([1.0, torch.nan])):
-        with pytest.raises(ValueError, match="2 finite weights"):
-            most_agreed(masks, weights)
 
 
 def test_a_table_of_unions_sums_what_it_unites():

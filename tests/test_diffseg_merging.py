@@ -101,7 +101,7 @@ def test_aggregation_gives_distributions_and_weighs_by_side():
     assert maps.shape == (256, 16, 16)
     assert torch.allclose(maps.sum(dim=(1, 2)), torch.ones(256), atol=1e-5)
     only_16 = aggregate_attention({16: attention[16]})
-    only_8 = aggregate_attention({8: attention[8]}, size=16)
+    only_8 = aggregate_attention(attention, weights={16: 0, 8: 1})
     assert torch.allclose(maps, (16 * only_16 + 8 * only_8) / 24, atol=1e-7)
     assert torch.allclose(only_16, attention[16].mean(0).view(256, 16, 16), atol=1e-7)
     assert torch.equal(only_8.view(16, 16, -1)[0, 0], only_8.view(16, 16, -1)[1, 1])  # queries are repeated
@@ -110,7 +110,7 @@ def test_aggregation_gives_distributions_and_weighs_by_side():
 
 
 def test_aggregation_works_for_sides_that_do_not_divide():
-    maps = aggregate_attention(attention_maps(sides=(12, 5)), size=13)
+    maps = aggregate_attention(attention_maps(sides=(13, 5)))
     assert maps.shape == (169, 13, 13)
     assert torch.allclose(maps.sum(dim=(1, 2)), torch.ones(169), atol=1e-5)
 
@@ -176,7 +176,6 @@ def test_suppression_of_many_candidates_is_an_argmax():
     [
         ({}, {}, "no attention maps"),
         ({4: torch.ones(1, 16, 15)}, {}, "side 4 must be"),
-        ({4: torch.ones(1, 16, 16)}, {"size": 2}, "do not fit the size 2"),
         ({4: torch.ones(1, 16, 16)}, {"weights": {8: 1}}, "needs a weight"),
         ({4: torch.ones(1, 16, 16)}, {"weights": {4: 0}}, "above 0"),
     ],

@@ -1,36 +1,34 @@
-"""Dice, IoU and the best union against independent implementations, and their conventions."""
+"""Dice and the best union against independent implementations, and their conventions."""
 
 import itertools
 
 import pytest
 import torch
-from sklearn.metrics import f1_score, jaccard_score
+from sklearn.metrics import f1_score
 
-from diffusers_dino.metrics.dice import best_union, dice, iou, union_of
+from diffusers_dino.metrics.dice import best_union, dice, union_of
 
 
 def random_masks(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.4
 
 
-def test_dice_and_iou_agree_with_scikit_learn():
+def test_dice_agrees_with_scikit_learn():
     prediction, target = random_masks(5, 12, 9), random_masks(5, 12, 9, seed=1)
-    for ours, theirs in ((dice, f1_score), (iou, jaccard_score)):
-        expected = [theirs(t.flatten(), p.flatten()) for p, t in zip(prediction, target, strict=True)]
-        torch.testing.assert_close(ours(prediction, target), torch.tensor(expected, dtype=torch.float64))
+    expected = [f1_score(t.flatten(), p.flatten()) for p, t in zip(prediction, target, strict=True)]
+    torch.testing.assert_close(dice(prediction, target), torch.tensor(expected, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("score", [dice, iou])
-def test_empty_masks_agree_only_with_each_other_and_masks_must_fit(score):
+def test_empty_masks_agree_only_with_each_other_and_masks_must_fit():
     empty, some = torch.zeros(4, 4, dtype=torch.bool), torch.eye(4, dtype=torch.bool)
-    assert score(empty, empty) == 1
-    assert score(empty, some) == score(some, empty) == 0
-    assert score(some, some) == 1
+    assert dice(empty, empty) == 1
+    assert dice(empty, some) == dice(some, empty) == 0
+    assert dice(some, some) == 1
     mask = random_masks(6, 6)
     with pytest.raises(ValueError, match=r"one size.*\(6, 6\) and \(6, 5\)"):
-        score(mask, mask[:, :5])
+        dice(mask, mask[:, :5])
     with pytest.raises(ValueError, match="target is torch"):
-        score(mask, mask.long())
+        dice(mask, mask.long())
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -7,7 +7,7 @@ from .attention import capture_features, capture_self_attention, self_attention_
 from .clusters import FeatureClusters, fit_clusters
 from .cuts import cut_features, feature_affinity, mean_maps, recursive_cut, walk_affinity
 from .features import centered, stack_features
-from .lungs import EllipsePrior, NamedSegments, lung_prior, most_agreed, name_lung_clusters, name_lungs
+from .lungs import NamedSegments, lung_prior, most_agreed, name_lung_clusters, name_lungs
 from .merging import (
     aggregate_attention,
     anchor_divergence,
@@ -20,7 +20,6 @@ from .settings import DiffSegSettings, note_settings, noted_settings
 
 __all__ = [
     "DiffSegSettings",
-    "EllipsePrior",
     "FeatureClusters",
     "NamedSegments",
     "aggregate_attention",

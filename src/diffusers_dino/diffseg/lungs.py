@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from .clusters import FeatureClusters, fit_clusters
 
 __all__ = [
-    "EllipsePrior",
     "NamedSegments",
     "fit_lung_clusters",
     "lung_prior",
@@ -29,16 +28,9 @@ __all__ = [
 ]
 
 
-class EllipsePrior(NamedTuple):
-    """One upright ellipse: its centre and its semi-axes, in units of the image's side, from the top left."""
-
-    x: float
-    y: float
-    width: float
-    height: float
-
-
-LUNGS = (EllipsePrior(0.28, 0.45, 0.18, 0.34), EllipsePrior(0.72, 0.45, 0.18, 0.34))
+# Upright ellipses: x and y of the centre from the top left, and both semi-axes, in units of the image's side
+_ELLIPSES = ((0.28, 0.45, 0.18, 0.34), (0.72, 0.45, 0.18, 0.34))
+_DARKNESS = 0.1  # weight of a standard deviation of brightness beside the fit to the ellipses
 
 
 class NamedSegments(NamedTuple):
@@ -55,27 +47,23 @@ class NamedSegments(NamedTuple):
     mask: Tensor
 
 
-def lung_prior(size: int, ellipses: tuple[EllipsePrior, ...] = LUNGS) -> Tensor:
+def lung_prior(size: int) -> Tensor:
     """The prior as a mask `(size, size)` bool of a square image."""
     line = (torch.arange(size) + 0.5) / size
     y, x = line[:, None], line[None, :]
-    inside = [((x - e.x) / e.width) ** 2 + ((y - e.y) / e.height) ** 2 <= 1 for e in ellipses]
+    inside = [((x - left) / width) ** 2 + ((y - top) / height) ** 2 <= 1 for left, top, width, height in _ELLIPSES]
     return torch.stack(inside).any(dim=0)
 
 
-def name_lungs(
-    segments: Tensor, image: Tensor, darkness_weight: float = 0.1, ellipses: tuple[EllipsePrior, ...] = LUNGS
-) -> NamedSegments:
+def name_lungs(segments: Tensor, image: Tensor) -> NamedSegments:
     """Choose the one or two segments that are the lungs, by position, shape and darkness.
 
-    The score of a union is its Dice coefficient with the prior, plus `darkness_weight` times how much darker it is
-    than the rest of the image, in standard deviations of the image's brightness.
+    The score of a union is its Dice coefficient with the prior, plus a tenth of how much darker it is than the rest of
+    the image, in standard deviations of the image's brightness.
 
     Args:
         segments: `(H, H)` integers of 0 or more.
         image: `(H, H)`, air dark; any range.
-        darkness_weight: 0 leaves brightness out.
-        ellipses: The prior.
     """
     size = segments.shape[-1]
     if segments.shape != (size, size) or image.shape != segments.shape:
@@ -84,7 +72,7 @@ def name_lungs(
             f"{tuple(image.shape)}."
         )
     flat = segments.flatten()
-    prior = lung_prior(size, ellipses).flatten().to(segments.device)
+    prior = lung_prior(size).flatten().to(segments.device)
     area = torch.bincount(flat).double()  # (K,)
     overlap = torch.bincount(flat[prior], minlength=len(area)).double()
     brightness = image.flatten().double().to(flat.device)
@@ -95,7 +83,7 @@ def name_lungs(
     inside, hits, total = (union_table(values) for values in (area, overlap, sums))
     fit = 2 * hits / (inside + prior.sum())
     darker = -total / (len(flat) - inside).clamp(min=1) - total / inside.clamp(min=1)  # mean outside less inside
-    score = torch.where(inside > 0, fit + darkness_weight * darker, -torch.inf)
+    score = torch.where(inside > 0, fit + _DARKNESS * darker, -torch.inf)
     first, second = divmod(int(score.argmax()), len(area))
     if not score[first, second] > score.diagonal().max() or not area[first] or not area[second]:
         first = second = int(score.diagonal().argmax())  # of equal ones the fewer segments
@@ -110,24 +98,18 @@ def union_table(values: Tensor) -> Tensor:
     return torch.where(single, values, values[:, None] + values)
 
 
-def most_agreed(masks: Tensor, weights: Tensor | None = None) -> int:
+def most_agreed(masks: Tensor) -> int:
     """The number of the mask that the others agree with most: of largest mean Dice coefficient with all others.
 
-    Args:
-        masks: `(P, H, W)` bool, such as one for each setting of a sweep; of equals the first is taken.
-        weights: `(P,)` of 0 or more, how much each mask's vote counts; all alike by default.
+    `masks` are `(P, H, W)` bool, such as one for each setting of a sweep; of equals the first is taken.
     """
     if masks.ndim != 3 or not len(masks) or masks.dtype != torch.bool:
         raise ValueError(f"Expected boolean masks (P, H, W), at least one, got {tuple(masks.shape)} {masks.dtype}.")
-    weights = torch.ones(len(masks)) if weights is None else weights
-    if weights.shape != (len(masks),) or not (torch.isfinite(weights) & (weights >= 0)).all():
-        raise ValueError(f"Expected {len(masks)} finite weights of 0 or more, got {weights.tolist()}.")
     flat = masks.flatten(1).float()
     area = flat.sum(dim=1)
     total = area[:, None] + area
     agreement = torch.where(total > 0, 2 * (flat @ flat.T) / total.clamp(min=1), 1.0)  # (P, P)
-    agreement.fill_diagonal_(0)  # no vote for oneself
-    return int((agreement.double() @ weights.to(flat.device).double()).argmax())
+    return int(agreement.double().sum(dim=1).argmax())  # each agrees with itself fully: that decides nothing
 
 
 def name_lung_clusters(segments: Tensor, images: Tensor) -> tuple[int, ...]:

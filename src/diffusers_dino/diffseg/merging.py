@@ -34,27 +34,24 @@ _SUPPRESSED_PIXELS = 2**26  # of all candidates at once: 256 MiB
 _LEAST_THRESHOLD = 1e-9  # nats: far above what rounding makes of equal maps, far below any model's differences
 
 
-def aggregate_attention(
-    attention: Mapping[int, Tensor], size: int | None = None, weights: Mapping[int, float] | None = None
-) -> Tensor:
+def aggregate_attention(attention: Mapping[int, Tensor], weights: Mapping[int, float] | None = None) -> Tensor:
     """Combine the self-attention of all resolutions into one map for each position (section 3.2).
 
-    Maps are averaged over heads and layers of one resolution; the axis of keys is upsampled bilinearly and
-    renormalised to sum 1, the axis of queries is repeated.
+    Maps are averaged over heads and layers of one resolution; the axis of keys is upsampled bilinearly to the largest
+    one and renormalised to sum 1, the axis of queries is repeated.
 
     Args:
         attention: Maps `(heads * layers, s * s, s * s)`, queries by keys, for each side length s.
-        size: Side of the result; by default the largest s, and not less.
         weights: Weight of each resolution, 0 or more, scaled to sum 1; by default proportional to s.
 
     Returns:
-        `(size * size, size, size)` float32, each map of sum 1.
+        `(size * size, size, size)` float32, each map of sum 1, of the largest s.
     """
     if not attention:
         raise ValueError("There are no attention maps to aggregate.")
-    size = max(attention) if size is None else size
     weights = {side: float(side) for side in attention} if weights is None else weights
-    _check_attention(attention, size, weights)
+    _check_attention(attention, weights)
+    size = max(attention)
     total = sum(weights[side] for side in attention)
     device = next(iter(attention.values())).device
     result = torch.zeros(size, size, size, size, device=device)  # (rows, columns) of queries, then of keys
@@ -227,14 +224,12 @@ def _greedy_order(within: Tensor) -> list[int]:
     return order
 
 
-def _check_attention(attention: Mapping[int, Tensor], size: int, weights: Mapping[int, float]) -> None:
+def _check_attention(attention: Mapping[int, Tensor], weights: Mapping[int, float]) -> None:
     for side, maps in attention.items():
         if maps.ndim != 3 or maps.shape[1:] != (side * side, side * side):
             raise ValueError(
                 f"Maps of side {side} must be (n, {side * side}, {side * side}), got {tuple(maps.shape)}."
             )
-        if side > size:
-            raise ValueError(f"Maps of side {side} do not fit the size {size}: leave them out or raise the size.")
         if side not in weights or not (math.isfinite(weights[side]) and weights[side] >= 0):
             raise ValueError(f"Side {side} needs a weight of 0 or more, got {weights.get(side)}.")
     if sum(weights[side] for side in attention) <= 0:

@@ -95,7 +95,7 @@ class Distances(NamedTuple):
     @property
     def nearest(self) -> tuple[Tensor, Tensor]:
         """The training image that decides `(N,)`, and whether the mirror image is what is near it `(N,)`."""
-        index, mirrored = self.neighbors.index[:, 0], self.neighbors.view[:, 0].bool()
+        index, mirrored = self.neighbors.index, self.neighbors.view.bool()
         if self.laid is None:
             return index, mirrored
         by_picture = self._by_pictures < self.relative

@@ -1,4 +1,4 @@
-"""Agreement of segments with a reference mask: Dice, IoU, and the best union of segments.
+"""Agreement of segments with a reference mask: the Dice coefficient, and the best union of segments.
 
 Empty masks follow one convention: two empty masks agree fully (1), an empty one and another not at all (0).
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..diffseg.lungs import union_table
 
-__all__ = ["SegmentUnion", "best_union", "dice", "iou", "union_of"]
+__all__ = ["SegmentUnion", "best_union", "dice", "union_of"]
 
 
 class SegmentUnion(NamedTuple):
@@ -27,14 +27,16 @@ def dice(prediction: Tensor, target: Tensor) -> Tensor:
 
     ValueError if the shapes differ or the masks are not boolean.
     """
-    both, _, total = _counts(prediction, target)
+    for name, mask in (("prediction", prediction), ("target", target)):
+        if mask.dtype != torch.bool:
+            raise ValueError(
+                f"The {name} is {mask.dtype}, masks are boolean: compare with a threshold, such as mask > 0."
+            )
+    if prediction.shape != target.shape or prediction.ndim < 2:
+        raise ValueError(f"Masks must have one size, got {tuple(prediction.shape)} and {tuple(target.shape)}.")
+    both, first, second = (x.sum(dim=(-2, -1)).double() for x in (prediction & target, prediction, target))
+    total = first + second
     return torch.where(total > 0, 2 * both / total.clamp(min=1), 1.0)
-
-
-def iou(prediction: Tensor, target: Tensor) -> Tensor:
-    """Intersection over union `|A and B| / |A or B|`; shapes and errors are those of `dice`."""
-    both, either, _ = _counts(prediction, target)
-    return torch.where(either > 0, both / either.clamp(min=1), 1.0)
 
 
 def best_union(segments: Tensor, target: Tensor) -> SegmentUnion:
@@ -63,16 +65,3 @@ def best_union(segments: Tensor, target: Tensor) -> SegmentUnion:
 def union_of(segments: Tensor, chosen: tuple[int, ...]) -> Tensor:
     """The mask `(..., H, W)` bool of the pixels whose segment is one of `chosen`."""
     return torch.isin(segments, torch.tensor(chosen, dtype=segments.dtype, device=segments.device))
-
-
-def _counts(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pixels in both masks, in either, and in the two together: each `(...)` float64."""
-    for name, mask in (("prediction", prediction), ("target", target)):
-        if mask.dtype != torch.bool:
-            raise ValueError(
-                f"The {name} is {mask.dtype}, masks are boolean: compare with a threshold, such as mask > 0."
-            )
-    if prediction.shape != target.shape or prediction.ndim < 2:
-        raise ValueError(f"Masks must have one size, got {tuple(prediction.shape)} and {tuple(target.shape)}.")
-    both, either = (x.sum(dim=(-2, -1)).double() for x in (prediction & target, prediction | target))
-    return both, either, both + either

@@ -33,18 +33,20 @@ __all__ = [
 ]
 
 _TILE = 8192  # training images at once
-_SPARE = 4  # candidates beyond those asked for, whose order float32 may have wrong
+_CHUNK = 256  # images at once
+_CANDIDATES = 5  # for the nearest, whose order float32 may have wrong
 _SAMPLE = 512  # training images that tell how dense they are
 _NEAREST_SHARE = 0.1  # of them that count as near: copies of one image are fewer than that
 _FEWEST = 11  # training images of which this share is more than one
+_CONFIDENCE = 0.95  # that a threshold keeps its promise
 
 Groups = Sequence[Hashable]
 
 
 class Neighbors(NamedTuple):
-    """The nearest training images of N images, and which view of the image is that near: each `(N, k)`.
+    """The nearest training image of each of N images, and which view of the image is that near: each `(N,)`.
 
-    Distances are float64, ascending; the others are int64.
+    Distances are float64; the others are int64.
     """
 
     distance: Tensor
@@ -55,13 +57,11 @@ class Neighbors(NamedTuple):
 def nearest_training(
     features: Tensor,
     training: Tensor,
-    k: int = 1,
-    chunk: int = 256,
     *,
     groups: Groups | None = None,
     training_groups: Groups | None = None,
 ) -> Neighbors:
-    """The k nearest training images of each image, by Euclidean distance of features.
+    """The nearest training image of each image, by Euclidean distance of features.
 
     Candidates are found by matrix products in float32, a tile at a time, so that memory does not grow with N x M.
     Their distances are then computed one by one in float64, so that no answer depends on the other images.
@@ -69,34 +69,26 @@ def nearest_training(
     Args:
         features: `(N, D)`, or `(V, N, D)` for V views of each image.
         training: `(M, D)`.
-        k: Number of neighbours.
-        chunk: Images at once.
         groups, training_groups: Group of each image, such as its patient; both or none. Images of one group are not
             compared, so a training image does not find itself or others of its patient.
 
-    ValueError if shapes do not fit, a feature is not finite, or an image has fewer than k training images of other
-    groups.
+    ValueError if shapes do not fit, a feature is not finite, or all training images are of an image's own group.
     """
     views = _views_of(features, training)
-    if not 1 <= k <= len(training):
-        raise ValueError(f"Expected 1 <= k <= {len(training)}, the number of training images, got k = {k}.")
     codes, training_codes = encode_groups(groups, training_groups, views.shape[1], len(training))
-    count = min(k + _SPARE, len(training))
     found = []
-    for rows in _slices(views.shape[1], chunk):
+    for rows in _slices(views.shape[1], _CHUNK):
         own = None if codes is None else codes[rows]
-        candidates = _candidates(views[:, rows], training, count, own, training_codes)
-        found.append(_settle(views[:, rows], training, candidates, k))
+        found.append(_settle(views[:, rows], training, _candidates(views[:, rows], training, own, training_codes)))
     distance, index, view = (torch.cat(parts) for parts in zip(*found, strict=True))
-    if lonely := int((~distance.isfinite()).any(dim=1).sum()):
-        raise ValueError(f"{lonely} images have fewer than {k} training images of other groups to be compared with.")
+    if lonely := int((~distance.isfinite()).sum()):
+        raise ValueError(f"{lonely} images have no training image of another group to be compared with.")
     return Neighbors(distance, index, view)
 
 
 def typical_distances(
     features: Tensor,
     training: Tensor,
-    chunk: int = 1024,
     *,
     groups: Groups | None = None,
     training_groups: Groups | None = None,
@@ -112,7 +104,7 @@ def typical_distances(
     chosen = evenly_spread(len(training), _SAMPLE)
     sample = training[chosen].double()
     distances = []
-    for rows in _slices(views.shape[1], chunk):
+    for rows in _slices(views.shape[1], 4 * _CHUNK):  # the sample is small
         squared = _squared_distances(views[:, rows].double(), sample).amin(dim=0)  # (n, R)
         if codes is not None:
             squared.masked_fill_(codes[rows, None] == training_codes[None, chosen], torch.inf)
@@ -137,27 +129,27 @@ def relative_distances(neighbors: Neighbors, typical: Tensor) -> Tensor:
 
     0 is a copy; what is not nearer than the nearest tenth of the training images has 1.
     """
-    nearest = neighbors.distance[:, 0]
+    nearest = neighbors.distance
     return torch.where(nearest > 0, nearest / typical.clamp(min=torch.finfo(torch.float64).tiny), 0.0).clamp(max=1)
 
 
-def calibrate_threshold(real: Tensor, false_alarms: float = 0.01, confidence: float = 0.95) -> float:
+def calibrate_threshold(real: Tensor, false_alarms: float = 0.01) -> float:
     """The relative distance below which an image counts as a copy, from real images that are not copies.
 
-    With the given confidence at most a share of `false_alarms` of all real images that are drawn like the given ones
-    fall below it: it is their largest order statistic that is a lower tolerance limit (Wilks 1941). That takes the
+    With 95 % confidence at most a share of `false_alarms` of all real images that are drawn like the given ones fall
+    below it: it is their largest order statistic that is a lower tolerance limit (Wilks 1941). That takes the
     distances for independent; several images of a patient are not, and weaken the promise. `real` `(n,)` are relative
     distances to training images of other patients; ValueError if they are too few for that, or if so many of them are
     copies that none could be told.
     """
     if real.ndim != 1 or not real.isfinite().all():
         raise ValueError(f"Expected finite distances (n,), got {tuple(real.shape)}, or NaN among them.")
-    if not (0 < false_alarms < 1 and 0 < confidence < 1):
-        raise ValueError(f"false_alarms and confidence are in (0, 1), got {false_alarms} and {confidence}.")
-    rank = _tolerance_rank(len(real), false_alarms, 1 - confidence)
+    if not 0 < false_alarms < 1:
+        raise ValueError(f"false_alarms is in (0, 1), got {false_alarms}.")
+    rank = _tolerance_rank(len(real), false_alarms, 1 - _CONFIDENCE)
     if rank < 1:
-        needed = math.ceil(math.log(1 - confidence) / math.log1p(-false_alarms))
-        possible = 1 - (1 - confidence) ** (1 / max(len(real), 1))
+        needed = math.ceil(math.log(1 - _CONFIDENCE) / math.log1p(-false_alarms))
+        possible = 1 - (1 - _CONFIDENCE) ** (1 / max(len(real), 1))
         raise ValueError(
             f"{len(real)} real images are too few to promise at most {false_alarms:.2%} false alarms: it takes "
             f"{needed}. Give more images, or set false_alarms to {math.ceil(possible * 1e4) / 1e4:g} or more."
@@ -178,7 +170,7 @@ def authenticity(neighbors: Neighbors, spacing: Tensor) -> Tensor:
     with that of real images, not a test of one image: in a sparse training set a third of unseen real images fail.
     `spacing` `(M,)` is the distance of each training image to the nearest other one.
     """
-    return neighbors.distance[:, 0] > spacing[neighbors.index[:, 0]]
+    return neighbors.distance > spacing[neighbors.index]
 
 
 def nearest_by_cosine(queries: Tensor, gallery: Tensor) -> Tensor:
@@ -252,8 +244,6 @@ def encode_groups(
 
 
 def _slices(n: int, size: int) -> Iterator[slice]:
-    if size < 1:
-        raise ValueError(f"chunk must be at least 1, got {size}.")
     return (slice(first, min(first + size, n)) for first in range(0, n, size))
 
 
@@ -264,10 +254,8 @@ def _squared_distances(rows: Tensor, columns: Tensor) -> Tensor:
     return products.mul_(-2).add_(lengths).add_(rows.square().sum(dim=-1, keepdim=True)).clamp_(min=0)
 
 
-def _candidates(
-    views: Tensor, training: Tensor, count: int, codes: Tensor | None, training_codes: Tensor | None
-) -> Tensor:
-    """Numbers `(n, count)` of the training images that are nearest to `(V, n, D)`, up to rounding."""
+def _candidates(views: Tensor, training: Tensor, codes: Tensor | None, training_codes: Tensor | None) -> Tensor:
+    """Numbers `(n, K)` of the training images that are nearest to `(V, n, D)`, up to rounding; -1 for none."""
     center = training[:_TILE].float().mean(dim=0)  # of what all share only rounding errors would be left
     queries = views.float() - center
     best = queries.new_full((views.shape[1], 0), torch.inf)
@@ -280,18 +268,18 @@ def _candidates(
             torch.minimum(squared, _squared_distances(queries[view : view + 1], rows)[0], out=squared)
         if codes is not None:
             squared.masked_fill_(codes[:, None] == training_codes[None, tile], torch.inf)
-        near, number = squared.topk(min(count, squared.shape[1]), largest=False)
+        near, number = squared.topk(min(_CANDIDATES, squared.shape[1]), largest=False)
         best, index = torch.cat([best, near], dim=1), torch.cat([index, number + tile.start], dim=1)
-        best, kept = best.topk(min(count, best.shape[1]), largest=False)
+        best, kept = best.topk(min(_CANDIDATES, best.shape[1]), largest=False)
         index = index.gather(1, kept)
     return index.masked_fill(best.isinf(), -1)  # of the same group
 
 
-def _settle(views: Tensor, training: Tensor, candidates: Tensor, k: int) -> Neighbors:
-    """The k nearest of the candidates `(n, count)` of `(V, n, D)`, by distances in float64."""
-    chosen = training[candidates.clamp(min=0)].double()  # (n, count, D)
-    exact = torch.stack([(chosen - view[:, None].double()).square().sum(dim=2) for view in views])  # (V, n, count)
+def _settle(views: Tensor, training: Tensor, candidates: Tensor) -> Neighbors:
+    """The nearest of the candidates `(n, K)` of `(V, n, D)`, by distances in float64."""
+    chosen = training[candidates.clamp(min=0)].double()  # (n, K, D)
+    exact = torch.stack([(chosen - view[:, None].double()).square().sum(dim=2) for view in views])  # (V, n, K)
     squared, view = exact.min(dim=0)
     squared = squared.masked_fill(candidates < 0, torch.inf)
-    order = squared.sort(dim=1, stable=True).indices[:, :k]
-    return Neighbors(squared.gather(1, order).sqrt(), candidates.gather(1, order), view.gather(1, order))
+    best = squared.sort(dim=1, stable=True).indices[:, :1]
+    return Neighbors(*(x.gather(1, best)[:, 0] for x in (squared.sqrt(), candidates, view)))

@@ -148,7 +148,7 @@ def evaluate_memorization(
     known, num_seen, unseen_groups = views["training"], 0, None
     groups = known_groups(known, training, training_groups)
     found = {"training": search_training(known, groups)}
-    spacing = found["training"].neighbors.distance[:, 0]  # (M,)
+    spacing = found["training"].neighbors.distance  # (M,)
     if held_out is not None:
         unseen = views["held_out"]
         unseen_groups = known_groups(unseen, held_out, held_out_groups)

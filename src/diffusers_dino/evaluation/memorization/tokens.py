@@ -82,7 +82,7 @@ def compare_tokens(
     if synthetic is not None:
         found["synthetic"] = search_features(rows["synthetic"], known)
     threshold = calibrate_threshold(found[calibrate_on.replace(" ", "_")].relative, false_alarms)
-    spacing = found["training"].neighbors.distance[:, 0]
+    spacing = found["training"].neighbors.distance
     return TokenCopies(
         num_tokens=training.shape[1],
         token_dim=training.shape[2],
