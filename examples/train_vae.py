@@ -32,7 +32,7 @@ from diffusers_dino.cli.training_flags import (
     RunArguments,
     make_augmentation,
     open_training_images,
-    open_unseen,
+    split_off_unseen,
 )
 from diffusers_dino.cli.training_run import TrainingRun
 from diffusers_dino.data import ImageDataset, TrainingViews, collate
@@ -88,9 +88,9 @@ class Arguments(RunArguments, AugmentationArguments, ImageArguments):
     perceptual_size: int | None = flag(None, "Side in pixels that it sees crops at; its own by default.")
     perceptual_weight: float | None = flag(1.0, "Weight of one minus the cosine of its tokens.")
     validation_data_dir: str | None = flag(
-        None, "Unseen images; else the last of --train_data_dir are held out.", group="Validation"
+        None, "Unseen images; else some of --train_data_dir are held out.", group="Validation"
     )
-    num_validation_images: int = flag(16, "Images to reconstruct; keys in order keep a patient's images together.")
+    num_validation_images: int = flag(16, "Images to reconstruct; patients are held out whole.")
     validation_steps: int = flag(500, "Updates between validations; 0 validates only at the end.")
     num_statistics_images: int = flag(1024, "Training images that the statistics of the latents are taken from.")
 
@@ -166,17 +166,14 @@ class AutoencodingNetwork(nn.Module):
 
 
 def split_images(args: Arguments, images: ImageDataset) -> tuple[ImageDataset, ImageDataset]:
-    """Images to train on, and images to look at."""
-    if args.validation_data_dir:
-        unseen = open_unseen(args, args.validation_data_dir, images)
-        return images, unseen.select(unseen.keys[: args.num_validation_images])
-    if not 0 < args.num_validation_images < len(images):
+    """Images to train on, and images of other patients to look at."""
+    if not args.validation_data_dir and not 0 < args.num_validation_images < len(images):
         raise ValueError(
             f"--num_validation_images {args.num_validation_images} of {len(images)} images cannot be held out. Lower "
             "it, or give --validation_data_dir."
         )
-    keys = sorted(images.keys)
-    return images.select(keys[: -args.num_validation_images]), images.select(keys[-args.num_validation_images :])
+    images, unseen = split_off_unseen(args, images, args.num_validation_images, share=1.0)
+    return images, unseen.select(unseen.keys[: args.num_validation_images])
 
 
 def make_vae(args: Arguments) -> AutoencoderKL:

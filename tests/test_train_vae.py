@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -18,7 +19,10 @@ from PIL import Image
 import scripts
 import tiny
 from checkpoints import save_transformers
+from diffusers_dino.cli.training_flags import patients_of
 from diffusers_dino.data import Preprocessing, open_images
+from diffusers_dino.data.images.encoding import Encoding
+from diffusers_dino.data.sharding.manifest import write_shard
 from diffusers_dino.hub.record import TrainingRecord
 from diffusers_dino.latents import encode_to_moments
 from diffusers_dino.pixels import unit_to_vae
@@ -81,6 +85,23 @@ def test_run_leaves_picture_log_and_checkpoints(trained):
     assert sorted(path.name for path in trained.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
     assert json.loads((trained / "training_arguments.json").read_text())["max_train_steps"] == STEPS
     assert f"| updates | {STEPS} |" in (trained / "README.md").read_text()
+
+
+def test_patients_are_held_out_whole(tmp_path):
+    """Also where their images do not follow each other, as in shards."""
+    prepared = {f"{number:03d}": np.full((32, 32), number, np.uint8) for number in range(24)}
+    png = Encoding(Preprocessing(32), "png")
+    samples = [
+        (key, {"png": png.encode(image), "json": json.dumps({"patient": f"p{number % 8}"}).encode()})
+        for number, (key, image) in enumerate(prepared.items())
+    ]
+    write_shard(tmp_path / "train-000000.tar", "train", samples)
+    images = open_images(str(tmp_path / "train-000000.tar"), Preprocessing(32))
+    script = importlib.import_module("train_vae")
+    args = script.Arguments(train_data_dir=str(tmp_path / "train-000000.tar"), num_validation_images=5)
+    training, held_out = script.split_images(args, images)
+    assert (len(training), len(held_out)) == (18, 5)
+    assert not set(patients_of(training)) & set(patients_of(held_out))
 
 
 @pytest.mark.slow

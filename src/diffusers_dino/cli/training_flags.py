@@ -214,12 +214,14 @@ def _preparation(args: ImageArguments, model: DiffusionPipeline | str | None, ma
     return preparation_for(stored, args.resolution, args.remove_borders)
 
 
-def split_off_unseen(args: Any, images: data.ImageDataset, count: int) -> tuple[data.ImageDataset, data.ImageDataset]:
+def split_off_unseen(
+    args: Any, images: data.ImageDataset, count: int, share: float = 0.05
+) -> tuple[data.ImageDataset, data.ImageDataset]:
     """Images to train on, and images to look at and to measure on.
 
-    The latter are `--validation_data_dir`, or the split `validation` of a folder of shards. Without either, a share
-    (a twentieth, at most `count`) is held out, patient by patient where shards say whose an image is, else from the
-    end of the names, in whose order a patient's images are together. With a `count` of 0 they are the training images.
+    The latter are `--validation_data_dir`, or the split `validation` of a folder of shards. Without either, about
+    `count` are held out, at most a `share`, patient by patient where shards say whose an image is, else from the end
+    of the names, in whose order a patient's images are together. With a `count` of 0 they are the training images.
     """
     if args.validation_data_dir:
         return images, open_unseen(args, args.validation_data_dir, images)
@@ -232,13 +234,13 @@ def split_off_unseen(args: Any, images: data.ImageDataset, count: int) -> tuple[
     groups: dict[str, list[str]] = {}
     for patient, key in zip(patients_of(images), images.keys, strict=True):
         groups.setdefault(patient, []).append(key)
-    wanted = min(count, max(2, round(len(images) / 20)))
+    wanted = min(count, max(2, round(share * len(images))))
     held: list[str] = []
     patients = 0
     for patient in sorted(groups, reverse=True)[:-1]:
         if len(held) < wanted:
             held, patients = held + groups[patient], patients + 1
-    if len(held) < 2:
+    if len(held) < min(2, wanted):
         raise ValueError(
             f"{len(images)} images of {len(groups)} patients are too few to hold some out to measure on: give "
             "unseen images as --validation_data_dir."
