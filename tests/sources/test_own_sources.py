@@ -83,7 +83,6 @@ def test_what_does_not_fit_is_counted_and_named(tmp_path, caplog):
     assert (report.no_patient.count, report.no_patient.examples) == (1, ["b.png"])
     for name in ("gone.png", "extra.png", "b.png", "a.png"):
         assert name in caplog.text
-    assert OpenSource(source.source, tmp_path, find_unlisted=False).report.unlisted.count == 0
     many = own(tmp_path, "a.png,1,nodule\n" + "".join(f"x{n}.png,1,nodule\n" for n in range(50)))
     assert len(list(many)) == 1
     assert (many.report.missing.count, len(many.report.missing.examples)) == (50, 10)
@@ -131,7 +130,7 @@ def test_rows_cannot_lead_out_of_the_folder(tmp_path):
     with pytest.raises(ValueError, match="give a folder that holds it"):
         list(OpenSource(description, tmp_path / "root"))
     write(tmp_path / "root/t.csv", f"file\n{tmp_path / 'root/images/a.png'}\n")
-    (record,) = OpenSource(description, tmp_path / "root", find_unlisted=False)
+    (record,) = OpenSource(description, tmp_path / "root")
     assert record.image == tmp_path / "root/images/a.png"
 
 

@@ -35,7 +35,7 @@ def test_byte_order_marks_are_recognised(tmp_path, encoding):
     source = own(tmp_path, "a.png,1,nódulo\n")
     text = (tmp_path / "t.csv").read_text(encoding="utf-8")
     (tmp_path / "t.csv").write_bytes(text.encode(encoding))
-    (record,) = open_source(tmp_path / "own.yaml", tmp_path, find_unlisted=False)
+    (record,) = open_source(tmp_path / "own.yaml", tmp_path)
     assert record.labels == ("nódulo",)
     assert next(iter(source)).labels == ("nódulo",)
 

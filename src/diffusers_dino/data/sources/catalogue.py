@@ -38,12 +38,12 @@ def find_source(name_or_yaml: str | Path) -> Source:
     return describe(mapping, text)
 
 
-def open_source(name_or_yaml: str | Path, root: str | Path, find_unlisted: bool = True) -> OpenSource:
+def open_source(name_or_yaml: str | Path, root: str | Path) -> OpenSource:
     """Open a data set as it is downloaded: an iterable of `Record`. No image is read.
 
     See `find_source` and `OpenSource` for the arguments and errors.
     """
-    return OpenSource(find_source(name_or_yaml), root, find_unlisted)
+    return OpenSource(find_source(name_or_yaml), root)
 
 
 def layout_facts(source: Source) -> dict[str, str]:

@@ -22,16 +22,16 @@ logger = logging.getLogger(__name__)
 class OpenSource:
     """The records of a data set. Each iteration reads its tables anew.
 
-    With `find_unlisted`, images without a row are looked for at the end, which takes a while on a network drive.
-    `report` says what did not fit in the latest iteration; it is also logged as warnings at its end.
+    `report` says what did not fit in the latest iteration, also images without a row, which are looked for at its end;
+    it is then logged as warnings, too.
 
     Raises:
         FileNotFoundError: If the folder or a required table is not there; during iteration, if there is no image.
         ValueError: If a table cannot be read or lacks a column; during iteration, if a cell has an unknown value.
     """
 
-    def __init__(self, source: Source, root: str | Path, find_unlisted: bool = True) -> None:
-        self.source, self.root, self.find_unlisted = source, Path(root), find_unlisted
+    def __init__(self, source: Source, root: str | Path) -> None:
+        self.source, self.root = source, Path(root)
         self.report = SourceReport()
         if not self.root.is_dir():
             raise FileNotFoundError(f"There is no folder {str(root)!r} to find {source.name} in.")
@@ -54,9 +54,8 @@ class OpenSource:
         for record in self._grouped(seen) if self.source.repeats else self._single(seen):
             report.add(record)
             yield record
-        if self.find_unlisted:
-            for path in self._rows.unlisted(seen):
-                report.unlisted.add(path)
+        for path in self._rows.unlisted(seen):
+            report.unlisted.add(path)
         if self._lists and not report.in_lists:
             report.lost_lists = len(self._lists)
         for line in report.lines(self._shown):
