@@ -1,9 +1,11 @@
 """Commands, configs and data that README and documentation show: what they name exists and is taken."""
 
+import inspect
 import json
 import os
 import re
 from functools import cache
+from pkgutil import resolve_name
 
 import pytest
 import yaml
@@ -16,14 +18,8 @@ from pages import REPOSITORY, blocks, inline_code, name_of, pages
 SHELL_PAGES = [page for page in pages() if any(blocks(page, "bash"))]
 # Flags in running text that are of other programs
 FOREIGN_FLAGS = {
-    "--extra-index-url",
-    "--find-links",
-    "--help",
-    "--no-deps",
-    "--no-index",
-    "--only-binary",
-    "--platform",
-    "--python-version",
+    *("--extra-index-url", "--find-links", "--no-deps", "--no-index", "--only-binary", "--platform"),
+    *("--python-version", "--help"),
 }
 SCRIPTS = [
     path
@@ -78,6 +74,8 @@ def test_what_a_page_names_in_its_text_exists(page):
             check_target(match[1].split())
         if match := re.match(r"(?:examples|benchmarks|tests|src)/[\w/.-]+$", code):
             assert (REPOSITORY / code).exists(), code
+        if re.match(r"diffusers_dino\.[\w.]+$", code):
+            assert inspect.getdoc(resolve_name(code)), f"{code} has no docstring"
         check_requirement(code)
         for flag in re.findall(r"^--[\w-]+(?=$|[ =])", code):
             assert flag in flags_of_scripts() | FOREIGN_FLAGS, f"no script has {flag}"
