@@ -23,8 +23,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retri
 from torch import Tensor
 
 from ..conditioner import DinoImageConditioner
-from ..denoisers import family_of
-from ..denoisers.family import with_lora_methods
+from ..denoisers import family_of, with_lora_methods
 from ..fusion import TokenFusion, fuse
 from ..latents import decode_latents, vae_scale_factor
 from ..pixels import ImageInput

@@ -23,8 +23,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from ..conditioner import DinoImageConditioner
-from ..denoisers import FAMILIES, family_named, family_of
-from ..denoisers.family import with_lora_methods
+from ..denoisers import FAMILIES, family_named, family_of, with_lora_methods
 from ..extras import require
 from ..files import save_atomically
 from ..fingerprints import hash_of
