@@ -99,7 +99,7 @@ def train(args: Arguments, opened: Run) -> None:
         note_preparation(student, images.preprocessing, pipe.vae.config["in_channels"])
     views = data.TrainingViews(images, make_augmentation(args), args.seed)
     if args.feature_cache:
-        views = opened.open_cache(views, pipe.vae, pipe.conditioner)
+        views = opened.open_cache(views, pipe.vae, pipe.conditioner, args.cache_views)
     frozen_dtype = models.frozen_dtype(accelerator.mixed_precision)
     for model in filter(None, (pipe.vae, pipe.conditioner, pipe.fusion, pipe.denoiser)):
         nn.Module.to(model.requires_grad_(False), accelerator.device, frozen_dtype)

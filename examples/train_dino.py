@@ -120,7 +120,7 @@ def run_training(args: Arguments, run: Run) -> None:
     models.latent_shape(pipe.vae, pipe.denoiser, args.resolution)  # checks the resolution
     check_objective(args, pipe)
     if args.feature_cache:
-        views = run.open_cache(views, pipe.vae, pipe.conditioner)
+        views = run.open_cache(views, pipe.vae, pipe.conditioner, args.cache_views)
     encoders = models.describe_encoders(pipe.conditioner)
     run.begin(images, use_8bit_adam=args.use_8bit_adam, models=describe_models(args, pipe), encoders=encoders)
     if accelerator.is_main_process and not args.rank:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
@@ -45,7 +44,6 @@ from diffusers_dino.prior import describe_conditioner
 from diffusers_dino.prior.flow import draw_for_prior
 from diffusers_dino.prior.table import Columns, Facts, make_conditions, read_facts, stored_facts
 from diffusers_dino.training import optim, prior
-from diffusers_dino.training.feature_cache import Recipe, open_feature_cache
 from diffusers_dino.training.features import FeatureEncoder, Views, cache_in_memory
 from diffusers_dino.training.run_folder import put_result
 from diffusers_dino.training.state import TrainingState
@@ -141,7 +139,7 @@ def run_training(args: Arguments, run: Run) -> None:
     known = describe_conditioner(conditioner)
     conditioner.to(accelerator.device)
     encode = FeatureEncoder(None, conditioner, accelerator.device)
-    training = open_tokens(args, views, kept, encode, accelerator)
+    training = open_tokens(args, run, views, kept, encode)
     tokens, _ = prior.encode_tokens(training, encode, range(0, len(training), -(-len(training) // MAX_STATISTICS)))
 
     # 2. The prior
@@ -174,7 +172,7 @@ def run_training(args: Arguments, run: Run) -> None:
     pipe = DinoPriorPipeline(model, FlowMatchEulerDiscreteScheduler(), text_encoder, tokenizer)
     pipe.set_progress_bar_config(disable=True)
     known_facts = prior.KnownFacts(views.images.keys, facts, conditions, pipe.encode_text)
-    held_out = open_held_out(args, views, left, columns, encode, known_facts, pipe, accelerator)
+    held_out = open_held_out(args, run, views, left, columns, encode, known_facts, pipe)
 
     # 3. Train
     run.begin(training.images, prior=own_config(model))
@@ -327,28 +325,27 @@ def load_text_encoder(args: Arguments) -> tuple[Any, Any]:
 
 
 def open_tokens(
-    args: Arguments, views: data.TrainingViews, keys: list[str], encode: FeatureEncoder, accelerator: Accelerator
+    args: Arguments, run: Run, views: data.TrainingViews, keys: list[str], encode: FeatureEncoder
 ) -> Views:
     """Views of some images: with their tokens, unless they are encoded anew in each epoch."""
     images = views.images if len(keys) == len(views) else views.images.select(keys)
     chosen = data.TrainingViews(images, views.augmentation, args.seed)
     if args.feature_cache:
-        recipe = Recipe.of(None, encode.conditioner, chosen, 0)  # as many views as there are
-        return open_feature_cache(args.feature_cache, recipe, images, only_tokens=True)
+        return run.open_cache(chosen, None, encode.conditioner)
     if args.cache_views:
-        return cache_in_memory(chosen, encode, args.cache_views, args.cache_batch_size, accelerator)
+        return cache_in_memory(chosen, encode, args.cache_views, args.cache_batch_size, run.accelerator)
     return chosen
 
 
 def open_held_out(
     args: Arguments,
+    run: Run,
     views: data.TrainingViews,
     keys: list[str],
     columns: Columns,
     encode: FeatureEncoder,
     facts: prior.KnownFacts,
     pipe: DinoPriorPipeline,
-    accelerator: Accelerator,
 ) -> prior.HeldOut | None:
     """Tokens and conditions of images that are not trained on."""
     if args.validation_data_dir and args.validation_steps:
@@ -357,7 +354,7 @@ def open_held_out(
         facts = prior.KnownFacts(images.keys, known, pipe.prior.conditions, pipe.encode_text)
         held: Views = data.TrainingViews(images, None, args.seed)
     elif keys:
-        held = open_tokens(args, views, keys, encode, accelerator)
+        held = open_tokens(args, run, views, keys, encode)
     else:
         return None
     tokens, shown = prior.encode_tokens(held, encode, range(len(held)))

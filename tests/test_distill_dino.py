@@ -109,7 +109,8 @@ def test_in_half_precision_it_takes_cached_features_too(distil, flags, tmp_path)
     shared = {"pretrained_pipeline", "train_data_dir", "resolution"}
     made = {name: flags[name] for name in shared} | {"cache_views": 1, "feature_cache": tmp_path / "features"}
     scripts.call_script("cache", **made)
-    distil(**made, mixed_precision="bf16")
+    folder = distil(**{**made, "cache_views": 0}, mixed_precision="bf16")
+    assert "| cache views | 1 |" in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize(("phases", "kind"), [(4, TCDScheduler), (1, LCMScheduler)])

@@ -178,6 +178,7 @@ def test_trains_on_a_feature_cache_and_on_other_images_without_a_share(flags, fr
     )
     scripts.call_script("train_prior.py", **flags, feature_cache=tmp_path / "cache")
     on_cache = losses(flags["output_dir"])
+    assert "| cache views | 2 |" in (flags["output_dir"] / "README.md").read_text()
     other = {"output_dir": tmp_path / "other", "validation_data_dir": frozen["train_data_dir"], "cache_views": 0}
     scripts.call_script("train_prior.py", **{**flags, **other})
     assert len(on_cache) == len(losses(tmp_path / "other")) == STEPS

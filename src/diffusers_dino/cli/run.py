@@ -158,11 +158,21 @@ class Run:
                 checkpoints.delete_old_checkpoints(self.args.output_dir, keep, self.found.path)  # or a kill left one
         return (self.found.step, self.found.info["position"]) if self.found is not None else (0, 0)
 
-    def open_cache(self, views: data.TrainingViews, vae: VAE, conditioner: DinoImageConditioner) -> CachedViews:
-        """Views whose features are in `--feature_cache`; call it before the models are cast, which are compared."""
-        recipe = Recipe.of(vae, conditioner, views, self.args.cache_views)
+    def open_cache(
+        self, views: data.TrainingViews, vae: VAE | None, conditioner: DinoImageConditioner, num_views: int = 0
+    ) -> CachedViews:
+        """Views whose features are in `--feature_cache`; call it before the models are cast, which are compared.
+
+        Without a VAE only the tokens are opened. `num_views` 0 takes as many views as there are. Sets
+        `args.cache_views` to their number, which cards and checkpoints tell.
+        """
+        recipe = Recipe.of(vae, conditioner, views, num_views)
         share = (self.accelerator.process_index, self.accelerator.num_processes)
-        return open_feature_cache(self.args.feature_cache, recipe, views.images, share=share)
+        cached = open_feature_cache(
+            self.args.feature_cache, recipe, views.images, only_tokens=vae is None, share=share
+        )
+        self.args.cache_views = cached.num_views
+        return cached
 
     def load_batches(
         self, views: Views, position: int, encode: FeatureEncoder | None = None
