@@ -26,7 +26,7 @@ from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 from diffusers_dino.cli.arguments import flag, parse_arguments
 from diffusers_dino.cli.new_encoder import NewEncoderArguments, new_encoder_config, save_as_conditioner
 from diffusers_dino.cli.run import Run, open_run
-from diffusers_dino.cli.training_flags import ImageArguments, RunArguments, open_training_images
+from diffusers_dino.cli.training_flags import ImageArguments, RunArguments, open_training_images, take_from_model
 from diffusers_dino.cli.training_run import TrainingRun
 from diffusers_dino.data import ImageDataset, TrainingViews
 from diffusers_dino.fingerprints import fingerprint_model
@@ -49,6 +49,8 @@ except ImportError as error:
     raise ImportError("Pretraining an encoder needs lightly: pip install diffusers-dino[train]") from error
 
 logger = logging.getLogger("pretrain_dino")
+
+SHAPE = ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "num_register_tokens")
 
 
 @dataclass
@@ -87,7 +89,7 @@ def train(args: Arguments, opened: Run) -> None:
     accelerator = opened.accelerator
     images = open_training_images(args)
     config = make_config(args)
-    large, small = make_crops(args, config.patch_size)
+    large, small = make_crops(args)
     student, teacher = make_networks(args, config)
     teacher.to(accelerator.device)
     koleo = KoLeoLoss()
@@ -104,7 +106,7 @@ def train(args: Arguments, opened: Run) -> None:
     def compute_loss(pixels: Tensor, generator: torch.Generator) -> Tensor:
         num_images = len(pixels)
         views = [torch.cat([large(pixels, generator) for _ in range(2)])]
-        if args.local_crops:
+        if small:
             views.append(torch.cat([small(pixels, generator) for _ in range(args.local_crops)]))
         with torch.no_grad(), accelerator.autocast():
             answers = teacher(views[:1])[1].float()
@@ -140,18 +142,24 @@ def train(args: Arguments, opened: Run) -> None:
 
 def make_config(args: Arguments) -> Dinov2WithRegistersConfig:
     if args.pretrained_model_name_or_path:
-        return Dinov2WithRegistersConfig.from_pretrained(args.pretrained_model_name_or_path)
+        config = Dinov2WithRegistersConfig.from_pretrained(args.pretrained_model_name_or_path)
+        shape = {name: getattr(config, name) for name in SHAPE}
+        take_from_model(args, "--pretrained_model_name_or_path", **shape)
+        return config
     return new_encoder_config(args, args.image_size or args.resolution)
 
 
-def make_crops(args: Arguments, patch_size: int) -> tuple[Crops, Crops]:
+def make_crops(args: Arguments) -> tuple[Crops, Crops | None]:
+    """Large and small ones; None for no small ones."""
     image_size = args.image_size or args.resolution
-    for name, size in (("--image_size", image_size), ("--local_crop_size", args.local_crop_size)):
-        if size % patch_size:
-            raise ValueError(f"{name} {size} is not a multiple of --patch_size {patch_size}.")
+    sizes = {"image_size": image_size} | ({"local_crop_size": args.local_crop_size} if args.local_crops else {})
+    for name, size in sizes.items():
+        if size % args.patch_size:
+            raise ValueError(f"--{name} {size} is not a multiple of --patch_size {args.patch_size}.")
     large = Crops(image_size, (args.min_global_crop, args.max_global_crop), exposure=args.exposure)
-    small = Crops(args.local_crop_size, (args.min_local_crop, args.max_local_crop), exposure=args.exposure)
-    return large, small
+    if not args.local_crops:
+        return large, None
+    return large, Crops(args.local_crop_size, (args.min_local_crop, args.max_local_crop), exposure=args.exposure)
 
 
 def make_networks(

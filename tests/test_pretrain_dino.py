@@ -12,6 +12,7 @@ import torch
 import scripts
 from diffusers_dino import DinoImageConditioner
 from diffusers_dino.data import Preprocessing, open_images
+from diffusers_dino.hub import TrainingRecord
 from scripts import losses
 from tiny import tiny_encoder
 
@@ -108,19 +109,25 @@ def test_two_processes_with_accumulation_and_bf16(flags, images):
 def test_training_learns(flags):
     """The student comes to know the teacher's answers: the loss falls below ln K, what an ignorant one has."""
     flags |= {"max_train_steps": 150, "learning_rate": 1e-3, "koleo_weight": 0.0, "teacher_momentum": 0.95}
-    flags |= {"train_batch_size": 24, "min_global_crop": 0.9, "exposure": 0.0, "local_crops": 0}
+    flags |= {"train_batch_size": 24, "min_global_crop": 0.9, "exposure": 0.0}
+    flags |= {"local_crops": 0, "local_crop_size": 12, "min_local_crop": 2.0}  # of no local crops, nothing is asked
     flags |= {"num_prototypes": 16, "teacher_temperature": 0.02, "diagnosis_steps": 0, "checkpointing_steps": 0}
     scripts.call_script("pretrain_dino.py", **flags)
     curve = losses(flags["output_dir"])
     assert sum(curve[-10:]) / 10 < 0.9 * math.log(16)
 
 
-def test_goes_on_from_an_encoder(flags, tmp_path):
+def test_goes_on_from_an_encoder_whose_shape_is_told(flags, tmp_path, caplog):
     tiny_encoder().save_pretrained(tmp_path / "encoder")
     flags |= {"pretrained_model_name_or_path": tmp_path / "encoder", "max_train_steps": 1, "learning_rate": 0.0}
     scripts.call_script("pretrain_dino.py", **flags)
     conditioner = DinoImageConditioner.from_pretrained(flags["output_dir"])
-    assert conditioner.token_dim == tiny_encoder().config.hidden_size
+    config = tiny_encoder().config
+    assert conditioner.token_dim == config.hidden_size != flags["hidden_size"]
+    assert "--hidden_size changes nothing: --pretrained_model_name_or_path has its own." in caplog.messages
+    facts = TrainingRecord.load(flags["output_dir"]).facts
+    shape = ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_register_tokens")
+    assert {name: facts[name.replace("_", " ")] for name in shape} == {name: getattr(config, name) for name in shape}
     ours = conditioner.image_encoders[0].model.state_dict()
     for name, value in tiny_encoder().state_dict().items():
         if name in ours:

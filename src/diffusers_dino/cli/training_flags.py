@@ -41,6 +41,7 @@ __all__ = [
     "open_views",
     "patients_of",
     "split_off_unseen",
+    "take_from_model",
 ]
 
 logger = logging.getLogger("diffusers_dino")
@@ -304,17 +305,19 @@ def check_conditioner(args: TokenArguments) -> None:
         raise ValueError("Give one of --conditioner (a saved one), --encoder (to make one) and --pretrained_pipeline.")
     if args.conditioner and args.projection_dim:
         raise ValueError("--projection_dim is for a new conditioner: a saved --conditioner has its own.")
-    if args.pretrained_pipeline:
-        _forget_other_models(args)
+    if args.pretrained_pipeline:  # what it decides is not told as a flag
+        defaults = type(args)()
+        others = {name: getattr(defaults, name) for name in _OF_OTHER_MODELS if hasattr(args, name)}
+        take_from_model(args, "--pretrained_pipeline", **others)
 
 
-def _forget_other_models(args: TokenArguments) -> None:
-    """Warn of flags that change nothing beside a whole pipeline, and take them back, so that no card tells them."""
+def take_from_model(args: Any, owner: str, **theirs: Any) -> None:
+    """Set flags to what the model `owner` (a flag) has, for the card, and warn of those that say otherwise."""
     defaults = type(args)()
-    for name in _OF_OTHER_MODELS:
-        if (default := getattr(defaults, name, None)) != getattr(args, name, None):
-            logger.warning(f"--{name} changes nothing: --pretrained_pipeline has its own.")
-            setattr(args, name, default)
+    for name, value in theirs.items():
+        if getattr(args, name, value) not in (value, getattr(defaults, name, value)):
+            logger.warning(f"--{name} changes nothing: {owner} has its own.")
+        setattr(args, name, value)
 
 
 def check_frozen_models(args: FeatureArguments) -> None:
