@@ -64,6 +64,28 @@ def test_arguments_of_a_wrong_type(diffseg, images, argument):
         diffseg(images, **{argument: 42})
 
 
+@pytest.mark.parametrize(
+    ("embeds", "message"),
+    [
+        (torch.zeros(1, 5, 16), r"shape \(B, S, 32\).*got \(1, 5, 16\)"),
+        (torch.zeros(5, tiny.TOKEN_DIM), r"shape \(B, S, 32\).*got \(5, 32\)"),
+        (torch.full((1, 5, tiny.TOKEN_DIM), torch.nan), "NaN"),
+    ],
+    ids=["width", "axes", "NaN"],
+)
+@pytest.mark.parametrize("denoiser", ["unet", "transformer"])
+def test_tokens_that_the_denoiser_does_not_take(images, denoiser, embeds, message):
+    parts = {"unet": None, "transformer": tiny.tiny_transformer()} if denoiser == "transformer" else {}
+    with pytest.raises(ValueError, match=f"`image_embeds`.*{message}"):
+        DiffSegPipeline.from_pipe(tiny.tiny_pipeline(**parts))(images, image_embeds=embeds)
+
+
+def test_tokens_for_a_unet_without_a_condition():
+    pixels = DiffSegPipeline(tiny.tiny_unconditional_unet(), tiny.tiny_scheduler())
+    with pytest.raises(ValueError, match="takes no condition"):
+        pixels(tiny.random_images(1), image_embeds=torch.zeros(1, 5, tiny.TOKEN_DIM))
+
+
 def test_no_condition(images):
     diffseg = DiffSegPipeline.from_pipe(tiny.tiny_pipeline(conditioner=None))
     with pytest.raises(ValueError, match="neither a conditioner nor a text encoder"):

@@ -183,16 +183,15 @@ def check_schedule(scheduler: SchedulerMixin, flow_matching: bool) -> None:
         )
 
 
-def check_embeds(embeds: Tensor, num_tokens: int | None, width: int, name: str = "image_embeds") -> None:
-    """Refuse condition tokens that are not a finite `(B, num_tokens, width)`; None allows any number of tokens."""
+def check_embeds(embeds: Tensor, num_tokens: int | None, width: int | None, name: str = "image_embeds") -> None:
+    """Refuse condition tokens that are not a finite `(B, num_tokens, width)`; None allows any number."""
     if not isinstance(embeds, Tensor):
         raise TypeError(f"`{name}` must be a tensor (B, S, D), got {type(embeds).__name__}.")
     shape = tuple(embeds.shape)
-    fits = len(shape) == 3 and 0 not in shape and shape[2] == width and num_tokens in (None, shape[1])
+    fits = len(shape) == 3 and 0 not in shape and num_tokens in (None, shape[1]) and width in (None, shape[2])
     if not fits:
-        raise ValueError(
-            f"`{name}` must have shape (B, {num_tokens or 'S'}, {width}), as `encode_image` gives, got {shape}."
-        )
+        wanted = f"(B, {num_tokens or 'S'}, {width or 'D'})"
+        raise ValueError(f"`{name}` must have shape {wanted}, as `encode_image` gives, got {shape}.")
     if not torch.isfinite(embeds).all():
         raise ValueError(f"`{name}` contains NaN or infinity.")
 

@@ -26,6 +26,7 @@ from .checks import (
     check_channels,
     check_choice,
     check_components,
+    check_embeds,
     check_finite,
     check_generator,
     check_numbers,
@@ -33,15 +34,15 @@ from .checks import (
     image_size,
     initial_noise,
 )
-from .diffseg_arguments import (
+from .diffseg_inputs import (
     check_merging,
     chosen_merging,
+    encode_empty_prompt,
+    for_batch,
     listed_timesteps,
     mask_size,
     merge_thresholds,
-    refuse_idle,
 )
-from .diffseg_conditions import encode_empty_prompt, for_batch
 from .loading import ComponentLoadingMixin
 from .lora import DenoiserLoraMixin
 from .pipeline_output import DiffSegPipelineOutput
@@ -155,8 +156,10 @@ class DiffSegPipeline(SegmentsMixin, ComponentLoadingMixin, DiffusionPipeline, D
         else:
             check_sides(self, size=self._size(size))
         check_generator(generator)
-        if image_embeds is not None and not isinstance(image_embeds, Tensor):
-            raise TypeError(f"`image_embeds` must be a tensor (B, S, D), got {type(image_embeds).__name__}.")
+        if image_embeds is not None:
+            if not self._is_conditional:
+                raise ValueError("This UNet takes no condition: leave `image_embeds` out.")
+            check_embeds(image_embeds, None, self._token_width)
         given = image_embeds is not None or "encoder_hidden_states" in (unet_kwargs or {})
         if self.transformer is not None and unet_kwargs:
             raise ValueError("`unet_kwargs` are of a UNet, and this pipeline has a transformer: leave them out.")
@@ -285,26 +288,19 @@ class DiffSegPipeline(SegmentsMixin, ComponentLoadingMixin, DiffusionPipeline, D
             RuntimeError: If the latents come out with NaN or infinity, or another call uses the pipeline or its UNet.
         """
         # 1. Check, before the model runs
-        merge_thresholds(merge_threshold, num_merges, relative_threshold, self.settings.merge_threshold)
+        step = {} if timestep is None else {"timestep": timestep}
+        step |= {"size": size, "layers": layers, "image_embeds": image_embeds, "unet_kwargs": unet_kwargs}
+        of_maps = {"sides": sides, "weights": weights, "add_noise": add_noise}
         encoded = {"encoder_size": encoder_size, "encoder_layer": encoder_layer}
-        merging = chosen_merging(features, merging, clusters, timestep=timestep, size=size, layers=layers, **encoded)
-        given = {"image_embeds": image_embeds, "unet_kwargs": unet_kwargs}
-        refuse_idle(
-            features,
-            merging,
-            clusters,
-            of_attention={"sides": sides, "weights": weights, "add_noise": add_noise},
-            of_denoiser={"timestep": timestep, "size": size, "layers": layers, **given},
-            of_encoder=encoded,
-            of_merging={
-                "merge_threshold": merge_threshold,
-                "relative_threshold": relative_threshold,
-                "anchors_per_side": anchors_per_side,
-                "refine": refine,
-            },
-            of_cutting={"cut_threshold": cut_threshold},
-        )
+        merged = {
+            "merge_threshold": merge_threshold,
+            "relative_threshold": relative_threshold,
+            "anchors_per_side": anchors_per_side,
+            "refine": refine,
+        }
         cut = {} if cut_threshold is None else {"cut_threshold": cut_threshold}
+        merging = chosen_merging(features, merging, clusters, **step, **of_maps, **encoded, **merged, **cut)
+        merge_thresholds(merge_threshold, num_merges, relative_threshold, self.settings.merge_threshold)
         check_merging(merging, walk_steps=walk_steps, cut_power=cut_power, **cut)
         check_choice(("pt", "np"), output_type=output_type)
         images = stored_images(image)
@@ -317,27 +313,16 @@ class DiffSegPipeline(SegmentsMixin, ComponentLoadingMixin, DiffusionPipeline, D
         output_size = mask_size(sizes[0] if output_size is None else output_size)
 
         # 2. Read attention or features
-        shown = {"size": size, "layers": layers} | ({} if timestep is None else {"timestep": timestep})
         if clusters is not None:
-            read = self.patch_features(images, **clusters.settings, **given)
+            read = self.patch_features(images, **clusters.settings, image_embeds=image_embeds, unet_kwargs=unet_kwargs)
             merge = partial(self.segment_features, clusters=clusters)
         elif features != "attention":
-            read = self.patch_features(images, features, **shown, **encoded, **given)
+            read = self.patch_features(images, features, **step, **encoded)
             merge = partial(self.segment_features, cut_power=cut_power, **cut)
         else:
-            read = self.attention_maps(
-                images, **shown, sides=sides, weights=weights, add_noise=add_noise, generator=generator, **given
-            )
+            read = self.attention_maps(images, **step, **of_maps, generator=generator)
             merge = partial(
-                self.segment,
-                merge_threshold=merge_threshold,
-                num_merges=num_merges,
-                anchors_per_side=anchors_per_side,
-                relative_threshold=relative_threshold,
-                refine=refine,
-                merging=merging,
-                walk_steps=walk_steps,
-                **cut,
+                self.segment, **merged, num_merges=num_merges, merging=merging, walk_steps=walk_steps, **cut
             )
         self.maybe_free_model_hooks()
 
@@ -385,6 +370,14 @@ class DiffSegPipeline(SegmentsMixin, ComponentLoadingMixin, DiffusionPipeline, D
     def _is_conditional(self) -> bool:
         """Asked of the config, as a compiled UNet has another class."""
         return self.transformer is not None or self.unet.config.get("cross_attention_dim") is not None
+
+    @property
+    def _token_width(self) -> int | None:
+        """Width of the condition, which need not be the only one; None of a UNet whose blocks differ."""
+        if self.transformer is not None:
+            return family_of(self.transformer).token_width(self.transformer.config)
+        width = self.unet.config.get("encoder_hid_dim") or self.unet.config["cross_attention_dim"]
+        return width if isinstance(width, int) else None
 
     def _check_denoiser(self) -> None:
         """A UNet may be of any kind that takes the VAE's latents, a transformer must be of a family."""

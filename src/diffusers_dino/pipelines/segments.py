@@ -16,7 +16,7 @@ from ..diffseg.merging import aggregate_attention, merge_attention, refine_segme
 from ..diffseg.settings import ALL_LAYERS, DiffSegSettings, noted_settings
 from ..pixels import ImageInput
 from .checks import Generators, check_numbers
-from .diffseg_arguments import check_merging, listed_features, mask_size, merge_thresholds
+from .diffseg_inputs import check_merging, listed_features, mask_size, merge_thresholds
 from .pipeline_output import DiffSegPipelineOutput
 from .turns import takes_the_denoiser
 
