@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 
 from ...diffseg.settings import ALL_LAYERS, DiffSegSettings
 from ...pipelines.checks import check_choice
-from ...pipelines.diffseg_arguments import listed_features
+from ...pipelines.diffseg_inputs import listed_features
 
 __all__ = ["METHODS", "Setting", "Sweep"]
 
