@@ -23,7 +23,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ def write_shards(folder: Path, images: list[bytes], per_shard: int, size: int) -
                     tar.addfile(info, io.BytesIO(data))
         write_index(path)
         shards.append({"name": path.name, "samples": len(images[first : first + per_shard]), "split": "train"})
-    manifest = {"format": 1, "preprocessing_hash": Preprocessing(size).fingerprint(), "shards": shards}
+    manifest = {"format": 1, "preprocessing": asdict(Preprocessing(size)), "shards": shards}
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 

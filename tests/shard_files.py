@@ -7,6 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from diffusers_dino.data import Preprocessing
+from diffusers_dino.data.images.encoding import Encoding
+from diffusers_dino.data.sharding.manifest import write_manifest as describe
+from diffusers_dino.data.sharding.manifest import write_shard
 from image_files import encoded
 
 
@@ -37,6 +41,17 @@ def write_shards(folder: Path, shards: int = 3, samples: int = 8) -> list[Path]:
             members[f"{key}.json"] = b'{"labels": ["%d"]}' % number
         paths.append(write_tar(folder / f"x-{shard:06d}.tar", members))
     return paths
+
+
+def write_prepared(folder: Path, images: dict[str, np.ndarray], preprocessing: Preprocessing, **masks) -> Path:
+    """A folder with a shard of prepared images, as `make_shards` leaves it, and masks `(size, size)` bool by key."""
+    folder.mkdir(parents=True, exist_ok=True)
+    png = Encoding(preprocessing, "png")
+    files = {key: {"png": png.encode(preprocessing(image))} for key, image in images.items()}
+    for key, mask in masks.items():
+        files[key]["mask.png"] = png.encode(mask)
+    describe(folder, preprocessing, [write_shard(folder / "train-000000.tar", "train", files.items())], {})
+    return folder
 
 
 def write_manifest(folder: Path, samples: int = 8, **splits: str) -> None:

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from PIL import Image
 
 from diffusers_dino.data import Preprocessing, read_image
 from diffusers_dino.data.images.preprocessing import border_window, center_crop, stretch_to_uint8
@@ -55,6 +56,31 @@ def test_images_without_borders_stay_as_they_are(scan):
     uniform = np.full((10, 12), 7, np.uint8)
     assert np.array_equal(uniform[border_window(uniform, 0.01)], uniform)
     assert not Preprocessing(8)(uniform).any()
+
+
+@pytest.fixture
+def banded(scan):
+    """An image whose centred square begins with a uniform band, which its own left side does not have."""
+    image = np.tile(scan[:40, :40], (1, 2))
+    image[:, 20:28] = 255
+    return image
+
+
+def test_what_was_prepared_for_another_size_is_only_resized(banded):
+    earlier = Preprocessing(64)
+    prepared = earlier(banded) // 2 + 20  # of no full range
+    smaller = Image.fromarray(prepared).resize((32, 32), Image.Resampling.BICUBIC)
+    assert np.array_equal(Preprocessing(32)(prepared, earlier), smaller)
+    assert np.array_equal(earlier(prepared, earlier), prepared)
+    assert Preprocessing(32).window(prepared, earlier) == (slice(0, 64), slice(0, 64))
+    assert Preprocessing(32).window(prepared) != (slice(0, 64), slice(0, 64))
+    # another range is mapped, of the same pixels
+    clipped = Preprocessing(64, clip_percent=2.0)
+    expected = replace(clipped, remove_borders=False)(prepared)
+    assert np.array_equal(clipped(prepared, earlier), expected)
+    # borders that stayed on, and images that are not what the shards say, are prepared in full
+    for image, before in ((prepared, Preprocessing(64, remove_borders=False)), (banded, earlier)):
+        assert np.array_equal(Preprocessing(32)(image, before), Preprocessing(32)(image))
 
 
 def test_a_mask_is_cut_as_its_image_is(scan):

@@ -5,6 +5,7 @@ import json
 import logging
 import pickle
 import time
+from dataclasses import asdict
 from itertools import islice
 
 import numpy as np
@@ -134,7 +135,7 @@ def test_prepared_images_are_taken_as_they_are(tmp_path, workers):
     files["k5.jpg"] = encode(5, "jpeg", (16, 16, 3))
     files["k7.jpg"] = encode(7, "jpeg", (20, 20))
     write_tar(tmp_path / "x.tar", files)
-    manifest = {"preprocessing_hash": PREPARE.fingerprint(), "shards": [{"name": "x.tar", "samples": 9}]}
+    manifest = {"preprocessing": asdict(PREPARE), "shards": [{"name": "x.tar", "samples": 9}]}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     dataset = open_images(tmp_path, PREPARE, max_unreadable=0.2)
     slots = [[Slot(i, 0, i % 9) for i in range(first, first + 3)] for first in range(0, 27, 3)]

@@ -1,6 +1,8 @@
 import json
 import pickle
+import shutil
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,10 @@ from PIL import Image
 
 import scripts
 from diffusers_dino.data import Preprocessing, open_images
-from diffusers_dino.evaluation.packed import pack_images
+from diffusers_dino.evaluation.packed import at_size, pack_images
 from diffusers_dino.pixels import unit_to_uint8, with_channels
+from image_files import encoded
+from shard_files import write_prepared
 
 PREPROCESSING = Preprocessing(16, remove_borders=False)
 
@@ -84,6 +88,46 @@ def test_a_colour_image_is_packed_alike_whether_it_is_real_or_synthetic(channels
         pack_images(images, tmp_path / "pack.npy", channels=2)
 
 
+def test_prepared_images_are_packed_at_another_size_without_a_second_preparation(tmp_path):
+    gray = np.random.default_rng(0).integers(0, 256, (40, 80), np.uint8)
+    gray[:, 20:28] = 255  # a band at the side of the square that is kept
+    colour = np.stack([gray, gray[::-1], np.zeros_like(gray)], axis=2)
+    folder = write_prepared(tmp_path / "shards", {"a": gray, "b": colour}, Preprocessing(40))
+    images = open_images(folder, Preprocessing(40))
+    packed = pack_images(at_size(images, 16), tmp_path / "pack.npy")
+    plain = Preprocessing(16, remove_borders=False)
+    assert np.array_equal(packed.array[0], plain(gray[:, 20:60]))
+    assert np.array_equal(packed.array[1], plain(images.read_raw(1).mean(axis=2).round().astype(np.uint8)))
+
+
+def test_other_images_of_the_same_names_are_not_taken_for_those_that_were_packed(folder, tmp_path):
+    pack_images(open_images(folder, PREPROCESSING), tmp_path / "pack.npy")
+    shutil.copytree(folder, tmp_path / "copy")
+    pack_images(open_images(tmp_path / "copy", PREPROCESSING), tmp_path / "pack.npy")
+    Image.fromarray(np.arange(32 * 32, dtype=np.uint8).reshape(32, 32)).save(folder / "003.png")
+    with pytest.raises(ValueError, match=r"pack\.npy was packed from other images of these names"):
+        pack_images(open_images(folder, PREPROCESSING), tmp_path / "pack.npy")
+
+
+@pytest.mark.parametrize("kind", ["shards", "parquet"])
+def test_shards_and_data_sets_tell_other_images_too(kind, tmp_path):
+    for name, seed in (("one", 0), ("other", 1)):
+        arrays = np.random.default_rng(seed).integers(0, 256, (2, 32, 32), np.uint8)
+        if kind == "shards":
+            source = write_prepared(tmp_path / name, dict(zip("ab", arrays, strict=True)), PREPROCESSING)
+        else:
+            rows = [{"image": {"bytes": encoded(array, "png"), "path": None}} for array in arrays]
+            data = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+            source = tmp_path / f"{name}.parquet"
+            data.to_parquet(source)
+        images = open_images(source, PREPROCESSING)
+        if name == "one":
+            pack_images(images, tmp_path / "pack.npy")
+        else:
+            with pytest.raises(ValueError, match="other images of these names"):
+                pack_images(images, tmp_path / "pack.npy")
+
+
 def test_packs_of_older_versions_are_kept_unless_they_had_colours(tmp_path):
     folder = scripts.image_folder(tmp_path / "images", 3, size=40)
     gray = pack_images(open_images(folder, PREPROCESSING), tmp_path / "gray.npy")
@@ -101,7 +145,7 @@ def test_packs_of_older_versions_are_kept_unless_they_had_colours(tmp_path):
     for packed in (film, colour):
         path = packed.path.with_suffix(".json")
         facts = json.loads(path.read_text())
-        del facts["sha256"]
+        del facts["sha256"], facts["originals"]
         path.write_text(json.dumps(facts | {"recipe": gray.recipe if packed is film else "of an older version"}))
         written = packed.path.stat().st_mtime_ns
         assert pack_images(images, packed.path).recipe == packed.recipe

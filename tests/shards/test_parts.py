@@ -109,7 +109,7 @@ def test_masks_are_united_and_follow_the_image(tmp_path):
 def test_a_mask_of_another_shape_is_named(tmp_path):
     Image.fromarray(scan(1, (40, 40))).save(tmp_path / "mask.png")
     (item,) = items(record(tmp_path, "a", scan(), masks=(tmp_path / "mask.png",)))
-    with pytest.raises(UnreadableImageError, match="its mask is 40 x 40, the image 48 x 40"):
+    with pytest.raises(UnreadableImageError, match="its mask is 40 x 40 pixels, but its image is 48 x 40"):
         prepare(item, PNG, SALT)
 
 
@@ -123,7 +123,7 @@ def test_a_mask_that_cannot_be_read_is_named_as_one(tmp_path):
 def test_a_mask_of_several_structures_is_refused(tmp_path):
     Image.fromarray(np.tile(np.arange(3, dtype=np.uint8), (40, 16))).save(tmp_path / "mask.png")
     (item,) = items(record(tmp_path, "a", scan(), masks=(tmp_path / "mask.png",)))
-    with pytest.raises(UnreadableImageError, match="its mask has 3 values: save one structure in each file"):
+    with pytest.raises(UnreadableImageError, match="its mask: a mask has two values, this one has 3"):
         prepare(item, PNG, SALT)
 
 

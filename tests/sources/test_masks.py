@@ -5,9 +5,12 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_dino.data import Preprocessing
+from diffusers_dino.data import Preprocessing, UnreadableImageError, read_image
+from diffusers_dino.data.images.encoding import Encoding
+from diffusers_dino.data.sharding.parts import Item, prepare
 from diffusers_dino.data.sources import Record
 from diffusers_dino.data.sources.masks import open_masked_images, to_mask
+from shard_files import write_prepared
 
 PHANTOMS = "examples/data/phantom-cxr/phantom-cxr-test-000000.tar"
 
@@ -87,6 +90,40 @@ def test_borders_are_cut_off_image_and_mask_alike(tmp_path):
     assert (smaller == plain.mask(whole)).float().mean() > 0.98
     kept = removed.resized(30).select(["framed"])
     assert kept.preprocessing == Preprocessing(30)
+
+
+def test_prepared_shards_lose_nothing_of_image_and_mask_a_second_time(tmp_path):
+    image, lungs = np.random.default_rng(0).integers(0, 256, (40, 80), np.uint8), disc(40, 40) > 0
+    image[:, 20:28] = 255  # a band at the side of the square that is kept
+    shards = write_prepared(tmp_path, {"a": image}, Preprocessing(40), a=lungs)
+    sample = open_masked_images(shards, 20, 40, preprocessing=Preprocessing())[0]
+    assert torch.equal(sample.mask, torch.from_numpy(lungs))
+    expected = Preprocessing(20, remove_borders=False)(image[:, 20:60])
+    assert np.array_equal(sample.image[0].mul(255).round().byte(), expected)
+
+
+def test_shards_and_evaluation_take_the_same_masks(tmp_path):
+    save(tmp_path / "image.png", np.random.default_rng(0).integers(0, 256, (32, 32)))
+    record = Record("own", tmp_path / "image.png", "image", patient="1", masks=(tmp_path / "mask.png",))
+    for mask, message in (
+        (np.where(disc(32, 32), 255, 200), None),
+        (np.where(disc(16, 16), 7, 3), None),
+        (disc(24, 24), None),
+        (np.arange(32 * 32).reshape(32, 32) % 200, "this one has 200"),
+        (np.full((32, 32), 9), "its only value is 9"),
+        (disc(24, 32), "is 32 x 24 pixels, but its image is 32 x 32"),
+    ):
+        save(tmp_path / "mask.png", mask)
+        item = Item("key", "patient", record)
+        if message is None:
+            stored = read_image(prepare(item, Encoding(Preprocessing(32)), "a salt of 16 bytes")[1]["mask.png"]) > 0
+            assert torch.equal(open_masked_images([record], 32, 32).mask(0), torch.from_numpy(stored))
+            assert 0 < stored.mean() < 0.5
+        else:
+            with pytest.raises(UnreadableImageError, match=message):
+                open_masked_images([record], 32).mask(0)
+            with pytest.raises(UnreadableImageError, match=f"its mask.*{message}"):
+                prepare(item, Encoding(Preprocessing(32)), "a salt of 16 bytes")
 
 
 def test_a_missing_mask_is_named(folder, tmp_path):

@@ -41,7 +41,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     Args:
         store: Where the images come from.
-        preprocessing: How they are prepared. Shards whose images were prepared in just this way are taken as they are.
+        preprocessing: How they are prepared. What shards say was done before is not done again: see `Preprocessing`.
         in_memory: Whether to prepare all images now and keep them as uint8 (`size * size` bytes each for grayscale).
         max_unreadable: Largest tolerated fraction of unreadable images.
         indices: Which samples of the source to use, all by default.
@@ -63,7 +63,6 @@ class ImageDataset(Dataset[dict[str, Any]]):
             raise ValueError(f"max_unreadable is a fraction in [0, 1], got {max_unreadable}")
         self.store = store
         self.preprocessing = preprocessing
-        self._is_prepared = store.prepared_by == preprocessing.fingerprint()
         self.max_unreadable = max_unreadable
         self.unreadable: dict[int, str] = {}
         self.not_images: set[int] = set()
@@ -142,6 +141,11 @@ class ImageDataset(Dataset[dict[str, Any]]):
         """The pixels of a sample before they are prepared, as `read_image` gives them; `UnreadableImageError`."""
         return self.store.read(int(self._indices[index]))
 
+    def marks(self) -> Iterator[str]:
+        """For each sample what changes when its file is another one: see `ImageStore.mark`."""
+        with ThreadPoolExecutor(_READ_TOGETHER) as pool:  # most of the time a network drive is waited for
+            yield from pool.map(self.store.mark, self._indices.tolist())
+
     def companion(self, index: int, extension: str) -> bytes:
         """The file beside an image with the same key, such as `"json"` or `"mask.png"`; raises `KeyError`."""
         return self.store.companion(int(self._indices[index]), extension)
@@ -168,10 +172,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         """The prepared image, or why there is none."""
         if isinstance(image, UnreadableImageError):
             return image
-        # Borders would be looked for, and the dynamic range stretched, a second time.
-        size = self.preprocessing.size
-        done = self._is_prepared and image.dtype == np.uint8 and image.shape[:2] == (size, size)
-        image = image if done else self.preprocessing(image)
+        image = self.preprocessing(image, self.store.prepared_by)
         try:
             refuse_blank(image, self.store.describe(int(self._indices[place])))
         except UnreadableImageError as error:

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 
 from ..data.datasets import ImageDataset, to_float
-from ..data.images.preprocessing import stretch_to_uint8
 from ..files import atomic_write, read_json, sha256_of, write_json
 from ..pixels import unit_to_uint8, with_channels
 
@@ -37,6 +36,7 @@ class PackedImages:
         num_averaged: How many images had colours and became gray; None in files of old versions, which did not count
             them and weighted the colours (ITU-R BT.601).
         sha256: Of the `.npy` file; None in files of older versions.
+        originals: A digest of `ImageDataset.marks`; None in files of older versions.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -46,6 +46,7 @@ class PackedImages:
             self.keys: tuple[str, ...] = tuple(facts["keys"])
             self.recipe: str = facts["recipe"]
             self.sha256: str | None = facts.get("sha256")
+            self.originals: str | None = facts.get("originals")
             self.num_averaged: int | None = facts.get("num_averaged")
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{_facts_path(self.path)} is damaged: delete it and run again.") from error
@@ -83,15 +84,23 @@ def pack_images(images: ImageDataset, path: str | Path, recipe: str = "", channe
     since preparing stretches what there is to the whole range: the gray of a colour photograph is then that of a gray
     copy of it, such as a synthesis stores. `recipe` says what else the pixels depend on, such as the digest of a plan:
     a file of another recipe, of other keys or another preprocessing is written anew.
+
+    ValueError if the file there is damaged, or its images have changed since, as what was made from it has not.
     """
     if channels not in (1, 3):
         raise ValueError(f"Images have 1 or 3 channels, got {channels}.")
     path = Path(path)
     plain = _digest(recipe, images.preprocessing.fingerprint(), str(channels), *images.keys)
     averaged = _digest(plain, GRAY)
+    originals = _digest(*images.marks())
     packed = PackedImages(path) if path.is_file() and _facts_path(path).is_file() else None
     if packed is None or packed.num_averaged is None or packed.recipe not in (plain, averaged):
-        packed = _pack(images, path, channels, plain, averaged)
+        packed = _pack(images, path, channels, (plain, averaged), originals)
+    elif packed.originals not in (None, originals):
+        raise ValueError(
+            f"{path} was packed from other images of these names. Give another folder for the results, or delete it "
+            "and what was made from it."
+        )
     elif packed.sha256 not in (None, sha256_of(path)):
         raise ValueError(f"{path} is damaged (its pixels have changed): delete it and run again.")
     if lost := len(images) - len(packed):
@@ -99,8 +108,8 @@ def pack_images(images: ImageDataset, path: str | Path, recipe: str = "", channe
     return packed
 
 
-def _pack(images: ImageDataset, path: Path, channels: int, plain: str, averaged: str) -> PackedImages:
-    """Write the images; the recipe says whether colours were averaged."""
+def _pack(images: ImageDataset, path: Path, channels: int, recipes: tuple[str, str], originals: str) -> PackedImages:
+    """Write the images; the first recipe is for those of which none had colours that were averaged."""
     _facts_path(path).unlink(missing_ok=True)  # an array without facts is not there
     size = images.preprocessing.size
     shape = (len(images), size, size) if channels == 1 else (len(images), size, size, 3)
@@ -118,9 +127,8 @@ def _pack(images: ImageDataset, path: Path, channels: int, plain: str, averaged:
         if len(keys) < len(images):  # the header says how many there are, and has room for fewer
             file.seek(0)
             _write_header(file, (len(keys), *shape[1:]))
-    facts = {"recipe": averaged if num_averaged else plain, "num_averaged": num_averaged, "sha256": sha256_of(path)}
-    facts["keys"] = keys
-    write_json(_facts_path(path), facts, indent=None)
+    facts = {"recipe": recipes[num_averaged > 0], "num_averaged": num_averaged, "sha256": sha256_of(path)}
+    write_json(_facts_path(path), facts | {"originals": originals, "keys": keys}, indent=None)
     return PackedImages(path)
 
 
@@ -145,9 +153,10 @@ def _gray(images: ImageDataset, place: int) -> np.ndarray:
     raw = images.read_raw(place)
     gray = raw.mean(axis=2, dtype=np.float32)
     gray = gray.round().astype(np.uint8) if raw.dtype == np.uint8 else gray
-    if images.store.prepared_by == images.preprocessing.fingerprint() and gray.shape[0] == images.preprocessing.size:
-        return stretch_to_uint8(gray, images.preprocessing.clip_percent)  # its borders are gone already
-    return images.preprocessing(gray)
+    preprocessing = images.preprocessing
+    if preprocessing.is_cut(raw, images.store.prepared_by):
+        preprocessing = replace(preprocessing, remove_borders=False)
+    return preprocessing(gray)
 
 
 def _write_header(file, shape: tuple[int, ...]) -> None:

@@ -102,14 +102,14 @@ def open_images_for(
 ) -> ImageDataset:
     """Open images that are prepared by `preparation_for`; `options` are those of `data.open_images`.
 
-    Shards whose images have been prepared already are taken as they are, also for a model that does not say how.
+    Images that have been prepared already, as their shards say, are only resized, also for a model that does not say
+    how.
     """
     stored = stored_preparation(model)
     if remove_borders is None and stored is None:
-        for removed in (True, False):
-            images = open_images(source, Preprocessing(size, removed), **options)
-            if images.store.prepared_by == images.preprocessing.fingerprint():
-                return images
+        earlier = open_images(source, Preprocessing(size), **{**options, "in_memory": False}).store.prepared_by
+        if earlier is not None:
+            return open_images(source, replace(earlier, size=size), **options)
     return open_images(source, preparation_for(stored, size, remove_borders), **options)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from PIL import Image
@@ -61,25 +61,38 @@ class Preprocessing:
         if self.resampling not in _RESAMPLING:
             raise ValueError(f"resampling must be one of {', '.join(_RESAMPLING)}, got {self.resampling!r}")
 
-    def __call__(self, image: np.ndarray) -> np.ndarray:
-        """Prepare an image `(H, W)` or `(H, W, 3)` of numbers, none NaN: uint8 `(size, size)` or `(size, size, 3)`."""
+    def __call__(self, image: np.ndarray, earlier: Preprocessing | None = None) -> np.ndarray:
+        """Prepare an image `(H, W)` or `(H, W, 3)` of numbers, none NaN: uint8 `(size, size)` or `(size, size, 3)`.
+
+        `earlier` is how shards say that their images were prepared: those that were prepared in this way for another
+        size are only resized, and borders that were removed are not looked for again.
+        """
         if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3) or 0 in image.shape:
             raise ValueError(f"Expected an image of shape (H, W) or (H, W, 3), got {image.shape}")
-        if self.remove_borders:
+        is_cut = self.is_cut(image, earlier)
+        if self.remove_borders and not is_cut:
             image = image[border_window(image, self.border_tolerance)]
-        square = center_crop(stretch_to_uint8(image, self.clip_percent))
+        if not is_cut or self != replace(earlier, size=self.size, resampling=self.resampling):
+            image = stretch_to_uint8(image, self.clip_percent)
+        square = center_crop(image)
         if square.shape[0] == self.size:
             return np.ascontiguousarray(square)
         return np.array(Image.fromarray(square).resize((self.size, self.size), _RESAMPLING[self.resampling]))
 
-    def window(self, image: np.ndarray) -> tuple[slice, slice]:
-        """Rows and columns of the square that is kept of an image."""
+    def window(self, image: np.ndarray, earlier: Preprocessing | None = None) -> tuple[slice, slice]:
+        """Rows and columns of the square that is kept of an image, which may have been prepared `earlier`."""
         rows, columns = slice(0, image.shape[0]), slice(0, image.shape[1])
-        if self.remove_borders:
+        if self.remove_borders and not self.is_cut(image, earlier):
             rows, columns = border_window(image, self.border_tolerance)
         top, left, side = _centered_square(rows.stop - rows.start, columns.stop - columns.start)
         top, left = rows.start + top, columns.start + left
         return slice(top, top + side), slice(left, left + side)
+
+    def is_cut(self, image: np.ndarray, earlier: Preprocessing | None) -> bool:
+        """Whether an image is a square that was prepared `earlier`, with no border left that this would remove."""
+        if earlier is None or image.dtype != np.uint8 or image.shape[:2] != (earlier.size, earlier.size):
+            return False
+        return earlier.remove_borders or not self.remove_borders
 
     def prepare_mask(self, mask: np.ndarray, window: tuple[slice, slice]) -> np.ndarray:
         """Cut a mask `(H, W)` bool by its image's `window`, resize it without new values: bool `(size, size)`."""

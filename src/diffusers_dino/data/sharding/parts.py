@@ -7,7 +7,6 @@ So each image is prepared once and kept with its facts in a part: `000000.bin` h
 from __future__ import annotations
 
 import json
-import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
-from ...files import atomic_write, read_json, write_json
+from ...files import atomic_write, mark_of, read_json, write_json
 from ..images.dicom_header import dicom_facts, is_dicom, salted_hash
 from ..images.encoding import Encoding
 from ..images.errors import NoImageError, UnreadableImageError
@@ -27,6 +26,7 @@ from ..images.preprocessing import refuse_blank
 from ..images.reading import read_image
 from ..keys import unify
 from ..sources import Record
+from ..sources.masks import unite_masks
 from ..sources.records import salted_key
 from .duplicates import perceptual_hash, pixel_digest
 from .manifest import Shard, ShardError, shard_problem, write_shard
@@ -101,7 +101,6 @@ class Unreadable:
 
 
 FOLDER = "images"  # name of a plain folder as a source; further ones have a number after it
-_PIECE = 4096
 _COLUMNS = [entry.name for entry in fields(Sample) if entry.name != "part"]  # the last two may be missing
 
 
@@ -133,7 +132,8 @@ def prepare(item: Item, encoding: Encoding, salt: str) -> tuple[dict[str, Any], 
     spacing = [round(mm * side / len(image), 4) for mm in facts["spacing"]] if "spacing" in facts else None
     files = {encoding.format: encoding.encode(image)}
     if record.masks:
-        mask = encoding.preprocessing.prepare_mask(_read_mask(record.masks, original.shape[:2]), window)
+        masks = unite_masks([("its mask", _read_mask(path)) for path in record.masks], original.shape[:2])
+        mask = encoding.preprocessing.prepare_mask(masks, window)
         files["mask.png"] = Encoding(encoding.preprocessing, "png").encode(mask)
     known = {
         "key": item.key,
@@ -179,18 +179,8 @@ def write_part(folder: Path, number: int, items: Sequence[Item], encoding: Encod
 
 
 def file_mark(record: Record) -> str:
-    """Sizes of an image's file and its masks, and a checksum of three pieces of each, to notice other files there."""
-    checksum, sizes = 0, []
-    for path in (record.image, *record.masks):
-        try:
-            with open(path, "rb") as file:
-                sizes.append(file.seek(0, os.SEEK_END))
-                for place in (0, sizes[-1] // 2, sizes[-1] - _PIECE):
-                    file.seek(max(0, place))
-                    checksum = zlib.crc32(file.read(_PIECE), checksum)
-        except OSError:
-            sizes.append(-1)
-    return f"{'+'.join(map(str, sizes))} {checksum:08x}"
+    """The `mark_of` an image's file and its masks."""
+    return mark_of((record.image, *record.masks))
 
 
 def has_changed(sample: Sample, record: Record) -> bool:
@@ -268,23 +258,7 @@ def _header_facts(record: Record, salt: str) -> dict[str, Any] | None:
     return {name: value for name, value in facts.items() if name != "patient"}
 
 
-def _read_mask(paths: Sequence[Path], shape: tuple[int, ...]) -> np.ndarray:
-    """The union of masks, of the image's shape: `(H, W)` bool."""
-    union = np.zeros(shape, bool)
-    for path in paths:
-        values = _read_mask_file(path)
-        values = values.max(axis=2) if values.ndim == 3 else values
-        height, width = values.shape
-        if height * shape[1] != width * shape[0]:  # JSRT's are half as large as its images, but of the same shape
-            raise UnreadableImageError(f"its mask is {width} x {height}, the image {shape[1]} x {shape[0]}")
-        if 2 < len(found := np.unique(values)) <= 16:  # more are edges that were smoothed, or the noise of a JPEG
-            raise UnreadableImageError(f"its mask has {len(found)} values: save one structure in each file")
-        foreground = Image.fromarray((values > values.max() // 2).astype(np.uint8))
-        union |= np.asarray(foreground.resize(shape[::-1], Image.Resampling.NEAREST)).astype(bool)
-    return union
-
-
-def _read_mask_file(path: Path) -> np.ndarray:
+def _read_mask(path: Path) -> np.ndarray:
     try:
         return read_image(path, "its mask")
     except UnreadableImageError as error:

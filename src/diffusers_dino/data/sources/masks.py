@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..datasets import to_float
 from ..facts import facts_beside, patient_in
-from ..images.preprocessing import Preprocessing, border_window, center_crop
+from ..images.errors import UnreadableImageError
+from ..images.preprocessing import Preprocessing
 from ..images.reading import read_image
 from ..stores import ImageStore
 from ..stores.archives import split_name
@@ -27,7 +28,7 @@ from ..stores.folder import FolderStore
 from ..stores.shards import ShardStore
 from .records import Record
 
-__all__ = ["MaskedImage", "MaskedImages", "open_masked_images", "to_mask"]
+__all__ = ["MaskedImage", "MaskedImages", "open_masked_images", "to_mask", "unite_masks"]
 
 _MASK = "mask.png"
 
@@ -47,16 +48,16 @@ class _Entry:
     patient: str | None  # None if unknown
     read_image: Callable[[], np.ndarray]
     read_masks: Callable[[], list[tuple[str, np.ndarray]]]  # (name for messages, pixels)
+    scaled: bool = False  # whether masks may be of another size than the image
+    earlier: Preprocessing | None = None  # how the image was prepared before
 
 
 class MaskedImages(Sequence[MaskedImage]):
     """Images with masks, read on access."""
 
-    def __init__(
-        self, entries: Iterable[_Entry], preprocessing: Preprocessing, mask_size: int, max_scale: int = 1
-    ) -> None:
+    def __init__(self, entries: Iterable[_Entry], preprocessing: Preprocessing, mask_size: int) -> None:
         self._entries = list(entries)
-        self.preprocessing, self.mask_size, self._max_scale = preprocessing, mask_size, max_scale
+        self.preprocessing, self.mask_size = preprocessing, mask_size
 
     @property
     def size(self) -> int:
@@ -82,14 +83,15 @@ class MaskedImages(Sequence[MaskedImage]):
         return len(self._entries)
 
     def __getitem__(self, index: int) -> MaskedImage:  # type: ignore[override]
-        """Read one sample; `UnreadableImageError` if a file is damaged, `ValueError` if the mask does not fit."""
+        """Read one sample; `UnreadableImageError` if a file is damaged, or a mask is none of this image."""
         entry = self._entries[index]
         pixels = entry.read_image()
-        return MaskedImage(entry.key, to_float(self.preprocessing(pixels)), self._mask(entry, pixels))
+        return MaskedImage(entry.key, self._image(entry, pixels), self._mask(entry, pixels))
 
     def image(self, index: int) -> Tensor:
         """Only the image of a sample, `(1 or 3, size, size)` in [0, 1]."""
-        return to_float(self.preprocessing(self._entries[index].read_image()))
+        entry = self._entries[index]
+        return self._image(entry, entry.read_image())
 
     def mask(self, index: int) -> Tensor:
         """Only the mask of a sample, `(mask_size, mask_size)` bool, checked against its image's size."""
@@ -98,32 +100,20 @@ class MaskedImages(Sequence[MaskedImage]):
 
     def resized(self, size: int) -> MaskedImages:
         """The same samples with images of another size."""
-        return MaskedImages(self._entries, replace(self.preprocessing, size=size), self.mask_size, self._max_scale)
+        return MaskedImages(self._entries, replace(self.preprocessing, size=size), self.mask_size)
 
     def select(self, keys: Sequence[str]) -> MaskedImages:
         """The samples of these keys, in their order; raises `KeyError` if one is missing."""
         entries = {entry.key: entry for entry in self._entries}
-        return MaskedImages([entries[key] for key in keys], self.preprocessing, self.mask_size, self._max_scale)
+        return MaskedImages([entries[key] for key in keys], self.preprocessing, self.mask_size)
 
-    def _mask(self, entry: _Entry, image: np.ndarray) -> Tensor:
-        united: np.ndarray | None = None
-        image_shape = image.shape[:2]
-        for name, pixels in entry.read_masks():
-            size = pixels.shape[:2]
-            if not any((size[0] * n, size[1] * n) == image_shape for n in range(1, self._max_scale + 1)):
-                given, wanted = _size(size), _size(image_shape)
-                raise ValueError(f"{name} is {given} pixels, but its image is {wanted}: a mask has its image's size.")
-            part = to_mask(pixels if pixels.ndim == 2 else pixels.max(axis=2), name).numpy()
-            if united is not None and part.shape != united.shape:
-                raise ValueError(f"{name} is {_size(part.shape)}, the mask before it {_size(united.shape)}.")
-            united = part if united is None else united | part
-        if self.preprocessing.remove_borders:
-            n = image_shape[0] // len(united)  # a mask may be smaller
-            rows, columns = border_window(image, self.preprocessing.border_tolerance)
-            united = united[rows.start // n : -(-rows.stop // n), columns.start // n : -(-columns.stop // n)]
-        square = Image.fromarray(center_crop(united).astype(np.uint8))
-        nearest = square.resize((self.mask_size, self.mask_size), Image.Resampling.NEAREST)
-        return torch.from_numpy(np.array(nearest)).bool()
+    def _image(self, entry: _Entry, pixels: np.ndarray) -> Tensor:
+        return to_float(self.preprocessing(pixels, entry.earlier))
+
+    def _mask(self, entry: _Entry, pixels: np.ndarray) -> Tensor:
+        mask = unite_masks(entry.read_masks(), pixels.shape[:2], entry.scaled)
+        window = self.preprocessing.window(pixels, entry.earlier)
+        return torch.from_numpy(replace(self.preprocessing, size=self.mask_size).prepare_mask(mask, window))
 
 
 def open_masked_images(
@@ -147,39 +137,59 @@ def open_masked_images(
     """
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"max_samples must be at least 1, got {max_samples}.")
-    max_scale = 1
     if not isinstance(source, str | Path):
-        entries, max_scale = _from_records(source), 2  # JSRT's masks are half the size of its images
+        entries = _from_records(source)
     elif Path(source).is_dir() and (Path(source) / "images").is_dir():
         entries = _from_two_folders(Path(source) / "images", Path(source) / "masks")
     else:
         entries = _from_companions(source)
     preprocessing = replace(preprocessing or Preprocessing(remove_borders=False), size=size)
-    return MaskedImages(entries[:max_samples], preprocessing, mask_size, max_scale)
+    return MaskedImages(entries[:max_samples], preprocessing, mask_size)
+
+
+def unite_masks(masks: Iterable[tuple[str, np.ndarray]], shape: tuple[int, ...], scaled: bool = True) -> np.ndarray:
+    """The union `(H, W)` bool of the masks of an image of this shape, each with a name for messages.
+
+    A mask is what `to_mask` takes; of one with colours the brightest counts. With `scaled`, it may be of another size
+    in the same proportions, as JSRT's are; the nearest of its pixels counts. `UnreadableImageError` otherwise.
+    """
+    height, width = shape
+    union = np.zeros((height, width), bool)
+    for name, values in masks:
+        values = values.max(axis=2) if values.ndim == 3 else values
+        tall, wide = values.shape
+        if values.shape != union.shape and not (scaled and tall * width == wide * height):
+            raise UnreadableImageError(
+                f"{name} is {wide} x {tall} pixels, but its image is {width} x {height}: a mask has its image's size"
+            )
+        part = Image.fromarray(to_mask(values, name).numpy().astype(np.uint8))
+        union |= np.asarray(part.resize((width, height), Image.Resampling.NEAREST)).astype(bool)
+    return union
 
 
 def to_mask(values: Any, name: str = "mask") -> Tensor:
     """Check that an array or tensor is a mask, and make it one: `(..., H, W)` bool.
 
     It has at most two values, of which the smaller one is background. A single value is background if it is 0 and
-    foreground if it is 1 or 255. Anything else raises `ValueError`, with `name` in the message.
+    foreground if it is 1 or 255. Anything else raises `UnreadableImageError`, with `name` in the message.
     """
     values = values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
     if values.ndim < 2 or values.numel() == 0:
-        raise ValueError(f"{name}: a mask is (H, W), got {tuple(values.shape)}.")
+        raise UnreadableImageError(f"{name}: a mask is (H, W), got {tuple(values.shape)}")
     if values.dtype == torch.bool:
         return values
     found = values.unique()
     if values.is_floating_point() and not torch.isfinite(found).all():
-        raise ValueError(f"{name}: the mask has values that are not finite.")
+        raise UnreadableImageError(f"{name}: the mask has values that are not finite")
     if len(found) > 2:
-        shown = ", ".join(f"{value:g}" for value in found[:4].tolist())
-        raise ValueError(
-            f"{name}: a mask has two values, this one has {len(found)} ({shown}, ...). Save masks without loss, as "
-            "PNG, one structure in each, and resize them by nearest neighbours."
+        raise UnreadableImageError(
+            f"{name}: a mask has two values, this one has {len(found)}. Save masks without loss, as PNG, one "
+            "structure in each, and resize them by nearest neighbours"
         )
     if len(found) == 1 and found.item() not in (0, 1, 255):
-        raise ValueError(f"{name}: its only value is {found.item():g}: is it background (0) or foreground (1 or 255)?")
+        raise UnreadableImageError(
+            f"{name}: its only value is {found.item():g}: is it background (0) or foreground (1 or 255)?"
+        )
     return values == found[-1] if len(found) == 2 else values != 0
 
 
@@ -196,6 +206,7 @@ def _from_records(records: Iterable[Record]) -> list[_Entry]:
             record.patient if record.names_patient else None,
             partial(read_image, record.image, raw=record.raw, inverted=record.invert),
             partial(_read_all, record.masks),
+            scaled=True,
         )
         for record in records
     ]
@@ -235,7 +246,7 @@ def _from_companions(source: str | Path) -> list[_Entry]:
     if None not in patients and len(set(patients)) == len(patients):
         patients = list(store.keys)  # one image each: halves of them are then those of older versions
     return [
-        _Entry(key, patient, partial(store.read, index), partial(read_companion, index))
+        _Entry(key, patient, partial(store.read, index), partial(read_companion, index), earlier=store.prepared_by)
         for index, (key, patient) in enumerate(zip(store.keys, patients, strict=True))
     ]
 
@@ -250,7 +261,3 @@ def _stored_patient(store: ImageStore, index: int) -> str | None:
 
 def _read_all(paths: Sequence[Path]) -> list[tuple[str, np.ndarray]]:
     return [(str(path), read_image(path)) for path in paths]
-
-
-def _size(shape: tuple[int, ...]) -> str:
-    return f"{shape[1]} x {shape[0]}"

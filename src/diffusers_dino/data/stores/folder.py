@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ...files import mark_of
 from ..images.reading import IMAGE_EXTENSIONS, is_image_file, read_image
 from .archives import COMPANIONS, INDEX_SUFFIX, parent_of, split_name
 from .filesystem import expand_braces
@@ -77,6 +78,9 @@ class FolderStore(ImageStore):
 
     def read(self, index: int) -> np.ndarray:
         return read_image(self.root / self.paths[index], self.describe(index))
+
+    def mark(self, index: int) -> str:
+        return mark_of([self.root / self.paths[index]])
 
     def companion_path(self, index: int, extension: str) -> Path | None:
         """The file beside an image with the same key, such as its `"mask.png"` (or `mask.PNG`); None without one."""

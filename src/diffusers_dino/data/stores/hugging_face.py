@@ -6,6 +6,7 @@ import glob
 import itertools
 import os
 import re
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,7 @@ class HuggingFaceStore(ImageStore):
         return f"{self._name}[{index}]"
 
     def read(self, index: int) -> np.ndarray:
-        value = self._data[index][self._column]
-        if isinstance(value, dict):  # an undecoded Image: the reader here keeps 16-bit data, which Image's may not
-            value = value.get("bytes") or value.get("path")
+        value = self._value(index)
         try:
             if value is None:
                 raise UnreadableImageError("it holds no image")
@@ -63,6 +62,16 @@ class HuggingFaceStore(ImageStore):
         except ValueError as error:  # NumPy's and the system's are among them
             raise UnreadableImageError(f"Cannot read {self.describe(index)}: {error}") from error
         return read_image(value, self.describe(index))
+
+    def mark(self, index: int) -> str:
+        value = self._value(index)
+        return str(zlib.crc32(value)) if isinstance(value, bytes) else ""
+
+    def _value(self, index: int) -> Any:
+        value = self._data[index][self._column]
+        if isinstance(value, dict):  # an undecoded Image: the reader here keeps 16-bit data, which Image's may not
+            value = value.get("bytes") or value.get("path")
+        return value
 
     def _find(self, path: str) -> str:
         """The file that a row names, if it is in the data set's own folder."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files import read_json
+from ..images.preprocessing import Preprocessing
 from .filesystem import FileSystem, expand_braces, is_pattern
 from .remote import url_path
 
@@ -78,12 +79,15 @@ def _read_manifest(files: FileSystem, folder: str) -> list[dict]:
     return shards
 
 
-def prepared_by(files: FileSystem, shards: Sequence[str]) -> str | None:
+def prepared_by(files: FileSystem, shards: Sequence[str]) -> Preprocessing | None:
     """How the images of shards that are in a manifest were prepared, if in one way."""
     folders = {url_path(shard).rpartition("/")[0] for shard in shards}
     contents = [_parse_json(files.read(_join(folder, MANIFEST), _LARGEST_MANIFEST)) for folder in folders]
-    told = {str(content.get("preprocessing_hash") or "") for content in contents}
-    return (told.pop() or None) if len(told) == 1 else None
+    try:
+        told = {Preprocessing(**content["preprocessing"]) for content in contents}
+    except (KeyError, TypeError, ValueError):  # not the manifest of make_shards, or that of a newer version
+        return None
+    return told.pop() if len(told) == 1 else None
 
 
 def _parse_json(content: bytes) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -114,6 +115,17 @@ class ShardStore(ImageStore):
                 yield self._decode(index, *((None, b"") if index in self.lost else next(contents)))
             except UnreadableImageError as error:
                 yield error
+
+    def mark(self, index: int) -> str:
+        """The size of the image's file and, of a local shard, a checksum of its end."""
+        if index in self.lost:
+            return ""
+        (place,) = self._places([index])
+        if isinstance(self._files, RemoteFileSystem):
+            return str(place.size)
+        end = min(place.size, 4096)
+        (content,) = self._files.read_ranges([ByteRange(place.path, place.offset + place.size - end, end)])
+        return f"{place.size} {zlib.crc32(content):08x}"
 
     def companion(self, index: int, extension: str) -> bytes:
         files = self._index.files(index)

@@ -9,6 +9,7 @@ from types import MappingProxyType
 import numpy as np
 
 from ..images.errors import UnreadableImageError
+from ..images.preprocessing import Preprocessing
 
 __all__ = ["ImageStore"]
 
@@ -19,12 +20,12 @@ class ImageStore(ABC):
     Attributes:
         keys: One name for each sample, in order; the key of its random draws and of its companions.
         lost: By number, why a sample is known to be gone before it is read.
-        prepared_by: Fingerprint of the `Preprocessing` that the images have been through; None if unknown.
+        prepared_by: The `Preprocessing` that the images have been through; None if unknown.
     """
 
     keys: Sequence[str]
     lost: Mapping[int, str] = MappingProxyType({})
-    prepared_by: str | None = None
+    prepared_by: Preprocessing | None = None
 
     @property
     def shard_sizes(self) -> Sequence[int]:
@@ -42,6 +43,10 @@ class ImageStore(ABC):
     @abstractmethod
     def companion(self, index: int, extension: str) -> bytes:
         """The file beside the image with the same key, such as `"json"` or `"mask.png"`; raises `KeyError`."""
+
+    def mark(self, index: int) -> str:
+        """What changes when a sample's file is another one, as far as a little reading tells; empty if it does not."""
+        return ""
 
     def read_many(self, indices: Sequence[int]) -> Iterator[np.ndarray | UnreadableImageError]:
         """The pixels of several samples; for each that cannot be read, the error that says why."""
