@@ -43,6 +43,12 @@ def test_images_do_not_depend_on_their_batch(pipe, images, kind):
         assert torch.equal(pipe(images[i : i + 1], generator=tiny.generators(i), **OPTIONS).images[0], together[i])
 
 
+def test_a_shift_by_the_size_of_images_is_refused(pipe, images):
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    with pytest.raises(ValueError, match="use_dynamic_shifting=False"):
+        pipe(images, **OPTIONS)
+
+
 def test_segments_see_the_noise_of_the_flow(pipe, images):
     diffseg = DiffSegPipeline.from_pipe(pipe)
     clean, noised = (

@@ -163,6 +163,11 @@ def check_schedule(scheduler: SchedulerMixin, flow_matching: bool) -> None:
     """Refuse a scheduler of the wrong kind; warn of settings that are legal, and known to spoil latent diffusion."""
     require_kind(type(scheduler), is_flow(scheduler), flow_matching)
     config, warn = scheduler.config, partial(warnings.warn, stacklevel=3)
+    if config.get("use_dynamic_shifting"):
+        raise ValueError(
+            "The scheduler shifts times by a number that this pipeline does not give it (use_dynamic_shifting): build "
+            "it with use_dynamic_shifting=False and a `shift`."
+        )
     if config.get("clip_sample"):
         warn(
             "The scheduler clips its predictions to [-1, 1] (clip_sample=True, the default of some of diffusers' "

@@ -25,6 +25,7 @@ from .checks import (
     check_embeds,
     check_number,
     check_numbers,
+    check_schedule,
     initial_noise,
     seen_by,
 )
@@ -202,6 +203,11 @@ class DinoPriorPipeline(ComponentLoadingMixin, DiffusionPipeline, CallStateMixin
         callback_on_step_end_tensor_inputs: Sequence[str] = (),
     ) -> None:
         """Refuse what cannot work before any work is done; arguments and errors as in `__call__`."""
+        if not isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
+            raise ValueError(
+                f"A prior is sampled by FlowMatchEulerDiscreteScheduler, and not by {type(self.scheduler).__name__}."
+            )
+        check_schedule(self.scheduler, flow_matching=True)
         check_choice(("pt", "np"), output_type=output_type)
         check_numbers(num_inference_steps=num_inference_steps, num_images_per_prompt=num_images_per_prompt)
         check_number(0, guidance_scale=guidance_scale)
@@ -344,7 +350,7 @@ class DinoPriorPipeline(ComponentLoadingMixin, DiffusionPipeline, CallStateMixin
                 if self.do_classifier_free_guidance:
                     other = self._predict(latents, t, away)
                     velocity = other + self.guidance_scale * (velocity - other)
-                latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
+                latents = self.scheduler.step(velocity, t, latents, generator=generator, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
                     latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
