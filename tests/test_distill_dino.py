@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import scripts
 import tiny
 from diffusers_dino import DinoDiffusionPipeline, DinoInterpolationPipeline
+from diffusers_dino.hub import draw_samples
 from diffusers_dino.synthesis import load_plan
 from scripts import losses
 
@@ -122,6 +123,13 @@ def test_a_lora_makes_the_teacher_fast(distil, flags, phases, kind):
     plain = generate(pipe, guidance_scale=1.0)
     pipe.load_lora_weights(folder)
     assert not torch.equal(generate(pipe, guidance_scale=1.0), plain)
+    card = (folder / "README.md").read_text()
+    assert f'{kind.__name__}.from_pretrained("{folder.name}", subfolder="scheduler")' in card
+    assert "4 steps by default, at most 8" in card
+    samples = {"num_samples": 1, "num_variations": 1, "lora_base": flags["pretrained_pipeline"]}
+    assert draw_samples(folder, scripts.EXAMPLES / "data/phantom-cxr", **samples).size == (64, 32)
+    with pytest.raises(ValueError, match="than 8"):
+        draw_samples(folder, scripts.EXAMPLES / "data/phantom-cxr", **samples, num_inference_steps=9)
 
 
 def test_more_steps_than_were_distilled_are_refused(distilled):

@@ -50,8 +50,8 @@ class Arguments:
     )
     num_samples: int = flag(4, "Sources in the picture of samples.")
     num_variations: int = flag(3, "Variations of each.")
-    num_inference_steps: int = flag(25, "Sampling steps of the samples.")
-    guidance_scale: float = flag(2.0, "Guidance scale of the samples.")
+    num_inference_steps: int | None = flag(None, "Their sampling steps; by default 25, and 4 of a distilled model.")
+    guidance_scale: float | None = flag(None, "Their guidance scale; by default 2, and 1 of a distilled LoRA.")
     seed: int = flag(0, "Seed of their noise.")
     gate: str | None = flag(
         None, "gate.safetensors of `evaluate memorization`: refuse samples that are near-copies of training images."

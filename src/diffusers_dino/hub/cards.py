@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
 from ..files import atomic_write
-from .folder import class_of, folder_kind, part_facts
+from .folder import class_of, folder_kind, part_facts, sampler_of
 from .markdown import cite, fact_table, origin, plain, table, without_html
 from .privacy import is_hub_id, listed_names
 from .record import TrainingRecord
@@ -72,6 +72,7 @@ def model_card(
     *,
     kind: str = "DinoDiffusionPipeline",
     parts: Mapping[str, Any] | None = None,
+    sampler: str | None = None,
     measurements: Sequence[Measurement] = (),
     samples: Mapping[str, str] | None = None,
     license: str | None = None,
@@ -85,6 +86,7 @@ def model_card(
             names of folders can tell more than should be published.
         kind: Class of the pipeline, `"lora"`, `"conditioner"`, or the class of an autoencoder.
         parts: Facts of preprocessing and components, by name.
+        sampler: Class of the scheduler in the folder of a distilled LoRA.
         measurements: As `measurements.read_results` reads them.
         samples: Pictures in the repository by path, with their captions; only of phantoms or synthetic images.
         license: Of the weights, as the Hub spells it, such as `"apache-2.0"`.
@@ -129,6 +131,7 @@ def model_card(
         base=plain(next(iter(bases), "org/base-pipeline")),
         origin="\n\n".join(origins),
         parts=fact_table(parts),
+        sampler=sampler,
         labels=parts.get("labels"),
         tells_unlike="familiarity" in parts,
         facts=fact_table({"made from": bases, **record.facts}),
@@ -140,7 +143,7 @@ def folder_card(folder: str | os.PathLike, model: str, record: TrainingRecord, *
     """`model_card` of the pipeline, LoRA, conditioner or autoencoder in a folder, which tells its kind and parts."""
     kind = folder_kind(folder)
     kind = class_of(folder) if kind in ("pipeline", "vae") else kind
-    return model_card(model, record, kind=kind, parts=part_facts(folder), **options)
+    return model_card(model, record, kind=kind, parts=part_facts(folder), sampler=sampler_of(folder), **options)
 
 
 def write_model_card(folder: str | os.PathLike, model: str, record: TrainingRecord, **options: Any) -> Path:

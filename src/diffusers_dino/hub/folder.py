@@ -19,12 +19,14 @@ from ..pipelines.checks import default_steps
 from ..pipelines.preparation import read_preparation
 from .privacy import Content
 
-__all__ = ["class_of", "folder_kind", "half_precision_files", "model_files", "part_facts", "variant_of"]
+__all__ = ["class_of", "folder_kind", "half_precision_files", "model_files", "part_facts", "sampler_of", "variant_of"]
 
 _INDEX = "model_index.json"
 _LORA = "pytorch_lora_weights.safetensors"
+_SCHEDULER = "scheduler/scheduler_config.json"
 _COMPONENTS = {"DinoImageConditioner": "conditioner", "AutoencoderKL": "vae", "AutoencoderTiny": "vae"}
 _WEIGHTS = "diffusion_pytorch_model"
+_OF_DISTILLED = ("LCMScheduler", "TCDScheduler")
 
 
 def folder_kind(folder: str | Path) -> str:
@@ -59,10 +61,8 @@ def model_files(folder: str | Path) -> dict[str, Content]:
     folder = Path(folder)
     kind = folder_kind(folder)
     if kind == "lora":
-        scheduler = "scheduler/scheduler_config.json"  # of a distilled one
-        return {_LORA: folder / _LORA} | (
-            {scheduler: _content(folder / scheduler)} if (folder / scheduler).is_file() else {}
-        )
+        scheduler = {_SCHEDULER: folder / _SCHEDULER} if sampler_of(folder) else {}
+        return {name: _content(path) for name, path in {_LORA: folder / _LORA, **scheduler}.items()}
     if kind != "pipeline":
         paths = [
             folder / "config.json",
@@ -101,7 +101,7 @@ def part_facts(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     kind = folder_kind(folder)
     if kind == "lora":
-        return {}
+        return _schedule_facts(folder) if sampler_of(folder) else {}
     places = {name: folder / name for name in _components(folder)} if kind == "pipeline" else {kind: folder}
     configs = {name: _read(place / "config.json") for name, place in places.items()}
     facts = _conditioner_facts(configs.get("conditioner", {})) | _vae_facts(configs.get("vae", {}))
@@ -125,15 +125,14 @@ def part_facts(folder: str | Path) -> dict[str, Any]:
             f"{noted.joined_layers}"
         )
     if "scheduler" in places:
-        schedule = _read(places["scheduler"] / "scheduler_config.json")
-        names = ("beta_schedule", "prediction_type", "num_train_timesteps", "rescale_betas_zero_snr", "shift")
-        facts["schedule"] = [f"{name} {schedule[name]}" for name in names if schedule.get(name) is not None]
-        if str(schedule.get("_class_name")).startswith("FlowMatch"):
-            facts["schedule"].insert(0, "flow matching")
-        if schedule.get("_class_name") in ("LCMScheduler", "TCDScheduler"):  # of distilled models
-            few = default_steps(getattr(diffusers, schedule["_class_name"])())
-            facts["sampling"] = f"{few} steps by default, at most {schedule['original_inference_steps']}"
+        facts |= _schedule_facts(folder)
     return facts
+
+
+def sampler_of(folder: str | Path) -> str | None:
+    """Name of the class of the scheduler beside a distilled LoRA; None of all else."""
+    name = _read(Path(folder) / _SCHEDULER).get("_class_name") if folder_kind(folder) == "lora" else None
+    return name if name in _OF_DISTILLED else None
 
 
 def variant_of(name: str) -> str | None:
@@ -221,6 +220,18 @@ def _prior_facts(config: dict[str, Any]) -> dict[str, Any]:
         "text encoder": config["text_encoder"],
         "transformer": f"{config['num_layers']} blocks of width {config['width']}",
     }
+
+
+def _schedule_facts(folder: Path) -> dict[str, Any]:
+    schedule = _read(folder / _SCHEDULER)
+    names = ("beta_schedule", "prediction_type", "num_train_timesteps", "rescale_betas_zero_snr", "shift")
+    known = [f"{name} {schedule[name]}" for name in names if schedule.get(name) is not None]
+    kind = str(schedule.get("_class_name"))
+    facts: dict[str, Any] = {"schedule": ["flow matching"] * kind.startswith("FlowMatch") + known}
+    if kind in _OF_DISTILLED:
+        few = default_steps(getattr(diffusers, kind)())
+        facts["sampling"] = f"{few} steps by default, at most {schedule['original_inference_steps']}"
+    return facts
 
 
 def _transformer_facts(config: dict[str, Any]) -> dict[str, Any]:

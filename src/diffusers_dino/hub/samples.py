@@ -17,11 +17,11 @@ from ..data.datasets import collate
 from ..data.sharding import require_synthetic
 from ..latents import decode_latents, encode_to_moments
 from ..metrics.copy_gate import CopyGate
-from ..pipelines.checks import image_size
+from ..pipelines.checks import default_steps, image_size
 from ..pipelines.preparation import stored_preparation
 from ..pixels import unit_to_vae, vae_to_unit
 from ..sheets import contact_sheet
-from .folder import class_of, folder_kind
+from .folder import class_of, folder_kind, sampler_of
 
 __all__ = ["draw_samples"]
 
@@ -33,8 +33,8 @@ def draw_samples(
     *,
     num_samples: int = 4,
     num_variations: int = 3,
-    num_inference_steps: int = 25,
-    guidance_scale: float = 2.0,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
     seed: int = 0,
     gate: str | Path | None = None,
     lora_base: str | None = None,
@@ -47,8 +47,8 @@ def draw_samples(
         data_dir: Phantoms or a synthetic set, with its manifest; other images are refused.
         num_samples: How many sources, spread over the set.
         num_variations: Of each; an autoencoder reconstructs each once.
-        num_inference_steps: Sampling steps.
-        guidance_scale: 1 is none.
+        num_inference_steps: Sampling steps; by default 25, and 4 of a distilled model.
+        guidance_scale: 1 is none; by default 2, and 1 of a distilled LoRA, whose guidance is in its weights.
         seed: Of the noise.
         gate: File of a `CopyGate` that samples have to pass: a model can reproduce a training image from any source.
         lora_base: Folder or Hub id of the pipeline that a LoRA is for.
@@ -71,8 +71,11 @@ def draw_samples(
         if kind == "lora" and lora_base is None:
             raise ValueError("Samples of a LoRA are drawn with the pipeline that it is for: give lora_base.")
         pipe = DinoDiffusionPipeline.from_pretrained(lora_base if kind == "lora" else folder)
+        sampler = sampler_of(folder)
         if kind == "lora":
             pipe.load_lora_weights(folder)
+        if sampler is not None:
+            pipe.scheduler = getattr(diffusers, sampler).from_pretrained(folder, subfolder="scheduler")
         pipe.to(device).set_progress_bar_config(disable=True)
         preparation = stored_preparation(pipe) or Preprocessing(remove_borders=False)
         images = open_images(data_dir, replace(preparation, size=image_size(pipe)))
@@ -80,8 +83,8 @@ def draw_samples(
         drawn = pipe(
             sources,
             num_images_per_prompt=num_variations,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps or min(25, default_steps(pipe.scheduler)),
+            guidance_scale=(1.0 if sampler else 2.0) if guidance_scale is None else guidance_scale,
             generator=torch.Generator().manual_seed(seed),
             output_type="pt",
         ).images
