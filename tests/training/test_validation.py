@@ -6,6 +6,8 @@ import torch
 from accelerate import Accelerator
 
 import tiny
+from checkpoints import save_transformers
+from diffusers_dino.cli.record import told_settings
 from diffusers_dino.training.models import adapt_for_training
 from diffusers_dino.training.optim import make_adamw
 from diffusers_dino.training.state import TrainingState
@@ -16,6 +18,7 @@ from diffusers_dino.training.validation import (
     measure,
     open_metric,
 )
+from train_dino import Arguments
 
 
 @pytest.fixture
@@ -64,6 +67,14 @@ def test_any_distance_in_the_space_of_any_extractor(pipe, dataset, distance):
         open_metric("fid")
     with pytest.raises(ValueError, match="no feature extractor 'vgg'"):
         open_metric(distance, "vgg")
+
+
+def test_a_metric_is_not_called_by_its_folder(tmp_path):
+    folder = save_transformers(tiny.tiny_encoder(), tmp_path / "alice" / "features")
+    metric = open_metric("kernel", str(folder))
+    assert metric.name == f"kernel_{metric.spec.extractor}" == "kernel_dinov2_with_registers"
+    args = Arguments(train_data_dir=str(tmp_path), metric_features=str(folder))
+    assert told_settings(args)["metric_features"] == "features"
 
 
 @pytest.fixture

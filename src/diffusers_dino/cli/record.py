@@ -42,8 +42,8 @@ _RECIPE += _UPDATES + _RATE + _ADAM + _METRIC
 
 
 def told_settings(args: Any) -> dict[str, Any]:
-    """The flags of a run that a card may tell, by name; those of None are not set."""
-    return {name: getattr(args, name) for name in _RECIPE if hasattr(args, name)}
+    """The flags of a run that a card may tell, by name, paths without their folders; those of None are not set."""
+    return {name: without_folders(getattr(args, name)) for name in _RECIPE if hasattr(args, name)}
 
 
 def describe_history(history: Iterable[dict[str, Any]]) -> str:

@@ -59,7 +59,8 @@ def open_metric(
     if distance not in DISTANCES:
         raise ValueError(f"A distance is one of {', '.join(DISTANCES)}, not {distance!r}.")
     features = open_extractor(extractor, weights, device)
-    return FeatureMetric(f"{distance}_{extractor}", features, DISTANCES[distance], features.spec)
+    name = f"{distance}_{features.spec.extractor}"  # of a folder not the path, as trackers tell it
+    return FeatureMetric(name, features, DISTANCES[distance], features.spec)
 
 
 def generate_for_validation(
@@ -162,6 +163,11 @@ class Validator:
         guidance_scale: float = 2.0,
         num_inference_steps: int = 25,
     ) -> None:
+        if (grid_steps and min(num_sources, num_variations) < 1) or (metric_steps and num_metric_images < 1):
+            raise ValueError(
+                f"A validation needs sources, variations and images to measure on, got {num_sources}, "
+                f"{num_variations} and {num_metric_images}."
+            )
         self.pipe, self.state, self.accelerator, self.images = pipe, state, state.accelerator, images
         self.output_dir = Path(output_dir)
         self.grid_steps, self.num_sources, self.num_variations = grid_steps, num_sources, num_variations
@@ -232,7 +238,8 @@ def _best_value(folder: Path, metric: str, spec: dict[str, Any] | None) -> float
     """The lowest value so far, infinite before the first one of this metric on these features."""
     try:
         facts = read_json(folder / "metric.json")
-        same = (facts["metric"], facts.get("features")) == (metric, spec)
+        distances = [name.partition("_")[0] for name in (facts["metric"], metric)]  # of which the rest is in `spec`
+        same = distances[0] == distances[1] and facts.get("features") == spec
         return float(facts["value"]) if same else math.inf
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none yet, or damaged
         return math.inf
