@@ -129,7 +129,7 @@ def train(args: Arguments, opened: Run) -> None:
             losses.append(loss.detach())
         run.update(losses, batches[-1]["key"])
         update_teacher(target, accelerator.unwrap_model(run.model), args.target_decay)
-    if run.step == run.total and accelerator.is_main_process:
+    if run.finished and accelerator.is_main_process:
         save_result(args, target, schedule.sampler())
         run.write_card(args.pretrained_pipeline)
         logger.info(f"The result is in {args.output_dir}")

@@ -103,7 +103,7 @@ def train(args: Arguments, opened: Run) -> None:
                 accelerator.backward(loss)
             losses.append(loss.detach())
         run.update(losses, batches[-1]["key"])
-    if run.step == run.total and accelerator.is_main_process:
+    if run.finished and accelerator.is_main_process:
         explained = explained_variance(args, network.eval(), teacher, unseen, region_scale)
         shares = ", ".join(f"{share:.2f} of the {part}" for part, share in explained.items())
         logger.info(f"Of the teacher's variance on {len(unseen)} images to look at, the student explains {shares}")
@@ -160,9 +160,9 @@ def regions_of(args: Arguments) -> int:
         raise ValueError(f"--resolution {args.resolution} is not a multiple of --patch_size {args.patch_size}.")
     if not args.teacher:
         raise ValueError("Name the encoder to distil as --teacher.")
-    for name in ("cache_views", "num_validation_images"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
+    for name, fewest in (("cache_views", 1), ("cache_batch_size", 1), ("num_validation_images", 2)):
+        if getattr(args, name) < fewest:
+            raise ValueError(f"--{name} must be at least {fewest}, got {getattr(args, name)}.")
     return side
 
 

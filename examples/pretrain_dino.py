@@ -129,9 +129,9 @@ def train(args: Arguments, opened: Run) -> None:
         run.update(losses, batches[-1]["key"])
         momentum = cosine_schedule(run.step, run.total, args.teacher_momentum, 1.0)
         update_teacher(teacher, accelerator.unwrap_model(run.model), momentum)
-        if args.diagnosis_steps and run.step % args.diagnosis_steps == 0 and run.step < run.total:
+        if args.diagnosis_steps and run.step % args.diagnosis_steps == 0 and not run.finished:
             diagnose(args, teacher, images, run.step)
-    if run.step == run.total:
+    if run.finished:
         diagnosis = diagnose(args, teacher, images, run.step)
         if accelerator.is_main_process:
             Path(args.output_dir, "diagnosis.json").write_text(json.dumps(diagnosis, indent=1))

@@ -23,12 +23,10 @@ from torch import Tensor
 from diffusers_dino import DinoDiffusionPipeline, data
 from diffusers_dino.cli import training_flags
 from diffusers_dino.cli.arguments import flag, parse_arguments
-from diffusers_dino.cli.record import write_record_and_card
 from diffusers_dino.cli.run import Run, open_run
 from diffusers_dino.denoisers import family_of
 from diffusers_dino.fingerprints import fingerprint_model, hash_of, own_config
 from diffusers_dino.fusion import fuse
-from diffusers_dino.hub import push_folder
 from diffusers_dino.pipelines.compilation import compile_models
 from diffusers_dino.pipelines.preparation import note_preparation
 from diffusers_dino.schedules import is_flow
@@ -119,6 +117,9 @@ def run_training(args: Arguments, run: Run) -> None:
         pipe = build_pipeline(args, views.images, accelerator.device)
     models.latent_shape(pipe.vae, pipe.denoiser, args.resolution)  # checks the resolution
     check_objective(args, pipe)
+    if args.enable_xformers_memory_efficient_attention:
+        models.enable_xformers(pipe.denoiser)
+    metric = validation.open_metric(args.metric, args.metric_features, args.metric_weights, accelerator.device)
     if args.feature_cache:
         views = run.open_cache(views, pipe.vae, pipe.conditioner, args.cache_views)
     encoders = models.describe_encoders(pipe.conditioner)
@@ -138,8 +139,6 @@ def run_training(args: Arguments, run: Run) -> None:
             views = cache_in_memory(views, encode, args.cache_views, args.cache_batch_size, accelerator)
     if args.gradient_checkpointing:
         pipe.denoiser.enable_gradient_checkpointing()
-    if args.enable_xformers_memory_efficient_attention:
-        models.enable_xformers(pipe.denoiser)
     total_steps = run.count_updates(len(views))
     optimizer = optim.make_adamw(
         trainable,
@@ -169,7 +168,7 @@ def run_training(args: Arguments, run: Run) -> None:
         f"Training {sum(p.numel() for p in trainable) / 1e6:.2f} M weights on {len(views)} images: {total_steps} "
         f"steps of {accelerator.num_processes} x {args.train_batch_size} x {args.gradient_accumulation_steps}"
     )
-    validator = make_validator(args, pipe, state, unseen)
+    validator = make_validator(args, pipe, state, unseen, metric)
     step = train(args, run, pipe, views, encode, state, validator, total_steps)
     if step < total_steps:
         run.say_stopped(step)
@@ -334,9 +333,12 @@ def compile_for_training(args: Arguments, pipe: DinoDiffusionPipeline, cached: b
 
 
 def make_validator(
-    args: Arguments, pipe: DinoDiffusionPipeline, state: TrainingState, images: data.ImageDataset
+    args: Arguments,
+    pipe: DinoDiffusionPipeline,
+    state: TrainingState,
+    images: data.ImageDataset,
+    metric: validation.FeatureMetric,
 ) -> validation.Validator:
-    metric = validation.open_metric(args.metric, args.metric_features, args.metric_weights, state.accelerator.device)
     return validation.Validator(
         pipe,
         state,
@@ -383,12 +385,9 @@ def save_result(
         pipe.save_config(folder)  # model_index.json makes the folder a pipeline
 
     put_result(Path(args.output_dir), write)
-    name = args.hub_model_id or Path(args.output_dir).resolve().name
     bases = [args.pretrained_pipeline, args.pretrained_model_name_or_path, args.unet or args.transformer]
-    bases += [args.vae, args.conditioner]
-    write_record_and_card(args, name, len(views), num_updates, bases + (args.encoder or []), run.history)
-    if args.push_to_hub:
-        push_folder(args.output_dir, name, private=True)
+    bases += [args.vae, args.conditioner, *(args.encoder or [])]
+    run.write_card(len(views), num_updates, bases)
     logger.info(f"The result is in {args.output_dir}")
 
 

@@ -26,7 +26,6 @@ from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer, CL
 from diffusers_dino import DinoPrior, DinoPriorPipeline, data
 from diffusers_dino.cli.arguments import flag, parse_arguments
 from diffusers_dino.cli.image_flags import STORED
-from diffusers_dino.cli.record import write_record_and_card
 from diffusers_dino.cli.run import Run, open_run
 from diffusers_dino.cli.training_flags import (
     RunArguments,
@@ -38,7 +37,6 @@ from diffusers_dino.cli.training_flags import (
     open_views,
 )
 from diffusers_dino.fingerprints import own_config
-from diffusers_dino.hub import push_folder
 from diffusers_dino.hub.privacy import without_folders
 from diffusers_dino.prior import describe_conditioner
 from diffusers_dino.prior.flow import draw_for_prior
@@ -378,11 +376,8 @@ def save_result(
             pipe.prior.load_state_dict(load_file(best))
         torch.nn.Module.to(pipe.prior, getattr(torch, args.weights_dtype))  # statistics stay float32
         put_result(Path(args.output_dir), pipe.save_pretrained)
-    name = args.hub_model_id or Path(args.output_dir).resolve().name
     bases = [args.pretrained_pipeline, args.conditioner, args.text_encoder, *(args.encoder or [])]
-    write_record_and_card(args, name, num_images, num_updates, bases, run.history)
-    if args.push_to_hub:
-        push_folder(args.output_dir, name, private=True)
+    run.write_card(num_images, num_updates, bases)
     logger.info(f"The result is in {args.output_dir}")
 
 

@@ -138,13 +138,13 @@ def train(args: Arguments, opened: Run) -> None:
                 adversary.learn(pixels, reconstruction)
             losses.append(loss.detach())
         run.update(losses, batches[-1]["key"])
-        due = args.validation_steps and run.step % args.validation_steps == 0 and run.step < run.total
+        due = args.validation_steps and run.step % args.validation_steps == 0 and not run.finished
         if due and accelerator.is_main_process:
             validate(args, vae, held_out, run.step)
-    if run.step == run.total and accelerator.is_main_process:
+    if run.finished and accelerator.is_main_process:
+        validate(args, vae, held_out, run.step)  # first: it refuses what is not finite
         save_result(args, vae, images)
         run.write_card(args.vae, args.perceptual_encoder)
-        validate(args, vae, held_out, run.step)
     accelerator.end_training()
 
 

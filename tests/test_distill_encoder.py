@@ -82,7 +82,8 @@ def test_a_student_without_registers_learns_class_token_and_patches(flags):
         ({"num_register_tokens": 3}, "--num_register_tokens 3 is not a square number"),
         ({"patch_size": 7}, "--resolution 32 is not a multiple of --patch_size 7"),
         ({"cache_views": 0}, "--cache_views must be at least 1"),
-        ({"num_validation_images": 0}, "--num_validation_images must be at least 1"),
+        ({"num_validation_images": 1}, "--num_validation_images must be at least 2"),
+        ({"num_statistics_images": 0}, "--num_statistics_images must be at least 1"),
     ],
 )
 def test_bad_input_is_explained(flags, changes, message):

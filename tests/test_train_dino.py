@@ -266,21 +266,6 @@ def test_flags_of_other_models_are_taken_back_beside_a_pipeline(caplog):
     assert [record.getMessage().split()[0] for record in caplog.records] == [f"--{name}" for name in others]
 
 
-@pytest.mark.parametrize("name", ["paper_dinov1", "paper_dinov2"])
-def test_the_papers_recipe_is_in_its_configs(name):
-    from diffusers_dino.cli.arguments import parse_arguments
-    from train_dino import Arguments
-
-    args = parse_arguments(Arguments, [str(scripts.EXAMPLES / "configs" / f"{name}.yaml"), "--train_data", "x"])
-    assert (args.train_batch_size, args.gradient_accumulation_steps) == (64, 2)
-    assert (args.resolution, args.num_train_epochs, args.metric_steps) == (512, 100, 2500)
-    assert (args.learning_rate, args.lr_scheduler, args.lr_warmup_steps) == (1e-4, "constant_with_warmup", 1000)
-    assert args.use_8bit_adam
-    assert args.augment
-    assert not args.random_flip
-    assert args.encoder == ["facebook/dino-vitb16" if name == "paper_dinov1" else "facebook/dinov2-base"]
-
-
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -295,6 +280,10 @@ def test_the_papers_recipe_is_in_its_configs(name):
         ({"token_weight": -1.0}, ValueError, "--token_guidance must not be negative"),
         ({"token_weight": 1.0, "condition_dropout": 0.0}, ValueError, "give --token_guidance 1"),
         ({"max_train_steps": 0}, ValueError, "--max_train_steps must be at least 1"),
+        ({"logging_steps": 0}, ValueError, "--logging_steps must be at least 1"),
+        ({"train_batch_size": 0}, ValueError, "--train_batch_size must be at least 1"),
+        ({"num_train_epochs": 0, "max_train_steps": None}, ValueError, "--num_train_epochs must be positive"),
+        ({"validation_steps": 1, "num_validation_variations": 0}, ValueError, "A validation needs sources"),
         ({"validation_data_dir": "cxr-unsen"}, FileNotFoundError, "no folder"),
         ({"metric_steps": 5, "max_train_samples": 1}, ValueError, "--validation_data_dir"),
         ({"resolution": 36}, ValueError, "must be a multiple of 8"),
@@ -358,14 +347,6 @@ def test_loss_that_is_not_finite_stops_before_the_update(train, tmp_path):
     with pytest.raises(FloatingPointError, match=r"Update 1: the loss is nan.*learning rate"):
         train(unet_config=None, unet=tmp_path / "broken", checkpointing_steps=1)
     assert not list((tmp_path / "out").glob("checkpoint-*"))
-
-
-def test_a_config_that_cannot_be_read_ends_with_a_message(flags, tmp_path, capsys):
-    with pytest.raises(SystemExit) as end:
-        scripts.call_script("train_dino.py", tmp_path / "nowhere.yaml", **flags)
-    assert end.value.code == 2
-    message = f"train_dino.py: error: cannot read the config {tmp_path / 'nowhere.yaml'}: "
-    assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -116,6 +116,12 @@ def test_resumed_run_ends_with_the_same_weights_and_has_the_same_seed(trained, f
     assert losses(flags["output_dir"]) == losses(trained)[3:]
 
 
+def test_a_run_that_is_shortened_is_finished(trained, flags):
+    shutil.copytree(trained / "checkpoint-6", flags["output_dir"] / "checkpoint-6")
+    scripts.call_script("train_vae.py", **flags | {"max_train_steps": 3}, resume_from_checkpoint="latest")
+    assert scripts.same_weights(flags["output_dir"], trained)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"processes": 2}, {"gradient_accumulation_steps": 2}])
 def test_processes_and_accumulated_passes_follow_the_curve_of_one_batch(trained, flags, options):

@@ -134,9 +134,32 @@ def test_other_files_and_a_start_that_failed_do_not_stand_in_the_way(train, tmp_
     with pytest.raises(ValueError, match="must be a multiple"):
         train(resolution=34)
     assert (train(max_train_steps=1) / "notes.txt").read_text() == "mine"
-    with pytest.raises(ValueError, match="not a valid SchedulerType"):
-        train(lr_scheduler="straight", overwrite_output_dir=True)
+    for wrong, message in (
+        ({"lr_scheduler": "straight"}, "not a valid SchedulerType"),
+        ({"metric_features": "vgg"}, "no feature extractor 'vgg'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(**wrong, overwrite_output_dir=True)
     assert (tmp_path / "out" / "model_index.json").exists()
+
+
+def test_a_folder_that_holds_a_run_is_refused_before_anything_is_loaded(train, tmp_path):
+    train(max_train_steps=1)
+    with pytest.raises(RunFolderError, match="holds another run"):
+        train(vae=tmp_path / "nowhere", train_data_dir=tmp_path / "nowhere")
+
+
+def test_a_run_of_an_older_version_that_noted_flags_beside_a_pipeline_goes_on(train, tmp_path):
+    pipeline = train(max_train_steps=1, output_dir=tmp_path / "pipeline")
+    options = {"pretrained_pipeline": pipeline, "vae": None, "conditioner": None, "normalize_tokens": 16}
+    folder = train(**options, max_train_steps=1)
+    manifest = folder / "checkpoint-1/manifest.json"
+    content = json.loads(manifest.read_text())
+    del content["info"]["encoders"]
+    noted = {"unet at the start": {"config": {}, "qk_init_scale": 1.0}, "conditioner": "standardised by 16 images"}
+    content["info"]["models"] |= noted
+    manifest.write_text(json.dumps(content))
+    assert len(losses(train(**options, resume_from_checkpoint="latest"))) == 2
 
 
 def test_what_a_run_reads_is_not_overwritten_by_it(train):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +19,7 @@ from .. import data
 from ..conditioner import DinoImageConditioner
 from ..files import make_writable_folder
 from ..fingerprints import as_json, hash_of
+from ..hub.upload import push_folder
 from ..latents import VAE
 from ..training import checkpoints
 from ..training.checkpoints import Checkpoint, Resumable
@@ -27,7 +28,7 @@ from ..training.features import CachedViews, FeatureEncoder, Views, encode_ahead
 from ..training.interruption import Interruption
 from ..training.progress import Progress, check_tracker
 from ..training.run_folder import RunFolder
-from .record import describe_history, told_settings
+from .record import describe_history, told_settings, write_record_and_card
 
 __all__ = ["Run", "open_run"]
 
@@ -36,6 +37,9 @@ logger = logging.getLogger("diffusers_dino")
 _VALIDATED = "validated"
 # How long a run is, which a card tells in updates.
 _LENGTH = ("max_train_steps", "num_train_epochs")
+# Of what there must be some, if the flag is given.
+_COUNTS = ("max_train_steps", "checkpoints_total_limit", "train_batch_size", "gradient_accumulation_steps")
+_COUNTS += ("logging_steps", "num_statistics_images")
 # Flags whose values are not what a run reads.
 _NOT_READ = ("output_dir", "resume_from_checkpoint", "hub_model_id", "report_to", "tracker_project_name")
 
@@ -45,8 +49,10 @@ def open_run(args: Any, script: logging.Logger, tracker: str | None = None) -> I
     """Set up processes, precision, seed and logging, and hold the output folder while the training runs.
 
     `args` are `RunArguments` and `ImageArguments`; `script` is the script's own logger. What the tracker writes goes
-    to `logs/` in the output folder.
+    to `logs/` in the output folder. A ValueError if a flag is out of range, a RunFolderError if the folder holds
+    another run and nobody said what to do.
     """
+    _check(args)
     folder = make_writable_folder(args.output_dir)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
@@ -60,13 +66,24 @@ def open_run(args: Any, script: logging.Logger, tracker: str | None = None) -> I
     set_seed(args.seed)
     run = Run(args, accelerator)
     try:
+        run.find()
         yield run
     finally:
         run.close()
 
 
+def _check(args: Any) -> None:
+    """Refuse what would fail later, when the folder was touched or even trained in."""
+    for name in _COUNTS:
+        if (value := getattr(args, name, None)) is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}.")
+    if args.max_train_steps is None and args.num_train_epochs <= 0:
+        raise ValueError(f"--num_train_epochs must be positive, got {args.num_train_epochs}.")
+    SchedulerType(args.lr_scheduler)
+
+
 class Run:
-    """What a training keeps beside its models: `begin`, `resume`, then `save` now and then.
+    """What a training keeps beside its models: `find`, `begin`, `resume`, then `save` now and then.
 
     Attributes:
         args: The flags.
@@ -78,14 +95,6 @@ class Run:
     """
 
     def __init__(self, args: Any, accelerator: Accelerator) -> None:
-        if args.checkpoints_total_limit is not None and args.checkpoints_total_limit < 1:
-            raise ValueError(
-                f"--checkpoints_total_limit must be at least 1, got {args.checkpoints_total_limit}: leave it out "
-                "to keep all checkpoints."
-            )
-        if args.max_train_steps is not None and args.max_train_steps < 1:
-            raise ValueError(f"--max_train_steps must be at least 1, got {args.max_train_steps}.")
-        SchedulerType(args.lr_scheduler)  # refuses a wrong name before the folder is touched
         self.args, self.accelerator = args, accelerator
         self.interruption = Interruption(
             args.checkpointing_minutes if accelerator.is_main_process else 0, starting=True
@@ -107,10 +116,22 @@ class Run:
         if self._folder is not None:
             self._folder.close()
 
+    def find(self) -> None:
+        """Find the checkpoint to go on from; RunFolderError if the folder holds another run."""
+        found: list[Any] = [None, None, False]
+        if self._folder is not None:
+            checkpoint = self._folder.claim()
+            seen = checkpoint is None or (checkpoint.path / _VALIDATED).exists()
+            found = [checkpoint, self._folder.run, not seen]
+        self.found, identity, self.unseen = broadcast_object_list(found)
+        self._notes["run"] = identity
+        if self.args.resume_from_checkpoint:
+            logger.info(
+                f"Continuing from {self.found.path}" if self.found else "There is no checkpoint: starting anew"
+            )
+
     def begin(self, images: data.ImageDataset, **settings: Any) -> None:
         """Make the folder this run's, once all that it needs is there and fits the checkpoint that it goes on from.
-
-        RunFolderError if the folder holds another run and nobody said what to do.
 
         `settings` are those that cannot change when a run goes on: they are refused by name. What else was changed is
         taken up, said, and noted in `history`.
@@ -130,10 +151,11 @@ class Run:
                 "flags": {**told_settings(args), **{name: getattr(args, name) for name in _LENGTH}},
             }
         )
-        self._find()
         if self.found is not None:
             info = self.found.info
             fixed = {name: value for name, value in self._notes.items() if name not in ("run", "flags")}
+            if "models" in fixed and "encoders" not in info and args.pretrained_pipeline:
+                fixed["models"] = _as_noted(fixed["models"], info.get("models", {}))
             checkpoints.require_same_run(self.found, fixed)
             self.history = list(info.get("history", ()))
             before, now = dict(info.get("flags", ())), self._notes["flags"]
@@ -234,6 +256,16 @@ class Run:
         self.interruption.saved()
         return written
 
+    def write_card(self, num_images: int, updates: int, base_models: Iterable[str | None]) -> None:
+        """Write the record and the card of the finished model, and upload it where `--push_to_hub` says so.
+
+        `updates` are those of its weights, and `base_models` what it was made from; None is skipped.
+        """
+        name = getattr(self.args, "hub_model_id", None) or Path(self.args.output_dir).resolve().name
+        write_record_and_card(self.args, name, num_images, updates, base_models, self.history)
+        if getattr(self.args, "push_to_hub", False):
+            push_folder(self.args.output_dir, name, private=True)
+
     def say_stopped(self, step: int) -> None:
         """Say after how many updates the run was stopped, and how it goes on."""
         logger.info(f"Stopped after {step} updates. Go on with --resume_from_checkpoint=latest.")
@@ -244,16 +276,11 @@ class Run:
         if self._folder is not None and checkpoint.is_dir():
             (checkpoint / _VALIDATED).touch()
 
-    def _find(self) -> None:
-        """Find the checkpoint to go on from; RunFolderError if the folder holds another run."""
-        found: list[Any] = [None, None, False]
-        if self._folder is not None:
-            checkpoint = self._folder.claim()
-            seen = checkpoint is None or (checkpoint.path / _VALIDATED).exists()
-            found = [checkpoint, self._folder.run, not seen]
-        self.found, identity, self.unseen = broadcast_object_list(found)
-        self._notes["run"] = identity
-        if self.args.resume_from_checkpoint:
-            logger.info(
-                f"Continuing from {self.found.path}" if self.found else "There is no checkpoint: starting anew"
-            )
+
+def _as_noted(models: dict[str, Any], noted: dict[str, Any]) -> dict[str, Any]:
+    """What a run with `--pretrained_pipeline` must keep, where it was begun with an older version.
+
+    That noted flags of a new denoiser, or of statistics, which changed nothing, in place of what the pipeline has.
+    """
+    told = ("qk_init_scale", "standardised by")
+    return models | {name: was for name, was in noted.items() if name in models and any(x in str(was) for x in told)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from ..training.features import FeatureEncoder, Views
 from ..training.optim import decay_matrices
 from ..training.state import ModelState
 from ..training.tally import Tally
-from .record import write_record_and_card
 from .run import Run
 
 __all__ = ["TrainingRun"]
@@ -34,6 +32,7 @@ class TrainingRun:
     Attributes:
         model: The prepared model.
         step, total: Updates done so far, and of the whole run.
+        finished: Whether that are all.
 
     Raises:
         ValueError: An update would need more images than there are.
@@ -74,6 +73,10 @@ class TrainingRun:
         self.step, self._position = run.resume(self._state)  # updates so far, and images shown
         self._tally = Tally(accelerator, self.optimizer, run.interruption)
 
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.total  # more, where a shorter run is asked for on resuming
+
     def updates(self) -> Iterator[list[dict[str, Any]]]:
         """The batches of each update that is left; ends early, with a checkpoint, after SIGTERM or SIGUSR1.
 
@@ -82,12 +85,12 @@ class TrainingRun:
         """
         batches = self.run.load_batches(self.views, self._position, self._encode)
         self.progress = self.run.open_progress(self.step, self.total)
-        while self.step < self.total and not self._tally.stop:
+        while not (self.finished or self._tally.stop):
             yield [next(batches) for _ in range(self.accelerator.gradient_accumulation_steps)]
             if self._tally.stop or self._tally.save or self._is_checkpoint(self.step):
                 self.run.save(self._state, self.step, self._position)
         self.progress.close()
-        if self.step < self.total:
+        if not self.finished:
             self.run.say_stopped(self.step)
 
     def update(self, losses: list[Tensor], keys: list[str]) -> None:
@@ -108,9 +111,8 @@ class TrainingRun:
             self.progress.update(update.loss, update.lr)
 
     def write_card(self, *base_models: str | None) -> None:
-        """Write the record and the card of the finished model; `base_models` are what it was made from, or None."""
-        name, num_images = Path(self.args.output_dir).resolve().name, len(self.views.images)
-        write_record_and_card(self.args, name, num_images, self.step, base_models, self.run.history)
+        """`Run.write_card` of the finished model; `base_models` are what it was made from, or None."""
+        self.run.write_card(len(self.views.images), self.step, base_models)
 
     def _is_checkpoint(self, step: int) -> bool:
         return self.args.checkpointing_steps > 0 and step % self.args.checkpointing_steps == 0
