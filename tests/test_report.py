@@ -7,6 +7,7 @@ from PIL import Image
 
 from diffusers_dino.evaluation.figures import plot_loss
 from diffusers_dino.report import Report
+from folders import full_disk
 
 
 def test_report_is_self_contained_and_escapes_its_text(tmp_path):
@@ -24,6 +25,18 @@ def test_report_is_self_contained_and_escapes_its_text(tmp_path):
     assert "<td>64</td>" in page
     sources = re.findall(r'src="([^"]*)"', page)
     assert [source.split(";")[0] for source in sources] == ["data:image/png", "data:image/svg+xml"]
+
+
+def test_a_full_disk_leaves_the_page_of_before(tmp_path):
+    path = tmp_path / "report.html"
+    Report("before").save(path)
+    before = path.read_bytes()
+    after = Report("after")
+    after.add_text("x" * 10_000)
+    with full_disk(len(before)), pytest.raises(OSError, match="too large"):
+        after.save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_table_rows_must_fit_the_header():

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from .files import atomic_write
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -75,13 +77,14 @@ class Report:
         self._add_picture(buffer.getvalue(), "image/svg+xml", caption)
 
     def save(self, path: str | Path) -> None:
-        """Write the page."""
+        """Write the page, whole or not at all."""
         title = html.escape(self.title)
         page = (
             f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
             f"<style>{STYLE}</style></head><body><h1>{title}</h1>{''.join(self._parts)}</body></html>\n"
         )
-        Path(path).write_text(page, encoding="utf-8")
+        with atomic_write(path) as file:
+            file.write(page.encode())
 
     def _add_picture(self, data: bytes, media_type: str, caption: str, css_class: str = "") -> None:
         source = f"data:{media_type};base64,{base64.b64encode(data).decode()}"
