@@ -1,8 +1,7 @@
 """Frozen vision transformers and what happens to their tokens, under the conditioner."""
 
 from .loading import load_encoder
-from .model import Encoder, EncoderSpec, ExactBuffers, describe_model
-from .names import choose_encoders, name_encoders
+from .model import Encoder, EncoderSpec, ExactBuffers, choose_encoders, describe_model, name_encoders
 from .storage import LastingModelMixin
 from .tokens import TOKENS, Moments, TokenHead, semi_orthogonal
 

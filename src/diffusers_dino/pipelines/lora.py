@@ -1,4 +1,4 @@
-"""Low-rank adapters of the denoiser, in the file formats that diffusers' Stable Diffusion pipelines read and write."""
+"""The denoiser of a pipeline and its low-rank adapters, in the file formats of diffusers' own pipelines."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from diffusers import ModelMixin
 from diffusers.loaders import SD3LoraLoaderMixin, StableDiffusionLoraLoaderMixin
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
+from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import HFValidationError
@@ -24,23 +25,46 @@ from torch import Tensor, nn
 from ..denoisers import family_of, title_of, unwrapped
 from ..extras import require
 from .checks import check_number
-from .denoiser import DenoiserMixin
 from .turns import takes_the_denoiser
 
-__all__ = ["DenoiserLoraMixin", "save_adapter"]
+__all__ = ["DenoiserMixin", "save_adapter"]
 
 _FORMATS = {"unet": StableDiffusionLoraLoaderMixin, "transformer": SD3LoraLoaderMixin}  # of files, by component
 _MALFORMED = (AttributeError, IndexError, KeyError, TypeError)  # what diffusers and peft raise at odd content
 
 
-class DenoiserLoraMixin(DenoiserMixin, LoraBaseMixin):
-    """Load, save, fuse, weigh and combine LoRA of the denoiser, `unet` or `transformer`.
+class DenoiserMixin(StableDiffusionMixin, LoraBaseMixin):
+    """The denoiser of a pipeline, its `unet` or `transformer`, and LoRA of it: load, save, fuse, weigh and combine.
 
-    diffusers' own mixins also expect a text encoder; this one has what remains without it.
+    diffusers' own mixins also expect a text encoder and a UNet; this one has what remains without them.
     `set_adapters`, `delete_adapters`, `disable_lora`, `unload_lora_weights` and their like are the base class's.
     """
 
     _lora_loadable_modules = ["unet", "transformer"]  # noqa: RUF012 - the base class reads a plain class attribute
+    unet: nn.Module | None
+    transformer: nn.Module | None
+
+    @property
+    def denoiser(self) -> nn.Module | None:
+        """The model that denoises: the `transformer` where there is one, else the `unet`."""
+        return self.unet if self.transformer is None else self.transformer
+
+    @property
+    def denoiser_name(self) -> str:
+        """What the component is called: `"unet"` or `"transformer"`."""
+        return "unet" if self.transformer is None else "transformer"
+
+    def enable_freeu(self, *args: float, **kwargs: float) -> None:
+        """As in diffusers; a ValueError without a UNet, whose skip connections it weighs."""
+        if self.unet is None:
+            raise ValueError("FreeU weighs the skip connections of a UNet, and this pipeline has none.")
+        super().enable_freeu(*args, **kwargs)
+
+    def fuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
+        """As in diffusers; a ValueError for the UNet of a pipeline that has none."""
+        if unet and self.unet is None:
+            raise ValueError("There is no unet to fuse: call it with unet=False, or on the transformer itself.")
+        super().fuse_qkv_projections(unet, vae)
 
     set_adapters = takes_the_denoiser(LoraBaseMixin.set_adapters)
     delete_adapters = takes_the_denoiser(LoraBaseMixin.delete_adapters)
@@ -214,7 +238,7 @@ def save_adapter(denoiser: ModelMixin, folder: str | os.PathLike) -> None:
     layers = convert_state_dict_to_diffusers(layers) if component == "unet" else layers
     config = denoiser.peft_config["default"].to_dict()  # without it, loading takes the rank for alpha
     config["target_modules"] = sorted(config["target_modules"])  # a set is written in any order
-    DenoiserLoraMixin.save_lora_weights(
+    DenoiserMixin.save_lora_weights(
         folder, **{f"{component}_lora_layers": layers, f"{component}_lora_adapter_metadata": config}
     )
 

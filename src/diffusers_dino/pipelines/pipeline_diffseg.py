@@ -44,7 +44,7 @@ from .diffseg_inputs import (
     merge_thresholds,
 )
 from .loading import ComponentLoadingMixin
-from .lora import DenoiserLoraMixin
+from .lora import DenoiserMixin
 from .pipeline_output import DiffSegPipelineOutput
 from .segments import SegmentsMixin
 from .turns import takes_the_denoiser
@@ -54,7 +54,7 @@ __all__ = ["DiffSegPipeline"]
 _SQUARE_AT_MOST = 4096  # pixels of the side of an image that is stretched at its own resolution
 
 
-class DiffSegPipeline(SegmentsMixin, ComponentLoadingMixin, DiffusionPipeline, DenoiserLoraMixin):
+class DiffSegPipeline(SegmentsMixin, ComponentLoadingMixin, DiffusionPipeline, DenoiserMixin):
     """Segment images by DiffSeg (Tian et al., CVPR 2024): merge the self-attention maps of one denoising step.
 
     Made with `from_pipe`: of a `DinoDiffusionPipeline`, the condition is the image's own tokens; of a Stable Diffusion

@@ -42,7 +42,7 @@ from .checks import (
 )
 from .guidance import check_guide, check_guider, guidance_input, guided_prediction, predict_with_guider
 from .loading import ComponentLoadingMixin
-from .lora import DenoiserLoraMixin
+from .lora import DenoiserMixin
 from .pipeline_output import DinoDiffusionPipelineOutput
 from .sampling_inputs import SamplingInputsMixin
 from .turns import CallStateMixin, in_turn, samples_in_turn
@@ -51,7 +51,7 @@ __all__ = ["DinoDiffusionPipeline"]
 
 
 class DinoDiffusionPipeline(
-    ComponentLoadingMixin, DiffusionPipeline, DenoiserLoraMixin, UNetCacheMixin, CallStateMixin, SamplingInputsMixin
+    ComponentLoadingMixin, DiffusionPipeline, DenoiserMixin, UNetCacheMixin, CallStateMixin, SamplingInputsMixin
 ):
     """Generate semantic variations of images, as in DiNO-Diffusion (arXiv 2407.11594, section 2.3, reconstruction).
 
