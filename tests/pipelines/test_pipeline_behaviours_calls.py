@@ -36,17 +36,14 @@ def test_dict_and_tuple_hold_the_same(kind, images):
             assert np.array_equal(np.asarray(one), np.asarray(other))
 
 
-@pytest.mark.parametrize("size", [1, 3])
-def test_a_batch_is_its_images(kind, images, size):
+def test_a_batch_is_its_images(kind, images):
     pipe = kind.make()
-    together = kind.run(pipe, images[:size])
-    assert len(together) == size
+    together = kind.run(pipe, images[:3])
+    assert len(together) == 3
     if kind.generates:  # image i has generator i
-        alone = [
-            kind.run(pipe, images[i : i + 1], generator=generators(i), num_images_per_prompt=1) for i in range(size)
-        ]
+        alone = [kind.run(pipe, images[i : i + 1], generator=generators(i), num_images_per_prompt=1) for i in range(3)]
     else:
-        alone = [kind.run(pipe, images[i : i + 1]) for i in range(size)]
+        alone = [kind.run(pipe, images[i : i + 1]) for i in range(3)]
     np.testing.assert_allclose(together, np.concatenate(alone), atol=1e-4)
 
 
@@ -92,20 +89,6 @@ def test_callbacks_get_what_they_ask_for_and_no_more(generating, images):
         )
         assert seen[-2:] == [set(names)] * 2
         assert not result.any()
-    with pytest.raises(ValueError, match="callback_on_step_end_tensor_inputs"):
-        generating.run(pipe, images, callback_on_step_end=watch, callback_on_step_end_tensor_inputs=["prompt_embeds"])
-
-
-def test_a_callback_raises_the_guidance_step_by_step(generating, images):
-    pipe = generating.make()
-
-    def more(pipeline, step, timestep, tensors):
-        pipeline._guidance_scale += 1.0
-        return tensors
-
-    raised = generating.run(pipe, images, guidance_scale=2.0, callback_on_step_end=more)
-    assert pipe.guidance_scale == 2.0 + pipe.num_timesteps
-    assert np.abs(raised - generating.run(pipe, images, guidance_scale=2.0)).max() > 1e-5
 
 
 def test_a_callback_interrupts(generating, images):
@@ -146,17 +129,6 @@ def test_encoding_works_without_the_other_models(generating, images):
         apart = rest(image_embeds=embeds, **options, **seeds).images
         together = generating.run(whole, images, guidance_scale=1.0)
     np.testing.assert_allclose(apart, together, atol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_pipeline_is_cast_as_a_whole(kind, images, dtype):
-    pipe = kind.make()
-    plain = kind.run(pipe, images)
-    pipe.to(dtype=dtype)
-    assert {model.dtype for model in pipe.components.values() if isinstance(model, torch.nn.Module)} == {dtype}
-    half = kind.run(pipe, images)
-    assert np.isfinite(half).all()
-    assert np.abs(half - plain).mean() < 0.02
 
 
 @pytest.mark.gpu
