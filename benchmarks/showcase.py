@@ -38,6 +38,7 @@ class Arguments:
     dino: str | None = flag(None, "Encoder for the second distance: a folder in transformers' format.")
     seeds: list[int] = flag([0, 1, 2], "Noise seeds that retrieval is averaged over.")
     guidance_scale: float = flag(2.0, "For retrieval and copies; distances are given with and without it.")
+    guidance_rescale: float = flag(0.0, "Against over-exposure by guidance.")
     num_inference_steps: int = flag(20, "Steps of the model's own scheduler.")
     num_copies: int = flag(500, "Variations of training images that are searched for copies.")
     output_dir: str = flag("outputs/showcase_figures", "Where figures and pictures go.")
@@ -52,7 +53,8 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     preprocessing = Preprocessing(pipe.vae.config["sample_size"], remove_borders=False)
     training, unseen = (open_images(args.shards, preprocessing, split=split) for split in ("train", "test"))
-    figures = {"model": args.model, "seeds": args.seeds, "guidance": args.guidance_scale}
+    figures = {"model": args.model, "seeds": args.seeds}
+    figures |= {"guidance": args.guidance_scale, "guidance rescale": args.guidance_rescale}
     figures |= {"training images": len(training), "unseen images": len(unseen)}
     first = first_of_each_patient(unseen)
     spread = unseen.select([first[i * len(first) // NUM_RETRIEVED] for i in range(NUM_RETRIEVED)])
@@ -64,6 +66,7 @@ def main() -> None:
         seeds=args.seeds,
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
+        guidance_rescale=args.guidance_rescale,
     )
     figures["reconstruction"] = asdict(reconstruction)
     rows = [
@@ -97,6 +100,7 @@ def draw(pipe: DinoDiffusionPipeline, sources: Tensor, args: Arguments, folder: 
         num_images_per_prompt=4,
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
+        guidance_rescale=args.guidance_rescale,
         generator=torch.Generator().manual_seed(0),
     ).images
     print(f"{(time.perf_counter() - start) / len(variations):.2f} s an image")
@@ -131,7 +135,12 @@ def measure_distances(
     sets["autoencoder"] = reconstruct(pipe, sets["real"])
     for scale in (1.0, args.guidance_scale):
         sets[f"guidance {scale:g}"] = generate_variations(
-            pipe, tokens, seed=0, num_inference_steps=args.num_inference_steps, guidance_scale=scale
+            pipe,
+            tokens,
+            seed=0,
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=scale,
+            guidance_rescale=args.guidance_rescale,
         )
     found = {}
     for name in ["tiny", *([args.dino] if args.dino else [])]:
@@ -161,6 +170,7 @@ def search_copies(
         seed=0,
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
+        guidance_rescale=args.guidance_rescale,
     )
     result = evaluate_memorization(
         training,

@@ -166,10 +166,15 @@ def generate_variations(
     *,
     num_inference_steps: int = 20,
     guidance_scale: float = 2.0,
+    guidance_rescale: float = 0.0,
     batch_size: int = 64,
     progress: bool = True,
 ) -> Tensor:
     """One image from each row of `tokens` `(N, S, D)`, which depends only on (row, seed): `(N, C, H, W)` in [0, 1]."""
-    call = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    call = {
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "guidance_rescale": guidance_rescale,
+    }
     batches = generate_batches(pipe, tokens, range(len(tokens)), (seed, "variation"), batch_size, progress, **call)
     return torch.cat([images.cpu() for images in batches])

@@ -94,7 +94,8 @@ def _reconstruction(result: ReconstructionResult, dataset: str) -> Measurement:
     text = (
         f"One image is generated from each of N = {n} unseen ones; shares whose nearest neighbour among the {n} is "
         f"their own source. Mean of {len(result.seeds)} seeds, {result.num_inference_steps} steps, guidance "
-        f"{result.guidance_scale:g}; {result.num_training_images} training images.\n\n"
+        f"{result.guidance_scale:g} rescaled by {result.guidance_rescale:g}; {result.num_training_images} training "
+        "images.\n\n"
         f"{_beside_controls('finds its source first', columns)}"
     )
     args = {
@@ -102,6 +103,7 @@ def _reconstruction(result: ReconstructionResult, dataset: str) -> Measurement:
         "seeds": list(result.seeds),
         "num_inference_steps": result.num_inference_steps,
         "guidance_scale": result.guidance_scale,
+        "guidance_rescale": result.guidance_rescale,
     }
     task, metric = "semantic variations of unseen images", "top-1 retrieval of the source by"
     metrics = [

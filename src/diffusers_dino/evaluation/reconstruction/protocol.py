@@ -51,6 +51,7 @@ class ReconstructionResult(JsonResult):
     frechet_generated: float
     frechet_untrained: float
     frechet_training_images: float
+    guidance_rescale: float = 0.0
 
 
 def evaluate_reconstruction(
@@ -61,6 +62,7 @@ def evaluate_reconstruction(
     seeds: Sequence[int] = (0, 1, 2),
     num_inference_steps: int = 20,
     guidance_scale: float = 2.0,
+    guidance_rescale: float = 0.0,
     batch_size: int = 64,
     progress: bool = True,
 ) -> ReconstructionResult:
@@ -76,12 +78,14 @@ def evaluate_reconstruction(
         seeds: Seeds of the initial noise; the figures are means over them.
         num_inference_steps: Steps of the pipeline's scheduler.
         guidance_scale: For retrieval; the Fréchet distances are measured without guidance.
+        guidance_rescale: In [0, 1], against over-exposure by guidance.
     """
     if not seeds:
         raise ValueError("Give one seed or more.")
     images, training_images = stack_images(images), stack_images(training_images)
     warn_of_training_images(images, training_images)
     sampling = {"num_inference_steps": num_inference_steps, "batch_size": batch_size, "progress": progress}
+    guidance = {"guidance_scale": guidance_scale, "guidance_rescale": guidance_rescale}
     untrained_pipe = with_fresh_unet(pipe)
     tokens = embed_images(pipe, images, batch_size)  # (N, S, D)
     training_tokens = embed_images(pipe, training_images, batch_size)  # (M, S, D)
@@ -90,7 +94,7 @@ def evaluate_reconstruction(
 
     encoder_figures, pixel_figures, frechet = [], [], []
     for seed in seeds:
-        guided = generate_variations(pipe, tokens, seed, guidance_scale=guidance_scale, **sampling)
+        guided = generate_variations(pipe, tokens, seed, **guidance, **sampling)
         unguided = generate_variations(pipe, tokens, seed, guidance_scale=1.0, **sampling)
         untrained = generate_variations(untrained_pipe, tokens, seed, guidance_scale=1.0, **sampling)
         shuffle = derangement(len(images), seed)
@@ -119,6 +123,7 @@ def evaluate_reconstruction(
         by_encoder=RetrievalFigures(**_mean(encoder_figures)),
         by_pixels=RetrievalFigures(**_mean(pixel_figures)),
         **_mean(frechet),
+        guidance_rescale=guidance_rescale,
     )
 
 
