@@ -45,6 +45,20 @@ def test_a_file_and_a_state_dict_load_as_the_folder_does(pipe, images, folders):
     assert (state - plain).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_a_pipeline_is_not_saved_under_an_adapter(adapted, tmp_path, kind):
+    made = kind.from_pipe(adapted)
+    for prepare in (lambda: None, made.fuse_lora):
+        prepare()
+        with pytest.raises(ValueError, match=r"unet has LoRA adapters.*unload_lora_weights"):
+            made.save_pretrained(tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+    made.unload_lora_weights()
+    made.save_pretrained(tmp_path / "made")
+    loaded = kind.from_pretrained(tmp_path / "made")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.unet.parameters(), made.unet.parameters(), strict=True))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
 def test_adapters_load_under_offloading(pipe, images, folders, method):

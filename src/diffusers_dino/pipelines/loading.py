@@ -58,8 +58,13 @@ class ComponentLoadingMixin:
 
     @wraps(DiffusionPipeline.save_pretrained)
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As in diffusers; notes that conditioner and denoiser belong together."""
+        """As in diffusers; notes that conditioner and denoiser belong together. ValueError if a LoRA is loaded."""
         for name, part in self.components.items():
+            if getattr(part, "peft_config", None):  # diffusers would write names of weights that it cannot load
+                raise ValueError(
+                    f"The {name} has LoRA adapters, which are files of their own (save_lora_weights). Call "
+                    "unload_lora_weights() before you save the pipeline: what fuse_lora() has merged stays."
+                )
             if part is not None and tuple(self.config[name]) == (None, None):  # was set as an attribute
                 self.register_modules(**{name: part})
         note_condition(getattr(self, "denoiser", None), self.components.get("conditioner"))
