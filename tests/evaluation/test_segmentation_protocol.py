@@ -1,6 +1,7 @@
 """The segmentation protocol: units that survive a kill, choices scored on others than they were made on, baselines."""
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from diffusers_dino.evaluation.segmentation.protocol import (
     chosen_masks,
     cross_fit,
 )
-from diffusers_dino.evaluation.segmentation.sweep import segment_images
+from diffusers_dino.evaluation.segmentation.segments import segment_images
 from diffusers_dino.evaluation.segmentation.table import format_segmentation_table
 from diffusers_dino.metrics.dice import dice
 
@@ -141,7 +142,8 @@ def test_the_table_has_every_method_and_the_json_everything(result, tmp_path):
     for model in ("model", "model, untrained"):
         assert {(model, BEST_PAIR), (model, NO_GROUND_TRUTH)} <= found
         assert (f"k-means, as many segments as {model}", BEST_PAIR) in found
-    assert {"Otsu", "all ones", "mean mask of other patients", "prior of `selection` alone"} <= {m for m, _ in found}
+    others = {"Otsu", "all ones", "mean mask of other patients", "two ellipses, where lungs are named"}
+    assert others <= {method for method, _ in found}
     assert len(result.methods) == 10
     for row in result.methods:
         assert len(row.dice) == NUM_IMAGES
@@ -151,6 +153,7 @@ def test_the_table_has_every_method_and_the_json_everything(result, tmp_path):
     assert SegmentationResult.load(tmp_path / "result.json") == result
     for style, sign in (("markdown", "| model | best pair |"), ("latex", r"\toprule"), ("csv", "discs,5,Otsu,")):
         assert sign in format_segmentation_table([result, result], style)
+    assert "seconds an image of discs" in format_segmentation_table([result, replace(result, dataset="others")])
     with pytest.raises(ValueError, match="not 'html'"):
         format_segmentation_table([result], "html")
 

@@ -15,7 +15,7 @@ from diffusers_dino.data import Preprocessing, open_images
 from diffusers_dino.data.sources.masks import open_masked_images
 from diffusers_dino.evaluation import Sweep, choose_sets, evaluate_fidelity, evaluate_segmentation
 from diffusers_dino.evaluation.packed import PackedImages, pack_images
-from diffusers_dino.evaluation.segmentation.sweep import segment_images
+from diffusers_dino.evaluation.segmentation.segments import segment_images
 from diffusers_dino.files import lock_folder
 from kills import kills
 

@@ -1,6 +1,6 @@
 """Zero-shot segmentation, scored: section 2.4 and Table 2 of the paper, without its optimism.
 
-The segments of a model at all settings come from `sweep.segment_images`. Two ways of choosing are reported:
+The segments of a model at all settings come from `segments.segment_images`. Two ways of choosing are reported:
 
 - *best pair*: of each image the union of one or two segments with the largest Dice coefficient, which looks at the
   reference mask, as the paper does. Checkpoint, layers, timestep and threshold are chosen on half of the patients and
@@ -37,7 +37,8 @@ from ..controls import split_in_halves, with_fresh_unet
 from ..generation import Model, models_of
 from ..results import JsonResult
 from .baselines import kmeans_segments, mean_mask_of_others, otsu_mask
-from .sweep import Setting, Sweep, SweptSegments, segment_images
+from .segments import SweptSegments, segment_images
+from .sweep import Setting, Sweep
 
 __all__ = [
     "MethodScores",
@@ -277,7 +278,7 @@ def score_segments(
         add(f"k-means, as many segments as {method}", BEST_PAIR, clusters, names)
     constant = {
         "Otsu": torch.stack([otsu_mask(image) for image in gray]),
-        "prior of `selection` alone": lung_prior(images.mask_size).expand_as(masks),
+        "two ellipses, where lungs are named": lung_prior(images.mask_size).expand_as(masks),
         "mean mask of other patients": mean_mask_of_others(masks, images.patients),
         "all ones": torch.ones_like(masks),
     }

@@ -28,15 +28,15 @@ def format_segmentation_table(results: Sequence[SegmentationResult], style: str 
             cells = rows.setdefault((scores.method, scores.selection), [""] * (2 * len(results)))
             cells[2 * place] = with_interval(scores.mean, scores.low, scores.high, ".3f")
             cells[2 * place + 1] = f"{scores.median:.3f} ({scores.lower_quartile:.3f}, {scores.upper_quartile:.3f})"
-    timed = any(scores.seconds is not None for result in results for scores in result.methods)
     header = ["method", "chosen by"]
     for result in results:
         header += [f"{result.dataset} (N = {len(result.keys)}): mean Dice [95 %]", "median (quartiles)"]
     body = [[*names, *cells] for names, cells in rows.items()]
-    if timed:
-        header.append("seconds an image")
-        seconds = {(s.method, s.selection): s.seconds for result in reversed(results) for s in result.methods}
-        body = [[*row, "" if (time := seconds[tuple(row[:2])]) is None else f"{time:.2f}"] for row in body]
+    first = results[0]
+    seconds = {(x.method, x.selection): f"{x.seconds:.2f}" for x in first.methods if x.seconds is not None}
+    if seconds:
+        header.append("seconds an image" if len(results) == 1 else f"seconds an image of {first.dataset}")
+        body = [[*row, seconds.get((row[0], row[1]), "")] for row in body]
     if style == "latex":
         return f"{latex_table(header, body, 'll' + 'c' * (len(header) - 2))}\n"
     notes = [_note(result.dataset, scores) for result in results for scores in result.methods if scores.chosen]
