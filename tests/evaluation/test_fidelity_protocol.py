@@ -55,6 +55,27 @@ def test_labels_of_images_that_were_left_out_are_not_counted():
     assert found.too_few == ()
 
 
+def test_a_label_of_one_patient_has_no_figures_of_its_own():
+    features = feature_set(8, 0)
+    labels = dict.fromkeys(features.keys, frozenset({"A"}))
+    labels |= dict.fromkeys(features.keys[:4], frozenset({"A", "B"}))
+    patients = {key: "one" if "B" in own else key for key, own in labels.items()}
+    images = LabelledFeatures(features, labels, patients)
+    found = compare_features({"ours": images}, images, neighbors=2, bootstrap_repeats=2, fewest=4)
+    assert [row.label for row in found.by_label] == ["A"]
+    assert found.too_few == ("B",)
+
+
+def test_the_table_says_what_was_drawn():
+    features = feature_set(8, 0)
+    known = LabelledFeatures(features, patients={key: key for key in features.keys})
+    unknown = known._replace(patients=None)
+    for sets, unit in (((known, known), "patients"), ((unknown, unknown), "images"), ((unknown, known), "images, or")):
+        named = dict(zip(("synthetic", "training"), sets, strict=True))
+        found = compare_features(named, known, neighbors=2, bootstrap_repeats=2)
+        assert f"2 draws of {unit}" in format_fidelity_table(found)
+
+
 def test_figures_go_to_json_and_back(result, tmp_path):
     result.save(tmp_path / "result.json")
     read = FidelityResult.load(tmp_path / "result.json")

@@ -121,6 +121,8 @@ def test_page_and_tables_show_every_question(honest, sets, tmp_path):
     page = (tmp_path / "page.html").read_text()
     assert page.count("<dt>") == 6
     assert all(source.startswith("data:") for source in re.findall(r'src="([^"]*)"', page))
+    for control in ("blind guess", "held out (false alarms)", "labels shuffled", "other images of one patient"):
+        assert control in page
     private = make_page(honest, **sets, draw=False)
     private.save(tmp_path / "private.html")
     assert "image/png" not in (tmp_path / "private.html").read_text()
@@ -144,6 +146,22 @@ def test_planted_copies_and_shuffled_labels_are_found(root, sets, tmp_path):
     assert {pair.key for pair in result.copies.closest} >= {name.removesuffix(".png") for name in made[:8]}
     patients = result.answer("reidentification").line
     assert "patients of the training and real images are not known: give a table" in patients
+
+
+def test_images_that_were_made_from_one_patient_are_drawn_together(sets, tmp_path):
+    unknown = {**sets, "synthetic": sets["synthetic"]._replace(patients=None)}
+    trained = sets["training"].images.keys
+    sources = {key: trained[i % 8] for i, key in enumerate(sorted(unknown["synthetic"].images.keys))}  # 4 patients
+    settings = replace(SETTINGS, network_steps=1)
+    alone, together = (
+        evaluate_suite(folder=tmp_path / str(len(known or ())), **unknown, sources=known, settings=settings)
+        for known in (None, sources)
+    )
+    assert [one.fidelity.row("synthetic").by_patient for one in (alone, together)] == [False, True]
+    assert alone.transfer.macro.synthetic.value == together.transfer.macro.synthetic.value
+    widths = [one.transfer.macro.synthetic.high - one.transfer.macro.synthetic.low for one in (alone, together)]
+    assert widths[1] != widths[0]
+    assert alone.sets == together.sets
 
 
 def test_a_model_that_knows_its_images_by_heart_is_found(tmp_path):

@@ -13,6 +13,7 @@ __all__ = [
     "latex_table",
     "markdown_line",
     "markdown_table",
+    "noted_table",
     "require_table_format",
     "with_interval",
     "write_tables",
@@ -55,6 +56,18 @@ def latex_table(header: Sequence[str], body: Sequence[Sequence[str]], columns: s
     first, *rows = (latex_line([escape_latex(cell) for cell in row]) for row in (header, *body))
     begin, end = rf"\begin{{tabular}}{{{columns}}}", r"\end{tabular}"
     return "\n".join([begin, r"\toprule", first, r"\midrule", *rows, r"\bottomrule", end])
+
+
+def noted_table(
+    style: str, header: Sequence[str], body: Sequence[Sequence[str]], note: str, columns: str | None = None
+) -> str:
+    """A table in Markdown with a note below, or in LaTeX with the note as a comment.
+
+    `columns` are those of `latex_table`: by default the first on the left, the others centred.
+    """
+    if style == "markdown":
+        return f"{markdown_table(header, body)}\n\n{note}\n"
+    return f"{latex_table(header, body, columns or 'l' + 'c' * (len(header) - 1))}\n% {note}\n"
 
 
 def latex_float(caption: str, tabular: str, size: str, gap: int) -> str:

@@ -73,6 +73,10 @@ class LabelledFeatures(NamedTuple):
         """The patient of each image; None: unknown."""
         return [self.patients[key] for key in self.features.keys] if self.patients else None
 
+    def is_enough(self, fewest: int) -> bool:
+        """Whether there are so many images, of two patients at least: of one there is no interval."""
+        return len(self.features) >= fewest and (not self.patients or len(set(self.groups)) > 1)
+
 
 def evaluate_fidelity(
     models: DinoDiffusionPipeline | Iterable[Model],
@@ -186,9 +190,12 @@ def _share_out(
     counts = Counter(label for key in keys for label in labels[key])
     names = sorted(counts, key=lambda name: (-counts[name], name))
     found = {name: reference.having(name) for name in names}
-    shares = {n: one for n, one in found.items() if min(len(sources.having(n).features), len(one.features)) >= fewest}
+    shares = {n: x for n, x in found.items() if sources.having(n).is_enough(fewest) and x.is_enough(fewest)}
     if not shares:
-        raise ValueError(f"No label has {fewest} sources and as many reference images: take a smaller `fewest`.")
+        raise ValueError(
+            f"No label has {fewest} sources and as many reference images, of two patients each: take a smaller "
+            "`fewest`."
+        )
     too_few = tuple(name for name in names if name not in shares)
     if too_few:
         logger.warning("Too few images to be scored by themselves: %s", ", ".join(too_few))
@@ -229,7 +236,7 @@ def compare_features(
     counts = Counter(label for key in reference.features.keys for label in known.get(key, ()))
     for label in sorted(counts, key=lambda name: (-counts[name], name)):
         theirs, shares = reference.having(label), {name: one.having(label) for name, one in sets.items() if one.labels}
-        enough = [name for name, one in shares.items() if min(len(one.features), len(theirs.features)) >= fewest]
+        enough = [name for name, one in shares.items() if one.is_enough(fewest) and theirs.is_enough(fewest)]
         by_label += [_score_quietly(name, shares[name], theirs, label=label, **options) for name in enough]
         if len(enough) < len(shares):
             too_few.append(label)

@@ -81,7 +81,7 @@ class FidelityScores(JsonResult):
 
 @dataclass(frozen=True)
 class FidelityResult(JsonResult):
-    """The rows of models or checkpoints, then of controls; all of one reference, one extractor, as many images.
+    """The rows of models or checkpoints, then of controls; all of one reference and one extractor.
 
     Attributes:
         rows: Of all images.

@@ -6,10 +6,10 @@ from dataclasses import fields
 
 from ...files import csv_text
 from ...metrics import FeatureSpec
-from ..table_text import latex_table, markdown_table, require_table_format, with_interval
+from ..table_text import noted_table, require_table_format, with_interval
 from .result import FidelityResult, FidelityScores, Sampling
 
-__all__ = ["format_fidelity_table"]
+__all__ = ["format_fidelity_table", "note_on_fidelity", "table_of_fidelity"]
 
 _FIGURES = ("frechet", "kernel", "precision", "recall", "density", "coverage", "vendi")
 _PLAIN = [field.name for field in fields(FidelityScores) if field.name not in {"features", "sampling", *_FIGURES}]
@@ -27,6 +27,11 @@ def format_fidelity_table(result: FidelityResult, style: str = "markdown") -> st
         raise ValueError("There is no result to show.")
     if style == "csv":
         return _csv(result)
+    return noted_table(style, *table_of_fidelity(result), note_on_fidelity(result))
+
+
+def table_of_fidelity(result: FidelityResult) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: one for each set of images, then one for each set and label."""
     level = f"{result.rows[0].level:.0%}"
     header = ["images", "N, M", *(f"{name} [{level}]" for name in _HEADER)]
     body = [
@@ -37,14 +42,14 @@ def format_fidelity_table(result: FidelityResult, style: str = "markdown") -> st
         ]
         for row in (*result.rows, *result.by_label)
     ]
-    if style == "markdown":
-        return f"{markdown_table(header, body)}\n\n{_note(result)}\n"
-    return f"{latex_table(header, body, 'l' + 'c' * (len(header) - 1))}\n% {_note(result)}\n"
+    return header, body
 
 
-def _note(result: FidelityResult) -> str:
+def note_on_fidelity(result: FidelityResult) -> str:
+    """What all rows have in common, and what a reader must know of them."""
     row = next((row for row in result.rows if row.sampling is not None), result.rows[0])
-    spec, sampling, unit = row.features, row.sampling, "patients" if row.by_patient else "images"
+    spec, sampling, by_patient = row.features, row.sampling, [one.by_patient for one in result.rows]
+    unit = "patients" if all(by_patient) else "images" + ", or patients where these are known" * any(by_patient)
     weights = f"weights {spec.weights_sha256[:12]}" if spec.weights_sha256 else "no weights"
     note = (
         f"N images against M real ones of others. Features: {spec.extractor}, {spec.layer}, {spec.dim} dimensions, "

@@ -8,10 +8,12 @@ from ...data import ImageDataset
 from ...metrics.neighbours import evenly_spread
 from ...report import Report
 from ...sheets import contact_sheet
-from ..fidelity.result import FidelityScores
+from ..fidelity.table import note_on_fidelity, table_of_fidelity
 from ..figures import new_figure
 from ..image_sets import ImageSet
+from ..membership.table import note_on_membership, table_of_attacks
 from ..memorization.plot import draw_closest_pairs, plot_memorization
+from ..memorization.table import table_of_sets
 from ..table_text import with_interval
 from .protocol import SuiteResult
 from .verdicts import FOUND, NOT_ASKED, PASSED, UNCLEAR
@@ -51,6 +53,7 @@ def make_page(
         _add_fidelity(page, result)
     if result.copies is not None:
         page.add_heading("Copies")
+        page.add_table(*table_of_sets(result.copies))
         page.add_figure(plot_memorization(result.copies), "Relative distance to the nearest training image.")
         if draw and training is not None and result.copies.closest:
             pairs = draw_closest_pairs(result.copies, synthetic.images, training.images)
@@ -59,9 +62,8 @@ def make_page(
         _add_reidentification(page, result, synthetic, training if draw else None)
     if result.membership is not None:
         page.add_heading("Membership")
-        attacks = (*result.membership.attacks, result.membership.combined)
-        table = [[x.timestep if x.timestep is not None else "all", x.auroc, x.low, x.high, x.found] for x in attacks]
-        page.add_table(["timestep", "AUROC", "low", "high", "found at 1 % false alarms"], table)
+        page.add_table(*table_of_attacks(result.membership))
+        page.add_text(note_on_membership(result.membership))
     if result.transfer is not None:
         _add_transfer(page, result)
     return page
@@ -69,21 +71,9 @@ def make_page(
 
 def _add_fidelity(page: Report, result: SuiteResult) -> None:
     page.add_heading("Fidelity")
-    names = ("frechet", "kernel", "precision", "recall", "density", "coverage", "vendi")
-    titles = ("Fréchet", "kernel (KID)", *names[2:])
-
-    def cells(row: FidelityScores) -> list[object]:
-        figures = [getattr(row, name) for name in names]
-        texts = [with_interval(x.value, x.low, x.high) for x in figures]
-        return [row.images, row.label or "all", f"{row.num_images}, {row.num_reference}", *texts]
-
-    rows = (*result.fidelity.rows, *result.fidelity.by_label)
-    page.add_table(["images", "label", "N, M", *titles], [cells(row) for row in rows])
-    spec = result.features
-    page.add_text(f"Against the real images. Features: {spec.extractor}, {spec.layer}, {spec.dim} dimensions.")
-    if result.fidelity.too_few:
-        page.add_text(f"Too few images for figures of their own: {', '.join(result.fidelity.too_few)}.")
-    own = [row for row in rows if row.images == "synthetic"]
+    page.add_table(*table_of_fidelity(result.fidelity))
+    page.add_text(note_on_fidelity(result.fidelity))
+    own = [row for row in (*result.fidelity.rows, *result.fidelity.by_label) if row.images == "synthetic"]
     figure = new_figure(8, 0.7 + 0.35 * len(own))
     axes = figure.subplots()
     values = [row.kernel for row in own]
@@ -118,7 +108,8 @@ def _add_reidentification(page: Report, result: SuiteResult, synthetic: ImageSet
 
 def _add_transfer(page: Report, result: SuiteResult) -> None:
     page.add_heading("Labels and utility")
-    names = {"real": "real on real", "synthetic": "real on synthetic", "student": "synthetic on real"}
+    names = {"real": "real on real", "synthetic": "real on synthetic", "shuffled": "the same, labels shuffled"}
+    names["student"] = "synthetic on real"
     header = ["label", "real with it", "synthetic with it", *names.values()]
     table = []
     for row in result.transfer.rows:
@@ -127,8 +118,8 @@ def _add_transfer(page: Report, result: SuiteResult) -> None:
         table.append([row.label, row.num_real, row.num_synthetic, *texts])
     page.add_table(header, table)
     page.add_text(
-        f"AUROC of classifiers ({result.transfer.model}): trained on one kind of images and tested on the other. The "
-        "first figure is the control of both others."
+        f"AUROC of classifiers ({result.transfer.model}): trained on one kind of images and tested on the other. Real "
+        "on real is the control."
     )
 
 

@@ -225,6 +225,7 @@ class _Case:
             logger.warning("%d of the %d synthetic images are among the real images.", int(same.sum()), len(same))
         left_out = self._leave_out_trained()
         self.facts = tuple(self._facts(name, one, left_out if name == "real" else 0) for name, one in given.items())
+        self._take_patients_of_sources()
 
     @cached_property
     def training(self) -> ImageSet:
@@ -253,6 +254,13 @@ class _Case:
             raise ValueError("All real images, or their patients, are among the training images: give other ones.")
         self.sets["real"], self.features["real"] = real.select(keys), self.features["real"].select(keys)
         return int(trained.sum())
+
+    def _take_patients_of_sources(self) -> None:
+        """Images that were made from one patient resemble each other: intervals draw them together."""
+        synthetic, training = self.sets["synthetic"], self.sets.get("training")
+        if synthetic.patients is None and self.sources and training is not None and training.patients:
+            known = {key: training.patients.get(self.sources.get(key), key) for key in synthetic.images.keys}
+            self.sets["synthetic"] = synthetic._replace(patients=known)
 
     def _facts(self, name: str, given: ImageSet, left_out: int) -> SetFacts:
         one = self.sets[name]

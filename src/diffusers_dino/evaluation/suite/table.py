@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...files import csv_text
-from ..table_text import latex_table, markdown_table, require_table_format, with_interval
+from ..table_text import noted_table, require_table_format, with_interval
 from .protocol import SuiteResult
 
 __all__ = ["format_suite_table"]
@@ -38,6 +38,4 @@ def format_suite_table(result: SuiteResult, style: str = "markdown") -> str:
     note = f"Images at {result.size} px, seed {result.seed}. Fidelity: {features.extractor}, {features.layer}."
     if missing := [f"{x.question}: {x.line}" for x in result.answers if not x.figures]:
         note += f" Not asked: {' '.join(missing)}"
-    if style == "markdown":
-        return f"{markdown_table(_HEADER, body)}\n\n{note}\n"
-    return f"{latex_table(_HEADER, body, 'llcllc')}\n% {note}\n"
+    return noted_table(style, _HEADER, body, note, "llcllc")

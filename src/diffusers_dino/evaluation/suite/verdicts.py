@@ -98,7 +98,7 @@ def _fidelity(result: FidelityResult) -> _Found:
     figures = []
     for label, field in names.items():
         estimate = getattr(row, field)
-        other = "" if control is None else f"real: {_bounded(getattr(control, field))}"
+        other = "" if control is None else f"real, N = {control.num_images}: {_bounded(getattr(control, field))}"
         figures.append(Figure(label, estimate.value, estimate.low, estimate.high, other, number))
     return (PASSED if row.kernel.low <= reached else FOUND), line, tuple(figures)
 

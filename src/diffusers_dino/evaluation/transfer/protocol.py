@@ -135,7 +135,7 @@ def evaluate_transfer(
         folder: Where packed images go.
         classifier: Architecture and training, of all three alike.
         fewest: Images of either set that must have a label, and as many that must not.
-        bootstrap_repeats: Draws of the intervals, over patients of the real images and over synthetic images.
+        bootstrap_repeats: Draws of the intervals, over patients of either set, or images where these are not known.
         seed: Of halves, training, bootstrap and shuffles.
 
     ValueError if a set has no labels, or no label is common to both sets and frequent enough.
@@ -170,8 +170,7 @@ def evaluate_transfer(
     labels = [name for name, used in zip(names, enough.tolist(), strict=True) if used]
     every = {*real.label_names, *(same.get(name, name) for name in synthetic.label_names)}
     ours, theirs = (one._replace(targets=one.targets[:, enough]) for one in (ours, theirs))
-    keys = [ours.images.keys[row] for row in ours.rows.tolist()]
-    patients = [real.patients[key] for key in keys] if real.patients else keys
+    patients, made_of = _patients_of(real, ours), _patients_of(synthetic, theirs)
     halves = assign_folds(ours.targets, patients, _HALVES, seed)
     real_scores, judged = np.empty(ours.targets.shape), []
     with deterministic(threads=1):
@@ -186,7 +185,7 @@ def evaluate_transfer(
         (real_scores, np.concatenate(judged), student_scores),
         (ours.targets, np.concatenate([theirs.targets] * _HALVES)),
         (halves, np.repeat(np.arange(_HALVES), len(theirs.rows))),
-        patients,
+        (patients, made_of),
         bootstrap_repeats,
         seed,
     )
@@ -206,19 +205,25 @@ def evaluate_transfer(
     )
 
 
+def _patients_of(one: ImageSet, labelled: LabelledImages) -> list[str]:
+    """The patient of each image, or its key: then each counts as one."""
+    keys = [labelled.images.keys[row] for row in labelled.rows.tolist()]
+    return [one.patients[key] for key in keys] if one.patients else keys
+
+
 def _figures(
     scores: tuple[np.ndarray, np.ndarray, np.ndarray],
     targets: tuple[np.ndarray, np.ndarray],
     strata: tuple[np.ndarray, np.ndarray],
-    patients: Sequence[str],
+    patients: tuple[Sequence[str], Sequence[str]],
     repeats: int,
     seed: int,
 ) -> dict[str, list[Bounded]]:
     """Each figure of `LabelTransfer`, of the mean and of each label."""
     real, judged, student = scores
-    weights = draw_weights(patients, strata[0].tolist(), repeats, seed)
+    weights = draw_weights(patients[0], strata[0].tolist(), repeats, seed)
     number = len(judged) // _HALVES
-    chosen = draw_weights(range(number), [0] * number, repeats, derive_seed(seed, "synthetic"))
+    chosen = draw_weights(patients[1], [0] * number, repeats, derive_seed(seed, "synthetic"))
     of_real, of_made = (targets[0], strata[0]), (targets[1], strata[1])
     values, draws = {}, {}
     for name, one, other, drawn in (
