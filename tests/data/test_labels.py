@@ -1,3 +1,5 @@
+import gzip
+
 import numpy as np
 import pytest
 
@@ -25,6 +27,16 @@ def test_keys_labels_and_patients_are_read(table):
     assert found.patients == ("7", "7", "8")
     assert read_label_table(table, patient_column=None).patients == found.keys
     assert read_label_table(table, label_column=None).labels == (frozenset(),) * 3
+
+
+@pytest.mark.parametrize("name", ["labels.csv", "labels.tsv", "labels.csv.gz"])
+def test_tables_are_read_as_those_of_sources_are(tmp_path, name):
+    text = TABLE.replace("file,patient", " file , patient ").encode("utf-8" if name.endswith("gz") else "utf-16")
+    text = text.replace(b",", b"\t") if name.endswith("tsv") else text
+    (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+    found = read_label_table(tmp_path / name)
+    assert found.keys == ("a/1.2.840", "b", "c")
+    assert found.labels == ({"Edema", "Effusion"}, {"No Finding"}, frozenset())
 
 
 def test_patients_that_are_spelt_in_two_ways_are_one(tmp_path):
@@ -64,14 +76,14 @@ def test_labels_beside_the_images_are_the_same_as_in_the_table():
         ("file,findings\na,Edema\n", "no column 'patient'; its columns are 'file', 'findings'"),
         ("file,patient,findings\n,7,Edema\n", "Line 2 .* has no 'file'"),
         ("file,patient,findings\na.png,7,\na.jpg,7,\n", "1 keys come more than once"),
-        ("", "no column"),
+        ("", "is empty: it has no header"),
         ("file;patient;findings\na;7;Edema\n", "its columns are 'file;patient;findings'"),
-        ("file,patient,findings\na,7\n", "line 2 has not as many cells as the header"),
-        ("file,patient,findings\na,7,Edema,Mass\n", "line 2 has not as many cells as the header"),
+        ("file,patient,findings\na,7\n", "line 2 has 2 cells, the header 3"),
+        ("file,patient,findings\na,7,Edema,Mass\n", "line 2 has 4 cells, the header 3"),
         ("file,patient,findings,findings\na,7,Edema,Mass\n", "several columns 'findings'"),
         ('file,patient,findings\na,7,"Edema\n' + "b,7,Mass\n" * 20_000, "Cannot read .*is a quote not closed"),
         (b"file,patient,findings\na,7,n\xf3dulo\n", r"Cannot read .*labels\.csv.*Save it as UTF-8"),
-        ("file,patient,findings\na,7,Edema\n".encode("utf-16"), r"Cannot read .*labels\.csv.*Save it as UTF-8"),
+        ("file,patient,findings\na,7,Edema\n".encode("utf-16-le"), r"Cannot read .*labels\.csv|no column"),
     ],
 )
 def test_a_table_that_does_not_say_enough_is_refused(tmp_path, text, message):

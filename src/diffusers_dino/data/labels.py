@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import difflib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ..files import size_of_regular
 from .datasets import ImageDataset
 from .facts import facts_beside, patient_in
 from .keys import find_keys, unify
-from .sources.tables import unreadable_table
 from .stores.folder import image_key
+from .tables import CsvTable
 
 __all__ = [
     "NO_FINDING",
@@ -28,8 +25,6 @@ __all__ = [
     "read_label_table",
     "read_soft_labels",
     "stored_labels",
-    "table_header",
-    "table_rows",
 ]
 
 NO_FINDING = "No Finding"
@@ -144,40 +139,6 @@ class SoftLabelTable:
         return np.array(rows, dtype=np.float32).reshape(len(self.keys), len(names))
 
 
-def table_header(path: str | Path) -> list[str]:
-    """The columns of a CSV file."""
-    with _open_table(path) as reader:
-        return list(reader.fieldnames or [])
-
-
-def table_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """The number of the line and the cells of each row of a CSV file, which must have these columns."""
-    with _open_table(path) as reader:
-        header = list(reader.fieldnames or [])
-        if missing := [column for column in columns if column not in header]:
-            raise ValueError(
-                f"{str(path)!r} has no column {', '.join(map(repr, missing))}; "
-                f"its columns are {', '.join(map(repr, header)) or 'none'}."
-            )
-        if twice := [column for column in columns if header.count(column) > 1]:
-            raise csv.Error(f"it has several columns {twice[0]!r}")
-        for row in reader:
-            if any(row[column] is None for column in columns) or any(row.get(None) or ()):
-                raise csv.Error(f"line {reader.line_num} has not as many cells as the header")
-            yield reader.line_num, row
-
-
-@contextmanager
-def _open_table(path: str | Path) -> Iterator[csv.DictReader]:
-    """A CSV file in UTF-8; ValueError, which names it, if it is damaged."""
-    size_of_regular(path)
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            yield csv.DictReader(file)
-    except (UnicodeError, csv.Error) as error:
-        raise unreadable_table(path, error, "Save it as UTF-8.") from error
-
-
 def read_soft_labels(path: str | Path, separator: str = "|") -> SoftLabelTable:
     """Read the `labels.csv` of a synthetic set: `key`, and `probabilities` such as `Edema=1.0|Nodule=0.25`.
 
@@ -187,8 +148,9 @@ def read_soft_labels(path: str | Path, separator: str = "|") -> SoftLabelTable:
         ValueError: If a column is missing, or something is not a probability. The message names the line.
     """
     keys, rows = [], []
-    column = PROBABILITIES if PROBABILITIES in table_header(path) else "labels"
-    for line, row in table_rows(path, ["key", column]):
+    table = CsvTable(path)
+    column = PROBABILITIES if PROBABILITIES in table.header else "labels"
+    for line, row in table.rows(["key", column]):
         named = {}
         for text in filter(None, row[column].split(separator)):
             name, sign, value = text.rpartition("=") if column == PROBABILITIES else (text, "=", "1")
@@ -220,11 +182,11 @@ def read_label_table(
         separator: Between labels.
     """
     columns = [column for column in (key_column, patient_column, label_column) if column]
-    header = table_header(path)
-    if label_column and label_column not in header and PROBABILITIES in header:
+    table = CsvTable(path)
+    if label_column and label_column not in table.header and PROBABILITIES in table.header:
         raise ValueError(f"{str(path)!r} {_SOFT}")
     keys, labels, patients = [], [], []
-    for line, row in table_rows(path, columns):
+    for line, row in table.rows(columns):
         if blank := [column for column in columns if column != label_column and not row[column].strip()]:
             raise ValueError(f"Line {line} of {str(path)!r} has no {blank[0]!r}.")
         keys.append(image_key(row[key_column].strip()))

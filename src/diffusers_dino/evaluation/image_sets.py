@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..data import ImageDataset, Preprocessing, open_images, read_label_table, stored_labels
-from ..data.labels import table_header
 from ..data.sources import open_source, source_names
 from ..data.stores.folder import image_key
+from ..data.tables import CsvTable
 
 __all__ = ["STORED", "ImageSet", "open_image_set"]
 
@@ -80,7 +80,7 @@ def open_image_set(
         found = stored_labels(images)
         has_patients = any(patient != key for key, patient in zip(found.keys, found.patients, strict=True))
     else:
-        header = table_header(table)
+        header = CsvTable(table).header
         for column in filter(None, (label_column, patient_column)):
             if column not in header:
                 logger.warning("%s has no column %r; its columns are %s.", table, column, ", ".join(header))

@@ -14,7 +14,8 @@ import torch
 from ..data import ImageDataset
 from ..data.facts import facts_beside
 from ..data.keys import match_keys
-from ..data.labels import NO_FINDING, table_rows
+from ..data.labels import NO_FINDING
+from ..data.tables import CsvTable
 from .conditions import Condition, PriorConditions
 
 __all__ = ["UNCERTAIN", "Columns", "Facts", "encode_facts", "make_conditions", "read_facts", "stored_facts"]
@@ -89,7 +90,7 @@ def read_facts(path: str | Path, keys: Sequence[str], columns: Columns) -> list[
         ValueError: If a column is missing, an image comes twice, or no row belongs to an image.
     """
     wanted = [columns.key, columns.labels, columns.patient, columns.text, *columns.metadata]
-    rows = [row for _, row in table_rows(path, list(filter(None, wanted)))]
+    rows = [row for _, row in CsvTable(path).rows(list(filter(None, wanted)))]
     named = [row[columns.key].strip() for row in rows]
     if twice := [key for key, count in Counter(named).items() if count > 1]:
         raise ValueError(f"{len(twice)} images have several rows in {str(path)!r}, such as {twice[0]!r}.")

@@ -19,8 +19,8 @@ from typing import Literal
 import torch
 
 from ...data import Preprocessing
-from ...data.labels import table_rows
 from ...data.stores.folder import image_key
+from ...data.tables import CsvTable
 from ...devices import device_of
 from ...evaluation.image_sets import ImageSet, open_image_set
 from ...evaluation.suite.page import make_page
@@ -141,8 +141,9 @@ def open_synthetic(args: Arguments) -> tuple[ImageSet, dict[str, str] | None]:
 
 def read_sources(args: Arguments) -> dict[str, str] | None:
     """The sources in the table of the synthetic images; None where there are none."""
-    found = {}
-    for _, row in table_rows(args.synthetic_table, [args.synthetic_key_column]):
+    found, table = {}, CsvTable(args.synthetic_table)
+    known = [column for column in (args.source_column, "fraction") if column in table.header]
+    for _, row in table.rows([args.synthetic_key_column, *known]):
         names = (row.get(args.source_column) or "").split("|")
         nearer = names[-1 if float(row.get("fraction") or 0) > 0.5 else 0].strip()
         if nearer:

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import csv
-import gzip
-import io
 import tarfile
-import zlib
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
-from operator import itemgetter
 from pathlib import Path
 from xml.etree import ElementTree
 
 from ...files import read_json, size_of_regular
+from ..tables import DAMAGE, CsvTable, unreadable_table
 from .description import Source, Table
 
-__all__ = ["OpenTable", "open_table", "unreadable_table"]
+__all__ = ["OpenTable", "open_table"]
 
-_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-_DAMAGE = (UnicodeError, csv.Error, EOFError, OSError, zlib.error, ElementTree.ParseError)
 _MOST_JSON = 1 << 30
 
 
@@ -28,75 +23,29 @@ class OpenTable:
 
     def __init__(self, table: Table, path: Path) -> None:
         self.table, self.path = table, path
+        self._csv: CsvTable | None = None
         if table.format == "csv":
-            self.header = [*self._csv_header(), *table.columns]
+            hint = f"It is not {table.encoding}: name its encoding in the description (encoding: latin-1)."
+            self._csv = CsvTable(path, table.delimiter, table.encoding, table.skip_rows, hint)
+            stored = self._csv.header
         elif table.format in _READERS:
-            self.header = [*_READERS[table.format][0], *table.columns]
+            stored = _READERS[table.format][0]
         else:
             raise ValueError(f"A table's format is csv, {' or '.join(_READERS)}, got {table.format!r}")
+        self.header = [*stored, *table.columns]
 
     def rows(self, wanted: Sequence[str]) -> Iterator[dict[str, str]]:
         """The wanted columns of each row, which must be in `header`; rows are read one by one."""
         added = {column: str(self.table.columns[column]) for column in wanted if column in self.table.columns}
         stored = [column for column in wanted if column not in added]
+        if self._csv is not None:
+            yield from (row | added for _, row in self._csv.rows(stored))
+            return
         try:
-            if self.table.format == "csv":
-                yield from (row | added for row in self._csv_rows(stored))
-            else:
-                for row in _READERS[self.table.format][1](self.path):
-                    yield {column: row[column] for column in stored} | added
-        except _DAMAGE as error:
-            raise self._unreadable(error) from error
-
-    def _csv_header(self) -> list[str]:
-        try:
-            with self._text() as file:
-                header = next(self._reader(file), None)
-        except _DAMAGE as error:
-            raise self._unreadable(error) from error
-        if not header:
-            raise ValueError(f"{str(self.path)!r} is empty: it has no header.")
-        return [name.strip() for name in header]
-
-    def _csv_rows(self, wanted: list[str]) -> Iterator[dict[str, str]]:
-        with self._text() as file:
-            reader = self._reader(file)
-            header = [name.strip() for name in next(reader)]
-            if twice := [column for column in wanted if header.count(column) > 1]:
-                raise csv.Error(f"it has several columns {twice[0]!r}")
-            places = [header.index(column) for column in wanted]
-            cells = itemgetter(*places) if len(places) > 1 else lambda row: tuple(row[place] for place in places)
-            last = max(places, default=0)
-            for row in reader:
-                if last < len(row) and not any(row[len(header) :]):
-                    yield dict(zip(wanted, cells(row), strict=True))
-                elif row:
-                    raise csv.Error(f"line {reader.line_num} has {len(row)} cells, the header {len(header)}: damaged?")
-
-    def _text(self) -> io.TextIOBase:
-        opener = gzip.open if self.path.suffix == ".gz" else open
-        with opener(self.path, "rb") as file:
-            mark = file.read(2)
-        encoding = "utf-16" if mark in _UTF16_MARKS else self.table.encoding
-        return opener(self.path, "rt", encoding="utf-8-sig" if encoding == "utf-8" else encoding, newline="")
-
-    def _reader(self, file: io.TextIOBase) -> Iterator[list[str]]:
-        for _ in range(self.table.skip_rows):
-            file.readline()
-        tabs = ".tsv" in self.path.suffixes
-        return csv.reader(file, delimiter=self.table.delimiter or ("\t" if tabs else ","))
-
-    def _unreadable(self, error: Exception) -> ValueError:
-        hint = f"It is not {self.table.encoding}: name its encoding in the description (encoding: latin-1)."
-        return unreadable_table(self.path, error, hint)
-
-
-def unreadable_table(path: str | Path, error: Exception, encoding_hint: str) -> ValueError:
-    """An error that names the file, the reason and what to do; the hint is for text of another encoding."""
-    hint = encoding_hint if isinstance(error, UnicodeError) else ""
-    if "field larger" in str(error):
-        hint = f"A cell has more than {csv.field_size_limit():,} characters: is a quote not closed?"
-    return ValueError(f"Cannot read {str(path)!r}: {error}. {hint}".rstrip())
+            for row in _READERS[self.table.format][1](self.path):
+                yield {column: row[column] for column in stored} | added
+        except (*DAMAGE, ElementTree.ParseError) as error:
+            raise unreadable_table(self.path, error) from error
 
 
 def open_table(table: Table, root: Path, source: Source) -> OpenTable | None:

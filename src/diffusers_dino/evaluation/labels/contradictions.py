@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -13,6 +12,7 @@ import numpy as np
 from ...data import ImageDataset
 from ...data.keys import find_keys
 from ...data.labels import LabelTable
+from ...data.tables import CsvTable
 from ...devices import device_of
 from ...files import write_csv
 from ...metrics.auroc import label_auroc
@@ -140,9 +140,9 @@ def filter_by_judge(
         check_left(given, kept, labels)
         keys = [image.key for image in one.planned]
         stays = {keys[i] for i in np.flatnonzero(kept).tolist()}
-        with open(Path(folder) / "labels.csv", newline="", encoding="utf-8") as file:
-            header, *rows = csv.reader(file)
-        write_csv(output / KEPT, header, (row for row in rows if row[0] in stays))
+        table = CsvTable(Path(folder) / "labels.csv")
+        rows = (tuple(row.values()) for _, row in table.rows(table.header))
+        write_csv(output / KEPT, table.header, (row for row in rows if row[0] in stays))
         places = np.argwhere(wrong).tolist()
         reasons = ((keys[i], labels[j], f"{given[i, j]:g}", f"{said[i, j]:.4f}") for i, j in places)
         write_csv(output / DROPPED, ("key", "label", "given", "judge"), reasons)
