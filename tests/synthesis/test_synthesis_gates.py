@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from diffusers_dino.synthesis import SynthesisError, plan_interpolation, synthesise
+from diffusers_dino.synthesis.exports import export
 from folders import contents
 from synthetic_sets import LABELS, SETTINGS, BrightnessGate, facts_of
 
@@ -45,8 +46,34 @@ def test_images_that_never_pass_are_named_and_not_counted(pipe, sources, plan, t
     assert not set(dark) & set(listed)
 
 
+class ExceptGate(BrightnessGate):
+    """Refuses one image."""
+
+    def __call__(self, images):
+        return (images != self.least).flatten(1).any(1)
+
+    def fingerprint(self):
+        return "except one"
+
+
+def test_a_last_shard_may_lose_its_only_image(pipe, sources, tmp_path):
+    once = plan_interpolation(sources.keys, LABELS, num_images=9, settings=replace(SETTINGS, max_attempts=1))
+    seen = BrightnessGate()
+    synthesise(once, pipe, sources, tmp_path / "free", gate=seen, progress=False)
+    options = {"gate": ExceptGate(seen.seen[-1][0]), "max_left_out": 0.2, "progress": False}
+    made = synthesise(once, pipe, sources, tmp_path / "set", **options)
+    assert [shard["samples"] for shard in made.manifest["shards"]] == [8, 0]
+    assert made.left_out == [8]
+    assert made.images().keys == [image.key for image in made.planned()]
+    before = contents(made.folder, "*")
+    (made.folder / "manifest.json").unlink()
+    (made.folder / "synthetic-000001.tar").unlink()
+    assert contents(synthesise(once, pipe, sources, tmp_path / "set", **options).folder, "*") == before
+    assert len(list((export(made, "folder", tmp_path / "exported") / "images").iterdir())) == 8
+
+
 def test_a_gate_that_refuses_everything_ends_the_run(pipe, sources, plan, tmp_path):
-    with pytest.raises(SynthesisError, match=r"refused all 8 images of shard 0 in 5 attempts.*too strict"):
+    with pytest.raises(SynthesisError, match=r"refused all 21 images in 5 attempts.*too strict"):
         synthesise(plan, pipe, sources, tmp_path, gate=BrightnessGate(2.0), max_left_out=1.0, progress=False)
 
 

@@ -167,7 +167,12 @@ def _manifest_problem(found: SyntheticSet) -> str | None:
 
 
 def check_left_out(plan: Plan, left_out: int, max_left_out: float) -> None:
-    """Raise `SynthesisError` if the gate refused more images than is tolerated."""
+    """Raise `SynthesisError` if the gate refused more images than is tolerated, or all."""
+    if left_out == len(plan):
+        raise SynthesisError(
+            f"The gate refused all {left_out} images in {plan.settings.max_attempts} attempts each: its threshold is "
+            "too strict for this model, or it was made for other images."
+        )
     if left_out > max_left_out * len(plan):
         raise SynthesisError(
             f"The gate refused at least {left_out} of {len(plan)} images in all {plan.settings.max_attempts} "

@@ -98,11 +98,6 @@ def make_shard(
             waiting, refused = again, refused + len(again)
             if not waiting:
                 break
-    if not drawn:
-        raise SynthesisError(
-            f"The gate refused all {len(waiting)} images of shard {number} in {settings.max_attempts} attempts each: "
-            "its threshold is too strict for this model, or it was made for other images."
-        )
     shard = write_shard(shard_path(folder, number), SPLIT, _samples(plan, drawn, settings.format))
     redrawn = sorted(index for index, (attempt, _) in drawn.items() if attempt)
     record = ShardRecord(plan.digest, shard, refused, redrawn, waiting, _environment(pipe))
