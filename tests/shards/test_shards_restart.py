@@ -234,6 +234,20 @@ class TestRestart:
             make(max_unreadable=0.1)
         assert contents(tmp_path / "out") == before
 
+    def test_a_plan_of_other_samples_is_refused(self, make, stopped, images, tmp_path):
+        """Its numbers would put images of a patient into other splits."""
+        expected = contents(make(output_dir=tmp_path / "whole"))
+        image = (images / "Doe^02.png").read_bytes()
+        (images / "Doe^02.png").write_bytes(b"")
+        stopped("make._assemble", max_unreadable=0.1)
+        (images / "Doe^02.png").write_bytes(image)
+        for path in (tmp_path / "out" / ".work" / "parts").glob("*.bin"):
+            path.unlink()
+        with pytest.raises(ValueError, match=r"made when other images could be read.*retry_unreadable"):
+            make()
+        make(retry_unreadable=True)
+        assert contents(tmp_path / "out") == expected
+
     def test_images_that_change_on_the_way_are_refused(self, make, stopped, images, tmp_path):
         stopped("make.write_manifest")
         Image.fromarray(picture(50, 64)).save(images / "Doe^02.png")

@@ -137,7 +137,7 @@ def make_shards(
             write_csv(output / _UNREADABLE, ["key", "source", "reason"], sorted(astuple(u)[:3] for u in unreadable))
             _check_unreadable(unreadable, len(items), max_unreadable, output)
             with progress_bar("Looking for duplicates", "image", len(samples), show=progress) as bar:
-                plan = read_plan(work) or make_plan(samples, rule, output, work)
+                plan = read_plan(samples, work) or make_plan(samples, rule, output, work)
                 bar.update(len(samples))
             warn_of_splits(samples, plan, rule)
             shards = _assemble(plan, samples, parts, output, done, num_workers, progress)

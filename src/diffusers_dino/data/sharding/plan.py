@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ...files import read_json, write_csv, write_json
+from ...fingerprints import hash_of
 from ...seeds import derive_seed
 from ..images.encoding import Encoding
 from ..splits import SPLITS, SplitRule, assign_splits, link_patients
@@ -80,13 +81,15 @@ class ShardPlan:
     """Which sample goes into which shard, and what was found on the way.
 
     `duplicates`: kind, two sources and the number of pairs. `dropped`: copies that are left out. `largest_group`:
-    samples of the largest group that no split may tear.
+    samples of the largest group that no split may tear. `samples`: a digest of the keys that the numbers stand for;
+    empty in plans of older versions.
     """
 
     shards: list[PlannedShard]
     duplicates: list[tuple[str, str, str, int]]
     dropped: int
     largest_group: int
+    samples: str = ""
 
     def split_of(self) -> dict[int, str]:
         """The split of each sample that is in a shard, by number."""
@@ -122,16 +125,26 @@ def _digest(what: str, items: Sequence[Item], facts: Sequence[Any]) -> dict[str,
     return {f"fingerprint of {name}'s {what}": digest.hexdigest()[:16] for name, digest in digests.items()}
 
 
-def read_plan(work: Path) -> ShardPlan | None:
-    """The plan that an earlier run made, if it came that far."""
+def read_plan(samples: Sequence[Sample], work: Path) -> ShardPlan | None:
+    """The plan that an earlier run made, if it came that far; `ShardError` if it is damaged or of other samples."""
     path = work / PLAN
     if not path.is_file():
         return None
     try:
         content = read_json(path, limit=1 << 30)
-        return ShardPlan(**content | {"shards": [PlannedShard(**shard) for shard in content["shards"]]})
+        plan = ShardPlan(**content | {"shards": [PlannedShard(**shard) for shard in content["shards"]]})
     except (ValueError, KeyError, TypeError) as error:
         raise ShardError(f"{path} is damaged. Run the same command with retry_unreadable: it plans anew.") from error
+    if plan.samples not in ("", _digest_of(samples)):  # by its numbers, patients would come into other splits
+        raise ShardError(
+            f"{path} was made when other images could be read. Run the same command with retry_unreadable: it plans "
+            "anew."
+        )
+    return plan
+
+
+def _digest_of(samples: Sequence[Sample]) -> str:
+    return hash_of(*(sample.key for sample in samples))[:16]
 
 
 def make_plan(samples: Sequence[Sample], rule: PlanRule, output: Path, work: Path) -> ShardPlan:
@@ -154,6 +167,7 @@ def make_plan(samples: Sequence[Sample], rule: PlanRule, output: Path, work: Pat
         [(*key, count) for key, count in sorted(counts.items())],
         len(dropped),
         int(np.bincount(groups).max(initial=0)),
+        _digest_of(samples),
     )
     write_json(work / PLAN, asdict(plan), indent=None)
     return plan
