@@ -21,6 +21,7 @@ from diffusers_dino.cli.arguments import flag, parse_arguments
 from diffusers_dino.cli.console import run
 from diffusers_dino.cli.launch import launch_training
 from diffusers_dino.files import save_atomically
+from diffusers_dino.hub import TrainingRecord, write_model_card
 
 EXAMPLES = Path(__file__).resolve().parent
 SCRIPTS = {
@@ -100,10 +101,13 @@ def finished_file(output_dir: Path, stage: str) -> Path:
 
 
 def pack(output_dir: Path) -> None:
-    """Save the pipeline in half precision; statistics of the tokens stay in single precision."""
+    """Save the pipeline in half precision, with its card; statistics of the tokens stay in single precision."""
     pipe = DinoDiffusionPipeline.from_pretrained(output_dir / "tokens", dtype=torch.float16)
     with save_atomically(output_dir / "model") as folder:
         pipe.save_pretrained(folder)
+        record = TrainingRecord.load(output_dir / "tokens")
+        record.save(folder)
+        write_model_card(folder, output_dir.name, record)
     size = sum(path.stat().st_size for path in (output_dir / "model").rglob("*") if path.is_file())
     print(f"The model is in {output_dir / 'model'}: {size / 1e6:.1f} MB")
 

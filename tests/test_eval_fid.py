@@ -12,6 +12,7 @@ import scripts
 import tiny
 from diffusers_dino import DinoDiffusionPipeline
 from diffusers_dino.evaluation.fidelity.result import FidelityResult
+from diffusers_dino.hub import TrainingRecord
 from diffusers_dino.training.checkpoints import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*biased upwards")
@@ -62,6 +63,7 @@ def test_checkpoints_are_measured_once_and_the_best_one_is_kept(flags, run, caps
     best = result.best_checkpoint()
     facts = json.loads((out / "best" / "metric.json").read_text())
     assert (facts["metric"], facts["value"], facts["step"]) == ("frechet_pixels", best.frechet.value, best.step)
+    assert TrainingRecord.load(out / "best").facts["updates"] == best.step
     kept = DinoDiffusionPipeline.from_pretrained(out / "best").unet.state_dict()
     averaged = UNet2DConditionModel.from_pretrained(run / "run" / best.images / "unet").state_dict()
     assert all(torch.equal(kept[name], value) for name, value in averaged.items())

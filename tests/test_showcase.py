@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 import scripts
 from checkpoints import CROPPING, save_transformers
 from diffusers_dino import DinoDiffusionPipeline
+from diffusers_dino.hub import TrainingRecord
 from tiny import tiny_encoder
 
 PHANTOMS = scripts.EXAMPLES / "data/phantom-cxr"
@@ -31,6 +32,8 @@ def test_one_command_makes_the_model_and_goes_on_where_it_was(tmp_path, monkeypa
     assert weights["conv_in.weight"].dtype == torch.float16
     pipe = DinoDiffusionPipeline.from_pretrained(model)
     assert (pipe.conditioner.num_tokens, pipe.conditioner.token_dim) == (5, 128)
+    assert TrainingRecord.load(model) == TrainingRecord.load(tmp_path / "run/tokens")
+    assert "phantom" in (model / "README.md").read_text()
     assert len(pipe(torch.rand(1, 1, 128, 128), num_inference_steps=1).images) == 1
 
     shutil.rmtree(model)  # as if it had been stopped before its end

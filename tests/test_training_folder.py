@@ -20,7 +20,9 @@ import scripts
 import tiny
 from checkpoints import save_transformers
 from diffusers_dino import DinoDiffusionPipeline
+from diffusers_dino.data.sources import describe_source
 from diffusers_dino.files import lock_folder, sha256_of
+from diffusers_dino.hub import TrainingRecord
 from diffusers_dino.training.checkpoints import newest_checkpoint
 from diffusers_dino.training.run_folder import RunFolder, RunFolderError
 from folders import contents as everything
@@ -126,6 +128,23 @@ def test_whatever_a_run_may_have_left_is_refused(train, tmp_path, name):
         with pytest.raises(RunFolderError, match=name):
             train(**options)
     assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.name != "lock") == [name]
+
+
+def test_images_in_a_folder_that_is_named_as_one_of_a_run_stay(train, tmp_path):
+    (tmp_path / "cxr").mkdir()
+    images = scripts.image_folder(tmp_path / "cxr" / "validation", 2, size=40)
+    with pytest.raises(RunFolderError, match=r"files of such names \(validation\)"):
+        train(output_dir=tmp_path / "cxr")
+    assert len(list(images.iterdir())) == 2
+
+
+def test_the_sources_of_a_pipeline_are_those_of_what_is_made_from_it(train, finished, tmp_path):
+    pipeline = shutil.copytree(finished, tmp_path / "pipeline")
+    TrainingRecord({"updates": 2}, datasets=["org/chest"], sources=[describe_source("padchest")]).save(pipeline)
+    folder = train(pretrained_pipeline=pipeline, vae=None, conditioner=None, unet_config=None, max_train_steps=1)
+    record = TrainingRecord.load(folder)
+    assert record.sources == [describe_source("padchest")]
+    assert record.datasets == ["org/chest"]
 
 
 def test_other_files_and_a_start_that_failed_do_not_stand_in_the_way(train, tmp_path):

@@ -70,17 +70,18 @@ def write_record_and_card(
 
     `args` are the flags of the run, of which those in the list above are told, and `history` what was changed of them
     on the way. `model` is the Hub id of the model, or a name, `updates` those of its weights, and `base_models` what
-    it was made from; None is skipped.
+    it was made from; None is skipped. The data sets of those whose folders have a record are its data sets, too.
     """
+    base_models = list(filter(None, base_models))
     facts = {"training images": num_images, "updates": updates}
     facts |= {name.replace("_", " "): value for name, value in told_settings(args).items() if value is not None}
     if changes := describe_history(history):
         facts["changed on resuming"] = changes
-    record = TrainingRecord(
-        facts=facts,
-        base_models=listed_names(filter(None, base_models)),
-        datasets=listed_names(args.dataset_name),
-        sources=recorded_sources(args.train_data_dir) if args.train_data_dir else [],
-    )
+    sources = recorded_sources(args.train_data_dir) if args.train_data_dir else []
+    datasets = listed_names(args.dataset_name)
+    for base in map(TrainingRecord.load, base_models):
+        sources += [source for source in base.sources if source not in sources]
+        datasets += [name for name in base.datasets if name not in datasets]
+    record = TrainingRecord(facts, listed_names(base_models), datasets, sources)
     record.save(args.output_dir)
     write_model_card(args.output_dir, model, record)

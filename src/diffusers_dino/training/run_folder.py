@@ -97,8 +97,8 @@ class RunFolder:
         if held and not self.overwrite:
             hint = "go on with that run by --resume_from_checkpoint=latest, " if not self.resume else ""
             raise RunFolderError(
-                f"{self.path} holds another run ({', '.join(held[:4])}): {hint}replace it by --overwrite_output_dir, "
-                "or give another --output_dir."
+                f"{self.path} holds another run or files of such names ({', '.join(held[:4])}): {hint}replace it by "
+                "--overwrite_output_dir, or give another --output_dir."
             )
         self._require_inputs_outside()
         return self.checkpoint
@@ -153,7 +153,8 @@ class RunFolder:
         if log.is_file() and log.stat().st_size and self.resume != "latest":
             names.append(LOG)
         if known is None:  # without our own run, they are somebody's
-            names += [name for name in (*_FROZEN, *_CARD, "plan.json") if (self.path / name).exists()]
+            others = (*_FROZEN, *_CARD, *_FURTHER, "plan.json")
+            names += [name for name in others if name not in (LOG, ARGUMENTS) and (self.path / name).exists()]
         if self.resume == "latest" and known and set(names) == {"best"}:
             return []  # this run itself, killed before its first checkpoint
         return names

@@ -13,7 +13,7 @@ needs the extra `eval`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Literal
@@ -30,6 +30,7 @@ from ...evaluation.fidelity.sets import FidelitySets, choose_sets
 from ...evaluation.fidelity.table import format_fidelity_table
 from ...evaluation.generation import Model, load_models
 from ...evaluation.table_text import write_tables
+from ...hub.record import TrainingRecord
 from ...metrics import open_extractor
 from ...pipelines.checks import image_size
 from ...pipelines.preparation import open_images_for, preparation_for
@@ -103,6 +104,9 @@ def main(args: Arguments) -> None:
         print(write_tables(output_dir, lambda style: format_fidelity_table(result, style)))
         if args.run:
             keep_best(result, paths, output_dir / "best", args.metric)
+            if (record := TrainingRecord.load(args.run)).facts:  # for `publish`
+                updates = result.best_checkpoint(args.metric).step
+                replace(record, facts={**record.facts, "updates": updates}).save(output_dir / "best")
         if result.checkpoints:
             plot_fidelity(result).savefig(output_dir / "fidelity.png", dpi=150, bbox_inches="tight")
 
