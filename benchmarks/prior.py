@@ -23,12 +23,11 @@ from diffusers_dino import DinoDiffusionPipeline, DinoImageConditioner, DinoPrio
 from diffusers_dino.cli.arguments import flag, parse_arguments
 from diffusers_dino.data import ImageDataset, Preprocessing, TrainingViews, open_images
 from diffusers_dino.data.labels import LabelTable, read_label_table, stored_labels
-from diffusers_dino.evaluation import table_text
+from diffusers_dino.evaluation import PriorResult, evaluate_prior, table_text
 from diffusers_dino.evaluation.classifier import ClassifierSettings, LabelledImages, predict, train_classifier
 from diffusers_dino.evaluation.figures import new_figure
 from diffusers_dino.evaluation.generation import embed_images, generate_variations, stack_images
 from diffusers_dino.evaluation.packed import PackedImages
-from diffusers_dino.evaluation.prior import PriorResult, evaluate_prior
 from diffusers_dino.files import make_writable_folder, write_json
 from diffusers_dino.metrics import open_extractor
 from diffusers_dino.metrics.auroc import label_auroc, macro_auroc

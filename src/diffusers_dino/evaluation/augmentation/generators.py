@@ -127,17 +127,17 @@ def check_generators(
     matches = []
     for fold in range(int(folds.max()) + 1):
         trained, matched = _trained_on(of_fold(training_keys, fold), known or table)
-        matches.append(f"{matched} for fold {fold}")
+        matches.append(matched)
         tested = {table.patients[row] for row in np.flatnonzero(folds == fold).tolist()}
         if both := sorted(trained & tested):
             raise ValueError(
                 f"The generator of fold {fold} was trained on images of {len(both)} of the {len(tested)} patients "
                 f"that the fold tests, such as {both[0]}: train it on the keys in fold-{fold}/{TRAINING_KEYS}."
             )
-    matched = matches[0].rpartition(" for ")[0] if is_shared(training_keys) else ", ".join(matches)
+    by_fold = ", ".join(f"{matched} for fold {fold}" for fold, matched in enumerate(matches))
     checked = (
         "By the training keys, no generator was trained on an image of a patient whom it is used to test. Of the "
-        f"training keys, these are of images here: {matched}."
+        f"training keys, these are of images here: {matches[0] if is_shared(training_keys) else by_fold}."
     )
     if table.patients == table.keys:
         checked += " Patients are not known: each image counted as a patient of its own."

@@ -32,13 +32,11 @@ def format_preservation_table(result: LabelPreservationResult, style: str = "mar
     labels = [[part.name, x.label, x.num_positive, *_figures(x, part)] for part in result.wholes for x in part.labels]
     parts = [markdown_table(_HEADER, body), "", *_note(result), ""]
     parts.append(markdown_table(["set", "label", "images with it", *_FIGURES], labels))
-    if result.real:
-        real = [
-            [x.label, "" if x.label == "macro" else x.num_positive, _bounded(x.auroc, x.low, x.high)]
-            for x in result.real
-        ]
-        parts += ["", markdown_table(["held-out real images", "images with it", "AUROC"], real)]
-    return "\n".join([*parts, ""])
+    real = [
+        [x.label, "" if x.label == "macro" else x.num_positive, _bounded(x.auroc, x.low, x.high)] for x in result.real
+    ]
+    parts += ["", markdown_table(["held-out real images", "images with it", "AUROC"], real), ""]
+    return "\n".join(parts)
 
 
 def _names(part: Part) -> list[str]:
