@@ -1,7 +1,7 @@
 """What a card tells of each protocol: figures with N and controls, metrics for the Hub, and no key of an image."""
 
 import json
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from functools import cache
 
 import pytest
@@ -100,6 +100,9 @@ def test_a_result_is_known_by_its_fields_and_told_without_keys(make, tmp_path):
             metric.metric_args["num_pairs" if make is interpolation else "num_images"] for metric in told.metrics
         )
     content = json.loads((tmp_path / "anything.json").read_text())
+    first = {field.name for field in fields(result) if field.default is MISSING}
+    (tmp_path / "older.json").write_text(json.dumps({name: content[name] for name in first}))
+    assert type(read_result(tmp_path / "older.json")) is type(result)
     (tmp_path / "wrong.json").write_text(json.dumps(dict.fromkeys(content, "?")))
     assert read_result(tmp_path / "wrong.json") is None
     (tmp_path / "wrong.json").write_text(json.dumps({**content, "more": 1}))

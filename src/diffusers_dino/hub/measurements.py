@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +30,24 @@ __all__ = ["describe_result", "read_result", "read_results"]
 
 
 def read_result(path: str | Path) -> JsonResult | None:
-    """The result of an evaluation in a JSON file, known by its fields; None if it is something else."""
+    """The result of an evaluation in a JSON file, known by its fields; None if it is something else.
+
+    Files of older versions may lack those that have a default.
+    """
     try:
         content = read_json(path)
     except (OSError, ValueError):
         return None
     names = set(content) if isinstance(content, dict) else set()
-    kind = next((kind for kind in _DESCRIBE if {field.name for field in fields(kind)} == names), None)
+    kind = next((kind for kind in _DESCRIBE if _required(kind) <= names <= {f.name for f in fields(kind)}), None)
     try:
         return None if kind is None else kind.load(path)
     except (KeyError, TypeError, ValueError):  # the names are right, what is in them is not
         return None
+
+
+def _required(kind: type[JsonResult]) -> set[str]:
+    return {field.name for field in fields(kind) if field.default is MISSING}
 
 
 def read_results(paths: Iterable[str | Path], dataset: str = "held-out images") -> list[Measurement]:
