@@ -140,9 +140,9 @@ def filter_by_judge(
         check_left(given, kept, labels)
         keys = [image.key for image in one.planned]
         stays = {keys[i] for i in np.flatnonzero(kept).tolist()}
-        table = CsvTable(Path(folder) / "labels.csv")
-        rows = (tuple(row.values()) for _, row in table.rows(table.header))
-        write_csv(output / KEPT, table.header, (row for row in rows if row[0] in stays))
+        listed = CsvTable(Path(folder) / "labels.csv")
+        rows = (tuple(row.values()) for _, row in listed.rows(listed.header))
+        write_csv(output / KEPT, listed.header, (row for row in rows if row[0] in stays))
         places = np.argwhere(wrong).tolist()
         reasons = ((keys[i], labels[j], f"{given[i, j]:g}", f"{said[i, j]:.4f}") for i, j in places)
         write_csv(output / DROPPED, ("key", "label", "given", "judge"), reasons)
