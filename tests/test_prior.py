@@ -11,6 +11,7 @@ from diffusers_dino import DinoPrior
 from diffusers_dino.prior import PriorConditions, describe_conditioner, require_conditioner
 from diffusers_dino.prior.conditions import as_sets
 from diffusers_dino.prior.flow import add_noise, draw_for_prior, gaussian_velocity
+from diffusers_dino.prior.table import Columns, read_facts
 
 WORDS = PriorConditions(
     priors.LABELS, ("No Finding",), {"age": (50, 20)}, {"view": ("AP", "PA")}
@@ -206,3 +207,9 @@ def test_a_prior_refuses_another_conditioner_and_says_what_differs(make, message
     known = describe_conditioner(tiny.tiny_conditioner())
     with pytest.raises(ValueError, match=message):
         require_conditioner(known, make())
+
+
+def test_patients_of_a_table_that_are_spelt_in_two_ways_are_one(tmp_path):
+    (tmp_path / "t.csv").write_text("file,patient\na,1\nb,1.0\nc,\n")
+    facts = read_facts(tmp_path / "t.csv", ["a", "b", "c"], Columns("file", None, "patient"))
+    assert [one.patient for one in facts] == ["1", "1", None]

@@ -2,6 +2,7 @@ import gzip
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from diffusers_dino.data import Preprocessing, open_images
 from diffusers_dino.data.labels import LabelTable, read_label_table, stored_labels
@@ -93,9 +94,14 @@ def test_a_table_that_does_not_say_enough_is_refused(tmp_path, text, message):
         read_label_table(path)
 
 
-def test_images_without_stored_labels_are_named(tmp_path):
-    from PIL import Image
+def test_stored_patients_that_are_spelt_in_two_ways_are_one(tmp_path):
+    for name, patient in (("a", "1"), ("b", "1.0"), ("c", '"1 "'), ("d", "NaN"), ("e", "null"), ("f", '"2"')):
+        Image.new("L", (8, 8)).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.json").write_text(f'{{"labels": [], "patient": {patient}}}')
+    assert stored_labels(open_images(tmp_path, Preprocessing(8))).patients == ("1", "1", "1", "d", "e", "2")
 
+
+def test_images_without_stored_labels_are_named(tmp_path):
     Image.new("L", (64, 64)).save(tmp_path / "a.png")
     images = open_images(tmp_path, Preprocessing(64, remove_borders=False))
     with pytest.raises(ValueError, match="No labels are stored beside image 'a'"):

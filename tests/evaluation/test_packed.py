@@ -10,10 +10,11 @@ from PIL import Image
 
 import scripts
 from diffusers_dino.data import Preprocessing, open_images
+from diffusers_dino.evaluation.generation import stack_readable
 from diffusers_dino.evaluation.packed import at_size, pack_images
 from diffusers_dino.pixels import unit_to_uint8, with_channels
 from image_files import encoded
-from shard_files import write_prepared
+from shard_files import write_prepared, write_tar
 
 PREPROCESSING = Preprocessing(16, remove_borders=False)
 
@@ -98,6 +99,18 @@ def test_prepared_images_are_packed_at_another_size_without_a_second_preparation
     plain = Preprocessing(16, remove_borders=False)
     assert np.array_equal(packed.array[0], plain(gray[:, 20:60]))
     assert np.array_equal(packed.array[1], plain(images.read_raw(1).mean(axis=2).round().astype(np.uint8)))
+
+
+def test_images_of_one_name_in_two_shards_keep_their_own_pixels(tmp_path):
+    for name, level in (("x", 50), ("y", 150)):
+        colour = np.full((16, 16, 3), level, np.uint8)
+        colour[0, 0] = (0, 255, 255)
+        colour[0, 1] = (level, 0, 0)
+        write_tar(tmp_path / f"{name}.tar", {"0.png": encoded(colour)})
+    images = open_images(tmp_path, Preprocessing(16, remove_borders=False))
+    assert stack_readable(images).rows == [0, 1]
+    first, second = pack_images(images, tmp_path / "pack.npy").array
+    assert first[8, 8] < second[8, 8]
 
 
 def test_other_images_of_the_same_names_are_not_taken_for_those_that_were_packed(folder, tmp_path):

@@ -37,6 +37,9 @@ def folder(tmp_path):
 def test_a_mask_lies_where_its_image_shows_the_structure(folder):
     images = open_masked_images(folder, size=32, mask_size=32)
     assert images.keys == images.patients == ["a", "b"]
+    for other in ("a.txt", "b_mask.xml", ".a.png"):  # beside the masks
+        (folder / "masks" / other).write_text("notes")
+    images = open_masked_images(folder, size=32, mask_size=32)
     for sample in images:
         assert sample.image.shape == (1, 32, 32)
         assert sample.mask.dtype == torch.bool

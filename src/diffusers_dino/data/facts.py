@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from .keys import respell
+from .sources.fields import is_blank
+
 if TYPE_CHECKING:
     from .datasets import ImageDataset
     from .stores.store import ImageStore
@@ -25,6 +28,6 @@ def facts_beside(images: ImageDataset | ImageStore, place: int) -> dict[str, Any
 
 
 def patient_in(facts: dict[str, Any]) -> str | None:
-    """Whose the image is, if its facts say so."""
-    patient = facts.get("patient")
-    return None if patient in (None, "") else str(patient)
+    """Whose the image is, if its facts say so; patients `1` and `1.0` are one, as in tables."""
+    patient = str(facts.get("patient"))
+    return None if is_blank(patient) else respell(patient)

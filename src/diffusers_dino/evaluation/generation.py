@@ -99,13 +99,11 @@ def stack_readable(images: ImageDataset | Tensor) -> StackedImages:
     if isinstance(images, Tensor):
         numbers = list(range(len(images)))
         return StackedImages(images, numbers, list(map(str, numbers)))
-    places = {key: place for place, key in enumerate(images.keys)}
     found = list(_samples(images))
     if len(found) < len(images):
         logger.warning("%d of %d images cannot be read and are left out.", len(images) - len(found), len(images))
-    keys = [sample["key"] for sample in found]
     stacked = collate(found)["image"] if found else torch.empty(0, 1, 1, 1)
-    return StackedImages(stacked, [places[key] for key in keys], keys)
+    return StackedImages(stacked, [sample["place"] for sample in found], [sample["key"] for sample in found])
 
 
 def embed_images(
@@ -127,7 +125,7 @@ def embed_images(
 
 
 def _samples(images: ImageDataset) -> Iterator[dict[str, Any]]:
-    return ({"key": key, "image": to_float(array)} for key, array in readable_images(images))
+    return ({"place": n, "key": key, "image": to_float(array)} for n, key, array in readable_images(images))
 
 
 def _batches(images: ImageDataset, batch_size: int) -> Iterator[Tensor]:

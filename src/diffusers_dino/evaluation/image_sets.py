@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..data import ImageDataset, Preprocessing, open_images, read_label_table, stored_labels
+from ..data.keys import respell
 from ..data.sources import open_source, source_names
 from ..data.stores.folder import image_key
 from ..data.tables import CsvTable
@@ -98,7 +99,7 @@ def _of_catalogue(name: str, folder: str, preprocessing: Preprocessing, max_unre
     labels, patients = {}, {}
     for record in open_source(name, folder):
         key = image_key(record.image.relative_to(folder).as_posix())
-        patients[key] = record.patient
+        patients[key] = respell(record.patient)
         if record.labels is not None:
             labels[key] = frozenset(record.labels)
     images = open_images(folder, preprocessing, max_unreadable=max_unreadable, local_files_only=True)

@@ -114,13 +114,12 @@ def _pack(images: ImageDataset, path: Path, channels: int, recipes: tuple[str, s
     size = images.preprocessing.size
     shape = (len(images), size, size) if channels == 1 else (len(images), size, size, 3)
     keys, num_averaged = [], 0
-    places = {key: place for place, key in enumerate(images.keys)}
     with atomic_write(path) as file:
         _write_header(file, shape)
-        for key, image in readable_images(images):
+        for place, key, image in readable_images(images):
             keys.append(key)
             if image.ndim > 2 and channels == 1:
-                image = _gray(images, places[key])
+                image = _gray(images, place)
                 num_averaged += 1
             pixels = unit_to_uint8(with_channels(to_float(image), channels))  # (channels, size, size)
             file.write(pixels.movedim(0, -1).numpy().tobytes())
@@ -140,12 +139,13 @@ def at_size(images: ImageDataset, size: int) -> ImageDataset:
     return ImageDataset(images.store, preprocessing, max_unreadable=images.max_unreadable).select(images.keys)
 
 
-def readable_images(images: ImageDataset) -> Iterator[tuple[str, np.ndarray]]:
-    """Key and prepared image of each sample but those that cannot be read: none stands in for another."""
+def readable_images(images: ImageDataset) -> Iterator[tuple[int, str, np.ndarray]]:
+    """Number, key and prepared image of each sample but those that cannot be read: none stands in for another."""
     numbers = range(len(images))
     for first in numbers[::_READ_TOGETHER]:
-        found = images.read_many(numbers[first : first + _READ_TOGETHER], replace=False)
-        yield from ((key, image) for key, image in found if image is not None)
+        some = numbers[first : first + _READ_TOGETHER]
+        found = zip(some, images.read_many(some, replace=False), strict=True)
+        yield from ((number, key, image) for number, (key, image) in found if image is not None)
 
 
 def _gray(images: ImageDataset, place: int) -> np.ndarray:

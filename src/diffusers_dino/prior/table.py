@@ -13,7 +13,7 @@ import torch
 
 from ..data import ImageDataset
 from ..data.facts import facts_beside
-from ..data.keys import match_keys
+from ..data.keys import match_keys, respell
 from ..data.labels import NO_FINDING
 from ..data.tables import CsvTable
 from .conditions import Condition, PriorConditions
@@ -72,7 +72,7 @@ class Columns:
             uncertain,
             {name: cell[name] for name in self.metadata if cell.get(name)},
             (self.text and cell.get(self.text)) or None,
-            (self.patient and cell.get(self.patient)) or None,
+            (self.patient and respell(cell.get(self.patient, ""))) or None,
         )
 
 

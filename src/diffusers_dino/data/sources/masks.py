@@ -21,11 +21,13 @@ from ..datasets import to_float
 from ..facts import facts_beside, patient_in
 from ..images.errors import UnreadableImageError
 from ..images.preprocessing import Preprocessing
-from ..images.reading import read_image
+from ..images.reading import IMAGE_EXTENSIONS, read_image
+from ..keys import respell
 from ..stores import ImageStore
 from ..stores.archives import split_name
 from ..stores.folder import FolderStore
 from ..stores.shards import ShardStore
+from ..stores.walk import list_files
 from .records import Record
 
 __all__ = ["MaskedImage", "MaskedImages", "open_masked_images", "to_mask", "unite_masks"]
@@ -203,7 +205,7 @@ def _from_records(records: Iterable[Record]) -> list[_Entry]:
     return [
         _Entry(
             record.image_id,
-            record.patient if record.names_patient else None,
+            respell(record.patient) if record.names_patient else None,
             partial(read_image, record.image, raw=record.raw, inverted=record.invert),
             partial(_read_all, record.masks),
             scaled=True,
@@ -215,7 +217,8 @@ def _from_records(records: Iterable[Record]) -> list[_Entry]:
 def _from_two_folders(images: Path, masks: Path) -> list[_Entry]:
     if not masks.is_dir():
         raise FileNotFoundError(f"There are images in {images}, but no folder {masks} of masks.")
-    by_name = {split_name(path.relative_to(masks).as_posix())[0]: path for path in sorted(masks.rglob("*.*"))}
+    parts = ((path, *split_name(path)) for path in list_files(masks).files)
+    by_name = {key: masks / path for path, key, kind in parts if kind.removeprefix("mask.") in IMAGE_EXTENSIONS}
     store = FolderStore(images)
     entries = []
     for index, key in enumerate(store.keys):

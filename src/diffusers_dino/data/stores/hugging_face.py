@@ -43,7 +43,7 @@ class HuggingFaceStore(ImageStore):
         if len(data) == 0:
             raise ValueError(f"Split {split!r} of {str(name)!r} is empty.")
         self._name = f"{name}[{split}]"
-        self._data = data
+        self._data = data.select_columns([image_column])  # a row is read with all its columns
         self._folders = _folders_of(str(name))
         self._column = image_column
         self.keys = [f"{index:09d}" for index in range(len(data))]
