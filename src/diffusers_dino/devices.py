@@ -28,9 +28,12 @@ def count_workers(num_workers: int | None, device: str | None) -> int:
     return 1 if device else torch.cuda.device_count()
 
 
-def send(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """A tensor on a device. The host does not wait for the copy to a GPU, which is made from memory pinned for it."""
-    if torch.device(device).type != "cuda" or tensor.is_cuda:
+def send(tensor: Tensor, device: torch.device | str | None) -> Tensor:
+    """A tensor on a device; None leaves it where it is.
+
+    The host does not wait for the copy to a GPU, which is made from memory pinned for it.
+    """
+    if device is None or torch.device(device).type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
 

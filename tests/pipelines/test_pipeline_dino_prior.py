@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 import priors
@@ -143,6 +144,28 @@ def test_half_precision_stays_near(pipe, tmp_path, dtype):
     loaded = DinoPriorPipeline.from_pretrained(tmp_path, dtype=dtype)
     ours, theirs = (each(generator=generators(0), **FEW).image_embeds for each in (pipe, loaded))
     assert (ours - theirs).norm() < 0.05 * ours.norm()
+
+
+CPU = torch.device("cpu")
+OFFLOADING = {
+    "model": lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
+    # what `enable_sequential_cpu_offload` does, which insists on a numbered device
+    "sequential": lambda pipe: [
+        cpu_offload(part, CPU, offload_buffers=len(part._parameters) > 0) for part in (pipe.prior, pipe.text_encoder)
+    ],
+    "groups": lambda pipe: pipe.enable_group_offload(onload_device=CPU, offload_device=CPU, offload_type="leaf_level"),
+}
+
+
+@pytest.mark.parametrize("way", OFFLOADING)
+def test_offloading_changes_nothing(reading, way):
+    asked = {"labels": ["Edema"], "text": "a", "guidance_scale": 2.0}
+    expected = reading(**asked, generator=generators(0), **FEW).image_embeds
+    varied = reading.renoise(expected, 0.5, generator=generators(1), **FEW)
+    OFFLOADING[way](reading)
+    for _ in range(2):
+        torch.testing.assert_close(reading(**asked, generator=generators(0), **FEW).image_embeds, expected)
+        torch.testing.assert_close(reading.renoise(expected, 0.5, generator=generators(1), **FEW), varied)
 
 
 @pytest.mark.parametrize(

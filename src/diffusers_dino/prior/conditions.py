@@ -35,8 +35,8 @@ class Condition(NamedTuple):
     text: Tensor | None = None
     text_mask: Tensor | None = None
 
-    def to(self, device: torch.device | str) -> Condition:
-        """The same on a device, which the host does not wait for."""
+    def to(self, device: torch.device | str | None) -> Condition:
+        """The same on a device, which the host does not wait for; accelerate also asks for None, to leave it."""
         return Condition(*(None if part is None else send(part, device) for part in self))
 
     def rows(self, numbers: Tensor | slice) -> Condition:
