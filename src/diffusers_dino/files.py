@@ -7,6 +7,7 @@ import errno
 import glob
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ __all__ = [
     "atomic_write",
     "beside",
     "csv_text",
+    "is_csv_of",
     "lock_file",
     "lock_folder",
     "make_writable_folder",
@@ -131,6 +133,16 @@ def write_csv(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[A
     """Write a table as `atomic_write` does."""
     with atomic_write(path) as file:
         file.write(csv_text(header, rows, for_people=False).encode())
+
+
+def is_csv_of(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> bool:
+    """Whether a file is a table of exactly this header and these rows; False if it cannot be read."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            pairs = itertools.zip_longest(csv.reader(file), itertools.chain([header], rows))
+            return all(None not in pair and list(pair[0]) == list(pair[1]) for pair in pairs)
+    except (OSError, ValueError, csv.Error):  # such as a field that does not end
+        return False
 
 
 def csv_text(header: Sequence[Any], rows: Iterable[Sequence[Any]], for_people: bool = True) -> str:

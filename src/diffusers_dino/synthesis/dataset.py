@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -20,7 +18,7 @@ from ..data.labels import PROBABILITIES
 from ..data.sharding.manifest import MANIFEST, ShardError, read_manifest, verify_shards, write_manifest
 from ..data.stores.walk import WORK
 from ..familiarity import UNLIKE
-from ..files import write_csv
+from ..files import is_csv_of, write_csv
 from ..sheets import contact_sheet
 from .plan import LABEL_SEPARATOR, Plan, PlannedImage, SynthesisError
 from .plan_file import load_plan
@@ -244,12 +242,7 @@ def _may_write_labels(plan: Plan, left_out: set[int], folder: Path) -> bool:
     path = folder / LABELS
     if not path.is_file():
         return not path.is_dir()  # a pipe is replaced, and never read
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            rows = itertools.zip_longest(csv.reader(file), [label_columns(plan), *label_rows(plan, left_out)])
-            return all(there is not None and tuple(there) == wanted for there, wanted in rows)
-    except (OSError, ValueError, csv.Error):
-        return False
+    return is_csv_of(path, label_columns(plan), label_rows(plan, left_out))
 
 
 def _lineage(plan: Plan, records: list[ShardRecord]) -> dict[str, Any]:

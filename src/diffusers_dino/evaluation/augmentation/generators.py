@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +10,7 @@ import numpy as np
 
 from ...data.keys import match_paths, read_keys
 from ...data.labels import LabelTable
-from ...files import atomic_write, make_writable_folder, read_regular, write_csv
+from ...files import atomic_write, is_csv_of, make_writable_folder, write_csv
 from ..folds import assign_folds
 
 __all__ = ["FOLD", "PerFold", "check_generators", "of_fold", "write_folds"]
@@ -72,7 +70,7 @@ def write_folds(
     path = make_writable_folder(output_dir) / "folds.csv"
     if not path.is_file():
         write_csv(path, _COLUMNS, rows)
-    if _read_rows(path) != [list(_COLUMNS), *map(list, rows)]:
+    if not is_csv_of(path, _COLUMNS, rows):
         raise ValueError(
             f"{path} has other folds than these images, labels, number of folds and seed give. Use those that it was "
             "written with, or another output folder."
@@ -83,14 +81,6 @@ def write_folds(
         with atomic_write(folder / TRAINING_KEYS) as file:
             file.write("".join(f"{key}\n" for key, _, own in rows if own != str(fold)).encode())
     return folds
-
-
-def _read_rows(path: Path) -> list[list[str]] | None:
-    text = read_regular(path, 1 << 30).decode(errors="replace")
-    try:
-        return list(csv.reader(io.StringIO(text, newline="")))
-    except csv.Error:  # such as a field that does not end
-        return None
 
 
 def check_generators(
