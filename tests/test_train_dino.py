@@ -230,7 +230,7 @@ def test_keys_file_chooses_images(train, tmp_path):
     train(keys_file=tmp_path / "keys.txt", max_train_steps=1)
     (tmp_path / "keys.txt").write_text("003\nmissing\n")
     with pytest.raises(KeyError, match="missing"):
-        train(keys_file=tmp_path / "keys.txt")
+        train(keys_file=tmp_path / "keys.txt", output_dir=tmp_path / "other")
 
 
 def test_lora_of_a_pipeline(train, parts, tmp_path):
@@ -336,7 +336,7 @@ def test_unreadable_image_among_good_ones(train, tmp_path, caplog):
     train(train_data_dir=tmp_path / "mixed", max_train_steps=6)
     assert "007.png" in caplog.text
     with pytest.raises(ValueError, match="1 of 24 images cannot be read"):
-        train(train_data_dir=tmp_path / "mixed", max_unreadable=0.01, max_train_steps=6)
+        train(train_data_dir=tmp_path / "mixed", max_unreadable=0.01, output_dir=tmp_path / "other", max_train_steps=6)
 
 
 def test_loss_that_is_not_finite_stops_before_the_update(train, tmp_path):
