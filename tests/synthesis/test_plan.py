@@ -112,6 +112,7 @@ def test_large_plans_are_columns():
         ({"ratio": None}, "either a ratio"),
         ({"num_images": 5}, "either a ratio"),
         ({"ratio": None, "num_images": 0}, "at least 1, got 0"),
+        ({"ratio": None, "num_images": 2.5}, "whole number of at least 1, got 2.5"),
         ({"keys": []}, "no source image"),
         ({"keys": [*KEYS[1:], KEYS[1]]}, "1 source keys come more than once"),
         ({"labels": LABELS[1:]}, "10 keys and 9 sets of labels"),

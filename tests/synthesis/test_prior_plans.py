@@ -86,6 +86,7 @@ def test_without_labels_and_without_images_anything_is_planned():
         ({"keys": KEYS}, "how many images"),
         ({"keys": KEYS, "asked": LABELS}, "either images"),
         ({"keys": (), "asked": []}, "either images"),
+        ({"keys": (), "asked": ["Edema"]}, "a collection of names"),
     ],
 )
 def test_bad_plans_are_refused(arguments, message):

@@ -9,6 +9,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -246,8 +247,7 @@ def plan_reconstruction(
         SynthesisError: If there is no key, a key comes twice, the ratio or the number is not positive, or the labels
             do not fit.
     """
-    count = _count(keys, labels, ratio, num_images)
-    total = len(keys)
+    count, total = _count(keys, labels, ratio, num_images), len(keys)
     rounds = [permute(np.arange(total), total, derive_seed(seed, "sources", r)) for r in range(-(-count // total))]
     sources = np.concatenate(rounds)[:count, None]  # (N, 1)
     given = None if labels is None else [labels[source] for source in sources[:, 0].tolist()]
@@ -340,10 +340,11 @@ def plan_prior(
         count, labels = len(asked), None
     elif keys:
         count = _count(keys, labels, ratio, num_images)
-    elif num_images is None or num_images < 1:
-        raise SynthesisError(f"Without images, say how many to make: num_images, of at least 1, got {num_images}.")
+    elif num_images is None:
+        raise SynthesisError("Without images, say how many to make: num_images.")
     else:
-        count = num_images
+        count = _whole(num_images)
+    _check_names(asked)
     names = sorted({name for own in labels or () for name in own}) if balanced else None
     if names == []:
         raise SynthesisError("There are no labels to balance: give those of the images.")
@@ -358,17 +359,25 @@ def _count(keys: Sequence[str], labels: Labels | None, ratio: float | None, num_
         raise SynthesisError("There is no source image to plan with.")
     if len(set(keys)) < len(keys):
         raise SynthesisError(f"{len(keys) - len(set(keys))} source keys come more than once: give each image once.")
-    if any(isinstance(own, str) for own in labels or ()):
-        raise SynthesisError("The labels of an image are a collection of names, got a single name.")
+    _check_names(labels)
     if labels is not None and len(labels) != len(keys):
         raise SynthesisError(f"Each source needs its labels, got {len(keys)} keys and {len(labels)} sets of labels.")
     if (ratio is None) == (num_images is None):
         raise SynthesisError("Say how many images to make: either a ratio to the number of sources, or num_images.")
     if ratio is not None and not 0 < ratio < math.inf:
         raise SynthesisError(f"The ratio of synthetic to source images must be above 0, got {ratio}.")
-    if num_images is not None and num_images < 1:
-        raise SynthesisError(f"num_images must be at least 1, got {num_images}.")
-    return max(1, round(ratio * len(keys))) if num_images is None else num_images
+    return max(1, round(ratio * len(keys))) if num_images is None else _whole(num_images)
+
+
+def _check_names(labels: Labels | None) -> None:
+    if any(isinstance(own, str) for own in labels or ()):
+        raise SynthesisError("The labels of an image are a collection of names, got a single name.")
+
+
+def _whole(num_images: int) -> int:
+    if isinstance(num_images, bool) or not isinstance(num_images, Integral) or num_images < 1:
+        raise SynthesisError(f"num_images must be a whole number of at least 1, got {num_images!r}.")
+    return int(num_images)
 
 
 def _assemble(
