@@ -112,6 +112,9 @@ def test_joined_rows_and_lists_of_splits_may_be_spelt_otherwise(tmp_path):
         write(tmp_path / "t.csv", "file\n" + cells)
         records = list(OpenSource(describe(description), tmp_path))
         assert [(record.view, record.split) for record in records] == [("PA", "train"), ("AP", "test")]
+    write(tmp_path / "train.txt", "1\n2\n")
+    both = describe(description | {"split": {"lists": {"test": "test.txt", "train": "train.txt"}}})
+    assert [record.split for record in OpenSource(both, tmp_path)] == ["train", "test"]
     write(tmp_path / "train.txt", "x\ny\n")
     write(tmp_path / "test.txt", "z\n")
     source = OpenSource(describe(description), tmp_path)

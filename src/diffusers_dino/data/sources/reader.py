@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ..keys import read_keys, respell
+from ..splits import SPLITS
 from .description import Source
 from .fields import Finding, Template, combine, is_one_of, normalize_split, normalize_view
 from .finder import FileFinder
@@ -131,14 +132,15 @@ class OpenSource:
             raise ValueError(f"{self.source.name}, {self._shown(row['path'])}: {error}") from error
 
     def _load_lists(self) -> dict[str, str | None] | None:
-        """Image -> split, from files that name one image on each line."""
+        """Image -> split, from files that name one image on each line; of several, the last one of `SPLITS`."""
         if not isinstance(self.source.split, Mapping) or "lists" not in self.source.split:
             return None
         splits: dict[str, str | None] = {}
-        for split, name in self.source.split["lists"].items():
+        lists = [(normalize_split(split), name) for split, name in self.source.split["lists"].items()]
+        for split, name in sorted(lists, key=lambda one: (None, *SPLITS).index(one[0])):
             path = self.root / name
             if path.is_file():
-                splits.update(dict.fromkeys(map(respell, read_keys(path)), normalize_split(split)))
+                splits.update(dict.fromkeys(map(respell, read_keys(path)), split))
             else:
                 self.report.absent.append(name)
         return splits
