@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
@@ -42,6 +43,19 @@ def image_folder(folder: Path, count: int, size: int, seed: int = 0) -> Path:
     pixels = (tiny.random_images(count, channels=1, size=size, seed=seed)[:, 0] * 255).byte().numpy()
     for number, image in enumerate(pixels):
         Image.fromarray(image).save(folder / f"{number:03d}.png")
+    return folder
+
+
+def masked_folder(folder: Path, count: int) -> Path:
+    """Fill `images/` and `masks/` of a folder: two dark lungs on a bright, noisy ground, at 40 px."""
+    y, x = np.mgrid[:40, :40]
+    for name in ("images", "masks"):
+        (folder / name).mkdir(parents=True)
+    for i in range(count):
+        mask = ((abs(x - 20) - 8) ** 2 / 30 + (y - 17 - i) ** 2 / 90) < 1
+        noise = np.random.default_rng(i).normal(0, 10, mask.shape)
+        Image.fromarray((180 - 120 * mask + noise).astype(np.uint8)).save(folder / "images" / f"{i}.png")
+        Image.fromarray((mask * 255).astype(np.uint8)).save(folder / "masks" / f"{i}.png")
     return folder
 
 

@@ -5,16 +5,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import tiny
 from checkpoints import save_transformers
 from diffusers_dino.cli import COMMANDS
 from forks import FORKING
-from scripts import EXAMPLES, TOY_CLASSIFIER, call_script, image_folder, tiny_training
+from scripts import EXAMPLES, TOY_CLASSIFIER, call_script, image_folder, masked_folder, tiny_training
 
 fcntl = pytest.importorskip("fcntl")
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux")
@@ -33,13 +31,7 @@ def place(tmp_path_factory) -> Path:
     (folder / "keys.txt").write_text("".join(f"{number:03d}\n" for number in range(8)))
     (folder / "salt").write_text("a salt of 16 bytes")
     image_folder(folder / "other", 8, size=40)
-    (folder / "masked" / "images").mkdir(parents=True)
-    (folder / "masked" / "masks").mkdir()
-    for number in range(4):
-        (folder / "masked/images" / f"{number}.png").write_bytes((folder / f"images/{number:03d}.png").read_bytes())
-        mask = np.zeros((40, 40), np.uint8)
-        mask[10:30, 5:20] = 255
-        Image.fromarray(mask).save(folder / "masked/masks" / f"{number}.png")
+    masked_folder(folder / "masked", 4)
     call_script("synthesise", **commands(folder, folder / "set")["synthesise"])
     return folder
 

@@ -1,10 +1,9 @@
 """Other methods than DiffSeg in the segmentation protocol: cuts, walks and clusters, without a mask in any choice."""
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
+import scripts
 import tiny
 from diffusers_dino import DiffSegPipeline
 from diffusers_dino.data.sources.masks import open_masked_images
@@ -26,17 +25,7 @@ SWEEPS = [
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Two dark lungs on a bright ground."""
-    root = tmp_path_factory.mktemp("lungs")
-    y, x = np.mgrid[:40, :40]
-    for name in ("images", "masks"):
-        (root / name).mkdir()
-    for i in range(COUNT):
-        mask = ((abs(x - 20) - 9) ** 2 / 30 + (y - 18 - i % 3) ** 2 / 130) < 1
-        noise = np.random.default_rng(i).normal(0, 10, mask.shape)
-        Image.fromarray((180 - 120 * mask + noise).astype(np.uint8)).save(root / "images" / f"{i}.png")
-        Image.fromarray((mask * 255).astype(np.uint8)).save(root / "masks" / f"{i}.png")
-    return open_masked_images(root, SIZE, SIZE)
+    return open_masked_images(scripts.masked_folder(tmp_path_factory.mktemp("lungs"), COUNT), SIZE, SIZE)
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,10 @@
 import os
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
+import scripts
 import tiny
 from diffusers_dino import DiffSegPipeline
 from diffusers_dino.data.sources.masks import open_masked_images
@@ -30,23 +29,8 @@ SWEEP = Sweep(timesteps=(1, 300), thresholds=(0.5, 1.0), layers=("all", "up_bloc
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Two dark discs on a bright, noisy ground, and their masks."""
-    root = tmp_path_factory.mktemp("lungs")
-    y, x = np.mgrid[:40, :40]
-    for name in ("images", "masks"):
-        (root / name).mkdir()
-    for i in range(NUM_IMAGES):
-        mask = ((abs(x - 20) - 8) ** 2 / 30 + (y - 17 - i) ** 2 / 90) < 1
-        noise = np.random.default_rng(i).normal(0, 10, mask.shape)
-        Image.fromarray((180 - 120 * mask + noise).astype(np.uint8)).save(root / "images" / f"{i}.png")
-        Image.fromarray((mask * 255).astype(np.uint8)).save(root / "masks" / f"{i}.png")
-    return root
-
-
-@pytest.fixture(scope="module")
-def images(folder):
-    return open_masked_images(folder, SIZE, SIZE)
+def images(tmp_path_factory):
+    return open_masked_images(scripts.masked_folder(tmp_path_factory.mktemp("lungs"), NUM_IMAGES), SIZE, SIZE)
 
 
 @pytest.fixture(scope="module")

@@ -44,21 +44,6 @@ def segment(diffseg, images: Path, folder: Path):
     return evaluate_segmentation(diffseg, open_masked_images(images, 32, 16), folder, SWEEP, **options)
 
 
-@pytest.mark.parametrize(
-    ("command", "flags"),
-    [
-        ("evaluate fidelity", {"model": ["nowhere"], "data_dir": "nowhere"}),
-        ("evaluate memorization", {"training": "nowhere"}),
-        ("evaluate interpolation", {"training_keys": "nowhere"}),
-        ("evaluate segmentation", {"pipeline": ["nowhere"], "data": ["nowhere"]}),
-        ("splice", {}),
-    ],
-)
-def test_a_second_run_in_one_folder_is_refused(command, flags, tmp_path):
-    with lock_folder(tmp_path), pytest.raises((OSError, RuntimeError), match="Another run is at work in"):
-        scripts.call_script(command, **flags, output_dir=tmp_path)
-
-
 def test_python_calls_do_not_share_a_folder(pipe, diffseg, images, tmp_path):
     sets = choose_sets(open_images(images, PREPROCESSING))
     with lock_folder(tmp_path):
