@@ -95,6 +95,19 @@ def test_a_best_value_of_other_features_is_not_compared(make_validator, tmp_path
         assert (features and features["extractor"]) == expected
 
 
+def test_a_best_value_on_other_images_is_not_compared(make_validator, dataset, tmp_path):
+    values = iter([1.0, 9.0, 8.0, 7.0])
+    metric = FeatureMetric("given", lambda images: images.flatten(1), lambda generated, real: next(values))
+    kept = []
+    for step, num_images in enumerate((3, 3, 4, 4)):
+        if step == 3:
+            dataset.reverse()
+        validator = make_validator(metric=metric, grid_steps=0, metric_steps=1, num_metric_images=num_images)
+        validator.run(step, lambda message: None)
+        kept.append(json.loads((tmp_path / "best" / "metric.json").read_text())["value"])
+    assert kept == [1, 1, 8, 7]
+
+
 def test_lowest_value_is_kept(make_validator, tmp_path):
     values = iter([3.0, 5.0, math.nan, 2.0])
     metric = FeatureMetric("given", lambda images: images.flatten(1), lambda generated, real: next(values))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..data import collate
 from ..files import read_json, save_atomically, write_json
+from ..fingerprints import hash_of
 from ..metrics import FeatureSpec, frechet_distance, kernel_distance, open_extractor
 from ..pipelines import DinoDiffusionPipeline
 from ..seeds import generator_for
@@ -218,13 +219,19 @@ class Validator:
         if not self.accelerator.is_main_process:
             return
         best = self.output_dir / "best"
-        spec = metric.spec and metric.spec.to_dict()
-        known = _best_value(best, metric.name, spec)
+        facts = {
+            "metric": metric.name,
+            "value": value,
+            "step": step,
+            "num_images": len(real),
+            "images": hash_of(*real[:16])[:16],
+            "features": metric.spec and metric.spec.to_dict(),
+        }
+        known = _best_value(best, facts)
         note = f"{metric.name} after {step} updates: {value:.4g} ({len(real)} images"
         if not value < known:  # also where it is not a number
             say(f"{note}; best so far {known:.4g})")
             return
-        facts = {"metric": metric.name, "value": value, "step": step, "num_images": len(real), "features": spec}
         with saying_what_is_full(best), save_atomically(best) as folder:
             self.state.save_for_use(folder)
             write_json(folder / "metric.json", facts)
@@ -234,12 +241,13 @@ class Validator:
         return [self.images[i] for i in range(min(count, len(self.images)))]
 
 
-def _best_value(folder: Path, metric: str, spec: dict[str, Any] | None) -> float:
-    """The lowest value so far, infinite before the first one of this metric on these features."""
+def _best_value(folder: Path, now: dict[str, Any]) -> float:
+    """The lowest value so far, infinite before the first one of this metric on these features and images."""
     try:
         facts = read_json(folder / "metric.json")
-        distances = [name.partition("_")[0] for name in (facts["metric"], metric)]  # of which the rest is in `spec`
-        same = distances[0] == distances[1] and facts.get("features") == spec
-        return float(facts["value"]) if same else math.inf
+        facts = {"images": now["images"], "features": None, **facts}  # of an older version
+        same = all(facts[name] == now[name] for name in ("num_images", "images", "features"))
+        distances = [each["metric"].partition("_")[0] for each in (facts, now)]  # the rest is in `features`
+        return float(facts["value"]) if same and distances[0] == distances[1] else math.inf
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none yet, or damaged
         return math.inf
