@@ -32,7 +32,7 @@ class TrainingRun:
     Attributes:
         model: The prepared model.
         step, total: Updates done so far, and of the whole run.
-        finished: Whether that are all.
+        finished: Whether all of them are done.
 
     Raises:
         ValueError: An update would need more images than there are.
