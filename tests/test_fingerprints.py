@@ -1,4 +1,6 @@
+import pytest
 import torch
+from diffusers.guiders import AdaptiveProjectedGuidance, ClassifierFreeGuidance
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import tiny
@@ -46,3 +48,27 @@ def test_a_pipeline_is_known_by_its_models():
     found = fingerprint_pipeline(pipe)
     assert set(found) == {"unet", "vae", "conditioner"}
     assert found["vae"] == fingerprint_model(pipe.vae)
+
+
+def test_a_pipeline_is_known_by_what_guides_it():
+    guiders = (None, ClassifierFreeGuidance(2.0), ClassifierFreeGuidance(3.0), AdaptiveProjectedGuidance(3.0))
+    found = [fingerprint_pipeline(tiny.tiny_pipeline(guider=guider)) for guider in guiders]
+    assert len(set(map(str, found))) == len(guiders)
+
+
+def test_a_model_is_known_by_the_weights_of_its_adapters(tmp_path):
+    pytest.importorskip("peft")
+    from adapters import save_adapter
+
+    pipe = tiny.tiny_pipeline()
+    pipe.load_lora_weights(save_adapter(tmp_path, 0), adapter_name="ward")
+    found = [fingerprint_model(pipe.unet)]
+    for weight in (0.5, 1.0):
+        pipe.set_adapters("ward", weight)
+        found.append(fingerprint_model(pipe.unet))
+    pipe.disable_lora()
+    found.append(fingerprint_model(pipe.unet))
+    assert found[0] == found[2]
+    assert len(set(found)) == 3
+    pipe.unload_lora_weights()
+    assert fingerprint_model(pipe.unet) == fingerprint_model(tiny.tiny_unet())

@@ -22,13 +22,17 @@ def own_config(part: ConfigMixin) -> dict[str, Any]:
 
 
 def fingerprint_pipeline(pipe: Any) -> dict[str, str]:
-    """`fingerprint_model` of each model of a pipeline of diffusers, by the component's name."""
+    """`fingerprint_model` of each model of a pipeline of diffusers, by the component's name, and what guides it."""
     parts = sorted(pipe.components.items())
-    return {name: fingerprint_model(part) for name, part in parts if isinstance(part, nn.Module)}
+    found = {name: fingerprint_model(part) for name, part in parts if isinstance(part, nn.Module)}
+    if (guider := pipe.components.get("guider")) is not None:
+        settings = json.dumps(as_json(own_config(guider)), sort_keys=True)
+        found["guider"] = f"{type(guider).__name__} {hash_of(settings)[:16]}"
+    return found
 
 
 def fingerprint_model(model: nn.Module) -> str:
-    """A hash of the weights and settings of a model of diffusers or transformers: equal only for equal models.
+    """A hash of weights, settings and adapters of a model of diffusers or transformers: equal only for equal models.
 
     It ignores the names of weights, which libraries change between releases, settings at their defaults, to which
     releases add, and where the model was loaded from. It depends on the dtype of the weights: fingerprint a model
@@ -38,7 +42,9 @@ def fingerprint_model(model: nn.Module) -> str:
     for spec in settings.get("encoders", []):
         del spec["source"], spec["revision"]
     weights = sorted(hash_of(t.dtype, tuple(t.shape), t) for t in model.state_dict().values())
-    return hash_of(type(model).__name__, json.dumps(settings, sort_keys=True), *weights)[:16]
+    layers = [part for part in model.modules() if hasattr(part, "lora_A")]  # whose scales are no weights
+    adapters = [f"{part.scaling} {part.active_adapters} {part.disable_adapters}" for part in layers]
+    return hash_of(type(model).__name__, json.dumps(settings, sort_keys=True), *weights, *adapters)[:16]
 
 
 def _settings(model: nn.Module) -> dict[str, Any]:
