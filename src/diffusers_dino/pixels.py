@@ -28,7 +28,7 @@ from .bands import bands, pixels_of
 __all__ = [
     "ImageInput",
     "StoredImages",
-    "center_square",
+    "central_window",
     "resize_unit",
     "stored_images",
     "to_unit",
@@ -116,8 +116,9 @@ class StoredImages:
         return height, width
 
     def center_square(self) -> StoredImages:
-        """The square in the middle of each, as `pixels.center_square` crops it."""
-        return replace(self, values=center_square(self.values))
+        """The square in the middle of each."""
+        rows, columns = central_window(*map(slice, self.size))
+        return replace(self, values=self.values[..., rows, columns])
 
     def unit(self) -> Tensor:
         """`(N, 3, H, W)` float32 in [0, 1]; gray takes the memory of one channel."""
@@ -158,12 +159,13 @@ class StoredImages:
         return unit[:, :-1] * unit[:, -1:] if unit.shape[1] in (2, 4) else unit
 
 
-def center_square(image: Tensor) -> Tensor:
-    """The central square of images `(..., H, W)`."""
-    height, width = image.shape[-2:]
+def central_window(rows: slice, columns: slice) -> tuple[slice, slice]:
+    """The largest centred square within some rows and columns of an image."""
+    top, left = rows.start or 0, columns.start or 0
+    height, width = rows.stop - top, columns.stop - left
     side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return image[..., top : top + side, left : left + side]
+    top, left = top + (height - side) // 2, left + (width - side) // 2
+    return slice(top, top + side), slice(left, left + side)
 
 
 def resize_unit(images: Tensor, size: int, resample: str) -> Tensor:

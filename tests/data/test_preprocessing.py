@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as arrays
 from PIL import Image
 
 from diffusers_dino.data import Preprocessing, read_image
-from diffusers_dino.data.images.preprocessing import border_window, center_crop, stretch_to_uint8
+from diffusers_dino.data.images.preprocessing import border_window, stretch_to_uint8
 
 CXR = Path(__file__).parents[2].parent / "shared" / "cxr"
 
@@ -117,9 +117,10 @@ def test_dynamic_range_is_mapped_to_the_ends():
 
 
 def test_crop_is_central():
-    image = np.arange(5 * 9).reshape(5, 9)
-    assert np.array_equal(center_crop(image), image[:, 2:7])
-    assert np.array_equal(center_crop(image.T), image.T[2:7])
+    image = np.arange(5 * 9, dtype=np.uint8).reshape(5, 9)
+    prepare = Preprocessing(5, remove_borders=False)
+    assert np.array_equal(prepare(image), stretch_to_uint8(image)[:, 2:7])
+    assert np.array_equal(prepare(image.T), stretch_to_uint8(image).T[2:7])
 
 
 def test_downsampling_is_antialiased():

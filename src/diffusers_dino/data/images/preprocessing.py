@@ -13,9 +13,10 @@ import numpy as np
 from PIL import Image
 
 from ...bands import map_bands
+from ...pixels import central_window
 from .errors import UnreadableImageError
 
-__all__ = ["Preprocessing", "border_window", "center_crop", "refuse_blank", "stretch_to_uint8"]
+__all__ = ["Preprocessing", "border_window", "refuse_blank", "stretch_to_uint8"]
 
 _RESAMPLING = {
     "box": Image.Resampling.BOX,
@@ -74,19 +75,16 @@ class Preprocessing:
             image = image[border_window(image, self.border_tolerance)]
         if not is_cut or self != replace(earlier, size=self.size, resampling=self.resampling):
             image = stretch_to_uint8(image, self.clip_percent)
-        square = center_crop(image)
+        square = image[central_window(*map(slice, image.shape[:2]))]
         if square.shape[0] == self.size:
             return np.ascontiguousarray(square)
         return np.array(Image.fromarray(square).resize((self.size, self.size), _RESAMPLING[self.resampling]))
 
     def window(self, image: np.ndarray, earlier: Preprocessing | None = None) -> tuple[slice, slice]:
         """Rows and columns of the square that is kept of an image, which may have been prepared `earlier`."""
-        rows, columns = slice(0, image.shape[0]), slice(0, image.shape[1])
         if self.remove_borders and not self.is_cut(image, earlier):
-            rows, columns = border_window(image, self.border_tolerance)
-        top, left, side = _centered_square(rows.stop - rows.start, columns.stop - columns.start)
-        top, left = rows.start + top, columns.start + left
-        return slice(top, top + side), slice(left, left + side)
+            return central_window(*border_window(image, self.border_tolerance))
+        return central_window(*map(slice, image.shape[:2]))
 
     def is_cut(self, image: np.ndarray, earlier: Preprocessing | None) -> bool:
         """Whether an image is a square that was prepared `earlier`, with no border left that this would remove."""
@@ -178,15 +176,3 @@ def refuse_blank(image: np.ndarray, name: str = "") -> None:
     """Refuse a prepared image that shows nothing, with `UnreadableImageError`: it is damaged as others are."""
     if (image == image[:1, :1]).all():
         raise UnreadableImageError(f"{f'Cannot read {name}: ' if name else ''}all its pixels are equal")
-
-
-def center_crop(image: np.ndarray) -> np.ndarray:
-    """Cut out the largest centred square of an image `(H, W)` or `(H, W, 3)`."""
-    top, left, side = _centered_square(*image.shape[:2])
-    return image[top : top + side, left : left + side]
-
-
-def _centered_square(height: int, width: int) -> tuple[int, int, int]:
-    """Top, left and side of the largest centred square."""
-    side = min(height, width)
-    return (height - side) // 2, (width - side) // 2, side
