@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 import tiny
 from diffusers_dino.conditioner import DinoImageConditioner
-from diffusers_dino.encoders import EncoderSpec, semi_orthogonal
+from diffusers_dino.encoders import EncoderSpec
+from diffusers_dino.encoders.tokens import semi_orthogonal
 
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 IMAGES = tiny.random_images(24)

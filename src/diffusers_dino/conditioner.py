@@ -17,20 +17,9 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from .diffseg.features import stack_features
-from .encoders import (
-    TOKENS,
-    Encoder,
-    EncoderSpec,
-    ExactBuffers,
-    LastingModelMixin,
-    Moments,
-    TokenHead,
-    choose_encoders,
-    describe_model,
-    load_encoder,
-    name_encoders,
-    semi_orthogonal,
-)
+from .encoders import Encoder, EncoderSpec, ExactBuffers, LastingModelMixin, load_encoder
+from .encoders.model import choose_encoders, describe_model, name_encoders
+from .encoders.tokens import TOKENS, Moments, TokenHead, semi_orthogonal
 from .familiarity import FamiliarityMixin
 from .fingerprints import as_json, hash_of
 from .pixels import ImageInput, stored_images
@@ -96,8 +85,7 @@ class DinoImageConditioner(FamiliarityMixin, ExactBuffers, LastingModelMixin, Co
             for encoder in self.image_encoders
         )
         self.register_buffer("null_tokens", torch.zeros(self.num_tokens, self.token_dim, dtype=torch.float32))
-        self.requires_grad_(False)
-        self.eval()
+        self.requires_grad_(False).eval()
 
     @classmethod
     def from_encoder(
@@ -134,14 +122,12 @@ class DinoImageConditioner(FamiliarityMixin, ExactBuffers, LastingModelMixin, Co
         Raises:
             FileNotFoundError: If a checkpoint lacks its config, its preprocessing, or weights in safetensors.
         """
-        single = isinstance(name_or_path, (str, os.PathLike))
-        names = [name_or_path] if single else list(name_or_path)
+        names = [name_or_path] if isinstance(name_or_path, (str, os.PathLike)) else list(name_or_path)
+        sides, commits = _for_each(size, names, "size"), _for_each(revision, names, "revision")
         hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         loaded = [
             load_encoder(name, size=side, revision=commit, **hub)
-            for name, side, commit in zip(
-                names, _for_each(size, names, "size"), _for_each(revision, names, "revision"), strict=True
-            )
+            for name, side, commit in zip(names, sides, commits, strict=True)
         ]
         conditioner = cls._assemble(
             loaded, tokens=tokens, projection_dim=projection_dim, projection_seed=projection_seed
@@ -229,7 +215,7 @@ class DinoImageConditioner(FamiliarityMixin, ExactBuffers, LastingModelMixin, Co
     @property
     def num_tokens(self) -> int:
         """Number of condition tokens of an image, over all encoders."""
-        return sum(head.num_tokens for head in self.heads)
+        return sum(self.tokens_per_encoder)
 
     @property
     def token_dim(self) -> int:
@@ -376,8 +362,7 @@ class DinoImageConditioner(FamiliarityMixin, ExactBuffers, LastingModelMixin, Co
             batches: Images, batch by batch; a ValueError if they are fewer than 16 in all, or a token is not finite.
             slot_offset: Root mean square of that vector, in standard deviations of the tokens; 0 for none.
         """
-        moments = [Moments(head) for head in self.heads]
-        count = 0
+        moments, count = [Moments(head) for head in self.heads], 0
         for batch in batches:
             pixels = self._batches(send_to_device(self.preprocess(batch), self.null_tokens.device))
             for encoder, head, moment, own in zip(self.image_encoders, self.heads, moments, pixels, strict=True):

@@ -1,21 +1,7 @@
 """Frozen vision transformers and what happens to their tokens, under the conditioner."""
 
 from .loading import load_encoder
-from .model import Encoder, EncoderSpec, ExactBuffers, choose_encoders, describe_model, name_encoders
+from .model import Encoder, EncoderSpec, ExactBuffers
 from .storage import LastingModelMixin
-from .tokens import TOKENS, Moments, TokenHead, semi_orthogonal
 
-__all__ = [
-    "TOKENS",
-    "Encoder",
-    "EncoderSpec",
-    "ExactBuffers",
-    "LastingModelMixin",
-    "Moments",
-    "TokenHead",
-    "choose_encoders",
-    "describe_model",
-    "load_encoder",
-    "name_encoders",
-    "semi_orthogonal",
-]
+__all__ = ["Encoder", "EncoderSpec", "ExactBuffers", "LastingModelMixin", "load_encoder"]
