@@ -195,8 +195,9 @@ def check_embeds(embeds: Tensor, num_tokens: int | None, width: int | None, name
     shape = tuple(embeds.shape)
     fits = len(shape) == 3 and 0 not in shape and num_tokens in (None, shape[1]) and width in (None, shape[2])
     if not fits:
-        wanted = f"(B, {num_tokens or 'S'}, {width or 'D'})"
-        raise ValueError(f"`{name}` must have shape {wanted}, as `encode_image` gives, got {shape}.")
+        raise ValueError(
+            f"`{name}` must have shape (B, {num_tokens or 'S'}, {width or 'D'}), as `encode_image` gives, got {shape}."
+        )
     if not torch.isfinite(embeds).all():
         raise ValueError(f"`{name}` contains NaN or infinity.")
 
