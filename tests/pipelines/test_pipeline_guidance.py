@@ -117,6 +117,14 @@ def test_autoguidance_moves_away_from_the_guide(guided):
     np.testing.assert_allclose(generated, (expected.permute(0, 2, 3, 1).numpy() / 2 + 0.5).clip(0, 1), atol=1e-5)
 
 
+@pytest.mark.parametrize("component", ["unet", "guide"])
+def test_a_guide_may_be_of_another_type(guided, component):
+    expected = generate(guided, IMAGES, autoguidance_scale=2.0)
+    getattr(guided, component).to(torch.bfloat16)
+    found = generate(guided, IMAGES, autoguidance_scale=2.0)
+    assert 0 < np.abs(found - expected).mean() < 0.02
+
+
 def test_both_guidances_add_up_within_the_interval(guided):
     conditional, null, weak = (tiny.gaussian(2, 4, 3, 3, seed=seed) for seed in range(3))
     both = guided_prediction(conditional, null, 3.0, weak, 1.5, 0.0)

@@ -293,9 +293,9 @@ class DinoDiffusionPipeline(
                     attention_kwargs=self.cross_attention_kwargs,
                 ),
                 self._fixed_batch,
-                inputs,
-                tokens,
-            )
+                inputs.to(model.dtype),  # a guide may be of another type
+                tokens.to(model.dtype),
+            ).to(dtype)
 
         times = timesteps.tolist()
         scale_model_input = getattr(self.scheduler, "scale_model_input", lambda sample, _: sample)  # flows have none
