@@ -1,8 +1,7 @@
 """diffusers' caches on the denoiser: what one denoising step has computed is used again in the next ones.
 
-diffusers offers them as methods of some of its transformers (`CacheMixin`), not of UNets. Three of them hook layers
-that a UNet has too, one those of all transformers here; they are offered on the pipeline, which also tells them the
-timestep and empties them in between.
+diffusers offers them as methods of some of its transformers (`CacheMixin`), and not of UNets. Here the pipeline offers
+three of them for a UNet, and one for every transformer. It tells them the timestep, and empties them between calls.
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ def check_steps(scheduler: Any, timesteps: Any = None, sigmas: Any = None) -> No
 
 
 def check_descent(timesteps: Tensor, scheduler: Any) -> None:
-    """Refuse with a ValueError what a scheduler has been set to, where it does not lead from noise to an image."""
+    """Refuse with a ValueError the timesteps of a scheduler if they do not lead from noise to an image."""
     if not len(timesteps):
         raise ValueError(f"{type(scheduler).__name__} makes no step of one of the `sigmas`: give two or more.")
     if any(levels[0] < levels[-1] for levels in (timesteps, getattr(scheduler, "sigmas", timesteps))):

@@ -34,7 +34,7 @@ _BLOCKS = "transformer_blocks"  # what diffusers finds by itself in the transfor
 
 
 def check_guidance(pipe: Any, scale: float, rescale: float, start: float, end: float, autoguidance: float) -> None:
-    """Refuse with a ValueError a call's numbers of guidance that are out of range, or that the pipeline cannot do."""
+    """Refuse with a ValueError what a call asks of guidance if it is out of range, or the pipeline cannot do it."""
     check_number(0, guidance_scale=scale, autoguidance_scale=autoguidance)
     check_number(0, 1, guidance_rescale=rescale, guidance_start=start, guidance_end=end)
     if start > end:

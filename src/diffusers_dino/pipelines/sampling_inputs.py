@@ -1,4 +1,4 @@
-"""What the sampling of images begins with: arguments, checked, noise, and what a scheduler's step takes."""
+"""What comes before the loop of a pipeline that makes images: checks, noise, and what the scheduler's step takes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `DiffSegPipeline` reads of a denoiser or an encoder, and how segments come of it: by attention, by features."""
+"""The steps of `DiffSegPipeline`: read attention, or features of patches, and make segments of them."""
 
 from __future__ import annotations
 
