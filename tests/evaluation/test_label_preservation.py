@@ -157,7 +157,7 @@ def test_a_judge_does_not_know_labels_that_cannot_be_seen(table, tmp_path):
     pictures = {key: draw(frozenset(), i) for i, key in enumerate(table.keys)}
     real = pack(pictures, tmp_path / "real")
     still = {"shear": 0.0, "translation": 0.0, "min_scale": 1.0, "max_scale": 1.0}
-    settings = replace(SETTINGS, max_steps=150, **still)  # one view of each image, to be learnt by heart
+    settings = replace(SETTINGS, max_steps=100, **still)  # one view of each image, to be learnt by heart
     seen = LabelledImages(real, np.arange(NUM_REAL), blind.targets(LABELS))
     known = predict(train_classifier([seen], None, settings).model, seen)
     assert roc_auc_score(seen.targets, known) > 0.95  # so a leak would show

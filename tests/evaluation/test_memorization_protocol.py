@@ -32,7 +32,7 @@ def synthetic_images(phantoms: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def study(phantoms):
-    options = {"held_out": phantoms[1::2][60:], "false_alarms": FALSE_ALARMS, "num_pairs": 5, "num_planted": 12}
+    options = {"held_out": phantoms[1::2][60:], "false_alarms": FALSE_ALARMS, "num_pairs": 5, "num_planted": 6}
     return evaluate_memorization(phantoms[::2], synthetic_images(phantoms), **options)
 
 
