@@ -43,8 +43,7 @@ def test_a_script_says_whether_its_work_stays():
 
 @pytest.mark.filterwarnings("ignore:flock not supported")
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-@pytest.mark.parametrize("start", [run, run_resumable])
-def test_libraries_and_folders_do_without_locks_where_there_are_none(tmp_path, monkeypatch, caplog, start, number):
+def test_libraries_and_folders_do_without_locks_where_there_are_none(tmp_path, monkeypatch, caplog, number):
     fcntl, filelock = pytest.importorskip("fcntl"), pytest.importorskip("filelock")
 
     def refuse(*_):
@@ -55,7 +54,7 @@ def test_libraries_and_folders_do_without_locks_where_there_are_none(tmp_path, m
             (tmp_path / "done").touch()
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    start(main)
+    run(main)
     assert (tmp_path / "done").exists()
     assert "There are no locks" in caplog.text
     assert fcntl.flock is refuse

@@ -172,7 +172,7 @@ def test_rotary_positions_stay_float32(family, tmp_path):
             assert torch.equal(buffer, rotary[name])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["dinov2", "timm-dinov2"])
 def test_model_in_memory_is_copied(family):
     model = build(family)
     conditioner = wrap(model)

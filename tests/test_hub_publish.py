@@ -90,11 +90,6 @@ def test_a_downloaded_folder_loads_without_a_network(hub, folder, tmp_path):
     assert len(hub.requests) == asked
 
 
-def test_the_hook_sees_a_network(hub):
-    with pytest.raises(AssertionError, match="the network was asked for"):
-        run_client(f"{NO_NETWORK}import socket; socket.create_connection(('127.0.0.1', 9))", dict(os.environ))
-
-
 def test_the_checksums_of_the_page_find_a_change(folder, tmp_path):
     write, check = (block.code for block in blocks(AIR_GAPPED, "bash") if "sha256sum" in block.code)
     shutil.copytree(folder / "outputs/quickstart", tmp_path / "carried")

@@ -7,7 +7,6 @@ import scripts
 import tiny
 from diffusers_dino import DinoDiffusionPipeline
 from diffusers_dino.training.models import load_trained_pipeline
-from scripts import losses
 
 FLOW = {"prediction_type": "flow_prediction", "flow_shift": 2.0}
 
@@ -39,13 +38,6 @@ def test_the_card_says_what_was_trained(trained):
     card = (trained / "README.md").read_text()
     assert "flow matching" in card
     assert "| flow shift | 2.0 |" in card
-
-
-def test_it_learns(settings, tmp_path):
-    changes = {"max_train_steps": 60, "learning_rate": 3e-3, "condition_dropout": 0.0, "output_dir": tmp_path}
-    scripts.call_script("train_dino.py", **{**settings, **changes, "prediction_type": "flow_prediction"})
-    curve = losses(tmp_path)
-    assert sum(curve[-10:]) < 0.9 * sum(curve[:10])
 
 
 def test_a_lora_follows_the_flow_of_its_pipeline(settings, trained, tmp_path):

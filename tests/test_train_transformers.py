@@ -115,7 +115,6 @@ def test_a_new_one_begins_at_zero(settings, family):
         ({"resolution": 36}, {}, "multiple of 8"),
         ({}, {"_class_name": "FluxTransformer2DModel"}, "FluxTransformer2DModel cannot be used as a denoiser"),
         ({"unet_config": "some"}, {}, "give --unet_config or --transformer_config"),
-        ({"flow_times": "uniform", "prediction_type": "epsilon"}, {}, "--flow_times is for flow matching"),
     ],
 )
 def test_what_does_not_fit_is_refused(train, tmp_path, changes, config, message):

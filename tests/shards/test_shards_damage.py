@@ -81,11 +81,6 @@ class TestDamage:
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             make(**changed)
 
-    def test_a_folder_without_images(self, make, tmp_path):
-        (tmp_path / "empty").mkdir()
-        with pytest.raises(FileNotFoundError, match=r"No image in .*empty"):
-            make(source=tmp_path / "empty")
-
     def test_images_are_those_that_training_takes(self, make, images, tmp_path, caplog):
         """By one rule: DICOM under any name, no hidden files, companions, links that lead nowhere or pipes."""
         dicom_files = pytest.importorskip("dicom_files")
