@@ -113,9 +113,8 @@ def synthesise_with_ray(
         dtypes, device = _dtypes(pipe), "cuda" if resources.num_gpus else "cpu"
         drawn = None if prior is None else (prior.settings(), _dtypes(prior.pipe))
         job = _Job(plan, images, gate, folder, dtypes, device, drawn)
-        for name in ("attempts", "model", "prior"):  # of a run that was killed
+        for name in ("model", "prior"):  # of a run that was killed
             shutil.rmtree(job.place(name), ignore_errors=True)
-        job.place("attempts").mkdir()
         pipe.save_pretrained(job.place("model"))
         if prior is not None:
             prior.pipe.save_pretrained(job.place("prior"))
@@ -126,18 +125,18 @@ def synthesise_with_ray(
             left = [number for number in range(tokens.num_parts) if missing and not tokens.has_part(number)]
             done_before = tokens.num_parts - len(left)
             with progress_bar("Encoding sources", "part", tokens.num_parts, done_before, progress) as bar:
-                for answer in _work(job, "part", left, num_workers, resources.num_gpus, bar):
-                    problems += answer.result
+                for _, unreadable in _work(job, "part", left, num_workers, resources.num_gpus, bar):
+                    problems += unreadable
                     bar.update()
             check_readable(problems, folder)
 
             left_out = sum(len(record.left_out) for record in found.values() if record is not None)
             done_before = len(plan) - sum(len(plan.shard(number)) for number in missing)
             with progress_bar("Synthesising", "image", len(plan), done_before, progress) as bar:
-                for answer in _work(job, "shard", missing, num_workers, resources.num_gpus, bar):
-                    left_out += answer.result
+                for number, refused in _work(job, "shard", missing, num_workers, resources.num_gpus, bar):
+                    left_out += refused
                     check_left_out(plan, left_out, max_left_out)
-                    bar.update(len(plan.shard(answer.number)))
+                    bar.update(len(plan.shard(number)))
         return complete_set(plan, folder, max_left_out, pipe.conditioner)
 
 
@@ -153,19 +152,14 @@ class _Job:
     device: str
     drawn: tuple[dict[str, float], dict[str, torch.dtype]] | None = None  # settings and types of the prior, if any
 
-    def place(self, name: Literal["model", "prior", "attempts"]) -> Path:
-        """Where the pipelines are; in `attempts` each part and shard has a byte for each time that it was begun."""
+    def place(self, name: Literal["model", "prior"]) -> Path:
+        """Where a pipeline is."""
         return self.folder / WORK / name
 
 
 class _Answer(NamedTuple):
-    """What a worker says about a part or a shard: what `_Worker.work` returned, or the error that it raised.
+    """What a worker says about a part or a shard: what `_Worker.work` returned, or the error that it raised."""
 
-    The attempt counts from 1; it is larger if workers died during earlier ones.
-    """
-
-    number: int
-    attempt: int
     host: str
     result: Any
     error: Exception | None
@@ -182,17 +176,20 @@ class _Worker:
 
     def answer(self, number: int) -> bytes:
         """A pickled `_Answer`."""
-        host, attempt = platform.node(), 1
         try:
-            attempt = self._begin(number, host)
-            answer = _Answer(number, attempt, host, self.work(number), None)
+            answer = _Answer(platform.node(), self.work(number), None)
         except Exception as error:
-            answer = _Answer(number, attempt, host, None, _portable(error))
+            answer = _Answer(platform.node(), None, _portable(error))
         return pickle.dumps(answer)
 
     def work(self, number: int) -> list[str] | int:
         """Encode a part, and say which sources cannot be read; or make a shard, and count the images left out."""
         job = self.job
+        if not (job.folder / PLAN).is_file():
+            raise SynthesisError(
+                f"{platform.node()} does not see {job.folder}: all machines must share the output folder under one "
+                "path."
+            )
         if self.kind == "part":
             return self.tokens.encode_part(number, self.pipe, self.sources)
         return len(make_shard(job.plan, number, self.pipe, self.tokens, job.folder, job.gate).left_out)
@@ -228,29 +225,11 @@ class _Worker:
     def sources(self) -> PlannedSources:
         return PlannedSources(self.job.plan, self.job.images)
 
-    def _begin(self, number: int, host: str) -> int:
-        """Note that this part or shard is begun, and return how often it has been; give up if that is too often."""
-        folder = self.job.folder
-        if not (folder / PLAN).is_file():
-            raise SynthesisError(
-                f"{host} does not see {folder}: all machines must share the output folder under one path."
-            )
-        path = self.job.place("attempts") / f"{self.kind}-{number:06d}"
-        with open(path, "ab") as file:
-            file.write(b".")
-        attempt = path.stat().st_size
-        if attempt > _MAX_ATTEMPTS:
-            raise SynthesisError(
-                f"{_MAX_ATTEMPTS} workers died one after the other of {self.kind} {number}, the last one maybe on "
-                f"{host}. If memory ran out, let fewer workers share a machine or a GPU, and go on."
-            )
-        return attempt
-
 
 def _work(
     job: _Job, kind: Literal["part", "shard"], numbers: Sequence[int], num_workers: int, num_gpus: float, bar: tqdm
-) -> Iterator[_Answer]:
-    """Have parts encoded or shards made, yield the answers as they come, and raise the first error of a worker."""
+) -> Iterator[tuple[int, Any]]:
+    """Have parts encoded or shards made, yield number and result of each as they come, and raise a worker's error."""
     ray = require("ray", "ray", "Generating on a Ray cluster needs Ray")
     worker = ray.remote(num_cpus=job.plan.settings.threads, num_gpus=num_gpus)(_Worker)
     waiting, idle, busy, deaths = deque(numbers), [], {}, Counter()
@@ -263,20 +242,23 @@ def _work(
             actor, number = busy.pop(done)
             try:
                 answer = pickle.loads(ray.get(done))
-            except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError):  # it died: another one begins anew
+            except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
                 ray.kill(actor)
                 deaths[number] += 1
-                if deaths[number] > _MAX_ATTEMPTS:  # workers count, too, but these did not come that far
-                    raise
-                waiting.appendleft(number)
+                if deaths[number] == _MAX_ATTEMPTS:
+                    raise SynthesisError(
+                        f"{_MAX_ATTEMPTS} workers died one after the other of {kind} {number}. If memory ran out, let "
+                        f"fewer workers share a machine or a GPU, and go on. Ray says of the last one: {error}"
+                    ) from error
+                waiting.appendleft(number)  # another worker begins it anew
                 continue
             if answer.error is not None:
                 raise answer.error
-            if answer.attempt > 1:
-                made = f"{kind} {answer.number}; {answer.host} made it in attempt {answer.attempt}."
+            if deaths[number]:
+                made = f"{kind} {number}; {answer.host} made it in attempt {deaths[number] + 1}."
                 bar.write(f"A worker died while it made {made}")
             idle.append(actor)
-            yield answer
+            yield number, answer.result
     finally:  # what is under way has nobody left to take it
         for actor, _ in busy.values():
             ray.kill(actor)
