@@ -29,7 +29,6 @@ from diffusers_dino.data import ImageDataset, Preprocessing
 from diffusers_dino.data.labels import LabelTable, read_label_table, stored_labels
 from diffusers_dino.evaluation import evaluate_suite, open_image_set
 from diffusers_dino.evaluation.generation import stack_images
-from diffusers_dino.evaluation.packed import at_size
 from diffusers_dino.latents import encode_to_moments
 from diffusers_dino.pipelines.checks import image_size
 from diffusers_dino.pipelines.preparation import open_images_for
@@ -73,7 +72,7 @@ def score(args: Arguments, folder: Path) -> None:
     plain = Preprocessing(args.size, remove_borders=False)
     sets = {name: open_image_set(folder / name, plain, folder / f"{name}.csv", label_column="labels") for name in SETS}
     if folder.name == "overfitted":
-        overfit(pipe, at_size(sets["training"].images, image_size(pipe)), args)
+        overfit(pipe, sets["training"].images.resized(image_size(pipe)), args)
     started, worked = time.perf_counter(), time.process_time()
     times: list[tuple[str, float, float]] = []
     result = evaluate_suite(

@@ -11,7 +11,7 @@ from PIL import Image
 import scripts
 from diffusers_dino.data import Preprocessing, open_images
 from diffusers_dino.evaluation.generation import stack_readable
-from diffusers_dino.evaluation.packed import at_size, pack_images
+from diffusers_dino.evaluation.packed import pack_images
 from diffusers_dino.pixels import unit_to_uint8, with_channels
 from image_files import encoded
 from shard_files import write_prepared, write_tar
@@ -95,7 +95,8 @@ def test_prepared_images_are_packed_at_another_size_without_a_second_preparation
     colour = np.stack([gray, gray[::-1], np.zeros_like(gray)], axis=2)
     folder = write_prepared(tmp_path / "shards", {"a": gray, "b": colour}, Preprocessing(40))
     images = open_images(folder, Preprocessing(40))
-    packed = pack_images(at_size(images, 16), tmp_path / "pack.npy")
+    assert images.select(["b"]).resized(16).keys == ["b"]
+    packed = pack_images(images.resized(16), tmp_path / "pack.npy")
     plain = Preprocessing(16, remove_borders=False)
     assert np.array_equal(packed.array[0], plain(gray[:, 20:60]))
     assert np.array_equal(packed.array[1], plain(images.read_raw(1).mean(axis=2).round().astype(np.uint8)))

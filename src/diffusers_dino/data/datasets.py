@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,13 @@ class ImageDataset(Dataset[dict[str, Any]]):
         selection.not_images = {new for new, old in enumerate(places) if old in self.not_images}
         return selection
 
+    def resized(self, size: int) -> ImageDataset:
+        """The same samples, prepared as squares of another size in pixels."""
+        if self.preprocessing.size == size:
+            return self
+        preprocessing = replace(self.preprocessing, size=size)
+        return ImageDataset(self.store, preprocessing, max_unreadable=self.max_unreadable, indices=self._indices)
+
     def note_unreadable(self, messages: Mapping[int, str], not_images: Collection[int] = ()) -> None:
         """Count what another process could not read, by number; raises `ValueError` if it is too much."""
         self.unreadable.update(messages)
@@ -144,7 +152,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
     def marks(self) -> Iterator[str]:
         """For each sample what changes when its file is another one: see `ImageStore.mark`."""
         with ThreadPoolExecutor(_READ_TOGETHER) as pool:  # most of the time a network drive is waited for
-            yield from pool.map(self.store.mark, self._indices.tolist())
+            for first in range(0, len(self), 1000):  # a task of each would take much memory
+                yield from pool.map(self.store.mark, self._indices[first : first + 1000].tolist())
 
     def companion(self, index: int, extension: str) -> bytes:
         """The file beside an image with the same key, such as `"json"` or `"mask.png"`; raises `KeyError`."""

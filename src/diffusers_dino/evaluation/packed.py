@@ -18,7 +18,7 @@ from ..data.datasets import ImageDataset, to_float
 from ..files import atomic_write, read_json, sha256_of, write_json
 from ..pixels import unit_to_uint8, with_channels
 
-__all__ = ["GRAY", "PackedImages", "at_size", "pack_images", "readable_images"]
+__all__ = ["GRAY", "PackedImages", "pack_images", "readable_images"]
 
 logger = logging.getLogger(__name__)
 
@@ -129,14 +129,6 @@ def _pack(images: ImageDataset, path: Path, channels: int, recipes: tuple[str, s
     facts = {"recipe": recipes[num_averaged > 0], "num_averaged": num_averaged, "sha256": sha256_of(path)}
     write_json(_facts_path(path), facts | {"originals": originals, "keys": keys}, indent=None)
     return PackedImages(path)
-
-
-def at_size(images: ImageDataset, size: int) -> ImageDataset:
-    """The same images, prepared as squares of another size in pixels."""
-    if images.preprocessing.size == size:
-        return images
-    preprocessing = replace(images.preprocessing, size=size)
-    return ImageDataset(images.store, preprocessing, max_unreadable=images.max_unreadable).select(images.keys)
 
 
 def readable_images(images: ImageDataset) -> Iterator[tuple[int, str, np.ndarray]]:

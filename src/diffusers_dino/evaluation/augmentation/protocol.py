@@ -25,7 +25,7 @@ from ...synthesis import SynthesisSettings
 from ...synthesis.pairs import check_exponent
 from ..classifier import ClassifierSettings, make_classifier
 from ..folds import check_fraction
-from ..packed import GRAY, at_size, pack_images
+from ..packed import GRAY, pack_images
 from .cells import (
     AUGMENTATION,
     BALANCED,
@@ -143,7 +143,7 @@ def evaluate_augmentation(
     table = table.restrict(labels)
     own = _own_options(strategies, priors, exponent, false_alarms)
     make_classifier(classifier, len(labels))  # refuses what timm does not make before hours of work
-    real_images = at_size(images, classifier.size)
+    real_images = images.resized(classifier.size)
     output = make_writable_folder(output_dir)
     with lock_folder(output):
         trained = {"training_keys": training_keys, "known": known}

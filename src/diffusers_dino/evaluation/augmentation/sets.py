@@ -19,7 +19,7 @@ from ...pipelines.checks import image_size
 from ...synthesis import Plan, PlannedImage, PriorTokens, load_generator, soft_labels, synthesise
 from ..classifier import ClassifierSettings
 from ..generation import stack_images
-from ..packed import at_size, pack_images
+from ..packed import pack_images
 from .generators import PerFold, of_fold
 
 __all__ = ["FoldPriors", "SetOptions", "make_set", "targets_of"]
@@ -75,7 +75,7 @@ def make_set(place: int, options: SetOptions, fold: int, plan: Plan, folder: Pat
     """Make a set, or go on with it, and pack its images for classifiers. Returns the digest of its plan."""
     device = device_of(place, options.device)
     pipe = load_generator(of_fold(options.generators, fold), options.dtype, options.scheduler).to(device)
-    sources = at_size(options.images, image_size(pipe))
+    sources = options.images.resized(image_size(pipe))
     gate = None if options.gates is None else CopyGate.load(of_fold(options.gates, fold))
     known = gate is not None and plan.keys  # a prior's images have no sources
     if known and gate(stack_images(sources.select(plan.keys[:_SHOWN_TO_GATE]))).all():

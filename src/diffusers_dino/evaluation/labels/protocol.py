@@ -19,7 +19,7 @@ from ...metrics.auroc import check_classes
 from ...workers import progress_bar, run_apart
 from ..classifier import ClassifierSettings, make_classifier
 from ..folds import assign_folds, check_fraction
-from ..packed import at_size, pack_images
+from ..packed import pack_images
 from .judges import Judges, SyntheticImages, held_out_pairs
 from .result import LabelPreservationResult, RealScores, score_real, score_sets
 
@@ -124,7 +124,7 @@ def open_judges(
     with work_folder(output_dir) as output:
         folder = make_writable_folder(output / "judges")
         remove_partials(folder)
-        real = pack_images(at_size(images, classifier.size), output / "real.npy", channels=classifier.channels)
+        real = pack_images(images.resized(classifier.size), output / "real.npy", channels=classifier.channels)
         table = table.select(real.keys)
         targets = table.targets(labels)
         check_classes(targets, labels, "the real data")

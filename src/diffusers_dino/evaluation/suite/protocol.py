@@ -28,7 +28,6 @@ from ..fidelity.result import FidelityResult
 from ..image_sets import ImageSet
 from ..membership.protocol import MembershipResult, evaluate_membership
 from ..memorization.protocol import MemorizationResult, evaluate_memorization
-from ..packed import at_size
 from ..reidentification.protocol import ReidentificationResult, evaluate_reidentification
 from ..results import JsonResult
 from ..transfer.protocol import TransferResult, evaluate_transfer
@@ -362,8 +361,8 @@ def _ask_membership(case: _Case) -> MembershipResult:
     size = image_size(case.pipe)
     return evaluate_membership(
         case.pipe,
-        at_size(training.images, size),
-        at_size(real.images, size),
+        training.images.resized(size),
+        real.images.resized(size),
         timesteps=case.settings.timesteps,
         num_noises=case.settings.num_noises,
         training_groups=training.patient_list if both else None,

@@ -24,7 +24,7 @@ from ...seeds import derive_seed
 from ..classifier import ClassifierSettings, LabelledImages, predict, train_classifier
 from ..folds import assign_folds
 from ..image_sets import ImageSet
-from ..packed import at_size, pack_images
+from ..packed import pack_images
 from ..results import JsonResult
 
 __all__ = ["Bounded", "LabelTransfer", "TransferResult", "common_labels", "evaluate_transfer"]
@@ -154,7 +154,7 @@ def evaluate_transfer(
 
     def labelled(one: ImageSet, file: str, renamed: Mapping[str, str]) -> LabelledImages:
         """The images that have labels, with those of `names` as their targets."""
-        packed = pack_images(at_size(one.images, classifier.size), folder / file, one.place, classifier.channels)
+        packed = pack_images(one.images.resized(classifier.size), folder / file, one.place, classifier.channels)
         rows = np.flatnonzero([key in one.labels for key in packed.keys])
         given = [{renamed.get(x, x) for x in one.labels[packed.keys[row]]} for row in rows.tolist()]
         return LabelledImages(packed, rows, np.array([[name in own for name in names] for own in given], dtype=bool))
