@@ -33,7 +33,7 @@ def test_one_command_makes_the_model_and_goes_on_where_it_was(tmp_path, monkeypa
     pipe = DinoDiffusionPipeline.from_pretrained(model)
     assert (pipe.conditioner.num_tokens, pipe.conditioner.token_dim) == (5, 128)
     assert TrainingRecord.load(model) == TrainingRecord.load(tmp_path / "run/tokens")
-    assert "phantom" in (model / "README.md").read_text()
+    assert "Phantom chest radiographs" in (model / "README.md").read_text()
     assert len(pipe(torch.rand(1, 1, 128, 128), num_inference_steps=1).images) == 1
 
     shutil.rmtree(model)  # as if it had been stopped before its end
