@@ -337,14 +337,11 @@ def plan_prior(
     if asked is not None:
         if keys or not asked:
             raise SynthesisError("Give either images whose labels are drawn, or the labels asked for of each image.")
-        count, labels = len(asked), None
+        count, labels = _count(range(len(asked)), asked, None, len(asked)), None
     elif keys:
         count = _count(keys, labels, ratio, num_images)
-    elif num_images is None:
-        raise SynthesisError("Without images, say how many to make: num_images.")
-    else:
-        count = _whole(num_images)
-    _check_names(asked)
+    else:  # nothing that a ratio could be of
+        count = _count(range(1), None, None, num_images)
     names = sorted({name for own in labels or () for name in own}) if balanced else None
     if names == []:
         raise SynthesisError("There are no labels to balance: give those of the images.")
@@ -353,31 +350,23 @@ def plan_prior(
     return _assemble("prior", seed, settings, (), np.zeros((count, 0), np.int64), np.zeros(count), asked)
 
 
-def _count(keys: Sequence[str], labels: Labels | None, ratio: float | None, num_images: int | None) -> int:
+def _count(keys: Sequence[Any], labels: Labels | None, ratio: float | None, num_images: int | None) -> int:
     """Check what was asked for, and return how many images that is."""
     if not len(keys):
         raise SynthesisError("There is no source image to plan with.")
     if len(set(keys)) < len(keys):
         raise SynthesisError(f"{len(keys) - len(set(keys))} source keys come more than once: give each image once.")
-    _check_names(labels)
+    if any(isinstance(own, str) for own in labels or ()):
+        raise SynthesisError("The labels of an image are a collection of names, got a single name.")
     if labels is not None and len(labels) != len(keys):
         raise SynthesisError(f"Each source needs its labels, got {len(keys)} keys and {len(labels)} sets of labels.")
     if (ratio is None) == (num_images is None):
         raise SynthesisError("Say how many images to make: either a ratio to the number of sources, or num_images.")
     if ratio is not None and not 0 < ratio < math.inf:
         raise SynthesisError(f"The ratio of synthetic to source images must be above 0, got {ratio}.")
-    return max(1, round(ratio * len(keys))) if num_images is None else _whole(num_images)
-
-
-def _check_names(labels: Labels | None) -> None:
-    if any(isinstance(own, str) for own in labels or ()):
-        raise SynthesisError("The labels of an image are a collection of names, got a single name.")
-
-
-def _whole(num_images: int) -> int:
-    if isinstance(num_images, bool) or not isinstance(num_images, Integral) or num_images < 1:
+    if num_images is not None and not (isinstance(num_images, Integral) and num_images > 0):
         raise SynthesisError(f"num_images must be a whole number of at least 1, got {num_images!r}.")
-    return int(num_images)
+    return max(1, round(ratio * len(keys))) if num_images is None else int(num_images)
 
 
 def _assemble(
