@@ -26,7 +26,7 @@ SETTINGS = SuiteSettings(
     neighbors=3,
     fewest=10,
     false_alarms=0.1,
-    num_planted=4,
+    num_planted=1,
     network_steps=30,
     timesteps=(60,),
     num_noises=1,
@@ -152,7 +152,7 @@ def test_images_that_were_made_from_one_patient_are_drawn_together(sets, tmp_pat
     unknown = {**sets, "synthetic": sets["synthetic"]._replace(patients=None)}
     trained = sets["training"].images.keys
     sources = {key: trained[i % 8] for i, key in enumerate(sorted(unknown["synthetic"].images.keys))}  # 4 patients
-    settings = replace(SETTINGS, network_steps=1)
+    settings = replace(SETTINGS, network_steps=1, classifier=replace(CLASSIFIER, max_steps=8))
     alone, together = (
         evaluate_suite(folder=tmp_path / str(len(known or ())), **unknown, sources=known, settings=settings)
         for known in (None, sources)
