@@ -61,7 +61,7 @@ def test_quickstart_writes_a_report_and_a_pipeline_that_loads(tmp_path, monkeypa
     (tmp_path / "short.yaml").write_text(yaml.safe_dump(config))
     options = [f"--output_dir={tmp_path / 'out'}", f"--config={tmp_path / 'short.yaml'}"]
     options += ["--max_train_steps=3", "--num_seeds=1", "--num_sources=1", "--num_variations=2"]
-    options += ["--num_paths=1", "--num_points=3", "--num_inference_steps=4", "--num_planted=4", "--num_tuning=4"]
+    options += ["--num_paths=1", "--num_points=3", "--num_inference_steps=2", "--num_planted=4", "--num_tuning=4"]
     monkeypatch.chdir(tmp_path)  # nothing may depend on where it is started
     started = Forks("quickstart.py", options, {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}, 1)
     printed, _ = started.communicate()
