@@ -2,11 +2,7 @@
 
 import importlib
 import json
-import os
 import shutil
-import signal
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +22,6 @@ from diffusers_dino.data.sharding.manifest import write_shard
 from diffusers_dino.hub.record import TrainingRecord
 from diffusers_dino.latents import encode_to_moments
 from diffusers_dino.pixels import unit_to_vae
-from diffusers_dino.training.checkpoints import newest_checkpoint
 from scripts import losses
 
 NUM_IMAGES, STEPS = 24, 6
@@ -214,25 +209,3 @@ def test_bad_input_is_explained(flags, tmp_path, monkeypatch, changes, error, me
     monkeypatch.chdir(tmp_path)
     with pytest.raises(error, match=message):
         scripts.call_script("train_vae.py", **{**flags, **changes})
-
-
-def test_sigterm_leaves_a_checkpoint_to_go_on_from(flags):
-    folder = flags["output_dir"]
-    flags |= {"max_train_steps": 10_000, "checkpointing_steps": 0}
-
-    def stop_after_two_updates() -> None:
-        log = folder / "train_log.jsonl"
-        while not log.exists() or len(log.read_text().splitlines()) < 2:
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    watcher = threading.Thread(target=stop_after_two_updates, daemon=True)
-    watcher.start()
-    scripts.call_script("train_vae.py", **flags)
-    watcher.join()
-    assert not (folder / "config.json").exists()
-    checkpoint = newest_checkpoint(folder)
-    assert checkpoint.step == len(losses(folder)) >= 2
-    flags |= {"max_train_steps": checkpoint.step + 1, "resume_from_checkpoint": "latest"}
-    scripts.call_script("train_vae.py", **flags)
-    assert len(losses(folder)) == checkpoint.step + 1
